@@ -1,0 +1,37 @@
+/* Preloaded into QEMU, and into nothing else: parks one userfaultfd of QEMU's address space at
+ * descriptor $FERRY_UFFD_FD before main() runs. A userfaultfd belongs to the address space of the
+ * process that made it, so nobody can make it from outside; once it exists, the agent takes a
+ * duplicate with pidfd_getfd() whenever it wants one, also after its own restart.
+ *
+ * A wrapper that execs QEMU (a shell, prlimit) must not act: its address space dies with the exec.
+ * $FERRY_QEMU names the binary that is meant. In it, the environment is cleaned, so that nothing
+ * that QEMU starts is preloaded. */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+__attribute__((constructor)) static void park_userfaultfd(void) {
+  const char *number = getenv("FERRY_UFFD_FD");
+  const char *binary = getenv("FERRY_QEMU");
+  char self[PATH_MAX], wanted[PATH_MAX];
+  ssize_t length = readlink("/proc/self/exe", self, sizeof self - 1);
+  if (!number || !binary || length < 0) return;
+  self[length] = 0;
+  if (!realpath(binary, wanted) || strcmp(self, wanted) != 0) return;
+  int want = atoi(number);
+  int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+  if (fd < 0) {
+    perror("ferry shim: userfaultfd");
+  } else if (fd != want) {
+    if (dup3(fd, want, O_CLOEXEC) < 0) perror("ferry shim: dup3");
+    close(fd);
+  }
+  unsetenv("LD_PRELOAD");
+  unsetenv("FERRY_UFFD_FD");
+  unsetenv("FERRY_QEMU");
+}

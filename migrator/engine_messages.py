@@ -1,0 +1,161 @@
+"""What an agent and its engine process say to each other over their socketpair.
+
+    agent                                engine (source)            engine (destination)
+      │  Configure + descriptors ───────────►│                              │
+      │  Configure + descriptors ───────────────────────────────────────────►│
+      │◄───────────────────────────────── Listening(host, port) ────────────┤
+      │  Connect(host, port) ───────────────►│═════ page streams ══════════►│
+      │◄──────────────────────── Connected ──┤                              │
+      │  RunPass(1, first) ─────────────────►│ ══ pages, barrier ══════════►│
+      │◄──────────────────────── Report ... ─┤◄═══════════ acknowledged ════│
+      │◄──────────────────────── PassDone ───┤                              │
+      │  OpenDeviceChannel(path) ───────────►│ listens on path              │ connects to path
+      │◄──────────────── DeviceChannelOpen ──┤                              │
+      │  Stop ──────────────────────────────►│ unregisters, exits           │
+
+Frames are `migrator.wire` frames. The descriptors of `Configure` come with its first byte
+(SCM_RIGHTS), in the order uffd, pagemap, region 0, region 1, ... End of file on the socketpair means that
+the agent died: the engine unregisters dirty tracking and exits.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from migrator.model import PassKind, PassReport, Role
+from migrator.ports import RegionMapping
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=str.lower):
+    """Base of the tagged messages; the tag is the class's name in lower case."""
+
+
+class RegionLayout(msgspec.Struct, frozen=True, kw_only=True):
+    """A memory region without its descriptor, which travels beside the message."""
+
+    name: str
+    size_bytes: int
+    page_size_bytes: int
+    mappings: tuple[RegionMapping, ...] = ()
+
+
+# agent -> engine
+
+
+class Configure(Message, frozen=True, kw_only=True):
+    role: Role
+    migration_id: str
+    secret: bytes
+    """32 random bytes that both engines know; a page stream without them is refused."""
+    pid: int
+    regions: tuple[RegionLayout, ...]
+    streams: int = 1
+    bind_address: str = ""
+    """Destination: the address to listen at. Source: the address to connect from; "" for any."""
+    bandwidth_bytes_per_s: int | None = None
+    reconnect_s: float = 30.0
+    """How long a broken page stream is tried again before it is `ChannelLost`."""
+
+
+class Connect(Message, frozen=True, kw_only=True):
+    host: str
+    port: int
+
+
+class RunPass(Message, frozen=True, kw_only=True):
+    number: int
+    kind: PassKind
+
+
+class SetBandwidth(Message, frozen=True, kw_only=True):
+    bandwidth_bytes_per_s: int | None
+
+
+class OpenDeviceChannel(Message, frozen=True, kw_only=True):
+    """Source: listen on the unix socket `path` for the hypervisor, and relay what it sends.
+
+    Destination: connect to it, and feed it what the source's engine relays.
+    """
+
+    path: str
+
+
+class Stop(Message, frozen=True, kw_only=True):
+    """Unregister dirty tracking, close everything, answer `Stopped` and exit."""
+
+
+# engine -> agent
+
+
+class Configured(Message, frozen=True, kw_only=True):
+    """Source only: dirty tracking is registered and armed."""
+
+    pages_in_use: int
+
+
+class Listening(Message, frozen=True, kw_only=True):
+    host: str
+    port: int
+
+
+class Connected(Message, frozen=True, kw_only=True):
+    streams: int
+    round_trip_ms: float
+
+
+class Report(Message, frozen=True, kw_only=True):
+    """Sent a few times a second during a pass."""
+
+    number: int
+    bytes_sent: int
+    """By this engine so far, over all passes."""
+    remaining_bytes: int
+    """Of this pass."""
+    throughput_bytes_per_s: float
+
+
+class PassDone(Message, frozen=True, kw_only=True):
+    """Each page of the pass is in the destination's memory: its engine acknowledged them."""
+
+    report: PassReport
+
+
+class DeviceChannelOpen(Message, frozen=True, kw_only=True):
+    path: str
+
+
+class ChannelBroken(Message, frozen=True, kw_only=True):
+    """A page stream broke; the engine is connecting again."""
+
+    reason: str
+
+
+class ChannelRestored(Message, frozen=True, kw_only=True):
+    broken_s: float
+
+
+class EngineFailed(Message, frozen=True, kw_only=True):
+    """The engine can't go on, and exits."""
+
+    reason: str
+    channel: bool = False
+    """True: the other side could not be reached again in time. False: this side is at fault."""
+
+
+class Stopped(Message, frozen=True, kw_only=True):
+    bytes_sent: int = 0
+
+
+ToEngine = Configure | Connect | RunPass | SetBandwidth | OpenDeviceChannel | Stop
+FromEngine = (
+    Configured
+    | Listening
+    | Connected
+    | Report
+    | PassDone
+    | DeviceChannelOpen
+    | ChannelBroken
+    | ChannelRestored
+    | EngineFailed
+    | Stopped
+)

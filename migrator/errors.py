@@ -1,0 +1,145 @@
+"""Every error that Ferry raises on purpose, as one tree.
+
+    FerryError
+    ├── InvalidRequest          the caller's fault: a field is wrong; names each one
+    │   └── RefusedError        valid, but refused before anything moved; carries all reasons
+    ├── NotFoundError           no such domain, node, migration, volume
+    ├── ConflictError           the object's state forbids it, or somebody else was faster
+    │   └── WrongStateError     a call in the wrong state; says actual and required
+    ├── ProtocolError           a peer or engine sent something that we don't accept
+    │   ├── LocalProtocolError  our own side broke the protocol: a bug
+    │   └── RemoteProtocolError the other side did
+    ├── PeerError               another agent can't be reached, or answered too late
+    ├── HypervisorError         the hypervisor refused, failed or died
+    ├── StorageError            a volume or pool operation failed
+    │   └── FenceError          a fence could not be set or confirmed
+    ├── FabricError             a tap, bridge or announcement failed
+    ├── EngineError             the page engine failed
+    ├── StoreError              the cluster's state store can't be used now
+    └── ConfigError             the configuration is wrong; names the key
+
+Each error says in its message whose fault it is and what was left as it was. `code` is the
+stable, machine-readable name that the HTTP API and the agents' protocol carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class FerryError(Exception):
+    """Root of the tree. `str(error)` is one sentence for an operator."""
+
+    code: ClassVar[str] = "internal"
+    http_status: ClassVar[int] = 500
+
+
+class InvalidRequest(FerryError):
+    """The request is wrong. `fields` maps each wrong field's path to what would be right."""
+
+    code = "invalid-request"
+    http_status = 400
+
+    def __init__(self, message: str, fields: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.fields = dict(fields or {})
+
+
+class RefusedError(InvalidRequest):
+    """A well-formed request that can't be carried out. Nothing was changed. All reasons at once."""
+
+    code = "refused"
+    http_status = 409
+
+    def __init__(self, message: str, reasons: Sequence[str]) -> None:
+        super().__init__(message)
+        self.reasons = tuple(reasons)
+
+
+class NotFoundError(FerryError):
+    code = "not-found"
+    http_status = 404
+
+
+class ConflictError(FerryError):
+    code = "conflict"
+    http_status = 409
+
+
+class WrongStateError(ConflictError):
+    """A call in the wrong state. Nothing was changed."""
+
+    code = "wrong-state"
+
+    def __init__(self, what: str, actual: str, required: str) -> None:
+        super().__init__(f"{what}: the state is {actual}, it must be {required}")
+        self.actual = actual
+        self.required = required
+
+
+class ProtocolError(FerryError):
+    code = "protocol"
+    http_status = 502
+
+
+class LocalProtocolError(ProtocolError):
+    code = "protocol-local"
+
+
+class RemoteProtocolError(ProtocolError):
+    code = "protocol-remote"
+
+
+class PeerError(FerryError):
+    code = "peer-unreachable"
+    http_status = 502
+
+
+class HypervisorError(FerryError):
+    code = "hypervisor"
+
+
+class StorageError(FerryError):
+    code = "storage"
+
+
+class FenceError(StorageError):
+    code = "fence"
+
+
+class FabricError(FerryError):
+    code = "fabric"
+
+
+class EngineError(FerryError):
+    code = "engine"
+
+
+class StoreError(FerryError):
+    code = "store-unavailable"
+    http_status = 503
+
+
+class ConfigError(FerryError):
+    code = "config"
+
+
+def _tree(root: type[FerryError]) -> dict[str, type[FerryError]]:
+    found = {root.code: root}
+    for child in root.__subclasses__():
+        found.update(_tree(child))
+    return found
+
+
+BY_CODE: dict[str, type[FerryError]] = _tree(FerryError)
+
+
+def from_code(code: str, message: str, details: Sequence[str] = ()) -> FerryError:
+    """Rebuild an error that crossed the wire. An unknown code becomes the root type."""
+    kind = BY_CODE.get(code, FerryError)
+    if issubclass(kind, RefusedError):
+        return kind(message, tuple(details))
+    if issubclass(kind, WrongStateError):
+        return ConflictError(message)
+    return kind(message)

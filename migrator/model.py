@@ -1,0 +1,352 @@
+"""The words of Ferry as types: what every part of the system talks about.
+
+Everything here is an immutable value. Nothing does I/O, reads a clock or rolls a die.
+The structs are msgspec structs, so that the same definition validates the configuration,
+the HTTP API and the wire, and yields the OpenAPI schema.
+
+Conventions: units stand last in a name (`memory_bytes`, `downtime_limit_ms`). Times named
+`*_at_s` are seconds of the host's wall clock (`time.time()`), unless a docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, NewType
+
+import msgspec
+
+NodeName = NewType("NodeName", str)
+DomainName = NewType("DomainName", str)
+MigrationId = NewType("MigrationId", str)
+VolumeName = NewType("VolumeName", str)
+PoolName = NewType("PoolName", str)
+FencingToken = NewType("FencingToken", int)
+"""A number that only grows, one a handoff. 0 is never valid: it marks "no token yet"."""
+
+PAGE_SIZE_BYTES = 4096
+STRIPE_BYTES = 2 * 1024 * 1024
+"""A page's stream is its stripe's number modulo the stream count (DESIGN: "The page engine", 4)."""
+
+_NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
+_VOLUME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,126}$"
+_MAC_PATTERN = r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$"
+
+Name = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=_NAME_PATTERN,
+        description="1 to 40 lower-case letters, digits and hyphens; no hyphen at either end",
+    ),
+]
+FileName = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=_VOLUME_PATTERN,
+        description="1 to 127 letters, digits, '.', '_' and '-'; begins with a letter or digit",
+    ),
+]
+MacAddress = Annotated[
+    str,
+    msgspec.Meta(pattern=_MAC_PATTERN, description="six lower-case hexadecimal bytes, aa:bb:..."),
+]
+
+
+class Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every immutable value that a user may write: an unknown field is an error."""
+
+
+# --- domains ---------------------------------------------------------------------------------
+
+
+class DiskFormat(enum.StrEnum):
+    """How a volume's bytes are laid out. Always explicit: probing a format is a security hole."""
+
+    RAW = "raw"
+    QCOW2 = "qcow2"
+
+
+class DiskSpec(Value, frozen=True, kw_only=True):
+    """One disk of a domain: a volume of a pool."""
+
+    volume: FileName
+    pool: Name = "default"
+    read_only: bool = False
+
+
+class NicSpec(Value, frozen=True, kw_only=True):
+    """One network interface. `addresses` (IPv4 or IPv6, no prefix) are announced after a move."""
+
+    mac: MacAddress
+    bridge: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,15}$")]
+    addresses: tuple[str, ...] = ()
+    mtu_bytes: Annotated[int, msgspec.Meta(ge=576, le=65521)] = 1500
+
+
+class KernelBoot(Value, frozen=True, kw_only=True, tag="kernel", tag_field="kind"):
+    """Direct kernel boot. The files must exist under the same path on every node."""
+
+    kernel: str
+    initrd: str | None = None
+    cmdline: str = ""
+
+
+class DiskBoot(Value, frozen=True, kw_only=True, tag="disk", tag_field="kind"):
+    """Boot by the firmware from the first disk."""
+
+
+Boot = KernelBoot | DiskBoot
+
+
+class DomainSpec(Value, frozen=True, kw_only=True):
+    """What a user defines: a virtual machine, independent of where it runs."""
+
+    name: Name
+    memory_bytes: Annotated[int, msgspec.Meta(ge=16 * 1024**2, le=16 * 1024**4)]
+    vcpus: Annotated[int, msgspec.Meta(ge=1, le=288)] = 1
+    machine: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9.-]{1,40}$")] = "q35"
+    """`q35` or `pc`, or a versioned type. Pinned to a versioned one when the domain is defined."""
+    cpu_model: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.,+-]{1,200}$")] = "qemu64"
+    disks: tuple[DiskSpec, ...] = ()
+    nics: tuple[NicSpec, ...] = ()
+    boot: Boot = msgspec.field(default_factory=DiskBoot)
+
+
+class DomainState(enum.StrEnum):
+    """What a domain does, as its hypervisor reports it."""
+
+    STOPPED = "stopped"
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    IO_ERROR = "io-error"
+    """Paused by the hypervisor because a disk failed (werror=stop)."""
+    CRASHED = "crashed"
+    """The guest panicked or the hypervisor reports an internal error."""
+    INCOMING = "incoming"
+    """A destination that waits for, or has loaded, device state. Its vCPUs have never run."""
+    PRE_SWITCHOVER = "pre-switchover"
+    """A source that the hypervisor has paused for the last pages; resumes by itself on failure."""
+    POSTMIGRATE = "postmigrate"
+    """A source whose device state is sent. Only the winner of the ownership record continues it."""
+    UNKNOWN = "unknown"
+
+
+class DomainStatus(Value, frozen=True, kw_only=True):
+    """A snapshot of one domain on one node, taken by its hypervisor driver."""
+
+    name: str
+    state: DomainState
+    pid: int | None = None
+    reason: str | None = None
+    memory_in_use_bytes: int | None = None
+    """Populated guest memory on the host."""
+
+
+# --- ownership -------------------------------------------------------------------------------
+
+
+class OwnershipState(enum.StrEnum):
+    """What the owner intends. STOPPED: nobody runs the domain; the next start takes a new token."""
+
+    STOPPED = "stopped"
+    RUNNING = "running"
+
+
+class OwnershipRecord(Value, frozen=True, kw_only=True):
+    """Who may run a domain's vCPUs: the node `owner`, and only while `token` is the newest.
+
+    Changed by compare-and-set alone, also for a rollback (DESIGN: "Handoff").
+    """
+
+    domain: str
+    token: int
+    owner: str
+    state: OwnershipState
+
+    def passed_to(self, owner: NodeName) -> OwnershipRecord:
+        """The record after a handoff (or a rollback, with the same owner): the next token."""
+        return OwnershipRecord(
+            domain=self.domain, token=self.token + 1, owner=owner, state=OwnershipState.RUNNING
+        )
+
+
+# --- storage ---------------------------------------------------------------------------------
+
+
+class VolumeInfo(Value, frozen=True, kw_only=True):
+    """One volume of a pool, as its driver reports it."""
+
+    pool: str
+    name: str
+    format: DiskFormat
+    capacity_bytes: int
+    allocated_bytes: int
+
+
+class FileSource(Value, frozen=True, kw_only=True, tag="file", tag_field="kind"):
+    """A disk's bytes are a local or host-mounted file."""
+
+    path: str
+    format: DiskFormat
+    read_only: bool = False
+
+
+BlockSource = FileSource
+"""How a hypervisor opens a disk. A union that grows by one member a storage client."""
+
+
+# --- nodes -----------------------------------------------------------------------------------
+
+
+class HypervisorCapabilities(Value, frozen=True, kw_only=True):
+    """What a node's hypervisor can run; compared between the ends before anything moves."""
+
+    driver: str
+    version: str
+    accelerator: str
+    machine_types: tuple[str, ...]
+    cpu_models: tuple[str, ...]
+    cpu_features: tuple[str, ...] = ()
+    """CPU flags that a guest may see. Only compared where the accelerator exposes the host's."""
+    paged_engine: bool = True
+    paged_engine_reason: str | None = None
+    """Why the page engine can't be used here, e.g. a kernel older than 6.7."""
+
+
+class NodeState(enum.StrEnum):
+    READY = "ready"
+    UNREACHABLE = "unreachable"
+
+
+class NodeInfo(Value, frozen=True, kw_only=True):
+    """A node as it last described itself in the state store."""
+
+    name: str
+    api_address: str
+    """host:port of the HTTP API."""
+    peer_address: str
+    """host:port of the agents' own protocol."""
+    migration_address: str
+    """Address (no port) that page streams arrive at."""
+    memory_bytes: int
+    """Memory that the node offers to domains."""
+    cpus: int
+    capabilities: HypervisorCapabilities
+    heartbeat_at_s: float
+    agent_version: str
+
+
+# --- migrations ------------------------------------------------------------------------------
+
+
+class OnTimeout(enum.StrEnum):
+    """What to do with a pre-copy that doesn't converge, or is over its time."""
+
+    CANCEL = "cancel"
+    FORCE = "force"
+    """Pause the guest anyway, whatever the blackout."""
+
+
+class MigrationRequest(Value, frozen=True, kw_only=True):
+    """What a user asks for."""
+
+    destination: Name
+    downtime_limit_ms: Annotated[int, msgspec.Meta(ge=1, le=60_000)] = 50
+    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 600.0
+    on_timeout: OnTimeout = OnTimeout.CANCEL
+    bandwidth_bytes_per_s: Annotated[int, msgspec.Meta(ge=65_536)] | None = None
+
+
+class MigrationState(enum.StrEnum):
+    """The states of a migration (DESIGN: "Handoff"). The tables are in `migrator.states`."""
+
+    CREATED = "created"
+    SETUP = "setup"
+    PRECOPY = "precopy"
+    SWITCHOVER = "switchover"
+    HANDOFF = "handoff"
+    COMPLETED = "completed"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+    RECOVERING = "recovering"
+
+
+class Role(enum.StrEnum):
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+class PassKind(enum.StrEnum):
+    """Which pages an iteration sends."""
+
+    FIRST = "first"
+    """Every populated extent."""
+    DIRTY = "dirty"
+    """What is pending: dirtied since it was last sent."""
+    FINAL = "final"
+    """The guest is paused: pending plus a last scan. Done only when the destination holds all."""
+
+
+class PassReport(Value, frozen=True, kw_only=True):
+    """What one iteration did. `pending_pages` are those dirtied meanwhile, by a scan at its end."""
+
+    number: int
+    kind: PassKind
+    seconds: float
+    pages: int
+    bytes_sent: int
+    zero_pages: int = 0
+    pending_pages: int = 0
+    scan_seconds: float = 0.0
+
+
+class Phase(Value, frozen=True, kw_only=True):
+    """One entry of a migration's timeline."""
+
+    name: str
+    started_at_s: float
+    seconds: float
+    detail: str = ""
+
+
+class MigrationProgress(Value, frozen=True, kw_only=True):
+    """How far a migration is. Rates are of the last iteration; None means not known yet."""
+
+    state: MigrationState
+    iteration: int = 0
+    bytes_sent: int = 0
+    remaining_bytes: int = 0
+    throughput_bytes_per_s: float | None = None
+    dirty_rate_bytes_per_s: float | None = None
+    predicted_blackout_ms: float | None = None
+    eta_s: float | None = None
+
+
+class Migration(Value, frozen=True, kw_only=True):
+    """The migration resource: what was asked, where it stands, what was done and why."""
+
+    id: str
+    domain: str
+    source: str
+    destination: str
+    request: MigrationRequest
+    state: MigrationState
+    progress: MigrationProgress
+    created_at_s: float
+    ended_at_s: float | None = None
+    token: int = 0
+    """The source's fencing token at the start; the handoff makes it one more."""
+    error: str | None = None
+    blackout_ms: float | None = None
+    """Host clocks: pause on the source to running on the destination, handoff included."""
+    total_s: float | None = None
+    timeline: tuple[Phase, ...] = ()
+    iterations: tuple[PassReport, ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+
+ENDED = frozenset({MigrationState.COMPLETED, MigrationState.CANCELLED, MigrationState.FAILED})

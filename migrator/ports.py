@@ -1,0 +1,349 @@
+"""The ports: what the migration needs from the world, as abstract base classes.
+
+Drivers in hypervisor/, storage/ and netfabric/ implement them, node_agent/ joins them up. Each port
+has a simulated driver and one contract suite (tests/contract/) that runs on all its drivers.
+
+Rules for every driver:
+- an `async` method never blocks the event loop, and is bounded in time (the driver knows how long);
+- it is idempotent where its docstring says so, so that recovery may repeat it;
+- it raises its port's error (`HypervisorError`, `StorageError`, `FabricError`, `StoreError`), or
+  leaves nothing half done; a cancelled call cleans up as a failed one does.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import msgspec
+
+from migrator.model import (
+    BlockSource,
+    DiskFormat,
+    DomainName,
+    DomainSpec,
+    DomainStatus,
+    FencingToken,
+    HypervisorCapabilities,
+    NicSpec,
+    NodeName,
+    OwnershipRecord,
+    VolumeInfo,
+    VolumeName,
+)
+
+
+class Struct(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of immutable values inside the program."""
+
+
+# --- hypervisor ------------------------------------------------------------------------------
+
+
+class Launch(Struct, frozen=True, kw_only=True):
+    """Everything a hypervisor needs to run a domain here: the spec, with its parts resolved."""
+
+    spec: DomainSpec
+    disks: tuple[BlockSource, ...]
+    """In the order of `spec.disks`."""
+    tap_fds: tuple[int, ...]
+    """Open tap descriptors in the order of `spec.nics`. The caller closes its copies afterwards."""
+    token: FencingToken
+
+
+class RegionMapping(Struct, frozen=True, kw_only=True):
+    """Where one piece of a memory region is mapped in the hypervisor's address space."""
+
+    address: int
+    length_bytes: int
+    region_offset_bytes: int
+
+
+class MemoryRegion(Struct, frozen=True, kw_only=True):
+    """One region of guest memory: a descriptor of its backing file, and where it is mapped."""
+
+    name: str
+    fd: int
+    size_bytes: int
+    page_size_bytes: int
+    mappings: tuple[RegionMapping, ...]
+
+
+class GuestMemory(Struct, frozen=True, kw_only=True):
+    """A running guest's memory, opened from outside. Close it by `close()`: it owns descriptors."""
+
+    pid: int
+    regions: tuple[MemoryRegion, ...]
+    uffd: int
+    """A userfaultfd of the hypervisor's address space (a duplicate)."""
+    pagemap_fd: int
+    """An open /proc/PID/pagemap."""
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """Every descriptor, in a fixed order: uffd, pagemap, then each region's."""
+        return (self.uffd, self.pagemap_fd, *(region.fd for region in self.regions))
+
+    def close(self) -> None:
+        import os
+
+        for fd in self.fds:
+            os.close(fd)
+
+
+class DomainEventKind(enum.StrEnum):
+    """What a hypervisor reports without being asked."""
+
+    PAUSED = "paused"
+    RESUMED = "resumed"
+    PRE_SWITCHOVER = "pre-switchover"
+    """The source stands still and waits for `continue_switchover`."""
+    DEVICE_STATE_SENT = "device-state-sent"
+    """The source's `completed`: it will not resume by itself any more."""
+    DEVICE_STATE_LOADED = "device-state-loaded"
+    """The destination is loaded and paused."""
+    MIGRATION_FAILED = "migration-failed"
+    IO_ERROR = "io-error"
+    PANICKED = "panicked"
+    EXITED = "exited"
+
+
+class DomainEvent(Struct, frozen=True, kw_only=True):
+    domain: DomainName
+    kind: DomainEventKind
+    at_s: float
+    """The hypervisor's own wall-clock time of the event where it gives one, else ours."""
+    detail: str = ""
+
+
+class AbortOutcome(enum.Enum):
+    """What a source did when it was told to give a switchover up."""
+
+    INVALID = 0
+    RESUMED = 1
+    """It runs again."""
+    SENT = 2
+    """Too late: the device state is out (`postmigrate`). The ownership record decides now."""
+    GONE = 3
+    """The hypervisor process is dead."""
+
+
+class HypervisorDriver(abc.ABC):
+    """One node's hypervisor. Errors: HypervisorError; NotFoundError for a domain not here.
+
+    A domain's process outlives the agent. `open` finds and adopts those that run.
+    """
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    async def open(self) -> Sequence[DomainName]:
+        """Connect, adopt what runs, and return the adopted domains."""
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """Let go of every domain without disturbing it."""
+
+    @abc.abstractmethod
+    async def capabilities(self) -> HypervisorCapabilities: ...
+
+    @abc.abstractmethod
+    def subscribe(self, callback: Callable[[DomainEvent], None]) -> Callable[[], None]:
+        """Call back on each event, from the event loop, in order. Returns the unsubscriber."""
+
+    @abc.abstractmethod
+    async def start(self, launch: Launch) -> None:
+        """Start a domain; when this returns its vCPUs run. On failure nothing is left."""
+
+    @abc.abstractmethod
+    async def start_incoming(self, launch: Launch) -> None:
+        """Start a destination: paused, its devices made, waiting for device state."""
+
+    @abc.abstractmethod
+    async def stop(self, domain: DomainName, *, timeout_s: float) -> bool:
+        """Ask the guest to power off (ACPI), by force after `timeout_s`. True: it went by itself."""
+
+    @abc.abstractmethod
+    async def destroy(self, domain: DomainName) -> None:
+        """End the domain's process now. Idempotent; returns when the process is gone."""
+
+    @abc.abstractmethod
+    async def pause(self, domain: DomainName) -> None: ...
+
+    @abc.abstractmethod
+    async def resume(self, domain: DomainName) -> float:
+        """Run the vCPUs (`cont`). Returns when they run; gives the wall-clock time of it (s).
+
+        Idempotent. Never call it on INCOMING or POSTMIGRATE without holding the newest token.
+        """
+
+    @abc.abstractmethod
+    async def reset(self, domain: DomainName) -> None: ...
+
+    @abc.abstractmethod
+    async def inspect(self, domain: DomainName) -> DomainStatus:
+        """STOPPED for a domain that is not here; never raises NotFoundError."""
+
+    @abc.abstractmethod
+    async def list_domains(self) -> Sequence[DomainStatus]: ...
+
+    @abc.abstractmethod
+    def console_log(self, domain: DomainName) -> Path:
+        """The file that the guest's serial console is written to. It may not exist yet."""
+
+    @abc.abstractmethod
+    async def launched(self, domain: DomainName) -> DomainSpec | None:
+        """The spec that the running process was started from; None if it isn't here."""
+
+    # What the page engine needs of a source or a destination.
+
+    @abc.abstractmethod
+    async def memory(self, domain: DomainName) -> GuestMemory:
+        """Open the guest's memory, at any time, also after the agent's restart."""
+
+    @abc.abstractmethod
+    async def prepare_switchover(self, domain: DomainName) -> None:
+        """Source: set all that can be set while the guest runs. Idempotent."""
+
+    @abc.abstractmethod
+    async def begin_switchover(self, domain: DomainName, device_channel: Path) -> None:
+        """Source: stop the guest and send device state up to the last pages.
+
+        The driver connects to the unix socket `device_channel`. Events follow: PAUSED,
+        PRE_SWITCHOVER; or MIGRATION_FAILED and RESUMED.
+        """
+
+    @abc.abstractmethod
+    async def continue_switchover(self, domain: DomainName) -> None:
+        """Source in PRE_SWITCHOVER: send the rest. DEVICE_STATE_SENT follows."""
+
+    @abc.abstractmethod
+    async def abort_switchover(self, domain: DomainName) -> AbortOutcome:
+        """Source: give up. Idempotent, also where no switchover was begun (RESUMED)."""
+
+    @abc.abstractmethod
+    async def receive_device_state(self, domain: DomainName, device_channel: Path) -> None:
+        """Destination: listen on the unix socket. DEVICE_STATE_LOADED follows, or a failure."""
+
+
+# --- storage ---------------------------------------------------------------------------------
+
+
+class VolumeDriver(abc.ABC):
+    """One pool's volumes. Errors: StorageError, NotFoundError, ConflictError."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    async def create(
+        self,
+        volume: VolumeName,
+        *,
+        capacity_bytes: int,
+        format: DiskFormat,
+        image: Path | None = None,
+    ) -> VolumeInfo:
+        """Create a volume, as a copy of `image` (same format, grown to capacity) where given.
+
+        ConflictError if it exists. On failure nothing is left.
+        """
+
+    @abc.abstractmethod
+    async def inspect(self, volume: VolumeName) -> VolumeInfo: ...
+
+    @abc.abstractmethod
+    async def list_volumes(self) -> Sequence[VolumeInfo]: ...
+
+    @abc.abstractmethod
+    async def delete(self, volume: VolumeName) -> None:
+        """Delete; NotFoundError if it isn't there."""
+
+    @abc.abstractmethod
+    async def open(
+        self, volume: VolumeName, token: FencingToken, *, read_only: bool
+    ) -> BlockSource:
+        """Make the volume usable by this node's hypervisor under `token`. Idempotent.
+
+        During a migration both ends have it open; only the newest token may write.
+        """
+
+    @abc.abstractmethod
+    async def close(self, volume: VolumeName, token: FencingToken) -> None:
+        """Undo `open`. Idempotent."""
+
+    @abc.abstractmethod
+    async def fence(self, volume: VolumeName, token: FencingToken) -> None:
+        """Shut out every writer under an older token. Idempotent. FenceError if unconfirmed.
+
+        A FencingToken older than one that already fenced raises FenceError and changes nothing.
+        """
+
+    @abc.abstractmethod
+    async def verify(self, volume: VolumeName) -> FencingToken | None:
+        """The newest token that fenced this volume; None if none did."""
+
+    @property
+    @abc.abstractmethod
+    def fences_remote_writers(self) -> bool:
+        """Whether `fence` stops a writer on another, silent node. HA takeover needs it."""
+
+
+# --- network ---------------------------------------------------------------------------------
+
+
+class FabricDriver(abc.ABC):
+    """One node's guest network. Errors: FabricError."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    async def check(self, nic: NicSpec) -> Sequence[str]:
+        """Why this NIC can't be plugged here (missing bridge, MTU); empty if it can."""
+
+    @abc.abstractmethod
+    async def plug(self, domain: DomainName, index: int, nic: NicSpec) -> int:
+        """Make a tap on the NIC's bridge and return its descriptor (the caller closes it).
+
+        The tap lives as long as a descriptor to it is open: a dead hypervisor leaves none behind.
+        """
+
+    @abc.abstractmethod
+    async def unplug(self, domain: DomainName, index: int) -> None:
+        """Remove the tap. Idempotent."""
+
+    @abc.abstractmethod
+    async def announce(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
+        """Tell the network where the NICs are now; the first frames are out when this returns.
+
+        Repeats with growing gaps go on in the background, owned and ended by the driver.
+        """
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """End the background announcements. Taps stay: their hypervisors hold them."""
+
+
+# --- ownership -------------------------------------------------------------------------------
+
+
+class OwnershipStore(abc.ABC):
+    """The cluster's ownership records. StoreError: unknown outcome, nothing may be assumed."""
+
+    @abc.abstractmethod
+    async def read(self, domain: DomainName) -> OwnershipRecord | None: ...
+
+    @abc.abstractmethod
+    async def compare_and_set(self, expected: OwnershipRecord | None, new: OwnershipRecord) -> bool:
+        """Atomically replace `expected` (None: no record yet) by `new`. False: somebody won."""
+
+    @abc.abstractmethod
+    async def remove(self, expected: OwnershipRecord) -> bool:
+        """Atomically delete the record if it still equals `expected`."""
+
+
+def owns(record: OwnershipRecord | None, node: NodeName, token: FencingToken) -> bool:
+    """Whether `record` lets `node` run the domain under `token`."""
+    return record is not None and record.owner == node and record.token == token
