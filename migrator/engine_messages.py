@@ -14,8 +14,8 @@
       │  Stop ──────────────────────────────►│ unregisters, exits           │
 
 Frames are `migrator.wire` frames. The descriptors of `Configure` come with its first byte
-(SCM_RIGHTS), in the order uffd, pagemap, region 0, region 1, ... End of file on the socketpair means that
-the agent died: the engine unregisters dirty tracking and exits.
+(SCM_RIGHTS), in the order uffd, pagemap, region 0, region 1, ... End of file on the socketpair
+means that the agent died: the engine unregisters dirty tracking and exits.
 """
 
 from __future__ import annotations

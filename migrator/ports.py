@@ -164,7 +164,7 @@ class HypervisorDriver(abc.ABC):
 
     @abc.abstractmethod
     async def stop(self, domain: DomainName, *, timeout_s: float) -> bool:
-        """Ask the guest to power off (ACPI), by force after `timeout_s`. True: it went by itself."""
+        """Ask the guest to power off (ACPI); by force after `timeout_s`. True: by itself."""
 
     @abc.abstractmethod
     async def destroy(self, domain: DomainName) -> None:

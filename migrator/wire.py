@@ -6,8 +6,8 @@
            └──────┴────────┴───────┴──────────────┴───────────────┘
               2       1        1      4, big endian    0 .. cap
 
-Pure: bytes in, frames out. Kind 0 is invalid, so that a zeroed buffer is never a frame. A frame with
-a foreign magic, an unknown version or kind, or a length above its cap is refused with
+Pure: bytes in, frames out. Kind 0 is invalid, so that a zeroed buffer is never a frame. A frame
+with a foreign magic, an unknown version or kind, or a length above its cap is refused with
 RemoteProtocolError as soon as its header is complete: the body is never buffered.
 """
 
