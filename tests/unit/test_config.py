@@ -1,0 +1,120 @@
+"""The configuration: defaults, every problem by its key, and the round trip through TOML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from migrator.errors import ConfigError
+from node_agent.config import (
+    default_memory_bytes,
+    format_endpoint,
+    load_config,
+    parse_config,
+    parse_endpoint,
+    render_config,
+)
+
+MINIMAL = """
+[node]
+name = "n1"
+state_directory = "/var/lib/ferry"
+[api]
+listen = "10.77.0.11:7780"
+[peer]
+listen = "10.77.0.11:7781"
+[store]
+path = "/var/lib/ferry/cluster.sqlite"
+"""
+PEER = '[[peers]]\nname = "n2"\naddress = "10.77.0.12:7781"\n'
+POOL = '[[pools]]\nname = "default"\npath = "/pool"\n'
+
+
+def test_defaults_are_filled_in() -> None:
+    config = parse_config(MINIMAL)
+    assert config.api.socket == "/var/lib/ferry/api.sock"
+    assert config.api.listen_address == ("10.77.0.11", 7780)
+    assert config.migration.address == "10.77.0.11"
+    assert config.migration.streams == 1
+    assert config.node.memory_bytes == default_memory_bytes()
+    assert (config.store.driver, config.hypervisor.driver, config.fabric.driver) == (
+        "sqlite",
+        "qemu",
+        "bridge",
+    )
+    assert config.pools == () and config.peers == ()
+
+
+def test_memory_default_leaves_a_gibibyte_but_takes_at_least_half() -> None:
+    assert default_memory_bytes(8 * 1024**3) == 7 * 1024**3
+    assert default_memory_bytes(1024**3) == 512 * 1024**2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [MINIMAL, MINIMAL + PEER + POOL, MINIMAL.replace("10.77.0.11", "[fd00::1]") + POOL],
+)
+def test_render_round_trips(text: str, tmp_path: Path) -> None:
+    config = parse_config(text)
+    path = tmp_path / "ferry.toml"
+    path.write_text(render_config(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+def test_render_escapes_what_toml_wants_escaped() -> None:
+    config = parse_config(MINIMAL)
+    odd = msgspec.structs.replace(
+        config, store=msgspec.structs.replace(config.store, path='/a "b"\\c\n\x7f\u00fc')
+    )
+    assert parse_config(render_config(odd)) == odd
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ('name = "n1"', 'name = "N 1"', "node.name: "),
+        ('name = "n1"', "", "node.name: missing"),
+        ('name = "n1"', 'nmae = "n1"', "node.nmae: unknown key; did you mean node.name?"),
+        ("/var/lib/ferry/cluster", "var/cluster", "store.path: "),
+        ('"/var/lib/ferry"', '"ferry"', "node.state_directory: "),
+        ("10.77.0.11:7780", "10.77.0.11", "api.listen: "),
+        ("10.77.0.11:7780", "10.77.0.11:99999", "api.listen: "),
+        ("10.77.0.11:7780", "fd00::1:7780", "brackets"),
+        ("10.77.0.11:7781", "0.0.0.0:7781", "migration.address: "),
+        ("10.77.0.11:7781", "10.77.0.11:7780", "peer.listen: "),
+        ("[store]", "[stoer]", "stoer: unknown key; did you mean store?"),
+        ("[store]", '[peer.tls]\ncertificate = "x"\n[store]', "peer.tls: not supported yet"),
+        ("[store]", '[store]\ndriver = "etcd"', 'store.driver: "etcd" is wrong; must be "sqlite"'),
+        ("[store]", "[migration]\nstreams = 0\n[store]", "migration.streams: 0 is wrong"),
+        ("[store]", "[[peers]]\n[store]", "peers[0].name: missing"),
+        ("[store]", "pools = 3\n[store]", "peer.pools: unknown key"),
+        ("[store]", PEER * 2 + "[store]", 'peers[1].name: "n2" is taken'),
+        ("[store]", PEER.replace("n2", "n1") + "[store]", 'peers[0].name: "n1" is this node'),
+        ("[store]", POOL * 2 + "[store]", 'pools[1].name: "default" is taken'),
+        ("[store]", "[store", "not valid TOML"),
+    ],
+)
+def test_each_problem_names_its_key(old: str, new: str, expected: str) -> None:
+    assert old in MINIMAL
+    with pytest.raises(ConfigError) as caught:
+        parse_config(MINIMAL.replace(old, new))
+    assert expected in str(caught.value)
+
+
+def test_all_problems_at_once_and_none_that_only_follows() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config('[node]\nname = "n1"\n[api]\nlisten = "x"\n[peer]\n')
+    keys = [line.split(":")[0] for line in str(caught.value).splitlines()]
+    assert keys == ["node.state_directory", "api.listen", "peer.listen", "store"]
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ferry\.toml"):
+        load_config(tmp_path / "ferry.toml")
+
+
+@pytest.mark.parametrize("endpoint", [("10.0.0.1", 1), ("fd00::1", 65535), ("host.example", 80)])
+def test_endpoints_round_trip(endpoint: tuple[str, int]) -> None:
+    assert parse_endpoint(format_endpoint(*endpoint)) == endpoint
