@@ -1,0 +1,185 @@
+"""The cluster's event log: who did what, and what happened to whom.
+
+    emit() ──► bounded queue ──► one writer task ──► events/SEQ in the store ──► tail()
+
+`emit` never waits, so that hypervisor callbacks and failing paths may use it. When the store is
+away the writer keeps trying, and the oldest waiting events are dropped once the queue is full:
+an event is a report, never a state that something else depends on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import Final
+
+import msgspec
+
+from migrator.errors import StoreError
+from migrator.model import Value
+from node_agent.resources import EVENTS
+from node_agent.state.port import StateStore
+
+log = logging.getLogger(__name__)
+
+KEEP_EVENTS: Final = 10_000
+QUEUE_EVENTS: Final = 1_000
+RETRY_S: Final = 1.0
+
+
+class EventKind(enum.StrEnum):
+    """What an event is about. New kinds may be added; a reader ignores those it doesn't know."""
+
+    AGENT_STARTED = "agent-started"
+    DOMAIN_DEFINED = "domain-defined"
+    DOMAIN_DELETED = "domain-deleted"
+    DOMAIN_STARTED = "domain-started"
+    DOMAIN_START_FAILED = "domain-start-failed"
+    DOMAIN_STOPPED = "domain-stopped"
+    DOMAIN_PAUSED = "domain-paused"
+    DOMAIN_RESUMED = "domain-resumed"
+    DOMAIN_RESET = "domain-reset"
+    DOMAIN_EXITED = "domain-exited"
+    DOMAIN_IO_ERROR = "domain-io-error"
+    DOMAIN_PANICKED = "domain-panicked"
+    DOMAIN_LOST = "domain-lost"
+    """A record said that it runs here, but it doesn't."""
+    DOMAIN_ADOPTED = "domain-adopted"
+    DOMAIN_DESTROYED = "domain-destroyed"
+    """A guest that this node didn't own any more was ended."""
+    MIGRATION_STARTED = "migration-started"
+    MIGRATION_STATE = "migration-state"
+    MIGRATION_COMPLETED = "migration-completed"
+    MIGRATION_CANCELLED = "migration-cancelled"
+    MIGRATION_FAILED = "migration-failed"
+
+
+class ClusterEvent(Value, frozen=True, kw_only=True):
+    """One entry of the log. `seq` is its number in the store and the id of its SSE message."""
+
+    seq: int = 0
+    at_s: float
+    kind: str
+    node: str
+    message: str
+    domain: str | None = None
+    migration: str | None = None
+    data: dict[str, str | int | float | bool | None] = msgspec.field(default_factory=dict)
+
+
+class EventList(Value, frozen=True, kw_only=True):
+    events: tuple[ClusterEvent, ...]
+
+
+class EventLog:
+    """This node's end of the log. `open` starts the writer, `close` writes out and ends it."""
+
+    def __init__(
+        self, store: StateStore, node: str, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._store = store
+        self._node = node
+        self._clock = clock
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ClusterEvent)
+        self._waiting: deque[ClusterEvent] = deque(maxlen=QUEUE_EVENTS)
+        self._wakeup = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._writer: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        self._writer = asyncio.create_task(self._write_all(), name="event-writer")
+
+    async def close(self, timeout_s: float = 2.0) -> None:
+        """Write what waits, for at most `timeout_s`, and end the writer."""
+        if self._writer is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        self._writer.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._writer
+        self._writer = None
+
+    def emit(
+        self,
+        kind: EventKind,
+        message: str,
+        *,
+        domain: str | None = None,
+        migration: str | None = None,
+        **data: str | int | float | bool | None,
+    ) -> None:
+        """Report. Never waits and never fails; see the module for what may be lost."""
+        event = ClusterEvent(
+            at_s=self._clock(),
+            kind=kind.value,
+            node=self._node,
+            message=message,
+            domain=domain,
+            migration=migration,
+            data=data,
+        )
+        log.info("%s: %s", kind.value, message)
+        self._waiting.append(event)
+        self._idle.clear()
+        self._wakeup.set()
+
+    async def read(self, *, after_seq: int = 0, limit: int = 1000) -> Sequence[ClusterEvent]:
+        """The newest `limit` events after `after_seq`, oldest first."""
+        entries = await self._store.list_prefix(EVENTS)
+        events = [self._decode(entry.key, entry.value) for entry in entries]
+        return [event for event in events if event.seq > after_seq][-limit:]
+
+    async def tail(self, after_seq: int | None = None) -> AsyncIterator[ClusterEvent]:
+        """Events after `after_seq` (None: from now on), in order, as they are written.
+
+        Ends when the store is closed. An `after_seq` from the future counts as None.
+        """
+        entries = await self._store.list_prefix(EVENTS)
+        last = _seq(entries[-1].key) if entries else 0
+        if after_seq is not None and after_seq < last:
+            for entry in entries:
+                if _seq(entry.key) > after_seq:
+                    yield self._decode(entry.key, entry.value)
+        since = max((entry.revision for entry in entries), default=0)
+        changes = self._store.watch(EVENTS, since)
+        try:
+            async for change in changes:
+                if change.value is not None and _seq(change.key) > last:
+                    last = _seq(change.key)
+                    yield self._decode(change.key, change.value)
+        finally:
+            if isinstance(changes, AsyncGenerator):
+                await changes.aclose()
+
+    def _decode(self, key: str, value: bytes) -> ClusterEvent:
+        event = self._decoder.decode(value)
+        return msgspec.structs.replace(event, seq=_seq(key))
+
+    async def _write_all(self) -> None:
+        while True:
+            await self._wakeup.wait()
+            self._wakeup.clear()
+            while self._waiting:
+                event = self._waiting[0]
+                try:
+                    await self._store.append(EVENTS, self._encoder.encode(event), keep=KEEP_EVENTS)
+                except StoreError as error:
+                    log.warning("the store doesn't take events now: %s", error)
+                    await asyncio.sleep(RETRY_S)
+                    continue
+                if self._waiting and self._waiting[0] is event:
+                    self._waiting.popleft()
+            self._idle.set()
+
+
+def _seq(key: str) -> int:
+    return int(key.removeprefix(EVENTS))

@@ -1,0 +1,43 @@
+"""The migration service, as the API and the cluster layer see it.
+
+A service belongs to one node: it makes and cancels the migrations whose source this node is.
+`list_migrations` and `get` know every migration of the cluster, from the store; the progress
+of one that runs is newest on its source, so `ClusterService` asks there first.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+
+from migrator.model import Migration, MigrationRequest
+
+
+class MigrationService(abc.ABC):
+    """Errors: NotFoundError, ConflictError, RefusedError (all reasons), StoreError."""
+
+    @abc.abstractmethod
+    async def create(self, domain: str, request: MigrationRequest) -> Migration:
+        """Begin to migrate a domain that this node owns, and return at once.
+
+        RefusedError with every reason when it can't be carried out; then nothing was changed.
+        """
+
+    @abc.abstractmethod
+    async def check(self, domain: str, request: MigrationRequest) -> Sequence[str]:
+        """Why `create` would refuse; empty if it would accept. Changes nothing."""
+
+    @abc.abstractmethod
+    async def get(self, id: str) -> Migration:
+        """NotFoundError if there is none."""
+
+    @abc.abstractmethod
+    async def list_migrations(self) -> Sequence[Migration]:
+        """Newest first."""
+
+    @abc.abstractmethod
+    async def cancel(self, id: str) -> Migration:
+        """Ask a migration of this node to give up. Idempotent on one that is cancelling.
+
+        WrongStateError from the handoff on, and on one that ended: it is too late.
+        """

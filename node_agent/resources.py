@@ -1,0 +1,184 @@
+"""What the agent stores, and what its HTTP API and CLI speak, beyond the words of `migrator.model`.
+
+Immutable values, validated by msgspec. The OpenAPI schema is generated from these structs, so that
+what they refuse and what the documentation says can't differ.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import msgspec
+
+from migrator.model import (
+    DiskFormat,
+    DomainSpec,
+    DomainState,
+    FileName,
+    HypervisorCapabilities,
+    MigrationRequest,
+    Name,
+    NodeState,
+    OnTimeout,
+    Value,
+    VolumeInfo,
+)
+
+DOMAINS: Final = "domains/"
+NODES: Final = "nodes/"
+MIGRATIONS: Final = "migrations/"
+EVENTS: Final = "events/"
+
+
+class DomainRecord(Value, frozen=True, kw_only=True):
+    """`domains/NAME` in the store: the definition, as validated and pinned."""
+
+    spec: DomainSpec
+    defined_at_s: float
+    last_node: str | None = None
+    """Where it was defined; a start without a node goes to the last owner, else here."""
+
+
+class Domain(Value, frozen=True, kw_only=True):
+    """The domain resource: its definition, who owns it, and what it does there now."""
+
+    name: str
+    spec: DomainSpec
+    state: DomainState
+    """`unknown` when the owning node can't be asked; then `reason` says why."""
+    node: str | None = None
+    """The node that owns it, or owned it last; None if it never ran."""
+    token: int = 0
+    """The newest fencing token; 0 if it never ran."""
+    pid: int | None = None
+    reason: str | None = None
+    memory_in_use_bytes: int | None = None
+    migration: str | None = None
+    """The migration that has hold of it now."""
+    defined_at_s: float = 0.0
+
+
+class Node(Value, frozen=True, kw_only=True):
+    """The node resource: what the node said of itself, and whether it still speaks."""
+
+    name: str
+    state: NodeState
+    heartbeat_age_s: float
+    api_address: str
+    peer_address: str
+    migration_address: str
+    cpus: int
+    memory_bytes: int
+    memory_committed_bytes: int
+    """The memory of the domains that run on it."""
+    domains: tuple[str, ...]
+    """The domains that run on it."""
+    capabilities: HypervisorCapabilities
+    agent_version: str
+
+    @property
+    def memory_free_bytes(self) -> int:
+        return self.memory_bytes - self.memory_committed_bytes
+
+
+class StartRequest(Value, frozen=True, kw_only=True):
+    """Body of a start; may be left out."""
+
+    node: Name | None = None
+    """Where; by default the node that last owned it."""
+
+
+class StopRequest(Value, frozen=True, kw_only=True):
+    """Body of a stop; may be left out."""
+
+    timeout_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 30.0
+    """How long the guest may take to power off by itself; then it is ended by force."""
+
+
+class MigrationCreate(Value, frozen=True, kw_only=True):
+    """Body of a new migration: `MigrationRequest`, whose destination may be left open."""
+
+    destination: Name | None = None
+    """By default the ready node with the most free memory, other than the source."""
+    downtime_limit_ms: Annotated[int, msgspec.Meta(ge=1, le=60_000)] = 50
+    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 600.0
+    on_timeout: OnTimeout = OnTimeout.CANCEL
+    bandwidth_bytes_per_s: Annotated[int, msgspec.Meta(ge=65_536)] | None = None
+
+    def towards(self, destination: str) -> MigrationRequest:
+        """The request with its destination decided."""
+        return MigrationRequest(
+            destination=destination,
+            downtime_limit_ms=self.downtime_limit_ms,
+            timeout_s=self.timeout_s,
+            on_timeout=self.on_timeout,
+            bandwidth_bytes_per_s=self.bandwidth_bytes_per_s,
+        )
+
+
+class DryRun(Value, frozen=True, kw_only=True):
+    """What a migration would be refused for; empty: it would be accepted."""
+
+    destination: str
+    refused: tuple[str, ...]
+
+
+class VolumeCreate(Value, frozen=True, kw_only=True):
+    """Body of a new volume."""
+
+    name: FileName
+    capacity_bytes: Annotated[int, msgspec.Meta(ge=512, le=1 << 50)]
+    format: DiskFormat = DiskFormat.RAW
+    image: str | None = None
+    """Absolute path, on the agent that is asked, of an image in `format` to copy."""
+
+
+class Pool(Value, frozen=True, kw_only=True):
+    """The pool resource."""
+
+    name: str
+    driver: str
+    fences_remote_writers: bool
+    """Whether a takeover from a silent node is possible on this pool."""
+
+
+class DomainList(Value, frozen=True, kw_only=True):
+    domains: tuple[Domain, ...]
+
+
+class NodeList(Value, frozen=True, kw_only=True):
+    nodes: tuple[Node, ...]
+
+
+class PoolList(Value, frozen=True, kw_only=True):
+    pools: tuple[Pool, ...]
+
+
+class VolumeList(Value, frozen=True, kw_only=True):
+    volumes: tuple[VolumeInfo, ...]
+
+
+class Health(Value, frozen=True, kw_only=True):
+    """This agent serves, and its state store answers."""
+
+    node: str
+    status: str
+    agent_version: str
+
+
+class Problem(Value, frozen=True, kw_only=True, omit_defaults=True):
+    """An error, as of RFC 9457 (application/problem+json)."""
+
+    type: str
+    """`urn:ferry:problem:CODE`."""
+    title: str
+    status: int
+    detail: str
+    code: str
+    """The stable name of the error (`migrator.errors`)."""
+    instance: str = ""
+    """The path that was asked for."""
+    fields: dict[str, str] = msgspec.field(default_factory=dict)
+    """Each wrong field, and what would be right."""
+    reasons: tuple[str, ...] = ()
+    """Every reason of a refusal."""
