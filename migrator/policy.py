@@ -1,0 +1,122 @@
+"""When pre-copy has converged, when it goes on, and when it won't: pure functions of figures.
+
+Let p be the bytes that are pending after a pass, r the measured throughput, and d the dirty rate
+(pending bytes over the pass's duration). The blackout that a switchover now would cost is predicted
+as p / r plus a fixed cost for stopping, device state and handoff. Another pass is worth
+its time while it shrinks p; p shrinks geometrically by d / r, so it stops where d >= r.
+
+A guest's dirty rate oscillates, so one pass that didn't shrink is no verdict (other systems kill
+migrations by such timers): the best of the last `WINDOW` passes is held against the best before.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Final
+
+from migrator.model import PAGE_SIZE_BYTES, PassReport
+from migrator.ports import Struct
+
+FIXED_BLACKOUT_MS: Final = 8.0
+"""Stop, device state and handoff without any page: the prototype's median (DESIGN, 8)."""
+FLOOR_PAGES: Final = 64
+"""Pending pages that no further pass can usefully shrink: they go in well under a millisecond."""
+SHRINK_FACTOR: Final = 0.85
+"""A pass that leaves more than this share of the best before it did not shrink."""
+WINDOW: Final = 3
+MAX_ITERATIONS: Final = 30
+DEFAULT_THROUGHPUT_BYTES_PER_S: Final = 100e6
+"""Assumed until a pass was measured: a 1 Gbit/s link less its overhead."""
+
+
+class DecisionKind(enum.Enum):
+    INVALID = 0
+    ITERATE = 1
+    SWITCH_OVER = 2
+    GIVE_UP = 3
+    """It doesn't converge. The request says whether that means cancel or force."""
+
+
+class Decision(Struct, frozen=True, kw_only=True):
+    """What to do after a pass, with the figures that it was made from."""
+
+    kind: DecisionKind
+    reason: str
+    pending_bytes: int
+    throughput_bytes_per_s: float
+    dirty_rate_bytes_per_s: float
+    predicted_blackout_ms: float
+
+
+def throughput(passes: Sequence[PassReport]) -> float:
+    """Bytes a second of the passes so far, the larger ones weighing more.
+
+    A pass of a few pages measures latency, not throughput, so the sum over all is taken.
+    """
+    seconds = sum(each.seconds for each in passes)
+    sent = sum(each.bytes_sent for each in passes)
+    if seconds <= 0.0 or sent <= 0:
+        return DEFAULT_THROUGHPUT_BYTES_PER_S
+    return sent / seconds
+
+
+def dirty_rate(last: PassReport) -> float:
+    """Bytes a second that the guest dirtied during the last pass."""
+    if last.seconds <= 0.0:
+        return 0.0
+    return last.pending_pages * PAGE_SIZE_BYTES / last.seconds
+
+
+def predicted_blackout_ms(pending_bytes: int, throughput_bytes_per_s: float) -> float:
+    return FIXED_BLACKOUT_MS + 1000.0 * pending_bytes / throughput_bytes_per_s
+
+
+def decide(passes: Sequence[PassReport], downtime_limit_ms: int) -> Decision:
+    """What to do after the last of `passes` (at least one)."""
+    last = passes[-1]
+    rate = throughput(passes)
+    pending_bytes = last.pending_pages * PAGE_SIZE_BYTES
+    blackout_ms = predicted_blackout_ms(pending_bytes, rate)
+    # The fixed cost is not the pages' fault: a limit below it is held against the pages alone.
+    page_budget_ms = max(downtime_limit_ms - FIXED_BLACKOUT_MS, 0.5 * downtime_limit_ms)
+    fits = blackout_ms - FIXED_BLACKOUT_MS <= page_budget_ms
+
+    def decision(kind: DecisionKind, reason: str) -> Decision:
+        return Decision(
+            kind=kind,
+            reason=reason,
+            pending_bytes=pending_bytes,
+            throughput_bytes_per_s=rate,
+            dirty_rate_bytes_per_s=dirty_rate(last),
+            predicted_blackout_ms=blackout_ms,
+        )
+
+    if last.pending_pages <= FLOOR_PAGES and fits:
+        return decision(DecisionKind.SWITCH_OVER, f"{last.pending_pages} pages left")
+    shrinks = _shrinks(passes, window=1 if fits else WINDOW)
+    if len(passes) >= MAX_ITERATIONS:
+        shrinks = False
+    if shrinks:
+        return decision(DecisionKind.ITERATE, f"{last.pending_pages} pages left, and shrinking")
+    if fits:
+        return decision(
+            DecisionKind.SWITCH_OVER,
+            f"{last.pending_pages} pages left, within {downtime_limit_ms} ms",
+        )
+    return decision(
+        DecisionKind.GIVE_UP,
+        f"after {len(passes)} iterations {pending_bytes / 1e6:.1f} MB are left and don't shrink: "
+        f"the guest dirties {dirty_rate(last) / 1e6:.1f} MB/s, the link carries "
+        f"{rate / 1e6:.1f} MB/s; the blackout would be {blackout_ms:.0f} ms, "
+        f"the limit is {downtime_limit_ms} ms",
+    )
+
+
+def _shrinks(passes: Sequence[PassReport], window: int) -> bool:
+    """Whether the best of the last `window` passes beats the best before by SHRINK_FACTOR."""
+    if len(passes) <= window:
+        return True
+    recent = min(each.pending_pages for each in passes[-window:])
+    before = min(each.pending_pages for each in passes[:-window])
+    return recent < before * SHRINK_FACTOR

@@ -1,0 +1,174 @@
+"""What the sessions of both sides share: the state, the timeline, and how commands are given.
+
+A session is a pure machine: `handle(event, now)` returns the commands to perform. It does no I/O,
+and reads no clock: `now` is the runner's (seconds, its host's wall clock, never going back).
+
+A message, timer or report may come late, when the session is past it. A session ignores what its
+state has no use for; that isn't an error, it's how networks are. What is an error is a transition
+that the table doesn't have (LocalProtocolError), or anything but a late event after the end.
+"""
+
+from __future__ import annotations
+
+import abc
+
+from migrator.model import (
+    ENDED,
+    MigrationState,
+    NodeName,
+    OwnershipRecord,
+    OwnershipState,
+    Phase,
+    Role,
+)
+from migrator.ports import Struct
+from migrator.session.messages import SessionMessage
+from migrator.session.vocabulary import (
+    Command,
+    Event,
+    Finish,
+    Journal,
+    Send,
+    StartTimer,
+    StopTimer,
+    TimerName,
+)
+from migrator.states import check_transition
+
+
+class Timing(Struct, frozen=True, kw_only=True):
+    """How long a session waits, in seconds. Every wait of a session is one of these.
+
+    The simulation shortens none of them: its clock is free.
+    """
+
+    setup_s: float = 30.0
+    """For the destination to get ready."""
+    resend_s: float = 1.0
+    """Before a message that wasn't answered is sent again."""
+    peer_s: float = 15.0
+    """That pre-copy bears an unreachable peer."""
+    switchover_s: float = 2.0
+    """From the pause to the sent device state; then the source takes the guest back."""
+    commit_s: float = 1.0
+    """That the source waits for Running before it asks the record."""
+    retry_s: float = 0.5
+    """Between tries in recovery; doubles up to retry_s_max."""
+    retry_s_max: float = 5.0
+    abandoned_s: float = 60.0
+    """That a destination keeps its copy without any word from the source."""
+    fence_tries: int = 10
+    """Failed fences after which a destination gives the guest back."""
+
+
+class Session(abc.ABC):
+    """One side of one migration. See the module."""
+
+    role: Role
+
+    def __init__(
+        self,
+        *,
+        migration_id: str,
+        domain: str,
+        source: NodeName,
+        destination: NodeName,
+        token: int,
+        timing: Timing,
+    ) -> None:
+        self.migration_id = migration_id
+        self.domain = domain
+        self.source = source
+        self.destination = destination
+        self.token = token
+        """The source's token at the start. A handoff, or a rollback, wins token + 1."""
+        self.timing = timing
+        self.state = MigrationState.CREATED
+        self.error: str | None = None
+        self.timeline: list[Phase] = []
+        self.ended_at_s: float | None = None
+        self._commands: list[Command] = []
+        self._now = 0.0
+        self._entered_at_s = 0.0
+        self._retries = 0
+        self._state_detail = ""
+
+    # --- the machine ---
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Take one event; return what to do. `now` never goes back."""
+        self._now = max(now, self._now)
+        if not self._entered_at_s:
+            self._entered_at_s = self._now
+        self._commands = []
+        if self.state in ENDED:
+            self._handle_after_end(event)
+        else:
+            self._handle(event)
+        commands, self._commands = self._commands, []
+        return commands
+
+    @abc.abstractmethod
+    def _handle(self, event: Event) -> None: ...
+
+    @abc.abstractmethod
+    def _handle_after_end(self, event: Event) -> None: ...
+
+    # --- the parts that handlers are made of ---
+
+    def _do(self, *commands: Command) -> None:
+        self._commands.extend(commands)
+
+    def _send(self, message: SessionMessage) -> None:
+        self._do(Send(message=message))
+
+    def _enter(self, state: MigrationState, detail: str = "") -> None:
+        check_transition(self.role, self.state, state)
+        self._note(self.state.value, self._entered_at_s, self._now, self._state_detail)
+        self.state = state
+        self._entered_at_s = self._now
+        self._state_detail = detail
+        self._retries = 0
+
+    def _note(self, name: str, started_at_s: float, ended_at_s: float, detail: str = "") -> None:
+        """Add one entry to the timeline."""
+        self.timeline.append(
+            Phase(
+                name=name,
+                started_at_s=started_at_s,
+                seconds=max(ended_at_s - started_at_s, 0.0),
+                detail=detail,
+            )
+        )
+
+    def _journal(self, detail: str = "") -> None:
+        self._do(Journal(state=self.state, detail=detail))
+
+    def _retry_later(self) -> None:
+        """Start the RETRY timer, with a growing gap."""
+        gap = min(self.timing.retry_s * 2.0**self._retries, self.timing.retry_s_max)
+        self._retries = min(self._retries + 1, 16)
+        self._do(StartTimer(name=TimerName.RETRY, seconds=gap))
+
+    def _finish(self, state: MigrationState, error: str | None = None) -> None:
+        self.error = error if error is not None else self.error
+        self._enter(state)
+        self.ended_at_s = self._now
+        self._do(*(StopTimer(name=name) for name in TimerName))
+        self._do(Finish(state=state, error=self.error))
+
+    # --- the record ---
+
+    @property
+    def record_before(self) -> OwnershipRecord:
+        """The ownership record as the source held it when the migration began."""
+        return OwnershipRecord(
+            domain=self.domain,
+            token=self.token,
+            owner=self.source,
+            state=OwnershipState.RUNNING,
+        )
+
+    @property
+    def next_token(self) -> int:
+        return self.token + 1

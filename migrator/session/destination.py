@@ -1,0 +1,372 @@
+"""The destination's side of a migration, as a pure machine.
+
+Its rules (DESIGN: "Handoff"):
+- It tries the compare-and-set only when both are true: its hypervisor has loaded the device state
+  (so every page and every device is here), and the source said Commit (so the source's hypervisor
+  won't resume by itself any more).
+- It resumes the guest only after it won, and fenced every volume with the token that it won.
+- An unknown outcome of the compare-and-set is resolved by reading the record, never by a guess;
+  until then it keeps its copy, and hears no Abort.
+- If it won but can't run the guest, whose vCPUs have never run here, it discards its copy and says
+  Aborted: then the source may take the record back. Once a resume was issued it never says that.
+"""
+
+from __future__ import annotations
+
+from migrator.model import DomainSpec, MigrationState, NodeName, OwnershipRecord, Role
+from migrator.ports import DomainEventKind
+from migrator.session.base import Session, Timing
+from migrator.session.messages import (
+    Abort,
+    Aborted,
+    Commit,
+    Farewell,
+    Inquire,
+    Pending,
+    Prepare,
+    Prepared,
+    Refused,
+    Running,
+    SessionMessage,
+)
+from migrator.session.vocabulary import (
+    Announce,
+    Begin,
+    CommandFailed,
+    DestroyGuest,
+    EngineListening,
+    EngineLost,
+    Event,
+    Fence,
+    Fenced,
+    GuestCondition,
+    GuestDestroyed,
+    GuestInspected,
+    GuestReported,
+    GuestResumed,
+    IncomingReady,
+    InspectGuest,
+    PeerBack,
+    PeerLost,
+    PrepareIncoming,
+    ReadRecord,
+    Received,
+    RecordRead,
+    RecordSwapped,
+    Recover,
+    ResumeGuest,
+    StartEngine,
+    StartTimer,
+    StopEngine,
+    StopTimer,
+    SwapRecord,
+    TimerFired,
+    TimerName,
+)
+
+_S = MigrationState
+_BEFORE_HANDOFF = (_S.SETUP, _S.PRECOPY, _S.SWITCHOVER)
+
+
+class DestinationSession(Session):
+    """See the module. Public attributes are for reading; `handle` alone changes them."""
+
+    role = Role.DESTINATION
+
+    def __init__(
+        self,
+        *,
+        migration_id: str,
+        spec: DomainSpec,
+        source: NodeName,
+        destination: NodeName,
+        token: int,
+        timing: Timing | None = None,
+    ) -> None:
+        super().__init__(
+            migration_id=migration_id,
+            domain=spec.name,
+            source=source,
+            destination=destination,
+            token=token,
+            timing=timing or Timing(),
+        )
+        self.spec = spec
+        self._incoming_ready = False
+        self._listening: EngineListening | None = None
+        self._loaded_at_s = 0.0
+        self._commit = False
+        self._won_at_s = 0.0
+        self._fence_failures = 0
+        self._resume_issued = False
+        self._resumed_at_s = 0.0
+        self._dead = False
+        self._restored = False
+
+    # --- dispatch ---
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Received(message=message):
+                self._hear(message)
+            case GuestReported(kind=DomainEventKind.DEVICE_STATE_LOADED):
+                self._loaded_at_s = self._loaded_at_s or self._now
+                self._try_commit()
+            case GuestReported(kind=DomainEventKind.EXITED | DomainEventKind.MIGRATION_FAILED) if (
+                self.state in _BEFORE_HANDOFF
+            ):
+                self._give_up(f"the destination's hypervisor failed: {event.detail or event.kind}")
+            case EngineLost() if self.state in _BEFORE_HANDOFF and not self._loaded_at_s:
+                self._give_up(f"the destination's engine: {event.reason}")
+            case _:
+                self._handle_in_state(event)
+
+    def _handle_in_state(self, event: Event) -> None:
+        match self.state:
+            case _S.CREATED:
+                self._in_created(event)
+            case _S.SETUP | _S.PRECOPY | _S.SWITCHOVER:
+                self._before_handoff(event)
+            case _S.HANDOFF | _S.RECOVERING:
+                self._in_handoff(event)
+            case _S.CANCELLING:
+                self._in_cancelling(event)
+
+    def _handle_after_end(self, event: Event) -> None:
+        if isinstance(event, Received) and isinstance(event.message, Inquire | Commit | Prepare):
+            self._send(self.last_word())
+
+    def last_word(self) -> SessionMessage:
+        """What the source is told when it asks after the end."""
+        if self._resume_issued:
+            return self._running()
+        return Aborted(reason=self.error or self.state.value)
+
+    @property
+    def _may_discard(self) -> bool:
+        """In recovery: no compare-and-set of ours can be under way, none was won."""
+        return (
+            self.state is _S.RECOVERING
+            and self._restored
+            and not (self._commit or self._won_at_s or self._resume_issued)
+        )
+
+    def _running(self) -> Running:
+        return Running(
+            token=self.next_token,
+            resumed_at_s=self._resumed_at_s,
+            won_at_s=self._won_at_s,
+            loaded_at_s=self._loaded_at_s,
+        )
+
+    def _hear(self, message: SessionMessage) -> None:
+        if self.state in _BEFORE_HANDOFF and not self._commit:
+            # Any word from the source: it is alive and at it.
+            self._do(StartTimer(name=TimerName.PEER, seconds=self.timing.abandoned_s))
+        match message:
+            case Commit() if self.state in _BEFORE_HANDOFF:
+                self._commit = True
+                self._try_commit()
+            case Commit() if self.state is _S.RECOVERING:
+                self._commit = True
+            case Abort() if self.state in _BEFORE_HANDOFF or self._may_discard:
+                self._give_up(message.reason)
+            case Prepare() if self.state in _BEFORE_HANDOFF:
+                self._answer_ready()
+            case Inquire():
+                self._send(Pending(state=self.state.value))
+            case Farewell() if self.state in _BEFORE_HANDOFF:
+                self._give_up("the source ended the migration without us")
+            case _:
+                pass
+
+    # --- before the handoff ---
+
+    def _in_created(self, event: Event) -> None:
+        match event:
+            case Begin():
+                self._enter(_S.SETUP)
+                self._journal()
+                self._do(
+                    StartTimer(name=TimerName.PEER, seconds=self.timing.abandoned_s),
+                    PrepareIncoming(),
+                )
+            case Recover():
+                self._restored = True
+                self._enter(_S.RECOVERING, "the agent restarted")
+                self._do(InspectGuest())
+            case _:
+                pass
+
+    def _before_handoff(self, event: Event) -> None:
+        match event:
+            case IncomingReady() if not self._incoming_ready:
+                self._incoming_ready = True
+                self._do(StartEngine())
+            case EngineListening():
+                self._listening = event
+                self._enter(_S.PRECOPY)
+                self._do(StartTimer(name=TimerName.RETRY, seconds=self.timing.peer_s))
+                self._answer_ready()
+            case PeerBack():
+                self._send(Inquire())
+            case PeerLost():
+                pass  # The PEER timer runs since the last word; the page streams may well live on.
+            case TimerFired(name=TimerName.RETRY):
+                # The source may have forgotten us, or its Abort may be lost: ask now and then.
+                self._send(Inquire())
+                self._do(StartTimer(name=TimerName.RETRY, seconds=self.timing.peer_s))
+            case TimerFired(name=TimerName.PEER) if not self._commit:
+                self._give_up(f"no word from the source for {self.timing.abandoned_s:g} s")
+            case CommandFailed(command="PrepareIncoming"):
+                self._refuse(event.reasons or (event.error,))
+            case CommandFailed():
+                self._give_up(f"{event.command}: {event.error}")
+            case _:
+                pass
+
+    def _answer_ready(self) -> None:
+        if self._listening is not None:
+            ready = self._listening
+            self._send(Prepared(host=ready.host, port=ready.port, secret=ready.secret))
+
+    def _refuse(self, reasons: tuple[str, ...]) -> None:
+        self._send(Refused(reasons=reasons))
+        self._give_up("; ".join(reasons))
+
+    def _try_commit(self) -> None:
+        if self.state not in _BEFORE_HANDOFF:
+            return
+        if self.state is _S.PRECOPY:
+            self._enter(_S.SWITCHOVER)
+        if self._loaded_at_s and self._commit and self.state is _S.SWITCHOVER:
+            self._enter(_S.HANDOFF)
+            self._swap()
+
+    # --- the handoff ---
+
+    def _swap(self) -> None:
+        before = self.record_before
+        self._do(SwapRecord(expected=before, new=before.passed_to(self.destination)))
+
+    def _in_handoff(self, event: Event) -> None:
+        """HANDOFF, and RECOVERING: the same, with the outcome read from the record."""
+        match event:
+            case GuestInspected():
+                self._recover_guest(event.condition)
+            case RecordSwapped(won=True):
+                self._won()
+            case RecordSwapped():  # Lost, or unknown: what is true now?
+                self._enter_recovering("lost the record" if event.won is False else "unknown")
+                self._do(ReadRecord())
+            case RecordRead():
+                self._recover_by(event)
+            case Fenced() if event.token == self.next_token and not self._dead:
+                self._resume_issued = True
+                self._do(ResumeGuest())
+            case GuestResumed():
+                self._resumed(event.at_s)
+            case GuestReported(kind=DomainEventKind.EXITED):
+                self._died()
+            case CommandFailed(command="Fence") if not self._resume_issued:
+                self._fence_failures += 1
+                if self._fence_failures >= self.timing.fence_tries:
+                    self._give_up(f"the volumes can't be fenced: {event.error}")
+                else:
+                    self._retry_later()
+            case CommandFailed():
+                self._retry_later()
+            case TimerFired(name=TimerName.RETRY):
+                self._do(InspectGuest())
+            case _:
+                pass
+
+    def _enter_recovering(self, detail: str) -> None:
+        if self.state is not _S.RECOVERING:
+            self._enter(_S.RECOVERING, detail)
+
+    def _won(self) -> None:
+        self._won_at_s = self._won_at_s or self._now
+        if self._dead:
+            self._died()
+        else:
+            self._do(Fence(token=self.next_token))
+
+    def _resumed(self, at_s: float) -> None:
+        self._resumed_at_s = at_s
+        # The network first: until it knows, packets go to the source.
+        self._do(Announce())
+        self._send(self._running())
+        self._do(StopEngine())
+        self.error = None
+        self._finish(_S.COMPLETED)
+
+    def _died(self) -> None:
+        """The hypervisor died in the handoff, or is found dead in recovery."""
+        self._dead = True
+        if self._resume_issued:
+            # It may have run and written: the source's memory is stale, whatever it holds.
+            self._do(StopEngine(), DestroyGuest())
+            self._send(self._running())
+            self._finish(_S.FAILED, "the destination's hypervisor died after it was resumed")
+        elif self._won_at_s:
+            self._give_up("the destination's hypervisor died before it was resumed")
+        else:
+            # Our compare-and-set may be under way: only its outcome ends the session.
+            self._enter_recovering("the destination's hypervisor died")
+
+    # --- recovery: the record decides ---
+
+    def _recover_guest(self, condition: GuestCondition) -> None:
+        match condition:
+            case GuestCondition.RUNNING:
+                self._resume_issued = True
+                self._resumed(self._now)
+            case GuestCondition.GONE if self._won_at_s:
+                self._died()
+            case GuestCondition.GONE:
+                self._dead = True
+                self._do(ReadRecord())
+            case _:
+                self._do(ReadRecord())
+
+    def _recover_by(self, event: RecordRead) -> None:
+        record = event.record
+        if not event.known:
+            self._retry_later()
+        elif record is not None and self._is_ours(record):
+            if self._restored:
+                self._resume_issued = True  # Before the restart, for all we know.
+            self._won()
+        elif record != self.record_before:
+            self._give_up("the source kept the guest")
+        elif self._commit:
+            self._swap()
+        elif self._dead:
+            self._give_up("the destination's hypervisor is gone")
+        else:
+            # Loaded or not, without a Commit it isn't ours to take. Ask.
+            self._send(Inquire())
+            self._retry_later()
+
+    def _is_ours(self, record: OwnershipRecord) -> bool:
+        return record.owner == self.destination and record.token == self.next_token
+
+    # --- the end without the guest ---
+
+    def _give_up(self, reason: str) -> None:
+        self.error = reason
+        self._enter(_S.CANCELLING, reason)
+        self._do(*(StopTimer(name=name) for name in TimerName), StopEngine(), DestroyGuest())
+
+    def _in_cancelling(self, event: Event) -> None:
+        match event:
+            case GuestDestroyed():
+                self._send(Aborted(reason=self.error or "cancelled"))
+                self._finish(_S.CANCELLED)
+            case CommandFailed(command="DestroyGuest"):
+                self._retry_later()
+            case TimerFired(name=TimerName.RETRY):
+                self._do(DestroyGuest())
+            case _:
+                pass

@@ -1,0 +1,93 @@
+"""What the two sessions of a migration say to each other, by way of their agents.
+
+    source                                         destination
+      │  Prepare(spec, token, ...) ──────────────────►│  makes the guest, paused, and an engine
+      │◄──────────────── Prepared(host, port, secret) │  or Refused(reasons)
+      │  ═══ pages, device state: engine to engine ══►│
+      │  Commit ─────────────────────────────────────►│  one compare-and-set, fence, `cont`
+      │◄──────────────────────── Running(resumed_at)  │
+      │  Farewell ───────────────────────────────────►│  the source's copy is gone
+      │
+      │  Abort(reason) ──────────────────────────────►│  discards its copy, unless it won
+      │◄────────────────────────────── Aborted(reason)│
+      │  Inquire ────────────────────────────────────►│  answers with what is true of it now
+
+Any message may be lost, doubled, late or out of order. So each says a fact that stays true,
+handling one twice changes nothing, and timers repeat what is not answered.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from migrator.model import DomainSpec
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=str.lower):
+    pass
+
+
+class Prepare(Message, frozen=True, kw_only=True):
+    """The source's token travels along: the destination would win token + 1."""
+
+    spec: DomainSpec
+    source: str
+    token: int
+
+
+class Prepared(Message, frozen=True, kw_only=True):
+    """`secret` admits the source's page streams to the engine that listens at host:port."""
+
+    host: str
+    port: int
+    secret: bytes
+
+
+class Refused(Message, frozen=True, kw_only=True):
+    reasons: tuple[str, ...]
+
+
+class Commit(Message, frozen=True, kw_only=True):
+    """The source's hypervisor has sent the device state and won't resume by itself any more."""
+
+
+class Running(Message, frozen=True, kw_only=True):
+    """The destination won `token`, fenced it, and its vCPUs run since `resumed_at_s`."""
+
+    token: int
+    resumed_at_s: float
+    won_at_s: float = 0.0
+    loaded_at_s: float = 0.0
+
+
+class Pending(Message, frozen=True, kw_only=True):
+    """Answer to Inquire: the destination is still at it."""
+
+    state: str
+
+
+class Abort(Message, frozen=True, kw_only=True):
+    reason: str
+
+
+class Aborted(Message, frozen=True, kw_only=True):
+    """The destination's copy is discarded; it never ran, and never will, whatever the record says.
+
+    So a source that reads (destination, n+1) may take the record back by a compare-and-set.
+    Said, too, for a migration that the destination has never heard of.
+    """
+
+    reason: str
+
+
+class Inquire(Message, frozen=True, kw_only=True):
+    pass
+
+
+class Farewell(Message, frozen=True, kw_only=True):
+    pass
+
+
+SessionMessage = (
+    Prepare | Prepared | Refused | Commit | Running | Pending | Abort | Aborted | Inquire | Farewell
+)

@@ -1,0 +1,370 @@
+"""The source's side of a migration, as a pure machine.
+
+The rules that keep the guest alive and single (DESIGN: "Handoff"):
+- Until the hypervisor reports that the device state is out (`postmigrate`), every fault ends in
+  AbortSwitchover, and the guest resumes here without touching the record.
+- From then on it resumes here only after a won compare-and-set from (source, n) to (source, n+1).
+- Commit, which lets the destination try its own compare-and-set, is sent only then, never before.
+- The source's copy is destroyed only when the destination's vCPUs are known to run, or the record
+  has moved on past it.
+"""
+
+from __future__ import annotations
+
+from migrator.model import (
+    PAGE_SIZE_BYTES,
+    MigrationProgress,
+    MigrationState,
+    OnTimeout,
+    PassKind,
+    PassReport,
+)
+from migrator.policy import (
+    DecisionKind,
+    decide,
+    throughput,
+)
+from migrator.ports import AbortOutcome, DomainEventKind
+from migrator.session.messages import (
+    Abort,
+    Aborted,
+    Commit,
+    Farewell,
+    Inquire,
+    Pending,
+    Prepare,
+    Prepared,
+    Refused,
+    Running,
+    SessionMessage,
+)
+from migrator.session.source_recovery import SourceRecovery
+from migrator.session.vocabulary import (
+    AbortSwitchover,
+    Begin,
+    BeginSwitchover,
+    CancelRequested,
+    ChannelNoted,
+    CommandFailed,
+    ConnectEngine,
+    ContinueSwitchover,
+    DestroyGuest,
+    EngineConnected,
+    EngineLost,
+    EngineReported,
+    Event,
+    GuestDestroyed,
+    GuestReported,
+    InspectGuest,
+    PassFinished,
+    PeerBack,
+    PeerLost,
+    PrepareSwitchover,
+    Received,
+    Recover,
+    RunPass,
+    StartEngine,
+    StartTimer,
+    StopEngine,
+    StopTimer,
+    SwitchoverAborted,
+    TimerFired,
+    TimerName,
+)
+
+_S = MigrationState
+
+
+class SourceSession(SourceRecovery):
+    """See the module. Public attributes are for reading; `handle` alone changes them."""
+
+    # --- dispatch ---
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case CancelRequested() if self.cancellable:
+                self._cancelled = True
+                self._give_up(event.reason)
+            case GuestReported(kind=DomainEventKind.EXITED | DomainEventKind.PANICKED) if (
+                self.state in (_S.SETUP, _S.PRECOPY, _S.SWITCHOVER)
+            ):
+                self._give_up(f"the guest ended by itself ({event.kind})")
+            case EngineLost() if self.state in (_S.SETUP, _S.PRECOPY, _S.SWITCHOVER):
+                self._give_up(f"engine: {event.reason}")
+            case Received(message=message):
+                self._hear(message)
+            case _:
+                self._handle_in_state(event)
+
+    def _handle_in_state(self, event: Event) -> None:
+        match self.state:
+            case _S.CREATED:
+                self._in_created(event)
+            case _S.SETUP:
+                self._in_setup(event)
+            case _S.PRECOPY:
+                self._in_precopy(event)
+            case _S.SWITCHOVER:
+                self._in_switchover(event)
+            case _S.HANDOFF:
+                self._in_handoff(event)
+            case _S.CANCELLING:
+                self._in_cancelling(event)
+            case _S.RECOVERING:
+                self._in_recovering(event)
+
+    def _handle_after_end(self, event: Event) -> None:
+        if isinstance(event, Received) and isinstance(event.message, Inquire | Prepared | Pending):
+            self._send(self.last_word())
+
+    def last_word(self) -> SessionMessage:
+        """What the destination is told when it asks after the end."""
+        if self.state is _S.COMPLETED:
+            return Farewell()
+        return Abort(reason=self.error or self.state.value)
+
+    def _hear(self, message: SessionMessage) -> None:
+        match message:
+            case Prepared() if self.state is _S.SETUP:
+                self._do(
+                    StopTimer(name=TimerName.RETRY),
+                    ConnectEngine(host=message.host, port=message.port, secret=message.secret),
+                )
+            case Refused() if self.state is _S.SETUP:
+                self._give_up("the destination refused: " + "; ".join(message.reasons))
+            case Running():
+                self._destination_runs_now(message)
+            case Aborted():
+                self._destination_gave_up(message.reason)
+            case Inquire():
+                self._send(
+                    Commit() if self.state in (_S.HANDOFF,) else Pending(state=self.state.value)
+                )
+            case _:
+                pass
+
+    # --- the states ---
+
+    def _in_created(self, event: Event) -> None:
+        match event:
+            case Begin():
+                self._enter(_S.SETUP)
+                self._journal()
+                self._send(self._prepare())
+                self._do(
+                    StartEngine(),
+                    PrepareSwitchover(),
+                    StartTimer(name=TimerName.SETUP, seconds=self.timing.setup_s),
+                    StartTimer(name=TimerName.RETRY, seconds=self.timing.resend_s),
+                    StartTimer(name=TimerName.TOTAL, seconds=self.request.timeout_s),
+                )
+            case Recover():
+                self._enter(_S.RECOVERING, "the agent restarted")
+                self._do(InspectGuest())
+            case _:
+                pass
+
+    def _prepare(self) -> Prepare:
+        return Prepare(spec=self.spec, source=self.source, token=self.token)
+
+    def _in_setup(self, event: Event) -> None:
+        match event:
+            case EngineConnected():
+                self._enter(
+                    _S.PRECOPY,
+                    f"{event.pages_in_use} pages in use, round trip {event.round_trip_ms:.2f} ms",
+                )
+                self._do(StopTimer(name=TimerName.SETUP))
+                self._run_pass(PassKind.FIRST)
+            case TimerFired(name=TimerName.RETRY):
+                self._send(self._prepare())
+                self._do(StartTimer(name=TimerName.RETRY, seconds=self.timing.resend_s))
+            case TimerFired(name=TimerName.SETUP):
+                self._give_up(f"the destination was not ready within {self.timing.setup_s:g} s")
+            case TimerFired(name=TimerName.TOTAL):
+                self._give_up(f"not done within {self.request.timeout_s:g} s")
+            case CommandFailed():
+                self._give_up(f"{event.command}: {event.error}")
+            case _:
+                pass
+
+    def _run_pass(self, kind: PassKind) -> None:
+        self._pass_running = True
+        self._do(RunPass(number=len(self.passes) + 1, kind=kind))
+
+    def _note_pass(self, report: PassReport) -> None:
+        self._pass_running = False
+        self.passes.append(report)
+        self._live = MigrationProgress(
+            state=self.state,
+            bytes_sent=sum(each.bytes_sent for each in self.passes),
+            remaining_bytes=report.pending_pages * PAGE_SIZE_BYTES,
+            throughput_bytes_per_s=throughput(self.passes),
+        )
+
+    def _in_precopy(self, event: Event) -> None:
+        match event:
+            case EngineReported():
+                self._note_progress(event)
+            case PassFinished():
+                self._note_pass(event.report)
+                self._decide()
+            case ChannelNoted():
+                name = "channel broken" if event.broken else "channel restored"
+                self._note(name, self._now, self._now, event.detail)
+            case PeerLost():
+                self._do(StartTimer(name=TimerName.PEER, seconds=self.timing.peer_s))
+            case PeerBack():
+                self._do(StopTimer(name=TimerName.PEER))
+                self._send(Inquire())
+            case TimerFired(name=TimerName.PEER):
+                self._give_up(f"the destination was unreachable for {self.timing.peer_s:g} s")
+            case TimerFired(name=TimerName.TOTAL):
+                if self.request.on_timeout is OnTimeout.FORCE:
+                    self._forced = True  # The pass under way ends first: it is pages well spent.
+                else:
+                    self._give_up(f"not converged within {self.request.timeout_s:g} s")
+            case CommandFailed():
+                self._give_up(f"{event.command}: {event.error}")
+            case _:
+                pass
+
+    def _note_progress(self, event: EngineReported) -> None:
+        self._live = MigrationProgress(
+            state=self.state,
+            bytes_sent=event.bytes_sent,
+            remaining_bytes=event.remaining_bytes,
+            throughput_bytes_per_s=event.throughput_bytes_per_s,
+        )
+
+    def _decide(self) -> None:
+        decision = decide(self.passes, self.request.downtime_limit_ms)
+        self.decisions.append(decision)
+        self._note(f"decision: {decision.kind.name.lower()}", self._now, self._now, decision.reason)
+        match decision.kind:
+            case DecisionKind.ITERATE if not self._forced:
+                self._run_pass(PassKind.DIRTY)
+            case DecisionKind.GIVE_UP if not self._forced:
+                if self.request.on_timeout is OnTimeout.FORCE:
+                    self._switch_over(f"forced: {decision.reason}")
+                else:
+                    self._give_up(f"doesn't converge: {decision.reason}")
+            case _:
+                self._switch_over("forced by timeout" if self._forced else decision.reason)
+
+    def _switch_over(self, detail: str) -> None:
+        self._enter(_S.SWITCHOVER, detail)
+        self._journal(detail)
+        self._do(
+            StopTimer(name=TimerName.TOTAL),
+            StopTimer(name=TimerName.PEER),
+            StartTimer(name=TimerName.SWITCHOVER, seconds=self._switchover_s()),
+            BeginSwitchover(),
+        )
+
+    def _switchover_s(self) -> float:
+        """A stalled switchover ends here. A forced one is given the time that it was predicted."""
+        predicted_s = self.decisions[-1].predicted_blackout_ms / 1000.0 if self.decisions else 0.0
+        return self.timing.switchover_s + 3.0 * predicted_s
+
+    def _in_switchover(self, event: Event) -> None:
+        match event:
+            case GuestReported(kind=DomainEventKind.PAUSED) if self._paused_at_s is None:
+                self._paused_at_s = event.at_s
+                self._note("stop", self._entered_at_s, event.at_s)
+            case GuestReported(kind=DomainEventKind.PRE_SWITCHOVER) if not self._pre_switchover:
+                self._pre_switchover = True
+                self._final_started_at_s = self._now
+                self._run_pass(PassKind.FINAL)
+            case PassFinished() if event.report.kind is PassKind.FINAL:
+                self._note_pass(event.report)
+                self._note(
+                    "final pass",
+                    self._final_started_at_s,
+                    self._now,
+                    f"{event.report.pages} pages, scan {event.report.scan_seconds * 1e3:.2f} ms",
+                )
+                self._continued_at_s = self._now
+                self._do(ContinueSwitchover())
+            case GuestReported(kind=DomainEventKind.DEVICE_STATE_SENT):
+                self._note("device state", self._continued_at_s, self._now)
+                self._hand_off()
+            case GuestReported(kind=DomainEventKind.MIGRATION_FAILED):
+                self._give_up(f"device state: {event.detail or 'the hypervisor gave up'}")
+            case TimerFired(name=TimerName.SWITCHOVER):
+                self._give_up("the switchover stalled")
+            case PeerLost():
+                self._give_up("the destination was lost during the switchover")
+            case CommandFailed():
+                self._give_up(f"{event.command}: {event.error}")
+            case _:
+                pass
+
+    def _hand_off(self) -> None:
+        self._sent_at_s = self._now
+        # Commit goes first: the guest stands still, and every later step can be repeated.
+        self._send(Commit())
+        self._enter(_S.HANDOFF)
+        self._do(
+            StopTimer(name=TimerName.SWITCHOVER),
+            StartTimer(name=TimerName.HANDOFF, seconds=self.timing.commit_s),
+        )
+
+    def _in_handoff(self, event: Event) -> None:
+        match event:
+            case TimerFired(name=TimerName.HANDOFF):
+                self._recover(f"no word from the destination within {self.timing.commit_s:g} s")
+            case PeerLost():
+                pass  # It may have won all the same: the timer asks the record.
+            case GuestDestroyed() if self._destination_runs:
+                self._complete()
+            case TimerFired(name=TimerName.RETRY) if self._destination_runs:
+                self._do(DestroyGuest())
+            case CommandFailed(command="DestroyGuest"):
+                self._retry_later()
+            case GuestReported(kind=DomainEventKind.EXITED):
+                self._gone = True  # The destination has all of it: no reason not to hand over.
+            case _:
+                pass
+
+    # --- the ends ---
+
+    def _destination_gave_up(self, reason: str) -> None:
+        if self.state in (_S.SETUP, _S.PRECOPY, _S.SWITCHOVER):
+            self._give_up(f"the destination gave up: {reason}")
+        elif self.state in (_S.HANDOFF, _S.RECOVERING) and not self._destination_runs:
+            self._destination_refused = True
+            if self._rollback_token is None:
+                self._recover(f"the destination gave up: {reason}")
+
+    def _give_up(self, reason: str) -> None:
+        """Before the handoff: whatever happened, bring the guest back here."""
+        self.error = reason
+        if self.state is _S.CREATED:
+            self._finish(_S.CANCELLED if self._cancelled else _S.FAILED, reason)
+            return
+        self._enter(_S.CANCELLING, reason)
+        self._do(
+            *(StopTimer(name=name) for name in TimerName),
+            StopEngine(),
+            AbortSwitchover(),
+        )
+        self._send(Abort(reason=reason))
+
+    def _in_cancelling(self, event: Event) -> None:
+        match event:
+            case SwitchoverAborted(outcome=AbortOutcome.RESUMED):
+                self._finish_stopped()
+            case GuestReported(kind=DomainEventKind.RESUMED):
+                self._note_blackout(event.at_s)
+            case SwitchoverAborted(outcome=AbortOutcome.SENT):
+                self._recover(self.error or "cancelled")
+            case SwitchoverAborted(outcome=AbortOutcome.GONE):
+                self._cancelled = False
+                self._finish(_S.FAILED, f"{self.error}; the guest's hypervisor is gone")
+            case CommandFailed(command="AbortSwitchover"):
+                self._retry_later()
+            case TimerFired(name=TimerName.RETRY):
+                self._do(AbortSwitchover())
+            case _:
+                pass

@@ -1,0 +1,122 @@
+"""What a source's session knows, and how it looks from outside: the migration resource."""
+
+from __future__ import annotations
+
+from migrator.model import (
+    PAGE_SIZE_BYTES,
+    DomainSpec,
+    Migration,
+    MigrationProgress,
+    MigrationRequest,
+    MigrationState,
+    NodeName,
+    PassReport,
+    Role,
+)
+from migrator.policy import Decision, dirty_rate, predicted_blackout_ms, throughput
+from migrator.session.base import Session, Timing
+
+_S = MigrationState
+
+
+class SourceView(Session):
+    """The attributes of a source's session; `SourceSession` gives them their meaning."""
+
+    role = Role.SOURCE
+
+    def __init__(
+        self,
+        *,
+        migration_id: str,
+        spec: DomainSpec,
+        source: NodeName,
+        destination: NodeName,
+        token: int,
+        request: MigrationRequest,
+        created_at_s: float,
+        timing: Timing | None = None,
+    ) -> None:
+        super().__init__(
+            migration_id=migration_id,
+            domain=spec.name,
+            source=source,
+            destination=destination,
+            token=token,
+            timing=timing or Timing(),
+        )
+        self.spec = spec
+        self.request = request
+        self.created_at_s = created_at_s
+        self.passes: list[PassReport] = []
+        self.decisions: list[Decision] = []
+        self.blackout_ms: float | None = None
+        self._live = MigrationProgress(state=self.state)
+        self._forced = False
+        self._pass_running = False
+        self._paused_at_s: float | None = None
+        self._pre_switchover = False
+        self._final_started_at_s = 0.0
+        self._continued_at_s = 0.0
+        self._sent_at_s: float | None = None
+        self._cancelled = False
+        self._rollback_token: int | None = None
+        self._destination_runs = False
+        self._destination_refused = False
+        self._gone = False
+        self._swap_token = 0
+
+    # --- what others see ---
+
+    def view(self) -> Migration:
+        """The migration resource as of now."""
+        return Migration(
+            id=self.migration_id,
+            domain=self.domain,
+            source=self.source,
+            destination=self.destination,
+            request=self.request,
+            state=self.state,
+            progress=self._progress(),
+            created_at_s=self.created_at_s,
+            ended_at_s=self.ended_at_s,
+            token=self.token,
+            error=self.error,
+            blackout_ms=self.blackout_ms,
+            total_s=None if self.ended_at_s is None else self.ended_at_s - self.created_at_s,
+            timeline=tuple(self.timeline),
+            iterations=tuple(self.passes),
+        )
+
+    def _progress(self) -> MigrationProgress:
+        live = self._live
+        if not self.passes:
+            return MigrationProgress(
+                state=self.state,
+                iteration=1 if self.state is _S.PRECOPY else 0,
+                bytes_sent=live.bytes_sent,
+                remaining_bytes=live.remaining_bytes,
+                throughput_bytes_per_s=live.throughput_bytes_per_s,
+                eta_s=_eta_s(live),
+            )
+        last = self.passes[-1]
+        rate = throughput(self.passes)
+        return MigrationProgress(
+            state=self.state,
+            iteration=last.number + (1 if self._pass_running else 0),
+            bytes_sent=max(live.bytes_sent, sum(each.bytes_sent for each in self.passes)),
+            remaining_bytes=0 if self.state is _S.COMPLETED else live.remaining_bytes,
+            throughput_bytes_per_s=rate,
+            dirty_rate_bytes_per_s=dirty_rate(last),
+            predicted_blackout_ms=predicted_blackout_ms(last.pending_pages * PAGE_SIZE_BYTES, rate),
+            eta_s=_eta_s(live),
+        )
+
+    @property
+    def cancellable(self) -> bool:
+        return self.state in (_S.CREATED, _S.SETUP, _S.PRECOPY, _S.SWITCHOVER)
+
+
+def _eta_s(live: MigrationProgress) -> float | None:
+    if not live.throughput_bytes_per_s or not live.remaining_bytes:
+        return None
+    return live.remaining_bytes / live.throughput_bytes_per_s

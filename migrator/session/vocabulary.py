@@ -1,0 +1,314 @@
+"""Events that a session hears, and commands that it gives. Both are plain immutable values.
+
+The runner (`migrator.runner`) performs commands against the real drivers and turns what comes of
+them into events; the simulation does the same against simulated ones. Commands of one
+`handle` call are performed in order; `Journal` is durable before the next one begins.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from migrator.model import MigrationState, OwnershipRecord, PassKind, PassReport
+from migrator.ports import AbortOutcome, DomainEventKind, Struct
+from migrator.session.messages import SessionMessage
+
+# --- events ----------------------------------------------------------------------------------
+
+
+class Begin(Struct, frozen=True, kw_only=True):
+    """Start a new migration."""
+
+
+class Recover(Struct, frozen=True, kw_only=True):
+    """Go on with a migration from the journal, after the agent's restart."""
+
+
+class Received(Struct, frozen=True, kw_only=True):
+    message: SessionMessage
+
+
+class PeerLost(Struct, frozen=True, kw_only=True):
+    pass
+
+
+class PeerBack(Struct, frozen=True, kw_only=True):
+    pass
+
+
+class CancelRequested(Struct, frozen=True, kw_only=True):
+    reason: str = "cancelled by request"
+
+
+class TimerName(enum.StrEnum):
+    SETUP = "setup"
+    TOTAL = "total"
+    PEER = "peer"
+    SWITCHOVER = "switchover"
+    HANDOFF = "handoff"
+    RETRY = "retry"
+    CANCELLING = "cancelling"
+
+
+class TimerFired(Struct, frozen=True, kw_only=True):
+    name: TimerName
+
+
+class EngineListening(Struct, frozen=True, kw_only=True):
+    host: str
+    port: int
+    secret: bytes
+
+
+class EngineConnected(Struct, frozen=True, kw_only=True):
+    pages_in_use: int
+    round_trip_ms: float
+
+
+class EngineReported(Struct, frozen=True, kw_only=True):
+    bytes_sent: int
+    remaining_bytes: int
+    throughput_bytes_per_s: float
+
+
+class PassFinished(Struct, frozen=True, kw_only=True):
+    report: PassReport
+
+
+class ChannelNoted(Struct, frozen=True, kw_only=True):
+    """The page streams broke (`broken`), or are back."""
+
+    broken: bool
+    detail: str
+
+
+class EngineLost(Struct, frozen=True, kw_only=True):
+    reason: str
+
+
+class GuestReported(Struct, frozen=True, kw_only=True):
+    """The hypervisor said something of this domain; `at_s` on its host's wall clock."""
+
+    kind: DomainEventKind
+    at_s: float
+    detail: str = ""
+
+
+class IncomingReady(Struct, frozen=True, kw_only=True):
+    pass
+
+
+class RecordSwapped(Struct, frozen=True, kw_only=True):
+    """`won` None: the outcome is unknown."""
+
+    won: bool | None
+
+
+class RecordRead(Struct, frozen=True, kw_only=True):
+    """`known` False: the store couldn't be read."""
+
+    known: bool
+    record: OwnershipRecord | None = None
+
+
+class Fenced(Struct, frozen=True, kw_only=True):
+    token: int
+
+
+class GuestResumed(Struct, frozen=True, kw_only=True):
+    at_s: float
+
+
+class GuestDestroyed(Struct, frozen=True, kw_only=True):
+    pass
+
+
+class SwitchoverAborted(Struct, frozen=True, kw_only=True):
+    outcome: AbortOutcome
+
+
+class GuestCondition(enum.Enum):
+    """What the hypervisor says of this session's guest, as far as recovery needs to know."""
+
+    INVALID = 0
+    RUNNING = 1
+    SWITCHING = 2
+    """In switchover: resumes by itself, or on abort."""
+    SENT = 3
+    """`postmigrate`."""
+    LOADED = 4
+    """A destination that waits; its vCPUs have never run."""
+    GONE = 5
+    STOPPED_OTHERWISE = 6
+    """Paused by a user, an I/O error or a panic."""
+
+
+class GuestInspected(Struct, frozen=True, kw_only=True):
+    condition: GuestCondition
+
+
+class CommandFailed(Struct, frozen=True, kw_only=True):
+    """The command of that class name raised. Its effect may or may not have happened."""
+
+    command: str
+    error: str
+    reasons: tuple[str, ...] = ()
+
+
+Event = (
+    Begin
+    | Recover
+    | Received
+    | PeerLost
+    | PeerBack
+    | CancelRequested
+    | TimerFired
+    | EngineListening
+    | EngineConnected
+    | EngineReported
+    | PassFinished
+    | ChannelNoted
+    | EngineLost
+    | GuestReported
+    | IncomingReady
+    | RecordSwapped
+    | RecordRead
+    | Fenced
+    | GuestResumed
+    | GuestDestroyed
+    | SwitchoverAborted
+    | GuestInspected
+    | CommandFailed
+)
+
+# --- commands --------------------------------------------------------------------------------
+
+
+class Journal(Struct, frozen=True, kw_only=True):
+    """Make durable, before the next command, that the session is in `state`."""
+
+    state: MigrationState
+    detail: str = ""
+
+
+class Send(Struct, frozen=True, kw_only=True):
+    """Best effort, at most once; the answer, if any, is a Received."""
+
+    message: SessionMessage
+
+
+class StartTimer(Struct, frozen=True, kw_only=True):
+    """Replaces a timer of the same name."""
+
+    name: TimerName
+    seconds: float
+
+
+class StopTimer(Struct, frozen=True, kw_only=True):
+    name: TimerName
+
+
+class StartEngine(Struct, frozen=True, kw_only=True):
+    """Spawn this side's engine. Destination: EngineListening follows. Source: nothing yet."""
+
+
+class ConnectEngine(Struct, frozen=True, kw_only=True):
+    """Source: connect to the other engine and arm the dirty log; EngineConnected follows."""
+
+    host: str
+    port: int
+    secret: bytes
+
+
+class StopEngine(Struct, frozen=True, kw_only=True):
+    """Idempotent. Dirty tracking is unregistered afterwards."""
+
+
+class RunPass(Struct, frozen=True, kw_only=True):
+    number: int
+    kind: PassKind
+
+
+class PrepareSwitchover(Struct, frozen=True, kw_only=True):
+    """Source: what can be set up beforehand, device channel included."""
+
+
+class BeginSwitchover(Struct, frozen=True, kw_only=True):
+    pass
+
+
+class ContinueSwitchover(Struct, frozen=True, kw_only=True):
+    pass
+
+
+class AbortSwitchover(Struct, frozen=True, kw_only=True):
+    """SwitchoverAborted follows. Also right where none was begun."""
+
+
+class PrepareIncoming(Struct, frozen=True, kw_only=True):
+    """Destination: volumes, taps, hypervisor, device channel. IncomingReady follows."""
+
+
+class SwapRecord(Struct, frozen=True, kw_only=True):
+    """RecordSwapped follows."""
+
+    expected: OwnershipRecord
+    new: OwnershipRecord
+
+
+class ReadRecord(Struct, frozen=True, kw_only=True):
+    """RecordRead follows."""
+
+
+class Fence(Struct, frozen=True, kw_only=True):
+    """Shut every older token out of every volume. Fenced follows."""
+
+    token: int
+
+
+class ResumeGuest(Struct, frozen=True, kw_only=True):
+    """GuestResumed follows. Given only to the holder of the newest token."""
+
+
+class DestroyGuest(Struct, frozen=True, kw_only=True):
+    """End this node's copy and release what it holds. GuestDestroyed follows. Idempotent."""
+
+
+class InspectGuest(Struct, frozen=True, kw_only=True):
+    """GuestInspected follows."""
+
+
+class Announce(Struct, frozen=True, kw_only=True):
+    """Tell the network that the guest is here."""
+
+
+class Finish(Struct, frozen=True, kw_only=True):
+    """The session is over; its last command."""
+
+    state: MigrationState
+    error: str | None = None
+
+
+Command = (
+    Journal
+    | Send
+    | StartTimer
+    | StopTimer
+    | StartEngine
+    | ConnectEngine
+    | StopEngine
+    | RunPass
+    | PrepareSwitchover
+    | BeginSwitchover
+    | ContinueSwitchover
+    | AbortSwitchover
+    | PrepareIncoming
+    | SwapRecord
+    | ReadRecord
+    | Fence
+    | ResumeGuest
+    | DestroyGuest
+    | InspectGuest
+    | Announce
+    | Finish
+)
