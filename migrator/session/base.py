@@ -14,6 +14,7 @@ import abc
 
 from migrator.model import (
     ENDED,
+    MigrationRequest,
     MigrationState,
     NodeName,
     OwnershipRecord,
@@ -74,6 +75,8 @@ class Session(abc.ABC):
         source: NodeName,
         destination: NodeName,
         token: int,
+        request: MigrationRequest,
+        created_at_s: float,
         timing: Timing,
     ) -> None:
         self.migration_id = migration_id
@@ -82,6 +85,8 @@ class Session(abc.ABC):
         self.destination = destination
         self.token = token
         """The source's token at the start. A handoff, or a rollback, wins token + 1."""
+        self.request = request
+        self.created_at_s = created_at_s
         self.timing = timing
         self.state = MigrationState.CREATED
         self.error: str | None = None

@@ -13,7 +13,14 @@ Its rules (DESIGN: "Handoff"):
 
 from __future__ import annotations
 
-from migrator.model import DomainSpec, MigrationState, NodeName, OwnershipRecord, Role
+from migrator.model import (
+    DomainSpec,
+    MigrationRequest,
+    MigrationState,
+    NodeName,
+    OwnershipRecord,
+    Role,
+)
 from migrator.ports import DomainEventKind
 from migrator.session.base import Session, Timing
 from migrator.session.messages import (
@@ -81,6 +88,8 @@ class DestinationSession(Session):
         source: NodeName,
         destination: NodeName,
         token: int,
+        request: MigrationRequest,
+        created_at_s: float,
         timing: Timing | None = None,
     ) -> None:
         super().__init__(
@@ -89,6 +98,8 @@ class DestinationSession(Session):
             source=source,
             destination=destination,
             token=token,
+            request=request,
+            created_at_s=created_at_s,
             timing=timing or Timing(),
         )
         self.spec = spec
@@ -322,6 +333,12 @@ class DestinationSession(Session):
             case GuestCondition.RUNNING:
                 self._resume_issued = True
                 self._resumed(self._now)
+            case GuestCondition.LOADED:
+                self._loaded_at_s = self._loaded_at_s or self._now
+                self._do(ReadRecord())
+            case GuestCondition.INCOMING if self._restored:
+                # Its engine died with the agent: it never will be loaded, so it can't have won.
+                self._give_up("the agent restarted before the device state was loaded")
             case GuestCondition.GONE if self._won_at_s:
                 self._died()
             case GuestCondition.GONE:
@@ -340,7 +357,7 @@ class DestinationSession(Session):
             self._won()
         elif record != self.record_before:
             self._give_up("the source kept the guest")
-        elif self._commit:
+        elif self._commit and self._loaded_at_s:
             self._swap()
         elif self._dead:
             self._give_up("the destination's hypervisor is gone")

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import msgspec
 
-from migrator.model import DomainSpec
+from migrator.model import DomainSpec, MigrationRequest
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=str.lower):
@@ -33,6 +33,7 @@ class Prepare(Message, frozen=True, kw_only=True):
     spec: DomainSpec
     source: str
     token: int
+    request: MigrationRequest
 
 
 class Prepared(Message, frozen=True, kw_only=True):

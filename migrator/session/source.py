@@ -165,7 +165,7 @@ class SourceSession(SourceRecovery):
                 pass
 
     def _prepare(self) -> Prepare:
-        return Prepare(spec=self.spec, source=self.source, token=self.token)
+        return Prepare(spec=self.spec, source=self.source, token=self.token, request=self.request)
 
     def _in_setup(self, event: Event) -> None:
         match event:

@@ -42,11 +42,11 @@ class SourceView(Session):
             source=source,
             destination=destination,
             token=token,
+            request=request,
+            created_at_s=created_at_s,
             timing=timing or Timing(),
         )
         self.spec = spec
-        self.request = request
-        self.created_at_s = created_at_s
         self.passes: list[PassReport] = []
         self.decisions: list[Decision] = []
         self.blackout_ms: float | None = None

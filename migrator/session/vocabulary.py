@@ -137,10 +137,12 @@ class GuestCondition(enum.Enum):
     SENT = 3
     """`postmigrate`."""
     LOADED = 4
-    """A destination that waits; its vCPUs have never run."""
+    """A destination with its device state loaded; its vCPUs have never run."""
     GONE = 5
     STOPPED_OTHERWISE = 6
     """Paused by a user, an I/O error or a panic."""
+    INCOMING = 7
+    """A destination whose device state isn't loaded."""
 
 
 class GuestInspected(Struct, frozen=True, kw_only=True):
