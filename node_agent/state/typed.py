@@ -1,0 +1,157 @@
+"""Typed values in the state store: msgspec structs, as msgpack.
+
+A value that doesn't decode raises StoreError naming its key: somebody else wrote it, or a newer
+Ferry did. Nothing is guessed and nothing overwritten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+
+import msgspec
+
+from migrator.errors import StoreError
+from node_agent.state.port import Change, StateStore
+from node_agent.state.watches import StoreClosed
+
+T = TypeVar("T")
+_RESYNC_FIRST_S: Final = 0.05
+_RESYNC_LONGEST_S: Final = 1.0
+_log = logging.getLogger(__name__)
+_encoder = msgspec.msgpack.Encoder()
+_decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Versioned(Generic[T]):
+    """A value as it was at `revision`, to be given back to `put_if` or `delete_if`."""
+
+    key: str
+    value: T
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class TypedChange(Generic[T]):
+    """`value` is None where the key was deleted."""
+
+    key: str
+    value: T | None
+    revision: int
+
+
+class TypedStore:
+    """Typed access to a `StateStore`, which its owner opens and closes. Errors: StoreError."""
+
+    def __init__(self, store: StateStore) -> None:
+        self.store = store
+
+    async def get(self, key: str, kind: type[T]) -> Versioned[T] | None:
+        """The value of `key`; None if there is none."""
+        entry = await self.store.get(key)
+        if entry is None:
+            return None
+        return Versioned(key, decode(key, entry.value, kind), entry.revision)
+
+    async def list_prefix(self, prefix: str, kind: type[T]) -> Sequence[Versioned[T]]:
+        """All below `prefix`, by key, as of one revision."""
+        entries = await self.store.list_prefix(prefix)
+        return [
+            Versioned(entry.key, decode(entry.key, entry.value, kind), entry.revision)
+            for entry in entries
+        ]
+
+    async def put_if(self, key: str, value: object, expected_revision: int | None) -> int | None:
+        """The new revision, durable; None if the key's revision is another (None: not there)."""
+        return await self.store.put_if(key, _encoder.encode(value), expected_revision)
+
+    async def put(self, key: str, value: object) -> int:
+        """Write without a compare, for keys with one writer. The new revision."""
+        return await self.store.put(key, _encoder.encode(value))
+
+    async def append(self, prefix: str, value: object, *, keep: int) -> int:
+        """Write under the next sequence number below `prefix` ("events/") and return it."""
+        return await self.store.append(prefix, _encoder.encode(value), keep=keep)
+
+    async def delete_if(self, key: str, expected_revision: int) -> bool:
+        """Whether it was deleted: only at that revision."""
+        return await self.store.delete_if(key, expected_revision)
+
+    def watch(
+        self, prefix: str, kind: type[T], since_revision: int | None = None
+    ) -> AsyncIterator[TypedChange[T]]:
+        """Changes after `since_revision` (None: from this call on). StoreError: list again."""
+        return _typed(self.store.watch(prefix, since_revision), kind)
+
+    async def follow(self, prefix: str, kind: type[T]) -> AsyncIterator[TypedChange[T]]:
+        """First what is there, then every change, until the store is closed. Never raises.
+
+        Where a watch fails (too slow, store unavailable) it lists again and gives what differs,
+        deletions too; so a consumer that keeps a copy has the store's state in the end, though
+        not every value in between. A value that doesn't decode is logged and skipped.
+        """
+        known: dict[str, int] = {}
+        pause_s = _RESYNC_FIRST_S
+        while True:
+            try:
+                changes = self.store.watch(prefix)
+                entries = await self.store.list_prefix(prefix)
+                for key in known.keys() - {entry.key for entry in entries}:
+                    yield TypedChange(key, None, known.pop(key))
+                for entry in entries:
+                    change = Change(key=entry.key, value=entry.value, revision=entry.revision)
+                    if known.get(entry.key) != entry.revision:
+                        for typed in _decoded_or_logged(change, known, kind):
+                            yield typed
+                pause_s = _RESYNC_FIRST_S
+                async for change in changes:
+                    if change.revision > known.get(change.key, 0):
+                        for typed in _decoded_or_logged(change, known, kind):
+                            yield typed
+                return
+            except StoreClosed:
+                return
+            except StoreError as error:
+                _log.warning("following %s: %s; listing again in %g s", prefix, error, pause_s)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _RESYNC_LONGEST_S)
+
+
+def _decoded_or_logged(
+    change: Change, known: dict[str, int], kind: type[T]
+) -> Sequence[TypedChange[T]]:
+    """The typed change, if it is one that the follower should see; `known` is brought up to it."""
+    if change.value is None:
+        seen = known.pop(change.key, None)
+        return [] if seen is None else [TypedChange(change.key, None, change.revision)]
+    known[change.key] = change.revision
+    try:
+        value = decode(change.key, change.value, kind)
+    except StoreError as error:
+        _log.error("%s", error)
+        return []
+    return [TypedChange(change.key, value, change.revision)]
+
+
+async def _typed(changes: AsyncIterator[Change], kind: type[T]) -> AsyncIterator[TypedChange[T]]:
+    async for change in changes:
+        value = None if change.value is None else decode(change.key, change.value, kind)
+        yield TypedChange(change.key, value, change.revision)
+
+
+def decode(key: str, data: bytes, kind: type[T]) -> T:
+    """The value of `key`. StoreError naming the key, and the field, if it isn't a `kind`."""
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
+    try:
+        value: T = decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise StoreError(
+            f"the state store's {key} is not a {kind.__name__}: {error}; it was left as it is"
+        ) from error
+    return value

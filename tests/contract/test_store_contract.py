@@ -1,0 +1,445 @@
+"""The state store's contract, on every driver; then what only a file on a disk can promise."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from migrator.errors import LocalProtocolError, StoreError
+from migrator.model import DomainName, NodeName, OwnershipRecord, OwnershipState
+from node_agent.state.drivers import DRIVERS
+from node_agent.state.memory import SimulatedData, SimulatedStore
+from node_agent.state.ownership import StoreOwnership, ownership_key
+from node_agent.state.port import Change, StateStore
+from node_agent.state.sqlite import SqliteStore
+from node_agent.state.typed import TypedStore
+from node_agent.state.watches import KEPT_CHANGES, QUEUE_LIMIT, StoreClosed
+
+MakeStore = Callable[[], StateStore]
+
+
+@pytest.fixture(params=sorted(DRIVERS))
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> MakeStore:
+    """Makes instances that share one state, as the agents of a cluster do."""
+    if request.param == SqliteStore.name:
+        return lambda: SqliteStore(tmp_path / "cluster.sqlite")
+    data = SimulatedData()
+    return lambda: SimulatedStore(data)
+
+
+@asynccontextmanager
+async def opened(*stores: StateStore) -> AsyncIterator[None]:
+    async with AsyncExitStack() as stack:
+        for store in stores:
+            await store.open()
+            stack.push_async_callback(store.close)
+        yield
+
+
+async def take(changes: AsyncIterator[Change], count: int) -> list[tuple[str, bytes | None]]:
+    async with asyncio.timeout(5):
+        return [
+            (change.key, change.value) for change in [await anext(changes) for _ in range(count)]
+        ]
+
+
+def record(token: int, owner: str = "n1") -> OwnershipRecord:
+    return OwnershipRecord(domain="web", token=token, owner=owner, state=OwnershipState.RUNNING)
+
+
+# --- every driver ----------------------------------------------------------------------------
+
+
+async def test_writes_compare_and_revisions_grow(make: MakeStore) -> None:
+    store = make()
+    async with opened(store):
+        assert await store.get("domains/a") is None
+        first = await store.put_if("domains/a", b"1", None)
+        assert first is not None
+        assert await store.put_if("domains/a", b"2", None) is None
+        assert await store.put_if("domains/a", b"2", first + 1) is None
+        second = await store.put_if("domains/a", b"2", first)
+        assert second is not None and second > first
+        entry = await store.get("domains/a")
+        assert entry is not None and (entry.value, entry.revision) == (b"2", second)
+        third = await store.put("nodes/n1", b"x")
+        assert third > second
+        assert not await store.delete_if("domains/a", first)
+        assert await store.delete_if("domains/a", second)
+        assert not await store.delete_if("domains/a", second)
+        assert await store.put_if("domains/a", b"3", second) is None
+        again = await store.put_if("domains/a", b"3", None)
+        assert again is not None and again > third
+
+
+async def test_listing_is_by_key_and_below_the_prefix_only(make: MakeStore) -> None:
+    store = make()
+    async with opened(store):
+        for key in ("b/2", "b/10", "bb/1", "a/1", "b/1"):
+            await store.put(key, key.encode())
+        assert [entry.key for entry in await store.list_prefix("b/")] == ["b/1", "b/10", "b/2"]
+        assert len(await store.list_prefix("")) == 5
+        assert await store.list_prefix("c/") == []
+
+
+@pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "a b", "a/\u00fc", "x" * 600])
+async def test_odd_keys_are_refused(make: MakeStore, key: str) -> None:
+    store = make()
+    async with opened(store):
+        with pytest.raises(StoreError, match="not a key"):
+            await store.put(key, b"")
+
+
+async def test_append_numbers_and_drops_the_oldest(make: MakeStore) -> None:
+    store = make()
+    async with opened(store):
+        numbers = [await store.append("events/", b"%d" % n, keep=3) for n in range(6)]
+        assert numbers == [1, 2, 3, 4, 5, 6]
+        entries = await store.list_prefix("events/")
+        assert [entry.key for entry in entries] == [f"events/{n:016d}" for n in (4, 5, 6)]
+        for entry in entries:
+            assert await store.delete_if(entry.key, entry.revision)
+        assert await store.append("events/", b"", keep=3) == 7
+
+
+async def test_watch_begins_with_the_call_and_sees_all_instances_in_order(make: MakeStore) -> None:
+    one, two = make(), make()
+    async with opened(one, two):
+        await one.put("d/old", b"")
+        changes = two.watch("d/")
+        await one.put("d/a", b"1")
+        await two.put("e/a", b"")
+        await two.put("d/a", b"2")
+        revision = await one.put("d/b", b"3")
+        assert await one.delete_if("d/b", revision)
+        assert await take(changes, 4) == [
+            ("d/a", b"1"),
+            ("d/a", b"2"),
+            ("d/b", b"3"),
+            ("d/b", None),
+        ]
+
+
+async def test_watch_from_the_past_misses_and_repeats_nothing(make: MakeStore) -> None:
+    one, two = make(), make()
+    async with opened(one, two):
+        start = await one.put("d/a", b"0")
+        other = two.watch("")  # The second watch of an instance joins a running one.
+        for number in range(1, 50):
+            await one.put("d/a", b"%d" % number)
+        changes = two.watch("d/", start)
+        for number in range(50, 100):
+            await one.put("d/a", b"%d" % number)
+        expected = [("d/a", b"%d" % number) for number in range(1, 100)]
+        assert await take(changes, 99) == expected
+        assert await take(other, 99) == expected
+
+
+async def test_another_instances_change_arrives_within_100_ms(make: MakeStore) -> None:
+    one, two = make(), make()
+    async with opened(one, two):
+        changes = two.watch("d/")
+        loop = asyncio.get_running_loop()
+        late_s = []
+        for _ in range(10):
+            await one.put("d/a", b"")
+            written_s = loop.time()
+            await take(changes, 1)
+            late_s.append(loop.time() - written_s)
+        assert sorted(late_s)[5] < 0.1
+
+
+async def test_watch_ends_with_the_store_after_what_came_before(make: MakeStore) -> None:
+    store = make()
+    async with opened(store):
+        changes = store.watch("d/")
+        await store.put("d/a", b"1")
+
+        async def rest() -> list[bytes | None]:
+            return [change.value async for change in changes]
+
+        waiting = asyncio.create_task(rest())
+        await asyncio.sleep(0)
+    assert await waiting == [b"1"]
+    with pytest.raises(StoreClosed):
+        await store.get("d/a")
+    with pytest.raises(StoreClosed):
+        store.watch("d/")
+    await store.close()
+
+
+async def test_a_watcher_that_is_too_slow_is_told(make: MakeStore) -> None:
+    store = make()
+    async with opened(store):
+        changes = store.watch("events/")
+        for _ in range(QUEUE_LIMIT // 64 + 1):
+            await asyncio.gather(*(store.append("events/", b"", keep=1) for _ in range(64)))
+        async with asyncio.timeout(5):
+            with pytest.raises(StoreError, match="list again"):
+                while True:
+                    await anext(changes)
+
+
+async def test_a_watch_from_before_the_log_or_from_the_future_is_refused(make: MakeStore) -> None:
+    store = make()
+    async with opened(store):
+        for _ in range(KEPT_CHANGES // 64 + 5):
+            await asyncio.gather(*(store.put("d/a", b"") for _ in range(64)))
+        for since in (1, 10**9):
+            with pytest.raises(StoreError, match="list again"):
+                await anext(store.watch("d/", since))
+
+
+async def test_a_cancelled_watcher_may_go_on(make: MakeStore) -> None:
+    store = make()
+    async with opened(store):
+        changes = store.watch("d/")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await anext(changes)
+        await store.put("d/a", b"1")
+        assert await take(changes, 1) == [("d/a", b"1")]
+
+
+async def test_exactly_one_wins(make: MakeStore) -> None:
+    stores = [make() for _ in range(4)]
+    async with opened(*stores):
+        revision = await stores[0].put("ownership/web", b"0")
+        for _ in range(20):
+            results = await asyncio.gather(
+                *(
+                    store.put_if("ownership/web", b"%d" % index, revision)
+                    for index, store in enumerate(stores)
+                )
+            )
+            (revision,) = [result for result in results if result is not None]
+
+
+async def test_ownership_passes_by_value_and_tokens_never_shrink(make: MakeStore) -> None:
+    one, two = make(), make()
+    async with opened(one, two):
+        source, destination = StoreOwnership(one), StoreOwnership(two)
+        assert await source.read(DomainName("web")) is None
+        assert await source.compare_and_set(None, record(1))
+        assert not await destination.compare_and_set(None, record(1, "n2"))
+        passed = record(1).passed_to(NodeName("n2"))
+        rolled_back = record(1).passed_to(NodeName("n1"))
+        won = await asyncio.gather(
+            source.compare_and_set(record(1), rolled_back),
+            destination.compare_and_set(record(1), passed),
+        )
+        assert sorted(won) == [False, True]
+        winner = await source.read(DomainName("web"))
+        assert winner == (rolled_back if won[0] else passed)
+        with pytest.raises(LocalProtocolError):
+            await source.compare_and_set(winner, record(1))
+        assert not await source.remove(record(1))
+        assert winner is not None and await source.remove(winner)
+        assert await destination.read(DomainName("web")) is None
+
+
+async def test_a_corrupt_value_names_its_key(make: MakeStore) -> None:
+    store = make()
+    async with opened(store):
+        await store.put(ownership_key("web"), b"\x01")
+        with pytest.raises(StoreError, match="ownership/web is not a OwnershipRecord"):
+            await StoreOwnership(store).read(DomainName("web"))
+        with pytest.raises(StoreError, match="ownership/web"):
+            await TypedStore(store).list_prefix("ownership/", OwnershipRecord)
+
+
+async def test_following_gives_what_is_there_and_then_changes(make: MakeStore) -> None:
+    one, two = make(), make()
+    async with opened(one, two):
+        typed = TypedStore(one)
+        await typed.put("ownership/web", record(1))
+        followed = TypedStore(two).follow("ownership/", OwnershipRecord)
+        async with asyncio.timeout(5):
+            assert (await anext(followed)).value == record(1)
+            await one.put("ownership/bad", b"\x01")  # Logged and skipped.
+            revision = await typed.put("ownership/web", record(2))
+            assert (await anext(followed)).value == record(2)
+            await typed.delete_if("ownership/web", revision)
+            gone = await anext(followed)
+        assert (gone.key, gone.value) == ("ownership/web", None)
+
+
+# --- faults ----------------------------------------------------------------------------------
+
+
+async def test_simulated_faults_are_one_nodes_own() -> None:
+    data = SimulatedData()
+    one, two = SimulatedStore(data), SimulatedStore(data)
+    async with opened(one, two):
+        one.faults.unavailable = True
+        with pytest.raises(StoreError, match="nothing was written"):
+            await one.put("d/a", b"1")
+        await two.put("d/a", b"2")
+        one.faults.unavailable = False
+        one.faults.lose_replies = True
+        with pytest.raises(StoreError, match="unknown"):
+            await one.put("d/a", b"3")
+        entry = await two.get("d/a")
+        assert entry is not None and entry.value == b"3"
+
+
+async def test_following_lists_again_after_a_fault() -> None:
+    data = SimulatedData()
+    one, two = SimulatedStore(data), SimulatedStore(data)
+    async with opened(one, two):
+        await TypedStore(two).put("ownership/web", record(1))
+        gone = await TypedStore(two).put("ownership/gone", record(1))
+        followed = TypedStore(one).follow("ownership/", OwnershipRecord)
+        seen = [(await anext(followed)).key for _ in range(2)]
+        assert seen == ["ownership/gone", "ownership/web"]
+        one.faults.unavailable = True
+        await two.delete_if("ownership/gone", gone)
+        await TypedStore(two).put("ownership/web", record(2))
+        asyncio.get_running_loop().call_later(
+            0.1, lambda: setattr(one.faults, "unavailable", False)
+        )
+        async with asyncio.timeout(5):
+            resynced = [await anext(followed) for _ in range(2)]
+        assert [(change.key, change.value) for change in resynced] == [
+            ("ownership/gone", None),
+            ("ownership/web", record(2)),
+        ]
+
+
+# --- a file and several processes ------------------------------------------------------------
+
+_CONTENDER = """
+import asyncio, sys
+from pathlib import Path
+from node_agent.state.sqlite import SqliteStore
+
+async def main() -> None:
+    store = SqliteStore(Path(sys.argv[1]))
+    await store.open()
+    won = 0
+    for _ in range(int(sys.argv[2])):
+        while True:
+            entry = await store.get("counter")
+            old = int(entry.value) if entry else 0
+            revision = entry.revision if entry else None
+            if await store.put_if("counter", b"%d" % (old + 1), revision) is not None:
+                won += 1
+                break
+    print(won)
+    await store.close()
+
+asyncio.run(main())
+"""
+
+_WRITER = """
+import asyncio, sys
+from pathlib import Path
+from node_agent.state.sqlite import SqliteStore
+
+async def main() -> None:
+    store = SqliteStore(Path(sys.argv[1]))
+    await store.open()
+    number = 0
+    while True:
+        number += 1
+        await store.put("d/a", b"%d" % number)
+        print(number, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def _spawn(script: str, *arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, cwd=Path.cwd()
+    )
+
+
+async def test_processes_that_contend_lose_no_update(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.sqlite"
+    store = SqliteStore(path)
+    async with opened(store):
+        changes = store.watch("counter")
+        processes = [_spawn(_CONTENDER, str(path), "50") for _ in range(3)]
+        counted = await take(changes, 150)
+        for process in processes:
+            output, _ = await asyncio.to_thread(process.communicate, timeout=30)
+            assert output.strip() == b"50"
+        assert counted == [("counter", b"%d" % number) for number in range(1, 151)]
+
+
+async def test_what_was_answered_survives_sigkill(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.sqlite"
+    process = await asyncio.to_thread(_spawn, _WRITER, str(path))
+    assert process.stdout is not None
+    answered = 0
+    try:
+        while answered < 100:
+            answered = int(await asyncio.to_thread(process.stdout.readline))
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        rest, _ = await asyncio.to_thread(process.communicate)
+    answered = int(rest.split()[-2]) if len(rest.split()) > 1 else answered
+    store = SqliteStore(path)
+    async with opened(store):
+        entry = await store.get("d/a")
+        assert entry is not None and int(entry.value) >= answered
+        assert await store.put_if("d/a", b"x", entry.revision) is not None
+
+
+async def test_a_held_write_lock_ends_in_store_error_and_blocks_no_loop(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.sqlite"
+    store = SqliteStore(path, busy_timeout_s=0.2)
+    async with opened(store):
+        holder = sqlite3.connect(path, isolation_level=None)
+        holder.execute("BEGIN IMMEDIATE")
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.01)
+                ticks += 1
+
+        ticking = asyncio.create_task(tick())
+        with pytest.raises(StoreError, match="locked"):
+            await store.put("d/a", b"1")
+        ticking.cancel()
+        assert ticks >= 5
+        holder.execute("ROLLBACK")
+        holder.close()
+        assert await store.get("d/a") is None
+        await store.put("d/a", b"1")
+
+
+async def test_a_foreign_file_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "other.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE other (x)")
+    connection.close()
+    with pytest.raises(StoreError, match="not Ferry's"):
+        await SqliteStore(path).open()
+    path.write_text("no database at all, but long enough to be looked at as one " * 20)
+    with pytest.raises(StoreError, match="not a database"):
+        await SqliteStore(path).open()
+
+
+async def test_a_dropped_watch_is_forgotten(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "cluster.sqlite")
+    async with opened(store):
+        changes = store.watch("d/")
+        await store.put("d/a", b"")
+        assert len(store._watches) == 1
+        del changes
+        await store.put("d/a", b"")
+        await store.get("d/a")
+        assert store._watches == []
