@@ -1,0 +1,188 @@
+"""`ferry lab`: a cluster on one machine, made, looked at and removed with one command each."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Annotated, NoReturn
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deploy.lab import lab as labs
+from deploy.lab.preconditions import remarks, require_root
+from migrator.errors import FerryError, RefusedError
+
+app = typer.Typer(
+    name="lab", help="A cluster on this one machine, for trying and testing.", no_args_is_help=True
+)
+
+_Name = Annotated[str, typer.Option("--name", "-n", help="The lab's name.")]
+_INTERRUPTED = 130
+_FAILED = 1
+
+
+class AgentAction(StrEnum):
+    START = "start"
+    STOP = "stop"
+    KILL = "kill"
+
+
+@contextmanager
+def _errors_as_sentences() -> Iterator[None]:
+    """FerryError becomes its sentence and exit status 1; SIGTERM ends as orderly as Ctrl-C."""
+
+    def interrupt(_number: int, _frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    try:
+        yield
+    except RefusedError as error:
+        if len(error.reasons) > 1:
+            print("This machine can't hold a lab:", file=sys.stderr)
+            for reason in error.reasons:
+                print(f"  - {reason}", file=sys.stderr)
+        else:
+            print(f"ferry lab: {error}", file=sys.stderr)
+        raise typer.Exit(_FAILED) from None
+    except FerryError as error:
+        print(f"ferry lab: {error}", file=sys.stderr)
+        raise typer.Exit(_FAILED) from None
+    except KeyboardInterrupt:
+        print("Interrupted; nothing was left half-made.", file=sys.stderr)
+        raise typer.Exit(_INTERRUPTED) from None
+
+
+@app.command()
+def up(
+    name: _Name = labs.DEFAULT_NAME,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, help="How many nodes. New lab: 3.")
+    ] = None,
+    link_mbit: Annotated[
+        int | None,
+        typer.Option("--link-mbit", min=0, help="Speed of each node's links, Mbit/s; 0: no limit."),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say each step.")] = False,
+) -> None:
+    """Make the lab, or repair it and let it grow."""
+    started = time.monotonic()
+    with _errors_as_sentences():
+        record = labs.up(
+            name,
+            nodes=nodes,
+            link_mbit=link_mbit,
+            report=print if verbose else lambda _line: None,
+        )
+    names = ", ".join(node.name for node in record.nodes)
+    seconds = time.monotonic() - started
+    print(f"Lab {name} is up: {len(record.nodes)} nodes ({names}), in {seconds:.1f} s.")
+    for remark in remarks():
+        print(f"Note: {remark}.")
+    option = "" if name == labs.DEFAULT_NAME else f" --name {name}"
+    print("\nNext:")
+    print(f"  export FERRY_API={record.nodes[0].api}")
+    print("  ferry node ls")
+    print(f"  ferry lab status{option}")
+    print(f"  ferry lab down{option}")
+
+
+@app.command()
+def down(
+    name: _Name = labs.DEFAULT_NAME,
+    everything: Annotated[bool, typer.Option("--all", help="Every lab of this machine.")] = False,
+) -> None:
+    """End and remove the lab: its domains, agents, networks, volumes and files."""
+    with _errors_as_sentences():
+        require_root()
+        if everything:
+            gone = labs.down_all()
+            print(f"Removed: {', '.join(gone)}." if gone else "There are no labs.")
+        elif labs.down(name):
+            print(f"Lab {name} is gone.")
+        else:
+            print(f"There is no lab {name}.")
+
+
+@app.command()
+def status(
+    name: _Name = labs.DEFAULT_NAME,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """How the lab is. Exit status 1 if it is damaged."""
+    with _errors_as_sentences():
+        found = labs.status(name)
+    if as_json:
+        print(json.dumps(msgspec.to_builtins(found), indent=2))
+    else:
+        rate = f"{found.link_mbit} Mbit/s" if found.link_mbit else "not shaped"
+        print(f"Lab {name}: {found.state}; links {rate}; guests {found.guest_network}")
+        table = Table("NODE", "AGENT", "PID", "PROCESSES", "ADDRESS", "API", box=None)
+        for node in found.nodes:
+            pid = str(node.agent_pid or "-")
+            address = node.mgmt_address
+            table.add_row(node.name, node.agent, pid, str(node.processes), address, node.api)
+        Console(soft_wrap=True).print(table)
+        if found.missing:
+            print(f"Missing: {', '.join(found.missing)}.")
+        if found.state != "ready":
+            print(f"`ferry lab up --name {name}` repairs it.")
+    if found.state != "ready":
+        raise typer.Exit(_FAILED)
+
+
+@app.command("ls")
+def list_labs(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """The labs of this machine, half-made ones too."""
+    with _errors_as_sentences():
+        names = labs.list_labs()
+    print(json.dumps(names) if as_json else "\n".join(names) or "There are no labs.")
+
+
+@app.command(
+    "exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def execute(
+    where: Annotated[str, typer.Argument(help="A node, client, storage or switch.")],
+    command: Annotated[list[str], typer.Argument(help="The command and its arguments.")],
+    name: _Name = labs.DEFAULT_NAME,
+) -> None:
+    """Run a command there, e.g. `ferry lab exec client -- ping 10.78.0.5`."""
+    with _errors_as_sentences():
+        require_root()
+        vector = labs.command_in(name, where, command)
+    sys.stdout.flush()
+    os.execv(vector[0], vector)
+
+
+@app.command()
+def agent(
+    node: Annotated[str, typer.Argument(help="The node.")],
+    action: Annotated[AgentAction, typer.Argument(help="kill: SIGKILL, as a crash would.")],
+    name: _Name = labs.DEFAULT_NAME,
+) -> None:
+    """Start, stop or kill one node's agent. Its domains go on running."""
+    with _errors_as_sentences():
+        if action is AgentAction.START:
+            process = labs.start_agent(name, node)
+            print(f"The agent of {node} answers (pid {process.pid}).")
+            return
+        ended = labs.stop_agent(name, node, kill=action is AgentAction.KILL)
+    word = "killed" if action is AgentAction.KILL else "stopped"
+    print(f"The agent of {node} is {word}." if ended else f"The agent of {node} wasn't running.")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,54 @@
+"""The configuration of a lab node's agent, from the lab's plan."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from deploy.lab.plan import LabPlan, NodePlan
+from node_agent.config import (
+    AgentConfig,
+    ApiTable,
+    FabricTable,
+    HypervisorTable,
+    KnownPeer,
+    MigrationTable,
+    NodeTable,
+    PeerTable,
+    PoolTable,
+    StoreTable,
+    format_endpoint,
+    render_config,
+)
+
+API_PORT: Final = 7780
+PEER_PORT: Final = 7781
+
+
+def agent_config(plan: LabPlan, node: NodePlan) -> AgentConfig:
+    """`node`'s configuration: its management address for everything, one store and pool for all."""
+    return AgentConfig(
+        node=NodeTable(
+            name=node.name,
+            state_directory=str(node.state_path),
+            memory_bytes=plan.node_memory_bytes,
+        ),
+        api=ApiTable(
+            listen=format_endpoint(node.mgmt_address, API_PORT), socket=str(node.api_socket)
+        ),
+        peer=PeerTable(listen=format_endpoint(node.mgmt_address, PEER_PORT)),
+        migration=MigrationTable(address=node.mgmt_address),
+        store=StoreTable(path=str(plan.store_path)),
+        hypervisor=HypervisorTable(),
+        fabric=FabricTable(),
+        pools=(PoolTable(name="default", path=str(plan.volumes_path)),),
+        peers=tuple(
+            KnownPeer(name=other.name, address=format_endpoint(other.mgmt_address, PEER_PORT))
+            for other in plan.nodes
+            if other.name != node.name
+        ),
+    )
+
+
+def agent_config_text(plan: LabPlan, node: NodePlan) -> str:
+    """The same as TOML."""
+    return render_config(agent_config(plan, node))

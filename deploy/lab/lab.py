@@ -1,0 +1,423 @@
+"""A lab's life: up, status, down, and its agents one by one.
+
+    plan ──> up ──> namespaces, cables ──> folders, configurations ──> agents ──> lab.json
+                         │ any failure, Ctrl-C: what this `up` made is removed, the rest stays
+             down ──> kill what runs in the namespaces ──> remove namespaces, folder, registration
+
+Rules:
+- Everything is idempotent and repairs: `up` makes what is missing, `down` removes what is there.
+- Nothing relies on an orderly end. After a kill -9 at any point the next `up` repairs and the next
+  `down` removes everything, because both look at the machine rather than at notes.
+- One command at a time changes a lab (`registry.lab_lock`).
+- Agents and QEMUs outlive the command: own session, no terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from deploy.lab import network, processes, registry
+from deploy.lab.config import agent_config_text
+from deploy.lab.plan import LabPlan, NodePlan, check_lab_name, lab_of_namespace, make_plan
+from deploy.lab.preconditions import check_machine, require_root
+from deploy.lab.processes import Process
+from deploy.lab.record import (
+    DEFAULT_NAME,
+    DEFAULT_ROOT,
+    LabRecord,
+    labs_root,
+    load,
+    read_record,
+    write_atomically,
+    write_record,
+)
+from migrator.errors import ConflictError, FerryError
+
+DEFAULT_NODES: Final = 3
+AGENT_COMMAND: Final = (sys.executable, "-m", "node_agent")
+READY_TIMEOUT_S: Final = 60.0
+"""An agent starts in about a second; two dozen at once on two slow cores take their time."""
+STOP_TIMEOUT_S: Final = 15.0
+"""How long an agent may take to end on SIGTERM before it is killed."""
+_MNT_DETACH: Final = 2
+
+
+class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    mgmt_address: str
+    api: str
+    agent: str
+    """`ready`, `starting` (runs, but its API doesn't answer) or `stopped`."""
+    agent_pid: int | None
+    processes: int
+    """How many processes run in the node, agent included."""
+
+
+class LabStatus(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    state: str
+    """`ready`, or `damaged`: `ferry lab up` repairs it, `ferry lab down` removes it."""
+    folder: str
+    link_mbit: int | None
+    guest_network: str
+    nodes: tuple[NodeStatus, ...]
+    missing: tuple[str, ...]
+    """Namespaces and interfaces that should be there and aren't."""
+
+
+def up(
+    name: str = DEFAULT_NAME,
+    *,
+    nodes: int | None = None,
+    link_mbit: int | None = None,
+    node_memory_bytes: int | None = None,
+    agent_command: Sequence[str] | None = None,
+    ready_timeout_s: float = READY_TIMEOUT_S,
+    report: Callable[[str], None] = lambda _line: None,
+) -> LabRecord:
+    """Make the lab, or repair it and let it grow; returns when every agent answers.
+
+    What isn't given stays as it is: 3 nodes, unshaped links (Mbit/s; 0 lifts a shaping) and 4 GiB
+    a node for a new lab. `agent_command` gets `--config PATH` appended. `report` hears each step.
+
+    Raises FerryError (RefusedError: the machine lacks something; InvalidRequest: a number is wrong;
+    ConflictError: the lab is locked, lives elsewhere or would shrink). Then, as after a
+    KeyboardInterrupt, what this call made is removed again, and what was there before stays.
+    """
+    check_lab_name(name)
+    require_root()
+    with registry.lab_lock(name) as lock, ExitStack() as undo:
+        try:
+            folder = labs_root() / name
+            present = read_record(folder)
+            index = lock.claim(folder, present.plan.index if present else None).index
+            if present is None:
+                # Also what an earlier `up` left that was killed half-way.
+                undo.callback(_remove_everything, name, folder, lock, ())
+                check_machine()
+                _remove_traces(name, folder, ())
+            plan = _merge(name, index, present, nodes, link_mbit, node_memory_bytes)
+            command = tuple(agent_command or (present.agent_command if present else AGENT_COMMAND))
+            record = _make(plan, command, present, undo, report)
+            for item, node in zip(record.nodes, plan.nodes, strict=True):
+                assert item.agent is not None
+                processes.wait_healthy(
+                    node.name, item.agent, node.api_socket, node.log_path, ready_timeout_s
+                )
+                report(f"agent {node.name} answers")
+        except BaseException:
+            with _interrupts_ignored():
+                undo.close()
+            raise
+        undo.pop_all()
+        return record
+
+
+def down(name: str = DEFAULT_NAME) -> bool:
+    """End and remove everything of the lab, whatever state it is in. False: there was nothing.
+
+    Raises FerryError when a process won't end or a namespace can't be removed; try again then.
+    """
+    check_lab_name(name)
+    require_root()
+    with registry.lab_lock(name) as lock:
+        entered = lock.registration()
+        folder = entered.folder if entered else labs_root() / name
+        record = read_record(folder)
+        namespaces = network.lab_namespaces(name)
+        found = entered is not None or folder.exists() or bool(namespaces)
+        agents = [node.agent for node in record.nodes if node.agent] if record else []
+        _remove_everything(name, folder, lock, agents)
+    return found
+
+
+def down_all() -> list[str]:
+    """`down` for every lab of this machine, half-made ones too. Their names."""
+    names = list_labs()
+    for name in names:
+        down(name)
+    return names
+
+
+def list_labs() -> list[str]:
+    """Every lab that left a trace: a registration, a folder or a namespace."""
+    names = {item.name for item in registry.registered()}
+    names.update(filter(None, map(lab_of_namespace, network.lab_namespaces())))
+    root = labs_root()
+    if root.is_dir():
+        names.update(entry.name for entry in root.iterdir() if (entry / "lab.json").exists())
+    return sorted(names)
+
+
+def status(name: str = DEFAULT_NAME) -> LabStatus:
+    """How the lab is. Raises NotFoundError if there is none of this name. Changes nothing."""
+    require_root()
+    plan = load(name).plan
+    missing = network.missing_interfaces(plan)
+    running = processes.processes_in(plan.namespaces)
+    nodes = []
+    for node in plan.nodes:
+        agent = processes.find_by_argument(running[node.namespace], str(node.config_path))
+        ready = agent is not None and processes.healthy(node.api_socket)
+        nodes.append(
+            NodeStatus(
+                name=node.name,
+                mgmt_address=node.mgmt_address,
+                api=f"unix:{node.api_socket}",
+                agent="stopped" if agent is None else "ready" if ready else "starting",
+                agent_pid=agent.pid if agent else None,
+                processes=len(running[node.namespace]),
+            )
+        )
+    sound = not missing and all(node.agent == "ready" for node in nodes)
+    return LabStatus(
+        name=name,
+        state="ready" if sound else "damaged",
+        folder=str(plan.folder),
+        link_mbit=plan.link_mbit,
+        guest_network=plan.guest_network,
+        nodes=tuple(nodes),
+        missing=tuple(missing),
+    )
+
+
+def restart_agent(lab: str, node: str, ready_timeout_s: float = READY_TIMEOUT_S) -> Process:
+    """Stop the node's agent and start it again; returns when it answers. Its domains stay.
+
+    Raises FerryError when the new agent doesn't answer; the log's end is in the message.
+    """
+    stop_agent(lab, node)
+    return start_agent(lab, node, ready_timeout_s)
+
+
+def start_agent(lab: str, node: str, ready_timeout_s: float = READY_TIMEOUT_S) -> Process:
+    """Start the node's agent unless it runs; returns when it answers. Raises as restart_agent."""
+    require_root()
+    with registry.lab_lock(lab):
+        record = load(lab)
+        target = record.plan.node(node)
+        agent = _find_agent(target) or _spawn_agent(target, record.agent_command)
+        known = {item.name: item.agent for item in record.nodes if item.agent}
+        write_record(record.plan, record.agent_command, {**known, node: agent})
+        processes.wait_healthy(node, agent, target.api_socket, target.log_path, ready_timeout_s)
+    return agent
+
+
+def stop_agent(lab: str, node: str, *, kill: bool = False) -> bool:
+    """End the node's agent: SIGTERM, SIGKILL after 15 s or with `kill` at once. Domains stay.
+
+    False: it wasn't running.
+    """
+    require_root()
+    with registry.lab_lock(lab):
+        target = load(lab).plan.node(node)
+        agent = _find_agent(target)
+        if agent is not None:
+            _end_agent(target, agent, kill=kill)
+    return agent is not None
+
+
+def kill_agent(lab: str, node: str) -> bool:
+    """SIGKILL the node's agent, as a crash would. False: it wasn't running."""
+    return stop_agent(lab, node, kill=True)
+
+
+def namespace_of(lab: str, where: str) -> str:
+    """The namespace of a node's name, `client`, `storage` or `switch`. Raises InvalidRequest."""
+    plan = load(lab).plan
+    if where in ("client", "storage", "switch"):
+        return plan.namespace(where)
+    return plan.node(where).namespace
+
+
+def command_in(lab: str, where: str, command: Sequence[str]) -> list[str]:
+    """The argument vector that runs `command` in a node, the client or the storage namespace."""
+    namespace = namespace_of(lab, where)
+    return [sys.executable, "-I", "-S", processes.ENTER_SCRIPT, namespace, *command]
+
+
+def run_in(
+    lab: str, where: str, command: Sequence[str], timeout_s: float
+) -> subprocess.CompletedProcess[str]:
+    """Run `command` there to its end, output captured. Raises TimeoutExpired: killed."""
+    return subprocess.run(
+        command_in(lab, where, command),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+# --- parts -----------------------------------------------------------------------------------
+
+
+def _merge(
+    name: str,
+    index: int,
+    present: LabRecord | None,
+    nodes: int | None,
+    link_mbit: int | None,
+    node_memory_bytes: int | None,
+) -> LabPlan:
+    """What is asked for over what there is. Raises ConflictError if the lab would shrink."""
+    count, rate = DEFAULT_NODES, None
+    extra: dict[str, int] = {}
+    if present is not None:
+        count, rate = present.plan.node_count, present.plan.link_mbit
+        extra["node_memory_bytes"] = present.plan.node_memory_bytes
+        if nodes is not None and nodes < count:
+            raise ConflictError(
+                f"lab {name} has {count} nodes and can't shrink to {nodes}; take it down first"
+            )
+    if node_memory_bytes is not None:
+        extra["node_memory_bytes"] = node_memory_bytes
+    if link_mbit is not None:
+        rate = link_mbit or None
+    return make_plan(
+        name,
+        index=index,
+        node_count=count if nodes is None else nodes,
+        labs_root=labs_root(),
+        link_mbit=rate,
+        **extra,
+    )
+
+
+def _make(
+    plan: LabPlan,
+    command: tuple[str, ...],
+    present: LabRecord | None,
+    undo: ExitStack,
+    report: Callable[[str], None],
+) -> LabRecord:
+    """Everything up to started agents. `undo` gets what takes back each step of a repair."""
+
+    def made(namespace: str) -> None:
+        report(f"namespace {namespace}")
+        undo.callback(network.remove_namespace, namespace)
+        undo.callback(processes.kill_all, [namespace])
+
+    plan.volumes_path.mkdir(parents=True, exist_ok=True)
+    known = {node.name: node.agent for node in present.nodes if node.agent} if present else {}
+    # Written before anything is made, so that an interrupted lab is repaired to the same shape.
+    write_record(plan, command, known)
+    if present is not None:
+        undo.callback(write_record, present.plan, present.agent_command, known)
+    for node in plan.nodes:
+        if not node.folder.exists():
+            undo.callback(shutil.rmtree, node.folder, ignore_errors=True)
+        node.state_path.mkdir(parents=True, exist_ok=True)
+    network.ensure_network(plan, made)
+    agents = {node.name: _ensure_agent(plan, node, command, undo, report) for node in plan.nodes}
+    return write_record(plan, command, agents)
+
+
+def _ensure_agent(
+    plan: LabPlan,
+    node: NodePlan,
+    command: tuple[str, ...],
+    undo: ExitStack,
+    report: Callable[[str], None],
+) -> Process:
+    """The node's agent, started if it isn't there, restarted if its configuration is another."""
+    text = agent_config_text(plan, node)
+    agent = _find_agent(node)
+    changed = not node.config_path.exists() or node.config_path.read_text() != text
+    if changed:
+        write_atomically(node.config_path, text.encode())
+    if agent is None or changed:
+        fresh = agent is None
+        if agent is not None:
+            _end_agent(node, agent, kill=False)
+        agent = _spawn_agent(node, command)
+        if fresh:
+            undo.callback(processes.send_signal, agent, signal.SIGKILL)
+        report(f"agent {node.name} started")
+    return agent
+
+
+def _find_agent(node: NodePlan) -> Process | None:
+    running = processes.processes_in([node.namespace])[node.namespace]
+    return processes.find_by_argument(running, str(node.config_path))
+
+
+def _spawn_agent(node: NodePlan, command: Sequence[str]) -> Process:
+    return processes.spawn_in(
+        node.namespace, [*command, "--config", str(node.config_path)], node.log_path
+    )
+
+
+def _end_agent(node: NodePlan, agent: Process, *, kill: bool) -> None:
+    if not kill:
+        processes.send_signal(agent, signal.SIGTERM)
+        if not processes.wait_ended([agent], STOP_TIMEOUT_S):
+            return
+    processes.send_signal(agent, signal.SIGKILL)
+    if processes.wait_ended([agent], STOP_TIMEOUT_S):
+        raise FerryError(f"the agent of {node.name} (pid {agent.pid}) won't end, even when killed")
+
+
+def _remove_everything(
+    name: str, folder: Path, lock: registry.LabLock, agents: Sequence[Process]
+) -> None:
+    _remove_traces(name, folder, agents)
+    lock.release()
+
+
+def _remove_traces(name: str, folder: Path, agents: Sequence[Process]) -> None:
+    """Processes first, for they hold the namespaces and write into the folder."""
+    namespaces = network.lab_namespaces(name)
+    processes.kill_all(namespaces, agents)
+    for namespace in namespaces:
+        network.remove_namespace(namespace)
+    _remove_folder(folder)
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove the lab's folder, never what is mounted below it. Raises FerryError."""
+    if not folder.exists():
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    prefix = f"{folder.resolve()}/"
+    mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    for mount in sorted((item for item in mounts if item.startswith(prefix)), reverse=True):
+        if libc.umount2(mount.encode(), _MNT_DETACH) != 0:
+            raise FerryError(f"{mount} can't be unmounted: {os.strerror(ctypes.get_errno())}")
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise FerryError(f"the lab's folder {folder} can't be removed: {error}") from error
+    if folder.parent == DEFAULT_ROOT:
+        with contextlib.suppress(OSError):
+            DEFAULT_ROOT.rmdir()
+            DEFAULT_ROOT.parent.rmdir()
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """One more Ctrl-C must not stop a removal half-way. Every step in it is bounded."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

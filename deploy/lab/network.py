@@ -1,0 +1,244 @@
+"""The lab's namespaces, bridges, cables and shaping, made with netlink (pyroute2).
+
+Everything is level-triggered: `ensure_*` looks at what is there, makes what is missing and says
+whether it made anything. Cables are made inside the switch's namespace with the far end placed
+straight into its own, so the machine's own namespace never sees an interface of a lab.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from pyroute2 import IPRoute, NetlinkError, netns
+
+from deploy.lab.plan import (
+    GUEST_BRIDGE,
+    SWITCH_GUEST_BRIDGE,
+    SWITCH_MGMT_BRIDGE,
+    LabPlan,
+    Link,
+    lab_of_namespace,
+)
+from migrator.errors import FabricError
+
+NAMESPACES_PATH: Final = Path("/run/netns")
+PREFIX_BITS: Final = 24
+_ROOT_QDISC: Final = 0xFFFF_FFFF
+"""TC_H_ROOT of linux/pkt_sched.h."""
+_QUEUE_SECONDS: Final = 0.05
+"""How long a packet may wait in a shaped link before it's dropped."""
+_BURST_SECONDS: Final = 0.005
+_BURST_BYTES_MIN: Final = 80 * 1024
+"""One full GSO packet, which tbf would otherwise cut up."""
+
+
+def namespace_path(name: str) -> Path:
+    return NAMESPACES_PATH / name
+
+
+def namespace_key(name: str) -> tuple[int, int] | None:
+    """(device, inode) of a live namespace, as in /proc/PID/ns/net; None: it isn't there.
+
+    A name whose making was interrupted before the mount is a plain file, on another device.
+    """
+    try:
+        status = namespace_path(name).stat()
+        own = Path("/proc/self/ns/net").stat()
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if status.st_dev == own.st_dev else None
+
+
+def lab_namespaces(lab: str | None = None) -> list[str]:
+    """Names of the namespaces of `lab` (None: of every lab), half-made ones too, sorted."""
+    if not NAMESPACES_PATH.is_dir():
+        return []
+    found = ((entry.name, lab_of_namespace(entry.name)) for entry in NAMESPACES_PATH.iterdir())
+    return sorted(
+        name for name, owner in found if owner is not None and (lab is None or owner == lab)
+    )
+
+
+def ensure_namespace(name: str) -> bool:
+    """Make the namespace unless it's there. True: made. Raises FabricError, leaving nothing."""
+    if namespace_key(name) is not None:
+        return False
+    try:
+        if namespace_path(name).exists():
+            remove_namespace(name)
+        netns.create(name)
+    except (OSError, NetlinkError) as error:
+        remove_namespace(name)
+        raise FabricError(f"the network namespace {name} could not be made: {error}") from error
+    if namespace_key(name) is None:
+        remove_namespace(name)
+        raise FabricError(f"the network namespace {name} could not be made")
+    return True
+
+
+def remove_namespace(name: str) -> None:
+    """Remove the namespace and, with it, its interfaces. Does nothing if it isn't there.
+
+    The kernel lets go of it when its last process has ended. Raises FabricError.
+    """
+    try:
+        netns.remove(name)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise FabricError(f"the namespace {name} could not be removed: {error}") from error
+
+
+class _Namespace:
+    """One namespace's netlink socket, with the few questions and orders that a lab needs."""
+
+    def __init__(self, name: str, route: Any) -> None:
+        self.name = name
+        self._route = route
+
+    def interfaces(self) -> dict[str, tuple[int, int | None]]:
+        """Each interface's name: its index, and its bridge's index or None."""
+        return {
+            link.get_attr("IFLA_IFNAME"): (link["index"], link.get_attr("IFLA_MASTER"))
+            for link in self._route.get_links()
+        }
+
+    def raise_up(self, interface: str, *, bridge: str | None = None) -> None:
+        interfaces = self.interfaces()
+        index, master = interfaces[interface]
+        if bridge is not None and master != interfaces[bridge][0]:
+            self._route.link("set", index=index, master=interfaces[bridge][0])
+        self._route.link("set", index=index, state="up")
+
+    def ensure_bridge(self, name: str) -> None:
+        if name not in self.interfaces():
+            # No spanning tree and no forward delay: a port forwards as soon as it's plugged in.
+            # No snooping: without a querier it would drop mDNS and neighbour discovery.
+            self._route.link(
+                "add",
+                ifname=name,
+                kind="bridge",
+                br_stp_state=0,
+                br_forward_delay=0,
+                br_mcast_snooping=0,
+            )
+        self.raise_up(name)
+
+    def ensure_address(self, interface: str, address: str) -> None:
+        index = self.interfaces()[interface][0]
+        held = {item.get_attr("IFA_ADDRESS") for item in self._route.get_addr(index=index)}
+        if address not in held:
+            self._route.addr("add", index=index, address=address, prefixlen=PREFIX_BITS)
+
+    def add_veth(self, name: str, peer_namespace: str, peer: str) -> None:
+        self._route.link(
+            "add", ifname=name, kind="veth", peer={"ifname": peer, "net_ns_fd": peer_namespace}
+        )
+
+    def delete(self, interface: str) -> None:
+        found = self.interfaces().get(interface)
+        if found is not None:
+            self._route.link("del", index=found[0])
+
+    def shape(self, interface: str, link_mbit: int | None) -> None:
+        """Set the rate at which `interface` sends, or lift it."""
+        index = self.interfaces()[interface][0]
+        if link_mbit is None:
+            try:
+                self._route.tc("del", index=index, parent=_ROOT_QDISC)
+            except NetlinkError as error:
+                if error.code not in (errno.ENOENT, errno.EINVAL):
+                    raise
+            return
+        burst_bytes, limit_bytes = shaping_bytes(link_mbit)
+        self._route.tc(
+            "replace",
+            "tbf",
+            index=index,
+            rate=link_mbit * 1_000_000 // 8,
+            burst=burst_bytes,
+            limit=limit_bytes,
+        )
+
+
+def shaping_bytes(link_mbit: int) -> tuple[int, int]:
+    """(burst, queue) in bytes of a link of `link_mbit` Mbit/s."""
+    bytes_per_s = link_mbit * 1_000_000 // 8
+    burst = max(_BURST_BYTES_MIN, int(bytes_per_s * _BURST_SECONDS))
+    return burst, burst + max(_BURST_BYTES_MIN, int(bytes_per_s * _QUEUE_SECONDS))
+
+
+@contextmanager
+def _opened(name: str) -> Iterator[_Namespace]:
+    try:
+        route = IPRoute(netns=name, flags=0)
+    except (OSError, NetlinkError) as error:
+        raise FabricError(f"the namespace {name} can't be entered: {error}") from error
+    try:
+        yield _Namespace(name, route)
+    except (OSError, NetlinkError) as error:
+        raise FabricError(f"the network in namespace {name} can't be set up: {error}") from error
+    finally:
+        route.close()
+
+
+def ensure_network(plan: LabPlan, made: Callable[[str], None]) -> None:
+    """Make or repair the lab's namespaces, bridges, cables, addresses and shaping.
+
+    Calls `made` with each new namespace's name at once, so that an interrupted caller can remove
+    it. Raises FabricError; what was made stays, for the caller to remove or for the next repair.
+    """
+    for name in plan.namespaces:
+        if ensure_namespace(name):
+            made(name)
+    with _opened(plan.switch) as switch:
+        switch.raise_up("lo")
+        switch.ensure_bridge(SWITCH_GUEST_BRIDGE)
+        switch.ensure_bridge(SWITCH_MGMT_BRIDGE)
+        for namespace in plan.namespaces[1:]:
+            links = [link for link in plan.links if link.namespace == namespace]
+            with _opened(namespace) as end:
+                _ensure_links(switch, end, links, plan.link_mbit)
+
+
+def _ensure_links(
+    switch: _Namespace, end: _Namespace, links: Iterable[Link], link_mbit: int | None
+) -> None:
+    end.raise_up("lo")
+    for link in links:
+        if link.node_bridge is not None:
+            end.ensure_bridge(link.node_bridge)
+        if link.port not in switch.interfaces() or link.interface not in end.interfaces():
+            switch.delete(link.port)
+            end.delete(link.interface)
+            switch.add_veth(link.port, end.name, link.interface)
+        switch.raise_up(link.port, bridge=link.bridge)
+        if link.address is not None:
+            end.ensure_address(link.interface, link.address)
+        end.raise_up(link.interface, bridge=link.node_bridge)
+        if link.shaped:
+            switch.shape(link.port, link_mbit)
+            end.shape(link.interface, link_mbit)
+
+
+def missing_interfaces(plan: LabPlan) -> list[str]:
+    """What of the lab's network isn't there, as `namespace` or `namespace/interface`."""
+    absent = [name for name in plan.namespaces if namespace_key(name) is None]
+    wanted: dict[str, set[str]] = {
+        plan.switch: {SWITCH_GUEST_BRIDGE, SWITCH_MGMT_BRIDGE},
+        **{node.namespace: {GUEST_BRIDGE} for node in plan.nodes},
+    }
+    for link in plan.links:
+        wanted.setdefault(plan.switch, set()).add(link.port)
+        wanted.setdefault(link.namespace, set()).add(link.interface)
+    for name, interfaces in wanted.items():
+        if name not in absent:
+            with _opened(name) as namespace:
+                absent += sorted(
+                    f"{name}/{interface}" for interface in interfaces - set(namespace.interfaces())
+                )
+    return absent

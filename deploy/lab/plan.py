@@ -1,0 +1,295 @@
+"""The plan of a lab: every name, address and path, worked out before anything is made. Pure.
+
+A lab is a cluster on one machine. Each node is a network namespace; two networks meet in a
+namespace of their own, the switch, so that guest and migration traffic can be told apart:
+
+    fy-LAB-n1                        fy-LAB-switch                       fy-LAB-client
+    ┌──────────────────────────┐     ┌───────────────────────────┐       ┌─────────────┐
+    │ guests ─ br0 ─── uplink0 ┼─────┼ g-n1 ─┐                   │       │             │
+    │ agent ────────── mgmt0   ┼──┐  │       ├ guests ── g-client ┼───────┼ guest0      │
+    └──────────────────────────┘  │  │ g-n2 ─┘  (bridge)         │       │             │
+    fy-LAB-n2                     │  │                           │       │             │
+    ┌──────────────────────────┐  └──┼ m-n1 ─┐                   │       │             │
+    │ guests ─ br0 ─── uplink0 ┼─g-n2│       ├ mgmt ──── m-client ┼───────┼ mgmt0       │
+    │ agent ────────── mgmt0   ┼─────┼ m-n2 ─┘  (bridge)         │       └─────────────┘
+    └──────────────────────────┘     │          └──── m-storage ─┼─ mgmt0 of fy-LAB-storage
+                                     └───────────────────────────┘
+
+Rules:
+- Nothing of a lab is ever visible in the machine's own network namespace.
+- 10.77.L.0/24 carries management, migrations and storage; 10.78.L.0/24 belongs to the guests.
+  L is the lab's index on this machine, so that labs side by side never share an address.
+- `link_mbit` shapes both ends of both of a node's links.
+- A namespace's name always ends in its role, so a name belongs to exactly one lab.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from migrator.errors import InvalidRequest
+
+NODES_MAX: Final = 200
+"""The host part of an address is the node's number; 201 and up belong to the lab's services."""
+INDEX_MAX: Final = 255
+LINK_MBIT_MAX: Final = 30_000
+"""A tbf qdisc's classic rate field is 32 bits of bytes per second (34 Gbit/s)."""
+MEMORY_BYTES_DEFAULT: Final = 4 * 1024**3
+"""What each node of a lab offers to domains."""
+SOCKET_PATH_BYTES_MAX: Final = 107
+"""sockaddr_un.sun_path, less the terminating zero."""
+_DEEPEST_SOCKET: Final = 48
+"""Bytes to spare below a node's state folder for its drivers' sockets."""
+
+GUEST_BRIDGE: Final = "br0"
+"""The bridge in each node that a domain's `NicSpec.bridge` names."""
+NODE_UPLINK: Final = "uplink0"
+MGMT_INTERFACE: Final = "mgmt0"
+GUEST_INTERFACE: Final = "guest0"
+SWITCH_GUEST_BRIDGE: Final = "guests"
+SWITCH_MGMT_BRIDGE: Final = "mgmt"
+
+_LAB_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?")
+_NAMESPACE: Final = re.compile(
+    r"fy-(?P<lab>[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?)-(?P<role>n[0-9]+|switch|client|storage)"
+)
+
+
+class Link(msgspec.Struct, frozen=True, kw_only=True):
+    """One cable: a veth pair between a port of the switch and an interface of a namespace."""
+
+    port: str
+    """Interface name at the switch, at most 15 characters."""
+    bridge: str
+    """The switch's bridge that the port belongs to."""
+    namespace: str
+    interface: str
+    """Interface name in `namespace`."""
+    address: str | None = None
+    """IPv4 address of `interface`; None where it is a port of the node's bridge."""
+    node_bridge: str | None = None
+    """Bridge in `namespace` that `interface` belongs to."""
+    shaped: bool = False
+
+
+class NodePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One node's names, addresses and paths."""
+
+    name: str
+    namespace: str
+    mgmt_address: str
+    folder: Path
+    """Everything the node keeps: configuration, log, state folder, API socket."""
+
+    @property
+    def config_path(self) -> Path:
+        return self.folder / "config.toml"
+
+    @property
+    def log_path(self) -> Path:
+        return self.folder / "agent.log"
+
+    @property
+    def state_path(self) -> Path:
+        return self.folder / "state"
+
+    @property
+    def api_socket(self) -> Path:
+        return self.folder / "api.sock"
+
+
+class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole lab. Two plans with the same fields are the same lab. Make it with `make_plan`."""
+
+    name: str
+    index: int
+    """L of the addresses; 0 to 255."""
+    node_count: int
+    folder: Path
+    link_mbit: int | None = None
+    """Rate of each node's links in Mbit/s; None: not shaped."""
+    node_memory_bytes: int = MEMORY_BYTES_DEFAULT
+
+    def namespace(self, role: str) -> str:
+        return namespace_name(self.name, role)
+
+    @property
+    def switch(self) -> str:
+        return self.namespace("switch")
+
+    @property
+    def namespaces(self) -> tuple[str, ...]:
+        """Every namespace of the lab, the switch first."""
+        return (
+            self.switch,
+            self.namespace("client"),
+            self.namespace("storage"),
+            *(node.namespace for node in self.nodes),
+        )
+
+    @property
+    def nodes(self) -> tuple[NodePlan, ...]:
+        return tuple(
+            NodePlan(
+                name=f"n{number}",
+                namespace=self.namespace(f"n{number}"),
+                mgmt_address=f"10.77.{self.index}.{number}",
+                folder=self.folder / f"n{number}",
+            )
+            for number in range(1, self.node_count + 1)
+        )
+
+    def node(self, name: str) -> NodePlan:
+        """The node called `name`. Raises InvalidRequest naming the ones there are."""
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        names = ", ".join(node.name for node in self.nodes)
+        raise InvalidRequest(f"lab {self.name} has no node {name!r}; its nodes are {names}")
+
+    @property
+    def guest_network(self) -> str:
+        return f"10.78.{self.index}.0/24"
+
+    @property
+    def mgmt_network(self) -> str:
+        return f"10.77.{self.index}.0/24"
+
+    @property
+    def client_mgmt_address(self) -> str:
+        return f"10.77.{self.index}.250"
+
+    @property
+    def client_guest_address(self) -> str:
+        return f"10.78.{self.index}.250"
+
+    @property
+    def storage_address(self) -> str:
+        return f"10.77.{self.index}.251"
+
+    def guest_address(self, number: int) -> str:
+        """The guest network's address `number`, 1 to 249. Raises InvalidRequest beyond."""
+        if not 1 <= number < 250:
+            raise InvalidRequest(f"guest addresses of a lab are numbered 1 to 249, not {number}")
+        return f"10.78.{self.index}.{number}"
+
+    @property
+    def volumes_path(self) -> Path:
+        """The folder of the pool `default`, the same for every node."""
+        return self.folder / "volumes"
+
+    @property
+    def store_path(self) -> Path:
+        """The cluster state's SQLite file, the same for every node."""
+        return self.folder / "cluster.sqlite"
+
+    @property
+    def record_path(self) -> Path:
+        return self.folder / "lab.json"
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """Every cable of the lab."""
+        links: list[Link] = []
+        for node in self.nodes:
+            links.append(
+                Link(
+                    port=f"g-{node.name}",
+                    bridge=SWITCH_GUEST_BRIDGE,
+                    namespace=node.namespace,
+                    interface=NODE_UPLINK,
+                    node_bridge=GUEST_BRIDGE,
+                    shaped=True,
+                )
+            )
+            links.append(self._mgmt_link(node.name, node.namespace, node.mgmt_address, shaped=True))
+        client = self.namespace("client")
+        links.append(
+            Link(
+                port="g-client",
+                bridge=SWITCH_GUEST_BRIDGE,
+                namespace=client,
+                interface=GUEST_INTERFACE,
+                address=self.client_guest_address,
+            )
+        )
+        links.append(self._mgmt_link("client", client, self.client_mgmt_address))
+        links.append(self._mgmt_link("storage", self.namespace("storage"), self.storage_address))
+        return tuple(links)
+
+    @staticmethod
+    def _mgmt_link(role: str, namespace: str, address: str, *, shaped: bool = False) -> Link:
+        return Link(
+            port=f"m-{role}",
+            bridge=SWITCH_MGMT_BRIDGE,
+            namespace=namespace,
+            interface=MGMT_INTERFACE,
+            address=address,
+            shaped=shaped,
+        )
+
+
+def namespace_name(lab: str, role: str) -> str:
+    """`role` is a node's name, `switch`, `client` or `storage`."""
+    return f"fy-{lab}-{role}"
+
+
+def lab_of_namespace(namespace: str) -> str | None:
+    """The lab that a namespace belongs to by its name; None: to no lab."""
+    found = _NAMESPACE.fullmatch(namespace)
+    return found["lab"] if found else None
+
+
+def check_lab_name(name: str) -> None:
+    """Raises InvalidRequest unless `name` can be a lab's."""
+    if not _LAB_NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{name!r} can't be a lab's name: use 1 to 20 lower-case letters, digits and hyphens, "
+            "no hyphen at either end"
+        )
+
+
+def make_plan(
+    name: str,
+    *,
+    index: int,
+    node_count: int,
+    labs_root: Path,
+    link_mbit: int | None = None,
+    node_memory_bytes: int = MEMORY_BYTES_DEFAULT,
+) -> LabPlan:
+    """Work out a lab; its folder is `labs_root`/`name`. Raises InvalidRequest, all faults at once.
+
+    `link_mbit`: Mbit/s of each node's links, 1 to 30000, or None. `index`: 0 to 255.
+    """
+    check_lab_name(name)
+    faults: dict[str, str] = {}
+    if not 1 <= node_count <= NODES_MAX:
+        faults["nodes"] = f"a lab has 1 to {NODES_MAX} nodes, not {node_count}"
+    if not 0 <= index <= INDEX_MAX:
+        faults["index"] = f"a lab's index is 0 to {INDEX_MAX}, not {index}"
+    if link_mbit is not None and not 1 <= link_mbit <= LINK_MBIT_MAX:
+        faults["link_mbit"] = f"a link has 1 to {LINK_MBIT_MAX} Mbit/s, not {link_mbit}"
+    if not labs_root.is_absolute():
+        faults["labs_root"] = f"the labs' folder must be an absolute path, not {labs_root}"
+    folder = labs_root / name
+    deepest = len(str(folder / f"n{node_count}" / "state")) + _DEEPEST_SOCKET
+    if deepest > SOCKET_PATH_BYTES_MAX:
+        faults["labs_root"] = (
+            f"{folder} is {deepest - SOCKET_PATH_BYTES_MAX} bytes too long for the sockets below "
+            "it; choose a shorter folder with FERRY_LAB_ROOT or a shorter name"
+        )
+    if faults:
+        raise InvalidRequest("; ".join(faults.values()), faults)
+    return LabPlan(
+        name=name,
+        index=index,
+        node_count=node_count,
+        folder=folder,
+        link_mbit=link_mbit,
+        node_memory_bytes=node_memory_bytes,
+    )
