@@ -1,0 +1,327 @@
+"""Taps on Linux bridges, and the announcement that a guest is here now.
+
+                      this node                              network
+    guest ── tap ── bridge ── uplink ───────────────── switch ── everybody else
+                      │  └─── other guests' taps
+                      └ learnt MACs: "the guest is behind the uplink", until told otherwise
+
+After a move two tables are wrong: the switch's, which sends the guest's frames to its old node,
+and this node's bridge's, which heard the guest by the uplink while it ran elsewhere. Where to
+inject an announcement was decided by trying, with a guest's MAC that both had last seen beyond
+the uplink:
+
+    sent on                  bridge then says   switch learns   who hears it
+    the tap                  uplink (wrong)     no              only the guest itself
+    the bridge device        uplink (wrong)     yes             all, the guest itself too
+    the tap's descriptor     tap                yes             all but the guest
+    each other port, and
+      the bridge is told     tap                yes             all but the guest
+
+Writing to the tap's descriptor is what a guest does, but it is QEMU's: a copy kept here would
+keep the tap alive after its hypervisor's death, a second queue would be handed a part of the
+guest's traffic, and after the agent's restart both are gone. A guest that hears its own
+advertisement reports a duplicate address. So the last row: raw frames out of every other
+forwarding port of the bridge (in the tap's VLAN), and the bridge's table set by rtnetlink. It
+needs nothing but names, gives the same tables as a guest's own frame, and a real frame from
+elsewhere moves the entry again.
+
+The uplinks of a tap are looked up when it is plugged, so that an announcement's first frames go
+out at once, from the event loop: one non-blocking packet socket, no netlink before them.
+
+Two limits. Every NIC's bridge and the agent must share a network namespace. A source that is about
+to give a guest away must not go on announcing it: `announce(domain, ())` ends the repeats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final, TypeVar
+
+from migrator.errors import FabricError
+from migrator.model import DomainName, NicSpec
+from migrator.ports import FabricDriver
+from netfabric.announcer import GAPS_S, Announcer
+from netfabric.bridge.links import Exit, Exits, Link, find_exits, netlink
+from netfabric.bridge.taps import TAP_NAME, host_side_mac, open_tap, tap_name
+from netfabric.checks import mtu_reason, nic_reasons
+from netfabric.frames import announcements, parse_mac, tagged
+
+KERNEL_TIMEOUT_S: Final = 10.0
+"""For one conversation with the kernel: milliseconds, unless something else holds its lock."""
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """A tap of ours that exists now, and the bridge that it is a port of, if any."""
+
+    name: str
+    bridge: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Announced:
+    """One NIC of an announcement: its tap, its MAC, its frames of one round."""
+
+    tap: str
+    mac: str
+    frames: tuple[bytes, ...]
+
+
+class BridgeFabric(FabricDriver):
+    """Taps on the bridges of this process's network namespace. Needs CAP_NET_ADMIN and _NET_RAW.
+
+    Belongs to one event loop. Errors: FabricError.
+    """
+
+    name: ClassVar[str] = "bridge"
+
+    def __init__(self, *, gaps_s: Sequence[float] = GAPS_S) -> None:
+        """`gaps_s`: between the rounds of an announcement, seconds."""
+        self._announcer = Announcer(gaps_s)
+        self._ended: dict[DomainName, threading.Event] = {}
+        self._exits: dict[str, Exits] = {}
+        self._socket: socket.socket | None = None
+
+    async def check(self, nic: NicSpec) -> Sequence[str]:
+        """Why this NIC can't be plugged here; empty if it can. Changes nothing."""
+        return await _in_thread(lambda: _reasons(nic))
+
+    async def plug(self, domain: DomainName, index: int, nic: NicSpec) -> int:
+        """Make the NIC's tap, a port of its bridge, up. The caller owns the descriptor.
+
+        FabricError: what `check` says, or a tap of this NIC is held by a process already.
+        On failure and on cancellation no tap is left.
+        """
+        tap = tap_name(domain, index)
+        fd, exits = await _in_thread(lambda: _plug(tap, nic), _close_plugged)
+        self._exits[tap] = exits
+        return fd
+
+    async def unplug(self, domain: DomainName, index: int) -> None:
+        """Remove the tap, also from under a hypervisor that holds it. Ends announcements."""
+        tap = tap_name(domain, index)
+        await self._silence(domain)
+        self._exits.pop(tap, None)
+        await _in_thread(lambda: _unplug(tap))
+
+    async def announce(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
+        """Say where the NICs are. On return a first round is out and the bridge knows the taps.
+
+        The rounds that follow end by themselves after the sum of the gaps, and by `unplug`,
+        `close` or the domain's next `announce`, with no NICs too. FabricError: a NIC has no tap
+        here, or no frame could be sent. The other NICs are announced nevertheless, and repeated.
+        """
+        await self._silence(domain)
+        announced = [
+            _Announced(tap=tap_name(domain, index), mac=nic.mac, frames=announcements(nic))
+            for index, nic in enumerate(nics)
+        ]
+        if not announced:
+            return
+        sender = self._packet_socket()
+        ended = self._ended[domain] = threading.Event()
+        sent: dict[str, tuple[Exit, ...]] = {}
+        for one in announced:
+            exits = self._exits.get(one.tap)
+            if exits is not None:
+                sent[one.tap] = _send(sender, exits.uplinks, one.frames)
+
+        async def repeat() -> None:
+            await _in_thread(lambda: _repeat(sender, announced, ended))
+
+        failure: FabricError | None = None
+        try:
+            await _in_thread(lambda: _first_round(sender, announced, sent, ended))
+        except FabricError as error:
+            failure = error
+        except BaseException:
+            ended.set()
+            raise
+        if not ended.is_set():
+            await self._announcer.repeat(domain, repeat)
+        if failure is not None:
+            raise failure
+
+    async def close(self) -> None:
+        """End the announcements. Taps stay. Idempotent; the driver can be used again."""
+        for ended in self._ended.values():
+            ended.set()
+        self._ended.clear()
+        await self._announcer.close()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    async def _silence(self, domain: DomainName) -> None:
+        ended = self._ended.pop(domain, None)
+        if ended is not None:
+            ended.set()
+        await self._announcer.silence(domain)
+
+    def _packet_socket(self) -> socket.socket:
+        """One socket for all ports. Protocol 0: it receives nothing."""
+        if self._socket is None:
+            try:
+                self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+            except OSError as error:
+                raise FabricError(f"can't open a packet socket: {error.strerror}") from error
+            self._socket.setblocking(False)
+        return self._socket
+
+
+async def list_taps() -> Sequence[Tap]:
+    """Every tap of this namespace that is named as ours are: what runs, or what was left over."""
+    return await _in_thread(_list_taps)
+
+
+# --- what runs in threads --------------------------------------------------------------------
+
+
+async def _in_thread(call: Callable[[], _T], undo: Callable[[_T], None] | None = None) -> _T:
+    """Run `call` in a thread, bounded. Whoever gives up waiting gets its result undone."""
+    task = asyncio.ensure_future(asyncio.to_thread(call))
+    try:
+        async with asyncio.timeout(KERNEL_TIMEOUT_S):
+            return await asyncio.shield(task)
+    except (asyncio.CancelledError, TimeoutError) as error:
+        task.add_done_callback(lambda done: _abandoned(done, undo))
+        if isinstance(error, asyncio.CancelledError):
+            raise
+        raise FabricError(f"the kernel took over {KERNEL_TIMEOUT_S:.0f} s") from error
+
+
+def _abandoned(task: asyncio.Future[_T], undo: Callable[[_T], None] | None) -> None:
+    if task.cancelled():
+        return
+    if (error := task.exception()) is not None:
+        _log.info("a network call that was given up failed: %s", error)
+    elif undo is not None:
+        undo(task.result())
+
+
+def _reasons(nic: NicSpec) -> list[str]:
+    reasons = nic_reasons(nic)
+    with netlink(f"can't look at bridge {nic.bridge}") as kernel:
+        bridge = kernel.find(nic.bridge)
+    return reasons + _bridge_reasons(nic, bridge)
+
+
+def _bridge_reasons(nic: NicSpec, bridge: Link | None) -> list[str]:
+    if bridge is None:
+        return [f"there is no bridge {nic.bridge} here"]
+    if bridge.kind != "bridge":
+        return [f"{nic.bridge} is not a bridge, it is {bridge.kind or 'a physical interface'}"]
+    reasons = [] if bridge.up else [f"bridge {nic.bridge} is down"]
+    narrow = mtu_reason(nic, bridge.mtu_bytes)
+    return [*reasons, narrow] if narrow else reasons
+
+
+def _plug(tap: str, nic: NicSpec) -> tuple[int, Exits]:
+    with netlink(f"can't plug tap {tap} into bridge {nic.bridge}") as kernel:
+        bridge = kernel.find(nic.bridge)
+        reasons = nic_reasons(nic) + _bridge_reasons(nic, bridge)
+        if reasons or bridge is None:
+            raise FabricError("; ".join(reasons))
+        fd = open_tap(tap)
+        try:
+            link = kernel.find(tap)
+            if link is None:
+                raise FabricError(f"tap {tap} was removed by somebody else")
+            kernel.attach(link, bridge, host_side_mac(parse_mac(nic.mac)))
+            exits = find_exits(kernel, tap)
+            if exits is None:
+                raise FabricError(f"tap {tap} was taken off bridge {nic.bridge} by somebody else")
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd, exits
+
+
+def _close_plugged(plugged: tuple[int, Exits]) -> None:
+    os.close(plugged[0])
+
+
+def _unplug(tap: str) -> None:
+    with netlink(f"can't remove tap {tap}") as kernel:
+        link = kernel.find(tap)
+        if link is not None:
+            kernel.delete(link)
+
+
+def _list_taps() -> list[Tap]:
+    with netlink("can't list the taps") as kernel:
+        links = kernel.links()
+    names = {link.index: link.name for link in links}
+    return [
+        Tap(link.name, names.get(link.master) if link.master is not None else None)
+        for link in links
+        if link.kind == "tun" and TAP_NAME.fullmatch(link.name)
+    ]
+
+
+def _first_round(
+    sender: socket.socket,
+    announced: Sequence[_Announced],
+    sent: Mapping[str, tuple[Exit, ...]],
+    ended: threading.Event,
+) -> None:
+    """Set the bridges' tables, and send to every port that the event loop hasn't sent to."""
+    failures: list[str] = []
+    with netlink("can't announce") as kernel:
+        for one in announced:
+            exits = find_exits(kernel, one.tap)
+            if exits is None:
+                failures.append(f"NIC {one.mac} has no tap on a bridge here")
+                continue
+            kernel.learn(exits.tap_index, one.mac)
+            if ended.is_set():
+                return
+            done = sent.get(one.tap, ())
+            missing = [way for way in (*exits.uplinks, *exits.guests) if way not in done]
+            if missing and not _send(sender, missing, one.frames) and not done:
+                failures.append(f"NIC {one.mac}: no port of its bridge takes a frame")
+    if failures:
+        raise FabricError("; ".join(failures))
+
+
+def _repeat(sender: socket.socket, announced: Sequence[_Announced], ended: threading.Event) -> None:
+    """One more round. The ports may have changed; the bridge's table is the guest's by now."""
+    with netlink("can't announce") as kernel:
+        for one in announced:
+            exits = find_exits(kernel, one.tap)
+            if exits is not None and not ended.is_set():
+                _send(sender, (*exits.uplinks, *exits.guests), one.frames)
+
+
+def _send(
+    sender: socket.socket, exits: Iterable[Exit], frames: Sequence[bytes]
+) -> tuple[Exit, ...]:
+    """Send each frame out of each port; the ports that took them all. The others are passed over.
+
+    A port may be going, or full: the next round finds it again.
+    """
+    done: list[Exit] = []
+    for way in exits:
+        try:
+            for frame in frames:
+                if way.vlan_id is None:
+                    sender.sendto(frame, (way.port, 0))
+                else:
+                    sender.sendto(tagged(frame, way.vlan_id, way.vlan_ethertype), (way.port, 0))
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                break  # the driver was closed meanwhile
+            _log.warning("announcement not sent on %s: %s", way.port, error)
+        else:
+            done.append(way)
+    return tuple(done)

@@ -1,0 +1,15 @@
+"""Every fabric driver by the name that the configuration gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from migrator.ports import FabricDriver
+from netfabric.bridge import BridgeFabric
+from netfabric.simulated import SimulatedFabric
+
+DRIVERS: Final[Mapping[str, type[FabricDriver]]] = {
+    "bridge": BridgeFabric,
+    "simulated": SimulatedFabric,
+}

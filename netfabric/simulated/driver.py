@@ -1,0 +1,152 @@
+"""A network in memory that learns where MACs are, as a switch does, and forgets nothing.
+
+    node a: SimulatedFabric ─┐
+                             ├─ SimulatedNetwork: where each MAC was last announced, every frame
+    node b: SimulatedFabric ─┘
+
+The frames are the real ones. What the hypervisor gets for a tap is a real descriptor (of an
+event counter, which carries no frames), so that leaks of descriptors show here too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Final
+
+from migrator.errors import FabricError
+from migrator.model import DomainName, NicSpec, NodeName
+from migrator.ports import FabricDriver
+from netfabric.announcer import GAPS_S, Announcer
+from netfabric.checks import mtu_reason, nic_reasons
+from netfabric.frames import announcements
+
+NICS_MAX: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """One frame that reached the network. `lost`: it was sent, but nobody heard it."""
+
+    node: NodeName
+    domain: DomainName
+    mac: str
+    frame: bytes
+    lost: bool
+
+
+@dataclass(slots=True)
+class SimulatedNetwork:
+    """What all nodes share. `bridges` maps each bridge's name to its MTU in bytes."""
+
+    bridges: Mapping[str, int] = field(default_factory=lambda: {"br0": 1500})
+    where: dict[str, NodeName] = field(default_factory=dict)
+    """The node that each MAC was last heard from."""
+    announcements: list[Announcement] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class FabricFaults:
+    """What goes wrong on one node, until set back."""
+
+    plug_fails: bool = False
+    announce_fails: bool = False
+    """No frame can be sent: FabricError."""
+    frames_lost: int = 0
+    """So many of the next frames are sent and lost on the way."""
+
+
+class SimulatedFabric(FabricDriver):
+    """One node's end of a SimulatedNetwork. Errors: FabricError."""
+
+    name: ClassVar[str] = "simulated"
+
+    def __init__(
+        self,
+        node: NodeName | None = None,
+        network: SimulatedNetwork | None = None,
+        faults: FabricFaults | None = None,
+        *,
+        gaps_s: Sequence[float] = GAPS_S,
+    ) -> None:
+        self.node = node or NodeName("node")
+        self.network = network or SimulatedNetwork()
+        self.faults = faults or FabricFaults()
+        self._announcer = Announcer(gaps_s)
+        self._plugged: dict[tuple[DomainName, int], NicSpec] = {}
+
+    @property
+    def plugged(self) -> frozenset[tuple[DomainName, int]]:
+        """The NICs that were plugged and not unplugged. The simulation ends those of the dead."""
+        return frozenset(self._plugged)
+
+    async def check(self, nic: NicSpec) -> Sequence[str]:
+        return self._reasons(nic)
+
+    async def plug(self, domain: DomainName, index: int, nic: NicSpec) -> int:
+        if not 0 <= index < NICS_MAX:
+            raise FabricError(f"NIC {index} of domain {domain}: there is no such index")
+        reasons = self._reasons(nic)
+        if reasons:
+            raise FabricError("; ".join(reasons))
+        if self.faults.plug_fails:
+            raise FabricError(f"simulated: NIC {index} of domain {domain} can't be plugged")
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._plugged[domain, index] = nic
+        return fd
+
+    async def unplug(self, domain: DomainName, index: int) -> None:
+        await self._announcer.silence(domain)
+        self._plugged.pop((domain, index), None)
+
+    async def announce(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
+        await self._announcer.silence(domain)
+        missing = [
+            nic.mac for index, nic in enumerate(nics) if (domain, index) not in self._plugged
+        ]
+        present = [nic for index, nic in enumerate(nics) if (domain, index) in self._plugged]
+
+        async def send() -> None:
+            self._send(domain, present)
+
+        failure: FabricError | None = None
+        try:
+            await send()
+        except FabricError as error:
+            failure = error
+        if present:
+            await self._announcer.repeat(domain, send)
+        if failure is not None:
+            raise failure
+        if missing:
+            raise FabricError(f"domain {domain}: no tap here for NICs {', '.join(missing)}")
+
+    async def close(self) -> None:
+        await self._announcer.close()
+
+    def forget(self, domain: DomainName) -> None:
+        """The domain's hypervisor died, so its taps are gone (as the kernel does it)."""
+        for key in [key for key in self._plugged if key[0] == domain]:
+            del self._plugged[key]
+
+    def _reasons(self, nic: NicSpec) -> list[str]:
+        reasons = nic_reasons(nic)
+        mtu_bytes = self.network.bridges.get(nic.bridge)
+        if mtu_bytes is None:
+            return [*reasons, f"there is no bridge {nic.bridge} here"]
+        narrow = mtu_reason(nic, mtu_bytes)
+        return [*reasons, narrow] if narrow else reasons
+
+    def _send(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
+        for nic in nics:
+            for frame in announcements(nic):
+                if self.faults.announce_fails:
+                    raise FabricError("simulated: no frame can be sent")
+                lost = self.faults.frames_lost > 0
+                self.faults.frames_lost -= lost
+                if not lost:
+                    self.network.where[nic.mac] = self.node
+                self.network.announcements.append(
+                    Announcement(self.node, domain, nic.mac, frame, lost)
+                )
