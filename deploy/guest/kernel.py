@@ -1,0 +1,233 @@
+"""Debian's cloud kernel for the guest, and those of its modules that the guest needs.
+
+The package is downloaded and unpacked, never installed: the host's own boot is not touched. What
+the guest needs of it stays in the cache, so that a changed workload needs no download.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from migrator.errors import FerryError
+
+META_PACKAGE: Final = "linux-image-cloud-amd64"
+WANTED_MODULES: Final = (
+    "virtio_pci",
+    "virtio_net",
+    "virtio_blk",
+    "evdev",  # the power button's events
+    "button",  # the power button
+    "pvpanic_pci",  # tells the hypervisor of a panic, where it offers the device
+)
+_ORDER_FILE: Final = "order"
+_DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
+_QUERY_TIMEOUT_S: Final = 60.0
+_DOWNLOAD_TIMEOUT_S: Final = 300.0
+
+
+class GuestBuildError(FerryError):
+    """The guest image can't be made; the message says what is missing. The cache is unchanged."""
+
+    code = "guest_build"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelPackage:
+    """A kernel as the package manager offers it."""
+
+    name: str
+    version: str
+
+    @property
+    def cache_name(self) -> str:
+        """The name of its folder in the cache."""
+        digest = hashlib.sha256(" ".join((self.name, *WANTED_MODULES)).encode()).hexdigest()
+        return f"kernel-{re.sub(r'[^A-Za-z0-9.+-]', '_', self.version)}-{digest[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class UnpackedKernel:
+    """What the cache holds of a kernel."""
+
+    directory: Path
+
+    @property
+    def image(self) -> Path:
+        return self.directory / "vmlinuz"
+
+    def modules(self) -> Sequence[tuple[str, bytes]]:
+        """File names and contents, in an order in which they can be loaded."""
+        order = (self.directory / _ORDER_FILE).read_text().split()
+        return [(name, (self.directory / name).read_bytes()) for name in order]
+
+
+def resolve_kernel() -> KernelPackage:
+    """Which kernel package the newest cloud kernel is. Asks the local package lists only."""
+    depends = run_tool(
+        ["apt-cache", "depends", META_PACKAGE], package="apt", timeout_s=_QUERY_TIMEOUT_S
+    )
+    name = parse_depends(depends)
+    policy = run_tool(["apt-cache", "policy", name], package="apt", timeout_s=_QUERY_TIMEOUT_S)
+    return KernelPackage(name, parse_policy(policy))
+
+
+def parse_depends(output: str) -> str:
+    """The kernel's package in the output of `apt-cache depends`."""
+    match = re.search(r"^\s*Depends: (linux-image-\S+-cloud-amd64)\s*$", output, re.MULTILINE)
+    if match is None:
+        raise GuestBuildError(
+            f"the package lists don't know {META_PACKAGE}: run `apt-get update` (Debian, amd64)"
+        )
+    return match.group(1)
+
+
+def parse_policy(output: str) -> str:
+    """The version to download, in the output of `apt-cache policy`."""
+    match = re.search(r"^\s*Candidate: (\S+)\s*$", output, re.MULTILINE)
+    if match is None or match.group(1) == "(none)":
+        raise GuestBuildError("no kernel version is on offer: run `apt-get update`")
+    return match.group(1)
+
+
+def fetch_kernel(package: KernelPackage, cache_directory: Path) -> UnpackedKernel:
+    """The kernel from the cache, or else downloaded into it."""
+    final = cache_directory / package.cache_name
+    if not final.is_dir():
+        with tempfile.TemporaryDirectory(dir=cache_directory, prefix=".kernel-") as work:
+            _download_and_unpack(package, Path(work))
+    return UnpackedKernel(final)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Puts a finished folder in its place in one step; whoever was faster is left alone."""
+    temporary.chmod(0o755)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise
+
+
+def _download_and_unpack(package: KernelPackage, work: Path) -> None:
+    run_tool(
+        # The sandbox user couldn't write into a folder of root's.
+        [
+            "apt-get",
+            "download",
+            "-qq",
+            "-o",
+            "APT::Sandbox::User=root",
+            f"{package.name}={package.version}",
+        ],
+        package="apt",
+        timeout_s=_DOWNLOAD_TIMEOUT_S,
+        directory=work,
+    )
+    archive = next(work.glob("*.deb"), None)
+    if archive is None:
+        raise GuestBuildError(f"apt-get downloaded nothing for {package.name}={package.version}")
+    root = work / "root"
+    run_tool(
+        ["dpkg-deb", "-x", str(archive), str(root)], package="dpkg", timeout_s=_DOWNLOAD_TIMEOUT_S
+    )
+    result = work / "result"
+    result.mkdir()
+    shutil.copyfile(_only(root / "boot", "vmlinuz-*"), result / "vmlinuz")
+    files = {
+        module_name(path): path for path in (root / "lib/modules").rglob("*.ko*") if path.is_file()
+    }
+    names = load_order(WANTED_MODULES, files)
+    for name in names:
+        (result / f"{name}.ko").write_bytes(read_module(files[name]))
+    (result / _ORDER_FILE).write_text("".join(f"{name}.ko\n" for name in names))
+    publish(result, work.parent / package.cache_name)
+
+
+def _only(directory: Path, pattern: str) -> Path:
+    found = sorted(directory.glob(pattern))
+    if len(found) != 1:
+        raise GuestBuildError(f"the kernel package has {len(found)} files {pattern}, expected one")
+    return found[0]
+
+
+def module_name(path: Path) -> str:
+    """A module's name as the kernel spells it: without endings, underscores for hyphens."""
+    return path.name.split(".ko")[0].replace("-", "_")
+
+
+def read_module(path: Path) -> bytes:
+    """A module's bytes, decompressed (Debian 13 compresses them)."""
+    data = path.read_bytes()
+    if path.suffix == ".ko":
+        return data
+    if path.suffix == ".xz":
+        return lzma.decompress(data)
+    raise GuestBuildError(f"module {path.name} is compressed in a way that isn't supported")
+
+
+def module_depends(data: bytes) -> tuple[str, ...]:
+    """Names of the modules that must be loaded before this one (its `.modinfo`)."""
+    match = _DEPENDS.search(data)
+    if match is None or not match.group(1):
+        return ()
+    return tuple(name.replace("-", "_") for name in match.group(1).decode().split(","))
+
+
+def load_order(wanted: Sequence[str], files: Mapping[str, Path]) -> tuple[str, ...]:
+    """The wanted modules and all that they need, each after its own needs.
+
+    A wanted module without a file is built into this kernel and left out; a needed one without
+    a file can't be, since only modules are named as needs: GuestBuildError.
+    """
+    order: dict[str, None] = {}
+
+    def visit(name: str, needed_by: tuple[str, ...]) -> None:
+        if name in order:
+            return
+        if name not in files or name in needed_by:
+            raise GuestBuildError(f"the kernel's {needed_by[-1]} needs {name}, which can't be had")
+        for needed in module_depends(read_module(files[name])):
+            visit(needed, (*needed_by, name))
+        order[name] = None
+
+    for name in wanted:
+        if name in files:
+            visit(name, ())
+    return tuple(order)
+
+
+def run_tool(
+    command: Sequence[str], *, package: str, timeout_s: float, directory: Path | None = None
+) -> str:
+    """Runs a tool and returns what it printed. GuestBuildError names `package` if it is missing."""
+    if shutil.which(command[0]) is None:
+        raise GuestBuildError(f"`{command[0]}` is missing: install the package {package}")
+    try:
+        finished = subprocess.run(
+            command,
+            cwd=directory,
+            env={**os.environ, "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise GuestBuildError(f"`{command[0]}` didn't end within {timeout_s:.0f} s") from error
+    if finished.returncode != 0:
+        lines = finished.stderr.strip().splitlines() or ["no message"]
+        raise GuestBuildError(
+            f"`{' '.join(command[:2])}` failed with status {finished.returncode}: {lines[0]}"
+        )
+    return finished.stdout
