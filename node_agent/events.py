@@ -15,7 +15,7 @@ import enum
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -23,7 +23,7 @@ import msgspec
 from migrator.errors import StoreError
 from migrator.model import Value
 from node_agent.resources import EVENTS
-from node_agent.state.port import StateStore
+from node_agent.state.typed import TypedStore, decode
 
 log = logging.getLogger(__name__)
 
@@ -80,13 +80,11 @@ class EventLog:
     """This node's end of the log. `open` starts the writer, `close` writes out and ends it."""
 
     def __init__(
-        self, store: StateStore, node: str, *, clock: Callable[[], float] = time.time
+        self, store: TypedStore, node: str, *, clock: Callable[[], float] = time.time
     ) -> None:
         self._store = store
         self._node = node
         self._clock = clock
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(ClusterEvent)
         self._waiting: deque[ClusterEvent] = deque(maxlen=QUEUE_EVENTS)
         self._wakeup = asyncio.Event()
         self._idle = asyncio.Event()
@@ -134,35 +132,29 @@ class EventLog:
 
     async def read(self, *, after_seq: int = 0, limit: int = 1000) -> Sequence[ClusterEvent]:
         """The newest `limit` events after `after_seq`, oldest first."""
-        entries = await self._store.list_prefix(EVENTS)
-        events = [self._decode(entry.key, entry.value) for entry in entries]
+        entries = await self._store.store.list_prefix(EVENTS)
+        events = [_decode(entry.key, entry.value) for entry in entries]
         return [event for event in events if event.seq > after_seq][-limit:]
 
     async def tail(self, after_seq: int | None = None) -> AsyncIterator[ClusterEvent]:
         """Events after `after_seq` (None: from now on), in order, as they are written.
 
-        Ends when the store is closed. An `after_seq` from the future counts as None.
+        Ends when the store is closed; StoreError when it can't be read. An `after_seq` from the
+        future counts as None.
         """
-        entries = await self._store.list_prefix(EVENTS)
+        changes = self._store.store.watch(
+            EVENTS
+        )  # Begins now: nothing falls between it and the listing.
+        entries = await self._store.store.list_prefix(EVENTS)
         last = _seq(entries[-1].key) if entries else 0
         if after_seq is not None and after_seq < last:
             for entry in entries:
                 if _seq(entry.key) > after_seq:
-                    yield self._decode(entry.key, entry.value)
-        since = max((entry.revision for entry in entries), default=0)
-        changes = self._store.watch(EVENTS, since)
-        try:
-            async for change in changes:
-                if change.value is not None and _seq(change.key) > last:
-                    last = _seq(change.key)
-                    yield self._decode(change.key, change.value)
-        finally:
-            if isinstance(changes, AsyncGenerator):
-                await changes.aclose()
-
-    def _decode(self, key: str, value: bytes) -> ClusterEvent:
-        event = self._decoder.decode(value)
-        return msgspec.structs.replace(event, seq=_seq(key))
+                    yield _decode(entry.key, entry.value)
+        async for change in changes:
+            if change.value is not None and _seq(change.key) > last:
+                last = _seq(change.key)
+                yield _decode(change.key, change.value)
 
     async def _write_all(self) -> None:
         while True:
@@ -171,7 +163,7 @@ class EventLog:
             while self._waiting:
                 event = self._waiting[0]
                 try:
-                    await self._store.append(EVENTS, self._encoder.encode(event), keep=KEEP_EVENTS)
+                    await self._store.append(EVENTS, event, keep=KEEP_EVENTS)
                 except StoreError as error:
                     log.warning("the store doesn't take events now: %s", error)
                     await asyncio.sleep(RETRY_S)
@@ -183,3 +175,7 @@ class EventLog:
 
 def _seq(key: str) -> int:
     return int(key.removeprefix(EVENTS))
+
+
+def _decode(key: str, value: bytes) -> ClusterEvent:
+    return msgspec.structs.replace(decode(key, value, ClusterEvent), seq=_seq(key))

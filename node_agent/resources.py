@@ -35,8 +35,6 @@ class DomainRecord(Value, frozen=True, kw_only=True):
 
     spec: DomainSpec
     defined_at_s: float
-    last_node: str | None = None
-    """Where it was defined; a start without a node goes to the last owner, else here."""
 
 
 class Domain(Value, frozen=True, kw_only=True):

@@ -1,0 +1,141 @@
+"""From a domain's spec to what a hypervisor starts: volumes opened, taps plugged.
+
+A start and a migration's destination both go through here, so that both undo the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
+
+from migrator.errors import FabricError, FerryError, RefusedError, StorageError
+from migrator.model import (
+    BlockSource,
+    DiskSpec,
+    DomainName,
+    DomainSpec,
+    FencingToken,
+    PoolName,
+    VolumeName,
+)
+from migrator.ports import FabricDriver, Launch, VolumeDriver
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work` to its end even if the caller is cancelled; then raise the cancellation."""
+    task = asyncio.create_task(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            if task.done():
+                break
+            cancelled = error
+        except Exception:
+            break  # The task's own; raised below.
+    if cancelled is not None:
+        with contextlib.suppress(Exception):
+            task.result()
+        raise cancelled
+    return task.result()
+
+
+class LaunchUndo:
+    """What was opened for a `Launch`. Call `release` after a successful start, else `await` it."""
+
+    def __init__(self, builder: LaunchBuilder, spec: DomainSpec, token: FencingToken) -> None:
+        self._builder = builder
+        self._spec = spec
+        self._token = token
+        self.tap_fds: list[int] = []
+
+    def release(self) -> None:
+        """Close our copies of the tap descriptors: the hypervisor has its own. Idempotent."""
+        while self.tap_fds:
+            os.close(self.tap_fds.pop())
+
+    async def __call__(self) -> None:
+        """Close and unplug everything. Idempotent, runs to its end, never raises a FerryError."""
+        self.release()
+        await uninterrupted(self._builder.tear_down(self._spec, self._token))
+
+
+class LaunchBuilder:
+    """Resolves specs on one node."""
+
+    def __init__(self, pools: Mapping[PoolName, VolumeDriver], fabric: FabricDriver) -> None:
+        self._pools = pools
+        self._fabric = fabric
+
+    def pool(self, disk: DiskSpec) -> VolumeDriver:
+        """StorageError if this node has no such pool."""
+        driver = self._pools.get(PoolName(disk.pool))
+        if driver is None:
+            raise StorageError(f"this node has no pool {disk.pool}; nothing was opened")
+        return driver
+
+    async def build(self, spec: DomainSpec, token: FencingToken) -> tuple[Launch, LaunchUndo]:
+        """Open the volumes under `token` and plug the taps.
+
+        RefusedError (network), StorageError, NotFoundError (volume), FabricError: all is undone.
+        """
+        domain = DomainName(spec.name)
+        reasons = [reason for nic in spec.nics for reason in await self._fabric.check(nic)]
+        if reasons:
+            raise RefusedError(f"domain {domain} can't be plugged here: {reasons[0]}", reasons)
+        undo = LaunchUndo(self, spec, token)
+        sources: list[BlockSource] = []
+        try:
+            for disk in spec.disks:
+                pool, volume = self.pool(disk), VolumeName(disk.volume)
+                sources.append(await pool.open(volume, token, read_only=disk.read_only))
+            for index, nic in enumerate(spec.nics):
+                undo.tap_fds.append(await self._fabric.plug(domain, index, nic))
+        except BaseException:
+            await undo()
+            raise
+        launch = Launch(spec=spec, disks=tuple(sources), tap_fds=tuple(undo.tap_fds), token=token)
+        return launch, undo
+
+    async def fence(self, spec: DomainSpec, token: FencingToken) -> None:
+        """Shut older tokens out of every writable volume. Idempotent. FenceError: unconfirmed."""
+        for disk in spec.disks:
+            if not disk.read_only:
+                await self.pool(disk).fence(VolumeName(disk.volume), token)
+
+    async def newest_fence(self, spec: DomainSpec) -> FencingToken:
+        """The newest token that ever fenced one of its writable volumes; 0 if none did.
+
+        Volumes outlive definitions: a domain defined anew must not start below it.
+        """
+        newest = FencingToken(0)
+        for disk in spec.disks:
+            if not disk.read_only:
+                token = await self.pool(disk).verify(VolumeName(disk.volume))
+                newest = max(newest, token or FencingToken(0))
+        return newest
+
+    async def tear_down(self, spec: DomainSpec, token: FencingToken) -> None:
+        """Unplug the taps and close the volumes of a domain whose process is gone.
+
+        Goes on past errors, and logs them: closing and unplugging are idempotent, and neither
+        keeps anybody from starting the domain again.
+        """
+        for index, _ in enumerate(spec.nics):
+            try:
+                await self._fabric.unplug(DomainName(spec.name), index)
+            except FabricError as error:
+                log.warning("domain %s: unplugging NIC %d: %s", spec.name, index, error)
+        for disk in spec.disks:
+            try:
+                await self.pool(disk).close(VolumeName(disk.volume), token)
+            except FerryError as error:
+                log.warning("domain %s: closing %s: %s", spec.name, disk.volume, error)

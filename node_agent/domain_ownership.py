@@ -1,0 +1,243 @@
+"""Which of the cluster's domains are this node's, and making records and processes agree.
+
+    take ──► record (token+1, this node, RUNNING)      before a vCPU runs
+    give_back ──► process gone, all closed ──► STOPPED  when none does
+
+A crash in between leaves at worst a RUNNING record without a process. `settle` notices, when a
+guest exits by itself and in a sweep every few seconds; `reconcile` compares everything once, when
+the agent starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Sequence
+from typing import Final
+
+import msgspec
+
+from migrator.errors import ConflictError, FerryError, WrongStateError
+from migrator.model import (
+    DomainName,
+    DomainSpec,
+    DomainState,
+    FencingToken,
+    NodeName,
+    OwnershipRecord,
+    OwnershipState,
+)
+from migrator.ports import DomainEvent, DomainEventKind, HypervisorDriver, OwnershipStore
+from node_agent.domain_launch import LaunchBuilder, uninterrupted
+from node_agent.domain_locks import DomainLocks
+from node_agent.domain_records import DomainRecords
+from node_agent.events import EventKind, EventLog
+
+log = logging.getLogger(__name__)
+
+SWEEP_S: Final = 10.0
+
+
+class DomainOwnership:
+    """See the module. `open` starts the sweep and listens to the hypervisor; `close` ends both."""
+
+    def __init__(
+        self,
+        node: NodeName,
+        *,
+        hypervisor: HypervisorDriver,
+        launches: LaunchBuilder,
+        ownership: OwnershipStore,
+        records: DomainRecords,
+        events: EventLog,
+        locks: DomainLocks,
+        sweep_s: float = SWEEP_S,
+    ) -> None:
+        self.node = node
+        self._hypervisor = hypervisor
+        self._launches = launches
+        self._ownership = ownership
+        self._records = records
+        self._events = events
+        self._locks = locks
+        self._sweep_s = sweep_s
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._unsubscribe: list[Callable[[], None]] = []
+
+    async def open(self) -> None:
+        """Call it after `reconcile`: the sweep knows of migrations by their claims alone."""
+        self._unsubscribe = [
+            self._hypervisor.subscribe(self._on_hypervisor_event),
+            self._locks.on_release(self._settle_later),
+        ]
+        self._own(asyncio.create_task(self._sweep(), name="domain-sweep"))
+
+    async def close(self) -> None:
+        """Guests go on; only the background tasks end."""
+        for unsubscribe in self._unsubscribe:
+            unsubscribe()
+        self._unsubscribe = []
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # --- under the domain's lock -------------------------------------------------------------
+
+    async def take(self, domain: DomainName, spec: DomainSpec) -> OwnershipRecord:
+        """Win the record for this node, with a newer token. ConflictError: nothing was changed."""
+        owned = await self._ownership.read(domain)
+        if owned is not None and owned.state is OwnershipState.RUNNING:
+            if owned.owner != self.node:
+                raise ConflictError(
+                    f"domain {domain} runs on {owned.owner} (token {owned.token}); it was not "
+                    f"started on {self.node}"
+                )
+            if (await self._hypervisor.inspect(domain)).state is not DomainState.STOPPED:
+                raise ConflictError(f"domain {domain} runs on {self.node} already")
+        newest = max(owned.token if owned else 0, await self._launches.newest_fence(spec))
+        new = OwnershipRecord(
+            domain=domain, token=newest + 1, owner=self.node, state=OwnershipState.RUNNING
+        )
+        if not await self._ownership.compare_and_set(owned, new):
+            raise ConflictError(f"domain {domain} was just started or moved by another node")
+        return new
+
+    async def give_back(self, owned: OwnershipRecord, spec: DomainSpec) -> None:
+        """Make sure that nothing runs here, close everything, and set the record to STOPPED.
+
+        Runs to its end also when cancelled. HypervisorError: the process can't be ended, so the
+        record stays RUNNING.
+        """
+        await uninterrupted(self._give_back(owned, spec))
+
+    async def owned_here(self, domain: DomainName) -> OwnershipRecord:
+        """The record of a domain that runs here. WrongStateError, ConflictError otherwise."""
+        owned = await self._ownership.read(domain)
+        if owned is None or owned.state is not OwnershipState.RUNNING:
+            raise WrongStateError(f"domain {domain}", "stopped", "running or paused")
+        if owned.owner != self.node:
+            raise ConflictError(f"domain {domain} runs on {owned.owner}, not on {self.node}")
+        return owned
+
+    async def forget(self, domain: DomainName) -> None:
+        """Remove the record of a stopped domain. WrongStateError if it runs."""
+        owned = await self._ownership.read(domain)
+        if owned is None:
+            return
+        if owned.state is not OwnershipState.STOPPED:
+            raise WrongStateError(f"domain {domain}", f"running on {owned.owner}", "stopped")
+        if not await self._ownership.remove(owned):
+            raise ConflictError(f"domain {domain} was just started; it was not deleted")
+
+    async def _give_back(self, owned: OwnershipRecord, spec: DomainSpec) -> None:
+        await self._hypervisor.destroy(DomainName(owned.domain))
+        await self._launches.tear_down(spec, FencingToken(owned.token))
+        stopped = msgspec.structs.replace(owned, state=OwnershipState.STOPPED)
+        if not await self._ownership.compare_and_set(owned, stopped):
+            log.error("domain %s: its record changed while it was being stopped", owned.domain)
+
+    # --- bringing record and process together ------------------------------------------------
+
+    async def reconcile(
+        self, adopted: Sequence[DomainName], claimed: Collection[DomainName] = ()
+    ) -> None:
+        """At the agent's start: compare the processes found with the ownership records.
+
+        `claimed` domains are left alone: a migration's journal decides about them. StoreError:
+        nothing more was changed; guests go on.
+        """
+        records = await self._records.list_ownership()
+        for domain in adopted:
+            if domain not in claimed:
+                await self._reconcile_guest(domain, records.get(domain))
+        for domain, owned in records.items():
+            ours = owned.owner == self.node and owned.state is OwnershipState.RUNNING
+            if ours and domain not in claimed and domain not in adopted:
+                await self.settle(domain)
+
+    async def settle(self, domain: DomainName) -> None:
+        """If the record says that it runs here and it doesn't: close everything, STOPPED."""
+        async with self._locks.hold(domain, "clean-up"):
+            owned = await self._ownership.read(domain)
+            if owned is None or owned.owner != self.node:
+                return
+            if owned.state is not OwnershipState.RUNNING:
+                return
+            if (await self._hypervisor.inspect(domain)).state is not DomainState.STOPPED:
+                return
+            await self.give_back(owned, (await self._records.get(domain)).spec)
+        self._events.emit(
+            EventKind.DOMAIN_LOST,
+            f"domain {domain} doesn't run on {self.node} any more; it is stopped now",
+            domain=domain,
+        )
+
+    async def _reconcile_guest(self, domain: DomainName, owned: OwnershipRecord | None) -> None:
+        if owned is None:
+            log.error("guest %s runs here but has no ownership record; left as it is", domain)
+            return
+        ours = owned.owner == self.node and owned.state is OwnershipState.RUNNING
+        state = (await self._hypervisor.inspect(domain)).state
+        if ours and state is not DomainState.INCOMING:
+            self._events.emit(
+                EventKind.DOMAIN_ADOPTED,
+                f"domain {domain} was adopted by the restarted agent of {self.node}",
+                domain=domain,
+                token=owned.token,
+            )
+            return
+        spec = await self._hypervisor.launched(domain)
+        await self._hypervisor.destroy(domain)
+        if spec is not None:
+            await self._launches.tear_down(spec, FencingToken(owned.token))
+        self._events.emit(
+            EventKind.DOMAIN_DESTROYED,
+            f"a guest of domain {domain} was ended on {self.node}: token {owned.token} belongs "
+            f"to {owned.owner}, where the domain is {owned.state}",
+            domain=domain,
+        )
+        if ours:
+            await self.settle(domain)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self._sweep_s)
+            try:
+                for domain, owned in (await self._records.list_ownership()).items():
+                    ours = owned.owner == self.node and owned.state is OwnershipState.RUNNING
+                    if ours and self._locks.migration_of(domain) is None:
+                        status = await self._hypervisor.inspect(domain)
+                        if status.state is DomainState.STOPPED:
+                            await self._settle_logged(domain)
+            except FerryError as error:
+                log.warning("the sweep over this node's domains failed: %s", error)
+
+    def _on_hypervisor_event(self, event: DomainEvent) -> None:
+        reported = {
+            DomainEventKind.EXITED: (EventKind.DOMAIN_EXITED, f"its process on {self.node} ended"),
+            DomainEventKind.IO_ERROR: (EventKind.DOMAIN_IO_ERROR, "it is paused: a disk failed"),
+            DomainEventKind.PANICKED: (EventKind.DOMAIN_PANICKED, "the guest panicked"),
+        }.get(event.kind)
+        if reported is not None:
+            kind, text = reported
+            detail = f" ({event.detail})" if event.detail else ""
+            self._events.emit(kind, f"domain {event.domain}: {text}{detail}", domain=event.domain)
+        if event.kind is DomainEventKind.EXITED:
+            self._settle_later(event.domain)
+
+    def _settle_later(self, domain: DomainName) -> None:
+        """From callbacks. A domain that a migration has is settled when it lets go."""
+        if self._locks.migration_of(domain) is None:
+            self._own(asyncio.create_task(self._settle_logged(domain), name=f"settle-{domain}"))
+
+    def _own(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _settle_logged(self, domain: DomainName) -> None:
+        try:
+            await self.settle(domain)
+        except ConflictError:
+            log.debug("domain %s is busy; the sweep comes again", domain)
+        except FerryError as error:
+            log.warning("domain %s: could not be settled: %s", domain, error)

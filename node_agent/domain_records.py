@@ -1,0 +1,141 @@
+"""The cluster's domain definitions: `domains/NAME` in the store, and what makes one valid.
+
+A name, a MAC, an address and a writable volume each belong to one domain in the cluster. Two
+agents may define at the same time, so a definition is written first and checked against all others
+again afterwards: of two that clash, the one with the later revision takes itself back.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from migrator.errors import ConflictError, InvalidRequest, NotFoundError
+from migrator.model import DomainName, DomainSpec, OwnershipRecord, PoolName
+from node_agent.resources import DOMAINS, DomainRecord
+from node_agent.state.ownership import PREFIX as OWNERSHIP
+from node_agent.state.typed import TypedStore, Versioned
+
+
+class DomainRecords:
+    """Reads and writes definitions. StoreError: the outcome of a write is unknown."""
+
+    def __init__(self, store: TypedStore) -> None:
+        self._store = store
+
+    async def get(self, domain: DomainName) -> DomainRecord:
+        """NotFoundError if it isn't defined."""
+        entry = await self._store.get(f"{DOMAINS}{domain}", DomainRecord)
+        if entry is None:
+            raise NotFoundError(f"there is no domain {domain}")
+        return entry.value
+
+    async def list_records(self) -> Mapping[DomainName, DomainRecord]:
+        entries = await self._list()
+        return {DomainName(entry.value.spec.name): entry.value for entry in entries}
+
+    async def list_ownership(self) -> Mapping[DomainName, OwnershipRecord]:
+        """Every ownership record; those of deleted domains are not among them."""
+        entries = await self._store.list_prefix(OWNERSHIP, OwnershipRecord)
+        return {DomainName(entry.value.domain): entry.value for entry in entries}
+
+    async def add(self, record: DomainRecord) -> None:
+        """Define. ConflictError names everything that another domain already has."""
+        key = f"{DOMAINS}{record.spec.name}"
+        self._refuse_clashes(record.spec, await self._list(), None)
+        revision = await self._store.put_if(key, record, None)
+        if revision is None:
+            raise ConflictError(f"domain {record.spec.name} is defined already")
+        try:
+            self._refuse_clashes(record.spec, await self._list(), revision)
+        except ConflictError:
+            await self._store.delete_if(key, revision)
+            raise
+
+    async def remove(self, domain: DomainName) -> None:
+        """NotFoundError if it isn't defined."""
+        key = f"{DOMAINS}{domain}"
+        entry = await self._store.get(key, DomainRecord)
+        if entry is None or not await self._store.delete_if(key, entry.revision):
+            raise NotFoundError(f"there is no domain {domain}")
+
+    async def _list(self) -> Sequence[Versioned[DomainRecord]]:
+        return await self._store.list_prefix(DOMAINS, DomainRecord)
+
+    def _refuse_clashes(
+        self, spec: DomainSpec, entries: Sequence[Versioned[DomainRecord]], own_revision: int | None
+    ) -> None:
+        """Against all others; once written, only against those written before."""
+        reasons: list[str] = []
+        for entry in entries:
+            if own_revision is not None and entry.revision >= own_revision:
+                continue
+            other = entry.value.spec
+            if other.name == spec.name:
+                raise ConflictError(f"domain {spec.name} is defined already")
+            reasons += [f"{what} belongs to domain {other.name}" for what in _shared(spec, other)]
+        if reasons:
+            raise ConflictError(f"domain {spec.name} can't be defined: {'; '.join(reasons)}")
+
+
+def _shared(spec: DomainSpec, other: DomainSpec) -> Iterator[str]:
+    """What both would have, though only one may."""
+    for mac in _macs(spec) & _macs(other):
+        yield f"MAC {mac}"
+    for address in _addresses(spec) & _addresses(other):
+        yield f"address {address}"
+    others = {(disk.pool, disk.volume): disk.read_only for disk in other.disks}
+    for disk in spec.disks:
+        read_only = others.get((disk.pool, disk.volume))
+        if read_only is not None and not (read_only and disk.read_only):
+            yield f"volume {disk.pool}/{disk.volume}"
+
+
+def _macs(spec: DomainSpec) -> set[str]:
+    return {nic.mac for nic in spec.nics}
+
+
+def _addresses(spec: DomainSpec) -> set[str]:
+    return {str(ipaddress.ip_address(text)) for nic in spec.nics for text in nic.addresses}
+
+
+def check_spec(spec: DomainSpec, pools: Collection[PoolName]) -> None:
+    """What the types alone can't say. InvalidRequest names every wrong field."""
+    fields = dict(_nic_problems(spec))
+    volumes: set[tuple[str, str]] = set()
+    for index, disk in enumerate(spec.disks):
+        if PoolName(disk.pool) not in pools:
+            known = ", ".join(sorted(pools)) or "none"
+            fields[f"disks[{index}].pool"] = f"a pool of this cluster ({known})"
+        if (disk.pool, disk.volume) in volumes:
+            fields[f"disks[{index}].volume"] = "a volume that isn't a disk of this domain already"
+        volumes.add((disk.pool, disk.volume))
+    if fields:
+        wrong = "; ".join(f"{name} must be {right}" for name, right in fields.items())
+        raise InvalidRequest(f"domain {spec.name} can't be defined: {wrong}", fields)
+
+
+def _nic_problems(spec: DomainSpec) -> Iterator[tuple[str, str]]:
+    macs: set[str] = set()
+    addresses: set[str] = set()
+    for index, nic in enumerate(spec.nics):
+        where = f"nics[{index}].mac"
+        if int(nic.mac[:2], 16) & 1:
+            yield where, "a unicast address: the second digit must be even"
+        elif nic.mac == "00:00:00:00:00:00":
+            yield where, "a real address, not all zeroes"
+        elif nic.mac in macs:
+            yield where, "different from the domain's other NICs"
+        macs.add(nic.mac)
+        for position, text in enumerate(nic.addresses):
+            where = f"nics[{index}].addresses[{position}]"
+            try:
+                address = ipaddress.ip_address(text)
+            except ValueError:
+                yield where, "an IPv4 or IPv6 address without a prefix, like 10.0.0.7"
+                continue
+            if address.is_multicast or address.is_unspecified or address.is_loopback:
+                yield where, "an address that one host on a network can have"
+            elif str(address) in addresses:
+                yield where, "listed once"
+            addresses.add(str(address))

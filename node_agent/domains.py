@@ -1,0 +1,279 @@
+"""The domains of this node: every operation that its owner carries out.
+
+    start   lock ─► record (token+1, this node, RUNNING) ─► volumes, taps, fence ─► hypervisor
+                    any failure: process gone, all closed, record STOPPED
+    stop    lock ─► hypervisor ─► process gone ─► taps, volumes closed ─► record STOPPED
+
+Operations take the domain's lock; a migration's claim on it refuses them (`domain_locks`). What
+happens to the record, also after crashes and when a guest exits by itself: `domain_ownership`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from migrator.errors import FerryError, WrongStateError
+from migrator.model import (
+    DomainName,
+    DomainSpec,
+    DomainState,
+    DomainStatus,
+    FencingToken,
+    NodeName,
+    OwnershipRecord,
+    PoolName,
+)
+from migrator.ports import (
+    FabricDriver,
+    HypervisorDriver,
+    Launch,
+    OwnershipStore,
+    Struct,
+    VolumeDriver,
+)
+from node_agent.domain_launch import LaunchBuilder, LaunchUndo
+from node_agent.domain_locks import DomainLocks
+from node_agent.domain_ownership import DomainOwnership
+from node_agent.domain_records import DomainRecords, check_spec
+from node_agent.events import EventKind, EventLog
+from node_agent.resources import DomainRecord
+
+log = logging.getLogger(__name__)
+
+CONSOLE_CHUNK_BYTES: Final = 64 * 1024
+_HERE: Final = frozenset(
+    {DomainState.RUNNING, DomainState.PAUSED, DomainState.IO_ERROR, DomainState.CRASHED}
+)
+
+
+class ConsoleChunk(Struct, frozen=True, kw_only=True):
+    """A piece of a console log; `offset` is the position of its first byte."""
+
+    offset: int
+    data: bytes
+
+    @property
+    def end(self) -> int:
+        """Where to go on reading."""
+        return self.offset + len(self.data)
+
+
+class DomainService:
+    """See the module. `open` subscribes to the hypervisor, `close` ends the background tasks.
+
+    Errors of every operation: NotFoundError (no such domain), ConflictError (another node owns
+    it, or it is migrating), StoreError (unknown outcome), and those of the drivers.
+    """
+
+    def __init__(
+        self,
+        node: NodeName,
+        *,
+        hypervisor: HypervisorDriver,
+        pools: Mapping[PoolName, VolumeDriver],
+        fabric: FabricDriver,
+        ownership: OwnershipStore,
+        records: DomainRecords,
+        events: EventLog,
+        pin_machine: Callable[[str], Awaitable[str]],
+        locks: DomainLocks | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.node = node
+        self.locks = locks or DomainLocks()
+        self._hypervisor = hypervisor
+        self._pools = pools
+        self._launches = LaunchBuilder(pools, fabric)
+        self._records = records
+        self._events = events
+        self._pin_machine = pin_machine
+        self._clock = clock
+        self.ownership = DomainOwnership(
+            node,
+            hypervisor=hypervisor,
+            launches=self._launches,
+            ownership=ownership,
+            records=records,
+            events=events,
+            locks=self.locks,
+        )
+
+    async def open(
+        self, adopted: Sequence[DomainName], claimed: Collection[DomainName] = ()
+    ) -> None:
+        """Reconcile the adopted guests (see `DomainOwnership.reconcile`), then watch over them.
+
+        The locks of `claimed` domains must have been claimed for their migrations already.
+        """
+        await self.ownership.reconcile(adopted, claimed)
+        await self.ownership.open()
+
+    async def close(self) -> None:
+        """Guests go on; only this service's own tasks end. Idempotent."""
+        await self.ownership.close()
+
+    # --- definitions -------------------------------------------------------------------------
+
+    async def define(self, spec: DomainSpec) -> DomainRecord:
+        """Validate, pin the machine type and write the definition.
+
+        InvalidRequest names each wrong field; ConflictError what another domain already has.
+        """
+        check_spec(spec, self._pools.keys())
+        machine = await self._pin_machine(spec.machine)
+        pinned = msgspec.structs.replace(spec, machine=machine)
+        record = DomainRecord(spec=pinned, defined_at_s=self._clock())
+        await self._records.add(record)
+        self._events.emit(
+            EventKind.DOMAIN_DEFINED, f"domain {spec.name} was defined", domain=spec.name
+        )
+        return record
+
+    async def delete(self, domain: DomainName) -> None:
+        """Remove a stopped domain's definition and ownership record. Its volumes stay."""
+        async with self.locks.hold(domain, "delete"):
+            await self._records.get(domain)
+            await self.ownership.forget(domain)
+            await self._records.remove(domain)
+        self._events.emit(EventKind.DOMAIN_DELETED, f"domain {domain} was deleted", domain=domain)
+
+    # --- running -----------------------------------------------------------------------------
+
+    async def start(self, domain: DomainName) -> OwnershipRecord:
+        """Take ownership and run the domain here. On failure nothing runs and nothing is left.
+
+        ConflictError says who runs it, where it runs already.
+        """
+        async with self.locks.hold(domain, "start"):
+            spec = (await self._records.get(domain)).spec
+            owned = await self.ownership.take(domain, spec)
+            try:
+                await self._launch(spec, FencingToken(owned.token))
+            except BaseException as error:
+                await self._undo_start(owned, spec)
+                self._events.emit(
+                    EventKind.DOMAIN_START_FAILED,
+                    f"domain {domain} could not be started: {error}",
+                    domain=domain,
+                )
+                raise
+        self._events.emit(
+            EventKind.DOMAIN_STARTED,
+            f"domain {domain} was started on {self.node}",
+            domain=domain,
+            token=owned.token,
+        )
+        return owned
+
+    async def stop(self, domain: DomainName, *, timeout_s: float = 30.0) -> bool:
+        """Power the guest off; by force after `timeout_s`. True: it went by itself.
+
+        WrongStateError if it doesn't run.
+        """
+        async with self.locks.hold(domain, "stop"):
+            spec = (await self._records.get(domain)).spec
+            owned = await self.ownership.owned_here(domain)
+            by_itself = await self._hypervisor.stop(domain, timeout_s=timeout_s)
+            await self.ownership.give_back(owned, spec)
+        how = "powered off" if by_itself else "was ended by force"
+        self._events.emit(EventKind.DOMAIN_STOPPED, f"domain {domain} {how}", domain=domain)
+        return by_itself
+
+    async def pause(self, domain: DomainName) -> None:
+        """Stop the vCPUs. Idempotent."""
+        async with self.locks.hold(domain, "pause"):
+            await self._records.get(domain)
+            await self.ownership.owned_here(domain)
+            await self._hypervisor.pause(domain)
+        self._events.emit(EventKind.DOMAIN_PAUSED, f"domain {domain} was paused", domain=domain)
+
+    async def resume(self, domain: DomainName) -> None:
+        """Run the vCPUs, also after an I/O error. Idempotent."""
+        async with self.locks.hold(domain, "resume"):
+            await self._records.get(domain)
+            await self.ownership.owned_here(domain)
+            state = (await self._hypervisor.inspect(domain)).state
+            if state not in _HERE:
+                raise WrongStateError(f"domain {domain}", state, "paused")
+            await self._hypervisor.resume(domain)
+        self._events.emit(EventKind.DOMAIN_RESUMED, f"domain {domain} was resumed", domain=domain)
+
+    async def reset(self, domain: DomainName) -> None:
+        """Reset the guest as its reset button would."""
+        async with self.locks.hold(domain, "reset"):
+            await self._records.get(domain)
+            await self.ownership.owned_here(domain)
+            await self._hypervisor.reset(domain)
+        self._events.emit(EventKind.DOMAIN_RESET, f"domain {domain} was reset", domain=domain)
+
+    async def status(self, domain: DomainName) -> DomainStatus:
+        """What the hypervisor reports; STOPPED if it isn't here."""
+        return await self._hypervisor.inspect(domain)
+
+    async def statuses(self) -> Sequence[DomainStatus]:
+        """Every domain of this node."""
+        return await self._hypervisor.list_domains()
+
+    async def console(
+        self, domain: DomainName, *, offset: int | None = None, limit_bytes: int = 65_536
+    ) -> ConsoleChunk:
+        """Console output from `offset` on; None: its last `limit_bytes`. Empty if there is none.
+
+        An offset behind the end (a log that was begun anew) reads from the beginning.
+        """
+        limit_bytes = max(1, min(limit_bytes, CONSOLE_CHUNK_BYTES))
+        path = self._hypervisor.console_log(domain)
+        return await asyncio.to_thread(_read_console, path, offset, limit_bytes)
+
+    async def build_launch(
+        self, spec: DomainSpec, token: FencingToken
+    ) -> tuple[Launch, LaunchUndo]:
+        """Open volumes and plug taps for `spec` under `token`, for a start or a destination.
+
+        Afterwards either `undo.release()` (it was launched) or `await undo()` (it wasn't).
+        """
+        return await self._launches.build(spec, token)
+
+    async def fence(self, spec: DomainSpec, token: FencingToken) -> None:
+        """Shut older tokens out of every writable volume. Idempotent. FenceError: unconfirmed."""
+        await self._launches.fence(spec, token)
+
+    async def tear_down(self, spec: DomainSpec, token: FencingToken) -> None:
+        """Unplug and close what a domain had open here, when its process is gone. Idempotent."""
+        await self._launches.tear_down(spec, token)
+
+    async def _launch(self, spec: DomainSpec, token: FencingToken) -> None:
+        launch, undo = await self._launches.build(spec, token)
+        try:
+            await self._launches.fence(spec, token)
+            await self._hypervisor.start(launch)
+        finally:
+            undo.release()  # `_give_back` does the rest where this failed.
+
+    async def _undo_start(self, owned: OwnershipRecord, spec: DomainSpec) -> None:
+        try:
+            await self.ownership.give_back(owned, spec)
+        except FerryError as error:  # The sweep tries again.
+            log.error("domain %s: its start could not be undone: %s", spec.name, error)
+
+
+def _read_console(path: Path, offset: int | None, limit_bytes: int) -> ConsoleChunk:
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if offset is None:
+                offset = max(0, size - limit_bytes)
+            elif offset > size:
+                offset = 0
+            file.seek(offset)
+            return ConsoleChunk(offset=offset, data=file.read(limit_bytes))
+    except FileNotFoundError:
+        return ConsoleChunk(offset=0, data=b"")

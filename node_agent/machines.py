@@ -1,0 +1,28 @@
+"""Pinning a machine type: `q35` today must be the same machine on every node, and next year.
+
+A domain defined with an alias (`q35`, `pc`) gets the newest versioned type that every reachable
+node can run, so that it can be migrated to each of them.
+"""
+
+from __future__ import annotations
+
+from hypervisor.machine_types import pin_machine
+from migrator.model import NodeState
+from node_agent.nodes import NodeRegistry
+
+
+class MachinePinner:
+    """`await pinner(machine)`: the versioned type. Give it to `DomainService`."""
+
+    def __init__(self, nodes: NodeRegistry) -> None:
+        self._nodes = nodes
+
+    async def __call__(self, machine: str) -> str:
+        """Over the ready nodes. InvalidRequest (field `machine`) if they have none in common."""
+        views = (await self._nodes.read()).values()
+        offers = [
+            frozenset(view.info.capabilities.machine_types)
+            for view in views
+            if view.state is NodeState.READY
+        ]
+        return pin_machine(machine, frozenset.intersection(*offers) if offers else ())

@@ -1,0 +1,130 @@
+"""Which nodes there are, and which of them still speak.
+
+Each agent writes its `NodeInfo` every second and looks at the others'. A node is unreachable when
+its record hasn't changed for five seconds *of the reader's own monotonic clock*: the wall clocks
+of two hosts are never compared, except for a record seen for the first time, whose age is taken
+from its own timestamp so that a fresh agent doesn't believe in nodes that died yesterday.
+
+Unreachable means silent, never dead: it entitles nobody to take a domain over (DESIGN: "Handoff").
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
+
+import msgspec
+
+from migrator.errors import FerryError, NotFoundError
+from migrator.model import NodeInfo, NodeName, NodeState
+from migrator.ports import Struct
+from node_agent.resources import NODES
+from node_agent.state.typed import TypedStore
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S: Final = 1.0
+UNREACHABLE_AFTER_S: Final = 5.0
+
+
+class NodeView(Struct, frozen=True, kw_only=True):
+    """A node as this agent sees it now. `heartbeat_age_s`: since its record last changed."""
+
+    info: NodeInfo
+    state: NodeState
+    heartbeat_age_s: float
+
+
+class _Seen(Struct, frozen=True, kw_only=True):
+    revision: int
+    at_monotonic_s: float
+
+
+class NodeRegistry:
+    """Writes this node's heartbeat and reads everybody's. `open` starts the one task behind it.
+
+    `describe` gives the NodeInfo of this moment; its `heartbeat_at_s` is filled in here.
+    """
+
+    def __init__(
+        self,
+        store: TypedStore,
+        describe: Callable[[], Awaitable[NodeInfo]],
+        *,
+        interval_s: float = HEARTBEAT_S,
+        unreachable_after_s: float = UNREACHABLE_AFTER_S,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._describe = describe
+        self._interval_s = interval_s
+        self._unreachable_after_s = unreachable_after_s
+        self._clock = clock
+        self._monotonic = monotonic
+        self._seen: dict[str, _Seen] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Write the first heartbeat and go on in the background. StoreError: nothing runs."""
+        await self.beat()
+        await self.read()
+        self._task = asyncio.create_task(self._run(), name="node-heartbeat")
+
+    async def close(self) -> None:
+        """End the heartbeat. The others see this node unreachable five seconds later."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    async def beat(self) -> None:
+        """Write one heartbeat."""
+        info = await self._describe()
+        info = msgspec.structs.replace(info, heartbeat_at_s=self._clock())
+        await self._store.put(f"{NODES}{info.name}", info)
+
+    async def read(self) -> Mapping[NodeName, NodeView]:
+        """Every node ever seen, by name."""
+        views: dict[NodeName, NodeView] = {}
+        now = self._monotonic()
+        for entry in await self._store.list_prefix(NODES, NodeInfo):
+            info = entry.value
+            seen = self._seen.get(info.name)
+            if seen is None:
+                age_s = max(0.0, self._clock() - info.heartbeat_at_s)
+                seen = _Seen(revision=entry.revision, at_monotonic_s=now - age_s)
+            elif seen.revision != entry.revision:
+                seen = _Seen(revision=entry.revision, at_monotonic_s=now)
+            self._seen[info.name] = seen
+            age_s = now - seen.at_monotonic_s
+            silent = age_s > self._unreachable_after_s
+            views[NodeName(info.name)] = NodeView(
+                info=info,
+                state=NodeState.UNREACHABLE if silent else NodeState.READY,
+                heartbeat_age_s=round(age_s, 3),
+            )
+        return views
+
+    async def get(self, node: NodeName) -> NodeView:
+        """NotFoundError if no node of this name was ever seen."""
+        view = (await self.read()).get(node)
+        if view is None:
+            raise NotFoundError(f"there is no node {node}")
+        return view
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval_s)
+            try:
+                await self.beat()
+                await self.read()
+            except FerryError as error:
+                log.warning("heartbeat failed, trying again in %g s: %s", self._interval_s, error)
+            except Exception:
+                log.exception("heartbeat failed, trying again in %g s", self._interval_s)
