@@ -156,6 +156,7 @@ class DomainService:
             spec = (await self._records.get(domain)).spec
             owned = await self.ownership.take(domain, spec)
             try:
+                await self._records.get(domain)  # Deleted elsewhere meanwhile? Then not.
                 await self._launch(spec, FencingToken(owned.token))
             except BaseException as error:
                 await self._undo_start(owned, spec)

@@ -1,0 +1,432 @@
+"""The cluster as any agent sees it: what the HTTP API calls.
+
+    API ──► ClusterService ──► store             definitions, ownership, nodes, migrations
+                           ──► PeerHub.call ──►  DomainService / MigrationService of the owner
+
+Reading needs the store alone, plus a short question to the owners for what domains do right now;
+an owner that doesn't answer makes its domains `unknown`, never the listing fail. Changing goes to
+the node that owns the domain (`domain.*`) or is its migration's source (`migration.*`), whichever
+agent was asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from migrator.errors import (
+    ConflictError,
+    FerryError,
+    InvalidRequest,
+    NotFoundError,
+    RefusedError,
+    WrongStateError,
+)
+from migrator.model import (
+    DomainName,
+    DomainSpec,
+    DomainState,
+    DomainStatus,
+    Migration,
+    NodeName,
+    NodeState,
+    OwnershipRecord,
+    OwnershipState,
+    PoolName,
+    VolumeInfo,
+    VolumeName,
+)
+from migrator.ports import OwnershipStore, Struct, VolumeDriver
+from node_agent.cluster_calls import (
+    CONSOLE,
+    MIGRATION_CANCEL,
+    MIGRATION_CHECK,
+    MIGRATION_CREATE,
+    MIGRATION_GET,
+    PAUSE,
+    RESET,
+    RESUME,
+    START,
+    STATUSES,
+    STOP,
+    ConsoleParams,
+    DomainParams,
+    Done,
+    MigrationParams,
+    MigrationRef,
+    Nothing,
+    Reasons,
+    Statuses,
+    StopParams,
+)
+from node_agent.domain_records import DomainRecords
+from node_agent.domains import ConsoleChunk, DomainService
+from node_agent.events import EventLog
+from node_agent.migrations.service import MigrationService
+from node_agent.nodes import NodeRegistry, NodeView
+from node_agent.peers.hub import PeerHub
+from node_agent.resources import (
+    Domain,
+    DomainRecord,
+    DryRun,
+    MigrationCreate,
+    Node,
+    Pool,
+    VolumeCreate,
+)
+
+STATUS_TIMEOUT_S: Final = 2.0
+OPERATION_TIMEOUT_S: Final = 30.0
+START_TIMEOUT_S: Final = 60.0
+
+
+class _Snapshot(Struct, frozen=True, kw_only=True):
+    """What the owners answered about the domains that run."""
+
+    statuses: Mapping[DomainName, DomainStatus]
+    silent: Mapping[NodeName, str]
+    """Owners that didn't answer, and why."""
+
+
+class ClusterService:
+    """See the module. Errors: those of the services it calls, and PeerError."""
+
+    def __init__(
+        self,
+        node: NodeName,
+        *,
+        hub: PeerHub,
+        domains: DomainService,
+        records: DomainRecords,
+        ownership: OwnershipStore,
+        migrations: MigrationService,
+        nodes: NodeRegistry,
+        pools: Mapping[PoolName, VolumeDriver],
+        events: EventLog,
+    ) -> None:
+        self.node = node
+        self.events = events
+        self._hub = hub
+        self._domains = domains
+        self._records = records
+        self._ownership = ownership
+        self._migrations = migrations
+        self._nodes = nodes
+        self._pools = pools
+
+    # --- nodes -------------------------------------------------------------------------------
+
+    async def list_nodes(self) -> Sequence[Node]:
+        """Every node, by name, with what runs on it."""
+        views = await self._nodes.read()
+        records = await self._records.list_records()
+        owned = await self._records.list_ownership()
+        return [_node(view, records, owned) for _, view in sorted(views.items())]
+
+    # --- domains -----------------------------------------------------------------------------
+
+    async def define(self, spec: DomainSpec) -> Domain:
+        """See `DomainService.define`."""
+        await self._domains.define(spec)
+        return await self.get_domain(DomainName(spec.name))
+
+    async def delete(self, domain: DomainName) -> None:
+        """See `DomainService.delete`."""
+        await self._domains.delete(domain)
+
+    async def list_domains(self) -> Sequence[Domain]:
+        """Every defined domain, by name."""
+        records = await self._records.list_records()
+        owned = await self._records.list_ownership()
+        migrating = await self._migrating()
+        snapshot = await self._ask_owners(
+            {record for name, record in owned.items() if name in records}
+        )
+        return [
+            _domain(record, owned.get(name), snapshot, migrating.get(name))
+            for name, record in sorted(records.items())
+        ]
+
+    async def get_domain(self, domain: DomainName) -> Domain:
+        """NotFoundError if it isn't defined."""
+        record = await self._records.get(domain)
+        owned = await self._ownership.read(domain)
+        snapshot = await self._ask_owners({owned} if owned else set())
+        return _domain(record, owned, snapshot, (await self._migrating()).get(domain))
+
+    async def start(self, domain: DomainName, node: NodeName | None = None) -> Domain:
+        """Start it on `node`; by default where it ran last, else here."""
+        await self._records.get(domain)
+        owned = await self._ownership.read(domain)
+        if owned is not None and owned.state is OwnershipState.RUNNING and owned.owner != node:
+            if node is not None:
+                raise ConflictError(
+                    f"domain {domain} runs on {owned.owner}; it was not started on {node}"
+                )
+            node = NodeName(owned.owner)  # Which says that it runs, or that it doesn't any more.
+        if node is None:
+            node = NodeName(owned.owner) if owned is not None else self.node
+        elif node != self.node:
+            await self._nodes.get(node)
+        await self._hub.call(
+            node, START, DomainParams(domain=domain), OwnershipRecord, timeout_s=START_TIMEOUT_S
+        )
+        return await self.get_domain(domain)
+
+    async def stop(self, domain: DomainName, timeout_s: float) -> Domain:
+        """Power it off where it runs; by force after `timeout_s`."""
+        params = StopParams(domain=domain, timeout_s=timeout_s)
+        wait_s = timeout_s + OPERATION_TIMEOUT_S
+        await self._hub.call(await self._owner(domain), STOP, params, Done, timeout_s=wait_s)
+        return await self.get_domain(domain)
+
+    async def pause(self, domain: DomainName) -> Domain:
+        """Stop its vCPUs where it runs."""
+        return await self._operate(domain, PAUSE)
+
+    async def resume(self, domain: DomainName) -> Domain:
+        """Run its vCPUs where it is paused."""
+        return await self._operate(domain, RESUME)
+
+    async def reset(self, domain: DomainName) -> Domain:
+        """Reset it where it runs."""
+        return await self._operate(domain, RESET)
+
+    async def console(
+        self, domain: DomainName, *, offset: int | None, limit_bytes: int
+    ) -> tuple[NodeName, ConsoleChunk]:
+        """Its console on the node that owns it, or owned it last. Offsets belong to that node."""
+        await self._records.get(domain)
+        owned = await self._ownership.read(domain)
+        node = NodeName(owned.owner) if owned is not None else self.node
+        params = ConsoleParams(domain=domain, offset=offset, limit_bytes=limit_bytes)
+        chunk = await self._hub.call(
+            node, CONSOLE, params, ConsoleChunk, timeout_s=OPERATION_TIMEOUT_S
+        )
+        return node, chunk
+
+    # --- migrations --------------------------------------------------------------------------
+
+    async def migrate(self, domain: DomainName, body: MigrationCreate) -> Migration:
+        """Begin to migrate it. RefusedError with every reason; then nothing was changed."""
+        source = await self._owner(domain)
+        request = body.towards(await self._destination(source, body))
+        params = MigrationParams(domain=domain, request=request)
+        return await self._hub.call(
+            source, MIGRATION_CREATE, params, Migration, timeout_s=OPERATION_TIMEOUT_S
+        )
+
+    async def check_migration(self, domain: DomainName, body: MigrationCreate) -> DryRun:
+        """What `migrate` would be refused for."""
+        try:
+            source = await self._owner(domain)
+            destination = await self._destination(source, body)
+        except RefusedError as error:
+            return DryRun(destination=body.destination or "", refused=error.reasons)
+        except WrongStateError as error:
+            return DryRun(destination=body.destination or "", refused=(str(error),))
+        params = MigrationParams(domain=domain, request=body.towards(destination))
+        reasons = await self._hub.call(
+            source, MIGRATION_CHECK, params, Reasons, timeout_s=OPERATION_TIMEOUT_S
+        )
+        return DryRun(destination=destination, refused=reasons.reasons)
+
+    async def get_migration(self, id: str) -> Migration:
+        """From its source while it runs and the source answers, else as the store has it."""
+        stored = await self._migrations.get(id)
+        if stored.ended or stored.source == self.node:
+            return stored
+        try:
+            return await self._hub.call(
+                NodeName(stored.source),
+                MIGRATION_GET,
+                MigrationRef(id=id),
+                Migration,
+                timeout_s=STATUS_TIMEOUT_S,
+            )
+        except FerryError:
+            return stored
+
+    async def list_migrations(self) -> Sequence[Migration]:
+        """Newest first, as the store has them."""
+        return await self._migrations.list_migrations()
+
+    async def cancel_migration(self, id: str) -> Migration:
+        """Ask its source to give up. WrongStateError: too late."""
+        source = NodeName((await self._migrations.get(id)).source)
+        return await self._hub.call(
+            source,
+            MIGRATION_CANCEL,
+            MigrationRef(id=id),
+            Migration,
+            timeout_s=OPERATION_TIMEOUT_S,
+        )
+
+    # --- volumes -----------------------------------------------------------------------------
+
+    async def list_pools(self) -> Sequence[Pool]:
+        """The pools of this node, which those of the cluster are expected to share."""
+        return [
+            Pool(name=name, driver=pool.name, fences_remote_writers=pool.fences_remote_writers)
+            for name, pool in sorted(self._pools.items())
+        ]
+
+    async def list_volumes(self, pool: PoolName) -> Sequence[VolumeInfo]:
+        """NotFoundError if there is no such pool."""
+        return await self._pool(pool).list_volumes()
+
+    async def create_volume(self, pool: PoolName, request: VolumeCreate) -> VolumeInfo:
+        """ConflictError if it exists. On failure nothing is left."""
+        image = None if request.image is None else Path(request.image)
+        if image is not None and not image.is_absolute():
+            raise InvalidRequest("the image is wrong", {"image": "an absolute path"})
+        return await self._pool(pool).create(
+            VolumeName(request.name),
+            capacity_bytes=request.capacity_bytes,
+            format=request.format,
+            image=image,
+        )
+
+    async def delete_volume(self, pool: PoolName, volume: VolumeName) -> None:
+        """ConflictError while it is a disk of a defined domain."""
+        driver = self._pool(pool)
+        for name, record in (await self._records.list_records()).items():
+            if any((disk.pool, disk.volume) == (pool, volume) for disk in record.spec.disks):
+                raise ConflictError(
+                    f"volume {pool}/{volume} is a disk of domain {name}; it was not deleted"
+                )
+        await driver.delete(volume)
+
+    # --- inside ------------------------------------------------------------------------------
+
+    async def _operate(self, domain: DomainName, method: str) -> Domain:
+        await self._hub.call(
+            await self._owner(domain),
+            method,
+            DomainParams(domain=domain),
+            Done,
+            timeout_s=OPERATION_TIMEOUT_S,
+        )
+        return await self.get_domain(domain)
+
+    async def _owner(self, domain: DomainName) -> NodeName:
+        """The node that runs it. NotFoundError, or WrongStateError if nobody does."""
+        await self._records.get(domain)
+        owned = await self._ownership.read(domain)
+        if owned is None or owned.state is not OwnershipState.RUNNING:
+            raise WrongStateError(f"domain {domain}", "stopped", "running or paused")
+        return NodeName(owned.owner)
+
+    async def _destination(self, source: NodeName, body: MigrationCreate) -> NodeName:
+        if body.destination is not None:
+            return NodeName(body.destination)
+        ready = [
+            node
+            for node in await self.list_nodes()
+            if node.state is NodeState.READY and node.name != source
+        ]
+        if not ready:
+            reason = f"no node but {source} is ready"
+            raise RefusedError(f"there is no destination: {reason}", [reason])
+        return NodeName(max(ready, key=lambda node: node.memory_free_bytes).name)
+
+    async def _migrating(self) -> Mapping[DomainName, str]:
+        migrations = await self._migrations.list_migrations()
+        return {DomainName(each.domain): each.id for each in migrations if not each.ended}
+
+    async def _ask_owners(self, owned: set[OwnershipRecord]) -> _Snapshot:
+        """Each owner of a running domain once, all at the same time."""
+        owners = {
+            NodeName(record.owner) for record in owned if record.state is OwnershipState.RUNNING
+        }
+        views = await self._nodes.read() if owners else {}
+        silent = {
+            name: f"node {name} has been silent for {views[name].heartbeat_age_s:.0f} s"
+            for name in owners
+            if name in views and views[name].state is NodeState.UNREACHABLE
+        }
+        asked = sorted(owners - silent.keys())
+        answers = await asyncio.gather(*(self._ask(node) for node in asked))
+        statuses: dict[DomainName, DomainStatus] = {}
+        for node, answer in zip(asked, answers, strict=True):
+            if isinstance(answer, FerryError):
+                silent[node] = f"node {node} doesn't answer: {answer}"
+                continue
+            owned_here = {record.domain for record in owned if record.owner == node}
+            statuses |= {
+                DomainName(status.name): status
+                for status in answer.statuses
+                if status.name in owned_here
+            }
+        return _Snapshot(statuses=statuses, silent=silent)
+
+    async def _ask(self, node: NodeName) -> Statuses | FerryError:
+        try:
+            return await self._hub.call(
+                node, STATUSES, Nothing(), Statuses, timeout_s=STATUS_TIMEOUT_S
+            )
+        except FerryError as error:
+            return error
+
+    def _pool(self, pool: PoolName) -> VolumeDriver:
+        driver = self._pools.get(pool)
+        if driver is None:
+            raise NotFoundError(f"there is no pool {pool}")
+        return driver
+
+
+def _domain(
+    record: DomainRecord,
+    owned: OwnershipRecord | None,
+    snapshot: _Snapshot,
+    migration: str | None,
+) -> Domain:
+    spec = record.spec
+    status = snapshot.statuses.get(DomainName(spec.name))
+    if owned is None or owned.state is OwnershipState.STOPPED:
+        status = DomainStatus(name=spec.name, state=DomainState.STOPPED)
+    elif status is None:
+        reason = snapshot.silent.get(NodeName(owned.owner))
+        reason = reason or f"node {owned.owner} has no process of it now"
+        status = DomainStatus(name=spec.name, state=DomainState.UNKNOWN, reason=reason)
+    return Domain(
+        name=spec.name,
+        spec=spec,
+        state=status.state,
+        node=owned.owner if owned else None,
+        token=owned.token if owned else 0,
+        pid=status.pid,
+        reason=status.reason,
+        memory_in_use_bytes=status.memory_in_use_bytes,
+        migration=migration,
+        defined_at_s=record.defined_at_s,
+    )
+
+
+def _node(
+    view: NodeView,
+    records: Mapping[DomainName, DomainRecord],
+    owned: Mapping[DomainName, OwnershipRecord],
+) -> Node:
+    info = view.info
+    running = sorted(
+        name
+        for name, record in owned.items()
+        if record.owner == info.name and record.state is OwnershipState.RUNNING and name in records
+    )
+    return Node(
+        name=info.name,
+        state=view.state,
+        heartbeat_age_s=view.heartbeat_age_s,
+        api_address=info.api_address,
+        peer_address=info.peer_address,
+        migration_address=info.migration_address,
+        cpus=info.cpus,
+        memory_bytes=info.memory_bytes,
+        memory_committed_bytes=sum(records[name].spec.memory_bytes for name in running),
+        domains=tuple(running),
+        capabilities=info.capabilities,
+        agent_version=info.agent_version,
+    )

@@ -1,0 +1,136 @@
+"""What the agents ask of each other about domains and migrations: names, params, results, handlers.
+
+domain.start/stop/pause/resume/reset/console   to the node that owns the domain
+domain.statuses                                to every node that owns a running domain
+migration.create/check/get/cancel              to the source
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from migrator.model import (
+    DomainName,
+    DomainStatus,
+    Migration,
+    MigrationRequest,
+    NodeName,
+    OwnershipRecord,
+)
+from migrator.ports import Struct
+from node_agent.domains import ConsoleChunk, DomainService
+from node_agent.migrations.service import MigrationService
+from node_agent.peers.hub import PeerHub
+
+START: Final = "domain.start"
+STOP: Final = "domain.stop"
+PAUSE: Final = "domain.pause"
+RESUME: Final = "domain.resume"
+RESET: Final = "domain.reset"
+CONSOLE: Final = "domain.console"
+STATUSES: Final = "domain.statuses"
+MIGRATION_CREATE: Final = "migration.create"
+MIGRATION_CHECK: Final = "migration.check"
+MIGRATION_GET: Final = "migration.get"
+MIGRATION_CANCEL: Final = "migration.cancel"
+
+
+class Nothing(Struct, frozen=True, kw_only=True):
+    """No params."""
+
+
+class Done(Struct, frozen=True, kw_only=True):
+    """No result but that it was done."""
+
+
+class DomainParams(Struct, frozen=True, kw_only=True):
+    domain: DomainName
+
+
+class StopParams(Struct, frozen=True, kw_only=True):
+    domain: DomainName
+    timeout_s: float
+
+
+class ConsoleParams(Struct, frozen=True, kw_only=True):
+    domain: DomainName
+    offset: int | None
+    limit_bytes: int
+
+
+class Statuses(Struct, frozen=True, kw_only=True):
+    statuses: tuple[DomainStatus, ...]
+
+
+class MigrationParams(Struct, frozen=True, kw_only=True):
+    domain: DomainName
+    request: MigrationRequest
+
+
+class MigrationRef(Struct, frozen=True, kw_only=True):
+    id: str
+
+
+class Reasons(Struct, frozen=True, kw_only=True):
+    reasons: tuple[str, ...]
+
+
+class ClusterCalls:
+    """This node's answers to those calls. `register` once, before the hub starts."""
+
+    def __init__(self, domains: DomainService, migrations: MigrationService) -> None:
+        self._domains = domains
+        self._migrations = migrations
+
+    def register(self, hub: PeerHub) -> None:
+        """Serve every method of this module."""
+        hub.handle(START, DomainParams, self._start)
+        hub.handle(STOP, StopParams, self._stop)
+        hub.handle(PAUSE, DomainParams, self._pause)
+        hub.handle(RESUME, DomainParams, self._resume)
+        hub.handle(RESET, DomainParams, self._reset)
+        hub.handle(CONSOLE, ConsoleParams, self._console)
+        hub.handle(STATUSES, Nothing, self._statuses)
+        hub.handle(MIGRATION_CREATE, MigrationParams, self._create)
+        hub.handle(MIGRATION_CHECK, MigrationParams, self._check)
+        hub.handle(MIGRATION_GET, MigrationRef, self._get)
+        hub.handle(MIGRATION_CANCEL, MigrationRef, self._cancel)
+
+    async def _start(self, _: NodeName, params: DomainParams) -> OwnershipRecord:
+        return await self._domains.start(params.domain)
+
+    async def _stop(self, _: NodeName, params: StopParams) -> Done:
+        await self._domains.stop(params.domain, timeout_s=params.timeout_s)
+        return Done()
+
+    async def _pause(self, _: NodeName, params: DomainParams) -> Done:
+        await self._domains.pause(params.domain)
+        return Done()
+
+    async def _resume(self, _: NodeName, params: DomainParams) -> Done:
+        await self._domains.resume(params.domain)
+        return Done()
+
+    async def _reset(self, _: NodeName, params: DomainParams) -> Done:
+        await self._domains.reset(params.domain)
+        return Done()
+
+    async def _console(self, _: NodeName, params: ConsoleParams) -> ConsoleChunk:
+        return await self._domains.console(
+            params.domain, offset=params.offset, limit_bytes=params.limit_bytes
+        )
+
+    async def _statuses(self, _: NodeName, params: Nothing) -> Statuses:
+        return Statuses(statuses=tuple(await self._domains.statuses()))
+
+    async def _create(self, _: NodeName, params: MigrationParams) -> Migration:
+        return await self._migrations.create(params.domain, params.request)
+
+    async def _check(self, _: NodeName, params: MigrationParams) -> Reasons:
+        return Reasons(reasons=tuple(await self._migrations.check(params.domain, params.request)))
+
+    async def _get(self, _: NodeName, params: MigrationRef) -> Migration:
+        return await self._migrations.get(params.id)
+
+    async def _cancel(self, _: NodeName, params: MigrationRef) -> Migration:
+        return await self._migrations.cancel(params.id)
