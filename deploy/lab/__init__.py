@@ -4,15 +4,12 @@
 """
 
 from deploy.lab.lab import (
-    LabRecord,
     LabStatus,
     command_in,
     down,
     down_all,
     kill_agent,
-    labs_root,
     list_labs,
-    load,
     namespace_of,
     restart_agent,
     run_in,
@@ -22,6 +19,7 @@ from deploy.lab.lab import (
     up,
 )
 from deploy.lab.plan import LabPlan, NodePlan, make_plan
+from deploy.lab.record import LabRecord, labs_root, load
 
 __all__ = [
     "LabPlan",

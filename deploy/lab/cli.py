@@ -19,6 +19,7 @@ from rich.table import Table
 
 from deploy.lab import lab as labs
 from deploy.lab.preconditions import remarks, require_root
+from deploy.lab.record import DEFAULT_NAME
 from migrator.errors import FerryError, RefusedError
 
 app = typer.Typer(
@@ -65,7 +66,7 @@ def _errors_as_sentences() -> Iterator[None]:
 
 @app.command()
 def up(
-    name: _Name = labs.DEFAULT_NAME,
+    name: _Name = DEFAULT_NAME,
     nodes: Annotated[
         int | None, typer.Option("--nodes", min=1, help="How many nodes. New lab: 3.")
     ] = None,
@@ -89,7 +90,7 @@ def up(
     print(f"Lab {name} is up: {len(record.nodes)} nodes ({names}), in {seconds:.1f} s.")
     for remark in remarks():
         print(f"Note: {remark}.")
-    option = "" if name == labs.DEFAULT_NAME else f" --name {name}"
+    option = "" if name == DEFAULT_NAME else f" --name {name}"
     print("\nNext:")
     print(f"  export FERRY_API={record.nodes[0].api}")
     print("  ferry node ls")
@@ -99,7 +100,7 @@ def up(
 
 @app.command()
 def down(
-    name: _Name = labs.DEFAULT_NAME,
+    name: _Name = DEFAULT_NAME,
     everything: Annotated[bool, typer.Option("--all", help="Every lab of this machine.")] = False,
 ) -> None:
     """End and remove the lab: its domains, agents, networks, volumes and files."""
@@ -116,7 +117,7 @@ def down(
 
 @app.command()
 def status(
-    name: _Name = labs.DEFAULT_NAME,
+    name: _Name = DEFAULT_NAME,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """How the lab is. Exit status 1 if it is damaged."""
@@ -157,7 +158,7 @@ def list_labs(
 def execute(
     where: Annotated[str, typer.Argument(help="A node, client, storage or switch.")],
     command: Annotated[list[str], typer.Argument(help="The command and its arguments.")],
-    name: _Name = labs.DEFAULT_NAME,
+    name: _Name = DEFAULT_NAME,
 ) -> None:
     """Run a command there, e.g. `ferry lab exec client -- ping 10.78.0.5`."""
     with _errors_as_sentences():
@@ -171,7 +172,7 @@ def execute(
 def agent(
     node: Annotated[str, typer.Argument(help="The node.")],
     action: Annotated[AgentAction, typer.Argument(help="kill: SIGKILL, as a crash would.")],
-    name: _Name = labs.DEFAULT_NAME,
+    name: _Name = DEFAULT_NAME,
 ) -> None:
     """Start, stop or kill one node's agent. Its domains go on running."""
     with _errors_as_sentences():

@@ -14,17 +14,12 @@ Rules:
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Final
 
 import msgspec
@@ -36,7 +31,6 @@ from deploy.lab.preconditions import check_machine, require_root
 from deploy.lab.processes import Process
 from deploy.lab.record import (
     DEFAULT_NAME,
-    DEFAULT_ROOT,
     LabRecord,
     labs_root,
     load,
@@ -44,6 +38,7 @@ from deploy.lab.record import (
     write_atomically,
     write_record,
 )
+from deploy.lab.removal import interrupts_ignored, remove_everything, remove_traces
 from migrator.errors import ConflictError, FerryError
 
 DEFAULT_NODES: Final = 3
@@ -52,7 +47,6 @@ READY_TIMEOUT_S: Final = 60.0
 """An agent starts in about a second; two dozen at once on two slow cores take their time."""
 STOP_TIMEOUT_S: Final = 15.0
 """How long an agent may take to end on SIGTERM before it is killed."""
-_MNT_DETACH: Final = 2
 
 
 class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,9 +100,9 @@ def up(
             index = lock.claim(folder, present.plan.index if present else None).index
             if present is None:
                 # Also what an earlier `up` left that was killed half-way.
-                undo.callback(_remove_everything, name, folder, lock, ())
+                undo.callback(remove_everything, name, folder, lock, ())
                 check_machine()
-                _remove_traces(name, folder, ())
+                remove_traces(name, folder, ())
             plan = _merge(name, index, present, nodes, link_mbit, node_memory_bytes)
             command = tuple(agent_command or (present.agent_command if present else AGENT_COMMAND))
             record = _make(plan, command, present, undo, report)
@@ -119,7 +113,7 @@ def up(
                 )
                 report(f"agent {node.name} answers")
         except BaseException:
-            with _interrupts_ignored():
+            with interrupts_ignored():
                 undo.close()
             raise
         undo.pop_all()
@@ -140,7 +134,7 @@ def down(name: str = DEFAULT_NAME) -> bool:
         namespaces = network.lab_namespaces(name)
         found = entered is not None or folder.exists() or bool(namespaces)
         agents = [node.agent for node in record.nodes if node.agent] if record else []
-        _remove_everything(name, folder, lock, agents)
+        remove_everything(name, folder, lock, agents)
     return found
 
 
@@ -370,54 +364,3 @@ def _end_agent(node: NodePlan, agent: Process, *, kill: bool) -> None:
     processes.send_signal(agent, signal.SIGKILL)
     if processes.wait_ended([agent], STOP_TIMEOUT_S):
         raise FerryError(f"the agent of {node.name} (pid {agent.pid}) won't end, even when killed")
-
-
-def _remove_everything(
-    name: str, folder: Path, lock: registry.LabLock, agents: Sequence[Process]
-) -> None:
-    _remove_traces(name, folder, agents)
-    lock.release()
-
-
-def _remove_traces(name: str, folder: Path, agents: Sequence[Process]) -> None:
-    """Processes first, for they hold the namespaces and write into the folder."""
-    namespaces = network.lab_namespaces(name)
-    processes.kill_all(namespaces, agents)
-    for namespace in namespaces:
-        network.remove_namespace(namespace)
-    _remove_folder(folder)
-
-
-def _remove_folder(folder: Path) -> None:
-    """Remove the lab's folder, never what is mounted below it. Raises FerryError."""
-    if not folder.exists():
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    prefix = f"{folder.resolve()}/"
-    mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    for mount in sorted((item for item in mounts if item.startswith(prefix)), reverse=True):
-        if libc.umount2(mount.encode(), _MNT_DETACH) != 0:
-            raise FerryError(f"{mount} can't be unmounted: {os.strerror(ctypes.get_errno())}")
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:
-        raise FerryError(f"the lab's folder {folder} can't be removed: {error}") from error
-    if folder.parent == DEFAULT_ROOT:
-        with contextlib.suppress(OSError):
-            DEFAULT_ROOT.rmdir()
-            DEFAULT_ROOT.parent.rmdir()
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """One more Ctrl-C must not stop a removal half-way. Every step in it is bounded."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

@@ -1,7 +1,6 @@
 """Stands in for the agent where a test is about the lab: answers GET /healthz, nothing else.
 
-`python stub_agent.py --config PATH`, the same contract as `python -m node_agent`. A file called
-`refuse` beside the configuration makes it complain and exit with status 3.
+`python stub_agent.py --config PATH`, the same contract as `python -m node_agent`.
 """
 
 from __future__ import annotations
@@ -35,8 +34,6 @@ class _Server(socketserver.UnixStreamServer):
 
 def main() -> None:
     config_path = Path(sys.argv[sys.argv.index("--config") + 1])
-    if (config_path.parent / "refuse").exists():
-        _refuse()
     config = tomllib.loads(config_path.read_text())
     socket_path = config["api"]["socket"]
     Path(socket_path).unlink(missing_ok=True)
@@ -44,11 +41,6 @@ def main() -> None:
     with _Server(socket_path, _Handler) as server:
         print("stub agent of", config["node"]["name"], flush=True)
         server.serve_forever()
-
-
-def _refuse() -> None:
-    print("the stub agent was told to refuse", file=sys.stderr)
-    sys.exit(3)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,137 @@
+"""The lab's plan: names, addresses and paths that never clash, and every fault said at once."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deploy.lab.config import agent_config, agent_config_text
+from deploy.lab.network import shaping_bytes
+from deploy.lab.plan import (
+    LINK_MBIT_MAX,
+    NODES_MAX,
+    SOCKET_PATH_BYTES_MAX,
+    LabPlan,
+    lab_of_namespace,
+    make_plan,
+)
+from migrator.errors import InvalidRequest
+from node_agent.config import parse_config
+
+ROOT = Path("/var/lib/ferry/labs")
+LAB_NAMES = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?", fullmatch=True)
+
+
+def plan_of(
+    name: str = "lab", index: int = 0, nodes: int = 3, link_mbit: int | None = None
+) -> LabPlan:
+    return make_plan(name, index=index, node_count=nodes, labs_root=ROOT, link_mbit=link_mbit)
+
+
+def addresses(plan: LabPlan) -> list[str]:
+    return [link.address for link in plan.links if link.address is not None]
+
+
+def test_a_lab_of_two_nodes() -> None:
+    plan = plan_of(nodes=2, index=7)
+    assert plan.namespaces == (
+        "fy-lab-switch",
+        "fy-lab-client",
+        "fy-lab-storage",
+        "fy-lab-n1",
+        "fy-lab-n2",
+    )
+    assert [node.mgmt_address for node in plan.nodes] == ["10.77.7.1", "10.77.7.2"]
+    assert plan.node("n2").api_socket == ROOT / "lab" / "n2" / "api.sock"
+    assert plan.storage_address == "10.77.7.251"
+    assert plan.guest_address(5) == "10.78.7.5"
+
+
+@given(name=LAB_NAMES, index=st.integers(0, 255), nodes=st.integers(1, NODES_MAX))
+def test_everything_is_unique_and_fits(name: str, index: int, nodes: int) -> None:
+    plan = plan_of(name, index, nodes)
+    ports = [link.port for link in plan.links]
+    ends = [(link.namespace, link.interface) for link in plan.links]
+    assert len(set(ports)) == len(ports)
+    assert len(set(ends)) == len(ends)
+    assert all(len(item) <= 15 for link in plan.links for item in (link.port, link.interface))
+    held = addresses(plan)
+    assert len(set(held)) == len(held)
+    networks = [ipaddress.ip_network(plan.mgmt_network), ipaddress.ip_network(plan.guest_network)]
+    assert all(any(ipaddress.ip_address(item) in net for net in networks) for item in held)
+    assert all(
+        len(str(node.api_socket)) <= SOCKET_PATH_BYTES_MAX and node.folder.parent == plan.folder
+        for node in plan.nodes
+    )
+
+
+@given(first=LAB_NAMES, second=LAB_NAMES)
+def test_a_namespace_belongs_to_one_lab(first: str, second: str) -> None:
+    assert {lab_of_namespace(name) for name in plan_of(first).namespaces} == {first}
+    if first != second:
+        assert not set(plan_of(first).namespaces) & set(plan_of(second).namespaces)
+
+
+def test_a_lab_called_like_another_ones_node() -> None:
+    assert lab_of_namespace("fy-a-n1") == "a"
+    assert lab_of_namespace("fy-a-n1-n1") == "a-n1"
+    assert lab_of_namespace("fy-a-n1-switch") == "a-n1"
+    assert lab_of_namespace("something") is None
+    assert lab_of_namespace("fy-a-router") is None
+
+
+def test_labs_side_by_side_share_no_address() -> None:
+    assert not set(addresses(plan_of("a", 0))) & set(addresses(plan_of("b", 1)))
+
+
+def test_only_the_nodes_links_are_shaped() -> None:
+    plan = plan_of(nodes=2, link_mbit=100)
+    shaped = {link.port for link in plan.links if link.shaped}
+    assert shaped == {"g-n1", "m-n1", "g-n2", "m-n2"}
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a-", "Lab", "a" * 21, "a_b", "../x"])
+def test_a_bad_name_is_refused(name: str) -> None:
+    with pytest.raises(InvalidRequest, match="can't be a lab's name"):
+        plan_of(name)
+
+
+def test_all_faults_at_once() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        make_plan(
+            "lab", index=256, node_count=0, labs_root=Path("relative"), link_mbit=LINK_MBIT_MAX + 1
+        )
+    assert set(caught.value.fields) == {"index", "nodes", "labs_root", "link_mbit"}
+
+
+def test_a_folder_too_deep_for_sockets_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="FERRY_LAB_ROOT"):
+        make_plan("lab", index=0, node_count=1, labs_root=Path("/" + "x" * 80))
+
+
+def test_an_unknown_node_and_guest_address_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="n1, n2, n3"):
+        plan_of().node("n4")
+    with pytest.raises(InvalidRequest, match="1 to 249"):
+        plan_of().guest_address(250)
+
+
+def test_the_agents_configuration_is_one_that_the_agent_reads() -> None:
+    plan = plan_of()
+    for node in plan.nodes:
+        config = agent_config(plan, node)
+        assert parse_config(agent_config_text(plan, node)) == config
+        assert [peer.name for peer in config.peers] == sorted({"n1", "n2", "n3"} - {node.name})
+        assert config.node.memory_bytes == 4 * 1024**3
+    stores = {agent_config(plan, node).store.path for node in plan.nodes}
+    assert stores == {str(plan.store_path)}
+
+
+@given(link_mbit=st.integers(1, LINK_MBIT_MAX))
+def test_a_shaped_link_takes_a_whole_gso_packet(link_mbit: int) -> None:
+    burst, queue = shaping_bytes(link_mbit)
+    assert 65_536 < burst < queue
