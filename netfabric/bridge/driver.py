@@ -35,6 +35,7 @@ to give a guest away must not go on announcing it: `announce(domain, ())` ends t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -48,7 +49,7 @@ from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
 from migrator.ports import FabricDriver
 from netfabric.announcer import GAPS_S, Announcer
-from netfabric.bridge.links import Exit, Exits, Link, find_exits, netlink
+from netfabric.bridge.links import Exit, Exits, Link, find_exits, learn, netlink
 from netfabric.bridge.taps import TAP_NAME, host_side_mac, open_tap, tap_name
 from netfabric.checks import mtu_reason, nic_reasons
 from netfabric.frames import announcements, parse_mac, tagged
@@ -73,7 +74,7 @@ class _Announced:
     """One NIC of an announcement: its tap, its MAC, its frames of one round."""
 
     tap: str
-    mac: str
+    mac: bytes
     frames: tuple[bytes, ...]
 
 
@@ -123,25 +124,27 @@ class BridgeFabric(FabricDriver):
         """
         await self._silence(domain)
         announced = [
-            _Announced(tap=tap_name(domain, index), mac=nic.mac, frames=announcements(nic))
+            _Announced(
+                tap=tap_name(domain, index), mac=parse_mac(nic.mac), frames=announcements(nic)
+            )
             for index, nic in enumerate(nics)
         ]
         if not announced:
             return
         sender = self._packet_socket()
         ended = self._ended[domain] = threading.Event()
+        known = {one.tap: self._exits[one.tap] for one in announced if one.tap in self._exits}
         sent: dict[str, tuple[Exit, ...]] = {}
         for one in announced:
-            exits = self._exits.get(one.tap)
-            if exits is not None:
-                sent[one.tap] = _send(sender, exits.uplinks, one.frames)
+            if one.tap in known:
+                sent[one.tap] = _send(sender, known[one.tap].uplinks, one.frames)
 
         async def repeat() -> None:
             await _in_thread(lambda: _repeat(sender, announced, ended))
 
         failure: FabricError | None = None
         try:
-            await _in_thread(lambda: _first_round(sender, announced, sent, ended))
+            await _in_thread(lambda: _first_round(sender, announced, known, sent, ended))
         except FabricError as error:
             failure = error
         except BaseException:
@@ -272,24 +275,30 @@ def _list_taps() -> list[Tap]:
 def _first_round(
     sender: socket.socket,
     announced: Sequence[_Announced],
+    known: Mapping[str, Exits],
     sent: Mapping[str, tuple[Exit, ...]],
     ended: threading.Event,
 ) -> None:
     """Set the bridges' tables, and send to every port that the event loop hasn't sent to."""
+    for one in announced:
+        with contextlib.suppress(FabricError):  # a tap made anew since: below
+            if one.tap in known:
+                learn(known[one.tap].tap_index, one.mac)
     failures: list[str] = []
     with netlink("can't announce") as kernel:
         for one in announced:
             exits = find_exits(kernel, one.tap)
             if exits is None:
-                failures.append(f"NIC {one.mac} has no tap on a bridge here")
+                failures.append(f"NIC {one.mac.hex(':')} has no tap on a bridge here")
                 continue
-            kernel.learn(exits.tap_index, one.mac)
+            if one.tap not in known or known[one.tap].tap_index != exits.tap_index:
+                learn(exits.tap_index, one.mac)
             if ended.is_set():
                 return
             done = sent.get(one.tap, ())
             missing = [way for way in (*exits.uplinks, *exits.guests) if way not in done]
             if missing and not _send(sender, missing, one.frames) and not done:
-                failures.append(f"NIC {one.mac}: no port of its bridge takes a frame")
+                failures.append(f"NIC {one.mac.hex(':')}: no port of its bridge takes a frame")
     if failures:
         raise FabricError("; ".join(failures))
 

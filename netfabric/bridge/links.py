@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import socket
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -23,6 +25,14 @@ _IFF_UP: Final = 0x1
 _PORT_FORWARDING: Final = 3
 _NUD_REACHABLE: Final = 0x02
 _NTF_MASTER: Final = 0x04
+_AF_BRIDGE: Final = 7
+_NDA_LLADDR: Final = 2
+_RTM_NEWNEIGH: Final = 28
+_NLM_F_REQUEST: Final = 0x1
+_NLM_F_ACK: Final = 0x4
+_NLM_F_REPLACE: Final = 0x100
+_NLM_F_CREATE: Final = 0x400
+_LEARN_TIMEOUT_S: Final = 5.0
 _ADDRESS_GENERATION_NONE: Final = 1
 _VLAN_PVID: Final = 0x2
 _VLAN_UNTAGGED: Final = 0x4
@@ -125,16 +135,6 @@ class Netlink:
             if error.code != errno.ENODEV:
                 raise
 
-    def learn(self, port_index: int, mac: str) -> None:
-        """Tell the port's bridge that the MAC is behind the port, as if it had learnt it.
-
-        The entry ages and moves as a learnt one does. Under VLAN filtering the kernel makes one
-        for each VLAN of the port.
-        """
-        self._route.fdb(
-            "replace", ifindex=port_index, lladdr=mac, state=_NUD_REACHABLE, flags=_NTF_MASTER
-        )
-
 
 @contextlib.contextmanager
 def netlink(what: str) -> Iterator[Netlink]:
@@ -149,6 +149,32 @@ def netlink(what: str) -> Iterator[Netlink]:
         raise FabricError(f"{what}: {os.strerror(error.code)}") from error
     except OSError as error:
         raise FabricError(f"{what}: {error.strerror or error}") from error
+
+
+def learn(port_index: int, mac: bytes) -> None:
+    """Tell the port's bridge that the MAC is behind the port, as if it had learnt it.
+
+    The entry ages and moves as a learnt one does. Under VLAN filtering the kernel makes one for
+    each VLAN of the port. FabricError if the port is gone.
+
+    Until this is done the bridge drops what comes in for the guest, so the message is written by
+    hand (0.1 ms; a conversation of pyroute2's takes 3 ms): nlmsghdr, ndmsg, one NDA_LLADDR.
+    """
+    attribute = struct.pack("=HH6s2x", 10, _NDA_LLADDR, mac)
+    neighbour = struct.pack("=BxxxiHBB", _AF_BRIDGE, port_index, _NUD_REACHABLE, _NTF_MASTER, 0)
+    flags = _NLM_F_REQUEST | _NLM_F_ACK | _NLM_F_REPLACE | _NLM_F_CREATE
+    length = 16 + len(neighbour) + len(attribute)
+    header = struct.pack("=IHHII", length, _RTM_NEWNEIGH, flags, 1, 0)
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as kernel:
+            kernel.settimeout(_LEARN_TIMEOUT_S)
+            kernel.sendto(header + neighbour + attribute, (0, 0))
+            answer = kernel.recv(4096)
+    except OSError as error:
+        raise FabricError(f"can't set the bridge's table: {error.strerror or error}") from error
+    code = -struct.unpack_from("=i", answer, 16)[0]
+    if code:
+        raise FabricError(f"can't set the bridge's table: {os.strerror(code)}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,18 @@ def test_what_is_not_a_mac_is_refused(mac: str) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    "224.0.0.1 ff02::1 0.0.0.0 :: 127.0.0.1 ::1 255.255.255.255 10.0.0.1/24 fe80::1%e0 web".split(),
+    [
+        "224.0.0.1",
+        "ff02::1",
+        "0.0.0.0",
+        "::",
+        "127.0.0.1",
+        "::1",
+        "255.255.255.255",
+        "10.0.0.1/24",
+        "fe80::1%e0",
+        "web",
+    ],
 )
 def test_an_address_that_no_guest_owns_is_refused(address: str) -> None:
     with pytest.raises(FabricError):

@@ -1,0 +1,429 @@
+"""What every fabric driver keeps to, and what only the kernel's bridge can show."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+from pyroute2 import IPRoute
+
+from migrator.errors import FabricError
+from migrator.model import DomainName, NicSpec
+from netfabric.bridge import BridgeFabric, list_taps
+from netfabric.bridge.links import Link, Vlan, _exit
+from netfabric.bridge.taps import TAP_NAME, VNET_HEADER_BYTES, host_side_mac, tap_name
+from netfabric.drivers import DRIVERS
+from netfabric.frames import announcements
+from tests.contract.fabric_worlds import (
+    GAPS_S,
+    Body,
+    BridgeWorld,
+    World,
+    bridge_world,
+    eventually,
+    learnt,
+    run_bridge,
+    run_simulated,
+)
+from tests.contract.namespaces import run_in_new_namespace
+
+WEB = DomainName("web")
+NIC = NicSpec(mac="52:54:00:aa:bb:cc", bridge="br0", addresses=("10.0.0.5", "2001:db8::5"))
+BARE = NicSpec(mac="52:54:00:aa:bb:dd", bridge="br0")
+Run = Callable[[Body], None]
+
+
+@pytest.fixture(params=["simulated", pytest.param("bridge", marks=pytest.mark.lab)])
+def run(request: pytest.FixtureRequest) -> Run:
+    """Runs a test's body in the world of one driver."""
+    runs: dict[str, Run] = {"simulated": run_simulated, "bridge": run_bridge}
+    assert set(runs) == set(DRIVERS)
+    return runs[request.param]
+
+
+def test_check_finds_nothing_wrong(run: Run) -> None:
+    async def body(world: World) -> None:
+        assert list(await world.fabric.check(NIC)) == []
+
+    run(body)
+
+
+def test_check_gives_every_reason(run: Run) -> None:
+    async def body(world: World) -> None:
+        multicast = NicSpec(mac="01:00:5e:00:00:01", bridge="br0", mtu_bytes=9000)
+        assert len(await world.fabric.check(multicast)) == 2
+        missing = NicSpec(mac=NIC.mac, bridge="br9", addresses=("nonsense",))
+        reasons = await world.fabric.check(missing)
+        assert len(reasons) == 2
+        assert any("br9" in reason for reason in reasons)
+
+    run(body)
+
+
+def test_what_check_refuses_plug_refuses(run: Run) -> None:
+    async def body(world: World) -> None:
+        for nic in (
+            NicSpec(mac=NIC.mac, bridge="br9"),
+            NicSpec(mac=NIC.mac, bridge="br0", mtu_bytes=9000),
+            NicSpec(mac="ff:ff:ff:ff:ff:ff", bridge="br0"),
+        ):
+            with pytest.raises(FabricError):
+                await world.fabric.plug(WEB, 0, nic)
+        with pytest.raises(FabricError):
+            await world.fabric.plug(WEB, 100, NIC)
+        assert await world.taps() == 0
+
+    run(body)
+
+
+def test_a_tap_dies_with_its_hypervisor(run: Run) -> None:
+    async def body(world: World) -> None:
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        assert not os.get_inheritable(fd)
+        assert await world.taps() == 1
+        world.hypervisor_died(WEB, [fd])
+
+        async def gone() -> bool:
+            return await world.taps() == 0
+
+        await eventually(gone)
+        os.close(await world.fabric.plug(WEB, 0, NIC))
+
+    run(body)
+
+
+def test_unplug_removes_the_tap_and_is_idempotent(run: Run) -> None:
+    async def body(world: World) -> None:
+        fds = [await world.fabric.plug(WEB, index, nic) for index, nic in enumerate((NIC, BARE))]
+        try:
+            await world.fabric.unplug(WEB, 0)
+            assert await world.taps() == 1
+            await world.fabric.unplug(WEB, 0)
+            await world.fabric.unplug(WEB, 1)
+            assert await world.taps() == 0
+            await world.fabric.unplug(DomainName("never"), 0)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    run(body)
+
+
+def test_an_announcement_moves_the_guest_here_before_it_returns(run: Run) -> None:
+    async def body(world: World) -> None:
+        nics = (NIC, BARE)
+        fds = [await world.fabric.plug(WEB, index, nic) for index, nic in enumerate(nics)]
+        try:
+            for nic in nics:
+                await world.move_away(nic.mac)
+                assert not await world.is_here(nic.mac)
+            before = {nic.mac: len(await world.heard(nic.mac)) for nic in nics}
+            await world.fabric.announce(WEB, nics)
+            for nic in nics:
+                assert await world.is_here(nic.mac)
+                expected = list(announcements(nic))
+                heard = (await world.heard(nic.mac))[before[nic.mac] :]
+                assert list(heard[: len(expected)]) == expected
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    run(body)
+
+
+def test_announcements_are_repeated_and_end(run: Run) -> None:
+    async def body(world: World) -> None:
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        try:
+            await world.fabric.announce(WEB, [NIC])
+            total = len(announcements(NIC)) * (1 + len(GAPS_S))
+
+            async def complete() -> bool:
+                return len(await world.heard(NIC.mac)) == total
+
+            await eventually(complete)
+            await asyncio.sleep(2 * max(GAPS_S))
+            assert len(await world.heard(NIC.mac)) == total
+        finally:
+            os.close(fd)
+
+    run(body)
+
+
+@pytest.mark.parametrize("how", ["close", "unplug", "announce nothing"])
+def test_repeats_can_be_ended(run: Run, how: str) -> None:
+    async def body(world: World) -> None:
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        try:
+            await world.fabric.announce(WEB, [NIC])
+            if how == "close":
+                await world.fabric.close()
+            elif how == "unplug":
+                await world.fabric.unplug(WEB, 0)
+            else:
+                await world.fabric.announce(WEB, ())
+            heard = len(await world.heard(NIC.mac))
+            await asyncio.sleep(2 * sum(GAPS_S))
+            assert len(await world.heard(NIC.mac)) == heard
+            assert [task for task in asyncio.all_tasks() if "announce" in task.get_name()] == []
+        finally:
+            os.close(fd)
+
+    run(body)
+
+
+def test_a_second_announcement_replaces_the_first(run: Run) -> None:
+    async def body(world: World) -> None:
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        try:
+            for _ in range(3):
+                await world.fabric.announce(WEB, [NIC])
+            running = [task for task in asyncio.all_tasks() if "announce" in task.get_name()]
+            assert len(running) == 1
+        finally:
+            os.close(fd)
+
+    run(body)
+
+
+def test_a_nic_that_is_not_plugged_is_not_announced(run: Run) -> None:
+    async def body(world: World) -> None:
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        try:
+            with pytest.raises(FabricError, match=BARE.mac):
+                await world.fabric.announce(WEB, [NIC, BARE])
+            assert await world.is_here(NIC.mac), "the NIC that is here is announced nevertheless"
+            assert list(await world.heard(BARE.mac)) == []
+        finally:
+            os.close(fd)
+
+    run(body)
+
+
+# --- the kernel's bridge alone ---------------------------------------------------------------
+
+
+def run_on_bridge(body: Callable[[BridgeWorld], object]) -> None:
+    async def run() -> None:
+        async with bridge_world() as world:
+            result = body(world)
+            assert asyncio.iscoroutine(result)
+            await result
+
+    run_in_new_namespace(run)
+
+
+def guest_frames(fd: int) -> list[bytes]:
+    frames: list[bytes] = []
+    while True:
+        try:
+            frames.append(os.read(fd, 4096)[VNET_HEADER_BYTES:])
+        except BlockingIOError:
+            return frames
+
+
+@pytest.mark.lab
+def test_other_guests_hear_an_announcement_and_its_own_does_not() -> None:
+    async def body(world: BridgeWorld) -> None:
+        own = await world.fabric.plug(WEB, 0, NIC)
+        other = await world.fabric.plug(DomainName("db"), 0, BARE)
+        try:
+            await world.fabric.announce(WEB, [NIC])
+            source = bytes.fromhex(NIC.mac.replace(":", ""))
+            heard = [frame for frame in guest_frames(other) if frame[6:12] == source]
+            assert heard[: len(announcements(NIC))] == list(announcements(NIC))
+            assert [frame for frame in guest_frames(own) if frame[6:12] == source] == []
+        finally:
+            os.close(own)
+            os.close(other)
+
+    run_on_bridge(body)
+
+
+@pytest.mark.lab
+def test_a_restarted_agent_announces_a_tap_that_it_did_not_plug() -> None:
+    async def body(world: BridgeWorld) -> None:
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        successor = BridgeFabric(gaps_s=())
+        try:
+            await world.move_away(NIC.mac)
+            await successor.announce(WEB, [NIC])
+            assert await world.is_here(NIC.mac)
+        finally:
+            await successor.close()
+            os.close(fd)
+
+    run_on_bridge(body)
+
+
+@pytest.mark.lab
+def test_an_announced_guest_that_moves_on_is_learnt_elsewhere() -> None:
+    async def body(world: BridgeWorld) -> None:
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        try:
+            await world.fabric.announce(WEB, [NIC])
+            await world.fabric.announce(WEB, ())
+            await world.move_away(NIC.mac)
+            assert await learnt(NIC.mac) == {"br0": "up0", "sw0": "far0"}
+        finally:
+            os.close(fd)
+
+    run_on_bridge(body)
+
+
+@pytest.mark.lab
+def test_a_tap_leaves_its_bridge_as_it_was() -> None:
+    """Neither the bridge's MTU nor its MAC follows a guest that comes and goes."""
+
+    async def body(world: BridgeWorld) -> None:
+        def bridge() -> tuple[int, str]:
+            with IPRoute() as route:
+                for name in ("up0", "up1", "sw0"):
+                    route.link("set", index=route.link_lookup(ifname=name)[0], mtu=9000)
+                (link,) = route.link("get", ifname="br0")
+                return link.get_attr("IFLA_MTU"), link.get_attr("IFLA_ADDRESS")
+
+        before = await asyncio.to_thread(bridge)
+        assert before[0] == 9000
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        try:
+            assert await asyncio.to_thread(bridge) == before
+            assert list(await list_taps()) != []
+            assert (await list_taps())[0].bridge == "br0"
+            with pytest.raises(FabricError, match="holds it"):
+                await world.fabric.plug(WEB, 0, NIC)
+        finally:
+            os.close(fd)
+        assert await asyncio.to_thread(bridge) == before
+
+    run_on_bridge(body)
+
+
+@pytest.mark.lab
+def test_a_bridge_that_is_down_or_no_bridge_is_refused() -> None:
+    async def body(world: BridgeWorld) -> None:
+        def down() -> None:
+            with IPRoute() as route:
+                route.link("set", index=route.link_lookup(ifname="br0")[0], state="down")
+
+        await asyncio.to_thread(down)
+        assert any("down" in reason for reason in await world.fabric.check(NIC))
+        veth = NicSpec(mac=NIC.mac, bridge="up0")
+        assert any("not a bridge" in reason for reason in await world.fabric.check(veth))
+
+    run_on_bridge(body)
+
+
+@pytest.mark.lab
+def test_a_cancelled_plug_leaves_no_tap() -> None:
+    async def body(world: BridgeWorld) -> None:
+        def descriptors() -> int:
+            return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+        before = descriptors()
+        for delay_s in (0.0, 0.001, 0.003, 0.006, 0.01):
+            plugging = asyncio.create_task(world.fabric.plug(WEB, 0, NIC))
+            await asyncio.sleep(delay_s)
+            if plugging.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await plugging
+            else:
+                os.close(plugging.result())
+
+            async def gone() -> bool:
+                return await world.taps() == 0 and descriptors() == before
+
+            await eventually(gone)
+
+    run_on_bridge(body)
+
+
+@pytest.mark.lab
+def test_first_frame_is_on_the_far_wire_within_milliseconds() -> None:
+    """From the call to the far end's time stamp; the figure is the median of 20."""
+
+    async def body(world: BridgeWorld) -> None:
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        first_ms: list[float] = []
+        return_ms: list[float] = []
+        try:
+            for _ in range(20):
+                world.arrivals(NIC.mac)
+                world.frames.clear()
+                at_ns = time.time_ns()
+                await world.fabric.announce(WEB, [NIC])
+                return_ms.append((time.time_ns() - at_ns) / 1e6)
+                first_ms.append((world.arrivals(NIC.mac)[0][0] - at_ns) / 1e6)
+                await world.fabric.announce(WEB, ())
+        finally:
+            os.close(fd)
+        print(
+            f"\nfirst frame: median {statistics.median(first_ms):.3f} ms, "
+            f"worst {max(first_ms):.3f} ms; announce returned: median "
+            f"{statistics.median(return_ms):.2f} ms, worst {max(return_ms):.2f} ms"
+        )
+        assert statistics.median(first_ms) < 2.0
+
+    run_on_bridge(body)
+
+
+@pytest.mark.lab
+def test_a_tap_is_what_qemu_expects() -> None:
+    async def body(world: BridgeWorld) -> None:
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        try:
+            request = fcntl.ioctl(fd, 0x800454D2, bytes(40))  # TUNGETIFF, as QEMU probes it
+            assert request[:16].rstrip(b"\x00").decode() == tap_name(WEB, 0)
+            flags = int.from_bytes(request[16:18], "little")
+            assert flags & 0x0002, "IFF_TAP"
+            assert flags & 0x4000, "IFF_VNET_HDR"
+            assert not flags & 0x0800, "IFF_PERSIST"
+        finally:
+            os.close(fd)
+
+    run_on_bridge(body)
+
+
+# --- pure parts of the bridge driver ---------------------------------------------------------
+
+
+def test_tap_names_are_stable_short_and_distinct() -> None:
+    names = {tap_name(DomainName(f"d{n}"), index) for n in range(500) for index in (0, 9, 99)}
+    assert len(names) == 1500
+    assert all(len(name) <= 15 and TAP_NAME.fullmatch(name) for name in names)
+    assert tap_name(DomainName("vm1"), 0) == "fy397b6948ecn0"
+
+
+def test_a_taps_own_mac_differs_from_the_guests() -> None:
+    for first in (0x52, 0xFE, 0xFA):
+        mac = bytes([first]) + bytes.fromhex("5400aabbcc")
+        assert host_side_mac(mac) != mac
+        assert not host_side_mac(mac)[0] & 1
+
+
+def _a_link(index: int, name: str) -> Link:
+    return Link(index, name, "", True, 1500, 1, True, False, 0x88A8)
+
+
+@pytest.mark.parametrize(
+    ("vlans", "expected"),
+    [
+        ((Vlan(7, pvid=True, untagged=True),), (None,)),
+        ((Vlan(1, pvid=True, untagged=True), Vlan(7, pvid=False, untagged=False)), (7,)),
+        ((Vlan(1, pvid=True, untagged=True),), None),
+        ((), None),
+    ],
+)
+def test_an_announcement_leaves_in_the_taps_vlan(
+    vlans: tuple[Vlan, ...], expected: tuple[int | None] | None
+) -> None:
+    own, uplink, bridge = _a_link(2, "fy"), _a_link(3, "up0"), _a_link(1, "br0")
+    table = {2: (Vlan(7, pvid=True, untagged=True),), 3: vlans}
+    way = _exit(uplink, own, bridge, table)
+    assert (None if way is None else (way.vlan_id,)) == expected
+    assert _exit(uplink, own, bridge, None) is not None
