@@ -1,0 +1,59 @@
+# Ferry. `make` or `make help` lists what there is.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# How many simulated clusters `make sim` runs; SEED=N replays one.
+SEEDS ?= 200
+SEED ?=
+# What `make test` runs: TESTS=tests/unit, TESTS='tests -k lab'.
+TESTS ?= tests
+
+.PHONY: help install system demo test check bench sim clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: system $(INSTALLED) ## System packages (apt, root) and Python packages (.venv); quick when done
+
+system:
+	@deploy/setup/system.sh
+
+# An editable install: only what packages and the C shim are made of makes it stale.
+$(INSTALLED): pyproject.toml setup.py hypervisor/qemu/uffd_shim.c | system
+	@python=$$(deploy/setup/system.sh python); \
+	$(BIN)/python -c 'import pip' 2>/dev/null || "$$python" -m venv --clear $(VENV)
+	$(PIP) install --quiet --retries 3 --timeout 60 -e '.[test,demo]'
+	@touch $@
+
+demo: install ## Move a running virtual machine between two nodes, on this machine (root)
+	$(BIN)/ferry demo
+
+test: install ## Run all tests (root, else those on real networks are skipped); TESTS= picks
+	$(BIN)/pytest $(TESTS)
+
+check: install ## Lint, format, types, and the rule of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/tidy
+
+bench: install ## Measure blackout, total time and throughput (root)
+	$(BIN)/python -m tests.benchmarks.run
+
+sim: install ## Simulate clusters under faults; SEEDS=how many, SEED=replay one
+	$(BIN)/python -m tests.simulation.run $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
+
+clean: ## Take all labs down; remove .venv, builds and caches
+	@if [ -x $(BIN)/python ] && [ "$$(id -u)" = 0 ]; then \
+	    $(BIN)/python -m deploy.lab.cli down --all; fi
+	rm -rf $(VENV) build dist ./*.egg-info hypervisor/qemu/*.so
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
