@@ -1,0 +1,405 @@
+"""The QEMU driver: domains as detached QEMU processes, found again after the agent's restart.
+
+The driver joins the parts: launcher (processes), guest (one process that we look after),
+switchover (device state), memory (the page engine's view), host (capabilities).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import stat
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from hypervisor.qemu import launcher, logs, records, switchover
+from hypervisor.qemu.command_line import QemuLaunch
+from hypervisor.qemu.config import Accelerator, QemuConfig, monitor_path
+from hypervisor.qemu.guest import COMMAND_TIMEOUT_S, Guest
+from hypervisor.qemu.host import HostProbe
+from hypervisor.qemu.launcher import Launched
+from hypervisor.qemu.memory import memory_in_use_bytes, open_memory
+from hypervisor.qemu.offload import offload
+from hypervisor.qemu.process import QemuProcess
+from hypervisor.qemu.qmp import Monitor, QmpEvent
+from hypervisor.qemu.status import MigrationStatus, domain_state
+from migrator.errors import HypervisorError, NotFoundError
+from migrator.model import (
+    DomainName,
+    DomainSpec,
+    DomainState,
+    DomainStatus,
+    FencingToken,
+    HypervisorCapabilities,
+)
+from migrator.ports import (
+    AbortOutcome,
+    DomainEvent,
+    GuestMemory,
+    HypervisorDriver,
+    Launch,
+)
+
+log = logging.getLogger(__name__)
+
+LAUNCH_TIMEOUT_S = 30.0
+"""From spawning QEMU to its first answer: it opens its disks in between."""
+KILL_TIMEOUT_S = 30.0
+"""From SIGKILL to the end: a process in an uninterruptible I/O is in no hurry."""
+TERMINATE_TIMEOUT_S = 5.0
+"""From SIGTERM to the end: QEMU flushes its disks."""
+PAUSE_TIMEOUT_S = 30.0
+"""`stop` waits for the disks' I/O, which a lost storage server holds up."""
+INSPECT_TIMEOUT_S = 2.0
+POWER_BUTTON_PERIOD_S = 10.0
+"""A guest that is still booting ignores the power button: it is pressed again."""
+
+
+class QemuDriver(HypervisorDriver):
+    """One node's QEMU. `state_directory` is ours alone, on a local disk."""
+
+    name: ClassVar[str] = "qemu"
+
+    def __init__(
+        self,
+        state_directory: Path,
+        binary: str = "qemu-system-x86_64",
+        accelerator: Accelerator = "auto",
+    ) -> None:
+        self.config = QemuConfig(
+            state_directory=state_directory.absolute(), binary=binary, accelerator=accelerator
+        )
+        self._probe = HostProbe(self.config)
+        self._guests: dict[str, Guest] = {}
+        self._launching: set[str] = set()
+        self._subscribers: list[Callable[[DomainEvent], None]] = []
+        self._lock: int | None = None
+
+    # --- the driver's life -----------------------------------------------------------------
+
+    async def open(self) -> Sequence[DomainName]:
+        """Adopt what runs. HypervisorError if another driver has the directory open."""
+        if self._lock is not None:
+            raise HypervisorError("the QEMU driver is open already")
+        self._lock = await offload(lambda: _prepare_directories(self.config), undo=os.close)
+        try:
+            directories = await offload(lambda: records.list_directories(self.config.run_directory))
+            async with asyncio.TaskGroup() as group:
+                for directory in directories:
+                    group.create_task(self._adopt(directory))
+        except BaseException:
+            await self.close()
+            raise
+        return sorted(guest.name for guest in self._guests.values())
+
+    async def close(self) -> None:
+        """Let go of every domain without disturbing it. Idempotent."""
+        guests = list(self._guests.values())
+        self._guests.clear()
+        for guest in guests:
+            await guest.let_go()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    async def _adopt(self, directory: Path) -> None:
+        record = await offload(lambda: records.read_record(directory))
+        if record is None:
+            await self._end_unrecorded(directory)
+            return
+        process = QemuProcess.hold(record.process)
+        if process is None:
+            await offload(lambda: records.remove_directory(directory))
+            return
+        guest = self._take(Launched(directory, process, record))
+        try:
+            await guest.connect()
+            if not guest.incoming and await guest.run_state(timeout_s=5) == "prelaunch":
+                await self._end(guest, "its start was cut short")
+        except HypervisorError as error:
+            log.warning("%s runs, but its monitor doesn't answer: %s", guest.name, error)
+            guest.reconnect_later()
+
+    async def _end_unrecorded(self, directory: Path) -> None:
+        """End a launch that was cut short before its record; never a guest that may have run."""
+        monitor = Monitor(directory.name, _ignore_event, lambda: None)
+        try:
+            await monitor.connect(monitor_path(directory, 0), timeout_s=COMMAND_TIMEOUT_S)
+            answer = await monitor.execute("query-status", timeout_s=COMMAND_TIMEOUT_S)
+            state = answer.get("status") if isinstance(answer, dict) else None
+            if state not in ("prelaunch", "inmigrate"):
+                log.error("%s: a QEMU in state %s has no readable record", directory, state)
+                return
+            await monitor.execute("quit", timeout_s=COMMAND_TIMEOUT_S)
+        except HypervisorError as error:
+            log.warning("%s: removing what a cut short launch left (%s)", directory, error)
+        finally:
+            await monitor.close()
+        await offload(lambda: records.remove_directory(directory))
+
+    def _take(self, launched: Launched) -> Guest:
+        guest = Guest(
+            launched.directory, launched.record, launched.process, self._emit, self._forget
+        )
+        self._guests[guest.name] = guest
+        return guest
+
+    def _forget(self, guest: Guest) -> None:
+        if self._guests.get(guest.name) is guest:
+            del self._guests[guest.name]
+
+    def _emit(self, event: DomainEvent) -> None:
+        for callback in list(self._subscribers):
+            try:
+                callback(event)
+            except Exception:
+                log.exception("a subscriber failed on %s", event)
+
+    def subscribe(self, callback: Callable[[DomainEvent], None]) -> Callable[[], None]:
+        self._subscribers.append(callback)
+
+        def unsubscribe() -> None:
+            with contextlib.suppress(ValueError):
+                self._subscribers.remove(callback)
+
+        return unsubscribe
+
+    async def capabilities(self) -> HypervisorCapabilities:
+        return (await self._probe.facts()).capabilities
+
+    # --- a domain's life -------------------------------------------------------------------
+
+    async def start(self, launch: Launch) -> None:
+        await self._launch(launch, incoming=False)
+
+    async def start_incoming(self, launch: Launch) -> None:
+        await self._launch(launch, incoming=True)
+
+    async def _launch(self, launch: Launch, *, incoming: bool) -> None:
+        name = launch.spec.name
+        if self._lock is None:
+            raise HypervisorError("the QEMU driver is not open")
+        if name in self._guests or name in self._launching:
+            raise HypervisorError(f"{name} is here already; nothing was started")
+        self._launching.add(name)
+        try:
+            await self._launch_and_run(launch, incoming=incoming)
+        finally:
+            self._launching.discard(name)
+
+    async def _launch_and_run(self, launch: Launch, *, incoming: bool) -> None:
+        name, config = launch.spec.name, self.config
+        facts = await self._probe.facts()
+        qemu_log = config.qemu_log(name)
+        said = await offload(lambda: _ready_logs(config, name))
+        request = QemuLaunch(
+            launch=launch,
+            binary=facts.binary,
+            accelerator=facts.accelerator,
+            console_log=config.console_log(name),
+            incoming=incoming,
+            host_devices=await offload(lambda: _host_devices(launch)),
+        )
+        directory = config.domain_directory(name)
+        launched = await offload(
+            lambda: launcher.launch_process(request, directory, qemu_log), undo=_discard
+        )
+        guest = self._take(launched)
+        try:
+            await guest.connect(timeout_s=LAUNCH_TIMEOUT_S)
+            if not incoming:
+                await guest.cont()
+        except BaseException as error:
+            await asyncio.shield(self._end(guest, "its start failed"))
+            if isinstance(error, HypervisorError):
+                words = await offload(lambda: logs.since(qemu_log, said))
+                raise HypervisorError(f"{name} didn't start: {words or error}") from error
+            raise
+
+    async def stop(self, domain: DomainName, *, timeout_s: float) -> bool:
+        """Ask the guest to power off; by force after `timeout_s`, or at once if it can't hear."""
+        guest = self._guest(domain)
+        status = await self.inspect(domain)
+        if status.state is DomainState.RUNNING:
+            deadline = asyncio.get_running_loop().time() + timeout_s
+            while (left := deadline - asyncio.get_running_loop().time()) > 0:
+                with contextlib.suppress(HypervisorError):
+                    await guest.execute("system_powerdown")
+                if await guest.process.wait(timeout_s=min(left, POWER_BUTTON_PERIOD_S)):
+                    await self._wait_gone(guest)
+                    return True
+            guest.end_reason = "powered off by force"
+            guest.process.signal(signal.SIGTERM)
+            await guest.process.wait(timeout_s=TERMINATE_TIMEOUT_S)
+        await self._end(guest, "powered off by force")
+        return False
+
+    async def destroy(self, domain: DomainName) -> None:
+        """SIGKILL, like pulling the plug: a QEMU that lost its right to write flushes nothing."""
+        guest = self._guests.get(domain)
+        if guest is not None:
+            await self._end(guest, "destroyed")
+
+    async def _end(self, guest: Guest, reason: str) -> None:
+        guest.end_reason = guest.end_reason or reason
+        guest.process.signal(signal.SIGKILL)
+        await self._wait_gone(guest)
+
+    async def _wait_gone(self, guest: Guest) -> None:
+        try:
+            async with asyncio.timeout(KILL_TIMEOUT_S):
+                await guest.gone.wait()
+        except TimeoutError as error:
+            raise HypervisorError(
+                f"{guest.name}: QEMU (pid {guest.process.pid}) is still there"
+                f" {KILL_TIMEOUT_S:g} s after SIGKILL"
+            ) from error
+
+    async def pause(self, domain: DomainName) -> None:
+        await self._guest(domain).execute("stop", timeout_s=PAUSE_TIMEOUT_S)
+
+    async def resume(self, domain: DomainName) -> float:
+        return await self._guest(domain).cont()
+
+    async def reset(self, domain: DomainName) -> None:
+        """Press the reset button. A crashed guest runs again; a paused one stays paused."""
+        guest = self._guest(domain)
+        crashed = (await self.inspect(domain)).state is DomainState.CRASHED
+        await guest.reset()
+        if crashed:
+            await guest.cont()
+
+    # --- what is known ---------------------------------------------------------------------
+
+    def _guest(self, domain: DomainName) -> Guest:
+        guest = self._guests.get(domain)
+        if guest is None:
+            raise NotFoundError(f"domain {domain} has no QEMU process here")
+        return guest
+
+    async def inspect(self, domain: DomainName) -> DomainStatus:
+        """A silent QEMU is UNKNOWN, with the reason; it raises nothing."""
+        guest = self._guests.get(domain)
+        reason: str | None
+        await offload(lambda: self._trim_logs(domain))
+        if guest is None or guest.process.exited:
+            return DomainStatus(name=domain, state=DomainState.STOPPED)
+        in_use = await offload(lambda: memory_in_use_bytes(guest.process.pid, guest.record.ram_fd))
+        try:
+            run_state = await guest.run_state(timeout_s=INSPECT_TIMEOUT_S)
+            if run_state == "postmigrate" and guest.migration is not MigrationStatus.COMPLETED:
+                await guest.refresh()
+        except HypervisorError as error:
+            if guest.process.exited:
+                return DomainStatus(name=domain, state=DomainState.STOPPED)
+            state, reason = DomainState.UNKNOWN, str(error)
+        else:
+            state, cause = domain_state(run_state, guest.migration, incoming=guest.incoming)
+            reason = guest.io_error or cause if state is DomainState.IO_ERROR else cause
+        return DomainStatus(
+            name=domain,
+            state=state,
+            pid=guest.process.pid,
+            reason=reason,
+            memory_in_use_bytes=in_use,
+        )
+
+    def _trim_logs(self, domain: str) -> None:
+        logs.trim(self.config.console_log(domain))
+        logs.trim(self.config.qemu_log(domain))
+
+    async def list_domains(self) -> Sequence[DomainStatus]:
+        names = sorted(self._guests)
+        return await asyncio.gather(*(self.inspect(DomainName(name)) for name in names))
+
+    def console_log(self, domain: DomainName) -> Path:
+        return self.config.console_log(domain)
+
+    async def launched(self, domain: DomainName) -> DomainSpec | None:
+        guest = self._guests.get(domain)
+        return None if guest is None else guest.record.spec
+
+    async def launched_token(self, domain: DomainName) -> FencingToken | None:
+        """The fencing token that the running process was started under; None if it isn't here.
+
+        A handoff, or a rollback, raises the domain's token without a new process: a record with
+        a newer token and this node as its owner is no contradiction.
+        """
+        guest = self._guests.get(domain)
+        return None if guest is None else FencingToken(guest.record.token)
+
+    # --- what the page engine needs --------------------------------------------------------
+
+    async def memory(self, domain: DomainName) -> GuestMemory:
+        guest = self._guest(domain)
+        process, record = guest.process, guest.record
+        return await offload(
+            lambda: open_memory(
+                process.pid, process.pidfd, ram_fd=record.ram_fd, uffd_fd=record.uffd_fd
+            ),
+            undo=GuestMemory.close,
+        )
+
+    async def prepare_switchover(self, domain: DomainName) -> None:
+        await switchover.prepare(self._guest(domain))
+
+    async def begin_switchover(self, domain: DomainName, device_channel: Path) -> None:
+        await switchover.begin(self._guest(domain), device_channel)
+
+    async def continue_switchover(self, domain: DomainName) -> None:
+        await switchover.proceed(self._guest(domain))
+
+    async def abort_switchover(self, domain: DomainName) -> AbortOutcome:
+        guest = self._guests.get(domain)
+        return AbortOutcome.GONE if guest is None else await switchover.abort(guest)
+
+    async def receive_device_state(self, domain: DomainName, device_channel: Path) -> None:
+        await switchover.receive(self._guest(domain), device_channel)
+
+
+def _ignore_event(_event: QmpEvent) -> None:
+    pass
+
+
+def _discard(launched: Launched) -> None:
+    """End a process that nobody waits for any more, off the event loop."""
+    asyncio.get_running_loop().run_in_executor(None, launched.kill)
+
+
+def _prepare_directories(config: QemuConfig) -> int:
+    """Make the folders and take the lock; returns the lock's descriptor."""
+    try:
+        for directory in (config.state_directory, config.run_directory, config.log_directory):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(config.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise HypervisorError(f"can't use {config.state_directory}: {error}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise HypervisorError(
+            f"another agent uses {config.state_directory}; nothing was touched"
+        ) from error
+    return lock
+
+
+def _ready_logs(config: QemuConfig, domain: str) -> int:
+    """Bound the logs before a start; returns where QEMU's new messages will begin."""
+    logs.trim(config.console_log(domain))
+    logs.trim(config.qemu_log(domain))
+    return logs.size_bytes(config.qemu_log(domain))
+
+
+def _host_devices(launch: Launch) -> frozenset[str]:
+    found = set()
+    for source in launch.disks:
+        with contextlib.suppress(OSError):
+            if stat.S_ISBLK(Path(source.path).stat().st_mode):
+                found.add(source.path)
+    return frozenset(found)

@@ -1,0 +1,359 @@
+"""One QEMU process that we look after: its record, process, monitor, and what we know of it.
+
+    process exits ──▶ _finish: monitor closed, record removed, EXITED, `gone` set
+    monitor breaks ─▶ _reconnect: first monitor, then the spare one, until it works or the exit
+    QMP event ──────▶ _on_event: what we know is updated, a DomainEvent goes out
+
+What we know comes from events and is refreshed by queries after each (re)connection, so that the
+blackout's path (`resume`, switchover) needs no query.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hypervisor.qemu import records
+from hypervisor.qemu.config import MONITORS, monitor_path
+from hypervisor.qemu.offload import offload
+from hypervisor.qemu.process import QemuProcess
+from hypervisor.qemu.qmp import Monitor, QmpCommandError, QmpDisconnected, QmpEvent
+from hypervisor.qemu.records import ProcessRecord
+from hypervisor.qemu.status import MigrationStatus
+from migrator.errors import HypervisorError
+from migrator.model import DomainName
+from migrator.ports import DomainEvent, DomainEventKind
+
+log = logging.getLogger(__name__)
+
+COMMAND_TIMEOUT_S = 5.0
+"""Commands that QEMU answers from its main loop, which disk I/O may hold up for a while."""
+CONT_TIMEOUT_S = 15.0
+"""`cont` on a destination opens its disks for writing first."""
+CONNECT_TIMEOUT_S = 10.0
+UNFINALIZED_TIMEOUT_S = 2.0
+"""QEMU reports `completed` a moment before it accepts `cont`."""
+_RECONNECT_PAUSES_S = (0.1, 0.5, 1.0, 2.0, 5.0)
+
+
+class Guest:
+    """A live process. Made by the driver in the event loop; ends by `gone` or by `let_go`."""
+
+    def __init__(
+        self,
+        directory: Path,
+        record: ProcessRecord,
+        process: QemuProcess,
+        emit: Callable[[DomainEvent], None],
+        on_gone: Callable[[Guest], None],
+    ) -> None:
+        self.directory = directory
+        self.record = record
+        self.process = process
+        self.gone = asyncio.Event()
+        self.end_reason: str | None = None
+        """Why we end the process, for the EXITED event; set by the driver."""
+        self.incoming = record.incoming
+        """A destination whose vCPUs have never run."""
+        self.loaded = False
+        """A destination whose device state is in place."""
+        self.running = False
+        self.migration = MigrationStatus.NONE
+        self.prepared = False
+        self.awaits_pause = False
+        """A switchover was begun and its PAUSED has not gone out yet."""
+        self.io_error: str | None = None
+        self._resumed_at_s = 0.0
+        self._resumes = 0
+        self._resets = 0
+        self._emit_event = emit
+        self._on_gone = on_gone
+        self._monitor: Monitor | None = None
+        self._connecting = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        process.watch(self._on_exit)
+
+    @property
+    def name(self) -> DomainName:
+        return DomainName(self.record.spec.name)
+
+    # --- the monitor -----------------------------------------------------------------------
+
+    async def connect(self, *, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+        """Connect to a free monitor, and learn the guest's state. Idempotent."""
+        async with self._connecting:
+            if self._monitor is not None and self._monitor.connected:
+                return
+            failure: HypervisorError | None = None
+            for index in range(MONITORS):
+                monitor = Monitor(self.name, self._on_event, self._on_lost)
+                try:
+                    await monitor.connect(
+                        monitor_path(self.directory, index), timeout_s=timeout_s / MONITORS
+                    )
+                except HypervisorError as error:
+                    failure = error
+                    await monitor.close()
+                else:
+                    self._monitor = monitor
+                    break
+            else:
+                assert failure is not None
+                raise failure
+        await self.refresh()
+
+    async def refresh(self) -> str:
+        """Ask QEMU for what the events would have told. Returns its run state."""
+        run_state = await self.run_state(timeout_s=COMMAND_TIMEOUT_S)
+        answer = await self.execute("query-migrate")
+        status = answer.get("status", "none") if isinstance(answer, Mapping) else "none"
+        self.migration = MigrationStatus.parse(status)
+        self.running = run_state == "running"
+        self.loaded = self.incoming and run_state != "inmigrate"
+        if self.running and self.incoming:
+            self._has_run()
+        return run_state
+
+    async def run_state(self, *, timeout_s: float) -> str:
+        """QEMU's run state, from `query-status`."""
+        answer = await self.execute("query-status", timeout_s=timeout_s)
+        return str(answer.get("status", "")) if isinstance(answer, Mapping) else ""
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        timeout_s: float = COMMAND_TIMEOUT_S,
+    ) -> object:
+        """Run a QMP command. HypervisorError (see qmp.py); says so if the process is gone."""
+        if self.process.exited:
+            raise HypervisorError(f"{self.name}: QEMU has ended")
+        if self._monitor is None:
+            raise QmpDisconnected(f"{self.name}: not connected to its monitor")
+        return await self._monitor.execute(command, arguments, timeout_s=timeout_s)
+
+    async def yank_migration(self) -> None:
+        """Cut the migration's socket, also while QEMU's main loop hangs in it. Never raises."""
+        if self._monitor is not None:
+            with contextlib.suppress(HypervisorError):
+                await self._monitor.execute_out_of_band(
+                    "yank", {"instances": [{"type": "migration"}]}, timeout_s=1.0
+                )
+
+    def _on_lost(self) -> None:
+        self._wake()
+        self.reconnect_later()
+
+    def reconnect_later(self) -> None:
+        """Keep trying to connect, in the background, for as long as the process lives."""
+        self.spawn_task(self._reconnect(), "reconnect")
+
+    async def _reconnect(self) -> None:
+        attempt = 0
+        while not self.process.exited:  # Bounded by the process's life and by `let_go`.
+            await asyncio.sleep(_RECONNECT_PAUSES_S[min(attempt, len(_RECONNECT_PAUSES_S) - 1)])
+            attempt += 1
+            try:
+                await self.connect()
+            except HypervisorError as error:
+                if not self.process.exited and attempt == 1:
+                    log.warning("%s: lost the connection to its monitor: %s", self.name, error)
+            else:
+                return
+
+    # --- events ----------------------------------------------------------------------------
+
+    def _on_event(self, event: QmpEvent) -> None:
+        match event.name:
+            case "STOP":
+                self.running = False
+                self.awaits_pause = False
+                self._emit(DomainEventKind.PAUSED, event.at_s)
+            case "RESUME":
+                self._on_resume(event.at_s)
+            case "MIGRATION":
+                self._on_migration(MigrationStatus.parse(event.data.get("status")), event.at_s)
+            case "BLOCK_IO_ERROR":
+                self.io_error = _describe_io_error(event.data)
+                self._emit(DomainEventKind.IO_ERROR, event.at_s, self.io_error)
+            case "GUEST_PANICKED":
+                self._emit(DomainEventKind.PANICKED, event.at_s, "the guest panicked")
+            case "RESET":
+                self._resets += 1
+            case "SHUTDOWN":
+                if event.data.get("guest") is True:
+                    self.end_reason = self.end_reason or "powered off by the guest"
+        self._wake()
+
+    def _on_resume(self, at_s: float) -> None:
+        self.running = True
+        self.io_error = None
+        self._resumed_at_s = at_s
+        self._resumes += 1
+        self._has_run()
+        self._emit(DomainEventKind.RESUMED, at_s)
+
+    def _on_migration(self, status: MigrationStatus, at_s: float) -> None:
+        self.migration = status
+        match status:
+            case MigrationStatus.PRE_SWITCHOVER:
+                if self.awaits_pause:  # It was paused already: QEMU had nothing to stop.
+                    self.awaits_pause = False
+                    self._emit(DomainEventKind.PAUSED, at_s)
+                self._emit(DomainEventKind.PRE_SWITCHOVER, at_s)
+            case MigrationStatus.COMPLETED if self.incoming:
+                self.loaded = True
+                self._emit(DomainEventKind.DEVICE_STATE_LOADED, at_s)
+            case MigrationStatus.COMPLETED:
+                self._emit(DomainEventKind.DEVICE_STATE_SENT, at_s)
+            case MigrationStatus.FAILED | MigrationStatus.CANCELLED:
+                self._emit(DomainEventKind.MIGRATION_FAILED, at_s, str(status))
+
+    def _emit(self, kind: DomainEventKind, at_s: float, detail: str = "") -> None:
+        self._emit_event(DomainEvent(domain=self.name, kind=kind, at_s=at_s, detail=detail))
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait_until(self, predicate: Callable[[], bool], *, timeout_s: float) -> bool:
+        """Whether `predicate` (of what we know) comes true in time. False if QEMU ends first."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not predicate():
+                    if self.process.exited:
+                        return False
+                    await self._changed.wait()
+        except TimeoutError:
+            return predicate()
+        return True
+
+    # --- running ---------------------------------------------------------------------------
+
+    async def cont(self) -> float:
+        """Run the vCPUs; returns the wall-clock time (s) at which QEMU ran them. Idempotent.
+
+        HypervisorError if they don't run; the guest then stands as before. A destination that
+        isn't loaded is refused: QEMU would take `cont` as leave to run by itself later.
+        """
+        if self.incoming and not self.loaded and await self.refresh() == "inmigrate":
+            raise HypervisorError(
+                f"{self.name}: can't be resumed: its state is incoming and not loaded yet"
+            )
+        before = self._resumes
+        deadline = time.monotonic() + UNFINALIZED_TIMEOUT_S
+        while True:  # Bounded by `deadline`.
+            try:
+                await self._cont_or_resumed(before)
+                break
+            except QmpCommandError as error:
+                if "not finalized" not in str(error) or time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.002)
+        if self._resumes > before:
+            return self._resumed_at_s
+        run_state = await self.run_state(timeout_s=COMMAND_TIMEOUT_S)
+        if run_state != "running":
+            raise HypervisorError(f"{self.name}: doesn't run after cont: QEMU says {run_state}")
+        return self._resumed_at_s or time.time()
+
+    async def _cont_or_resumed(self, before: int) -> None:
+        """Send `cont` and wait for its answer or for RESUME, which comes up to 3 ms earlier."""
+        command = asyncio.create_task(self.execute("cont", timeout_s=CONT_TIMEOUT_S))
+        resumed = asyncio.create_task(
+            self.wait_until(lambda: self._resumes > before, timeout_s=CONT_TIMEOUT_S)
+        )
+        try:
+            await asyncio.wait((command, resumed), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            resumed.cancel()
+            if not command.done():
+                self._keep(command)
+        if command.done():
+            command.result()
+
+    async def reset(self) -> None:
+        """Reset the machine; returns when it is done. HypervisorError if that isn't heard."""
+        before = self._resets
+        await self.execute("system_reset")
+        if not await self.wait_until(lambda: self._resets > before, timeout_s=COMMAND_TIMEOUT_S):
+            raise HypervisorError(f"{self.name}: QEMU didn't report the reset")
+
+    def _has_run(self) -> None:
+        """A destination that ran is a domain like any other from now on; so says the record."""
+        if not self.incoming:
+            return
+        self.incoming = False
+        self.loaded = False
+        self.migration = MigrationStatus.NONE
+        self.record = msgspec.structs.replace(self.record, incoming=False)
+        self.spawn_task(self._save_record(), "save-record")
+
+    async def _save_record(self) -> None:
+        record = self.record
+        try:
+            await offload(lambda: records.write_record(self.directory, record))
+        except OSError as error:
+            # Harmless while this agent lives; the next one asks QEMU and finds it running.
+            log.warning("%s: can't record that it has run: %s", self.name, error)
+
+    # --- the end ---------------------------------------------------------------------------
+
+    def _on_exit(self) -> None:
+        self._wake()
+        self.spawn_task(self._finish(), "finish")
+
+    async def _finish(self) -> None:
+        if self._monitor is not None:
+            await self._monitor.close()
+        await offload(lambda: records.remove_directory(self.directory))
+        self._on_gone(self)
+        self.process.release()
+        self.gone.set()
+        self._emit(DomainEventKind.EXITED, time.time(), self._exit_detail())
+
+    def _exit_detail(self) -> str:
+        if self.end_reason is not None:
+            return self.end_reason
+        status = self.process.exit_status
+        if status is None:
+            return "QEMU ended by itself"
+        return f"QEMU was killed by signal {-status}" if status < 0 else f"QEMU exited: {status}"
+
+    async def let_go(self) -> None:
+        """Stop looking after it; the process lives on, undisturbed. Idempotent."""
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        if self._monitor is not None:
+            await self._monitor.close()
+        self.process.release()
+
+    def spawn_task(self, work: Coroutine[None, None, None], what: str) -> None:
+        """Run something in the background that ends with us."""
+        self._keep(asyncio.create_task(work, name=f"{self.name}-{what}"))
+
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("%s: in the background: %s", self.name, error)
+
+
+def _describe_io_error(data: Mapping[str, object]) -> str:
+    node = data.get("node-name") or data.get("device") or "a disk"
+    return f"{data.get('operation', 'access')} of {node} failed: {data.get('reason', 'unknown')}"

@@ -1,0 +1,51 @@
+"""The files that a QEMU appends to: the serial console and its own messages.
+
+QEMU can't bound them, so the driver does: past LOG_BYTES_MAX it keeps the last LOG_BYTES_KEPT.
+QEMU opens both with O_APPEND, so truncation under it is safe; what it writes in the microseconds
+between our read and our truncation is lost. All functions block; call them off the event loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+LOG_BYTES_MAX = 16 * 1024 * 1024
+LOG_BYTES_KEPT = 1024 * 1024
+TAIL_BYTES = 2000
+"""How much of QEMU's own messages goes into an error."""
+
+
+def trim(path: Path) -> None:
+    """Keep a log within its bound. A log that can't be trimmed disturbs nobody."""
+    with contextlib.suppress(OSError):
+        size = path.stat().st_size
+        if size <= LOG_BYTES_MAX:
+            return
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        try:
+            kept = os.pread(descriptor, LOG_BYTES_KEPT, size - LOG_BYTES_KEPT)
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, kept)
+        finally:
+            os.close(descriptor)
+
+
+def size_bytes(path: Path) -> int:
+    """The file's size; 0 if it isn't there."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def since(path: Path, offset: int) -> str:
+    """The last words written after `offset`, on one line; empty if there are none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(offset, size_bytes(path) - TAIL_BYTES))
+            text = file.read(TAIL_BYTES).decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+    return " / ".join(line.strip() for line in text.splitlines() if line.strip())

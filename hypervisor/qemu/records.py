@@ -1,0 +1,62 @@
+"""What is known about a running process, on disk: so that the next agent adopts it.
+
+    run/DOMAIN/state.json    written atomically, before the guest's vCPUs first run
+
+A folder without a readable record is a launch that an agent's death cut short before that: the
+guest in it has never run. All functions block on the disk; call them off the event loop.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from hypervisor.qemu.process import ProcessIdentity
+from migrator.model import DomainSpec
+
+FORMAT = 1
+
+
+class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One process. The descriptor numbers are recorded: another release may choose others."""
+
+    format: int = FORMAT
+    process: ProcessIdentity
+    spec: DomainSpec
+    token: int
+    incoming: bool
+    """Started as a destination, and its vCPUs have never run."""
+    ram_fd: int
+    uffd_fd: int
+
+
+def write_record(directory: Path, record: ProcessRecord) -> None:
+    """Replace the record, all or nothing. OSError leaves the old one."""
+    temporary = directory / "state.json.new"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(record), indent=2))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(directory / "state.json")
+
+
+def read_record(directory: Path) -> ProcessRecord | None:
+    """The record in a domain's folder; None if there is none that this release can read."""
+    try:
+        return msgspec.json.decode((directory / "state.json").read_bytes(), type=ProcessRecord)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def list_directories(run_directory: Path) -> list[Path]:
+    """The folders of domains that may have a process, in the order of their names."""
+    return sorted(path for path in run_directory.iterdir() if path.is_dir())
+
+
+def remove_directory(directory: Path) -> None:
+    """Forget a process. Idempotent."""
+    shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,130 @@
+"""The switchover's part that QEMU does: stop the guest, move its device state, or give it up.
+
+    source                                      destination
+    prepare    capabilities, parameters         receive    capabilities, migrate-incoming
+    begin      migrate ──▶ STOP, pre-switchover
+               (the last pages are copied by the page engine)
+    proceed    migrate-continue ──▶ completed   ──▶ completed: loaded, paused
+    abort      cancel ──▶ runs again, or too late
+
+Guest memory is shared (`x-ignore-shared`): QEMU sends device state and small ROMs only. Who runs
+the guest after `completed` is none of QEMU's business, see DESIGN, "Handoff".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+from hypervisor.qemu.guest import COMMAND_TIMEOUT_S, Guest
+from hypervisor.qemu.qmp import QmpCommandError, QmpTimeout
+from hypervisor.qemu.status import IDLE, MigrationStatus, domain_state
+from migrator.errors import HypervisorError
+from migrator.model import DomainState
+from migrator.ports import AbortOutcome
+
+_CAPABILITIES = ("x-ignore-shared", "pause-before-switchover", "late-block-activate", "events")
+
+_PARAMETERS = {"max-bandwidth": 1 << 40, "downtime-limit": 2_000_000}
+"""Bytes/s and ms, QEMU's largest: so that it goes to the switchover at once and isn't throttled."""
+
+CANCEL_TIMEOUT_S = 1.0
+"""QEMU answers in ms unless its main loop hangs in the migration's socket."""
+DEVICE_TIMEOUT_S = 0.5
+"""Sending the device state takes some ms. While it lasts we wait instead of cancelling: cancelled
+between inactivating its disks and `completed`, a QEMU may run on with inactive disks."""
+SETTLE_TIMEOUT_S = 3.0
+_SETTLE_PAUSE_S = 0.003
+
+
+async def prepare(guest: Guest) -> None:
+    """Set all that can be set while the guest runs. Idempotent."""
+    await _set_capabilities(guest)
+    await guest.execute("migrate-set-parameters", _PARAMETERS)
+    guest.prepared = True
+
+
+async def begin(guest: Guest, device_channel: Path) -> None:
+    """Stop the guest and send its device state up to the last pages, to a unix socket.
+
+    HypervisorError if QEMU refuses; the guest then runs on. Events tell the rest.
+    """
+    if not guest.prepared:
+        await prepare(guest)
+    before = guest.migration
+    guest.migration = MigrationStatus.SETUP
+    guest.awaits_pause = True
+    try:
+        await guest.execute("migrate", {"uri": f"unix:{device_channel}"})
+    except QmpCommandError:
+        guest.migration = before
+        guest.awaits_pause = False
+        raise
+
+
+async def proceed(guest: Guest) -> None:
+    """The last pages are in place: send the rest. HypervisorError if it isn't pre-switchover."""
+    await guest.execute("migrate-continue", {"state": "pre-switchover"})
+
+
+async def receive(guest: Guest, device_channel: Path) -> None:
+    """Destination: listen on a unix socket for the device state. HypervisorError if it can't."""
+    await _set_capabilities(guest)
+    await guest.execute("migrate-incoming", {"uri": f"unix:{device_channel}"})
+
+
+async def _set_capabilities(guest: Guest) -> None:
+    states = [{"capability": name, "state": True} for name in _CAPABILITIES]
+    await guest.execute("migrate-set-capabilities", {"capabilities": states})
+
+
+async def abort(guest: Guest) -> AbortOutcome:
+    """Give the switchover up and find out what became of the guest. Idempotent; under 10 s.
+
+    HypervisorError if QEMU stays silent: the outcome is unknown, and the guest is left alone. It
+    may still be the only copy, so it is the caller that decides whether to kill it.
+    """
+    if guest.process.exited:
+        return AbortOutcome.GONE
+    try:
+        await _cancel(guest)
+    except QmpTimeout:
+        await guest.yank_migration()
+    if not await guest.wait_until(lambda: guest.migration in IDLE, timeout_s=SETTLE_TIMEOUT_S):
+        await guest.yank_migration()
+    return await _outcome(guest)
+
+
+async def _cancel(guest: Guest) -> None:
+    """Make QEMU end its migration, by the gentlest means that its phase allows."""
+    await guest.refresh()
+    if guest.migration is MigrationStatus.DEVICE:
+        ended = await guest.wait_until(lambda: guest.migration in IDLE, timeout_s=DEVICE_TIMEOUT_S)
+        if not ended:
+            await guest.yank_migration()
+    elif guest.migration not in IDLE:
+        await guest.execute("migrate_cancel", timeout_s=CANCEL_TIMEOUT_S)
+
+
+async def _outcome(guest: Guest) -> AbortOutcome:
+    """Wait until QEMU has settled. The run state follows the migration's end by a few ms."""
+    deadline = time.monotonic() + SETTLE_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if guest.process.exited:
+            return AbortOutcome.GONE
+        try:
+            run_state = await guest.refresh()
+        except HypervisorError:
+            await asyncio.sleep(_SETTLE_PAUSE_S)
+            continue
+        if run_state != "finish-migrate" and guest.migration in IDLE:
+            state, _ = domain_state(run_state, guest.migration, incoming=guest.incoming)
+            return AbortOutcome.SENT if state is DomainState.POSTMIGRATE else AbortOutcome.RESUMED
+        await asyncio.sleep(_SETTLE_PAUSE_S)
+    if guest.process.exited:
+        return AbortOutcome.GONE
+    raise HypervisorError(
+        f"{guest.name}: QEMU doesn't say whether it gave the switchover up;"
+        f" it was left as it is (asked for {COMMAND_TIMEOUT_S + SETTLE_TIMEOUT_S:g} s)"
+    )
