@@ -108,7 +108,7 @@ class Connection(asyncio.Protocol):
         """
         data = encode_frame(kind, message)
         if self.state is not State.OPEN:
-            raise PeerError(f"the connection is {self.state.name.lower()}; nothing was sent")
+            raise PeerError(f"the connection is over ({self._reason}); nothing was sent")
         self._write(data)
 
     def refuse(self, reason: str) -> None:
