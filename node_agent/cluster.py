@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Final
 
 from migrator.errors import (
     ConflictError,
     FerryError,
-    InvalidRequest,
-    NotFoundError,
     RefusedError,
     WrongStateError,
 )
@@ -34,11 +31,8 @@ from migrator.model import (
     NodeState,
     OwnershipRecord,
     OwnershipState,
-    PoolName,
-    VolumeInfo,
-    VolumeName,
 )
-from migrator.ports import OwnershipStore, Struct, VolumeDriver
+from migrator.ports import OwnershipStore, Struct
 from node_agent.cluster_calls import (
     CONSOLE,
     MIGRATION_CANCEL,
@@ -71,11 +65,11 @@ from node_agent.resources import (
     Domain,
     DomainRecord,
     DryRun,
+    Health,
     MigrationCreate,
     Node,
-    Pool,
-    VolumeCreate,
 )
+from node_agent.volumes import VolumeService
 
 STATUS_TIMEOUT_S: Final = 2.0
 OPERATION_TIMEOUT_S: Final = 30.0
@@ -103,18 +97,18 @@ class ClusterService:
         ownership: OwnershipStore,
         migrations: MigrationService,
         nodes: NodeRegistry,
-        pools: Mapping[PoolName, VolumeDriver],
+        volumes: VolumeService,
         events: EventLog,
     ) -> None:
         self.node = node
         self.events = events
+        self.volumes = volumes
         self._hub = hub
         self._domains = domains
         self._records = records
         self._ownership = ownership
         self._migrations = migrations
         self._nodes = nodes
-        self._pools = pools
 
     # --- nodes -------------------------------------------------------------------------------
 
@@ -124,6 +118,12 @@ class ClusterService:
         records = await self._records.list_records()
         owned = await self._records.list_ownership()
         return [_node(view, records, owned) for _, view in sorted(views.items())]
+
+    async def health(self) -> Health:
+        """StoreError if the store doesn't answer."""
+        own = (await self._nodes.read()).get(self.node)
+        version = own.info.agent_version if own else ""
+        return Health(node=self.node, status="ok", agent_version=version)
 
     # --- domains -----------------------------------------------------------------------------
 
@@ -264,41 +264,6 @@ class ClusterService:
             timeout_s=OPERATION_TIMEOUT_S,
         )
 
-    # --- volumes -----------------------------------------------------------------------------
-
-    async def list_pools(self) -> Sequence[Pool]:
-        """The pools of this node, which those of the cluster are expected to share."""
-        return [
-            Pool(name=name, driver=pool.name, fences_remote_writers=pool.fences_remote_writers)
-            for name, pool in sorted(self._pools.items())
-        ]
-
-    async def list_volumes(self, pool: PoolName) -> Sequence[VolumeInfo]:
-        """NotFoundError if there is no such pool."""
-        return await self._pool(pool).list_volumes()
-
-    async def create_volume(self, pool: PoolName, request: VolumeCreate) -> VolumeInfo:
-        """ConflictError if it exists. On failure nothing is left."""
-        image = None if request.image is None else Path(request.image)
-        if image is not None and not image.is_absolute():
-            raise InvalidRequest("the image is wrong", {"image": "an absolute path"})
-        return await self._pool(pool).create(
-            VolumeName(request.name),
-            capacity_bytes=request.capacity_bytes,
-            format=request.format,
-            image=image,
-        )
-
-    async def delete_volume(self, pool: PoolName, volume: VolumeName) -> None:
-        """ConflictError while it is a disk of a defined domain."""
-        driver = self._pool(pool)
-        for name, record in (await self._records.list_records()).items():
-            if any((disk.pool, disk.volume) == (pool, volume) for disk in record.spec.disks):
-                raise ConflictError(
-                    f"volume {pool}/{volume} is a disk of domain {name}; it was not deleted"
-                )
-        await driver.delete(volume)
-
     # --- inside ------------------------------------------------------------------------------
 
     async def _operate(self, domain: DomainName, method: str) -> Domain:
@@ -369,12 +334,6 @@ class ClusterService:
             )
         except FerryError as error:
             return error
-
-    def _pool(self, pool: PoolName) -> VolumeDriver:
-        driver = self._pools.get(pool)
-        if driver is None:
-            raise NotFoundError(f"there is no pool {pool}")
-        return driver
 
 
 def _domain(

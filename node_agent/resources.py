@@ -16,6 +16,7 @@ from migrator.model import (
     DomainState,
     FileName,
     HypervisorCapabilities,
+    Migration,
     MigrationRequest,
     Name,
     NodeState,
@@ -142,6 +143,10 @@ class Pool(Value, frozen=True, kw_only=True):
 
 class DomainList(Value, frozen=True, kw_only=True):
     domains: tuple[Domain, ...]
+
+
+class MigrationList(Value, frozen=True, kw_only=True):
+    migrations: tuple[Migration, ...]
 
 
 class NodeList(Value, frozen=True, kw_only=True):

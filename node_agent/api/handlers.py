@@ -1,0 +1,142 @@
+"""The handlers: read the request, call the cluster, answer. Errors go to `problems`."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from migrator.model import DomainSpec, NodeName
+from node_agent.api.requests import (
+    CLUSTER,
+    domain_of,
+    flag,
+    migration_of,
+    pool_of,
+    read_body,
+    reply,
+    volume_of,
+)
+from node_agent.resources import (
+    DomainList,
+    MigrationCreate,
+    MigrationList,
+    NodeList,
+    PoolList,
+    StartRequest,
+    StopRequest,
+    VolumeCreate,
+    VolumeList,
+)
+
+
+async def define_domain(request: web.Request) -> web.StreamResponse:
+    """201 and where it is."""
+    domain = await request.app[CLUSTER].define(await read_body(request, DomainSpec))
+    return reply(domain, status=201, location=f"/v1/domains/{domain.name}")
+
+
+async def list_domains(request: web.Request) -> web.StreamResponse:
+    """By name."""
+    return reply(DomainList(domains=tuple(await request.app[CLUSTER].list_domains())))
+
+
+async def get_domain(request: web.Request) -> web.StreamResponse:
+    """One."""
+    return reply(await request.app[CLUSTER].get_domain(domain_of(request)))
+
+
+async def delete_domain(request: web.Request) -> web.StreamResponse:
+    """204."""
+    await request.app[CLUSTER].delete(domain_of(request))
+    return web.Response(status=204)
+
+
+async def start_domain(request: web.Request) -> web.StreamResponse:
+    """When it runs."""
+    domain = domain_of(request)
+    body = await read_body(request, StartRequest, required=False)
+    node = None if body.node is None else NodeName(body.node)
+    return reply(await request.app[CLUSTER].start(domain, node))
+
+
+async def stop_domain(request: web.Request) -> web.StreamResponse:
+    """When it is gone."""
+    domain = domain_of(request)
+    body = await read_body(request, StopRequest, required=False)
+    return reply(await request.app[CLUSTER].stop(domain, body.timeout_s))
+
+
+async def pause_domain(request: web.Request) -> web.StreamResponse:
+    """When its vCPUs stand."""
+    return reply(await request.app[CLUSTER].pause(domain_of(request)))
+
+
+async def resume_domain(request: web.Request) -> web.StreamResponse:
+    """When its vCPUs run."""
+    return reply(await request.app[CLUSTER].resume(domain_of(request)))
+
+
+async def reset_domain(request: web.Request) -> web.StreamResponse:
+    """When it was reset."""
+    return reply(await request.app[CLUSTER].reset(domain_of(request)))
+
+
+async def migrate_domain(request: web.Request) -> web.StreamResponse:
+    """202 and where to look at it; with `dry_run` 200 and the reasons against it."""
+    domain = domain_of(request)
+    dry_run = flag(request, "dry_run")
+    body = await read_body(request, MigrationCreate, required=False)
+    if dry_run:
+        return reply(await request.app[CLUSTER].check_migration(domain, body))
+    migration = await request.app[CLUSTER].migrate(domain, body)
+    return reply(migration, status=202, location=f"/v1/migrations/{migration.id}")
+
+
+async def list_migrations(request: web.Request) -> web.StreamResponse:
+    """Newest first."""
+    migrations = await request.app[CLUSTER].list_migrations()
+    return reply(MigrationList(migrations=tuple(migrations)))
+
+
+async def get_migration(request: web.Request) -> web.StreamResponse:
+    """As its source sees it."""
+    return reply(await request.app[CLUSTER].get_migration(migration_of(request)))
+
+
+async def cancel_migration(request: web.Request) -> web.StreamResponse:
+    """202: it is being cancelled."""
+    migration = await request.app[CLUSTER].cancel_migration(migration_of(request))
+    return reply(migration, status=202, location=f"/v1/migrations/{migration.id}")
+
+
+async def list_nodes(request: web.Request) -> web.StreamResponse:
+    """By name."""
+    return reply(NodeList(nodes=tuple(await request.app[CLUSTER].list_nodes())))
+
+
+async def list_pools(request: web.Request) -> web.StreamResponse:
+    """By name."""
+    return reply(PoolList(pools=tuple(await request.app[CLUSTER].volumes.list_pools())))
+
+
+async def list_volumes(request: web.Request) -> web.StreamResponse:
+    """Of one pool."""
+    volumes = await request.app[CLUSTER].volumes.list_volumes(pool_of(request))
+    return reply(VolumeList(volumes=tuple(volumes)))
+
+
+async def create_volume(request: web.Request) -> web.StreamResponse:
+    """201."""
+    pool = pool_of(request)
+    body = await read_body(request, VolumeCreate)
+    return reply(await request.app[CLUSTER].volumes.create(pool, body), status=201)
+
+
+async def delete_volume(request: web.Request) -> web.StreamResponse:
+    """204."""
+    await request.app[CLUSTER].volumes.delete(pool_of(request), volume_of(request))
+    return web.Response(status=204)
+
+
+async def get_health(request: web.Request) -> web.StreamResponse:
+    """200 while the agent serves and its store answers; 503 otherwise."""
+    return reply(await request.app[CLUSTER].health())
