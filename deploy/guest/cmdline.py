@@ -6,7 +6,8 @@
 | `ferry.ip=10.77.1.10/24` | IPv4 address of eth0 | /init |
 | `ferry.ip6=fd77::10/64` | IPv6 address of eth0 | /init |
 | `ferry.gw=10.77.1.1` | default IPv4 route | /init |
-| `ferry.udp=10.77.1.250:9999` | where the numbered packets go, one a millisecond | workload |
+| `ferry.udp=10.77.1.250:9999` | where the numbered packets go | workload |
+| `ferry.udp_per_s=1000` | numbered packets a second | workload |
 | `ferry.mem_mib=64` | memory kept and verified; 0 for none | workload |
 | `ferry.dirty_pages_per_s=2000` | pages verified and rewritten, in random order | workload |
 | `ferry.verify_pages_per_s=2000` | pages of the sweep, which verifies all in turn | workload |
@@ -37,6 +38,7 @@ BOOT_OPTIONS: Final = (
     # Nothing to find, and looking costs time under emulation.
     "nomodeset",
     "i8042.noaux",
+    "cryptomgr.notests",
     "random.trust_cpu=on",
     "mitigations=off",
     # The guest is watched from outside; after a blackout its own watchdogs would cry wolf.
@@ -56,6 +58,7 @@ def guest_cmdline(
     address6: str | None = None,
     gateway: str | None = None,
     udp: str | None = None,
+    udp_per_s: int = 1000,
     memory_mib: int = 64,
     dirty_pages_per_s: int = 0,
     verify_pages_per_s: int = 2000,
@@ -84,6 +87,7 @@ def guest_cmdline(
     if udp is not None:
         words.append(f"ferry.udp={_udp_target(udp)}")
     numbers = {
+        "udp_per_s": udp_per_s,
         "mem_mib": memory_mib,
         "dirty_pages_per_s": dirty_pages_per_s,
         "verify_pages_per_s": verify_pages_per_s,

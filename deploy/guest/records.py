@@ -15,7 +15,8 @@ A record fills one slot of 4,096 bytes, little-endian:
 
 On a healthy disk whose newest record is n, each slot holds the newest record that belongs to it,
 and each record names the checksum of the one before. Only the slot of record n + 1 may be
-broken: a guest that was killed in the middle of a write hadn't counted it.
+broken: a guest that was killed in the middle of a write hadn't counted it. So the loss of the
+newest record can't be told from the disk alone: compare with the guest's `disk_last_sequence`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
  *
  * Record n is in slot (n - 1) % slots. Each carries the checksum of the one before, so two writers
  * that interleave break the chain even where each of their records is whole. Records are read back:
- * all at the start, then one after each write, in turn.
+ * all at the start, then two after each write, in turn: the reader has to be faster than the writer,
+ * or it would trail it for ever and see nothing but the newest record.
  *
  * Only the slot that the next record goes to may hold a broken one at the start: a guest that was
  * killed in the middle of a write had not counted it.
@@ -22,6 +23,7 @@
 #define VERSION 1u
 #define RECORD_BYTES 4096u
 #define SCAN_RECORDS 64u
+#define VERIFIES_PER_WRITE 2
 #define SLOTS_MAX (1u << 20)
 #define PATTERN_WORDS ((RECORD_BYTES - 56u) / 8u)
 #define WEYL 0x9e3779b97f4a7c15ull
@@ -223,9 +225,11 @@ static void *disk_thread(void *unused)
         pthread_mutex_lock(&write_lock);
         write_record();
         pthread_mutex_unlock(&write_lock);
-        verify_slot(verify_index);
-        verify_index = (verify_index + 1) % (last_sequence < slot_count ? last_sequence + 1
-                                                                        : slot_count);
+        for (int i = 0; i < VERIFIES_PER_WRITE; i++) {
+            verify_slot(verify_index);
+            if (++verify_index >= slot_count || verify_index >= last_sequence)
+                verify_index = 0;
+        }
         uint64_t now = monotonic_ns();
         deadline += interval_ns;
         if (deadline < now)

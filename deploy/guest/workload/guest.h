@@ -5,7 +5,7 @@
  *   main.c     reads the command line, starts the parts in order, prints the heartbeat
  *   memory.c   writes and verifies a region of memory
  *   disk.c     writes and verifies numbered records on /dev/vda
- *   udp.c      sends a numbered packet every millisecond
+ *   udp.c      sends numbered packets, one a millisecond
  *   http.c     serves pages, streams and the counters
  *   power.c    powers off when the ACPI power button is pressed
  *   console.c  lines on the console, the counters as JSON, clock and small helpers
@@ -35,6 +35,7 @@ struct config {
     uint64_t disk_mib;
     uint64_t disk_records_per_s;
     bool http;
+    uint64_t udp_per_s;
     char udp[64]; /* "a.b.c.d:port", empty for none */
 };
 

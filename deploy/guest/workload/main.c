@@ -19,6 +19,7 @@ struct config config = {
     .disk_mib = 16,
     .disk_records_per_s = 20,
     .http = false,
+    .udp_per_s = 1000,
 };
 struct counters counters;
 
@@ -58,6 +59,8 @@ static void parse_word(const char *word)
         snprintf(config.name, sizeof config.name, "%s", value);
     else if (IS("udp"))
         snprintf(config.udp, sizeof config.udp, "%s", value);
+    else if (IS("udp_per_s"))
+        config.udp_per_s = parse_number(word, value);
     else if (IS("mem_mib"))
         config.memory_mib = parse_number(word, value);
     else if (IS("dirty_pages_per_s"))

@@ -1,6 +1,6 @@
-/* A numbered packet every millisecond; layout in deploy/guest/protocol.py (UdpPacket).
+/* A numbered packet every millisecond, or at the rate asked for; layout in deploy/guest/protocol.py (UdpPacket).
  *
- * A packet that is late is not made up for: the next follows a millisecond after it. A packet that
+ * A packet that is late is not made up for: the next follows an interval after it. A packet that
  * can't be sent still uses up its number, so that the receiver sees a gap.
  */
 #define _GNU_SOURCE
@@ -14,8 +14,6 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
-
-#define INTERVAL_NS 1000000ull
 
 struct packet {
     char magic[8];
@@ -38,6 +36,7 @@ static void *udp_thread(void *unused)
         give_up("can't make a UDP socket: %s", strerror(errno));
     struct packet packet = {.magic = {'F', 'E', 'R', 'R', 'Y', 'U', 'D', 'P'},
                             .boot_id = config.boot_id};
+    const uint64_t interval_ns = NANOSECONDS_PER_SECOND / config.udp_per_s;
     for (uint64_t deadline = monotonic_ns();;) {
         packet.sequence++;
         packet.guest_monotonic_ns = monotonic_ns();
@@ -48,9 +47,9 @@ static void *udp_thread(void *unused)
         else
             counters.udp_errors++;
         uint64_t now = monotonic_ns();
-        deadline += INTERVAL_NS;
+        deadline += interval_ns;
         if (deadline < now)
-            deadline = now + INTERVAL_NS;
+            deadline = now + interval_ns;
         sleep_until_ns(deadline);
     }
     return NULL;
@@ -66,6 +65,8 @@ void udp_start(void)
     int port = colon ? atoi(colon) : 0;
     if (port < 1 || port > 65535 || inet_pton(AF_INET, host, &destination.sin_addr) != 1)
         give_up("ferry.udp=%s: not address:port", config.udp);
+    if (config.udp_per_s == 0)
+        return;
     destination.sin_port = htons((uint16_t)port);
     start_thread(udp_thread, NULL);
 }
