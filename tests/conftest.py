@@ -27,7 +27,7 @@ from blockbuster import blockbuster_ctx
 
 from deploy import lab
 from deploy.lab import registry
-from deploy.lab.network import lab_namespaces
+from deploy.lab.namespaces import lab_namespaces
 from deploy.lab.plan import lab_of_namespace
 
 _SESSION_VARIABLE: Final = "FERRY_TEST_SESSION"

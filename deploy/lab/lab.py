@@ -24,7 +24,7 @@ from typing import Final
 
 import msgspec
 
-from deploy.lab import network, processes, registry
+from deploy.lab import namespaces, network, processes, registry
 from deploy.lab.config import agent_config_text
 from deploy.lab.plan import LabPlan, NodePlan, check_lab_name, lab_of_namespace, make_plan
 from deploy.lab.preconditions import check_machine, require_root
@@ -131,8 +131,8 @@ def down(name: str = DEFAULT_NAME) -> bool:
         entered = lock.registration()
         folder = entered.folder if entered else labs_root() / name
         record = read_record(folder)
-        namespaces = network.lab_namespaces(name)
-        found = entered is not None or folder.exists() or bool(namespaces)
+        left = namespaces.lab_namespaces(name)
+        found = entered is not None or folder.exists() or bool(left)
         agents = [node.agent for node in record.nodes if node.agent] if record else []
         remove_everything(name, folder, lock, agents)
     return found
@@ -149,7 +149,7 @@ def down_all() -> list[str]:
 def list_labs() -> list[str]:
     """Every lab that left a trace: a registration, a folder or a namespace."""
     names = {item.name for item in registry.registered()}
-    names.update(filter(None, map(lab_of_namespace, network.lab_namespaces())))
+    names.update(filter(None, map(lab_of_namespace, namespaces.lab_namespaces())))
     root = labs_root()
     if root.is_dir():
         names.update(entry.name for entry in root.iterdir() if (entry / "lab.json").exists())
@@ -303,7 +303,7 @@ def _make(
 
     def made(namespace: str) -> None:
         report(f"namespace {namespace}")
-        undo.callback(network.remove_namespace, namespace)
+        undo.callback(namespaces.remove_namespace, namespace)
         undo.callback(processes.kill_all, [namespace])
 
     plan.volumes_path.mkdir(parents=True, exist_ok=True)

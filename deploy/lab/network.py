@@ -1,4 +1,4 @@
-"""The lab's namespaces, bridges, cables and shaping, made with netlink (pyroute2).
+"""The lab's bridges, cables and shaping, made with netlink (pyroute2).
 
 Everything is level-triggered: `ensure_*` looks at what is there, makes what is missing and says
 whether it made anything. Cables are made inside the switch's namespace with the far end placed
@@ -10,22 +10,20 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Final
 
-from pyroute2 import IPRoute, NetlinkError, netns
+from pyroute2 import IPRoute, NetlinkError
 
+from deploy.lab.namespaces import ensure_namespace, namespace_key, netlink_socket
 from deploy.lab.plan import (
     GUEST_BRIDGE,
     SWITCH_GUEST_BRIDGE,
     SWITCH_MGMT_BRIDGE,
     LabPlan,
     Link,
-    lab_of_namespace,
 )
 from migrator.errors import FabricError
 
-NAMESPACES_PATH: Final = Path("/run/netns")
 PREFIX_BITS: Final = 24
 _ROOT_QDISC: Final = 0xFFFF_FFFF
 """TC_H_ROOT of linux/pkt_sched.h."""
@@ -34,63 +32,6 @@ _QUEUE_SECONDS: Final = 0.05
 _BURST_SECONDS: Final = 0.005
 _BURST_BYTES_MIN: Final = 80 * 1024
 """One full GSO packet, which tbf would otherwise cut up."""
-
-
-def namespace_path(name: str) -> Path:
-    return NAMESPACES_PATH / name
-
-
-def namespace_key(name: str) -> tuple[int, int] | None:
-    """(device, inode) of a live namespace, as in /proc/PID/ns/net; None: it isn't there.
-
-    A name whose making was interrupted before the mount is a plain file, on another device.
-    """
-    try:
-        status = namespace_path(name).stat()
-        own = Path("/proc/self/ns/net").stat()
-    except OSError:
-        return None
-    return (status.st_dev, status.st_ino) if status.st_dev == own.st_dev else None
-
-
-def lab_namespaces(lab: str | None = None) -> list[str]:
-    """Names of the namespaces of `lab` (None: of every lab), half-made ones too, sorted."""
-    if not NAMESPACES_PATH.is_dir():
-        return []
-    found = ((entry.name, lab_of_namespace(entry.name)) for entry in NAMESPACES_PATH.iterdir())
-    return sorted(
-        name for name, owner in found if owner is not None and (lab is None or owner == lab)
-    )
-
-
-def ensure_namespace(name: str) -> bool:
-    """Make the namespace unless it's there. True: made. Raises FabricError, leaving nothing."""
-    if namespace_key(name) is not None:
-        return False
-    try:
-        if namespace_path(name).exists():
-            remove_namespace(name)
-        netns.create(name)
-    except (OSError, NetlinkError) as error:
-        remove_namespace(name)
-        raise FabricError(f"the network namespace {name} could not be made: {error}") from error
-    if namespace_key(name) is None:
-        remove_namespace(name)
-        raise FabricError(f"the network namespace {name} could not be made")
-    return True
-
-
-def remove_namespace(name: str) -> None:
-    """Remove the namespace and, with it, its interfaces. Does nothing if it isn't there.
-
-    The kernel lets go of it when its last process has ended. Raises FabricError.
-    """
-    try:
-        netns.remove(name)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise FabricError(f"the namespace {name} could not be removed: {error}") from error
 
 
 class _Namespace:
@@ -175,7 +116,7 @@ def shaping_bytes(link_mbit: int) -> tuple[int, int]:
 @contextmanager
 def _opened(name: str) -> Iterator[_Namespace]:
     try:
-        route = IPRoute(netns=name, flags=0)
+        route = IPRoute(fileno=netlink_socket(name))
     except (OSError, NetlinkError) as error:
         raise FabricError(f"the namespace {name} can't be entered: {error}") from error
     try:

@@ -22,7 +22,7 @@ from typing import Final
 import msgspec
 
 from deploy.lab import enter
-from deploy.lab.network import namespace_key
+from deploy.lab.namespaces import namespace_key
 from migrator.errors import FerryError
 
 ENTER_SCRIPT: Final = str(Path(enter.__file__).resolve())

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from deploy.lab import network, processes, registry
+from deploy.lab import namespaces, processes, registry
 from deploy.lab.processes import Process
 from deploy.lab.record import DEFAULT_ROOT
 from migrator.errors import FerryError
@@ -30,10 +30,10 @@ def remove_everything(
 
 def remove_traces(name: str, folder: Path, agents: Sequence[Process]) -> None:
     """Processes first, for they hold the namespaces and write into the folder."""
-    namespaces = network.lab_namespaces(name)
-    processes.kill_all(namespaces, agents)
-    for namespace in namespaces:
-        network.remove_namespace(namespace)
+    names = namespaces.lab_namespaces(name)
+    processes.kill_all(names, agents)
+    for namespace in names:
+        namespaces.remove_namespace(namespace)
     _remove_folder(folder)
 
 

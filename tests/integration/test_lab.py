@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from deploy import lab
-from deploy.lab import network, processes, registry
+from deploy.lab import namespaces, network, processes, registry
 from migrator.errors import ConflictError, FerryError, InvalidRequest, NotFoundError
 
 pytestmark = pytest.mark.lab
@@ -22,6 +22,11 @@ pytestmark = pytest.mark.lab
 STUB = (sys.executable, "-S", str(Path(__file__).with_name("stub_agent.py")))
 COMMAND_TIMEOUT_S = 60.0
 UP_SCRIPT = f"from deploy import lab; lab.up({{!r}}, nodes=2, agent_command={STUB!r})"
+UP_COMMAND = f"""
+from deploy.lab import cli, lab
+lab.AGENT_COMMAND = {STUB!r}
+cli.app(["up", "--nodes", "2", "--name", {{!r}}])
+"""
 TRANSFER_BYTES = 4 * 1024 * 1024
 
 SERVER = """
@@ -58,7 +63,7 @@ def name() -> Iterator[str]:
 
 def traces(name: str) -> list[str]:
     """What of the lab is left on the machine."""
-    left = network.lab_namespaces(name)
+    left = namespaces.lab_namespaces(name)
     left += [item.name for item in registry.registered() if item.name == name]
     left += [str(path) for path in [lab.labs_root() / name] if path.exists()]
     mark = f"/{name}/"
@@ -105,7 +110,7 @@ def test_up_repairs_what_is_missing(name: str) -> None:
     assert not lab.kill_agent(name, "n1")
     plan = lab.load(name).plan
     lab.run_in(name, "switch", ["ip", "link", "del", "m-n2"], COMMAND_TIMEOUT_S)
-    network.remove_namespace(plan.namespace("storage"))
+    namespaces.remove_namespace(plan.namespace("storage"))
     status = lab.status(name)
     assert status.state == "damaged"
     assert {item.rpartition("/")[2] for item in status.missing} >= {
@@ -180,19 +185,24 @@ def test_a_failing_repair_keeps_what_was_there(name: str) -> None:
         lab.up(name, link_mbit=50, nodes=2, agent_command=broken)
     plan = lab.load(name).plan
     assert plan.node_count == 1
-    assert network.lab_namespaces(name) == sorted(plan.namespaces)
+    assert namespaces.lab_namespaces(name) == sorted(plan.namespaces)
     lab.up(name, agent_command=STUB)
     assert lab.status(name).state == "ready"
     assert before.keys() == agent_pids(name).keys()
 
 
-def test_an_interrupted_up_removes_what_it_made(name: str) -> None:
-    with subprocess.Popen([sys.executable, "-c", UP_SCRIPT.format(name)]) as child:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_an_interrupted_up_removes_what_it_made(
+    name: str, count: int, stop: signal.Signals
+) -> None:
+    """SIGTERM, too, by way of the command, and also while processes are being started."""
+    with subprocess.Popen([sys.executable, "-c", UP_COMMAND.format(name)]) as child:
         deadline = time.monotonic() + COMMAND_TIMEOUT_S
-        while len(network.lab_namespaces(name)) < 3 and child.poll() is None:
+        while len(namespaces.lab_namespaces(name)) < count and child.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        child.send_signal(signal.SIGINT)
+        child.send_signal(stop)
         assert child.wait(COMMAND_TIMEOUT_S) != 0
     assert traces(name) == []
 
@@ -210,7 +220,7 @@ def test_a_killed_up_is_cleaned_by_down(name: str, fraction: float, up_seconds: 
 def test_a_killed_up_is_repaired_by_up(name: str) -> None:
     with subprocess.Popen([sys.executable, "-c", UP_SCRIPT.format(name)]) as child:
         deadline = time.monotonic() + COMMAND_TIMEOUT_S
-        while len(network.lab_namespaces(name)) < 4 and child.poll() is None:
+        while len(namespaces.lab_namespaces(name)) < 4 and child.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.001)
         child.kill()
