@@ -14,13 +14,11 @@ from typing import Annotated, NoReturn
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from deploy.lab import lab as labs
 from deploy.lab.preconditions import remarks, require_root
 from deploy.lab.record import DEFAULT_NAME
-from migrator.errors import FerryError, RefusedError
+from migrator.errors import FerryError, InvalidRequest, RefusedError
 
 app = typer.Typer(
     name="lab", help="A cluster on this one machine, for trying and testing.", no_args_is_help=True
@@ -128,12 +126,12 @@ def status(
     else:
         rate = f"{found.link_mbit} Mbit/s" if found.link_mbit else "not shaped"
         print(f"Lab {name}: {found.state}; links {rate}; guests {found.guest_network}")
-        table = Table("NODE", "AGENT", "PID", "PROCESSES", "ADDRESS", "API", box=None)
+        line = "{:6} {:9} {:>8} {:>10}  {:15} {}"
+        print(line.format("NODE", "AGENT", "PID", "PROCESSES", "ADDRESS", "API"))
         for node in found.nodes:
-            pid = str(node.agent_pid or "-")
+            pid = node.agent_pid or "-"
             address = node.mgmt_address
-            table.add_row(node.name, node.agent, pid, str(node.processes), address, node.api)
-        Console(soft_wrap=True).print(table)
+            print(line.format(node.name, node.agent, pid, node.processes, address, node.api))
         if found.missing:
             print(f"Missing: {', '.join(found.missing)}.")
         if found.state != "ready":
@@ -163,7 +161,11 @@ def execute(
     """Run a command there, e.g. `ferry lab exec client -- ping 10.78.0.5`."""
     with _errors_as_sentences():
         require_root()
-        vector = labs.command_in(name, where, command)
+        # Without interspersed options, click leaves the separator to us.
+        words = command[1:] if command[0] == "--" else command
+        if not words:
+            raise InvalidRequest("which command? e.g. `ferry lab exec n1 -- ip address`")
+        vector = labs.command_in(name, where, words)
     sys.stdout.flush()
     os.execv(vector[0], vector)
 

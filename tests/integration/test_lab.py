@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -253,6 +254,28 @@ def test_down_ends_everything_that_runs_in_the_lab(name: str) -> None:
     assert len(stray) == 1
     lab.down(name)
     assert not processes.alive(stray[0])
+
+
+def test_the_command_line_looks_into_a_lab(name: str) -> None:
+    lab.up(name, nodes=1, agent_command=STUB)
+    address = lab.load(name).plan.node("n1").mgmt_address
+
+    def ferry_lab(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "deploy.lab.cli", *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
+        )
+
+    shown = ferry_lab("exec", "--name", name, "n1", "--", "ip", "-4", "address", "show", "mgmt0")
+    assert address in shown.stdout
+    assert ferry_lab("exec", "--name", name, "client", "false").returncode == 1
+    assert ferry_lab("exec", "--name", name, "n1", "--").returncode == 1
+    assert lab.load(name).nodes[0].api in ferry_lab("status", "--name", name).stdout
+    ferry_lab("agent", "--name", name, "n1", "kill")
+    damaged = ferry_lab("status", "--name", name, "--json")
+    assert damaged.returncode == 1
+    assert json.loads(damaged.stdout)["nodes"][0]["agent"] == "stopped"
+    assert name in ferry_lab("ls").stdout.splitlines()
 
 
 def test_an_agent_is_stopped_killed_and_restarted(name: str) -> None:
