@@ -158,8 +158,6 @@ class Connection(asyncio.Protocol):
                 self._decoder.feed(b"")
         except RemoteProtocolError as error:
             self.refuse(str(error))
-        except RecursionError:
-            self.refuse("a frame is nested too deeply")
 
     def eof_received(self) -> bool:
         return False  # Close.
@@ -193,7 +191,7 @@ class Connection(asyncio.Protocol):
             raise RemoteProtocolError(
                 f"the first frame must be a hello, not a {frame.kind.name.lower()}"
             )
-        hello = frame.decode(messages.hello_decoder)
+        hello = messages.open_frame(frame, messages.hello_decoder)
         if hello.version != messages.PROTOCOL_VERSION:
             raise RemoteProtocolError(
                 f"{hello.node} (agent {hello.agent_version}) speaks version {hello.version} of the "
@@ -207,7 +205,7 @@ class Connection(asyncio.Protocol):
         self._tick(self._loop.time())
 
     def _refused_by(self, frame: Frame) -> None:
-        notice = frame.decode(messages.notice_decoder)
+        notice = messages.open_frame(frame, messages.notice_decoder)
         if notice.method != messages.REFUSED:
             raise RemoteProtocolError("a notice came from the listening side")
         refused = messages.unpack(notice.params, messages.RefusedParams, "a refusal")
@@ -243,7 +241,7 @@ class Connection(asyncio.Protocol):
         # Cheap test first: decoding is the owner's work for all others.
         if len(frame.body) > 128 or _PING not in frame.body:
             return False
-        request = frame.decode(messages.request_decoder)
+        request = messages.open_frame(frame, messages.request_decoder)
         if request.method != messages.PING or self._side is not Side.LISTENING:
             return False
         self._write(encode_frame(FrameKind.RESPONSE, Response(id=request.id)))
@@ -252,7 +250,7 @@ class Connection(asyncio.Protocol):
     def _take_pong(self, frame: Frame) -> bool:
         if self._pinged_at_s is None or len(frame.body) > 64:
             return False
-        if frame.decode(messages.response_decoder).id != messages.PING_ID:
+        if messages.open_frame(frame, messages.response_decoder).id != messages.PING_ID:
             return False
         self.round_trip_ms = (self._loop.time() - self._pinged_at_s) * 1000
         self._pinged_at_s = None

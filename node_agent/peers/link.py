@@ -193,7 +193,7 @@ class Link(Owner):
     def received(self, connection: Connection, frame: Frame) -> None:
         if frame.kind is not FrameKind.RESPONSE:
             raise RemoteProtocolError("a request came from the listening side")
-        response = frame.decode(messages.response_decoder)
+        response = messages.open_frame(frame, messages.response_decoder)
         _, answer = self._waiting.get(response.id, ("", None))
         if answer is None or answer.done():
             return  # The caller has stopped waiting.

@@ -23,6 +23,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from migrator.errors import FerryError, InvalidRequest, RefusedError, RemoteProtocolError, from_code
+from migrator.wire import Frame
 
 PROTOCOL_VERSION: Final = 1
 PING: Final = "ferry.ping"
@@ -94,6 +95,18 @@ notice_decoder = msgspec.msgpack.Decoder(Notice)
 _encoder = msgspec.msgpack.Encoder()
 
 
+MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding untrusted bytes may raise: msgspec doesn't wrap bad UTF-8 and deep nesting."""
+
+
+def open_frame(frame: Frame, decoder: msgspec.msgpack.Decoder[T]) -> T:
+    """The message in a frame; RemoteProtocolError naming the field if it doesn't fit."""
+    try:
+        return frame.decode(decoder)
+    except MALFORMED as error:
+        raise RemoteProtocolError(f"malformed {frame.kind.name.lower()} frame: {error}") from error
+
+
 def pack(value: object) -> bytes:
     """Params or a result as msgpack."""
     return _encoder.encode(value)
@@ -103,7 +116,7 @@ def unpack(data: bytes, kind: type[T], what: str) -> T:
     """The inverse of `pack`; RemoteProtocolError naming `what` and the field if it doesn't fit."""
     try:
         return msgspec.msgpack.decode(data, type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except MALFORMED as error:
         raise RemoteProtocolError(f"{what} is malformed: {error}") from error
 
 

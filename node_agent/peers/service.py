@@ -54,7 +54,7 @@ class Methods:
             raise RemoteProtocolError(f"{self._node} does not know the method {method}")
         try:
             decoded = decoder.decode(params)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except messages.MALFORMED as error:
             raise InvalidRequest(f"the params of {method} are wrong: {error}") from error
         bound = asyncio.timeout(min(max(timeout_s, 0.0), _TIMEOUT_LONGEST_S))
         try:
@@ -111,9 +111,9 @@ class Inbound(Owner):
 
     def received(self, connection: Connection, frame: Frame) -> None:
         if frame.kind is FrameKind.REQUEST:
-            self._take_request(connection, frame.decode(messages.request_decoder))
+            self._take_request(connection, messages.open_frame(frame, messages.request_decoder))
         elif frame.kind is FrameKind.NOTICE:
-            self._take_notice(frame.decode(messages.notice_decoder))
+            self._take_notice(messages.open_frame(frame, messages.notice_decoder))
         else:
             raise RemoteProtocolError("a response, but nothing was asked")
 

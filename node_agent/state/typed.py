@@ -150,7 +150,7 @@ def decode(key: str, data: bytes, kind: type[T]) -> T:
         decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
     try:
         value: T = decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StoreError(
             f"the state store's {key} is not a {kind.__name__}: {error}; it was left as it is"
         ) from error

@@ -247,10 +247,11 @@ async def test_ownership_passes_by_value_and_tokens_never_shrink(make: MakeStore
         assert await destination.read(DomainName("web")) is None
 
 
-async def test_a_corrupt_value_names_its_key(make: MakeStore) -> None:
+@pytest.mark.parametrize("value", [b"", b"\x01", b"\x81\xa1\x80", b"\x81\xa1x" + b"\x91" * 30_000])
+async def test_a_corrupt_value_names_its_key(make: MakeStore, value: bytes) -> None:
     store = make()
     async with opened(store):
-        await store.put(ownership_key("web"), b"\x01")
+        await store.put(ownership_key("web"), value)
         with pytest.raises(StoreError, match="ownership/web is not a OwnershipRecord"):
             await StoreOwnership(store).read(DomainName("web"))
         with pytest.raises(StoreError, match="ownership/web"):

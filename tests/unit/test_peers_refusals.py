@@ -1,4 +1,4 @@
-"""The agents' protocol over real sockets: whatever we don't accept is told why, and breaks nothing."""
+"""The agents' protocol over real sockets: what we don't accept is told why and breaks nothing."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def request(**changes: object) -> bytes:
             HELLO + b"FY\x01\x02\x00\x00\x80\x00" + b"\x81\xa1x" + b"\x91" * 32765,
             "nested|malformed",
         ),
+        (HELLO + b"FY\x01\x02\x00\x00\x00\x03\x81\xa1\x80", "malformed request frame"),
         (b"", "no HELLO within"),
         (HELLO[:10], "no HELLO within"),
     ],
