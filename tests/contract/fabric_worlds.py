@@ -14,6 +14,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
+from blockbuster import blockbuster_ctx
 from pyroute2 import IPRoute
 
 from migrator.model import DomainName, NodeName
@@ -179,7 +180,8 @@ async def bridge_world() -> AsyncIterator[BridgeWorld]:
         far.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         world = BridgeWorld(far)
         try:
-            yield world
+            with blockbuster_ctx(["netfabric"]):
+                yield world
         finally:
             await world.fabric.close()
 
