@@ -27,7 +27,7 @@ from hypervisor.qemu.memory import memory_in_use_bytes, open_memory
 from hypervisor.qemu.offload import offload
 from hypervisor.qemu.process import QemuProcess
 from hypervisor.qemu.qmp import Monitor, QmpEvent
-from hypervisor.qemu.status import MigrationStatus, domain_state
+from hypervisor.qemu.status import MigrationStatus
 from migrator.errors import HypervisorError, NotFoundError
 from migrator.model import (
     DomainName,
@@ -112,14 +112,14 @@ class QemuDriver(HypervisorDriver):
         if record is None:
             await self._end_unrecorded(directory)
             return
-        process = QemuProcess.hold(record.process)
+        process = await offload(lambda: QemuProcess.hold(record.process), undo=_let_go)
         if process is None:
             await offload(lambda: records.remove_directory(directory))
             return
         guest = self._take(Launched(directory, process, record))
         try:
             await guest.connect()
-            if not guest.incoming and await guest.run_state(timeout_s=5) == "prelaunch":
+            if not record.incoming and not guest.record.has_run:
                 await self._end(guest, "its start was cut short")
         except HypervisorError as error:
             log.warning("%s runs, but its monitor doesn't answer: %s", guest.name, error)
@@ -299,7 +299,7 @@ class QemuDriver(HypervisorDriver):
                 return DomainStatus(name=domain, state=DomainState.STOPPED)
             state, reason = DomainState.UNKNOWN, str(error)
         else:
-            state, cause = domain_state(run_state, guest.migration, incoming=guest.incoming)
+            state, cause = guest.domain_state(run_state)
             reason = guest.io_error or cause if state is DomainState.IO_ERROR else cause
         return DomainStatus(
             name=domain,
@@ -364,6 +364,11 @@ class QemuDriver(HypervisorDriver):
 
 def _ignore_event(_event: QmpEvent) -> None:
     pass
+
+
+def _let_go(process: QemuProcess | None) -> None:
+    if process is not None:
+        process.release()
 
 
 def _discard(launched: Launched) -> None:

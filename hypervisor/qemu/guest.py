@@ -26,9 +26,9 @@ from hypervisor.qemu.offload import offload
 from hypervisor.qemu.process import QemuProcess
 from hypervisor.qemu.qmp import Monitor, QmpCommandError, QmpDisconnected, QmpEvent
 from hypervisor.qemu.records import ProcessRecord
-from hypervisor.qemu.status import MigrationStatus
+from hypervisor.qemu.status import MigrationStatus, domain_state
 from migrator.errors import HypervisorError
-from migrator.model import DomainName
+from migrator.model import DomainName, DomainState
 from migrator.ports import DomainEvent, DomainEventKind
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,6 @@ class Guest:
         self.gone = asyncio.Event()
         self.end_reason: str | None = None
         """Why we end the process, for the EXITED event; set by the driver."""
-        self.incoming = record.incoming
-        """A destination whose vCPUs have never run."""
         self.loaded = False
         """A destination whose device state is in place."""
         self.running = False
@@ -84,6 +82,11 @@ class Guest:
     @property
     def name(self) -> DomainName:
         return DomainName(self.record.spec.name)
+
+    @property
+    def incoming(self) -> bool:
+        """A destination whose vCPUs have never run."""
+        return self.record.incoming and not self.record.has_run
 
     # --- the monitor -----------------------------------------------------------------------
 
@@ -118,7 +121,7 @@ class Guest:
         self.migration = MigrationStatus.parse(status)
         self.running = run_state == "running"
         self.loaded = self.incoming and run_state != "inmigrate"
-        if self.running and self.incoming:
+        if self.running:
             self._has_run()
         return run_state
 
@@ -126,6 +129,12 @@ class Guest:
         """QEMU's run state, from `query-status`."""
         answer = await self.execute("query-status", timeout_s=timeout_s)
         return str(answer.get("status", "")) if isinstance(answer, Mapping) else ""
+
+    def domain_state(self, run_state: str) -> tuple[DomainState, str | None]:
+        """Our state for QEMU's `run_state`, by what else we know; and why."""
+        return domain_state(
+            run_state, self.migration, incoming=self.incoming, has_run=self.record.has_run
+        )
 
     async def execute(
         self,
@@ -289,13 +298,13 @@ class Guest:
             raise HypervisorError(f"{self.name}: QEMU didn't report the reset")
 
     def _has_run(self) -> None:
-        """A destination that ran is a domain like any other from now on; so says the record."""
-        if not self.incoming:
+        """From now on a domain like any other, however it was started; so says the record."""
+        if self.record.has_run:
             return
-        self.incoming = False
-        self.loaded = False
-        self.migration = MigrationStatus.NONE
-        self.record = msgspec.structs.replace(self.record, incoming=False)
+        if self.incoming:  # What QEMU said of the migration was about its other half.
+            self.loaded = False
+            self.migration = MigrationStatus.NONE
+        self.record = msgspec.structs.replace(self.record, has_run=True)
         self.spawn_task(self._save_record(), "save-record")
 
     async def _save_record(self) -> None:

@@ -20,6 +20,7 @@ import msgspec
 from hypervisor.machine_types import FAMILIES, family
 from hypervisor.qemu.config import QemuConfig
 from hypervisor.qemu.kernel import cpu_flags, kvm_obstacle, paged_engine_obstacle
+from hypervisor.qemu.offload import offload
 from hypervisor.qemu.process import Spawn, spawn
 from hypervisor.qemu.qmp import Monitor, QmpEvent
 from migrator.errors import HypervisorError
@@ -122,13 +123,23 @@ async def _ask_qemu(binary: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]
                 descriptors={_PROBE_FD: theirs.fileno()},
                 log=Path(os.devnull),
             )
-            pid = spawn(request)
+            pid = await offload(lambda: spawn(request), undo=_end_later)
         try:
             return await _converse(binary, ours)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)  # Ours and unreaped: the pid can't have been reused.
-            await asyncio.shield(asyncio.to_thread(os.waitpid, pid, 0))
+            await offload(lambda: _end(pid))
+
+
+def _end(pid: int) -> None:
+    """End the probe. It is our unreaped child: the pid can't have been reused."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+
+
+def _end_later(pid: int) -> None:
+    asyncio.get_running_loop().run_in_executor(None, lambda: _end(pid))
 
 
 async def _converse(

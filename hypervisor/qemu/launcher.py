@@ -32,8 +32,9 @@ from hypervisor.qemu.qmp import short_path
 from hypervisor.qemu.records import ProcessRecord
 from migrator.errors import HypervisorError
 
-_KEPT_ENVIRONMENT = ("PATH", "LANG", "TMPDIR", "LD_LIBRARY_PATH")
-"""QEMU inherits no more of the agent's environment, which may hold secrets."""
+_KEPT_ENVIRONMENT = ("PATH", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "FERRY_TEST_SESSION")
+"""QEMU inherits no more of the agent's environment, which may hold secrets. The last one is the
+mark by which the tests find what they left behind."""
 
 
 class Launched:

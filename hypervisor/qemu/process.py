@@ -99,7 +99,7 @@ class QemuProcess:
 
     @classmethod
     def hold(cls, identity: ProcessIdentity) -> QemuProcess | None:
-        """Open the process if it still is the same one. Call it in the event loop's thread."""
+        """Open the process if it still is the same one. Reads /proc: call it off the loop."""
         try:
             pidfd = os.pidfd_open(identity.pid)
         except OSError:
@@ -151,7 +151,7 @@ class QemuProcess:
         """Stop watching and close the descriptor. Idempotent; the process lives on."""
         if self.pidfd < 0:
             return
-        if not self.exited:
+        if self._on_exit is not None and not self.exited:
             asyncio.get_running_loop().remove_reader(self.pidfd)
         os.close(self.pidfd)
         self.pidfd = -1

@@ -28,7 +28,9 @@ class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
     spec: DomainSpec
     token: int
     incoming: bool
-    """Started as a destination, and its vCPUs have never run."""
+    """Started as a destination."""
+    has_run: bool = False
+    """Its vCPUs have run at some time."""
     ram_fd: int
     uffd_fd: int
 

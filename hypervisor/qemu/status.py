@@ -60,17 +60,20 @@ _STATES: Mapping[str, tuple[DomainState, str | None]] = {
 
 
 def domain_state(
-    run_state: str, migration: MigrationStatus, *, incoming: bool
+    run_state: str, migration: MigrationStatus, *, incoming: bool, has_run: bool
 ) -> tuple[DomainState, str | None]:
     """The domain's state and why.
 
     `incoming`: started as a destination, vCPUs have never run; QEMU calls a loaded one `paused`.
+    `has_run`: its vCPUs have run; QEMU calls it `prelaunch` again when it is reset while paused.
     A guest that was paused when its migration began ends in QEMU's `postmigrate` also if that
     migration failed; only a completed one has sent anything away.
     """
     if run_state == "postmigrate":
         if migration is MigrationStatus.COMPLETED:
             return DomainState.POSTMIGRATE, None
+        return DomainState.PAUSED, None
+    if run_state == "prelaunch" and has_run:
         return DomainState.PAUSED, None
     if run_state == "paused" and incoming:
         return DomainState.INCOMING, None

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from hypervisor.qemu.guest import COMMAND_TIMEOUT_S, Guest
 from hypervisor.qemu.qmp import QmpCommandError, QmpTimeout
-from hypervisor.qemu.status import IDLE, MigrationStatus, domain_state
+from hypervisor.qemu.status import IDLE, MigrationStatus
 from migrator.errors import HypervisorError
 from migrator.model import DomainState
 from migrator.ports import AbortOutcome
@@ -48,7 +48,9 @@ async def prepare(guest: Guest) -> None:
 async def begin(guest: Guest, device_channel: Path) -> None:
     """Stop the guest and send its device state up to the last pages, to a unix socket.
 
-    HypervisorError if QEMU refuses; the guest then runs on. Events tell the rest.
+    HypervisorError if QEMU refuses; the guest then runs on. Events tell the rest. A guest that
+    was paused when an earlier switchover was aborted is refused until it has run: QEMU 7.2 can't
+    tell it from one that was sent away.
     """
     if not guest.prepared:
         await prepare(guest)
@@ -119,7 +121,7 @@ async def _outcome(guest: Guest) -> AbortOutcome:
             await asyncio.sleep(_SETTLE_PAUSE_S)
             continue
         if run_state != "finish-migrate" and guest.migration in IDLE:
-            state, _ = domain_state(run_state, guest.migration, incoming=guest.incoming)
+            state, _ = guest.domain_state(run_state)
             return AbortOutcome.SENT if state is DomainState.POSTMIGRATE else AbortOutcome.RESUMED
         await asyncio.sleep(_SETTLE_PAUSE_S)
     if guest.process.exited:

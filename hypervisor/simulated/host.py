@@ -1,0 +1,206 @@
+"""What outlives the agent in a simulation: one machine's guests, and the channels between machines.
+
+A SimulatedHost stands for the processes of one node. Drop the driver and make another on the same
+host: that is an agent's crash and restart. The host is also where a test reaches in: it breaks
+disks, kills processes, presses guests to panic, and looks at what runs.
+
+Deterministic: time comes from the clock that the driver was given, and nothing is random.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from migrator.errors import HypervisorError
+from migrator.model import DomainName, DomainState
+from migrator.ports import DomainEvent, DomainEventKind, Launch
+
+Deliver = Callable[[bytes | None], None]
+"""Takes the whole device state, or None when the sender went away before it was complete."""
+
+
+class SimulatedChannels:
+    """The unix sockets of all simulated hosts, and the relays between them, as a dictionary."""
+
+    def __init__(self) -> None:
+        self._listeners: dict[Path, Deliver] = {}
+        self._links: dict[Path, Path] = {}
+
+    def link(self, source: Path, destination: Path) -> None:
+        """Relay what is sent to `source` to `destination`, as a migration's engines do."""
+        self._links[source] = destination
+
+    def cut(self, source: Path) -> None:
+        """End the relay; both ends notice when they next use it."""
+        self._links.pop(source, None)
+
+    def listen(self, path: Path, deliver: Deliver) -> None:
+        self._listeners[path] = deliver
+
+    def unlisten(self, path: Path) -> None:
+        self._listeners.pop(path, None)
+
+    def reaches(self, path: Path) -> bool:
+        """Whether somebody listens at the far end of `path`."""
+        return self._links.get(path, path) in self._listeners
+
+    def send(self, path: Path, payload: bytes | None) -> bool:
+        """Deliver to the far end; False if nobody is there."""
+        deliver = self._listeners.pop(self._links.get(path, path), None)
+        if deliver is None:
+            return False
+        deliver(payload)
+        return True
+
+
+class SimulatedFaults:
+    """What goes wrong on one host. Operations are named as the driver's methods."""
+
+    def __init__(self) -> None:
+        self.failing: dict[str, int] = {}
+        """Operation -> how many of its next calls raise HypervisorError, changing nothing."""
+        self.delays_s: dict[str, float] = {}
+        """Operation -> how long each call takes before it acts (the event loop's time)."""
+        self.hanging: set[str] = set()
+        """Operations that do not return until they are taken out and `release` is called."""
+        self.ignores_power_button = False
+        self._released = asyncio.Event()
+
+    def release(self) -> None:
+        """Let the calls go that hang; they look again at what is wrong."""
+        self._released.set()
+        self._released = asyncio.Event()
+
+    async def strike(self, operation: str) -> None:
+        """Do to a call what is set for it."""
+        while operation in self.hanging:
+            await self._released.wait()
+        if (delay := self.delays_s.get(operation, 0.0)) > 0:
+            await asyncio.sleep(delay)
+        if self.failing.get(operation, 0) > 0:
+            self.failing[operation] -= 1
+            raise HypervisorError(f"simulated fault: {operation} failed and changed nothing")
+
+
+class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
+    """What the source's devices and vCPUs hold, as sent to the destination."""
+
+    domain: str
+    machine: str
+    ran_s: float
+
+
+class SimulatedGuest:
+    """One simulated process: a state, a memfd as memory, and how long its vCPUs have run."""
+
+    def __init__(self, launch: Launch, pid: int, *, incoming: bool) -> None:
+        self.launch = launch
+        self.pid = pid
+        self.incoming = incoming
+        self.loaded = False
+        self.state = DomainState.INCOMING if incoming else DomainState.STARTING
+        self.reason: str | None = None
+        self.state_before_switchover = DomainState.RUNNING
+        self.device_channel: Path | None = None
+        self.memory_fd = os.memfd_create(f"simulated-{launch.spec.name}", os.MFD_CLOEXEC)
+        os.ftruncate(self.memory_fd, launch.spec.memory_bytes)
+        self._ran_s = 0.0
+        self._runs_since_s: float | None = None
+
+    def ran_s(self, now: float) -> float:
+        """How long its vCPUs have run, on any host: it moves with the device state."""
+        return self._ran_s + (now - self._runs_since_s if self._runs_since_s is not None else 0.0)
+
+    def run(self, now: float) -> None:
+        self.state = DomainState.RUNNING
+        self.reason = None
+        self.incoming = False
+        self._runs_since_s = now
+
+    def halt(self, state: DomainState, now: float, reason: str | None = None) -> None:
+        self._ran_s = self.ran_s(now)
+        self._runs_since_s = None
+        self.state = state
+        self.reason = reason
+
+    def load(self, device_state: DeviceState) -> None:
+        self._ran_s = device_state.ran_s
+        self.loaded = True
+
+    def write_memory(self, offset_bytes: int, data: bytes) -> None:
+        """What the guest itself would write. HypervisorError unless its vCPUs run."""
+        if self.state is not DomainState.RUNNING:
+            raise HypervisorError(f"{self.launch.spec.name} doesn't run: it can't write")
+        os.pwrite(self.memory_fd, data, offset_bytes)
+
+    def read_memory(self, offset_bytes: int, length_bytes: int) -> bytes:
+        return os.pread(self.memory_fd, length_bytes, offset_bytes)
+
+    @property
+    def memory_in_use_bytes(self) -> int:
+        return os.fstat(self.memory_fd).st_blocks * 512
+
+
+class SimulatedHost:
+    """One machine: its guests by name. `emit` goes to the driver that is open on it, if any."""
+
+    def __init__(self, channels: SimulatedChannels, clock: Callable[[], float]) -> None:
+        self.channels = channels
+        self.clock = clock
+        self.faults = SimulatedFaults()
+        self.guests: dict[str, SimulatedGuest] = {}
+        self.listener: Callable[[DomainEvent], None] | None = None
+        self._next_pid = 1000
+
+    def spawn(self, launch: Launch, *, incoming: bool) -> SimulatedGuest:
+        self._next_pid += 1
+        guest = SimulatedGuest(launch, self._next_pid, incoming=incoming)
+        self.guests[launch.spec.name] = guest
+        return guest
+
+    def kill(self, domain: str, reason: str = "QEMU was killed by signal 9") -> None:
+        """End a guest's process at once, as SIGKILL would. Idempotent."""
+        guest = self.guests.pop(domain, None)
+        if guest is None:
+            return
+        guest.halt(DomainState.STOPPED, self.clock())
+        self.close_channel(guest)
+        os.close(guest.memory_fd)
+        self.emit(domain, DomainEventKind.EXITED, reason)
+
+    def close_channel(self, guest: SimulatedGuest) -> None:
+        """Drop the guest's end of its device channel; the other end is told."""
+        path, guest.device_channel = guest.device_channel, None
+        if path is None:
+            return
+        if guest.incoming:
+            self.channels.unlisten(path)
+        else:
+            self.channels.send(path, None)
+
+    def power_off(self, domain: str) -> None:
+        """The guest powers itself off."""
+        self.kill(domain, "powered off by the guest")
+
+    def fail_disk(self, domain: str, cause: str = "Input/output error") -> None:
+        """A disk error stops the guest, as werror=stop does."""
+        self.guests[domain].halt(DomainState.IO_ERROR, self.clock(), f"write of disk0: {cause}")
+        self.emit(domain, DomainEventKind.IO_ERROR, cause)
+        self.emit(domain, DomainEventKind.PAUSED)
+
+    def panic(self, domain: str) -> None:
+        """The guest's kernel panics."""
+        self.guests[domain].halt(DomainState.CRASHED, self.clock(), "the guest panicked")
+        self.emit(domain, DomainEventKind.PANICKED, "the guest panicked")
+        self.emit(domain, DomainEventKind.PAUSED)
+
+    def emit(self, domain: str, kind: DomainEventKind, detail: str = "") -> None:
+        if self.listener is not None:
+            self.listener(
+                DomainEvent(domain=DomainName(domain), kind=kind, at_s=self.clock(), detail=detail)
+            )
