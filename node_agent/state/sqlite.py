@@ -115,7 +115,9 @@ class SqliteStore(StateStore):
         return await self._perform(lambda database: database.delete_if(key, expected_revision))
 
     def watch(self, prefix: str, since_revision: int | None = None) -> AsyncIterator[Change]:
-        """See the port. "From now on" begins with this call, not with the first iteration.
+        """See the port. "From now on" is before every later call of this instance, not at the
+        first iteration: a listing asked for afterwards shows all that the watch won't. Against
+        other instances' writes it is somewhere between this call and the answer to the next.
 
         Iterating raises StoreError where the watcher fell too far behind, or begins further back
         than the log goes (the newest 2,048 changes): list again, and watch from there.

@@ -116,6 +116,7 @@ async def test_watch_begins_with_the_call_and_sees_all_instances_in_order(make: 
     async with opened(one, two):
         await one.put("d/old", b"")
         changes = two.watch("d/")
+        await two.get("d/old")  # Now it has begun, also for what others write.
         await one.put("d/a", b"1")
         await two.put("e/a", b"")
         await two.put("d/a", b"2")
@@ -134,6 +135,7 @@ async def test_watch_from_the_past_misses_and_repeats_nothing(make: MakeStore) -
     async with opened(one, two):
         start = await one.put("d/a", b"0")
         other = two.watch("")  # The second watch of an instance joins a running one.
+        await two.get("d/a")
         for number in range(1, 50):
             await one.put("d/a", b"%d" % number)
         changes = two.watch("d/", start)
@@ -148,6 +150,7 @@ async def test_another_instances_change_arrives_within_100_ms(make: MakeStore) -
     one, two = make(), make()
     async with opened(one, two):
         changes = two.watch("d/")
+        await two.get("d/a")
         loop = asyncio.get_running_loop()
         late_s = []
         for _ in range(10):
@@ -370,6 +373,7 @@ async def test_processes_that_contend_lose_no_update(tmp_path: Path) -> None:
     store = SqliteStore(path)
     async with opened(store):
         changes = store.watch("counter")
+        await store.get("counter")
         processes = [_spawn(_CONTENDER, str(path), "50") for _ in range(3)]
         counted = await take(changes, 150)
         for process in processes:
