@@ -26,7 +26,7 @@ from hypervisor.qemu.launcher import Launched
 from hypervisor.qemu.memory import memory_in_use_bytes, open_memory
 from hypervisor.qemu.offload import offload
 from hypervisor.qemu.process import QemuProcess
-from hypervisor.qemu.qmp import Monitor, QmpEvent
+from hypervisor.qemu.qmp import Monitor, QmpDisconnected, QmpEvent
 from hypervisor.qemu.status import MigrationStatus
 from migrator.errors import HypervisorError, NotFoundError
 from migrator.model import (
@@ -56,6 +56,8 @@ TERMINATE_TIMEOUT_S = 5.0
 PAUSE_TIMEOUT_S = 30.0
 """`stop` waits for the disks' I/O, which a lost storage server holds up."""
 INSPECT_TIMEOUT_S = 2.0
+EXIT_NOTICE_TIMEOUT_S = 0.2
+"""From a process's last word on its monitor to its end."""
 POWER_BUTTON_PERIOD_S = 10.0
 """A guest that is still booting ignores the power button: it is pressed again."""
 
@@ -119,7 +121,7 @@ class QemuDriver(HypervisorDriver):
         guest = self._take(Launched(directory, process, record))
         try:
             await guest.connect()
-            if not record.incoming and not guest.record.has_run:
+            if not guest.record.has_run and guest.run_state_seen == "prelaunch":
                 await self._end(guest, "its start was cut short")
         except HypervisorError as error:
             log.warning("%s runs, but its monitor doesn't answer: %s", guest.name, error)
@@ -214,6 +216,7 @@ class QemuDriver(HypervisorDriver):
             await guest.connect(timeout_s=LAUNCH_TIMEOUT_S)
             if not incoming:
                 await guest.cont()
+                await guest.record_saved()
         except BaseException as error:
             await asyncio.shield(self._end(guest, "its start failed"))
             if isinstance(error, HypervisorError):
@@ -295,6 +298,8 @@ class QemuDriver(HypervisorDriver):
             if run_state == "postmigrate" and guest.migration is not MigrationStatus.COMPLETED:
                 await guest.refresh()
         except HypervisorError as error:
+            if isinstance(error, QmpDisconnected):  # It may be ending: the pidfd says so next.
+                await guest.process.wait(timeout_s=EXIT_NOTICE_TIMEOUT_S)
             if guest.process.exited:
                 return DomainStatus(name=domain, state=DomainState.STOPPED)
             state, reason = DomainState.UNKNOWN, str(error)

@@ -62,7 +62,8 @@ class Guest:
         """Why we end the process, for the EXITED event; set by the driver."""
         self.loaded = False
         """A destination whose device state is in place."""
-        self.running = False
+        self.run_state_seen = ""
+        """QEMU's run state when we last refreshed."""
         self.migration = MigrationStatus.NONE
         self.prepared = False
         self.awaits_pause = False
@@ -77,6 +78,7 @@ class Guest:
         self._connecting = asyncio.Lock()
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._saving: asyncio.Task[None] | None = None
         process.watch(self._on_exit)
 
     @property
@@ -116,12 +118,12 @@ class Guest:
     async def refresh(self) -> str:
         """Ask QEMU for what the events would have told. Returns its run state."""
         run_state = await self.run_state(timeout_s=COMMAND_TIMEOUT_S)
+        self.run_state_seen = run_state
         answer = await self.execute("query-migrate")
         status = answer.get("status", "none") if isinstance(answer, Mapping) else "none"
         self.migration = MigrationStatus.parse(status)
-        self.running = run_state == "running"
         self.loaded = self.incoming and run_state != "inmigrate"
-        if self.running:
+        if run_state == "running":
             self._has_run()
         return run_state
 
@@ -184,7 +186,6 @@ class Guest:
     def _on_event(self, event: QmpEvent) -> None:
         match event.name:
             case "STOP":
-                self.running = False
                 self.awaits_pause = False
                 self._emit(DomainEventKind.PAUSED, event.at_s)
             case "RESUME":
@@ -204,7 +205,6 @@ class Guest:
         self._wake()
 
     def _on_resume(self, at_s: float) -> None:
-        self.running = True
         self.io_error = None
         self._resumed_at_s = at_s
         self._resumes += 1
@@ -305,7 +305,12 @@ class Guest:
             self.loaded = False
             self.migration = MigrationStatus.NONE
         self.record = msgspec.structs.replace(self.record, has_run=True)
-        self.spawn_task(self._save_record(), "save-record")
+        self._saving = asyncio.create_task(self._save_record(), name=f"{self.name}-save-record")
+
+    async def record_saved(self) -> None:
+        """Wait until the record on disk is as ours."""
+        if self._saving is not None:
+            await asyncio.wait([self._saving])
 
     async def _save_record(self) -> None:
         record = self.record
@@ -322,6 +327,7 @@ class Guest:
         self.spawn_task(self._finish(), "finish")
 
     async def _finish(self) -> None:
+        await self.record_saved()
         if self._monitor is not None:
             await self._monitor.close()
         await offload(lambda: records.remove_directory(self.directory))
@@ -340,6 +346,7 @@ class Guest:
 
     async def let_go(self) -> None:
         """Stop looking after it; the process lives on, undisturbed. Idempotent."""
+        await self.record_saved()
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()

@@ -133,6 +133,7 @@ class World(abc.ABC):
         await self.relay(sent, received)
         await source.driver.prepare_switchover(VM)
         source.forget()
+        destination.forget()
         await source.driver.begin_switchover(VM, sent)
         await source.wait(DomainEventKind.PRE_SWITCHOVER)
         await copy_memory(source, destination)
