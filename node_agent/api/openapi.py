@@ -29,7 +29,7 @@ def document(routes: Sequence[Route], version: str) -> dict[str, Any]:
     for route in routes:
         operation = _operation(route, by_kind)
         paths.setdefault(route.path, {})[route.method.lower()] = operation
-    return {
+    described = {
         "openapi": "3.1.0",
         "info": {
             "title": "Ferry",
@@ -40,6 +40,8 @@ def document(routes: Sequence[Route], version: str) -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": components},
     }
+    values: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(described))
+    return values
 
 
 def _operation(route: Route, by_kind: dict[Any, Any]) -> dict[str, Any]:

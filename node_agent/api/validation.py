@@ -55,17 +55,22 @@ def explained(error: msgspec.ValidationError, kind: Any) -> InvalidRequest:
         return InvalidRequest(f"{here or 'the body'} must be {right}", {here: right})
     name = named["name"]
     field = f"{here}.{name}" if here else name
-    struct = found if isinstance(found, inspect.StructType) else None
+    known = {each.encode_name: each.type for each in _fields(found)}
     if named["problem"] == "contains unknown":
-        known = [each.encode_name for each in struct.fields] if struct else []
         close = difflib.get_close_matches(name, known, n=1)
         right = f"left out; did you mean {close[0]}?" if close else "left out; it is unknown"
         if not close and known:
             right += f" (known: {', '.join(known)})"
         return InvalidRequest(f"{field} must be {right}", {field: right})
-    types = {each.encode_name: each.type for each in struct.fields} if struct else {}
-    right = _right(types[name]) if name in types else "given"
+    right = _right(known[name]) if name in known else "given"
     return InvalidRequest(f"{field} is missing; it must be {right}", {field: right})
+
+
+def _fields(kind: inspect.Type | None) -> list[inspect.Field]:
+    """Those of a struct, or of all structs of a union."""
+    if isinstance(kind, inspect.UnionType):
+        return [field for each in kind.types for field in _fields(each)]
+    return list(kind.fields) if isinstance(kind, inspect.StructType) else []
 
 
 def _type_at(kind: inspect.Type, steps: list[str]) -> inspect.Type | None:
@@ -75,6 +80,10 @@ def _type_at(kind: inspect.Type, steps: list[str]) -> inspect.Type | None:
     if not steps:
         return kind
     if isinstance(kind, inspect.UnionType):
+        structs = [each for each in kind.types if isinstance(each, inspect.StructType)]
+        tags = [str(each.tag) for each in structs if [each.tag_field] == steps]
+        if tags:
+            return inspect.LiteralType(values=tuple(tags))
         found = (_type_at(each, steps) for each in kind.types)
         return next((each for each in found if each is not None), None)
     step, rest = steps[0], steps[1:]

@@ -1,0 +1,207 @@
+"""The CLI's HTTP client: synchronous, from the standard library alone, so that `ferry` starts fast.
+
+find_address()   --api, $FERRY_API, --lab, $FERRY_LAB, /run/ferry/api.sock, the only lab
+ApiClient        typed requests; a problem document becomes ApiProblem, silence Unreachable
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Final, TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+
+from node_agent.cli.errors import ApiProblem, CliError, ExitCode, Unreachable
+from node_agent.resources import Problem
+
+T = TypeVar("T")
+
+DEFAULT_SOCKET: Final = Path("/run/ferry/api.sock")
+CONNECT_TIMEOUT_S: Final = 5.0
+ANSWER_TIMEOUT_S: Final = 120.0
+ANSWER_CAP_BYTES: Final = 64 * 1024 * 1024
+
+
+def find_address(api: str | None, lab: str | None) -> str:
+    """`unix:PATH` or `http://HOST:PORT`, see the module. CliError if there is none to be found."""
+    api = api or (None if lab else os.environ.get("FERRY_API"))
+    if api:
+        return api
+    lab = lab or os.environ.get("FERRY_LAB")
+    if lab:
+        return _lab_address(lab)
+    if DEFAULT_SOCKET.exists():
+        return f"unix:{DEFAULT_SOCKET}"
+    labs = _labs()
+    if len(labs) == 1:
+        return _lab_address(labs[0])
+    hint = f"there are several labs ({', '.join(labs)}): choose one with --lab" if labs else ""
+    raise CliError(
+        f"no agent found: {hint or f'{DEFAULT_SOCKET} does not exist; give --api or $FERRY_API'}",
+        ExitCode.UNREACHABLE,
+    )
+
+
+def _labs() -> list[str]:
+    try:
+        from deploy import lab
+    except ImportError:
+        return []
+    return lab.list_labs()
+
+
+def _lab_address(name: str) -> str:
+    """The API of the lab's first node that listens."""
+    from deploy import lab
+    from migrator.errors import FerryError
+
+    try:
+        addresses = [node.api for node in lab.load(name).nodes]
+    except FerryError as error:
+        raise CliError(str(error), ExitCode.NOT_FOUND) from error
+    for address in addresses:
+        if _listens(address):
+            return address
+    raise CliError(f"no agent of lab {name} answers", ExitCode.UNREACHABLE)
+
+
+def _listens(address: str) -> bool:
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(address.removeprefix("unix:"))
+        except OSError:
+            return False
+        return True
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("ferry", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self.sock.settimeout(CONNECT_TIMEOUT_S)
+            self.sock.connect(self._path)
+            self.sock.settimeout(self.timeout)
+        except OSError:
+            self.sock.close()
+            raise
+
+
+class _TcpConnection(http.client.HTTPConnection):
+    def connect(self) -> None:
+        self.sock = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT_S)
+        self.sock.settimeout(self.timeout)
+
+
+class ApiClient:
+    """One agent's API. Each request has its own connection.
+
+    Errors: ApiProblem (the agent refused), Unreachable (it can't be asked, or doesn't answer).
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        if not address.startswith("unix:"):
+            parts = urlsplit(address if "//" in address else f"http://{address}")
+            try:
+                self._host, self._port = parts.hostname or "", parts.port or 80
+            except ValueError:
+                self._host = ""
+            if parts.scheme != "http" or not self._host:
+                raise CliError(
+                    f"{address} is not an API address: unix:/PATH or http://HOST:PORT",
+                    ExitCode.USAGE,
+                )
+
+    def get(self, path: str, kind: type[T]) -> T:
+        """GET a JSON resource."""
+        return self._decoded(self._exchange("GET", path), kind)
+
+    def post(
+        self, path: str, kind: type[T], body: object = None, *, timeout_s: float = ANSWER_TIMEOUT_S
+    ) -> T:
+        """POST, None: an empty body."""
+        return self._decoded(self._exchange("POST", path, body, timeout_s), kind)
+
+    def delete(self, path: str) -> bytes:
+        """DELETE; the body of the answer."""
+        return self._exchange("DELETE", path)
+
+    def lines(self, path: str, headers: Mapping[str, str] | None = None) -> Iterator[bytes]:
+        """A stream's lines, until it ends."""
+        for chunk in self.chunks(path, headers, by_line=True):
+            yield chunk.rstrip(b"\r\n")
+
+    def chunks(
+        self, path: str, headers: Mapping[str, str] | None = None, *, by_line: bool = False
+    ) -> Iterator[bytes]:
+        """A stream's bytes as they come. The server says something every few seconds or ends."""
+        with closing(self._connection(ANSWER_TIMEOUT_S)) as connection:
+            try:
+                connection.request("GET", path, headers=dict(headers or {}))
+                response = connection.getresponse()
+                if response.status >= 300:
+                    self._raise_problem(response.status, response.read(ANSWER_CAP_BYTES))
+                read = response.readline if by_line else response.read1
+                while data := read(65_536):
+                    yield data
+            except (OSError, http.client.HTTPException) as error:
+                raise self._unreachable(error) from error
+
+    def _exchange(
+        self, method: str, path: str, body: object = None, timeout_s: float = ANSWER_TIMEOUT_S
+    ) -> bytes:
+        data = None if body is None else msgspec.json.encode(body)
+        headers = {"Accept": "application/json"}
+        if data is not None:
+            headers["Content-Type"] = "application/json"
+        with closing(self._connection(timeout_s)) as connection:
+            try:
+                connection.request(method, path, body=data, headers=headers)
+                response = connection.getresponse()
+                answer = response.read(ANSWER_CAP_BYTES)
+            except (OSError, http.client.HTTPException) as error:
+                raise self._unreachable(error) from error
+        if response.status >= 300:
+            self._raise_problem(response.status, answer)
+        return answer
+
+    def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
+        if self.address.startswith("unix:"):
+            return _UnixConnection(self.address.removeprefix("unix:"), timeout_s)
+        return _TcpConnection(self._host, self._port, timeout=timeout_s)
+
+    def _raise_problem(self, status: int, body: bytes) -> None:
+        try:
+            problem = msgspec.json.decode(body, type=Problem)
+        except msgspec.DecodeError:
+            detail = f"{self.address} answered {status}, which is not Ferry's API"
+            problem = Problem(type="about:blank", title="", status=status, detail=detail, code="")
+        raise ApiProblem(problem)
+
+    def _decoded(self, body: bytes, kind: type[T]) -> T:
+        try:
+            return msgspec.json.decode(body, type=kind)
+        except msgspec.DecodeError as error:
+            raise CliError(
+                f"{self.address} answered what this ferry can't read: {error}"
+            ) from error
+
+    def _unreachable(self, error: Exception) -> Unreachable:
+        if isinstance(error, TimeoutError):
+            why = "it doesn't answer in time"
+        elif isinstance(error, OSError):
+            why = error.strerror or str(error)
+        else:
+            why = str(error) or "it closed the connection"
+        return Unreachable(f"the agent at {self.address} can't be reached: {why}")

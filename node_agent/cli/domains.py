@@ -1,0 +1,180 @@
+"""`ferry domain ...`"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import quote
+
+import typer
+
+from node_agent.cli.errors import CliError, ExitCode
+from node_agent.cli.output import facts, note, settings, show, size, table
+from node_agent.cli.spec import load_spec, merge_spec
+from node_agent.resources import Domain, DomainList, StartRequest, StopRequest
+
+app = typer.Typer(
+    help="Domains: define, start, stop, look at.", no_args_is_help=True, rich_markup_mode=None
+)
+
+_NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The domain.")]
+
+
+def path_of(name: str) -> str:
+    """The API's path of a domain."""
+    return f"/v1/domains/{quote(name, safe='')}"
+
+
+@app.command()
+def define(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Its name.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("-f", "--file", help="A .toml or .json file; - for stdin.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="Like 512M or 4G.")] = None,
+    vcpus: Annotated[int | None, typer.Option(help="How many vCPUs.")] = None,
+    machine: Annotated[str | None, typer.Option(help="q35, pc or a versioned type.")] = None,
+    cpu_model: Annotated[str | None, typer.Option("--cpu", help="CPU model.")] = None,
+    disk: Annotated[
+        list[str] | None, typer.Option(help="VOLUME[,pool=POOL][,ro=true]; repeatable.")
+    ] = None,
+    nic: Annotated[
+        list[str] | None, typer.Option(help="bridge=BR,mac=MAC[,ip=IP][,mtu=N]; repeatable.")
+    ] = None,
+    kernel: Annotated[str | None, typer.Option(help="Boot this kernel.")] = None,
+    initrd: Annotated[str | None, typer.Option(help="Its initrd.")] = None,
+    cmdline: Annotated[str | None, typer.Option(help="Its command line.")] = None,
+    start_it: Annotated[bool, typer.Option("--start", help="Start it, too.")] = False,
+) -> None:
+    """Define a domain from a file, from options, or both (options win)."""
+    spec = merge_spec(
+        load_spec(file) if file is not None else {},
+        name=name,
+        memory=memory,
+        vcpus=vcpus,
+        machine=machine,
+        cpu_model=cpu_model,
+        disks=disk or (),
+        nics=nic or (),
+        kernel=kernel,
+        initrd=initrd,
+        cmdline=cmdline,
+    )
+    if not spec:
+        raise CliError("give a file (-f) or a name and options", ExitCode.USAGE)
+    client = settings.client()
+    domain = client.post("/v1/domains", Domain, spec)
+    if start_it:
+        domain = client.post(f"{path_of(domain.name)}/start", Domain)
+        show(domain, f"domain {domain.name} is defined and runs on {domain.node}")
+    else:
+        show(domain, f"domain {domain.name} is defined")
+
+
+@app.command()
+def start(
+    name: _NameArgument,
+    node: Annotated[str | None, typer.Option(help="Where; by default where it ran last.")] = None,
+) -> None:
+    """Start a domain."""
+    body = StartRequest(node=node)
+    domain = settings.client().post(f"{path_of(name)}/start", Domain, body)
+    show(domain, f"domain {name} runs on {domain.node}")
+
+
+@app.command()
+def stop(
+    name: _NameArgument,
+    timeout: Annotated[
+        float, typer.Option(min=0, max=600, help="Seconds until it is ended by force.")
+    ] = 30.0,
+) -> None:
+    """Power a domain off."""
+    body = StopRequest(timeout_s=timeout)
+    domain = settings.client().post(f"{path_of(name)}/stop", Domain, body, timeout_s=timeout + 90)
+    show(domain, f"domain {name} is {domain.state}")
+
+
+@app.command()
+def pause(name: _NameArgument) -> None:
+    """Stop a domain's vCPUs."""
+    _operate(name, "pause")
+
+
+@app.command()
+def resume(name: _NameArgument) -> None:
+    """Run a paused domain's vCPUs."""
+    _operate(name, "resume")
+
+
+@app.command()
+def reset(name: _NameArgument) -> None:
+    """Reset a domain as its reset button would."""
+    _operate(name, "reset")
+
+
+def _operate(name: str, operation: str) -> None:
+    domain = settings.client().post(f"{path_of(name)}/{operation}", Domain)
+    show(domain, f"domain {name} is {domain.state} on {domain.node}")
+
+
+@app.command("ls")
+def list_domains() -> None:
+    """All domains of the cluster."""
+    domains = settings.client().get("/v1/domains", DomainList).domains
+    rows = [
+        (
+            domain.name,
+            domain.state.value,
+            domain.node or "-",
+            str(domain.spec.vcpus),
+            size(domain.spec.memory_bytes),
+            domain.migration or "-",
+        )
+        for domain in domains
+    ]
+    headings = ("NAME", "STATE", "NODE", "VCPUS", "MEMORY", "MIGRATION")
+    show(domains, table(headings, rows))
+
+
+@app.command("show")
+def show_domain(name: _NameArgument) -> None:
+    """One domain."""
+    domain = settings.client().get(path_of(name), Domain)
+    spec = domain.spec
+    pairs = [
+        ("name", domain.name),
+        ("state", domain.state.value + (f" ({domain.reason})" if domain.reason else "")),
+        ("node", domain.node or ""),
+        ("migration", domain.migration or ""),
+        ("fencing token", str(domain.token or "")),
+        ("pid", str(domain.pid or "")),
+        ("memory", f"{size(spec.memory_bytes)}, in use {size(domain.memory_in_use_bytes)}"),
+        ("vcpus", f"{spec.vcpus} ({spec.cpu_model})"),
+        ("machine", spec.machine),
+        *(("disk", f"{disk.pool}/{disk.volume}") for disk in spec.disks),
+        *(("nic", f"{nic.mac} on {nic.bridge} {' '.join(nic.addresses)}") for nic in spec.nics),
+    ]
+    show(domain, facts(pairs))
+
+
+@app.command("rm")
+def remove(name: _NameArgument) -> None:
+    """Delete a stopped domain's definition; its volumes stay."""
+    settings.client().delete(path_of(name))
+    show({"deleted": name}, f"domain {name} is deleted; its volumes stay")
+
+
+@app.command()
+def console(
+    name: _NameArgument,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on, also after it.")] = False,
+) -> None:
+    """What a domain's serial console printed."""
+    suffix = "?follow=true" if follow else ""
+    for chunk in settings.client().chunks(f"{path_of(name)}/console{suffix}"):
+        sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.flush()
+    if follow:
+        note("the console's stream has ended")

@@ -1,0 +1,64 @@
+"""The CLI's errors and its exit codes, which scripts rely on."""
+
+from __future__ import annotations
+
+import enum
+
+from node_agent.resources import Problem
+
+
+class ExitCode(enum.IntEnum):
+    """What `ferry` says with its exit status. Also in `ferry --help`."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    NOT_FOUND = 3
+    REFUSED = 4
+    UNREACHABLE = 5
+    MIGRATION_FAILED = 6
+    MIGRATION_CANCELLED = 7
+    INTERRUPTED = 130
+
+
+EXIT_CODES_HELP = """\b
+Exit codes:
+  0    done
+  1    failed
+  2    wrong usage, or an invalid request
+  3    there is no such domain, node, migration, volume or pool
+  4    refused, or in conflict with the object's state
+  5    the agent can't be reached
+  6    the migration failed; its error says what that means for the domain
+  7    the migration was cancelled; the domain runs on its source
+  130  interrupted; a migration that was being watched goes on"""
+
+
+class CliError(Exception):
+    """One sentence for stderr, and the exit code."""
+
+    def __init__(self, message: str, code: ExitCode = ExitCode.FAILED) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Unreachable(CliError):
+    """The agent can't be asked."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, ExitCode.UNREACHABLE)
+
+
+class ApiProblem(CliError):
+    """The agent answered with a problem document."""
+
+    def __init__(self, problem: Problem) -> None:
+        codes = {
+            400: ExitCode.USAGE,
+            404: ExitCode.NOT_FOUND,
+            409: ExitCode.REFUSED,
+            413: ExitCode.USAGE,
+            415: ExitCode.USAGE,
+        }
+        super().__init__(problem.detail, codes.get(problem.status, ExitCode.FAILED))
+        self.problem = problem

@@ -1,0 +1,155 @@
+"""`ferry migrate` and `ferry migration ...`"""
+
+from __future__ import annotations
+
+from typing import Annotated
+from urllib.parse import quote
+
+import msgspec
+import typer
+
+from migrator.model import Migration, OnTimeout
+from node_agent.cli.domains import path_of
+from node_agent.cli.errors import ExitCode
+from node_agent.cli.output import facts, moment, parse_size, settings, show, size, table
+from node_agent.cli.progress import watch_migration
+from node_agent.resources import DryRun, MigrationCreate, MigrationList
+
+app = typer.Typer(
+    help="Migrations: list, look at, watch, cancel.", no_args_is_help=True, rich_markup_mode=None
+)
+
+_IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The migration.")]
+
+
+def migrate(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The domain.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            help="Destination; by default (the agent chooses) the ready node "
+            "with the most free memory.",
+        ),
+    ] = None,
+    downtime_limit_ms: Annotated[
+        int, typer.Option("--downtime-limit", min=1, help="Longest blackout, milliseconds.")
+    ] = 50,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Of the pre-copy, seconds.")] = 600,
+    on_timeout: Annotated[
+        OnTimeout, typer.Option(help="What then: cancel, or pause the guest anyway.")
+    ] = OnTimeout.CANCEL,
+    bandwidth: Annotated[
+        str | None, typer.Option(help="Bytes a second at most, like 100M.")
+    ] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Don't wait for its end.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what is against it.")
+    ] = False,
+) -> None:
+    """Migrate a running domain to another node, and show how it goes.
+
+    Ctrl-C asks whether to cancel it; where there is no terminal it lets the migration go on.
+    """
+    body = MigrationCreate(
+        destination=to,
+        downtime_limit_ms=downtime_limit_ms,
+        timeout_s=timeout_s,
+        on_timeout=on_timeout,
+        bandwidth_bytes_per_s=parse_size(bandwidth) if bandwidth is not None else None,
+    )
+    client = settings.client()
+    path = f"{path_of(name)}/migrations"
+    if dry_run:
+        result = client.post(f"{path}?dry_run=true", DryRun, body)
+        refused = "\n".join(f"  - {reason}" for reason in result.refused)
+        fine = f"domain {name} can be migrated to {result.destination}"
+        show(result, f"domain {name} can't be migrated:\n{refused}" if refused else fine)
+        raise typer.Exit(ExitCode.REFUSED if result.refused else ExitCode.OK)
+    migration = client.post(path, Migration, body)
+    if no_wait:
+        text = f"migration {migration.id} of {name} to {migration.destination} has begun"
+        show(migration, text)
+        return
+    raise typer.Exit(watch_migration(client, migration))
+
+
+@app.command("ls")
+def list_migrations(
+    active: Annotated[bool, typer.Option("--active", help="Only those that go on.")] = False,
+) -> None:
+    """All migrations, newest first."""
+    migrations = settings.client().get("/v1/migrations", MigrationList).migrations
+    if active:
+        migrations = tuple(each for each in migrations if not each.ended)
+    rows = [
+        (
+            each.id,
+            each.domain,
+            f"{each.source} -> {each.destination}",
+            each.state.value,
+            f"{each.blackout_ms:.1f} ms" if each.blackout_ms is not None else "-",
+            f"{each.total_s:.1f} s" if each.total_s is not None else "-",
+            moment(each.created_at_s),
+        )
+        for each in migrations
+    ]
+    headings = ("ID", "DOMAIN", "NODES", "STATE", "BLACKOUT", "TOTAL", "CREATED")
+    show(migrations, table(headings, rows))
+
+
+@app.command("show")
+def show_migration(id: _IdArgument) -> None:
+    """One migration: what was asked, what was done, why it ended."""
+    each = settings.client().get(_path(id), Migration)
+    request = each.request
+    pairs = [
+        ("migration", each.id),
+        ("domain", each.domain),
+        ("nodes", f"{each.source} -> {each.destination}"),
+        ("state", each.state.value),
+        ("error", each.error or ""),
+        ("blackout", f"{each.blackout_ms:.1f} ms" if each.blackout_ms is not None else ""),
+        ("total", f"{each.total_s:.2f} s" if each.total_s is not None else ""),
+        ("sent", size(each.progress.bytes_sent)),
+        ("downtime limit", f"{request.downtime_limit_ms} ms"),
+        ("timeout", f"{request.timeout_s:g} s, then {request.on_timeout.value}"),
+        ("created", moment(each.created_at_s)),
+    ]
+    text = facts(pairs)
+    if each.timeline:
+        rows = [(phase.name, f"{phase.seconds:.3f} s", phase.detail) for phase in each.timeline]
+        text += "\n\n" + table(("PHASE", "TIME", "DETAIL"), rows)
+    if each.iterations:
+        passes = [
+            (
+                str(one.number),
+                one.kind.value,
+                str(one.pages),
+                size(one.bytes_sent),
+                f"{one.seconds:.3f} s",
+                str(one.pending_pages),
+            )
+            for one in each.iterations
+        ]
+        headings = ("ITERATION", "KIND", "PAGES", "SENT", "TIME", "DIRTIED MEANWHILE")
+        text += "\n\n" + table(headings, passes)
+    show(each, text)
+
+
+@app.command()
+def watch(id: _IdArgument) -> None:
+    """Show how a migration goes, until it ends."""
+    client = settings.client()
+    raise typer.Exit(watch_migration(client, client.get(_path(id), Migration)))
+
+
+@app.command()
+def cancel(id: _IdArgument) -> None:
+    """Cancel a migration; refused from the handoff on."""
+    each = msgspec.json.decode(settings.client().delete(_path(id)), type=Migration)
+    show(each, f"migration {id} is {each.state.value}")
+
+
+def _path(id: str) -> str:
+    return f"/v1/migrations/{quote(id, safe='')}"

@@ -1,0 +1,167 @@
+"""Watching a migration: one live line on a terminal, plain lines elsewhere.
+
+Ctrl-C on a terminal asks: cancel, detach or go on. Elsewhere it detaches. Detaching leaves the
+migration alone. An agent that is being restarted is waited for: its migrations go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
+
+from migrator.model import Migration, MigrationState
+from node_agent.cli.client import ApiClient
+from node_agent.cli.errors import ApiProblem, CliError, ExitCode, Unreachable
+from node_agent.cli.output import note, settings, show, size
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+POLL_S: Final = 0.2
+LINE_S: Final = 2.0
+SILENCE_S: Final = 60.0
+"""How long an agent may be away before watching is given up."""
+_EXIT: Final = {
+    MigrationState.COMPLETED: ExitCode.OK,
+    MigrationState.FAILED: ExitCode.MIGRATION_FAILED,
+    MigrationState.CANCELLED: ExitCode.MIGRATION_CANCELLED,
+}
+
+
+def watch_migration(client: ApiClient, migration: Migration) -> ExitCode:
+    """Show it until it ended. The exit code says how; INTERRUPTED: the user detached."""
+    live = sys.stdout.isatty() and sys.stdin.isatty() and not settings.json
+    watcher = _LiveWatcher(client) if live else _LineWatcher(client)
+    while not migration.ended:
+        try:
+            migration = watcher.until_ended(migration)
+        except KeyboardInterrupt:
+            if not live or _ask(client, migration):
+                note(
+                    f"migration {migration.id} goes on; "
+                    f"`ferry migration watch {migration.id}` looks at it again"
+                )
+                return ExitCode.INTERRUPTED
+    show(migration, outcome(migration))
+    if migration.state is MigrationState.FAILED and settings.json:
+        print(f"ferry: {outcome(migration)}", file=sys.stderr)
+    return _EXIT[migration.state]
+
+
+def outcome(migration: Migration) -> str:
+    """One sentence about a migration that ended."""
+    name, total = migration.domain, f"{migration.total_s or 0:.1f} s"
+    if migration.state is MigrationState.COMPLETED:
+        blackout = migration.blackout_ms
+        dark = f", blackout {blackout:.1f} ms" if blackout is not None else ""
+        return (
+            f"domain {name} runs on {migration.destination}{dark}, total {total}, "
+            f"{size(migration.progress.bytes_sent)} sent"
+        )
+    why = f": {migration.error}" if migration.error else ""
+    return f"migration {migration.id} of domain {name} {migration.state.value}{why}"
+
+
+def describe(migration: Migration) -> str:
+    """One line about a migration that goes on."""
+    progress = migration.progress
+    parts = [f"{migration.domain}: {migration.source} -> {migration.destination}"]
+    parts.append(progress.state.value)
+    if progress.iteration:
+        parts.append(f"iteration {progress.iteration}")
+    parts.append(f"{size(progress.bytes_sent)} sent, {size(progress.remaining_bytes)} to go")
+    if progress.throughput_bytes_per_s is not None:
+        parts.append(f"{size(progress.throughput_bytes_per_s)}/s")
+    if progress.dirty_rate_bytes_per_s is not None:
+        parts.append(f"dirtied {size(progress.dirty_rate_bytes_per_s)}/s")
+    if progress.predicted_blackout_ms is not None:
+        parts.append(f"blackout ~{progress.predicted_blackout_ms:.0f} ms")
+    if progress.eta_s is not None:
+        parts.append(f"~{progress.eta_s:.0f} s left")
+    return ", ".join(parts)
+
+
+class _Watcher:
+    """Polls; what it does with each state of things is its subclasses'."""
+
+    def __init__(self, client: ApiClient) -> None:
+        self._client = client
+
+    def until_ended(self, migration: Migration) -> Migration:
+        """The migration when it ended. Unreachable after `SILENCE_S` without an answer."""
+        path = f"/v1/migrations/{quote(migration.id, safe='')}"
+        answered_at = time.monotonic()
+        while not migration.ended:
+            self.saw(migration)
+            time.sleep(POLL_S)
+            try:
+                migration = self._client.get(path, Migration)
+                answered_at = time.monotonic()
+            except (Unreachable, ApiProblem) as error:
+                if isinstance(error, ApiProblem) and error.problem.status < 500:
+                    raise
+                if time.monotonic() - answered_at > SILENCE_S:
+                    raise CliError(
+                        f"{error}; whether migration {migration.id} goes on is unknown",
+                        ExitCode.UNREACHABLE,
+                    ) from error
+        return migration
+
+    def saw(self, migration: Migration) -> None:
+        raise NotImplementedError
+
+
+class _LineWatcher(_Watcher):
+    """A line a change of state, and one every `LINE_S`."""
+
+    def __init__(self, client: ApiClient) -> None:
+        super().__init__(client)
+        self._state: MigrationState | None = None
+        self._printed_at = 0.0
+
+    def saw(self, migration: Migration) -> None:
+        now = time.monotonic()
+        if migration.state is not self._state or now - self._printed_at >= LINE_S:
+            note(describe(migration))
+            self._state, self._printed_at = migration.state, now
+
+
+class _LiveWatcher(_Watcher):
+    """A bar that is redrawn."""
+
+    _live: Live | None = None
+
+    def until_ended(self, migration: Migration) -> Migration:
+        from rich.live import Live
+
+        with Live(transient=True, refresh_per_second=5) as live:
+            self._live = live
+            return super().until_ended(migration)
+
+    def saw(self, migration: Migration) -> None:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.text import Text
+
+        progress = migration.progress
+        total = progress.bytes_sent + progress.remaining_bytes
+        bar = ProgressBar(total=max(total, 1), completed=progress.bytes_sent, width=60)
+        if self._live is not None:
+            self._live.update(Group(Text(describe(migration)), bar))
+
+
+def _ask(client: ApiClient, migration: Migration) -> bool:
+    """After Ctrl-C on a terminal. True: detach. Cancelling or going on: False."""
+    try:
+        answer = input("\n[c]ancel the migration, [d]etach and let it go on, or Enter to stay? ")
+    except (KeyboardInterrupt, EOFError):
+        return True
+    choice = answer.strip().lower()[:1]
+    if choice == "c":
+        try:
+            client.delete(f"/v1/migrations/{quote(migration.id, safe='')}")
+        except ApiProblem as error:
+            note(f"not cancelled: {error}")
+    return choice == "d"

@@ -1,0 +1,119 @@
+"""A domain's definition from a TOML or JSON file, from options, or from both (options win).
+
+The values are passed on as they are: the agent validates them, and names each wrong field.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from node_agent.cli.errors import CliError, ExitCode
+from node_agent.cli.output import parse_size
+
+_NIC_KEYS: Final = frozenset({"bridge", "mac", "ip", "mtu"})
+_DISK_KEYS: Final = frozenset({"volume", "pool", "ro"})
+
+
+def load_spec(path: Path) -> dict[str, Any]:
+    """The file's table; "-" reads JSON from standard input. CliError says what is wrong."""
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CliError(f"{path} can't be read: {error}", ExitCode.USAGE) from error
+    try:
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except ValueError as error:
+        kind = "TOML" if path.suffix == ".toml" else "JSON"
+        raise CliError(f"{path} is not {kind}: {error}", ExitCode.USAGE) from error
+    if not isinstance(values, dict):
+        raise CliError(f"{path} must hold one domain", ExitCode.USAGE)
+    if isinstance(memory := values.pop("memory", None), str):
+        values["memory_bytes"] = parse_size(memory)
+    return values
+
+
+def parse_disk(text: str) -> dict[str, Any]:
+    """`VOLUME[,pool=POOL][,ro=true]` or `volume=VOLUME,...`."""
+    first, _, rest = text.partition(",")
+    if "=" not in first:
+        text = f"volume={first},{rest}" if rest else f"volume={first}"
+    pairs = _pairs(text, "--disk", _DISK_KEYS)
+    disk: dict[str, Any] = {"volume": pairs.get("volume", [""])[-1]}
+    if "pool" in pairs:
+        disk["pool"] = pairs["pool"][-1]
+    if "ro" in pairs:
+        disk["read_only"] = pairs["ro"][-1].lower() in {"true", "1", "yes", "on"}
+    return disk
+
+
+def parse_nic(text: str) -> dict[str, Any]:
+    """`bridge=BR,mac=MAC[,ip=ADDRESS ...][,mtu=BYTES]`; `ip` may come several times."""
+    pairs = _pairs(text, "--nic", _NIC_KEYS)
+    nic: dict[str, Any] = {"addresses": pairs.get("ip", [])}
+    for key in ("bridge", "mac"):
+        if key not in pairs:
+            raise CliError(f"--nic {text}: {key}= is missing", ExitCode.USAGE)
+        nic[key] = pairs[key][-1]
+    nic["mac"] = nic["mac"].lower()
+    if "mtu" in pairs:
+        if not pairs["mtu"][-1].isdigit():
+            raise CliError(f"--nic {text}: mtu is not a number of bytes", ExitCode.USAGE)
+        nic["mtu_bytes"] = int(pairs["mtu"][-1])
+    return nic
+
+
+def _pairs(text: str, option: str, known: frozenset[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for part in text.split(","):
+        key, separator, value = part.partition("=")
+        if not separator or key not in known:
+            right = ", ".join(f"{name}=" for name in sorted(known))
+            raise CliError(f"{option} {text}: {part!r} is none of {right}", ExitCode.USAGE)
+        found.setdefault(key, []).append(value)
+    return found
+
+
+def merge_spec(
+    values: dict[str, Any],
+    *,
+    name: str | None,
+    memory: str | None,
+    vcpus: int | None,
+    machine: str | None,
+    cpu_model: str | None,
+    disks: Sequence[str],
+    nics: Sequence[str],
+    kernel: str | None,
+    initrd: str | None,
+    cmdline: str | None,
+) -> dict[str, Any]:
+    """`values` with what the options say. CliError if a kernel's options come without a kernel."""
+    merged = dict(values)
+    simple: dict[str, Any] = {
+        "name": name,
+        "memory_bytes": parse_size(memory) if memory is not None else None,
+        "vcpus": vcpus,
+        "machine": machine,
+        "cpu_model": cpu_model,
+    }
+    merged |= {key: value for key, value in simple.items() if value is not None}
+    if disks:
+        merged["disks"] = [parse_disk(text) for text in disks]
+    if nics:
+        merged["nics"] = [parse_nic(text) for text in nics]
+    boot = {"kernel": kernel, "initrd": initrd, "cmdline": cmdline}
+    given = {key: value for key, value in boot.items() if value is not None}
+    if given:
+        before = merged.get("boot")
+        merged["boot"] = {**(before if isinstance(before, dict) else {}), "kind": "kernel", **given}
+        if "kernel" not in merged["boot"]:
+            raise CliError("--initrd and --cmdline need --kernel", ExitCode.USAGE)
+        for key in ("kernel", "initrd"):
+            if merged["boot"].get(key) and key in given:
+                merged["boot"][key] = str(Path(merged["boot"][key]).absolute())
+    return merged
