@@ -54,7 +54,12 @@ class Configure(Message, frozen=True, kw_only=True):
     """Destination: the address to listen at. Source: the address to connect from; "" for any."""
     bandwidth_bytes_per_s: int | None = None
     reconnect_s: float = 30.0
-    """How long a broken page stream is tried again before it is `ChannelLost`."""
+    """How long a broken page stream is tried again before `EngineFailed` with `channel`."""
+    silence_s: float = 5.0
+    """A page stream on which the other engine does nothing for so long, while it is its turn, is
+    broken."""
+    device_connect_s: float = 10.0
+    """Destination: how long the hypervisor's device channel may take to appear."""
 
 
 class Connect(Message, frozen=True, kw_only=True):

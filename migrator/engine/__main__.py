@@ -1,0 +1,76 @@
+"""`python -m migrator.engine --fd N`: one engine process. N is its end of the socketpair.
+
+Exit status: 0 after `Stop`, the agent's death or SIGTERM; 1 after `EngineFailed`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import sys
+import traceback
+from types import FrameType
+from typing import Final
+
+from migrator.engine.control import AgentGoneError, ChannelLostError, Control, StoppedError
+from migrator.engine.destination import DestinationEngine
+from migrator.engine.source import SourceEngine
+from migrator.engine_messages import EngineFailed
+from migrator.errors import FerryError
+from migrator.model import Role
+
+_CONFIGURE_TIMEOUT_S: Final = 60.0
+_SWITCH_INTERVAL_S: Final = 0.0002
+"""A thread that wakes from a system call waits so long for Python's lock at most, not 5 ms."""
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one engine to its end. Returns the exit status."""
+    if len(arguments) != 2 or arguments[0] != "--fd" or not arguments[1].isdigit():
+        sys.stderr.write("usage: python -m migrator.engine --fd N\n")
+        return 2
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control = Control(socket.socket(fileno=int(arguments[1])))
+    engine: SourceEngine | DestinationEngine | None = None
+    try:
+        configure, descriptors = control.receive_configure(_CONFIGURE_TIMEOUT_S)
+        kind = SourceEngine if configure.role is Role.SOURCE else DestinationEngine
+        engine = kind(configure, descriptors, control)
+        engine.run()
+    except StoppedError:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if engine is not None:
+            engine.close()
+            with contextlib.suppress(AgentGoneError):
+                control.send(engine.stopped())
+        return 0
+    except AgentGoneError as error:
+        _close(engine)
+        sys.stderr.write(f"the agent is gone: {error}\n")
+        return 0
+    except BaseException as error:
+        _close(engine)
+        traceback.print_exc()
+        reason = str(error) if isinstance(error, FerryError) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(AgentGoneError):
+            control.send(EngineFailed(reason=reason, channel=isinstance(error, ChannelLostError)))
+        return 1
+    return 0
+
+
+def _close(engine: SourceEngine | DestinationEngine | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if engine is not None:
+        engine.close()
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise StoppedError("SIGTERM")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

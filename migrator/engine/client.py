@@ -1,0 +1,216 @@
+"""The agent's side of an engine process: asyncio, never blocking.
+
+    process = await EngineProcess.spawn(log_path=..., on_message=..., on_exit=...)
+    process.send(Configure(...), fds=memory.fds)
+    ...
+    await process.stop(timeout_s=1.0)
+
+The engine is in a session of its own, so that a terminal's signals miss it, and dies with its end
+of the socketpair: an agent that is killed leaves no engine behind.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import collections
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from migrator import wire
+from migrator.engine_messages import FromEngine, Stop, ToEngine
+from migrator.errors import EngineError, RemoteProtocolError
+
+_decoder: Final = msgspec.msgpack.Decoder(FromEngine)
+_OUTGOING_MAX: Final = 64
+"""Messages waiting for the engine. It reads at every frame: more means that it hangs."""
+_RECEIVE_BYTES: Final = 65536
+
+
+class EngineProcess:
+    """One engine. Callbacks run in the event loop; after `on_exit` nothing more comes."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        sock: socket.socket,
+        on_message: Callable[[FromEngine], None],
+        on_exit: Callable[[int], None],
+    ) -> None:
+        """Use `spawn`."""
+        self._process = process
+        self._sock = sock
+        self._on_message = on_message
+        self._on_exit = on_exit
+        self._loop = asyncio.get_running_loop()
+        self._frames = wire.FrameDecoder()
+        self._outgoing: collections.deque[tuple[memoryview, tuple[int, ...]]] = collections.deque()
+        self._writing = False
+        self._watch = self._loop.create_task(self._watch_exit(), name="engine-exit")
+        self._loop.add_reader(sock, self._readable)
+
+    @classmethod
+    async def spawn(
+        cls,
+        *,
+        log_path: Path,
+        on_message: Callable[[FromEngine], None],
+        on_exit: Callable[[int], None],
+        python: str = sys.executable,
+    ) -> EngineProcess:
+        """Start an engine whose output is appended to `log_path`. EngineError if it can't be.
+
+        Its first message must be `Configure`, with the memory's descriptors.
+        """
+        ours, theirs = socket.socketpair()
+        log_fd = -1
+        try:
+            ours.setblocking(False)
+            log_fd = await asyncio.to_thread(
+                os.open, log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
+            )
+            process = await asyncio.create_subprocess_exec(
+                python,
+                *("-m", "migrator.engine", "--fd", str(theirs.fileno())),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log_fd,
+                stderr=log_fd,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+                env=_environment(),
+            )
+        except OSError as error:
+            ours.close()
+            raise EngineError(f"the engine can't be started: {error}") from error
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            if log_fd >= 0:
+                os.close(log_fd)
+        return cls(process, ours, on_message, on_exit)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.returncode is None
+
+    def send(self, message: ToEngine, fds: Sequence[int] = ()) -> None:
+        """Queue a message. `fds` travel with its first byte and are duplicated here: the caller
+        may close them at once. A message to an engine that has ended is dropped: `on_exit` tells.
+
+        EngineError if the engine has stopped reading.
+        """
+        if self._sock.fileno() < 0:
+            return
+        if len(self._outgoing) >= _OUTGOING_MAX:
+            raise EngineError("the engine doesn't read its messages")
+        data = memoryview(wire.encode_frame(wire.FrameKind.ENGINE, message))
+        self._outgoing.append((data, tuple(os.dup(fd) for fd in fds)))
+        self._flush()
+
+    async def stop(self, timeout_s: float) -> bool:
+        """Ask it to stop, and kill it after `timeout_s`. Returns when it is gone; True: by itself.
+
+        A killed source engine leaves the guest's tracking registered; the next one clears it.
+        """
+        with contextlib.suppress(EngineError):
+            self.send(Stop())
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.shield(self._watch)
+        except TimeoutError:
+            self.kill()
+            await asyncio.shield(self._watch)
+            return False
+        return True
+
+    def kill(self) -> None:
+        """SIGKILL. Idempotent. `on_exit` follows."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    def _flush(self) -> None:
+        try:
+            while self._outgoing:
+                data, fds = self._outgoing[0]
+                ancillary = (
+                    [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+                )
+                count = self._sock.sendmsg([data], ancillary)
+                _close_all(fds)
+                if count < len(data):
+                    self._outgoing[0] = (data[count:], ())
+                else:
+                    self._outgoing.popleft()
+        except BlockingIOError:
+            if not self._writing:
+                self._writing = True
+                self._loop.add_writer(self._sock, self._flush)
+            return
+        except OSError:
+            self._drop_outgoing()  # It has ended; `_watch_exit` tells.
+        if self._writing:
+            self._writing = False
+            self._loop.remove_writer(self._sock)
+
+    def _readable(self) -> None:
+        try:
+            data = self._sock.recv(_RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._loop.remove_reader(self._sock)
+            return
+        try:
+            for frame in self._frames.feed(data):
+                self._on_message(frame.decode(_decoder))
+        except RemoteProtocolError:
+            self._loop.remove_reader(self._sock)
+            self.kill()
+
+    async def _watch_exit(self) -> None:
+        status = await self._process.wait()
+        self._read_rest()
+        self._drop_outgoing()
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._sock.close()
+        self._on_exit(status)
+
+    def _read_rest(self) -> None:
+        """Its last words may still be in the socket when its exit is seen."""
+        with contextlib.suppress(OSError, RemoteProtocolError):
+            while data := self._sock.recv(_RECEIVE_BYTES):
+                for frame in self._frames.feed(data):
+                    self._on_message(frame.decode(_decoder))
+
+    def _drop_outgoing(self) -> None:
+        for _, fds in self._outgoing:
+            _close_all(fds)
+        self._outgoing.clear()
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with this package importable from wherever the agent's code is."""
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

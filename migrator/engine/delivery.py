@@ -1,0 +1,204 @@
+"""What one stream has to deliver in a pass, and how it gets through.
+
+    todo ─► prepare (2..16 MiB: zero pages apart, announced) ─► ready ─► frames ─► unacknowledged
+     ▲                                                            ▲                       │
+     │                                                            └── stream broke ───────┘
+     └ the pass's ranges
+
+A delivery is done when each of its pages is acknowledged. When the stream breaks, it connects
+again (bounded by `reconnect_s`), and sends again only what wasn't acknowledged.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import msgspec
+
+from migrator import ranges
+from migrator.engine import frames
+from migrator.engine.bandwidth import TokenBucket
+from migrator.engine.control import ChannelLostError, Waiter
+from migrator.engine.frames import FrameKind
+from migrator.engine.memory import MappedRegion
+from migrator.engine.stream import PageStream, StreamBrokenError
+from migrator.engine.zeroes import ZeroFilter
+from migrator.engine_messages import ChannelBroken, ChannelRestored, FromEngine
+from migrator.ranges import Ranges
+
+_BATCH_BYTES: Final = 8 * 1024 * 1024
+_LOOKAHEAD_BYTES: Final = 32 * 1024 * 1024
+"""Announced ahead of what is sent. The destination's prefaulting must not be caught up with."""
+_EXPECT_BYTES_MIN: Final = 1024 * 1024
+"""Less than this isn't worth a prefault in another thread."""
+_BACKOFF_FIRST_S: Final = 0.02
+_BACKOFF_MAX_S: Final = 1.0
+
+
+class Piece(msgspec.Struct):
+    """Ranges of one region that travel the same way. `content` shrinks as it is sent."""
+
+    region: int
+    content: Ranges
+    kind: FrameKind = FrameKind.PAGES
+    through_file: bool = False
+    cold: bool = False
+    """The destination likely has no memory there yet."""
+
+
+class ChannelHealth:
+    """Tells the agent when the first stream breaks and when the last one is back."""
+
+    def __init__(self, emit: Callable[[FromEngine], None]) -> None:
+        self._emit = emit
+        self._lock = threading.Lock()
+        self._broken: set[int] = set()
+        self._since = 0.0
+
+    @property
+    def broken_s(self) -> float:
+        """How long the channel has been broken; 0.0 if it isn't."""
+        with self._lock:
+            return time.monotonic() - self._since if self._broken else 0.0
+
+    def broke(self, index: int, reason: str) -> None:
+        with self._lock:
+            if not self._broken:
+                self._since = time.monotonic()
+                self._emit(ChannelBroken(reason=reason))
+            self._broken.add(index)
+
+    def restored(self, index: int) -> None:
+        with self._lock:
+            if index in self._broken:
+                self._broken.remove(index)
+                if not self._broken:
+                    self._emit(ChannelRestored(broken_s=time.monotonic() - self._since))
+
+
+def reconnect(
+    stream: PageStream, health: ChannelHealth, reason: str, patience_s: float, waiter: Waiter
+) -> None:
+    """Connect a broken stream again. ChannelLostError when `patience_s` is over."""
+    stream.close()
+    health.broke(stream.index, reason)
+    connect_patiently(stream, patience_s, waiter)
+    health.restored(stream.index)
+
+
+def connect_patiently(stream: PageStream, patience_s: float, waiter: Waiter) -> None:
+    """Try until it works, ever more slowly. ChannelLostError, StreamRefusedError."""
+    deadline = time.monotonic() + patience_s
+    backoff_s = _BACKOFF_FIRST_S
+    while True:
+        try:
+            return stream.connect(waiter)
+        except StreamBrokenError as error:
+            if time.monotonic() + backoff_s > deadline:
+                raise ChannelLostError(
+                    f"the destination's engine could not be reached for {patience_s:g} s: {error}"
+                ) from error
+        waiter.wait(None, 0, backoff_s)
+        backoff_s = min(2 * backoff_s, _BACKOFF_MAX_S)
+
+
+class Delivery:
+    """One stream's part of a pass. Owned by one thread; the counters may be read by others."""
+
+    def __init__(
+        self,
+        stream: PageStream,
+        pieces: Iterable[Piece],
+        regions: list[MappedRegion],
+        bucket: TokenBucket,
+        *,
+        skip_zeroes: bool,
+    ) -> None:
+        self._stream = stream
+        self._todo = collections.deque(piece for piece in pieces if len(piece.content))
+        self._ready: collections.deque[Piece] = collections.deque()
+        self._ready_bytes = 0
+        self._regions = regions
+        self._bucket = bucket
+        self._zero_filter = ZeroFilter() if skip_zeroes else None
+        self.left_bytes = sum(ranges.byte_count(piece.content) for piece in self._todo)
+        self.pages = 0
+        self.zero_pages = 0
+
+    def run(self, health: ChannelHealth, reconnect_s: float, waiter: Waiter) -> None:
+        """Until all is acknowledged. ChannelLostError, EngineError, and what the waiter raises."""
+        while True:
+            try:
+                while self._step(waiter):
+                    waiter.tick()
+                self._stream.await_acknowledged(waiter)
+                return
+            except StreamBrokenError as error:
+                self._take_back()
+                reconnect(self._stream, health, str(error), reconnect_s, waiter)
+
+    def _take_back(self) -> None:
+        """What wasn't acknowledged comes first again."""
+        for sent in reversed(self._stream.take_unacknowledged()):
+            if sent.content is not None:
+                count = ranges.byte_count(sent.content)
+                self._ready.appendleft(Piece(sent.region, sent.content, sent.kind))
+                self._ready_bytes += count
+                self.left_bytes += count
+
+    def _step(self, waiter: Waiter) -> bool:
+        """Prepare as far ahead as allowed, and send one frame. False: nothing is left."""
+        while self._todo and self._ready_bytes < (_LOOKAHEAD_BYTES if self._todo[0].cold else 1):
+            self._prepare(waiter)
+        if not self._ready:
+            return False
+        piece = self._ready[0]
+        region = self._regions[piece.region]
+        bytes_max = frames.PAYLOAD_BYTES_CAP
+        if piece.kind is FrameKind.PAGES:
+            page = region.page_size_bytes
+            bytes_max = self._bucket.piece_bytes(frames.FRAME_BYTES_MAX)
+            bytes_max = max(page, bytes_max - bytes_max % page)
+        head, rest = ranges.take(piece.content, bytes_max, frames.FRAME_RANGES_MAX)
+        count = ranges.byte_count(head)
+        if len(rest):
+            piece.content = rest
+        else:
+            self._ready.popleft()
+        self._ready_bytes -= count
+        self.left_bytes -= count
+        if piece.kind is FrameKind.PAGES:
+            self.pages += count // region.page_size_bytes
+        else:
+            self.zero_pages += count // region.page_size_bytes
+        self._stream.send(piece.kind, region, head, waiter, through_file=piece.through_file)
+        self._stream.collect_acks()
+        return True
+
+    def _prepare(self, waiter: Waiter) -> None:
+        """Move a batch from todo to ready: zero pages apart, the rest announced if it is cold."""
+        piece = self._todo[0]
+        region = self._regions[piece.region]
+        batch_bytes = max(_BATCH_BYTES, region.page_size_bytes)
+        content, rest = ranges.take(piece.content, batch_bytes, len(piece.content))
+        if len(rest):
+            piece.content = rest
+        else:
+            self._todo.popleft()
+        if self._zero_filter is not None and piece.kind is FrameKind.PAGES and region.can_sendfile:
+            content, zeroes = self._zero_filter.split(region.words, content)
+            self._make_ready(Piece(piece.region, zeroes, FrameKind.ZERO))
+        if piece.cold and ranges.byte_count(content) >= _EXPECT_BYTES_MIN:
+            for at in range(0, len(content), frames.FRAME_RANGES_MAX):
+                part = content[at : at + frames.FRAME_RANGES_MAX]
+                self._stream.send(FrameKind.EXPECT, region, part, waiter)
+        self._make_ready(Piece(piece.region, content, piece.kind, through_file=piece.through_file))
+
+    def _make_ready(self, piece: Piece) -> None:
+        if len(piece.content):
+            self._ready.append(piece)
+            self._ready_bytes += ranges.byte_count(piece.content)

@@ -1,0 +1,182 @@
+"""The destination's engine: listens, and puts what arrives into the guest's memory.
+
+The main thread talks to the agent and accepts; each connection has a thread of its own, so that
+nothing but the socket stands between a frame's arrival and its acknowledgement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from pathlib import Path
+from typing import Final
+
+from migrator.engine import frames
+from migrator.engine.control import (
+    POLL_IN,
+    ChannelLostError,
+    Control,
+    StoppedError,
+    ThreadFaults,
+    poll,
+)
+from migrator.engine.delivery import ChannelHealth
+from migrator.engine.frames import StreamHello
+from migrator.engine.memory import map_regions
+from migrator.engine.receiver import Connection, Memory
+from migrator.engine.relay import DestinationRelay
+from migrator.engine_messages import (
+    Configure,
+    DeviceChannelOpen,
+    Listening,
+    OpenDeviceChannel,
+    Stop,
+    Stopped,
+    ToEngine,
+)
+from migrator.errors import EngineError, WrongStateError
+
+_CONNECTIONS_MAX: Final = 2 * frames.STREAMS_MAX + 16
+"""Every stream, its replacement, and some strangers."""
+_REPLACE_S: Final = 5.0
+_GRACE_S: Final = 5.0
+"""The source gives up first: it knows more."""
+
+
+class DestinationEngine:
+    """Use: construct, `run`, and in any case `close`."""
+
+    def __init__(self, configure: Configure, descriptors: list[int], control: Control) -> None:
+        self._configure = configure
+        self._control = control
+        self._memory = Memory(map_regions(configure, descriptors[2:]))
+        self._health = ChannelHealth(control.send)
+        self._faults = ThreadFaults()
+        self._lock = threading.Lock()
+        self._connections: list[Connection] = []
+        self._streams: dict[int, Connection] = {}
+        self._closing = False
+        self._relay = DestinationRelay(configure.device_connect_s, self._device_open)
+        try:
+            self._listener = _listen(configure.bind_address)
+        except OSError as error:
+            raise EngineError(
+                f"can't listen on {configure.bind_address or 'any address'}: {error}"
+            ) from error
+
+    def run(self) -> None:
+        """Until told to stop (StoppedError), or until something can't be helped (any other)."""
+        host, port = self._listener.getsockname()[:2]
+        self._control.send(Listening(host=host, port=port))
+        watched = {
+            self._control.fileno(): POLL_IN,
+            self._listener.fileno(): POLL_IN,
+            self._faults.signal.fileno(): POLL_IN,
+        }
+        patience_s = self._configure.reconnect_s + _GRACE_S
+        while True:
+            happened = poll(watched, 1.0)
+            if self._control.fileno() in happened:
+                for message in self._control.receive():
+                    self._handle(message)
+            if self._faults.signal.fileno() in happened:
+                self._faults.raise_first()
+            if self._listener.fileno() in happened:
+                self._accept()
+            if self._health.broken_s > patience_s:
+                raise ChannelLostError(f"the source's engine stayed away for {patience_s:g} s")
+
+    def close(self) -> None:
+        """Nothing writes to guest memory any more when this returns. Never fails."""
+        self._closing = True
+        self._listener.close()
+        self._relay.close()
+        for connection in self._connections:
+            connection.revoke()
+        for connection in self._connections:
+            connection.join(_REPLACE_S)
+        self._memory.prefaulter.close()
+
+    def stopped(self) -> Stopped:
+        """The last words."""
+        return Stopped()
+
+    def _handle(self, message: ToEngine) -> None:
+        match message:
+            case OpenDeviceChannel():
+                path = Path(message.path)
+                threading.Thread(target=self._open_device, args=(path,), daemon=True).start()
+            case Stop():
+                raise StoppedError("the agent said so")
+            case _:
+                raise WrongStateError(type(message).__name__, "destination", "source")
+
+    def _open_device(self, path: Path) -> None:
+        try:
+            self._relay.open(path)
+        except BaseException as error:
+            self._faults.report(error)
+
+    def _device_open(self, path: Path) -> None:
+        self._control.send(DeviceChannelOpen(path=str(path)))
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return  # It was gone again.
+        self._connections = [c for c in self._connections if not c.join(0)]
+        if len(self._connections) >= _CONNECTIONS_MAX:
+            sock.close()
+            return
+        connection = Connection(sock, self._memory, self, self._configure.silence_s)
+        self._connections.append(connection)
+        connection.start()
+
+    # --- Host: called from the connections' threads ---
+
+    def refusal_of(self, hello: StreamHello) -> str:
+        """See `receiver.Host`."""
+        return frames.refusal_of(hello, self._configure.migration_id, self._configure.secret)
+
+    def admit(self, connection: Connection) -> None:
+        """See `receiver.Host`."""
+        with self._lock:
+            earlier = self._streams.get(connection.index)
+            if earlier is not None:
+                earlier.revoke()
+                if not earlier.join(_REPLACE_S):
+                    raise EngineError(f"stream {connection.index} doesn't end")
+            self._streams[connection.index] = connection
+        self._health.restored(connection.index)
+
+    def ended(self, connection: Connection, reason: str) -> None:
+        """See `receiver.Host`."""
+        if reason and not self._closing and self._streams.get(connection.index) is connection:
+            with contextlib.suppress(Exception):
+                self._health.broke(connection.index, reason)
+
+    def device_stream(self, sock: socket.socket) -> None:
+        """See `receiver.Host`."""
+        self._relay.offer_peer(sock)
+
+    def fault(self, error: BaseException) -> None:
+        """See `receiver.Host`."""
+        self._faults.report(error)
+
+
+def _listen(address: str) -> socket.socket:
+    """A listener on a port that the kernel chooses. "": every address of this machine."""
+    family, kind, protocol, _, name = socket.getaddrinfo(
+        address or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.bind(name)
+        sock.listen(frames.STREAMS_MAX)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

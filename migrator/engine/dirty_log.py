@@ -1,0 +1,93 @@
+"""The dirty log: which pages of a running guest were written since they were last taken.
+
+      register ─► arm ─► scan ─► take ─► scan ─► take ... ─► unregister
+                          │        ▲
+                          └ pending┘        (restore: what was taken but not delivered)
+
+A page is in one of three places: clean in the kernel's page tables, *pending* here, or taken by
+a pass that is sending it. The order of each step is what makes it correct: a page is marked clean
+before its bytes are read, so a write after the mark is found by the next scan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+from migrator import ranges
+from migrator.engine import kernel
+from migrator.engine_messages import RegionLayout
+from migrator.errors import EngineError
+from migrator.ranges import Ranges
+
+
+class DirtyLog:
+    """One guest's dirty log. `unregister` must be called at the end, whatever happened."""
+
+    def __init__(self, uffd: int, pagemap_fd: int, regions: Sequence[RegionLayout]) -> None:
+        self._uffd = uffd
+        self._scanner = kernel.PagemapScanner(pagemap_fd)
+        self._regions = tuple(regions)
+        self._pending: list[Ranges] = [ranges.empty() for _ in regions]
+
+    def register(self) -> None:
+        """Track the guest's writes from here on, from scratch: whatever an earlier engine left.
+
+        EngineError on refusal; nothing is registered then.
+        """
+        try:
+            kernel.uffd_initialise(self._uffd)
+            for region in self._regions:
+                for mapping in region.mappings:
+                    kernel.uffd_unregister(self._uffd, mapping.address, mapping.length_bytes)
+                    kernel.uffd_register_wp(self._uffd, mapping.address, mapping.length_bytes)
+            self.arm()
+        except OSError as error:
+            self.unregister()
+            raise EngineError(f"dirty tracking can't be started: {error}") from error
+
+    def arm(self) -> None:
+        """Mark everything clean and forget what is pending."""
+        for region in self._regions:
+            for mapping in region.mappings:
+                self._scanner.arm(mapping.address, mapping.address + mapping.length_bytes)
+        self._pending = [ranges.empty() for _ in self._regions]
+
+    def scan(self) -> None:
+        """Add what was written since the last scan to what is pending."""
+        for index, region in enumerate(self._regions):
+            found = [self._pending[index]]
+            for mapping in region.mappings:
+                end = mapping.address + mapping.length_bytes
+                written = self._scanner.written(mapping.address, end)
+                if len(written):
+                    found.append(written - (mapping.address - mapping.region_offset_bytes))
+            if len(found) > 1:
+                self._pending[index] = ranges.union(*found)
+
+    def take(self) -> list[Ranges]:
+        """What is pending, by region; it is no longer pending."""
+        taken = self._pending
+        self._pending = [ranges.empty() for _ in self._regions]
+        return taken
+
+    def restore(self, region: int, taken: Ranges) -> None:
+        """Make what was taken but not delivered pending again."""
+        self._pending[region] = ranges.union(self._pending[region], taken)
+
+    def pending_bytes(self) -> int:
+        return sum(ranges.byte_count(found) for found in self._pending)
+
+    def pending_pages(self) -> int:
+        return sum(
+            ranges.page_count(found, region.page_size_bytes)
+            for region, found in zip(self._regions, self._pending, strict=True)
+        )
+
+    def unregister(self) -> None:
+        """Stop tracking. Idempotent, and also right for a guest that is gone."""
+        for region in self._regions:
+            for mapping in region.mappings:
+                # ESRCH or EINVAL: the process or the mapping is gone, and the tracking with it.
+                with contextlib.suppress(OSError):
+                    kernel.uffd_unregister(self._uffd, mapping.address, mapping.length_bytes)

@@ -1,0 +1,175 @@
+"""What travels on a page stream, as bytes. Pure.
+
+    source                                                    destination
+      │  hello (migrator.wire): version, migration, secret, kind, index ─►│ checks
+      │◄──────────────────────────────────── welcome: accepted, or why not │
+      │  EXPECT  ranges ─────────────────────────────────────────────────►│ prefaults ahead
+      │  PAGES   ranges, payload ────────────────────────────────────────►│ into guest memory
+      │  ZERO    ranges ─────────────────────────────────────────────────►│ punches out
+      │  BARRIER ────────────────────────────────────────────────────────►│
+      │◄────────────────────────────────── ACK (sequence: all up to it are in place)
+      │  BYE ────────────────────────────────────────────────────────────►│ an end in order
+
+    byte   0       2         3      4         6        8       12         16          24         32
+           ┌───────┬─────────┬──────┬─────────┬────────┬───────┬──────────┬───────────┬──────────┐
+           │ "FP"  │ version │ kind │ region  │ 0      │ count │ 0        │ sequence  │ payload  │
+           └───────┴─────────┴──────┴─────────┴────────┴───────┴──────────┴───────────┴──────────┘
+           little endian; then `count` ranges of 16 bytes (start, end: offsets in the region), then
+           `payload` bytes: the ranges' content, joined.
+
+PAGES, ZERO and BARRIER count up the sequence by one each, from 1 on every new connection, and
+are acknowledged. Kind 0 is invalid. Whatever is not as described is refused with
+RemoteProtocolError before a byte of guest memory is touched.
+"""
+
+from __future__ import annotations
+
+import enum
+import hmac
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from migrator import ranges
+from migrator.errors import LocalProtocolError, RemoteProtocolError
+from migrator.ranges import Ranges
+
+STREAM_VERSION: Final = 1
+FRAME_RANGES_MAX: Final = 1000
+"""Fits one vectored call: IOV_MAX is 1024 on Linux, and the header takes one."""
+FRAME_BYTES_MAX: Final = 4 * 1024 * 1024
+"""What is sent again after a broken stream is a few of these. Bigger ones were not faster."""
+PAYLOAD_BYTES_CAP: Final = 1024**3
+"""A frame holds one page at least, and pages may be 1 GiB."""
+STREAMS_MAX: Final = 64
+
+_MAGIC: Final = b"FP"
+_HEADER: Final = struct.Struct("<2sBBHHIIQQ")
+HEADER_BYTES: Final = _HEADER.size
+RANGE_BYTES: Final = 16
+
+
+class StreamKind(enum.IntEnum):
+    INVALID = 0
+    PAGES = 1
+    DEVICE = 2
+
+
+class StreamHello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The first words on a connection, in a HELLO frame of `migrator.wire`."""
+
+    version: int
+    migration_id: str
+    secret: bytes
+    kind: StreamKind
+    index: int = 0
+    """Of a PAGES stream: 0 .. streams - 1."""
+    streams: int = 1
+
+
+class StreamWelcome(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The destination's answer. `refusal` says why; "" accepts."""
+
+    refusal: str = ""
+
+
+def refusal_of(hello: StreamHello, migration_id: str, secret: bytes) -> str:
+    """Why a hello isn't let in; "" if it is. Says nothing about what would have been right.
+
+    The secret is compared first and in constant time: a stranger learns nothing else.
+    """
+    if len(secret) < 16 or not hmac.compare_digest(hello.secret, secret):
+        return "the secret is wrong"
+    if hello.version != STREAM_VERSION:
+        return f"stream version {hello.version} is unknown; this side speaks {STREAM_VERSION}"
+    if hello.migration_id != migration_id:
+        return "this engine serves another migration"
+    if hello.kind is StreamKind.INVALID:
+        return "the stream's kind is invalid"
+    if not 1 <= hello.streams <= STREAMS_MAX or not 0 <= hello.index < hello.streams:
+        return f"stream {hello.index} of {hello.streams} is out of range"
+    return ""
+
+
+class FrameKind(enum.IntEnum):
+    INVALID = 0
+    EXPECT = 1
+    PAGES = 2
+    ZERO = 3
+    BARRIER = 4
+    ACK = 5
+    BYE = 6
+
+
+_WITH_RANGES: Final = frozenset({FrameKind.EXPECT, FrameKind.PAGES, FrameKind.ZERO})
+SEQUENCED: Final = frozenset({FrameKind.PAGES, FrameKind.ZERO, FrameKind.BARRIER})
+
+
+class Header(msgspec.Struct, frozen=True):
+    kind: FrameKind
+    region: int
+    count: int
+    sequence: int
+    payload_bytes: int
+
+
+def encode(
+    kind: FrameKind, *, sequence: int = 0, region: int = 0, content: Ranges | None = None
+) -> bytes:
+    """Header and ranges; the payload of PAGES follows it on the stream."""
+    count = 0 if content is None else len(content)
+    if count > FRAME_RANGES_MAX:
+        raise LocalProtocolError(f"{count} ranges don't fit a frame of {FRAME_RANGES_MAX}")
+    payload = ranges.byte_count(content) if content is not None and kind is FrameKind.PAGES else 0
+    header = _HEADER.pack(_MAGIC, STREAM_VERSION, kind, region, 0, count, 0, sequence, payload)
+    return header if content is None else header + content.astype("<i8").tobytes()
+
+
+def parse_header(data: bytes | bytearray | memoryview) -> Header:
+    """RemoteProtocolError says what is wrong with it."""
+    magic, version, number, region, zero, count, zeros, sequence, payload = _HEADER.unpack(data)
+    if magic != _MAGIC or zero or zeros:
+        raise RemoteProtocolError(f"not a page frame: {bytes(data[:16]).hex()}")
+    if version != STREAM_VERSION:
+        raise RemoteProtocolError(f"page frame version {version} is unknown")
+    if number == FrameKind.INVALID or number > FrameKind.BYE:
+        raise RemoteProtocolError(f"page frame kind {number} is unknown")
+    kind = FrameKind(number)
+    if count > FRAME_RANGES_MAX or (count > 0) != (kind in _WITH_RANGES):
+        raise RemoteProtocolError(f"a {kind.name} frame can't have {count} ranges")
+    if payload > PAYLOAD_BYTES_CAP or (payload > 0) != (kind is FrameKind.PAGES):
+        raise RemoteProtocolError(f"a {kind.name} frame can't have {payload} bytes of payload")
+    return Header(kind, region, count, sequence, payload)
+
+
+class RegionShape(msgspec.Struct, frozen=True):
+    size_bytes: int
+    page_size_bytes: int
+
+
+def parse_ranges(
+    header: Header, data: bytes | bytearray | memoryview, regions: Sequence[RegionShape]
+) -> Ranges:
+    """The frame's ranges: ascending, disjoint, whole pages inside an existing region.
+
+    RemoteProtocolError otherwise, and when they don't add up to the payload.
+    """
+    if header.region >= len(regions):
+        raise RemoteProtocolError(f"there is no memory region {header.region}")
+    shape = regions[header.region]
+    found = np.frombuffer(data, dtype="<i8").reshape(-1, 2).astype(np.int64)
+    if len(found) != header.count:
+        raise RemoteProtocolError(f"{len(found)} ranges, announced were {header.count}")
+    starts, ends = found[:, 0], found[:, 1]
+    if starts[0] < 0 or ends[-1] > shape.size_bytes or (starts >= ends).any():
+        raise RemoteProtocolError("a range is empty or outside its memory region")
+    if (starts[1:] < ends[:-1]).any():
+        raise RemoteProtocolError("ranges overlap or are out of order")
+    if (found % shape.page_size_bytes).any():
+        raise RemoteProtocolError("a range isn't made of whole pages")
+    if header.kind is FrameKind.PAGES and ranges.byte_count(found) != header.payload_bytes:
+        raise RemoteProtocolError("the ranges don't add up to the payload")
+    return found

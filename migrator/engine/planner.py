@@ -1,0 +1,118 @@
+"""What a pass has to send, as pieces for each stream.
+
+first    every populated extent, after marking all of it clean
+dirty    what is pending, and what the guest gave back since it was sent
+final    what is pending after one more scan
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from migrator import ranges
+from migrator.engine import frames, kernel
+from migrator.engine.delivery import Piece
+from migrator.engine.dirty_log import DirtyLog
+from migrator.engine.memory import MappedRegion
+from migrator.model import STRIPE_BYTES, PassKind
+from migrator.ranges import Ranges
+
+_HOLES_SHARE: Final = 0.1
+"""Looking for new holes may take this share of a pre-copy's time."""
+
+
+class PassPlanner:
+    """Remembers what was ever sent. Reads the guest's page tables, never its memory."""
+
+    def __init__(
+        self, regions: list[MappedRegion], log: DirtyLog, pagemap: kernel.PagemapScanner
+    ) -> None:
+        self._regions = regions
+        self._log = log
+        self._pagemap = pagemap
+        self._sent_ever: list[Ranges] = [ranges.empty() for _ in regions]
+        self._holes_at_s = 0.0
+        self._holes_cost_s = 0.0
+
+    def pieces(self, kind: PassKind, streams: int) -> list[list[Piece]]:
+        """What each stream has to send in a pass.
+
+        The guest's memory is marked clean before any of it is read, so that nothing is missed.
+        """
+        pieces: list[list[Piece]] = [[] for _ in range(streams)]
+        if kind is PassKind.FIRST:
+            self._log.arm()
+            for index, extents in enumerate(self.extents()):
+                self._sent_ever[index] = extents
+                if self._regions[index].can_sendfile:
+                    self._share_out(pieces, index, extents, cold=True)
+                else:
+                    mapped = self._mapped(index)
+                    self._share_out(pieces, index, ranges.intersect(extents, mapped), cold=True)
+                    rest = ranges.subtract(extents, mapped)
+                    self._share_out(pieces, index, rest, through_file=True)
+            return pieces
+        if kind is PassKind.FINAL:
+            self._log.scan()
+        else:
+            self._punch_new_holes(pieces)
+        for index, pending in enumerate(self._log.take()):
+            known = self._sent_ever[index]
+            fresh = ranges.subtract(pending, known)
+            self._share_out(pieces, index, fresh, cold=kind is not PassKind.FINAL)
+            self._share_out(pieces, index, ranges.subtract(pending, fresh))
+            self._sent_ever[index] = ranges.union(known, fresh)
+        return pieces
+
+    def _share_out(
+        self,
+        pieces: list[list[Piece]],
+        index: int,
+        content: Ranges,
+        *,
+        kind: frames.FrameKind = frames.FrameKind.PAGES,
+        through_file: bool = False,
+        cold: bool = False,
+    ) -> None:
+        """Give each stream its stripes. A stripe holds whole pages, so huge ones widen it."""
+        if not len(content):
+            return
+        stripe_bytes = max(STRIPE_BYTES, self._regions[index].page_size_bytes)
+        parts = ranges.split_by_stripe(content, len(pieces), stripe_bytes)
+        for mine, part in zip(pieces, parts, strict=True):
+            mine.append(Piece(index, part, kind, through_file, cold))
+
+    def _punch_new_holes(self, pieces: list[list[Piece]]) -> None:
+        """Memory that the guest gave back (balloon) since we sent it is zeros at the source.
+
+        The kernel doesn't report it as written. Walking the extents takes 7 ms per GiB, so it is
+        done only now and then, and never while the guest is paused.
+        """
+        now = time.monotonic()
+        if self._holes_cost_s > _HOLES_SHARE * (now - self._holes_at_s):
+            return
+        for index, extents in enumerate(self.extents()):
+            holes = ranges.subtract(self._sent_ever[index], extents)
+            self._share_out(pieces, index, holes, kind=frames.FrameKind.ZERO)
+            self._sent_ever[index] = ranges.subtract(self._sent_ever[index], holes)
+        self._holes_at_s = time.monotonic()
+        self._holes_cost_s = self._holes_at_s - now
+
+    def extents(self) -> list[Ranges]:
+        """What of each region is populated, in whole pages."""
+        return [
+            ranges.align_outward(
+                kernel.populated_extents(region.fd, region.size_bytes), region.page_size_bytes
+            )
+            for region in self._regions
+        ]
+
+    def _mapped(self, index: int) -> Ranges:
+        """What of a region the hypervisor has mapped: it can be read without populating it."""
+        found = [
+            self._pagemap.present(mapping.address, mapping.address + mapping.length_bytes)
+            - (mapping.address - mapping.region_offset_bytes)
+            for mapping in self._regions[index].layout.mappings
+        ]
+        return ranges.union(*found)

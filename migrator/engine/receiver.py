@@ -1,0 +1,249 @@
+"""One incoming connection, as the destination has it: a thread that lets it in and serves it.
+
+    accepted ─► hello ─► refused, with the reason
+                  └────► PAGES: frames into guest memory, each acknowledged, until BYE or a break
+                  └────► DEVICE: handed over to the relay
+
+A page stream that replaces an earlier one of the same index is welcomed only after the earlier
+one's thread has ended: bytes that were still on their way in it are older, and must not land on
+newer ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import struct
+import threading
+import time
+from typing import Final, Protocol
+
+import msgspec
+
+from migrator import wire
+from migrator.engine import frames, kernel
+from migrator.engine.frames import FrameKind, RegionShape, StreamHello, StreamKind, StreamWelcome
+from migrator.engine.memory import MappedRegion
+from migrator.engine.prefault import Prefaulter
+from migrator.engine.stream import tune
+from migrator.errors import EngineError, RemoteProtocolError
+from migrator.ranges import Ranges
+
+_HELLO_TIMEOUT_S: Final = 5.0
+_hello_decoder: Final = msgspec.msgpack.Decoder(StreamHello)
+
+
+class ConnectionEndedError(Exception):
+    """End of file, a reset, a silence within a frame, or `revoke`."""
+
+
+class Memory:
+    """Where pages land: the regions, and the thread that prefaults them."""
+
+    def __init__(self, regions: list[MappedRegion]) -> None:
+        self.regions = regions
+        self.shapes = [RegionShape(r.size_bytes, r.page_size_bytes) for r in regions]
+        self.prefaulter = Prefaulter(regions)
+
+
+class Host(Protocol):
+    """What a connection asks of its engine. Called from the connection's thread."""
+
+    def refusal_of(self, hello: StreamHello) -> str:
+        """Why it isn't let in; "" if it is."""
+
+    def admit(self, connection: Connection) -> None:
+        """Take the place of an earlier stream. EngineError if that one doesn't end."""
+
+    def ended(self, connection: Connection, reason: str) -> None:
+        """An admitted page stream ended: "" if it was meant."""
+
+    def device_stream(self, sock: socket.socket) -> None:
+        """A device stream was let in; the socket's ownership passes."""
+
+    def fault(self, error: BaseException) -> None:
+        """This side can't go on."""
+
+
+class Connection:
+    """Owns its socket and thread. `revoke` ends both; join by `join`."""
+
+    def __init__(self, sock: socket.socket, memory: Memory, host: Host, silence_s: float) -> None:
+        self._sock = sock
+        self._memory = memory
+        self._host = host
+        self._silence_s = silence_s
+        self._revoked = False
+        self._sequence = 0
+        self.index = -1
+        self.admitted = False
+        self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def revoke(self) -> None:
+        """Nothing is written to guest memory any more once the thread has ended."""
+        self._revoked = True
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def join(self, timeout_s: float) -> bool:
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        reason = ""
+        try:
+            hello = self._let_in()
+            if hello is None:
+                return
+            if hello.kind is StreamKind.DEVICE:
+                self._hand_over()
+                return
+            self._serve()
+        except (ConnectionEndedError, RemoteProtocolError) as error:
+            reason = str(error)
+        except OSError as error:
+            if error.errno in (errno.EFAULT, errno.ENOMEM, errno.ENOSPC):
+                self._host.fault(EngineError(f"guest memory can't be written: {error}"))
+            reason = str(error)
+        except BaseException as error:
+            self._host.fault(error)
+            reason = str(error)
+        finally:
+            self._sock.close()
+            if self.admitted:
+                self._host.ended(self, "" if self._revoked else reason)
+
+    # --- hello ---
+
+    def _let_in(self) -> StreamHello | None:
+        """The hello, answered. None: it was refused, and the answer says why."""
+        tune(self._sock, self._silence_s)
+        self._limit_waits(_HELLO_TIMEOUT_S)
+        hello = self._read_hello()
+        refusal = self._host.refusal_of(hello)
+        if not refusal and hello.kind is StreamKind.PAGES:
+            self.index = hello.index
+            self._host.admit(self)
+            self.admitted = True
+        answer = wire.encode_frame(wire.FrameKind.HELLO, StreamWelcome(refusal=refusal))
+        self._sock.sendall(answer)
+        self._limit_waits(self._silence_s)
+        return None if refusal else hello
+
+    def _read_hello(self) -> StreamHello:
+        """Exactly one frame is read: page frames may follow it at once."""
+        deadline = time.monotonic() + _HELLO_TIMEOUT_S
+        header = bytearray(wire.HEADER_BYTES)
+        self._receive(memoryview(header), deadline=deadline)
+        kind, length = wire.parse_header(bytes(header))
+        if kind is not wire.FrameKind.HELLO:
+            raise RemoteProtocolError(f"a stream began with a {kind.name} frame")
+        body = bytearray(length)
+        self._receive(memoryview(body), deadline=deadline)
+        return wire.Frame(kind, bytes(body)).decode(_hello_decoder)
+
+    def _hand_over(self) -> None:
+        self._limit_waits(0)
+        self._host.device_stream(self._sock.dup())
+
+    def _limit_waits(self, seconds: float) -> None:
+        """Bound each blocking call in the kernel; 0 lifts it. Cheaper than a poll before each."""
+        whole = int(seconds)
+        limit = struct.pack("@ll", whole, int((seconds - whole) * 1e6))
+        self._sock.settimeout(None)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+    # --- page frames ---
+
+    def _serve(self) -> None:
+        """Until BYE. ConnectionEndedError, RemoteProtocolError: the stream is closed."""
+        header_view = memoryview(bytearray(frames.HEADER_BYTES))
+        ranges_view = memoryview(bytearray(frames.FRAME_RANGES_MAX * frames.RANGE_BYTES))
+        while True:
+            self._receive(header_view, idle=True)
+            header = frames.parse_header(header_view)
+            if header.kind is FrameKind.BYE:
+                return
+            if header.kind is FrameKind.ACK:
+                raise RemoteProtocolError("a source acknowledges nothing")
+            if header.kind in frames.SEQUENCED:
+                self._sequence += 1
+                if header.sequence != self._sequence:
+                    raise RemoteProtocolError(
+                        f"frame {header.sequence} came instead of {self._sequence}"
+                    )
+            if header.count:
+                encoded = ranges_view[: header.count * frames.RANGE_BYTES]
+                self._receive(encoded)
+                content = frames.parse_ranges(header, encoded, self._memory.shapes)
+                self._apply(header, content)
+            if header.kind in frames.SEQUENCED:
+                self._sock.sendall(frames.encode(FrameKind.ACK, sequence=self._sequence))
+
+    def _apply(self, header: frames.Header, content: Ranges) -> None:
+        region = self._memory.regions[header.region]
+        match header.kind:
+            case FrameKind.EXPECT:
+                self._memory.prefaulter.expect(header.region, content)
+            case FrameKind.PAGES if len(content) == 1:
+                start, end = content[0].tolist()
+                self._receive(region.view[start:end])
+            case FrameKind.PAGES:
+                self._receive_scattered([region.view[a:b] for a, b in content.tolist()])
+            case _:
+                for start, end in content.tolist():
+                    if kernel.has_data(region.fd, start, end):
+                        kernel.punch_hole(region.fd, start, end)
+
+    def _receive(
+        self, view: memoryview, *, idle: bool = False, deadline: float | None = None
+    ) -> None:
+        """Fill `view`. `idle`: any time may pass before the first byte."""
+        got = 0
+        while got < len(view):
+            self._check_revoked()
+            if deadline is not None and time.monotonic() > deadline:
+                raise ConnectionEndedError("the hello took too long")
+            try:
+                count = self._sock.recv_into(view[got:], 0, socket.MSG_WAITALL)
+            except BlockingIOError:
+                if idle and not got:
+                    continue
+                raise self._silent() from None
+            except ConnectionError as error:
+                raise ConnectionEndedError(str(error)) from error
+            if count == 0:
+                raise ConnectionEndedError("the source's engine closed the stream")
+            got += count
+
+    def _receive_scattered(self, views: list[memoryview]) -> None:
+        done = 0
+        while done < len(views):
+            self._check_revoked()
+            try:
+                count = self._sock.recvmsg_into(views[done:], 0, socket.MSG_WAITALL)[0]
+            except BlockingIOError:
+                raise self._silent() from None
+            except ConnectionError as error:
+                raise ConnectionEndedError(str(error)) from error
+            if count == 0:
+                raise ConnectionEndedError("the source's engine closed the stream")
+            while done < len(views) and count >= len(views[done]):
+                count -= len(views[done])
+                done += 1
+            if count:
+                views[done] = views[done][count:]
+
+    def _check_revoked(self) -> None:
+        if self._revoked:
+            raise ConnectionEndedError("the stream was replaced")
+
+    def _silent(self) -> ConnectionEndedError:
+        return ConnectionEndedError(
+            f"the source's engine was silent for {self._silence_s:g} s within a frame"
+        )

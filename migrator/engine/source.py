@@ -1,0 +1,323 @@
+"""The source's engine: tracks what the guest writes, and sends what it is told to.
+
+One thread does everything that is on the way of a final pass: it hears `RunPass`, scans, sends,
+and awaits the acknowledgement, without handing over to another thread. Helper threads send long
+passes over several streams, and relay the device channel.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import time
+from pathlib import Path
+from typing import Final
+
+from migrator import ranges
+from migrator.engine import frames, kernel
+from migrator.engine.bandwidth import TokenBucket
+from migrator.engine.control import (
+    POLL_IN,
+    Control,
+    Pollable,
+    StoppedError,
+    ThreadFaults,
+    poll,
+)
+from migrator.engine.delivery import (
+    ChannelHealth,
+    Delivery,
+    connect_patiently,
+    reconnect,
+)
+from migrator.engine.dirty_log import DirtyLog
+from migrator.engine.frames import StreamHello, StreamKind
+from migrator.engine.helpers import run_in_threads
+from migrator.engine.memory import map_regions
+from migrator.engine.planner import PassPlanner
+from migrator.engine.relay import SourceRelay
+from migrator.engine.stream import Endpoint, PageStream, StreamBrokenError
+from migrator.engine_messages import (
+    Configure,
+    Configured,
+    Connect,
+    Connected,
+    DeviceChannelOpen,
+    OpenDeviceChannel,
+    PassDone,
+    Report,
+    RunPass,
+    SetBandwidth,
+    Stop,
+    Stopped,
+    ToEngine,
+)
+from migrator.errors import WrongStateError
+from migrator.model import PassKind, PassReport
+
+_REPORT_S: Final = 0.2
+_HELPERS_BYTES_MIN: Final = 16 * 1024 * 1024
+"""Below this, starting threads costs more than several streams gain."""
+_ROUND_TRIPS: Final = 3
+
+
+class SourceEngine:
+    """Use: construct, `run`, and in any case `close`."""
+
+    def __init__(self, configure: Configure, descriptors: list[int], control: Control) -> None:
+        uffd, pagemap, *files = descriptors
+        self._configure = configure
+        self._control = control
+        self._regions = map_regions(configure, files)
+        self._log = DirtyLog(uffd, pagemap, configure.regions)
+        self._planner = PassPlanner(self._regions, self._log, kernel.PagemapScanner(pagemap))
+        self._bucket = TokenBucket(configure.bandwidth_bytes_per_s, time.monotonic())
+        self._streams: list[PageStream] = []
+        self._health = ChannelHealth(control.send)
+        self._relay: SourceRelay | None = None
+        self._endpoint: Endpoint | None = None
+        self._faults = ThreadFaults()
+        self._deferred: collections.deque[ToEngine] = collections.deque()
+        self._pass: RunPass | None = None
+        self._deliveries: list[Delivery] = []
+        self._reported_at_s = 0.0
+        self._reported_bytes = 0
+
+    # --- the main loop ---
+
+    def run(self) -> None:
+        """Until told to stop (StoppedError), or until something can't be helped (any other)."""
+        self._log.register()
+        in_use = sum(
+            ranges.page_count(extents, region.page_size_bytes)
+            for region, extents in zip(self._regions, self._planner.extents(), strict=True)
+        )
+        self._control.send(Configured(pages_in_use=in_use))
+        while True:
+            while self._deferred:
+                self._handle(self._deferred.popleft())
+            watched = {self._control.fileno(): POLL_IN, self._faults.signal.fileno(): POLL_IN}
+            for stream in self._streams:
+                if stream.sock is not None:
+                    watched[stream.sock.fileno()] = POLL_IN
+            happened = poll(watched, 60.0)
+            if self._control.fileno() in happened:
+                self._deferred.extend(self._control.receive())
+            if self._faults.signal.fileno() in happened:
+                self._faults.raise_first()
+            for stream in self._streams:
+                if stream.sock is not None and stream.sock.fileno() in happened:
+                    self._look_at_idle(stream)
+
+    def close(self) -> None:
+        """Unregister first, so that the guest is rid of us, then close. Never fails."""
+        self._log.unregister()
+        if self._relay is not None:
+            self._relay.close()
+        for stream in self._streams:
+            stream.bye()
+            stream.close()
+
+    def stopped(self) -> Stopped:
+        """The last words."""
+        return Stopped(bytes_sent=self._bytes_sent())
+
+    # --- Waiter: how this thread waits ---
+
+    def wait(self, source: Pollable | None, events: int, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            watched = {self._control.fileno(): POLL_IN}
+            if source is not None:
+                watched[source.fileno()] = events
+            happened = poll(watched, min(left, _REPORT_S))
+            if self._control.fileno() in happened:
+                self._hear()
+            self._report()
+            if source is not None and source.fileno() in happened:
+                return True
+            if time.monotonic() >= deadline:
+                return False
+
+    def tick(self) -> None:
+        self._hear()
+        self._report()
+
+    def _hear(self) -> None:
+        """What can't wait is done at once; the rest when the pass is over."""
+        for message in self._control.receive():
+            match message:
+                case SetBandwidth() | Stop():
+                    self._handle(message)
+                case _:
+                    self._deferred.append(message)
+
+    # --- messages ---
+
+    def _handle(self, message: ToEngine) -> None:
+        match message:
+            case RunPass():
+                self._run_pass(message)
+            case SetBandwidth():
+                self._bucket.set_rate(message.bandwidth_bytes_per_s, time.monotonic())
+            case OpenDeviceChannel():
+                self._open_device_channel(Path(message.path))
+            case Connect():
+                self._connect(message)
+            case Stop():
+                raise StoppedError("the agent said so")
+            case Configure():
+                raise WrongStateError("Configure", "configured", "new")
+
+    def _connect(self, message: Connect) -> None:
+        if self._streams:
+            raise WrongStateError("Connect", "connected", "configured")
+        configure = self._configure
+        self._endpoint = Endpoint(
+            host=message.host,
+            port=message.port,
+            bind_address=configure.bind_address,
+            silence_s=configure.silence_s,
+        )
+        streams = max(1, min(configure.streams, frames.STREAMS_MAX))
+        for index in range(streams):
+            stream = PageStream(
+                self._endpoint, self._hello(StreamKind.PAGES, index, streams), self._bucket
+            )
+            connect_patiently(stream, configure.reconnect_s, self)
+            self._streams.append(stream)
+        self._relay = SourceRelay(
+            self._endpoint, self._hello(StreamKind.DEVICE), configure.reconnect_s
+        )
+        self._relay.prepare(self)
+        self._control.send(Connected(streams=streams, round_trip_ms=self._round_trip_ms()))
+
+    def _hello(self, kind: StreamKind, index: int = 0, streams: int = 1) -> StreamHello:
+        return StreamHello(
+            version=frames.STREAM_VERSION,
+            migration_id=self._configure.migration_id,
+            secret=self._configure.secret,
+            kind=kind,
+            index=index,
+            streams=streams,
+        )
+
+    def _round_trip_ms(self) -> float:
+        """The best of a few barriers: what an acknowledgement costs at least."""
+        best = float("inf")
+        for _ in range(_ROUND_TRIPS):
+            began = time.monotonic()
+            try:
+                self._streams[0].barrier(self)
+                self._streams[0].await_acknowledged(self)
+            except StreamBrokenError as error:
+                self._restore_idle(self._streams[0], error)
+                continue
+            best = min(best, time.monotonic() - began)
+        return best * 1e3
+
+    def _open_device_channel(self, path: Path) -> None:
+        if self._relay is None:
+            raise WrongStateError("OpenDeviceChannel", "configured", "connected")
+        self._relay.prepare(self)
+        self._relay.listen(path)
+        self._control.send(DeviceChannelOpen(path=str(path)))
+
+    def _look_at_idle(self, stream: PageStream) -> None:
+        """Between passes nothing should come: it is the end of the stream."""
+        try:
+            stream.collect_acks()
+        except StreamBrokenError as error:
+            self._restore_idle(stream, error)
+
+    def _restore_idle(self, stream: PageStream, error: StreamBrokenError) -> None:
+        stream.take_unacknowledged()  # Barriers only: every pass awaits its acknowledgements.
+        reconnect(stream, self._health, str(error), self._configure.reconnect_s, self)
+
+    # --- passes ---
+
+    def _run_pass(self, message: RunPass) -> None:
+        """Send what the pass's kind says; `PassDone` when all of it is acknowledged."""
+        if not self._streams:
+            raise WrongStateError("RunPass", "configured", "connected")
+        began = time.monotonic()
+        bytes_before = self._bytes_sent()
+        pieces = self._planner.pieces(message.kind, len(self._streams))
+        scan_seconds = time.monotonic() - began if message.kind is PassKind.FINAL else 0.0
+        began_copy = time.monotonic()
+        self._pass = message
+        self._reported_at_s, self._reported_bytes = began_copy, bytes_before
+        for stream in self._streams:
+            stream.capped = message.kind is not PassKind.FINAL
+        self._deliveries = [
+            Delivery(
+                stream,
+                part,
+                self._regions,
+                self._bucket,
+                skip_zeroes=message.kind is not PassKind.FINAL,
+            )
+            for stream, part in zip(self._streams, pieces, strict=True)
+        ]
+        try:
+            self._deliver()
+        finally:
+            self._pass = None
+        seconds = time.monotonic() - began_copy
+        if message.kind is not PassKind.FINAL:
+            began_scan = time.monotonic()
+            self._log.scan()
+            scan_seconds = time.monotonic() - began_scan
+        report = PassReport(
+            number=message.number,
+            kind=message.kind,
+            seconds=seconds,
+            pages=sum(delivery.pages for delivery in self._deliveries),
+            bytes_sent=self._bytes_sent() - bytes_before,
+            zero_pages=sum(delivery.zero_pages for delivery in self._deliveries),
+            pending_pages=self._log.pending_pages(),
+            scan_seconds=scan_seconds,
+        )
+        self._control.send(PassDone(report=report))
+
+    def _deliver(self) -> None:
+        """Run the deliveries: here if they are short, else in a thread for each stream."""
+        busy = [delivery for delivery in self._deliveries if delivery.left_bytes]
+        if len(busy) < 2 or self._left_bytes() < _HELPERS_BYTES_MIN:
+            for delivery in busy:
+                delivery.run(self._health, self._configure.reconnect_s, self)
+        else:
+            run_in_threads(
+                [
+                    functools.partial(delivery.run, self._health, self._configure.reconnect_s)
+                    for delivery in busy
+                ],
+                self,
+            )
+
+    # --- reports ---
+
+    def _bytes_sent(self) -> int:
+        return sum(stream.bytes_sent for stream in self._streams)
+
+    def _left_bytes(self) -> int:
+        return sum(delivery.left_bytes for delivery in self._deliveries)
+
+    def _report(self) -> None:
+        """A `Report` when one is due. The throughput is the one since the last report."""
+        now = time.monotonic()
+        seconds = now - self._reported_at_s
+        if self._pass is None or seconds < _REPORT_S:
+            return
+        sent = self._bytes_sent()
+        throughput = (sent - self._reported_bytes) / seconds
+        self._reported_at_s, self._reported_bytes = now, sent
+        self._control.send(
+            Report(
+                number=self._pass.number,
+                bytes_sent=sent,
+                remaining_bytes=self._left_bytes(),
+                throughput_bytes_per_s=throughput,
+            )
+        )

@@ -1,0 +1,314 @@
+"""One page stream, as the source has it: a connection that sends frames and counts their acks.
+
+    connect ─► send ... send ─► await_acknowledged ─► send ...
+       ▲         │ StreamBrokenError                          close
+       └─────────┴── take_unacknowledged, to be sent again
+
+Single-threaded: whoever delivers on a stream owns it. Its socket never blocks; waiting is the
+waiter's. Pages leave without a copy in user space: long ranges by sendfile from the memory file,
+short ones by a vectored send from our mapping of it.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import os
+import socket
+import time
+from typing import Final
+
+import msgspec
+
+from migrator import wire
+from migrator.engine import frames
+from migrator.engine.bandwidth import TokenBucket
+from migrator.engine.control import POLL_IN, POLL_OUT, Waiter
+from migrator.engine.frames import FrameKind, StreamHello, StreamWelcome
+from migrator.engine.memory import MappedRegion
+from migrator.errors import EngineError, RemoteProtocolError
+from migrator.ranges import Ranges
+
+SENDFILE_BYTES_MIN: Final = 64 * 1024
+"""From here on sendfile's fixed cost is below that of copying."""
+_VECTOR_MAX: Final = 1024  # IOV_MAX
+
+_welcome_decoder: Final = msgspec.msgpack.Decoder(StreamWelcome)
+
+
+class StreamBrokenError(Exception):
+    """The connection is gone, silent, or was refused by the network. It may be tried again."""
+
+
+class StreamRefusedError(EngineError):
+    """The other side answered, and doesn't want us: trying again can't help."""
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the destination's engine listens, and how patient we are with it."""
+
+    host: str
+    port: int
+    bind_address: str = ""
+    silence_s: float = 5.0
+
+
+class Sent(msgspec.Struct, frozen=True):
+    """A frame that is on its way."""
+
+    sequence: int
+    kind: FrameKind
+    region: int
+    content: Ranges | None
+
+
+def tune(sock: socket.socket, silence_s: float) -> None:
+    """No delay for small frames, and an error from the kernel when the peer is silent.
+
+    Buffer sizes are the kernel's: its autotuning reaches further than SO_SNDBUF may.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(silence_s)))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, int(silence_s / 3)))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))
+
+
+def open_stream(endpoint: Endpoint, hello: StreamHello, waiter: Waiter) -> socket.socket:
+    """Connect and be let in; a non-blocking socket. StreamBrokenError, StreamRefusedError."""
+    sock: socket.socket | None = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            endpoint.host, endpoint.port, type=socket.SOCK_STREAM
+        )[0]
+        sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
+        tune(sock, endpoint.silence_s)
+        if endpoint.bind_address:
+            sock.bind((endpoint.bind_address, 0))
+        with contextlib.suppress(BlockingIOError):
+            sock.connect(address)
+        if not waiter.wait(sock, POLL_OUT, endpoint.silence_s):
+            raise StreamBrokenError(f"no answer from {endpoint.host}:{endpoint.port}")
+        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number:
+            raise OSError(number, os.strerror(number))
+        sock.send(wire.encode_frame(wire.FrameKind.HELLO, hello))
+        _await_welcome(sock, endpoint, waiter)
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        raise StreamBrokenError(
+            f"connecting to {endpoint.host}:{endpoint.port}: {error}"
+        ) from error
+    except BaseException:
+        if sock is not None:
+            sock.close()
+        raise
+    return sock
+
+
+def _await_welcome(sock: socket.socket, endpoint: Endpoint, waiter: Waiter) -> None:
+    decoder = wire.FrameDecoder()
+    deadline = time.monotonic() + endpoint.silence_s
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0 or not waiter.wait(sock, POLL_IN, left):
+            raise StreamBrokenError("the destination's engine didn't answer the hello")
+        try:
+            data = sock.recv(4096)
+        except BlockingIOError:
+            continue
+        if not data:
+            raise StreamBrokenError("the destination's engine closed the stream at the hello")
+        for frame in decoder.feed(data):
+            welcome = frame.decode(_welcome_decoder)
+            if welcome.refusal:
+                raise StreamRefusedError(f"the destination refused a stream: {welcome.refusal}")
+            return
+
+
+def _broken(error: OSError) -> Exception:
+    if error.errno == errno.EFAULT:
+        return EngineError("the guest's memory can't be read")
+    return StreamBrokenError(str(error))
+
+
+class PageStream:
+    """See the module. `bytes_sent` counts what the kernel took, headers included."""
+
+    def __init__(self, endpoint: Endpoint, hello: StreamHello, bucket: TokenBucket) -> None:
+        self._endpoint = endpoint
+        self._hello = hello
+        self._bucket = bucket
+        self._sock: socket.socket | None = None
+        self._sequence = 0
+        self._unacknowledged: collections.deque[Sent] = collections.deque()
+        self._incoming = bytearray()
+        self._mid_frame = False
+        self.bytes_sent = 0
+        self.capped = True
+        """Whether the bandwidth cap holds. Not in a final pass: the guest stands still."""
+
+    @property
+    def index(self) -> int:
+        return self._hello.index
+
+    @property
+    def sock(self) -> socket.socket | None:
+        return self._sock
+
+    def connect(self, waiter: Waiter) -> None:
+        """A new connection; the old one is closed. StreamBrokenError, StreamRefusedError."""
+        self.close()
+        self._sock = open_stream(self._endpoint, self._hello, waiter)
+        self._sequence = 0
+        self._mid_frame = False
+        self._incoming.clear()
+
+    def close(self) -> None:
+        """Idempotent. What isn't acknowledged stays known."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    def take_unacknowledged(self) -> list[Sent]:
+        """The frames that may not have arrived, oldest first. They are forgotten here."""
+        found = list(self._unacknowledged)
+        self._unacknowledged.clear()
+        return found
+
+    def send(
+        self,
+        kind: FrameKind,
+        region: MappedRegion,
+        content: Ranges,
+        waiter: Waiter,
+        *,
+        through_file: bool = False,
+    ) -> None:
+        """EXPECT, PAGES or ZERO. `through_file`: read pages by pread instead of the mapping.
+
+        StreamBrokenError: the frame is among the unacknowledged (unless EXPECT).
+        """
+        sequence = 0
+        if kind in frames.SEQUENCED:
+            self._sequence = sequence = self._sequence + 1
+            self._unacknowledged.append(Sent(sequence, kind, region.index, content))
+        before = self.bytes_sent
+        self._mid_frame = True
+        vector: list[bytes | memoryview] = [
+            frames.encode(kind, sequence=sequence, region=region.index, content=content)
+        ]
+        if kind is FrameKind.PAGES:
+            for start, end in content.tolist():
+                if region.can_sendfile and end - start >= SENDFILE_BYTES_MIN:
+                    if vector:
+                        self._send_vector(vector, waiter, more=True)
+                        vector = []
+                    self._send_file(region.fd, start, end, waiter)
+                elif through_file:
+                    vector.append(os.pread(region.fd, end - start, start))
+                else:
+                    vector.append(region.view[start:end])
+        if vector:
+            self._send_vector(vector, waiter, more=False)
+        self._mid_frame = False
+        self._settle(self.bytes_sent - before, waiter)
+
+    def barrier(self, waiter: Waiter) -> None:
+        """A frame that only asks for its acknowledgement."""
+        self._sequence += 1
+        self._unacknowledged.append(Sent(self._sequence, FrameKind.BARRIER, 0, None))
+        self._send_vector([frames.encode(FrameKind.BARRIER, sequence=self._sequence)], waiter)
+
+    def bye(self) -> None:
+        """Say that the end is meant, unless a frame is half sent. Never fails."""
+        if self._sock is not None and not self._mid_frame:
+            with contextlib.suppress(OSError):
+                self._sock.send(frames.encode(FrameKind.BYE))
+
+    def await_acknowledged(self, waiter: Waiter) -> None:
+        """Until everything that was sent is in place. StreamBrokenError after a silence."""
+        while self._unacknowledged:
+            if not self.collect_acks() and not waiter.wait(
+                self._connected(), POLL_IN, self._endpoint.silence_s
+            ):
+                raise StreamBrokenError(f"no acknowledgement within {self._endpoint.silence_s:g} s")
+
+    def collect_acks(self) -> bool:
+        """Take the acks that have arrived, without waiting. Whether any bytes came."""
+        try:
+            data = self._connected().recv(65536)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise StreamBrokenError(str(error)) from error
+        if not data:
+            raise StreamBrokenError("the destination closed the stream")
+        self._incoming += data
+        whole = len(self._incoming) - len(self._incoming) % frames.HEADER_BYTES
+        for at in range(0, whole, frames.HEADER_BYTES):
+            header = frames.parse_header(self._incoming[at : at + frames.HEADER_BYTES])
+            if header.kind is not FrameKind.ACK or header.sequence > self._sequence:
+                raise RemoteProtocolError(f"the destination acknowledged by {header}")
+            while self._unacknowledged and self._unacknowledged[0].sequence <= header.sequence:
+                self._unacknowledged.popleft()
+        del self._incoming[:whole]
+        return True
+
+    def _connected(self) -> socket.socket:
+        if self._sock is None:
+            raise StreamBrokenError("the stream isn't connected")
+        return self._sock
+
+    def _settle(self, count: int, waiter: Waiter) -> None:
+        """Pay for `count` bytes; wait as long as the bandwidth cap says."""
+        if not self.capped:
+            return
+        self._bucket.spend(count, time.monotonic())
+        while (wait_s := self._bucket.wait_s(time.monotonic())) > 0:
+            waiter.wait(None, 0, min(wait_s, 0.1))  # The cap may be lifted meanwhile.
+
+    def _send_vector(
+        self, vector: list[bytes | memoryview], waiter: Waiter, *, more: bool = False
+    ) -> None:
+        sock = self._connected()
+        flags = socket.MSG_MORE if more else 0
+        done = 0
+        while done < len(vector):
+            try:
+                count = sock.sendmsg(vector[done : done + _VECTOR_MAX], (), flags)
+            except BlockingIOError:
+                self._await_writable(sock, waiter)
+                continue
+            except OSError as error:
+                raise _broken(error) from error
+            self.bytes_sent += count
+            while done < len(vector) and count >= len(vector[done]):
+                count -= len(vector[done])
+                done += 1
+            if count:
+                vector[done] = memoryview(vector[done])[count:]
+
+    def _send_file(self, fd: int, start: int, end: int, waiter: Waiter) -> None:
+        sock = self._connected()
+        while start < end:
+            try:
+                count = os.sendfile(sock.fileno(), fd, start, end - start)
+            except BlockingIOError:
+                self._await_writable(sock, waiter)
+                continue
+            except OSError as error:
+                raise _broken(error) from error
+            if count == 0:
+                raise EngineError("a memory region's file is shorter than the region")
+            self.bytes_sent += count
+            start += count
+
+    def _await_writable(self, sock: socket.socket, waiter: Waiter) -> None:
+        if not waiter.wait(sock, POLL_OUT, self._endpoint.silence_s):
+            raise StreamBrokenError(
+                f"the destination took nothing for {self._endpoint.silence_s:g} s"
+            )
