@@ -7,16 +7,18 @@ ApiClient        typed requests; a problem document becomes ApiProblem, silence 
 from __future__ import annotations
 
 import http.client
+import importlib
 import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
 
+from migrator.errors import FerryError
 from node_agent.cli.errors import ApiProblem, CliError, ExitCode, Unreachable
 from node_agent.resources import Problem
 
@@ -50,20 +52,22 @@ def find_address(api: str | None, lab: str | None) -> str:
 
 def _labs() -> list[str]:
     try:
-        from deploy import lab
+        found: list[str] = _lab_module().list_labs()
     except ImportError:
         return []
-    return lab.list_labs()
+    return found
+
+
+def _lab_module() -> Any:
+    """`deploy.lab`, which an installation may lack, and which `node_agent` doesn't depend on."""
+    return importlib.import_module("deploy.lab")
 
 
 def _lab_address(name: str) -> str:
     """The API of the lab's first node that listens."""
-    from deploy import lab
-    from migrator.errors import FerryError
-
     try:
-        addresses = [node.api for node in lab.load(name).nodes]
-    except FerryError as error:
+        addresses = [node.api for node in _lab_module().load(name).nodes]
+    except (FerryError, ImportError) as error:
         raise CliError(str(error), ExitCode.NOT_FOUND) from error
     for address in addresses:
         if _listens(address):

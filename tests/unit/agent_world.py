@@ -1,0 +1,206 @@
+"""Two nodes in one process: everything of an agent but its migrations, on simulated drivers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+
+from hypervisor.simulated.driver import SimulatedHypervisor
+from hypervisor.simulated.host import SimulatedChannels, SimulatedHost
+from migrator.errors import NotFoundError, RefusedError, WrongStateError
+from migrator.model import (
+    DiskFormat,
+    DomainSpec,
+    Migration,
+    MigrationProgress,
+    MigrationRequest,
+    MigrationState,
+    NodeInfo,
+    NodeName,
+    PoolName,
+    VolumeName,
+)
+from netfabric.simulated.driver import SimulatedFabric, SimulatedNetwork
+from node_agent.cluster import ClusterService
+from node_agent.cluster_calls import ClusterCalls
+from node_agent.domain_records import DomainRecords
+from node_agent.domains import DomainService
+from node_agent.events import EventLog
+from node_agent.machines import MachinePinner
+from node_agent.migrations.service import MigrationService
+from node_agent.nodes import NodeRegistry
+from node_agent.peers.hub import PeerHub
+from node_agent.state.memory import SimulatedData, SimulatedStore
+from node_agent.state.ownership import StoreOwnership
+from node_agent.state.typed import TypedStore
+from node_agent.volumes import VolumeService
+from storage.simulated import SharedVolumes, SimulatedPool
+
+MAC = "52:54:00:00:00:01"
+
+
+class FakeMigrations(MigrationService):
+    """Migrations that only a test moves on. `known` is shared by all nodes."""
+
+    def __init__(self, node: NodeName, known: dict[str, Migration]) -> None:
+        self.node = node
+        self.known = known
+        self.reasons: list[str] = []
+
+    async def create(self, domain: str, request: MigrationRequest) -> Migration:
+        if reasons := list(await self.check(domain, request)):
+            raise RefusedError(f"domain {domain} can't be migrated: {reasons[0]}", reasons)
+        migration = Migration(
+            id=f"m-{len(self.known) + 1}",
+            domain=domain,
+            source=self.node,
+            destination=request.destination,
+            request=request,
+            state=MigrationState.PRECOPY,
+            progress=MigrationProgress(state=MigrationState.PRECOPY, iteration=1),
+            created_at_s=time.time(),
+        )
+        self.known[migration.id] = migration
+        return migration
+
+    async def check(self, domain: str, request: MigrationRequest) -> Sequence[str]:
+        return self.reasons
+
+    async def get(self, id: str) -> Migration:
+        if id not in self.known:
+            raise NotFoundError(f"there is no migration {id}")
+        return self.known[id]
+
+    async def list_migrations(self) -> Sequence[Migration]:
+        return list(reversed(self.known.values()))
+
+    async def cancel(self, id: str) -> Migration:
+        migration = await self.get(id)
+        if migration.ended:
+            raise WrongStateError(f"migration {id}", migration.state, "before the handoff")
+        return self.end(id, MigrationState.CANCELLED)
+
+    def end(self, id: str, state: MigrationState, error: str | None = None) -> Migration:
+        self.known[id] = msgspec.structs.replace(
+            self.known[id], state=state, error=error, total_s=1.0, blackout_ms=7.5
+        )
+        return self.known[id]
+
+
+class SimulatedNode:
+    """One agent's parts, wired as the agent wires them."""
+
+    def __init__(
+        self, name: str, world: World, consoles: Path, memory_bytes: int = 4 * 1024**3
+    ) -> None:
+        self.name = NodeName(name)
+        self.memory_bytes = memory_bytes
+        self.host = SimulatedHost(world.channels, time.time)
+        self.hypervisor = SimulatedHypervisor(self.host, consoles / name)
+        self.pool = SimulatedPool(PoolName("default"), world.volumes, self.name)
+        self.fabric = SimulatedFabric(self.name, world.network)
+        self.store = SimulatedStore(world.data)
+        self.typed = TypedStore(self.store)
+        self.ownership = StoreOwnership(self.store)
+        self.records = DomainRecords(self.typed)
+        self.events = EventLog(self.typed, name)
+        self.registry = NodeRegistry(self.typed, self._describe, interval_s=0.05)
+        self.domains = DomainService(
+            self.name,
+            hypervisor=self.hypervisor,
+            pools={PoolName("default"): self.pool},
+            fabric=self.fabric,
+            ownership=self.ownership,
+            records=self.records,
+            events=self.events,
+            pin_machine=MachinePinner(self.registry),
+        )
+        self.migrations = FakeMigrations(self.name, world.migrations)
+        self.hub = PeerHub(self.name, ("127.0.0.1", 0), {}, "test")
+        ClusterCalls(self.domains, self.migrations).register(self.hub)
+        self.cluster = ClusterService(
+            self.name,
+            hub=self.hub,
+            domains=self.domains,
+            records=self.records,
+            ownership=self.ownership,
+            migrations=self.migrations,
+            nodes=self.registry,
+            volumes=VolumeService({PoolName("default"): self.pool}, self.records),
+            events=self.events,
+        )
+
+    async def _describe(self) -> NodeInfo:
+        return NodeInfo(
+            name=self.name,
+            api_address="127.0.0.1:1",
+            peer_address="127.0.0.1:2",
+            migration_address="127.0.0.1",
+            memory_bytes=self.memory_bytes,
+            cpus=2,
+            capabilities=await self.hypervisor.capabilities(),
+            heartbeat_at_s=0,
+            agent_version="test",
+        )
+
+    async def open(self) -> None:
+        await self.store.open()
+        await self.events.open()
+        await self.registry.open()
+        await self.hub.start()
+        await self.domains.open(await self.hypervisor.open())
+
+    async def close(self) -> None:
+        await self.domains.close()
+        await self.hypervisor.close()
+        await self.hub.close()
+        await self.registry.close()
+        await self.events.close()
+        await self.fabric.close()
+        for domain in tuple(self.host.guests):
+            self.host.kill(domain)
+        await self.store.close()
+
+
+class World:
+    """What the nodes share, and the nodes `a` and `b`."""
+
+    def __init__(self, consoles: Path) -> None:
+        self.channels = SimulatedChannels()
+        self.volumes = SharedVolumes()
+        self.network = SimulatedNetwork()
+        self.data = SimulatedData()
+        self.migrations: dict[str, Migration] = {}
+        self.a = SimulatedNode("a", self, consoles)
+        self.b = SimulatedNode("b", self, consoles)
+
+
+@asynccontextmanager
+async def open_world(consoles: Path) -> AsyncIterator[World]:
+    """A world that runs, with one volume `root`."""
+    world = World(consoles)
+    try:
+        for node in (world.a, world.b):
+            await node.open()
+        for node, other in ((world.a, world.b), (world.b, world.a)):
+            node.hub.set_peers({other.name: other.hub.address})
+        await world.a.pool.create(VolumeName("root"), capacity_bytes=1024**2, format=DiskFormat.RAW)
+        yield world
+    finally:
+        for node in (world.a, world.b):
+            await node.close()
+
+
+def spec_of(name: str = "web", **changes: object) -> DomainSpec:
+    """A domain with one disk and one NIC."""
+    values: dict[str, object] = {
+        "name": name,
+        "memory_bytes": 64 * 1024**2,
+        "disks": [{"volume": "root"}],
+        "nics": [{"mac": MAC, "bridge": "br0", "addresses": ["10.0.0.7"]}],
+    }
+    return msgspec.convert(values | changes, DomainSpec)
