@@ -58,7 +58,7 @@ PAUSE_TIMEOUT_S = 30.0
 INSPECT_TIMEOUT_S = 2.0
 EXIT_NOTICE_TIMEOUT_S = 0.2
 """From a process's last word on its monitor to its end."""
-POWER_BUTTON_PERIOD_S = 10.0
+POWER_BUTTON_PERIOD_S = 5.0
 """A guest that is still booting ignores the power button: it is pressed again."""
 
 

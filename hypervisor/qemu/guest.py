@@ -115,11 +115,11 @@ class Guest:
                 raise failure
         await self.refresh()
 
-    async def refresh(self) -> str:
+    async def refresh(self, *, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         """Ask QEMU for what the events would have told. Returns its run state."""
-        run_state = await self.run_state(timeout_s=COMMAND_TIMEOUT_S)
+        run_state = await self.run_state(timeout_s=timeout_s)
         self.run_state_seen = run_state
-        answer = await self.execute("query-migrate")
+        answer = await self.execute("query-migrate", timeout_s=timeout_s)
         status = answer.get("status", "none") if isinstance(answer, Mapping) else "none"
         self.migration = MigrationStatus.parse(status)
         self.loaded = self.incoming and run_state != "inmigrate"

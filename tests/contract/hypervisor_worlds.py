@@ -14,7 +14,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 from hypervisor.qemu.driver import QemuDriver
@@ -80,6 +80,8 @@ class World(abc.ABC):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.serial = itertools.count()
+        self.fixed_launch: Launch | None = None
+        """What `launch` gives, where a test wants another domain than the usual one."""
 
     @abc.abstractmethod
     def make_driver(self, node: str) -> HypervisorDriver: ...
@@ -114,6 +116,8 @@ class World(abc.ABC):
         return await node.open()
 
     def launch(self, token: int = 1, *, machine: str = "pc-q35-7.2") -> Launch:
+        if self.fixed_launch is not None:
+            return self.fixed_launch
         disk = self.folder / "vm-1.raw"
         if not disk.exists():
             disk.touch()
@@ -144,6 +148,13 @@ class World(abc.ABC):
         await source.driver.continue_switchover(VM)
         await source.wait(DomainEventKind.DEVICE_STATE_SENT)
         await destination.wait(DomainEventKind.DEVICE_STATE_LOADED)
+
+
+async def eventually(condition: Callable[[], bool | Awaitable[bool]]) -> None:
+    """Wait until the condition holds; TimeoutError after SOON_S."""
+    async with asyncio.timeout(SOON_S):
+        while not (await held if isinstance(held := condition(), Awaitable) else held):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 async def copy_memory(source: Node, destination: Node) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def command(
 
 
 def values(arguments: list[str], option: str) -> list[str]:
-    return [value for name, value in zip(arguments, arguments[1:], strict=False) if name == option]
+    return [value for name, value in itertools.pairwise(arguments) if name == option]
 
 
 def objects(arguments: list[str], option: str) -> dict[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -171,9 +172,7 @@ async def test_a_process_inherits_what_it_is_given_and_its_end_is_noticed(tmp_pa
     ended = asyncio.Event()
     process.watch(ended.set)
     try:
-        async with asyncio.timeout(20):
-            while not await asyncio.to_thread(logs.size_bytes, log):
-                await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_for_words, log)
         assert not await process.wait(timeout_s=0.01)
     finally:
         process.signal(signal.SIGKILL)
@@ -183,6 +182,13 @@ async def test_a_process_inherits_what_it_is_given_and_its_end_is_noticed(tmp_pa
     process.signal(signal.SIGKILL)
     process.release()
     assert await asyncio.to_thread(logs.since, log, 0) == "4096 True"
+
+
+def wait_for_words(log: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not logs.size_bytes(log):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_program_that_is_not_there_leaves_nothing_open(tmp_path: Path) -> None:
