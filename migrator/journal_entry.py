@@ -1,12 +1,23 @@
-"""What a node remembers of a migration across an agent's crash: pure; `migrator.journal` stores it."""
+"""What a node remembers of a migration across a crash; pure. `migrator.journal` stores it."""
 
 from __future__ import annotations
 
+from typing import Final
+
 from migrator.model import ENDED, DomainSpec, MigrationRequest, MigrationState, NodeName, Role
 from migrator.ports import Struct
-from migrator.session.base import Session, Timing
+from migrator.session.base import Timing
 from migrator.session.destination import DestinationSession
-from migrator.session.messages import Abort, Aborted, Inquire, SessionMessage
+from migrator.session.messages import (
+    Abort,
+    Aborted,
+    Commit,
+    Inquire,
+    Pending,
+    Prepare,
+    Prepared,
+    SessionMessage,
+)
 from migrator.session.source import SourceSession
 
 
@@ -23,6 +34,10 @@ class JournalEntry(Struct, frozen=True, kw_only=True):
     created_at_s: float
     state: MigrationState
     detail: str = ""
+    resuming: bool = False
+    """Destination: a resume was about to be issued, or was."""
+    boot_id: str = ""
+    """The host's boot that this was written in. `resuming` may be lost with the host."""
     ended_at_s: float | None = None
     last_word: SessionMessage | None = None
     """What the other side is told if it asks after the end."""
@@ -32,32 +47,39 @@ class JournalEntry(Struct, frozen=True, kw_only=True):
         return self.state in ENDED
 
 
-def entry_of(session: Session, request: MigrationRequest, spec: DomainSpec) -> JournalEntry:
+def entry_of(
+    session: SourceSession | DestinationSession, *, boot_id: str, resuming: bool = False
+) -> JournalEntry:
     """The session as it stands, for the journal."""
     ended = session.state in ENDED
     last_word: SessionMessage | None = None
-    if ended and isinstance(session, SourceSession | DestinationSession):
+    if ended:
         last_word = session.last_word()
     return JournalEntry(
         migration_id=session.migration_id,
         role=session.role,
-        spec=spec,
+        spec=session.spec,
         source=session.source,
         destination=session.destination,
         token=session.token,
-        request=request,
+        request=session.request,
         created_at_s=session.created_at_s,
         state=session.state,
         detail=session.error or "",
+        resuming=resuming,
+        boot_id=boot_id,
         ended_at_s=session.ended_at_s,
         last_word=last_word,
     )
 
 
 def restore(
-    entry: JournalEntry, timing: Timing | None = None
+    entry: JournalEntry, *, boot_id: str, timing: Timing | None = None
 ) -> SourceSession | DestinationSession:
-    """A fresh session for an entry that has not ended; its first event is to be `Recover`."""
+    """A fresh session for an entry that has not ended; its first event is to be `Recover`.
+
+    `boot_id` is that of the running host.
+    """
     if entry.role is Role.SOURCE:
         return SourceSession(
             migration_id=entry.migration_id,
@@ -78,6 +100,7 @@ def restore(
         request=entry.request,
         created_at_s=entry.created_at_s,
         timing=timing,
+        may_have_run=entry.resuming or entry.boot_id != boot_id,
     )
 
 
@@ -86,16 +109,20 @@ def answer_without_session(
 ) -> SessionMessage | None:
     """What a node says to a message for a migration that it has no session of; None: nothing.
 
-    `role` is the answering side's. Entries of ended migrations are kept long enough for this.
+    `role` is the answering side's. Only what waits for an answer gets one, so that two ended sides
+    don't keep on answering each other. Entries of ended migrations are kept long enough for this.
     """
-    if isinstance(message, Abort | Aborted):
+    asking = _ASKING[role]
+    if not isinstance(message, asking):
         return None
-    if entry is not None and entry.last_word is not None:
-        return entry.last_word
     if entry is not None:
-        return None  # Not ended: the session is being restored; the other side asks again.
+        return entry.last_word  # None: not ended, being restored; the other side asks again.
     if role is Role.SOURCE:
         return Abort(reason="the source doesn't know this migration")
-    if isinstance(message, Inquire):
-        return Aborted(reason="the destination doesn't know this migration")
-    return None
+    return None if isinstance(message, Prepare) else Aborted(reason="unknown at the destination")
+
+
+_ASKING: Final = {
+    Role.SOURCE: (Inquire, Prepared, Pending),
+    Role.DESTINATION: (Inquire, Commit, Prepare),
+}

@@ -146,8 +146,8 @@ class Session(abc.ABC):
             )
         )
 
-    def _journal(self, detail: str = "") -> None:
-        self._do(Journal(state=self.state, detail=detail))
+    def _journal(self) -> None:
+        self._do(Journal(state=self.state))
 
     def _retry_later(self) -> None:
         """Start the RETRY timer, with a growing gap."""

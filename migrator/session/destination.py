@@ -53,6 +53,7 @@ from migrator.session.vocabulary import (
     GuestResumed,
     IncomingReady,
     InspectGuest,
+    Journal,
     PeerBack,
     PeerLost,
     PrepareIncoming,
@@ -91,7 +92,9 @@ class DestinationSession(Session):
         request: MigrationRequest,
         created_at_s: float,
         timing: Timing | None = None,
+        may_have_run: bool = False,
     ) -> None:
+        """`may_have_run`: restored from a journal that can't rule out an earlier resume."""
         super().__init__(
             migration_id=migration_id,
             domain=spec.name,
@@ -113,6 +116,7 @@ class DestinationSession(Session):
         self._resumed_at_s = 0.0
         self._dead = False
         self._restored = False
+        self._may_have_run = may_have_run
 
     # --- dispatch ---
 
@@ -274,7 +278,7 @@ class DestinationSession(Session):
                 self._recover_by(event)
             case Fenced() if event.token == self.next_token and not self._dead:
                 self._resume_issued = True
-                self._do(ResumeGuest())
+                self._do(Journal(state=self.state, resuming=True, durable=False), ResumeGuest())
             case GuestResumed():
                 self._resumed(event.at_s)
             case GuestReported(kind=DomainEventKind.EXITED):
@@ -352,7 +356,7 @@ class DestinationSession(Session):
         if not event.known:
             self._retry_later()
         elif record is not None and self._is_ours(record):
-            if self._restored:
+            if self._may_have_run:
                 self._resume_issued = True  # Before the restart, for all we know.
             self._won()
         elif record != self.record_before:

@@ -254,7 +254,7 @@ class SourceSession(SourceRecovery):
 
     def _switch_over(self, detail: str) -> None:
         self._enter(_S.SWITCHOVER, detail)
-        self._journal(detail)
+        self._journal()
         self._do(
             StopTimer(name=TimerName.TOTAL),
             StopTimer(name=TimerName.PEER),
@@ -334,8 +334,11 @@ class SourceSession(SourceRecovery):
             self._give_up(f"the destination gave up: {reason}")
         elif self.state in (_S.HANDOFF, _S.RECOVERING) and not self._destination_runs:
             self._destination_refused = True
-            if self._rollback_token is None:
+            if self.state is _S.HANDOFF:
                 self._recover(f"the destination gave up: {reason}")
+            elif self._rollback_token is None:
+                # After a restart the guest may never have been paused: ask it before the record.
+                self._do(InspectGuest())
 
     def _give_up(self, reason: str) -> None:
         """Before the handoff: whatever happened, bring the guest back here."""

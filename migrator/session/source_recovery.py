@@ -100,6 +100,7 @@ class SourceRecovery(SourceView):
                 else:
                     self._retry_later()
             case _:
+                self.error = self.error or "the agent restarted during the handoff"
                 self._gone = condition is GuestCondition.GONE
                 self._do(ReadRecord())
 

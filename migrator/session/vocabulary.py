@@ -187,10 +187,16 @@ Event = (
 
 
 class Journal(Struct, frozen=True, kw_only=True):
-    """Make durable, before the next command, that the session is in `state`."""
+    """Note, before the next command is performed, where the session stands.
+
+    `durable`: on the disk. Otherwise it outlives the agent but not the host, which is enough
+    for what only matters while the hypervisor's process lives, and costs no fsync in a blackout.
+    """
 
     state: MigrationState
-    detail: str = ""
+    resuming: bool = False
+    """From here on the vCPUs may run on this destination."""
+    durable: bool = True
 
 
 class Send(Struct, frozen=True, kw_only=True):
