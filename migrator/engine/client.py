@@ -32,6 +32,7 @@ _decoder: Final = msgspec.msgpack.Decoder(FromEngine)
 _OUTGOING_MAX: Final = 64
 """Messages waiting for the engine. It reads at every frame: more means that it hangs."""
 _RECEIVE_BYTES: Final = 65536
+_ROOT: Final = str(Path(__file__).resolve().parents[2])
 
 
 class EngineProcess:
@@ -211,6 +212,5 @@ def _close_all(fds: Sequence[int]) -> None:
 
 def _environment() -> dict[str, str]:
     """Ours, with this package importable from wherever the agent's code is."""
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    paths = [_ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import hashlib
 import os
-import secrets
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -199,15 +198,15 @@ class Pair:
     def __init__(self, binary: Path, folder: Path, size: int, *, huge: bool = False) -> None:
         self.source_guest = Guest(binary, size, huge=huge)
         self.destination_guest = Guest(binary, size, huge=huge)
-        self._folder = folder
+        self.folder = folder
         self.source: Engine
         self.destination: Engine
         self._passes = 0
 
     async def configure(self, **changes: object) -> Listening:
         """Both engines are up; the destination listens. `secret` is the source's only."""
-        self.source = await Engine.spawn(self._folder / "source.log")
-        self.destination = await Engine.spawn(self._folder / "destination.log")
+        self.source = await Engine.spawn(self.folder / "source.log")
+        self.destination = await Engine.spawn(self.folder / "destination.log")
         source = configuration(Role.SOURCE, self.source_guest, **changes)
         common = {key: value for key, value in changes.items() if key != "secret"}
         destination = configuration(Role.DESTINATION, self.destination_guest, **common)
