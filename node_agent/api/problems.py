@@ -60,7 +60,7 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
     except FerryError as error:
         if error.http_status >= 500:
             log.warning("%s %s: %s", request.method, request.path, error)
-        return respond(problem_of(error, request.path))
+        return respond(problem_of(error, request.rel_url.raw_path))
     except web.HTTPException as error:
         return _http_problem(request, error)
     except asyncio.CancelledError:
@@ -68,7 +68,7 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         internal = FerryError("an error inside the agent; its log has the details")
-        return respond(problem_of(internal, request.path))
+        return respond(problem_of(internal, request.rel_url.raw_path))
 
 
 def _http_problem(request: web.Request, error: web.HTTPException) -> web.Response:
@@ -90,7 +90,7 @@ def _http_problem(request: web.Request, error: web.HTTPException) -> web.Respons
         status=error.status,
         detail=detail,
         code=code,
-        instance=request.path,
+        instance=request.rel_url.raw_path,
     )
     return respond(problem, headers)
 

@@ -69,6 +69,7 @@ class ApiServer:
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
         self._listen = listen
         self._socket_path = socket_path
+        self._bound = False
         self._address: tuple[str, int] | None = None
 
     @property
@@ -84,6 +85,7 @@ class ApiServer:
                 await self._start_tcp(*self._listen)
             if self._socket_path is not None:
                 listening = await asyncio.to_thread(bind_unix, self._socket_path)
+                self._bound = True
                 await web.SockSite(self._runner, listening, backlog=BACKLOG).start()
         except BaseException:
             await self.close()
@@ -92,7 +94,8 @@ class ApiServer:
     async def close(self) -> None:
         """Refuse new requests, end the streams, finish the rest for `SHUTDOWN_S`. Idempotent."""
         await self._runner.cleanup()
-        if self._socket_path is not None:
+        if self._bound and self._socket_path is not None:
+            self._bound = False
             await asyncio.to_thread(self._socket_path.unlink, missing_ok=True)
 
     async def _start_tcp(self, host: str, port: int) -> None:

@@ -66,7 +66,7 @@ def _lab_module() -> Any:
 def _lab_address(name: str) -> str:
     """The API of the lab's first node that listens."""
     try:
-        addresses = [node.api for node in _lab_module().load(name).nodes]
+        addresses: list[str] = [node.api for node in _lab_module().load(name).nodes]
     except (FerryError, ImportError) as error:
         raise CliError(str(error), ExitCode.NOT_FOUND) from error
     for address in addresses:

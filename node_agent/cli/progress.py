@@ -32,7 +32,7 @@ _EXIT: Final = {
 
 def watch_migration(client: ApiClient, migration: Migration) -> ExitCode:
     """Show it until it ended. The exit code says how; INTERRUPTED: the user detached."""
-    live = sys.stdout.isatty() and sys.stdin.isatty() and not settings.json
+    live = _on_terminal() and not settings.json
     watcher = _LiveWatcher(client) if live else _LineWatcher(client)
     while not migration.ended:
         try:
@@ -48,6 +48,14 @@ def watch_migration(client: ApiClient, migration: Migration) -> ExitCode:
     if migration.state is MigrationState.FAILED and settings.json:
         print(f"ferry: {outcome(migration)}", file=sys.stderr)
     return _EXIT[migration.state]
+
+
+def _on_terminal() -> bool:
+    return sys.stdout.isatty() and sys.stdin.isatty()
+
+
+def _pause() -> None:
+    time.sleep(POLL_S)
 
 
 def outcome(migration: Migration) -> str:
@@ -95,7 +103,7 @@ class _Watcher:
         answered_at = time.monotonic()
         while not migration.ended:
             self.saw(migration)
-            time.sleep(POLL_S)
+            _pause()
             try:
                 migration = self._client.get(path, Migration)
                 answered_at = time.monotonic()

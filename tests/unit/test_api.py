@@ -1,0 +1,382 @@
+"""The HTTP API: every route of the table, every kind of error, on two simulated nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from aiohttp import ClientSession, web
+from aiohttp.test_utils import TestClient, TestServer
+from openapi_spec_validator import validate
+
+from migrator.errors import ConfigError
+from migrator.model import DomainName, DomainState, MigrationState
+from node_agent.api.openapi import document
+from node_agent.api.routes import ROUTES
+from node_agent.api.server import ApiServer, create_app
+from node_agent.api.streams import STREAMS
+from node_agent.events import EventKind
+from node_agent.resources import Problem
+from tests.unit.agent_world import MAC, World, open_world, spec_of
+
+Client = TestClient[web.Request, web.Application]
+SPEC = msgspec.to_builtins(spec_of())
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    async with open_world(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def client(world: World) -> AsyncIterator[Client]:
+    app = create_app(world.a.cluster, version="1.2.3", heartbeat_s=0.05)
+    async with TestClient(TestServer(app)) as opened:
+        yield opened
+
+
+async def ask(client: Client, method: str, path: str, body: Any = None, *, status: int) -> Any:
+    """The JSON of an answer with the expected status; errors must be problem documents."""
+    async with client.request(method, path, json=body) as response:
+        text = await response.text()
+        assert response.status == status, text
+        if status >= 400:
+            assert response.content_type == "application/problem+json"
+            problem = msgspec.json.decode(text, type=Problem)
+            assert problem.status == status
+            assert problem.instance == path.partition("?")[0]
+            assert problem.type.endswith(problem.code)
+        return json.loads(text) if text else None
+
+
+async def running(client: Client, node: str = "a") -> None:
+    await ask(client, "POST", "/v1/domains", SPEC, status=201)
+    await ask(client, "POST", "/v1/domains/web/start", {"node": node}, status=200)
+
+
+# --- domains -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("node", ["a", "b"])
+async def test_a_domains_life_wherever_it_runs(client: Client, node: str) -> None:
+    async with client.post("/v1/domains", json=SPEC) as response:
+        assert response.status == 201
+        assert response.headers["Location"] == "/v1/domains/web"
+        assert (await response.json())["state"] == "stopped"
+    started = await ask(client, "POST", "/v1/domains/web/start", {"node": node}, status=200)
+    assert (started["state"], started["node"], started["token"]) == ("running", node, 1)
+    for operation, state in (("pause", "paused"), ("resume", "running"), ("reset", "running")):
+        done = await ask(client, "POST", f"/v1/domains/web/{operation}", status=200)
+        assert done["state"] == state
+    listed = await ask(client, "GET", "/v1/domains", status=200)
+    assert [(each["name"], each["node"]) for each in listed["domains"]] == [("web", node)]
+    nodes = await ask(client, "GET", "/v1/nodes", status=200)
+    assert {each["name"]: each["domains"] for each in nodes["nodes"]}[node] == ["web"]
+    await ask(client, "DELETE", "/v1/domains/web", status=409)
+    stopped = await ask(client, "POST", "/v1/domains/web/stop", status=200)
+    assert (stopped["state"], stopped["node"]) == ("stopped", node)
+    again = await ask(client, "POST", "/v1/domains/web/start", status=200)
+    assert (again["node"], again["token"]) == (node, 2)
+    await ask(client, "POST", "/v1/domains/web/stop", {"timeout_s": 1}, status=200)
+    await ask(client, "DELETE", "/v1/domains/web", status=204)
+    await ask(client, "GET", "/v1/domains/web", status=404)
+
+
+async def test_conflicts_say_what_is_in_the_way(client: Client) -> None:
+    await running(client, "b")
+    problem = await ask(client, "POST", "/v1/domains/web/start", {"node": "a"}, status=409)
+    assert "runs on b" in problem["detail"]
+    problem = await ask(client, "POST", "/v1/domains/web/start", status=409)
+    assert "already" in problem["detail"]
+    problem = await ask(client, "POST", "/v1/domains", SPEC | {"name": "x"}, status=409)
+    assert MAC in problem["detail"]
+    await ask(client, "POST", "/v1/domains/web/stop", status=200)
+    problem = await ask(client, "POST", "/v1/domains/web/stop", status=409)
+    assert problem["code"] in {"wrong-state", "conflict"}
+    await ask(client, "POST", "/v1/domains/web/start", {"node": "nowhere"}, status=404)
+
+
+async def test_an_owner_that_does_not_answer_makes_its_domains_unknown(
+    client: Client, world: World
+) -> None:
+    await running(client, "b")
+    await world.b.hub.close()
+    domain = await ask(client, "GET", "/v1/domains/web", status=200)
+    assert domain["state"] == DomainState.UNKNOWN
+    assert "b" in domain["reason"]
+    problem = await ask(client, "POST", "/v1/domains/web/pause", status=502)
+    assert problem["code"] == "peer-unreachable"
+
+
+async def test_the_console(client: Client, world: World) -> None:
+    await running(client, "b")
+    path = world.b.hypervisor.console_log(DomainName("web"))
+    await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
+    await asyncio.to_thread(path.write_bytes, b"hello\nworld\n")
+    async with client.get("/v1/domains/web/console?limit_bytes=6") as response:
+        assert await response.read() == b"world\n"
+        assert response.headers["Ferry-Node"] == "b"
+        assert response.headers["Ferry-Console-End"] == "12"
+    async with client.get("/v1/domains/web/console?offset=0&follow=true") as response:
+        assert await response.content.readexactly(12) == b"hello\nworld\n"
+        await asyncio.to_thread(path.write_bytes, b"hello\nworld\nmore\n")
+        assert await response.content.readexactly(5) == b"more\n"
+    await ask(client, "GET", "/v1/domains/nobody/console", status=404)
+    problem = await ask(client, "GET", "/v1/domains/web/console?offset=x", status=400)
+    assert "offset" in problem["fields"]
+    await ask(client, "GET", "/v1/domains/web/console?follow=maybe", status=400)
+
+
+# --- migrations ----------------------------------------------------------------------------------
+
+
+async def test_a_migration_goes_to_the_source_and_is_watched_and_cancelled(
+    client: Client, world: World
+) -> None:
+    await running(client, "b")
+    async with client.post("/v1/domains/web/migrations", json={"downtime_limit_ms": 9}) as answer:
+        assert answer.status == 202
+        assert answer.headers["Location"] == "/v1/migrations/m-1"
+        migration = await answer.json()
+    assert (migration["source"], migration["destination"]) == ("b", "a")
+    assert migration["request"]["downtime_limit_ms"] == 9
+    assert (await ask(client, "GET", "/v1/domains/web", status=200))["migration"] == "m-1"
+    listed = await ask(client, "GET", "/v1/migrations", status=200)
+    assert [each["id"] for each in listed["migrations"]] == ["m-1"]
+    assert (await ask(client, "GET", "/v1/migrations/m-1", status=200))["state"] == "precopy"
+    cancelled = await ask(client, "DELETE", "/v1/migrations/m-1", status=202)
+    assert cancelled["state"] == MigrationState.CANCELLED
+    problem = await ask(client, "DELETE", "/v1/migrations/m-1", status=409)
+    assert "cancelled" in problem["detail"]
+    await ask(client, "GET", "/v1/migrations/m-9", status=404)
+    await ask(client, "DELETE", "/v1/migrations/m-9", status=404)
+
+
+async def test_a_refusal_has_every_reason_and_a_dry_run_has_them_too(
+    client: Client, world: World
+) -> None:
+    await running(client)
+    path = "/v1/domains/web/migrations"
+    fine = await ask(client, "POST", f"{path}?dry_run=true", {"destination": "b"}, status=200)
+    assert fine == {"destination": "b", "refused": []}
+    world.a.migrations.reasons = ["memory", "bridge"]
+    result = await ask(client, "POST", f"{path}?dry_run=true", {"destination": "b"}, status=200)
+    assert result["refused"] == ["memory", "bridge"]
+    problem = await ask(client, "POST", path, {"destination": "b"}, status=409)
+    assert (problem["code"], problem["reasons"]) == ("refused", ["memory", "bridge"])
+    assert not world.migrations
+    await ask(client, "POST", "/v1/domains/web/stop", status=200)
+    await ask(client, "POST", path, {"destination": "b"}, status=409)
+    stopped = await ask(client, "POST", f"{path}?dry_run=1", {}, status=200)
+    assert "stopped" in stopped["refused"][0]
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"downtime_limit_ms": 0}, "downtime_limit_ms"),
+        ({"timeout_s": "soon"}, "timeout_s"),
+        ({"on_timeout": "explode"}, "on_timeout"),
+        ({"bandwidth_bytes_per_s": 1}, "bandwidth_bytes_per_s"),
+        ({"destination": "A B"}, "destination"),
+        ({"downtime_limit": 5}, "downtime_limit"),
+    ],
+)
+async def test_a_wrong_migration_names_the_field(
+    client: Client, body: dict[str, Any], field: str
+) -> None:
+    await running(client)
+    problem = await ask(client, "POST", "/v1/domains/web/migrations", body, status=400)
+    assert problem["fields"][field]
+    assert field in problem["detail"]
+
+
+# --- volumes, nodes, health ----------------------------------------------------------------------
+
+
+async def test_volumes(client: Client) -> None:
+    pools = await ask(client, "GET", "/v1/pools", status=200)
+    assert [pool["name"] for pool in pools["pools"]] == ["default"]
+    volumes = "/v1/pools/default/volumes"
+    made = await ask(client, "POST", volumes, {"name": "v", "capacity_bytes": 4096}, status=201)
+    assert (made["name"], made["format"]) == ("v", "raw")
+    await ask(client, "POST", volumes, {"name": "v", "capacity_bytes": 4096}, status=409)
+    await ask(client, "POST", volumes, {"name": "v", "capacity_bytes": 1}, status=400)
+    wrong = {"name": "w", "capacity_bytes": 4096, "image": "here"}
+    assert "image" in (await ask(client, "POST", volumes, wrong, status=400))["fields"]
+    listed = await ask(client, "GET", volumes, status=200)
+    assert sorted(each["name"] for each in listed["volumes"]) == ["root", "v"]
+    await ask(client, "DELETE", f"{volumes}/v", status=204)
+    await ask(client, "DELETE", f"{volumes}/v", status=404)
+    await ask(client, "GET", "/v1/pools/nowhere/volumes", status=404)
+    await ask(client, "POST", "/v1/domains", SPEC, status=201)
+    problem = await ask(client, "DELETE", f"{volumes}/root", status=409)
+    assert "web" in problem["detail"]
+
+
+async def test_health_follows_the_store(client: Client, world: World) -> None:
+    assert (await ask(client, "GET", "/healthz", status=200))["status"] == "ok"
+    world.a.store.faults.unavailable = True
+    problem = await ask(client, "GET", "/healthz", status=503)
+    assert problem["code"] == "store-unavailable"
+    world.a.store.faults.unavailable = False
+
+
+# --- events --------------------------------------------------------------------------------------
+
+
+async def _sse(client: Client, headers: dict[str, str], count: int) -> list[tuple[int, str]]:
+    """The id and kind of the first `count` messages."""
+    found: list[tuple[int, str]] = []
+    headers = {"Accept": "text/event-stream"} | headers
+    async with asyncio.timeout(5), client.get("/v1/events", headers=headers) as response:
+        assert response.content_type == "text/event-stream"
+        seq = 0
+        async for line in response.content:
+            name, _, value = line.decode().strip().partition(": ")
+            if name == "id":
+                seq = int(value)
+            elif name == "event":
+                found.append((seq, value))
+                if len(found) == count:
+                    break
+    return found
+
+
+async def test_events_are_streamed_and_resumed(client: Client, world: World) -> None:
+    await running(client)
+    stream = asyncio.create_task(_sse(client, {"Last-Event-ID": "0"}, 3))
+    await asyncio.sleep(0.1)
+    await ask(client, "POST", "/v1/domains/web/pause", status=200)
+    messages = await stream
+    kinds = ["domain-defined", "domain-started", "domain-paused"]
+    assert [kind for _, kind in messages] == kinds
+    resumed = await _sse(client, {"Last-Event-ID": str(messages[0][0])}, 2)
+    assert resumed == messages[1:]
+    async with client.get("/v1/events", headers={"Accept": "application/json"}) as response:
+        assert [each["kind"] for each in (await response.json())["events"]] == kinds
+    async with client.get("/v1/events", headers={"Last-Event-ID": "x"}) as response:
+        assert response.status == 400
+
+
+async def test_a_silent_stream_has_heartbeats_and_ends_with_the_server(
+    client: Client, world: World
+) -> None:
+    async with asyncio.timeout(5), client.get("/v1/events") as response:
+        text = b""
+        while text.count(b": heartbeat") < 2:
+            text += await response.content.readline()
+        world.a.events.emit(EventKind.AGENT_STARTED, "here")
+        assert client.server is not None
+        app = client.server.app  # type: ignore[attr-defined]
+        await app[STREAMS].close()
+        with contextlib.suppress(Exception):
+            await response.read()
+
+
+# --- what HTTP itself gets wrong -----------------------------------------------------------------
+
+
+async def test_unknown_routes_and_methods_are_problems(client: Client) -> None:
+    await ask(client, "GET", "/v1/nothing", status=404)
+    problem = await ask(client, "PUT", "/v1/domains", status=405)
+    assert "GET, POST" in problem["detail"]
+    await ask(client, "GET", "/v1/domains/NOT%20A%20NAME", status=404)
+    await ask(client, "GET", "/v1/domains/nobody", status=404)
+    await ask(client, "GET", "/v1/migrations/..%2F..", status=404)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (SPEC | {"memory_bytes": 1}, "memory_bytes"),
+        (SPEC | {"memory": 1}, "memory"),
+        ({"name": "web"}, "memory_bytes"),
+        (SPEC | {"name": "Web"}, "name"),
+        (SPEC | {"nics": [{"mac": "x", "bridge": "br0"}]}, "nics[0].mac"),
+        (SPEC | {"boot": {"kind": "floppy"}}, "boot.kind"),
+        (SPEC | {"boot": {"kind": "kernel"}}, "boot.kernel"),
+        (SPEC | {"disks": [{"volume": "../x"}]}, "disks[0].volume"),
+        (SPEC | {"nics": [{"mac": "01:00:5e:00:00:01", "bridge": "br0"}]}, "nics[0].mac"),
+    ],
+)
+async def test_a_wrong_body_names_the_field(client: Client, body: Any, field: str) -> None:
+    problem = await ask(client, "POST", "/v1/domains", body, status=400)
+    assert problem["code"] == "invalid-request"
+    assert problem["fields"][field]
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'"\xff"', b"[" * 5000])
+async def test_what_is_no_json_object_is_refused(client: Client, data: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    async with client.post("/v1/domains", data=data, headers=headers) as response:
+        assert response.status == 400
+        assert response.content_type == "application/problem+json"
+
+
+async def test_other_content_types_and_large_bodies_are_refused(client: Client) -> None:
+    async with client.post("/v1/domains", data={"a": "b"}) as response:
+        assert response.status == 415
+        assert (await response.json())["code"] == "unsupported-media-type"
+    headers = {"Content-Type": "application/json"}
+    async with client.post("/v1/domains", data=b" " * 300_000, headers=headers) as response:
+        assert response.status == 413
+        assert (await response.json())["code"] == "body-too-large"
+
+
+async def test_a_bug_is_a_problem_without_details(world: World) -> None:
+    @web.middleware
+    async def broken(request: web.Request, handler: Any) -> web.StreamResponse:
+        raise ZeroDivisionError("secret")
+
+    app = create_app(world.a.cluster, middlewares=[broken])
+    async with TestClient(TestServer(app)) as client:
+        problem = await ask(client, "GET", "/v1/domains", status=500)
+    assert "secret" not in json.dumps(problem)
+
+
+# --- the document and the sockets ----------------------------------------------------------------
+
+
+async def test_the_openapi_document_is_valid_and_complete(client: Client) -> None:
+    served = await ask(client, "GET", "/openapi.json", status=200)
+    validate(served)
+    assert served["info"]["version"] == "1.2.3"
+    documented = {
+        (method.upper(), path) for path, methods in served["paths"].items() for method in methods
+    }
+    assert documented == {(route.method, route.path) for route in ROUTES}
+    ids = [each["operationId"] for path in served["paths"].values() for each in path.values()]
+    assert len(ids) == len(set(ids))
+    assert served["components"] == document(ROUTES, "x")["components"]
+
+
+async def test_it_listens_on_tcp_and_on_a_private_socket(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "api.sock"
+    server = ApiServer(create_app(world.a.cluster), listen=("127.0.0.1", 0), socket_path=path)
+    await server.start()
+    assert server.address is not None
+    mode = (await asyncio.to_thread(path.stat)).st_mode
+    assert stat.S_ISSOCK(mode)
+    assert stat.S_IMODE(mode) == 0o600
+    async with ClientSession() as session:
+        host, port = server.address
+        async with session.get(f"http://{host}:{port}/healthz") as response:
+            assert response.status == 200
+    second = ApiServer(create_app(world.a.cluster), listen=None, socket_path=path)
+    with pytest.raises(ConfigError, match="another agent"):
+        await second.start()
+    assert await asyncio.to_thread(path.exists), "the other agent's socket was left alone"
+    taken = ApiServer(create_app(world.a.cluster), listen=server.address, socket_path=None)
+    with pytest.raises(ConfigError, match=r"api\.listen"):
+        await taken.start()
+    await server.close()
+    assert not await asyncio.to_thread(path.exists)

@@ -1,0 +1,308 @@
+"""`ferry` against a real API on a unix socket, with simulated nodes behind it.
+
+The commands run in a thread: they are synchronous, and the API runs in the test's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from migrator.model import DomainName, MigrationState
+from node_agent.api.server import ApiServer, create_app
+from node_agent.cli import client as cli_client
+from node_agent.cli import main, progress
+from node_agent.cli.errors import CliError, ExitCode
+from node_agent.cli.output import parse_size, size
+from node_agent.cli.spec import load_spec, parse_disk, parse_nic
+from tests.unit.agent_world import MAC, World, open_world
+
+pytestmark = pytest.mark.allow_blocking("the CLI is synchronous; it runs in a thread")
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Ferry = Callable[..., Coroutine[Any, Any, Result]]
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    async with open_world(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def ferry(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> AsyncIterator[Ferry]:
+    path = tmp_path / "api.sock"
+    server = ApiServer(create_app(world.a.cluster), listen=None, socket_path=path)
+    await server.start()
+
+    async def run(*arguments: str, code: int | None = 0) -> Result:
+        capfd.readouterr()
+        got = await asyncio.to_thread(main.run, [*arguments, "--api", f"unix:{path}"])
+        out, err = capfd.readouterr()
+        result = Result(got, out, err)
+        assert "Traceback" not in err
+        if code is not None:
+            assert got == code, result
+        return result
+
+    yield run
+    await server.close()
+
+
+async def define(ferry: Ferry, *more: str) -> Result:
+    nic = f"bridge=br0,mac={MAC.upper()},ip=10.0.0.7"
+    flags = ["--memory", "64M", "--disk", "root", "--nic", nic]
+    return await ferry("domain", "define", "web", *flags, *more)
+
+
+async def test_a_domains_life(ferry: Ferry, tmp_path: Path) -> None:
+    assert "runs on a" in (await define(ferry, "--start")).out
+    assert "paused" in (await ferry("domain", "pause", "web")).out
+    assert "running" in (await ferry("domain", "resume", "web")).out
+    await ferry("domain", "reset", "web")
+    listed = (await ferry("domain", "ls")).out
+    assert "web" in listed
+    assert "64.0 MiB" in listed
+    shown = (await ferry("domain", "show", "web")).out
+    assert MAC in shown
+    assert "default/root" in shown
+    refused = await ferry("domain", "rm", "web", code=ExitCode.REFUSED)
+    assert refused.err.count("\n") == 1
+    await ferry("domain", "stop", "web")
+    await ferry("domain", "start", "web", "--node", "b")
+    await ferry("domain", "stop", "web")
+    await ferry("domain", "rm", "web")
+    await ferry("domain", "show", "web", code=ExitCode.NOT_FOUND)
+
+
+async def test_json_alone_is_on_stdout(ferry: Ferry) -> None:
+    domain = json.loads((await define(ferry, "--json")).out)
+    assert domain["spec"]["nics"][0]["mac"] == MAC
+    for command in (["domain", "ls"], ["node", "ls"], ["pool", "ls"], ["migration", "ls"]):
+        assert isinstance(json.loads((await ferry("--json", *command)).out), list)
+    problem = await ferry("domain", "show", "nobody", "--json", code=ExitCode.NOT_FOUND)
+    assert not problem.out
+    assert json.loads(problem.err.splitlines()[1])["code"] == "not-found"
+    assert (await ferry("node", "ls")).out.count("ready") == 2
+
+
+async def test_a_definition_from_a_file_and_options_win(ferry: Ferry, tmp_path: Path) -> None:
+    toml = tmp_path / "web.toml"
+    toml.write_text('name = "web"\nmemory = "1G"\nvcpus = 2\n[[disks]]\nvolume = "root"\n')
+    made = await ferry("domain", "define", "-f", str(toml), "--memory", "64M", "--json")
+    spec = json.loads(made.out)["spec"]
+    assert (spec["memory_bytes"], spec["vcpus"]) == (64 * 1024**2, 2)
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('{"name": "x", "memory_bytes": 1}')
+    result = await ferry("domain", "define", "-f", str(wrong), code=ExitCode.USAGE)
+    assert "memory_bytes must be a whole number from 16777216" in result.err
+    wrong.write_text("{")
+    await ferry("domain", "define", "-f", str(wrong), code=ExitCode.USAGE)
+    await ferry("domain", "define", "-f", str(tmp_path / "none"), code=ExitCode.USAGE)
+    await ferry("domain", "define", code=ExitCode.USAGE)
+
+
+async def test_volumes_and_events(ferry: Ferry) -> None:
+    await ferry("volume", "create", "data", "--size", "1M")
+    assert "data" in (await ferry("volume", "ls")).out
+    await ferry("volume", "create", "data", "--size", "1M", code=ExitCode.REFUSED)
+    await ferry("volume", "create", "more", "--size", "lots", code=ExitCode.USAGE)
+    await ferry("volume", "rm", "data")
+    await ferry("volume", "rm", "data", code=ExitCode.NOT_FOUND)
+    await define(ferry)
+    events = [json.loads(line) for line in (await ferry("events", "--json")).out.splitlines()]
+    assert [event["kind"] for event in events] == ["domain-defined"]
+    assert "was defined" in (await ferry("events")).out
+
+
+async def test_the_console(ferry: Ferry, world: World) -> None:
+    await define(ferry, "--start")
+    path = world.a.hypervisor.console_log(DomainName("web"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"booted\n")
+    assert (await ferry("domain", "console", "web")).out == "booted\n"
+
+
+async def test_wrong_usage_and_silence_have_their_codes(ferry: Ferry) -> None:
+    await ferry("nonsense", code=ExitCode.USAGE)
+    await ferry("migrate", code=ExitCode.USAGE)
+    await ferry("domain", "define", "x", "--nic", "mac=1", code=ExitCode.USAGE)
+    assert await asyncio.to_thread(main.run, ["node", "ls", "--api", "unix:/nowhere"]) == 5
+    assert await asyncio.to_thread(main.run, ["node", "ls", "--api", "ftp://x"]) == 2
+    assert await asyncio.to_thread(main.run, ["node", "ls", "--api"]) == 2
+    assert await asyncio.to_thread(main.run, ["node", "ls", "--lab", "no-such-lab"]) == 3
+
+
+# --- migrations ----------------------------------------------------------------------------------
+
+
+async def _migrating(world: World) -> str:
+    async with asyncio.timeout(5):
+        while not world.migrations:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    return next(iter(world.migrations))
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "says"),
+    [
+        (MigrationState.COMPLETED, ExitCode.OK, "runs on b, blackout 7.5 ms"),
+        (MigrationState.FAILED, ExitCode.MIGRATION_FAILED, "failed: no memory"),
+        (MigrationState.CANCELLED, ExitCode.MIGRATION_CANCELLED, "cancelled"),
+    ],
+)
+async def test_migrate_waits_and_tells_how_it_ended(
+    ferry: Ferry, world: World, state: MigrationState, code: int, says: str
+) -> None:
+    await define(ferry, "--start")
+    command = asyncio.create_task(ferry("migrate", "web", "--downtime-limit", "9", code=code))
+    found = await _migrating(world)
+    assert world.migrations[found].request.downtime_limit_ms == 9
+    error = "no memory" if state is MigrationState.FAILED else None
+    world.a.migrations.end(found, state, error)
+    result = await command
+    assert says in result.out
+    assert "precopy" in result.out
+    assert not result.err
+
+
+async def test_migrate_can_begin_only_or_ask_only(ferry: Ferry, world: World) -> None:
+    await define(ferry, "--start")
+    assert "can be migrated to b" in (await ferry("migrate", "web", "--dry-run")).out
+    world.a.migrations.reasons = ["memory", "bridge"]
+    dry = await ferry("migrate", "web", "--dry-run", code=ExitCode.REFUSED)
+    assert "memory" in dry.out
+    refused = await ferry("migrate", "web", code=ExitCode.REFUSED)
+    assert "bridge" in refused.err
+    world.a.migrations.reasons = []
+    begun = json.loads((await ferry("migrate", "web", "--no-wait", "--json")).out)
+    assert begun["id"] in (await ferry("migration", "ls", "--active")).out
+    assert "precopy" in (await ferry("migration", "show", begun["id"])).out
+    assert "cancelled" in (await ferry("migration", "cancel", begun["id"])).out
+    await ferry("migration", "cancel", begun["id"], code=ExitCode.REFUSED)
+    await ferry("migration", "watch", begun["id"], code=ExitCode.MIGRATION_CANCELLED)
+    await ferry("migration", "show", "m-99", code=ExitCode.NOT_FOUND)
+
+
+async def test_interrupted_without_a_terminal_it_detaches(
+    ferry: Ferry, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await define(ferry, "--start")
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(progress, "_pause", interrupt)
+    result = await ferry("migrate", "web", code=ExitCode.INTERRUPTED)
+    assert "goes on" in result.out
+    assert next(iter(world.migrations.values())).state is MigrationState.PRECOPY
+
+
+@pytest.mark.parametrize(("answer", "code"), [("c", 7), ("d", 130), ("", 0)])
+async def test_interrupted_on_a_terminal_it_asks(
+    ferry: Ferry, world: World, monkeypatch: pytest.MonkeyPatch, answer: str, code: int
+) -> None:
+    await define(ferry, "--start")
+    interrupted = False
+
+    def interrupt() -> None:
+        nonlocal interrupted
+        if not interrupted:
+            interrupted = True
+            raise KeyboardInterrupt
+        world.a.migrations.end("m-1", world.migrations["m-1"].state)
+        if not answer:
+            world.a.migrations.end("m-1", MigrationState.COMPLETED)
+
+    monkeypatch.setattr(progress, "_pause", interrupt)
+    monkeypatch.setattr(progress, "_on_terminal", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda prompt: answer)
+    await ferry("migrate", "web", code=code)
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("4096", 4096), ("512M", 512 << 20), ("1.5g", 3 << 29), ("2KiB", 2048)]
+)
+def test_sizes(text: str, count: int) -> None:
+    assert parse_size(text) == count
+
+
+def test_sizes_for_people() -> None:
+    assert [size(count) for count in (None, 10, 1536, 3 << 30)] == [
+        "-",
+        "10 B",
+        "1.5 KiB",
+        "3.0 GiB",
+    ]
+
+
+def test_disks_and_nics() -> None:
+    assert parse_disk("v,pool=fast,ro=true") == {"volume": "v", "pool": "fast", "read_only": True}
+    assert parse_disk("volume=v") == {"volume": "v"}
+    assert parse_nic(f"bridge=b,mac={MAC},ip=1.2.3.4,ip=fd00::1,mtu=9000") == {
+        "bridge": "b",
+        "mac": MAC,
+        "addresses": ["1.2.3.4", "fd00::1"],
+        "mtu_bytes": 9000,
+    }
+    with pytest.raises(CliError):
+        parse_disk("v,size=3")
+
+
+def test_a_file_that_holds_no_domain(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("[]")
+    with pytest.raises(CliError):
+        load_spec(path)
+
+
+def test_where_the_agent_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FERRY_API", "unix:/env")
+    assert cli_client.find_address("unix:/option", None) == "unix:/option"
+    assert cli_client.find_address(None, None) == "unix:/env"
+    monkeypatch.delenv("FERRY_API")
+    monkeypatch.delenv("FERRY_LAB", raising=False)
+    socket = tmp_path / "api.sock"
+    monkeypatch.setattr(cli_client, "DEFAULT_SOCKET", socket)
+    monkeypatch.setattr(cli_client, "_labs", lambda: ["one", "two"])
+    with pytest.raises(CliError, match="several labs"):
+        cli_client.find_address(None, None)
+    monkeypatch.setattr(cli_client, "_labs", lambda: ["one"])
+    monkeypatch.setattr(cli_client, "_lab_address", lambda name: f"unix:/{name}")
+    assert cli_client.find_address(None, None) == "unix:/one"
+    monkeypatch.setenv("FERRY_LAB", "two")
+    assert cli_client.find_address(None, None) == "unix:/two"
+    monkeypatch.delenv("FERRY_LAB")
+    socket.touch()
+    assert cli_client.find_address(None, None) == f"unix:{socket}"
+
+
+def test_the_help_is_complete_and_fast() -> None:
+    command: list[str] = [sys.executable, "-m", "node_agent.cli.main", "--help"]
+    times: list[float] = []
+    for _ in range(3):
+        began = time.monotonic()
+        done: Any = subprocess.run(command, capture_output=True, text=True, check=True)
+        times.append(time.monotonic() - began)
+    for word in ("Exit codes", "migrate", "events", "agent", "lab", "--api"):
+        assert word in done.stdout
+    assert min(times) < 2.0, "0.2 s on an idle machine"
