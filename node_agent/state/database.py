@@ -32,6 +32,7 @@ _TRIM_EVERY: Final = 256
 _CHECKPOINT_AFTER_COMMITS: Final = 64
 _CHECKPOINT_IDLE_S: Final = 1.0
 _CHECKPOINT_AT_LATEST_COMMITS: Final = 4096
+_LOCK_RETRY_S: Final = 0.0005
 _AFTER_PREFIX: Final = "\U0010ffff"
 """Sorts after every character that a key can have."""
 
@@ -60,6 +61,7 @@ class Database:
     def __init__(self, path: Path, busy_timeout_s: float) -> None:
         """Open or create the file. StoreError names it; nothing is left open."""
         self.path = path
+        self._busy_timeout_s = busy_timeout_s
         self._commits_since_checkpoint = 0
         self._last_commit_at_s = 0.0
         self._written_revision = 0
@@ -239,10 +241,32 @@ class Database:
             with contextlib.suppress(sqlite3.Error):
                 self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
+    def _begin_write(self) -> None:
+        """Take the file's write lock, within the busy timeout.
+
+        SQLite's own waiting sleeps up to 100 ms a time; a handoff's write waits in the blackout,
+        for transactions that take one.
+        """
+        execute = self._connection.execute
+        deadline_s = time.monotonic() + self._busy_timeout_s
+        execute("PRAGMA busy_timeout = 0")
+        try:
+            while True:
+                try:
+                    execute("BEGIN IMMEDIATE")
+                    return
+                except sqlite3.OperationalError as error:
+                    busy = (error.sqlite_errorcode & 0xFF) == sqlite3.SQLITE_BUSY
+                    if not busy or time.monotonic() > deadline_s:
+                        raise
+                time.sleep(_LOCK_RETRY_S)
+        finally:
+            execute(f"PRAGMA busy_timeout = {int(self._busy_timeout_s * 1000)}")
+
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         with self._errors():
-            self._connection.execute("BEGIN IMMEDIATE")
+            self._begin_write()
             try:
                 yield
                 self._connection.execute("COMMIT")
