@@ -29,7 +29,7 @@ SHELL = (
     "migrator/engine/",
     "migrator/runner.py",
     "migrator/journal.py",
-    "migrator/engine_client.py",
+    "migrator/engine_driver.py",
 )
 """The parts of migrator/ that do I/O: paths, or folders that end in a slash."""
 IMPURE = {
