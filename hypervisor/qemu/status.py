@@ -69,6 +69,8 @@ def domain_state(
     A guest that was paused when its migration began ends in QEMU's `postmigrate` also if that
     migration failed; only a completed one has sent anything away.
     """
+    if run_state == "finish-migrate" and migration is MigrationStatus.COMPLETED:
+        return DomainState.POSTMIGRATE, None  # QEMU says `completed` a moment earlier.
     if run_state == "postmigrate":
         if migration is MigrationStatus.COMPLETED:
             return DomainState.POSTMIGRATE, None

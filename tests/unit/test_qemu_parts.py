@@ -87,6 +87,7 @@ def test_machine_names_of_a_query() -> None:
         ("prelaunch", "none", False, False, DomainState.STARTING),
         ("prelaunch", "none", False, True, DomainState.PAUSED),
         ("finish-migrate", "pre-switchover", False, True, DomainState.PRE_SWITCHOVER),
+        ("finish-migrate", "completed", False, True, DomainState.POSTMIGRATE),
         ("postmigrate", "completed", False, True, DomainState.POSTMIGRATE),
         ("postmigrate", "cancelled", False, True, DomainState.PAUSED),
         ("io-error", "none", False, True, DomainState.IO_ERROR),
