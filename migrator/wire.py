@@ -55,7 +55,7 @@ class Frame(msgspec.Struct, frozen=True):
         """The typed message inside; RemoteProtocolError (naming the field) if it doesn't fit."""
         try:
             return decoder.decode(self.body)
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RemoteProtocolError(
                 f"malformed {self.kind.name.lower()} frame: {error}"
             ) from error

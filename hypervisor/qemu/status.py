@@ -78,5 +78,5 @@ def domain_state(
     if run_state == "prelaunch" and has_run:
         return DomainState.PAUSED, None
     if run_state == "paused" and incoming:
-        return DomainState.INCOMING, None
+        return DomainState.LOADED, None
     return _STATES.get(run_state, (DomainState.UNKNOWN, f"QEMU's run state is {run_state!r}"))

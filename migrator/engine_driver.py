@@ -1,0 +1,229 @@
+"""Drives one side's engine process for a session: spawns it, configures it, and tells what it says.
+
+Commands that need the engine wait in order for it to be there. The engine that dies is an
+EngineLost event, unless it was told to stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+from migrator import engine_messages as m
+from migrator.engine.client import EngineProcess
+from migrator.errors import FerryError
+from migrator.model import DomainName, Role
+from migrator.ports import GuestMemory, HypervisorDriver, Struct
+from migrator.session import vocabulary as v
+from migrator.session.destination import DestinationSession
+from migrator.session.source import SourceSession
+
+log = logging.getLogger(__name__)
+STOP_S: Final = 2.0
+
+
+class EngineSettings(Struct, frozen=True, kw_only=True):
+    """What a node's configuration says of its engines."""
+
+    run_directory: Path
+    """For unix sockets: a short path, ours alone."""
+    log_directory: Path
+    bind_address: str
+    streams: int = 1
+
+
+class EngineDriver:
+    """See the module. `feed` takes events; every task is owned here and ended by `close`."""
+
+    def __init__(
+        self,
+        session: SourceSession | DestinationSession,
+        *,
+        settings: EngineSettings,
+        device_channel: Path,
+        feed: Callable[[v.Event], None],
+    ) -> None:
+        self._session = session
+        self._settings = settings
+        self._device_channel = device_channel
+        self._feed = feed
+        self._secret = secrets.token_bytes(32)
+        self._process: EngineProcess | None = None
+        self._stopping = False
+        self._pages_in_use = 0
+        self._round_trip_ms = 0.0
+        self._connect: v.ConnectEngine | None = None
+        self._tail: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def perform(
+        self,
+        command: v.StartEngine | v.ConnectEngine | v.RunPass | v.StopEngine,
+        *,
+        memory: HypervisorDriver,
+    ) -> None:
+        """Begin a command. A pass begins at once; the others in order, in the background."""
+        match command:
+            case v.RunPass():
+                self._send(m.RunPass(number=command.number, kind=command.kind))
+            case v.StopEngine():
+                self._stopping = True
+                self._queue(self._stop())
+            case v.StartEngine():
+                self._queue(self._guarded("start", self._start(memory)))
+            case v.ConnectEngine():
+                self._queue(self._guarded("connect", self._connect_source(command, memory)))
+
+    async def drained(self) -> None:
+        """Wait until every command begun has ended; bounded by the commands' own bounds."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=STOP_S)
+
+    async def close(self) -> None:
+        """Stop the engine, by force if need be."""
+        self._stopping = True
+        for task in tuple(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=STOP_S)
+        await self._stop()
+
+    # --- in order, in the background ---
+
+    def _queue(self, work: Coroutine[Any, Any, None]) -> None:
+        before = self._tail
+
+        async def in_turn() -> None:
+            try:
+                if before is not None and not before.done():
+                    await asyncio.wait([before])
+            except BaseException:
+                work.close()
+                raise
+            await work
+
+        self._tail = asyncio.create_task(
+            in_turn(), name=f"migration-{self._session.migration_id}-engine"
+        )
+        self._tasks.add(self._tail)
+        self._tail.add_done_callback(self._tasks.discard)
+
+    async def _guarded(self, what: str, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except FerryError as error:
+            self._feed(v.EngineLost(reason=f"{what}: {error}"))
+
+    async def _start(self, memory: HypervisorDriver) -> None:
+        if self._stopping:
+            return
+        settings = self._settings
+        log_path = settings.log_directory / f"engine-{self._session.migration_id}.log"
+        self._process = await EngineProcess.spawn(
+            log_path=log_path, on_message=self._on_message, on_exit=self._on_exit
+        )
+        if self._session.role is Role.DESTINATION:
+            await self._configure(memory, self._secret)
+
+    async def _connect_source(self, command: v.ConnectEngine, memory: HypervisorDriver) -> None:
+        if self._stopping:
+            return
+        self._connect = command
+        await self._configure(memory, command.secret)
+        self._send(m.Connect(host=command.host, port=command.port))
+
+    async def _configure(self, hypervisor: HypervisorDriver, secret: bytes) -> None:
+        session = self._session
+        memory = await hypervisor.memory(DomainName(session.domain))
+        try:
+            message = m.Configure(
+                role=session.role,
+                migration_id=session.migration_id,
+                secret=secret,
+                pid=memory.pid,
+                regions=_layout(memory),
+                streams=self._settings.streams,
+                bind_address=self._settings.bind_address,
+                bandwidth_bytes_per_s=session.request.bandwidth_bytes_per_s,
+            )
+            if self._process is not None:
+                self._process.send(message, fds=memory.fds)
+        finally:
+            memory.close()
+
+    async def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None and process.running:
+            await process.stop(STOP_S)
+
+    def _send(self, message: m.ToEngine) -> None:
+        if self._process is None:
+            return
+        try:
+            self._process.send(message)
+        except FerryError as error:
+            self._feed(v.EngineLost(reason=str(error)))
+
+    # --- what the engine says ---
+
+    def _on_message(self, message: m.FromEngine) -> None:
+        if self._stopping:
+            return
+        match message:
+            case m.Listening():
+                self._send(m.OpenDeviceChannel(path=str(self._device_channel)))
+                self._feed(
+                    v.EngineListening(host=message.host, port=message.port, secret=self._secret)
+                )
+            case m.Configured():
+                self._pages_in_use = message.pages_in_use
+            case m.Connected():
+                self._round_trip_ms = message.round_trip_ms
+                self._send(m.OpenDeviceChannel(path=str(self._device_channel)))
+            case m.DeviceChannelOpen() if self._session.role is Role.SOURCE:
+                self._feed(
+                    v.EngineConnected(
+                        pages_in_use=self._pages_in_use, round_trip_ms=self._round_trip_ms
+                    )
+                )
+            case m.Report():
+                self._feed(
+                    v.EngineReported(
+                        bytes_sent=message.bytes_sent,
+                        remaining_bytes=message.remaining_bytes,
+                        throughput_bytes_per_s=message.throughput_bytes_per_s,
+                    )
+                )
+            case m.PassDone():
+                self._feed(v.PassFinished(report=message.report))
+            case m.ChannelBroken():
+                self._feed(v.ChannelNoted(broken=True, detail=message.reason))
+            case m.ChannelRestored():
+                detail = f"after {message.broken_s:.2f} s"
+                self._feed(v.ChannelNoted(broken=False, detail=detail))
+            case m.EngineFailed():
+                self._stopping = True  # Its exit follows and says nothing new.
+                self._feed(v.EngineLost(reason=message.reason))
+            case _:
+                pass
+
+    def _on_exit(self, status: int) -> None:
+        if not self._stopping:
+            self._stopping = True
+            self._feed(v.EngineLost(reason=f"the engine ended with status {status}"))
+
+
+def _layout(memory: GuestMemory) -> tuple[m.RegionLayout, ...]:
+    return tuple(
+        m.RegionLayout(
+            name=region.name,
+            size_bytes=region.size_bytes,
+            page_size_bytes=region.page_size_bytes,
+            mappings=region.mappings,
+        )
+        for region in memory.regions
+    )

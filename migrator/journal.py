@@ -1,0 +1,107 @@
+"""A node's journal of its migrations: one SQLite file of its own, written before what it announces.
+
+A durable write is on the disk when it returns (fsync). A write that isn't durable outlives the
+agent, not the host: it takes no fsync, and is meant for what matters only while the host is up.
+
+All SQL runs in one thread that the journal owns; the event loop never waits for the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+
+from migrator.errors import StoreError
+from migrator.journal_entry import JournalEntry
+
+T = TypeVar("T")
+
+KEEP_ENDED: Final = 1_000
+"""Ended entries kept, so that the other side of a migration always gets its answer."""
+
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS migrations (
+    id TEXT PRIMARY KEY, ended INTEGER NOT NULL, entry BLOB NOT NULL, at REAL NOT NULL
+) WITHOUT ROWID
+"""
+
+
+class MigrationJournal:
+    """See the module. Errors: StoreError; what was written before is as it was."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
+        self._connection: sqlite3.Connection | None = None
+        self._entries: dict[str, JournalEntry] = {}
+
+    async def open(self) -> Sequence[JournalEntry]:
+        """Every entry, ended ones too. StoreError if the file can't be used."""
+        entries = await self._run(self._open)
+        self._entries = {entry.migration_id: entry for entry in entries}
+        return entries
+
+    async def close(self) -> None:
+        """Idempotent."""
+        if self._connection is not None:
+            await self._run(self._connection.close)
+            self._connection = None
+        self._thread.shutdown(wait=False)
+
+    def get(self, migration_id: str) -> JournalEntry | None:
+        """The newest entry of a migration, from memory."""
+        return self._entries.get(migration_id)
+
+    async def write(self, entry: JournalEntry, *, durable: bool = True) -> None:
+        """Replace the migration's entry. See the module for `durable`."""
+        packed = msgspec.msgpack.encode(entry)
+        await self._run(lambda: self._write(entry, packed, durable))
+        self._entries[entry.migration_id] = entry
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._thread, work)
+        except (sqlite3.Error, OSError) as error:
+            raise StoreError(f"the journal {self._path} can't be used: {error}") from error
+        except RuntimeError as error:  # The thread was shut down.
+            raise StoreError(f"the journal {self._path} is closed") from error
+
+    def _open(self) -> list[JournalEntry]:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(
+            self._path, isolation_level=None, timeout=5.0, check_same_thread=False
+        )
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute(_SCHEMA)
+        self._connection = connection
+        decoder = msgspec.msgpack.Decoder(JournalEntry)
+        rows = connection.execute("SELECT id, entry FROM migrations ORDER BY at").fetchall()
+        try:
+            return [decoder.decode(row[1]) for row in rows]
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            raise StoreError(
+                f"the journal {self._path} has an unreadable entry: {error}"
+            ) from error
+
+    def _write(self, entry: JournalEntry, packed: bytes, durable: bool) -> None:
+        if self._connection is None:
+            raise StoreError("the journal is closed")
+        execute = self._connection.execute
+        execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
+        execute(
+            "INSERT OR REPLACE INTO migrations (id, ended, entry, at) VALUES (?, ?, ?, ?)",
+            (entry.migration_id, entry.ended, packed, entry.ended_at_s or entry.created_at_s),
+        )
+        if entry.ended:
+            execute(
+                "DELETE FROM migrations WHERE ended AND id NOT IN "
+                "(SELECT id FROM migrations WHERE ended ORDER BY at DESC LIMIT ?)",
+                (KEEP_ENDED,),
+            )

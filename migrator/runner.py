@@ -1,0 +1,355 @@
+"""The runner: performs a session's commands by the real drivers, and feeds it what comes of it.
+
+    events ──► session.handle ──► commands ──► lanes ──► drivers
+       ▲                                         │
+       └─────────────────────────────────────────┘
+
+Commands begin in the order in which they were given. `Journal` holds up those behind it until it
+is written. The others go to lanes: within a lane (guest, record, engine) one at a time, the lanes
+side by side. AbortSwitchover and DestroyGuest don't wait for what the guest's lane is at:
+they end it first. Sends, timers and passes take effect at once.
+
+One runner serves one side of one migration. It owns its engine, its timers and its tasks; `close`
+ends them all, and leaves the guest and the record as they are.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+from migrator.engine_driver import EngineDriver, EngineSettings
+from migrator.errors import FerryError, RefusedError
+from migrator.journal import MigrationJournal
+from migrator.journal_entry import entry_of
+from migrator.model import DomainName, DomainState, FencingToken, NodeName, Role
+from migrator.ports import DomainEvent, HypervisorDriver, OwnershipStore
+from migrator.session import vocabulary as v
+from migrator.session.destination import DestinationSession
+from migrator.session.messages import SessionMessage
+from migrator.session.source import SourceSession
+
+log = logging.getLogger(__name__)
+
+Session = SourceSession | DestinationSession
+
+STEP_S: Final = 30.0
+"""No single command takes longer; then it failed with an unknown outcome."""
+_CLOSE_S: Final = 3.0
+
+
+class Site(abc.ABC):
+    """What a node does for a migration beyond its drivers. Errors: FerryError."""
+
+    @abc.abstractmethod
+    async def prepare_incoming(self, session: DestinationSession, device_channel: Path) -> None:
+        """Volumes, taps, the paused hypervisor that listens on `device_channel`; all or nothing.
+
+        RefusedError with every reason if this node can't take the domain.
+        """
+
+    @abc.abstractmethod
+    async def destroy(self, session: Session) -> None:
+        """End this node's copy and release what it held. Idempotent."""
+
+    @abc.abstractmethod
+    async def fence(self, session: Session, token: FencingToken) -> None: ...
+
+    @abc.abstractmethod
+    async def announce(self, session: Session) -> None: ...
+
+    @abc.abstractmethod
+    async def send(
+        self, node: NodeName, migration_id: str, to: Role, message: SessionMessage
+    ) -> None:
+        """Deliver to the session of role `to`, or not, within a few seconds; never an answer."""
+
+
+class Lane:
+    """Runs one coroutine at a time, in order."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._waiting: deque[Coroutine[Any, Any, None]] = deque()
+        self._task: asyncio.Task[None] | None = None
+
+    def put(self, work: Coroutine[Any, Any, None]) -> None:
+        self._waiting.append(work)
+        if self._task is None:
+            self._next()
+
+    def clear(self) -> None:
+        """End what runs, forget what waits."""
+        while self._waiting:
+            self._waiting.popleft().close()
+        if self._task is not None:
+            self._task.cancel()
+
+    async def close(self) -> None:
+        self.clear()
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=_CLOSE_S)
+
+    def _next(self) -> None:
+        self._task = asyncio.create_task(self._waiting.popleft(), name=self._name)
+        self._task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._task = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s failed", self._name, exc_info=error)
+        if self._waiting:
+            self._next()
+
+
+class Runner:
+    """See the module. `on_change` is called after each event; `on_finish` once, at the end."""
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        hypervisor: HypervisorDriver,
+        ownership: OwnershipStore,
+        journal: MigrationJournal,
+        site: Site,
+        engine: EngineSettings,
+        boot_id: str,
+        on_change: Callable[[Runner], None],
+        on_finish: Callable[[Runner], None],
+    ) -> None:
+        self.session = session
+        self.domain = DomainName(session.domain)
+        source = session.role is Role.SOURCE
+        self.peer = session.destination if source else session.source
+        self._peer_role = Role.DESTINATION if source else Role.SOURCE
+        self._hypervisor = hypervisor
+        self._ownership = ownership
+        self._journal = journal
+        self._site = site
+        self._boot_id = boot_id
+        self._on_change = on_change
+        self._on_finish = on_finish
+        self._started_monotonic = time.monotonic()
+        self._started_wall_s = time.time()
+        self._commands: deque[tuple[int, v.Command]] = deque()
+        self._batch = 0
+        self._journalling: asyncio.Task[None] | None = None
+        self._timers: dict[v.TimerName, asyncio.TimerHandle] = {}
+        self._guest_lane = Lane(f"migration-{session.migration_id}-guest")
+        self._record_lane = Lane(f"migration-{session.migration_id}-record")
+        self._sends = Lane(f"migration-{session.migration_id}-send")
+        self._aside: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self.device_channel = engine.run_directory / f"{session.migration_id}.dev"
+        self._engine = EngineDriver(
+            session, settings=engine, device_channel=self.device_channel, feed=self.feed
+        )
+        self._unsubscribe = hypervisor.subscribe(self._on_domain_event)
+
+    @property
+    def now_s(self) -> float:
+        """Wall-clock seconds that never go back: the start's, plus the monotonic clock."""
+        return self._started_wall_s + time.monotonic() - self._started_monotonic
+
+    # --- events in ---
+
+    def feed(self, event: v.Event) -> None:
+        """Give the session an event; its commands begin before this returns."""
+        if self._closed:
+            return
+        before = self.session.state
+        commands = self.session.handle(event, self.now_s)
+        if self.session.state is not before:
+            log.info(
+                "migration %s of %s: %s: %s -> %s (%s)",
+                *(self.session.migration_id, self.domain, self.session.role),
+                *(before, self.session.state, type(event).__name__),
+            )
+        self._batch += 1
+        self._commands.extend((self._batch, command) for command in commands)
+        self._pump()
+        self._on_change(self)
+
+    def _on_domain_event(self, event: DomainEvent) -> None:
+        if event.domain == self.domain:
+            self.feed(v.GuestReported(kind=event.kind, at_s=event.at_s, detail=event.detail))
+
+    async def close(self) -> None:
+        """End everything that is the runner's own; guest, record and journal stay as they are."""
+        if self._closed:
+            return
+        self._closed = True
+        self._unsubscribe()
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        if self._journalling is not None:
+            self._journalling.cancel()
+        await self._sends.close()
+        await self._guest_lane.close()
+        await self._record_lane.close()
+        await self._engine.close()
+        if self._aside:
+            await asyncio.wait(self._aside, timeout=_CLOSE_S)
+        with contextlib.suppress(OSError):
+            self.device_channel.unlink(missing_ok=True)
+
+    # --- commands out ---
+
+    def _pump(self) -> None:
+        while self._commands and self._journalling is None and not self._closed:
+            batch, command = self._commands.popleft()
+            if isinstance(command, v.Journal):
+                self._journalling = asyncio.create_task(self._write_journal(batch, command))
+                return
+            self._perform(command)
+
+    async def _write_journal(self, batch: int, command: v.Journal) -> None:
+        entry = entry_of(self.session, boot_id=self._boot_id, resuming=command.resuming)
+        failure: str | None = None
+        try:
+            await self._journal.write(entry, durable=command.durable)
+        except FerryError as error:
+            failure = str(error)
+        self._journalling = None
+        if failure is not None:
+            # What it was to announce must not happen.
+            while self._commands and self._commands[0][0] == batch:
+                self._commands.popleft()
+            self.feed(v.CommandFailed(command="Journal", error=failure))
+        self._pump()
+
+    def _perform(self, command: v.Command) -> None:
+        match command:
+            case v.Send():
+                self._sends.put(self._send(command.message))
+            case v.StartTimer():
+                self._start_timer(command)
+            case v.StopTimer():
+                timer = self._timers.pop(command.name, None)
+                if timer is not None:
+                    timer.cancel()
+            case v.StartEngine() | v.ConnectEngine() | v.RunPass() | v.StopEngine():
+                self._engine.perform(command, memory=self._hypervisor)
+            case v.SwapRecord() | v.ReadRecord():
+                self._record_lane.put(self._step(command, self._on_record(command)))
+            case v.AbortSwitchover() | v.DestroyGuest():
+                self._guest_lane.clear()
+                self._guest_lane.put(self._step(command, self._on_guest(command)))
+            case v.Announce():
+                self._do_aside(self._step(command, self._site.announce(self.session)))
+            case v.Finish():
+                self._do_aside(self._finish())
+            case _:
+                self._guest_lane.put(self._step(command, self._on_guest(command)))
+
+    def _do_aside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._aside.add(task)
+        task.add_done_callback(self._aside.discard)
+
+    async def _step(self, command: v.Command, work: Coroutine[Any, Any, None]) -> None:
+        """Perform one command; its failure is an event."""
+        name = type(command).__name__
+        try:
+            async with asyncio.timeout(STEP_S):
+                await work
+        except RefusedError as error:
+            self.feed(v.CommandFailed(command=name, error=str(error), reasons=error.reasons))
+        except FerryError as error:
+            log.warning("migration %s: %s: %s", self.session.migration_id, name, error)
+            self.feed(v.CommandFailed(command=name, error=str(error)))
+        except TimeoutError:
+            self.feed(v.CommandFailed(command=name, error=f"not done within {STEP_S:g} s"))
+
+    async def _send(self, message: SessionMessage) -> None:
+        try:
+            await self._site.send(self.peer, self.session.migration_id, self._peer_role, message)
+        except FerryError as error:  # The session repeats what matters.
+            log.info("migration %s: a message was lost: %s", self.session.migration_id, error)
+
+    def _start_timer(self, command: v.StartTimer) -> None:
+        old = self._timers.pop(command.name, None)
+        if old is not None:
+            old.cancel()
+
+        def fire() -> None:
+            self._timers.pop(command.name, None)
+            self.feed(v.TimerFired(name=command.name))
+
+        loop = asyncio.get_running_loop()
+        self._timers[command.name] = loop.call_later(command.seconds, fire)
+
+    async def _on_record(self, command: v.SwapRecord | v.ReadRecord) -> None:
+        try:
+            if isinstance(command, v.SwapRecord):
+                won = await self._ownership.compare_and_set(command.expected, command.new)
+                self.feed(v.RecordSwapped(won=won))
+            else:
+                record = await self._ownership.read(self.domain)
+                self.feed(v.RecordRead(known=True, record=record))
+        except FerryError as error:
+            log.warning("migration %s: the record: %s", self.session.migration_id, error)
+            if isinstance(command, v.SwapRecord):
+                self.feed(v.RecordSwapped(won=None))
+            else:
+                self.feed(v.RecordRead(known=False))
+
+    async def _on_guest(self, command: v.Command) -> None:
+        driver, domain = self._hypervisor, self.domain
+        match command:
+            case v.PrepareIncoming() if isinstance(self.session, DestinationSession):
+                await self._site.prepare_incoming(self.session, self.device_channel)
+                self.feed(v.IncomingReady())
+            case v.PrepareSwitchover():
+                await driver.prepare_switchover(domain)
+            case v.BeginSwitchover():
+                await driver.begin_switchover(domain, self.device_channel)
+            case v.ContinueSwitchover():
+                await driver.continue_switchover(domain)
+            case v.AbortSwitchover():
+                self.feed(v.SwitchoverAborted(outcome=await driver.abort_switchover(domain)))
+            case v.Fence():
+                await self._site.fence(self.session, FencingToken(command.token))
+                self.feed(v.Fenced(token=command.token))
+            case v.ResumeGuest():
+                self.feed(v.GuestResumed(at_s=await driver.resume(domain)))
+            case v.DestroyGuest():
+                await self._site.destroy(self.session)
+                self.feed(v.GuestDestroyed())
+            case v.InspectGuest():
+                status = await driver.inspect(domain)
+                self.feed(v.GuestInspected(condition=_CONDITIONS[status.state]))
+
+    async def _finish(self) -> None:
+        """The last word: journalled, so that it can be said after a restart too."""
+        entry = entry_of(self.session, boot_id=self._boot_id)
+        try:
+            await self._journal.write(entry)
+        except FerryError as error:  # A restart recovers the session once more, to the same end.
+            log.error("migration %s: its end was not journalled: %s", entry.migration_id, error)
+        await self._engine.drained()
+        self._on_finish(self)
+
+
+_CONDITIONS: Final = {
+    DomainState.RUNNING: v.GuestCondition.RUNNING,
+    DomainState.PRE_SWITCHOVER: v.GuestCondition.SWITCHING,
+    DomainState.POSTMIGRATE: v.GuestCondition.SENT,
+    DomainState.INCOMING: v.GuestCondition.INCOMING,
+    DomainState.LOADED: v.GuestCondition.LOADED,
+    DomainState.STOPPED: v.GuestCondition.GONE,
+    DomainState.STARTING: v.GuestCondition.STOPPED_OTHERWISE,
+    DomainState.PAUSED: v.GuestCondition.STOPPED_OTHERWISE,
+    DomainState.IO_ERROR: v.GuestCondition.STOPPED_OTHERWISE,
+    DomainState.CRASHED: v.GuestCondition.STOPPED_OTHERWISE,
+    DomainState.UNKNOWN: v.GuestCondition.STOPPED_OTHERWISE,
+}

@@ -1,0 +1,243 @@
+"""The composition root: one node's agent, put together from its configuration.
+
+The only module that knows the drivers by name. Order of the start: what can refuse to start comes
+first (store, journal, hypervisor), adoption and recovery before anybody may ask for anything,
+the API last: it answers only when the node is whole. The end goes backwards, and leaves guests be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+from hypervisor.qemu.driver import QemuDriver
+from migrator.engine_driver import EngineSettings
+from migrator.journal import MigrationJournal
+from migrator.model import DomainSpec, NodeInfo, NodeName, PoolName
+from migrator.ports import FabricDriver, HypervisorDriver, VolumeDriver
+from netfabric.bridge import BridgeFabric
+from node_agent.api.server import ApiServer, create_app
+from node_agent.cluster import ClusterService
+from node_agent.cluster_calls import ClusterCalls
+from node_agent.config import AgentConfig, format_endpoint
+from node_agent.domain_records import DomainRecords
+from node_agent.domains import DomainService
+from node_agent.events import EventKind, EventLog
+from node_agent.machines import MachinePinner
+from node_agent.migrations.checks import DestinationCheck
+from node_agent.migrations.manager import MigrationManager
+from node_agent.migrations.publisher import Publisher
+from node_agent.migrations.site import NodeSite
+from node_agent.nodes import NodeRegistry
+from node_agent.peers.hub import PeerHub
+from node_agent.state.ownership import StoreOwnership
+from node_agent.state.sqlite import SqliteStore
+from node_agent.state.typed import TypedStore
+from node_agent.volumes import VolumeService
+from storage.directory import DirectoryPool
+
+log = logging.getLogger(__name__)
+
+BOOT_ID_PATH: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+def version() -> str:
+    """The installed version of Ferry."""
+    try:
+        return metadata.version("ferry")
+    except metadata.PackageNotFoundError:
+        return "0"
+
+
+def make_hypervisor(config: AgentConfig) -> HypervisorDriver:
+    table = config.hypervisor
+    return QemuDriver(
+        Path(config.node.state_directory) / "qemu",
+        binary=table.binary,
+        accelerator=table.accelerator,
+    )
+
+
+def make_pools(config: AgentConfig) -> Mapping[PoolName, VolumeDriver]:
+    return {
+        PoolName(pool.name): DirectoryPool(PoolName(pool.name), Path(pool.path))
+        for pool in config.pools
+    }
+
+
+def make_fabric(config: AgentConfig) -> FabricDriver:
+    return BridgeFabric()
+
+
+@contextlib.asynccontextmanager
+async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
+    """A whole agent while the body runs. Errors of the start leave nothing behind but logs."""
+    node = NodeName(config.node.name)
+    state = Path(config.node.state_directory)
+    for directory in (state / "run", state / "logs"):
+        await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True)
+    boot_id = (await asyncio.to_thread(BOOT_ID_PATH.read_text)).strip()
+    async with contextlib.AsyncExitStack() as stack:
+        store = SqliteStore(Path(config.store.path))
+        await store.open()
+        stack.push_async_callback(store.close)
+        typed = TypedStore(store)
+        events = EventLog(typed, node)
+        await events.open()
+        stack.push_async_callback(events.close)
+        hypervisor = make_hypervisor(config)
+        adopted = await hypervisor.open()
+        stack.push_async_callback(hypervisor.close)
+        fabric = make_fabric(config)
+        stack.push_async_callback(fabric.close)
+        pools = make_pools(config)
+        hub = PeerHub(node, config.peer.listen_address, config.peer_addresses, version())
+        nodes = NodeRegistry(typed, lambda: describe(config, hypervisor))
+        records, ownership = DomainRecords(typed), StoreOwnership(store)
+        domains = DomainService(
+            node,
+            hypervisor=hypervisor,
+            pools=pools,
+            fabric=fabric,
+            ownership=ownership,
+            records=records,
+            events=events,
+            pin_machine=MachinePinner(nodes),
+        )
+        migrations = make_migrations(
+            config,
+            hub=hub,
+            hypervisor=hypervisor,
+            fabric=fabric,
+            pools=pools,
+            domains=domains,
+            records=records,
+            ownership=ownership,
+            nodes=nodes,
+            events=events,
+            typed=typed,
+            boot_id=boot_id,
+        )
+        claimed = await migrations.restore()
+        stack.push_async_callback(migrations.close)
+        await domains.open(adopted, claimed)
+        stack.push_async_callback(domains.close)
+        await hub.start()
+        stack.push_async_callback(hub.close)
+        ClusterCalls(domains, migrations).register(hub)
+        await nodes.open()
+        stack.push_async_callback(nodes.close)
+        await migrations.open()
+        cluster = ClusterService(
+            node,
+            hub=hub,
+            domains=domains,
+            records=records,
+            ownership=ownership,
+            migrations=migrations,
+            nodes=nodes,
+            volumes=VolumeService(pools, records),
+            events=events,
+        )
+        api = ApiServer(
+            create_app(cluster, version=version()),
+            listen=config.api.listen_address,
+            socket_path=Path(config.api.socket),
+        )
+        await api.start()
+        stack.push_async_callback(api.close)
+        events.emit(EventKind.AGENT_STARTED, f"the agent of {node} is up", adopted=len(adopted))
+        yield
+
+
+def make_migrations(
+    config: AgentConfig,
+    *,
+    hub: PeerHub,
+    hypervisor: HypervisorDriver,
+    fabric: FabricDriver,
+    pools: Mapping[PoolName, VolumeDriver],
+    domains: DomainService,
+    records: DomainRecords,
+    ownership: StoreOwnership,
+    nodes: NodeRegistry,
+    events: EventLog,
+    typed: TypedStore,
+    boot_id: str,
+) -> MigrationManager:
+    """The migration service of this node."""
+    state = Path(config.node.state_directory)
+    incoming: list[Callable[[], Iterable[DomainSpec]]] = []
+    check = DestinationCheck(
+        memory_bytes=config.node.memory_bytes,
+        hypervisor=hypervisor,
+        pools=pools,
+        fabric=fabric,
+        incoming=lambda: [spec for each in incoming for spec in each()],
+    )
+    manager = MigrationManager(
+        NodeName(config.node.name),
+        hub=hub,
+        hypervisor=hypervisor,
+        ownership=ownership,
+        journal=MigrationJournal(state / "journal.sqlite"),
+        domains=domains,
+        records=records,
+        nodes=nodes,
+        events=events,
+        publisher=Publisher(typed, events),
+        check=check,
+        site=NodeSite(hub=hub, hypervisor=hypervisor, fabric=fabric, domains=domains, check=check),
+        engine=EngineSettings(
+            run_directory=state / "run",
+            log_directory=state / "logs",
+            bind_address=config.migration.address,
+            streams=config.migration.streams,
+        ),
+        boot_id=boot_id,
+    )
+    incoming.append(manager.incoming)  # The two know each other: the check counts what comes.
+    return manager
+
+
+async def describe(config: AgentConfig, hypervisor: HypervisorDriver) -> NodeInfo:
+    """What this node tells the others of itself with each heartbeat."""
+    return NodeInfo(
+        name=config.node.name,
+        api_address=format_endpoint(*config.api.listen_address),
+        peer_address=format_endpoint(*config.peer.listen_address),
+        migration_address=config.migration.address,
+        memory_bytes=config.node.memory_bytes,
+        cpus=os.cpu_count() or 1,
+        capabilities=await hypervisor.capabilities(),
+        heartbeat_at_s=time.time(),
+        agent_version=version(),
+    )
+
+
+async def serve(config: AgentConfig) -> None:
+    """Run until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running_agent(config):
+        log.info("agent %s of node %s is ready", version(), config.node.name)
+        await stop.wait()
+        log.info("agent of node %s is ending; its guests go on", config.node.name)
+
+
+def run(config: AgentConfig) -> None:
+    """Blocking: the whole life of an agent process."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    asyncio.run(serve(config))

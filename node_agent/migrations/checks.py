@@ -1,0 +1,164 @@
+"""What speaks against a migration, before anything moves: all reasons at once.
+
+The source checks what it knows (itself, the nodes' states), then asks the destination what it
+can't offer. Both lists go to the user together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from migrator.errors import FerryError
+from migrator.model import (
+    DomainName,
+    DomainSpec,
+    DomainState,
+    HypervisorCapabilities,
+    KernelBoot,
+    NodeName,
+    NodeState,
+    PoolName,
+    VolumeName,
+)
+from migrator.ports import FabricDriver, HypervisorDriver, Struct, VolumeDriver
+from node_agent.nodes import NodeView
+
+
+class Inspection(Struct, frozen=True, kw_only=True):
+    """What the source tells the destination when it asks whether it can take a domain."""
+
+    spec: DomainSpec
+    source: HypervisorCapabilities
+
+
+def node_reasons(
+    source: NodeName, destination: NodeName, views: Mapping[NodeName, NodeView]
+) -> list[str]:
+    """Why `destination` is no place to go, as the heartbeats have it."""
+    if destination == source:
+        return [f"the domain runs on {destination} already"]
+    view = views.get(destination)
+    if view is None:
+        known = ", ".join(sorted(name for name in views if name != source)) or "none"
+        return [f"there is no node {destination}; known: {known}"]
+    if view.state is not NodeState.READY:
+        return [
+            f"node {destination} is {view.state}: no heartbeat for {view.heartbeat_age_s:.0f} s"
+        ]
+    return []
+
+
+def state_reasons(domain: DomainName, state: DomainState) -> list[str]:
+    """Only a running guest is worth moving live."""
+    if state is DomainState.RUNNING:
+        return []
+    return [f"domain {domain} is {state}, it must be running"]
+
+
+class DestinationCheck:
+    """What this node says when it is to be a destination."""
+
+    def __init__(
+        self,
+        *,
+        memory_bytes: int,
+        hypervisor: HypervisorDriver,
+        pools: Mapping[PoolName, VolumeDriver],
+        fabric: FabricDriver,
+        incoming: Callable[[], Iterable[DomainSpec]],
+    ) -> None:
+        """`incoming`: the domains on their way here, which have no process yet or one."""
+        self._memory_bytes = memory_bytes
+        self._hypervisor = hypervisor
+        self._pools = pools
+        self._fabric = fabric
+        self._incoming = incoming
+
+    async def reasons(self, inspection: Inspection) -> Sequence[str]:
+        """Why this node can't take the domain; empty if it can."""
+        spec = inspection.spec
+        checks: list[Awaitable[list[str]]] = [
+            self._here(spec),
+            self._memory(spec),
+            self._machine(spec, inspection.source),
+            self._disks(spec),
+            self._nics(spec),
+            self._boot(spec),
+        ]
+        found: list[str] = []
+        for check in checks:
+            try:
+                found += await check
+            except FerryError as error:
+                found.append(str(error))
+        return found
+
+    async def _here(self, spec: DomainSpec) -> list[str]:
+        status = await self._hypervisor.inspect(DomainName(spec.name))
+        if status.state is DomainState.STOPPED:
+            return []
+        return [f"a copy of domain {spec.name} is there already ({status.state})"]
+
+    async def free_memory_bytes(self, without: str = "") -> int:
+        """What is left of the node's memory beside other domains and those on their way here."""
+        taken = {spec.name: spec.memory_bytes for spec in self._incoming()}
+        for status in await self._hypervisor.list_domains():
+            launched = await self._hypervisor.launched(DomainName(status.name))
+            if launched is not None:
+                taken[launched.name] = launched.memory_bytes
+        taken.pop(without, None)
+        return self._memory_bytes - sum(taken.values())
+
+    async def _memory(self, spec: DomainSpec) -> list[str]:
+        free = await self.free_memory_bytes(without=spec.name)
+        if spec.memory_bytes <= free:
+            return []
+        return [
+            f"not enough memory: {spec.memory_bytes / 2**20:.0f} MiB needed, "
+            f"{max(free, 0) / 2**20:.0f} MiB free (incoming domains counted)"
+        ]
+
+    async def _machine(self, spec: DomainSpec, source: HypervisorCapabilities) -> list[str]:
+        own = await self._hypervisor.capabilities()
+        found: list[str] = []
+        if own.driver != source.driver:
+            found.append(f"its hypervisor is {own.driver}, the source's is {source.driver}")
+        if spec.machine not in own.machine_types:
+            found.append(f"its hypervisor ({own.version}) has no machine type {spec.machine}")
+        model = spec.cpu_model.partition(",")[0]
+        if model not in own.cpu_models:
+            found.append(f"its hypervisor ({own.version}) has no CPU model {model}")
+        if own.accelerator != source.accelerator:
+            found.append(f"it runs guests by {own.accelerator}, the source by {source.accelerator}")
+        missing = sorted(set(source.cpu_features) - set(own.cpu_features))
+        if missing and model in ("host", "max"):
+            found.append(f"its CPU lacks {', '.join(missing)}, which the guest may use ({model})")
+        if not own.paged_engine:
+            found.append(f"it can't receive memory: {own.paged_engine_reason}")
+        return found
+
+    async def _disks(self, spec: DomainSpec) -> list[str]:
+        found: list[str] = []
+        for disk in spec.disks:
+            pool = self._pools.get(PoolName(disk.pool))
+            if pool is None:
+                found.append(f"it has no pool {disk.pool}")
+                continue
+            try:
+                await pool.inspect(VolumeName(disk.volume))
+            except FerryError as error:
+                found.append(f"volume {disk.pool}/{disk.volume}: {error}")
+        return found
+
+    async def _nics(self, spec: DomainSpec) -> list[str]:
+        return [reason for nic in spec.nics for reason in await self._fabric.check(nic)]
+
+    async def _boot(self, spec: DomainSpec) -> list[str]:
+        """A moved guest doesn't boot, but its next reset there does."""
+        if not isinstance(spec.boot, KernelBoot):
+            return []
+        files = [Path(path) for path in (spec.boot.kernel, spec.boot.initrd) if path]
+        missing = await asyncio.to_thread(lambda: [str(f) for f in files if not f.is_file()])
+        return [f"the boot file {path} is not there" for path in missing]

@@ -1,0 +1,331 @@
+"""The migrations of this node: makes their runners, delivers their messages, publishes their state.
+
+A migration has a runner on each of its two nodes. Both journal; the source alone publishes the
+migration resource. After a restart, every journalled migration that has not ended gets a runner
+again, whose session finds out what is true.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, Final
+
+from migrator.engine_driver import EngineSettings
+from migrator.errors import (
+    ConflictError,
+    FerryError,
+    RefusedError,
+    WrongStateError,
+)
+from migrator.journal import MigrationJournal
+from migrator.journal_entry import answer_without_session, restore
+from migrator.model import (
+    ENDED,
+    DomainName,
+    DomainSpec,
+    Migration,
+    MigrationId,
+    MigrationRequest,
+    MigrationState,
+    NodeName,
+    OwnershipRecord,
+    OwnershipState,
+    Role,
+)
+from migrator.ports import HypervisorDriver, OwnershipStore
+from migrator.runner import Runner, Session
+from migrator.session import vocabulary as v
+from migrator.session.destination import DestinationSession
+from migrator.session.messages import Prepare
+from migrator.session.source import SourceSession
+from node_agent.cluster_calls import Reasons
+from node_agent.domain_records import DomainRecords
+from node_agent.domains import DomainService
+from node_agent.events import EventKind, EventLog
+from node_agent.migrations.checks import (
+    DestinationCheck,
+    Inspection,
+    node_reasons,
+    state_reasons,
+)
+from node_agent.migrations.publisher import Publisher
+from node_agent.migrations.service import MigrationService
+from node_agent.migrations.site import MESSAGE, SEND_S, Envelope, NodeSite
+from node_agent.nodes import NodeRegistry
+from node_agent.peers.hub import PeerHub
+
+log = logging.getLogger(__name__)
+
+INSPECT: Final = "migration.inspect"
+INSPECT_S: Final = 10.0
+_CLOSE_S: Final = 5.0
+
+
+class MigrationManager(MigrationService):
+    """See the module. `restore` before the peers may call, `open` when they may."""
+
+    def __init__(
+        self,
+        node: NodeName,
+        *,
+        hub: PeerHub,
+        hypervisor: HypervisorDriver,
+        ownership: OwnershipStore,
+        journal: MigrationJournal,
+        domains: DomainService,
+        records: DomainRecords,
+        nodes: NodeRegistry,
+        events: EventLog,
+        publisher: Publisher,
+        check: DestinationCheck,
+        site: NodeSite,
+        engine: EngineSettings,
+        boot_id: str,
+    ) -> None:
+        self.node = node
+        self._hub = hub
+        self._hypervisor = hypervisor
+        self._ownership = ownership
+        self._journal = journal
+        self._domains = domains
+        self._records = records
+        self._nodes = nodes
+        self._events = events
+        self._publisher = publisher
+        self._check = check
+        self._site = site
+        self._engine = engine
+        self._boot_id = boot_id
+        self._runners: dict[str, Runner] = {}
+        self._restored: list[Runner] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def incoming(self) -> Iterable[DomainSpec]:
+        """The domains that are on their way here."""
+        return [
+            runner.session.spec
+            for runner in self._runners.values()
+            if runner.session.role is Role.DESTINATION
+        ]
+
+    # --- life --------------------------------------------------------------------------------
+
+    async def restore(self) -> set[DomainName]:
+        """Make a runner for each journalled migration that has not ended; the domains are claimed.
+
+        Call it before `DomainService.open`, which leaves claimed domains alone.
+        """
+        claimed: set[DomainName] = set()
+        for entry in await self._journal.open():
+            if entry.ended:
+                continue
+            session = restore(entry, boot_id=self._boot_id)
+            domain = DomainName(session.domain)
+            await self._domains.locks.claim_for_migration(domain, MigrationId(entry.migration_id))
+            claimed.add(domain)
+            if isinstance(session, SourceSession):
+                await self._take_up(session)
+            self._restored.append(self._make_runner(session))
+        return claimed
+
+    async def _take_up(self, session: SourceSession) -> None:
+        """What was published before the restart stays part of the migration's history."""
+        with contextlib.suppress(FerryError):
+            published = await self._publisher.read(session.migration_id)
+            session.timeline.extend(published.timeline)
+            session.passes.extend(published.iterations)
+
+    async def open(self) -> None:
+        """Take calls and messages, and let the restored migrations go on."""
+        self._hub.handle(MESSAGE, Envelope, self._on_message)
+        self._hub.handle(INSPECT, Inspection, self._on_inspect)
+        self._hub.on_peer_change(self._on_peer_change)
+        self._publisher.open()
+        restored, self._restored = self._restored, []
+        for runner in restored:
+            runner.feed(v.Recover())
+
+    async def close(self) -> None:
+        """Let go: engines end, guests go on, the journal tells the next agent."""
+        for runner in list(self._runners.values()):
+            await runner.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_CLOSE_S)
+        await self._publisher.close()
+        await self._journal.close()
+
+    # --- the service -------------------------------------------------------------------------
+
+    async def create(self, domain: str, request: MigrationRequest) -> Migration:
+        name = DomainName(domain)
+        reasons = await self.check(domain, request)
+        if reasons:
+            raise RefusedError(f"domain {domain} was not migrated: {reasons[0]}", reasons)
+        migration = MigrationId(secrets.token_hex(6))
+        await self._domains.locks.claim_for_migration(name, migration)
+        try:
+            owned = await self._owned(name)
+            spec = (await self._records.get(name)).spec
+            session = SourceSession(
+                migration_id=migration,
+                spec=spec,
+                source=self.node,
+                destination=NodeName(request.destination),
+                token=owned.token,
+                request=request,
+                created_at_s=time.time(),
+            )
+            await self._publisher.write(session.view())
+        except BaseException:
+            self._domains.locks.release_from_migration(name, migration)
+            raise
+        self._events.emit(
+            EventKind.MIGRATION_STARTED,
+            f"domain {domain}: migration from {self.node} to {request.destination} began",
+            domain=domain,
+            migration=migration,
+        )
+        runner = self._make_runner(session)
+        runner.feed(v.Begin())
+        self._own(self._site.silence(session))
+        return session.view()
+
+    async def _owned(self, domain: DomainName) -> OwnershipRecord:
+        """Under the claim: nobody starts or stops it any more."""
+        owned = await self._ownership.read(domain)
+        if owned is None or owned.owner != self.node or owned.state is not OwnershipState.RUNNING:
+            raise ConflictError(f"domain {domain} was stopped or moved meanwhile")
+        return owned
+
+    async def check(self, domain: str, request: MigrationRequest) -> Sequence[str]:
+        name, destination = DomainName(domain), NodeName(request.destination)
+        spec = (await self._records.get(name)).spec
+        reasons: list[str] = []
+        running = self._domains.locks.migration_of(name)
+        if running is not None:
+            reasons.append(f"domain {domain} is being migrated already (migration {running})")
+        else:
+            reasons += state_reasons(name, (await self._hypervisor.inspect(name)).state)
+        own = await self._hypervisor.capabilities()
+        if not own.paged_engine:
+            reasons.append(f"{self.node} can't send memory: {own.paged_engine_reason}")
+        no_place = node_reasons(self.node, destination, await self._nodes.read())
+        if no_place:
+            return reasons + no_place
+        inspection = Inspection(spec=spec, source=own)
+        try:
+            answer = await self._hub.call(
+                destination, INSPECT, inspection, Reasons, timeout_s=INSPECT_S
+            )
+        except FerryError as error:
+            return [*reasons, f"node {destination} doesn't answer: {error}"]
+        return reasons + [f"node {destination}: {reason}" for reason in answer.reasons]
+
+    async def get(self, id: str) -> Migration:
+        runner = self._runners.get(id)
+        if runner is not None and isinstance(runner.session, SourceSession):
+            return runner.session.view()
+        return await self._publisher.read(id)
+
+    async def list_migrations(self) -> Sequence[Migration]:
+        return await self._publisher.read_all()
+
+    async def cancel(self, id: str) -> Migration:
+        runner = self._runners.get(id)
+        if runner is None or not isinstance(runner.session, SourceSession):
+            ended = await self._publisher.read(id)
+            raise WrongStateError(f"migration {id}", ended.state, "before its handoff")
+        session = runner.session
+        if not session.cancellable and session.state is not MigrationState.CANCELLING:
+            raise WrongStateError(f"migration {id}", session.state, "before its handoff")
+        runner.feed(v.CancelRequested())
+        return session.view()
+
+    # --- runners -----------------------------------------------------------------------------
+
+    def _make_runner(self, session: Session) -> Runner:
+        runner = Runner(
+            session,
+            hypervisor=self._hypervisor,
+            ownership=self._ownership,
+            journal=self._journal,
+            site=self._site,
+            engine=self._engine,
+            boot_id=self._boot_id,
+            on_change=self._on_change,
+            on_finish=self._on_finish,
+        )
+        self._runners[session.migration_id] = runner
+        return runner
+
+    def _on_change(self, runner: Runner) -> None:
+        if isinstance(runner.session, SourceSession):
+            self._publisher.changed(runner.session)
+
+    def _on_finish(self, runner: Runner) -> None:
+        self._own(self._end(runner))
+
+    async def _end(self, runner: Runner) -> None:
+        session = runner.session
+        await runner.close()
+        self._runners.pop(session.migration_id, None)
+        if isinstance(session, SourceSession):
+            await self._publisher.end(session)
+        self._domains.locks.release_from_migration(
+            DomainName(session.domain), MigrationId(session.migration_id)
+        )
+
+    def _own(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(self._logged(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _logged(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except FerryError as error:
+            log.warning("%s", error)
+
+    # --- what peers say ----------------------------------------------------------------------
+
+    async def _on_inspect(self, _: NodeName, inspection: Inspection) -> Reasons:
+        return Reasons(reasons=tuple(await self._check.reasons(inspection)))
+
+    async def _on_message(self, sender: NodeName, envelope: Envelope) -> None:
+        runner = self._runners.get(envelope.migration_id)
+        if runner is not None:
+            if runner.peer == sender and runner.session.role is envelope.to:
+                runner.feed(v.Received(message=envelope.message))
+            return
+        entry = self._journal.get(envelope.migration_id)
+        if isinstance(envelope.message, Prepare) and entry is None:
+            self._begin_destination(sender, envelope.migration_id, envelope.message)
+            return
+        answer = answer_without_session(envelope.to, entry, envelope.message)
+        if answer is not None:
+            to = Role.SOURCE if envelope.to is Role.DESTINATION else Role.DESTINATION
+            reply = Envelope(migration_id=envelope.migration_id, to=to, message=answer)
+            await self._hub.notify(sender, MESSAGE, reply, timeout_s=SEND_S)
+
+    def _begin_destination(self, sender: NodeName, id: str, prepare: Prepare) -> None:
+        session = DestinationSession(
+            migration_id=id,
+            spec=prepare.spec,
+            source=sender,
+            destination=self.node,
+            token=prepare.token,
+            request=prepare.request,
+            created_at_s=time.time(),
+        )
+        self._make_runner(session).feed(v.Begin())
+
+    def _on_peer_change(self, node: NodeName, connected: bool) -> None:
+        event: v.Event = v.PeerBack() if connected else v.PeerLost()
+        for runner in list(self._runners.values()):
+            if runner.peer == node and runner.session.state not in ENDED:
+                runner.feed(event)

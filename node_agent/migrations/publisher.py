@@ -1,0 +1,150 @@
+"""Publishes the migrations of this node's sources: `migrations/ID` in the store, and events.
+
+A migration's progress changes many times a second; the store gets it at most once a second, and
+every change of state at once. While the guest stands still nothing is written at all: the store's
+disk then belongs to the ownership record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from migrator.errors import FerryError, NotFoundError
+from migrator.model import Migration, MigrationState
+from migrator.session.source import SourceSession
+from node_agent.events import EventKind, EventLog
+from node_agent.resources import MIGRATIONS
+from node_agent.state.typed import TypedStore
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S: Final = 1.0
+KEEP: Final = 1_000
+_TRIES: Final = 5
+_QUIET: Final = frozenset({MigrationState.SWITCHOVER, MigrationState.HANDOFF})
+_ENDS: Final = {
+    MigrationState.COMPLETED: EventKind.MIGRATION_COMPLETED,
+    MigrationState.CANCELLED: EventKind.MIGRATION_CANCELLED,
+    MigrationState.FAILED: EventKind.MIGRATION_FAILED,
+}
+
+
+class Publisher:
+    """See the module. `open` starts the writer, `close` ends it."""
+
+    def __init__(
+        self,
+        store: TypedStore,
+        events: EventLog,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._events = events
+        self._monotonic = monotonic
+        self._states: dict[str, MigrationState] = {}
+        self._dirty: dict[str, SourceSession] = {}
+        self._written_at: dict[str, float] = {}
+        self._wakeup = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def open(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="migration-publisher")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    async def read(self, id: str) -> Migration:
+        """NotFoundError if there is none."""
+        entry = await self._store.get(f"{MIGRATIONS}{id}", Migration)
+        if entry is None:
+            raise NotFoundError(f"there is no migration {id}")
+        return entry.value
+
+    async def read_all(self) -> Sequence[Migration]:
+        """Newest first."""
+        entries = await self._store.list_prefix(MIGRATIONS, Migration)
+        migrations = [entry.value for entry in entries]
+        return sorted(migrations, key=lambda migration: migration.created_at_s, reverse=True)
+
+    async def write(self, migration: Migration) -> None:
+        """Publish now."""
+        await self._store.put(f"{MIGRATIONS}{migration.id}", migration)
+
+    def changed(self, session: SourceSession) -> None:
+        """From the runner, after each event. Never waits."""
+        name = session.migration_id
+        if session.state in _QUIET:
+            self._dirty.pop(name, None)
+            return
+        new_state = self._states.get(name) is not session.state
+        self._states[name] = session.state
+        if new_state and session.state not in _ENDS:
+            self._events.emit(
+                EventKind.MIGRATION_STATE,
+                f"domain {session.domain}: migration is in {session.state}",
+                domain=session.domain,
+                migration=name,
+                state=session.state.value,
+            )
+        if new_state or self._monotonic() - self._written_at.get(name, 0.0) >= INTERVAL_S:
+            self._dirty[name] = session
+            self._wakeup.set()
+
+    async def end(self, session: SourceSession) -> None:
+        """Publish the end, with its event; tried a few times, then left to the log."""
+        name = session.migration_id
+        self._dirty.pop(name, None)
+        self._states.pop(name, None)
+        self._written_at.pop(name, None)
+        view = session.view()
+        for attempt in range(_TRIES):
+            try:
+                await self.write(view)
+                await self._prune()
+                break
+            except FerryError as error:
+                log.error("migration %s: its end was not published: %s", name, error)
+                await asyncio.sleep(2.0**attempt)
+        self._events.emit(_ENDS[session.state], _sentence(view), domain=view.domain, migration=name)
+
+    async def _prune(self) -> None:
+        entries = await self._store.list_prefix(MIGRATIONS, Migration)
+        ended = sorted(
+            (entry for entry in entries if entry.value.ended),
+            key=lambda entry: entry.value.created_at_s,
+        )
+        for entry in ended[: max(0, len(ended) - KEEP)]:
+            await self._store.delete_if(f"{MIGRATIONS}{entry.value.id}", entry.revision)
+
+    async def _run(self) -> None:
+        while True:
+            await self._wakeup.wait()
+            self._wakeup.clear()
+            while self._dirty:
+                name, session = self._dirty.popitem()
+                self._written_at[name] = self._monotonic()
+                try:
+                    await self.write(session.view())
+                except FerryError as error:  # The next change tries again.
+                    log.warning("migration %s was not published: %s", name, error)
+
+
+def _sentence(migration: Migration) -> str:
+    route = f"domain {migration.domain}: migration from {migration.source}"
+    route += f" to {migration.destination}"
+    if migration.state is MigrationState.COMPLETED:
+        blackout = (
+            "" if migration.blackout_ms is None else f", blackout {migration.blackout_ms:.1f} ms"
+        )
+        return f"{route} completed in {migration.total_s or 0.0:.2f} s{blackout}"
+    return f"{route} {migration.state}: {migration.error}"

@@ -1,0 +1,91 @@
+"""What this node does for its migrations beyond the bare drivers: `migrator.runner.Site`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from migrator.errors import RefusedError
+from migrator.model import DomainName, FencingToken, MigrationId, NodeName, Role
+from migrator.ports import FabricDriver, HypervisorDriver, Struct
+from migrator.runner import Session, Site
+from migrator.session.destination import DestinationSession
+from migrator.session.messages import SessionMessage
+from node_agent.domains import DomainService
+from node_agent.migrations.checks import DestinationCheck, Inspection
+from node_agent.peers.hub import PeerHub
+
+MESSAGE = "migration.message"
+SEND_S: Final = 2.0
+
+
+class Envelope(Struct, frozen=True, kw_only=True):
+    """A session's message on its way. `to` is the receiving side's role."""
+
+    migration_id: str
+    to: Role
+    message: SessionMessage
+
+
+class NodeSite(Site):
+    """See the module."""
+
+    def __init__(
+        self,
+        *,
+        hub: PeerHub,
+        hypervisor: HypervisorDriver,
+        fabric: FabricDriver,
+        domains: DomainService,
+        check: DestinationCheck,
+    ) -> None:
+        self._hub = hub
+        self._hypervisor = hypervisor
+        self._fabric = fabric
+        self._domains = domains
+        self._check = check
+
+    async def prepare_incoming(self, session: DestinationSession, device_channel: Path) -> None:
+        spec, domain = session.spec, DomainName(session.domain)
+        migration = MigrationId(session.migration_id)
+        await self._domains.locks.claim_for_migration(domain, migration)
+        own = await self._hypervisor.capabilities()
+        # The source compared its hypervisor when it asked; memory and bridges change by the second.
+        reasons = await self._check.reasons(Inspection(spec=spec, source=own))
+        if reasons:
+            raise RefusedError(f"{session.destination} can't take domain {domain}", reasons)
+        launch, undo = await self._domains.build_launch(spec, FencingToken(session.next_token))
+        try:
+            await self._hypervisor.start_incoming(launch)
+            undo.release()
+            await self._hypervisor.receive_device_state(domain, device_channel)
+        except BaseException:
+            await self._hypervisor.destroy(domain)
+            await undo()
+            raise
+
+    async def destroy(self, session: Session) -> None:
+        domain = DomainName(session.domain)
+        if session.role is Role.DESTINATION:
+            claim = self._domains.locks.migration_of(domain)
+            if claim != session.migration_id:
+                return  # Refused before it began: what is here isn't this migration's.
+        token = session.token if session.role is Role.SOURCE else session.next_token
+        await self._hypervisor.destroy(domain)
+        await self._domains.tear_down(session.spec, FencingToken(token))
+
+    async def fence(self, session: Session, token: FencingToken) -> None:
+        await self._domains.fence(session.spec, token)
+
+    async def announce(self, session: Session) -> None:
+        await self._fabric.announce(DomainName(session.domain), session.spec.nics)
+
+    async def silence(self, session: Session) -> None:
+        """End a source's own announcements, so that none contradicts the destination's."""
+        await self._fabric.announce(DomainName(session.domain), ())
+
+    async def send(
+        self, node: NodeName, migration_id: str, to: Role, message: SessionMessage
+    ) -> None:
+        envelope = Envelope(migration_id=migration_id, to=to, message=message)
+        await self._hub.notify(node, MESSAGE, envelope, timeout_s=SEND_S)
