@@ -127,12 +127,17 @@ async def test_the_console(client: Client, world: World) -> None:
         assert response.headers["Ferry-Console-End"] == "12"
     async with client.get("/v1/domains/web/console?offset=0&follow=true") as response:
         assert await response.content.readexactly(12) == b"hello\nworld\n"
-        await asyncio.to_thread(path.write_bytes, b"hello\nworld\nmore\n")
+        await asyncio.to_thread(_append, path, b"more\n")
         assert await response.content.readexactly(5) == b"more\n"
     await ask(client, "GET", "/v1/domains/nobody/console", status=404)
     problem = await ask(client, "GET", "/v1/domains/web/console?offset=x", status=400)
     assert "offset" in problem["fields"]
     await ask(client, "GET", "/v1/domains/web/console?follow=maybe", status=400)
+
+
+def _append(path: Path, data: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(data)
 
 
 # --- migrations ----------------------------------------------------------------------------------

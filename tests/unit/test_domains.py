@@ -29,6 +29,7 @@ from migrator.model import (
     VolumeName,
 )
 from node_agent.domain_launch import uninterrupted
+from node_agent.nodes import NodeRegistry
 from tests.unit.agent_world import MAC, SimulatedNode, World, open_world, spec_of
 
 WEB = DomainName("web")
@@ -291,15 +292,15 @@ def _write(path: Path, data: bytes) -> None:
 
 
 async def test_a_silent_node_is_unreachable_whatever_its_clock_says(world: World) -> None:
-    moment = 100.0
-    world.a.registry._monotonic = lambda: moment
     await world.a.registry.close()
     await world.b.registry.close()
-    views = await world.a.registry.read()
+    moment = 1e6
+    registry = NodeRegistry(world.a.typed, world.a.registry._describe, monotonic=lambda: moment)
+    views = await registry.read()
     assert {view.state for view in views.values()} == {NodeState.READY}
     moment += 200
-    await world.a.registry.beat()
-    views = await world.a.registry.read()
+    await registry.beat()
+    views = await registry.read()
     assert views[world.a.name].state is NodeState.READY
     assert views[world.b.name].state is NodeState.UNREACHABLE
 
