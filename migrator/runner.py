@@ -22,11 +22,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from migrator.engine_driver import EngineDriver, EngineSettings
 from migrator.errors import FerryError, RefusedError
+from migrator.hold_points import hold
 from migrator.journal import MigrationJournal
 from migrator.journal_entry import entry_of
 from migrator.model import DomainName, DomainState, FencingToken, NodeName, Role
@@ -240,28 +242,31 @@ class Runner:
             case v.StartEngine() | v.ConnectEngine() | v.RunPass() | v.StopEngine():
                 self._engine.perform(command, memory=self._hypervisor)
             case v.SwapRecord() | v.ReadRecord():
-                self._record_lane.put(self._step(command, self._on_record(command)))
+                self._record_lane.put(self._step(command, partial(self._on_record, command)))
             case v.AbortSwitchover() | v.DestroyGuest():
                 self._guest_lane.clear()
-                self._guest_lane.put(self._step(command, self._on_guest(command)))
+                self._guest_lane.put(self._step(command, partial(self._on_guest, command)))
             case v.Announce():
-                self._do_aside(self._step(command, self._site.announce(self.session)))
+                self._do_aside(self._step(command, partial(self._site.announce, self.session)))
             case v.Finish():
                 self._do_aside(self._finish())
             case _:
-                self._guest_lane.put(self._step(command, self._on_guest(command)))
+                self._guest_lane.put(self._step(command, partial(self._on_guest, command)))
 
     def _do_aside(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._aside.add(task)
         task.add_done_callback(self._aside.discard)
 
-    async def _step(self, command: v.Command, work: Coroutine[Any, Any, None]) -> None:
+    async def _step(
+        self, command: v.Command, work: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
         """Perform one command; its failure is an event."""
         name = type(command).__name__
         try:
             async with asyncio.timeout(STEP_S):
-                await work
+                await hold(self.session.role, name)
+                await work()
         except RefusedError as error:
             self.feed(v.CommandFailed(command=name, error=str(error), reasons=error.reasons))
         except FerryError as error:
@@ -271,6 +276,7 @@ class Runner:
             self.feed(v.CommandFailed(command=name, error=f"not done within {STEP_S:g} s"))
 
     async def _send(self, message: SessionMessage) -> None:
+        await hold(self.session.role, type(message).__name__)
         try:
             await self._site.send(self.peer, self.session.migration_id, self._peer_role, message)
         except FerryError as error:  # The session repeats what matters.
