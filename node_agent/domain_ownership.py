@@ -178,7 +178,7 @@ class DomainOwnership:
             return
         ours = owned.owner == self.node and owned.state is OwnershipState.RUNNING
         state = (await self._hypervisor.inspect(domain)).state
-        if ours and state is not DomainState.INCOMING:
+        if ours and state not in (DomainState.INCOMING, DomainState.LOADED):
             self._events.emit(
                 EventKind.DOMAIN_ADOPTED,
                 f"domain {domain} was adopted by the restarted agent of {self.node}",

@@ -137,7 +137,7 @@ class SimulatedHypervisor(HypervisorDriver):
         await self.host.faults.strike("resume")
         if guest.state is DomainState.RUNNING:
             return self.host.clock()
-        if guest.state in STANDING or (guest.state is DomainState.INCOMING and guest.loaded):
+        if guest.state in STANDING or guest.state is DomainState.LOADED:
             self._run(guest)
             return self.host.clock()
         raise HypervisorError(f"{domain}: can't be resumed: its state is {guest.state}")

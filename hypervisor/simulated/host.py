@@ -131,6 +131,7 @@ class SimulatedGuest:
     def load(self, device_state: DeviceState) -> None:
         self._ran_s = device_state.ran_s
         self.loaded = True
+        self.state = DomainState.LOADED
 
     def write_memory(self, offset_bytes: int, data: bytes) -> None:
         """What the guest itself would write. HypervisorError unless its vCPUs run."""

@@ -157,7 +157,7 @@ async def test_handoff_and_back(world: World) -> None:
     kinds = world.a.kinds()
     assert kinds.index(DomainEventKind.PAUSED) < kinds.index(DomainEventKind.PRE_SWITCHOVER)
     assert await world.a.state() is DomainState.POSTMIGRATE
-    assert await world.b.state() is DomainState.INCOMING
+    assert await world.b.state() is DomainState.LOADED
     await world.b.driver.resume(VM)
     assert await world.b.state() is DomainState.RUNNING
     await world.a.driver.destroy(VM)
@@ -259,7 +259,7 @@ async def test_a_paused_domain_moves_paused(world: World) -> None:
     await world.a.driver.pause(VM)
     await world.switch_over(world.a, world.b)
     assert await world.a.state() is DomainState.POSTMIGRATE
-    assert await world.b.state() is DomainState.INCOMING
+    assert await world.b.state() is DomainState.LOADED
 
 
 async def test_a_destination_that_is_not_loaded_cannot_be_resumed(world: World) -> None:
@@ -269,7 +269,7 @@ async def test_a_destination_that_is_not_loaded_cannot_be_resumed(world: World) 
         await world.b.driver.resume(VM)
     await world.b.driver.destroy(VM)
     await world.switch_over(world.a, world.b)
-    assert await world.b.state() is DomainState.INCOMING, "cont must not have been remembered"
+    assert await world.b.state() is DomainState.LOADED, "cont must not have been remembered"
 
 
 @pytest.mark.parametrize("sent", [False, True])
@@ -294,7 +294,7 @@ async def test_the_destination_agent_restarts_after_loading(world: World, ran: b
     if ran:
         await world.b.driver.resume(VM)
     assert await world.reopen("b") == [VM]
-    assert await world.b.state() is (DomainState.RUNNING if ran else DomainState.INCOMING)
+    assert await world.b.state() is (DomainState.RUNNING if ran else DomainState.LOADED)
     await world.b.driver.resume(VM)
     await world.b.driver.pause(VM)
     assert await world.b.state() is DomainState.PAUSED

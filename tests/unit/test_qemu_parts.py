@@ -82,7 +82,7 @@ def test_machine_names_of_a_query() -> None:
     [
         ("running", "none", False, True, DomainState.RUNNING),
         ("paused", "none", False, True, DomainState.PAUSED),
-        ("paused", "completed", True, False, DomainState.INCOMING),
+        ("paused", "completed", True, False, DomainState.LOADED),
         ("inmigrate", "none", True, False, DomainState.INCOMING),
         ("prelaunch", "none", False, False, DomainState.STARTING),
         ("prelaunch", "none", False, True, DomainState.PAUSED),
