@@ -36,6 +36,8 @@ class JournalEntry(Struct, frozen=True, kw_only=True):
     detail: str = ""
     resuming: bool = False
     """Destination: a resume was about to be issued, or was."""
+    committed: bool = False
+    """The source's device state is known to be out; at the destination: a Commit was heard."""
     boot_id: str = ""
     """The host's boot that this was written in. `resuming` may be lost with the host."""
     ended_at_s: float | None = None
@@ -52,9 +54,12 @@ def entry_of(
 ) -> JournalEntry:
     """The session as it stands, for the journal."""
     ended = session.state in ENDED
-    last_word: SessionMessage | None = None
-    if ended:
-        last_word = session.last_word()
+    last_word = session.last_word() if ended else None
+    if isinstance(session, SourceSession):
+        committed = session.device_state_out
+    else:
+        committed = session.committed
+        resuming = resuming or session.may_have_run
     return JournalEntry(
         migration_id=session.migration_id,
         role=session.role,
@@ -67,6 +72,7 @@ def entry_of(
         state=session.state,
         detail=session.error or "",
         resuming=resuming,
+        committed=committed,
         boot_id=boot_id,
         ended_at_s=session.ended_at_s,
         last_word=last_word,
@@ -90,6 +96,8 @@ def restore(
             request=entry.request,
             created_at_s=entry.created_at_s,
             timing=timing,
+            switchover_begun=entry.state is not MigrationState.SETUP,
+            device_state_out=entry.committed,
         )
     return DestinationSession(
         migration_id=entry.migration_id,
@@ -101,6 +109,7 @@ def restore(
         created_at_s=entry.created_at_s,
         timing=timing,
         may_have_run=entry.resuming or entry.boot_id != boot_id,
+        committed=entry.committed,
     )
 
 

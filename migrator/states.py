@@ -31,7 +31,8 @@ DESTINATION: Final[dict[MigrationState, frozenset[MigrationState]]] = {
     _S.SETUP: frozenset({_S.PRECOPY, _S.CANCELLING}),
     _S.PRECOPY: frozenset({_S.SWITCHOVER, _S.CANCELLING}),
     # The device state is loaded, or the source allows the handoff; both are needed.
-    _S.SWITCHOVER: frozenset({_S.HANDOFF, _S.CANCELLING}),
+    # Loaded without a word from the source for long: the record decides, no timeout.
+    _S.SWITCHOVER: frozenset({_S.HANDOFF, _S.CANCELLING, _S.RECOVERING}),
     _S.HANDOFF: frozenset({_S.COMPLETED, _S.RECOVERING, _S.CANCELLING, _S.FAILED}),
     _S.RECOVERING: frozenset({_S.COMPLETED, _S.HANDOFF, _S.CANCELLING, _S.FAILED}),
     _S.CANCELLING: frozenset({_S.CANCELLED, _S.FAILED}),

@@ -19,6 +19,7 @@ from migrator.model import (
     MigrationState,
     NodeName,
     OwnershipRecord,
+    OwnershipState,
     Role,
 )
 from migrator.ports import DomainEventKind
@@ -93,8 +94,12 @@ class DestinationSession(Session):
         created_at_s: float,
         timing: Timing | None = None,
         may_have_run: bool = False,
+        committed: bool = False,
     ) -> None:
-        """`may_have_run`: restored from a journal that can't rule out an earlier resume."""
+        """`may_have_run`: restored from a journal that can't rule out an earlier resume.
+
+        `committed`: restored from a journal that knows of a Commit.
+        """
         super().__init__(
             migration_id=migration_id,
             domain=spec.name,
@@ -109,10 +114,11 @@ class DestinationSession(Session):
         self._incoming_ready = False
         self._listening: EngineListening | None = None
         self._loaded_at_s = 0.0
-        self._commit = False
+        self._commit = committed
         self._won_at_s = 0.0
         self._fence_failures = 0
         self._resume_issued = False
+        self._resume_issued_before = False
         self._resumed_at_s = 0.0
         self._dead = False
         self._restored = False
@@ -158,12 +164,20 @@ class DestinationSession(Session):
         return Aborted(reason=self.error or self.state.value)
 
     @property
+    def may_have_run(self) -> bool:
+        """The vCPUs run here, did, or may have: the journal must not forget it."""
+        return self._may_have_run or self._resume_issued
+
+    @property
+    def committed(self) -> bool:
+        """The source said Commit: its own copy will never resume by itself."""
+        return self._commit
+
+    @property
     def _may_discard(self) -> bool:
         """In recovery: no compare-and-set of ours can be under way, none was won."""
-        return (
-            self.state is _S.RECOVERING
-            and self._restored
-            and not (self._commit or self._won_at_s or self._resume_issued)
+        return self.state is _S.RECOVERING and not (
+            self._commit or self._won_at_s or self._resume_issued
         )
 
     def _running(self) -> Running:
@@ -182,8 +196,9 @@ class DestinationSession(Session):
             case Commit() if self.state in _BEFORE_HANDOFF:
                 self._commit = True
                 self._try_commit()
-            case Commit() if self.state is _S.RECOVERING:
+            case Commit() if self.state is _S.RECOVERING and not self._commit:
                 self._commit = True
+                self._do(InspectGuest())
             case Abort() if self.state in _BEFORE_HANDOFF or self._may_discard:
                 self._give_up(message.reason)
             case Prepare() if self.state in _BEFORE_HANDOFF:
@@ -231,6 +246,10 @@ class DestinationSession(Session):
                 # The source may have forgotten us, or its Abort may be lost: ask now and then.
                 self._send(Inquire())
                 self._do(StartTimer(name=TimerName.RETRY, seconds=self.timing.peer_s))
+            case TimerFired(name=TimerName.PEER) if self._loaded_at_s:
+                # The source may be dead, and this the only copy: the record decides, no timeout.
+                self._enter(_S.RECOVERING, "no word from the source")
+                self._do(ReadRecord())
             case TimerFired(name=TimerName.PEER) if not self._commit:
                 self._give_up(f"no word from the source for {self.timing.abandoned_s:g} s")
             case CommandFailed(command="PrepareIncoming"):
@@ -262,6 +281,8 @@ class DestinationSession(Session):
 
     def _swap(self) -> None:
         before = self.record_before
+        # A restart must know that this may be under way, and that the guest is ours to take.
+        self._do(Journal(state=self.state, durable=False))
         self._do(SwapRecord(expected=before, new=before.passed_to(self.destination)))
 
     def _in_handoff(self, event: Event) -> None:
@@ -277,12 +298,17 @@ class DestinationSession(Session):
             case RecordRead():
                 self._recover_by(event)
             case Fenced() if event.token == self.next_token and not self._dead:
+                self._resume_issued_before = self._resume_issued
                 self._resume_issued = True
                 self._do(Journal(state=self.state, resuming=True, durable=False), ResumeGuest())
             case GuestResumed():
                 self._resumed(event.at_s)
             case GuestReported(kind=DomainEventKind.EXITED):
                 self._died()
+            case CommandFailed(command="Journal"):
+                # What stood behind it wasn't performed: no resume, or no compare-and-set.
+                self._resume_issued = self._resume_issued_before
+                self._retry_later()
             case CommandFailed(command="Fence") if not self._resume_issued:
                 self._fence_failures += 1
                 if self._fence_failures >= self.timing.fence_tries:
@@ -337,6 +363,10 @@ class DestinationSession(Session):
             case GuestCondition.RUNNING:
                 self._resume_issued = True
                 self._resumed(self._now)
+            case GuestCondition.STOPPED_OTHERWISE:
+                # It ran here, and was paused since: by a user, an I/O error. It is ours all right.
+                self._resume_issued = True
+                self._resumed(self._now)
             case GuestCondition.LOADED:
                 self._loaded_at_s = self._loaded_at_s or self._now
                 self._do(ReadRecord())
@@ -356,15 +386,15 @@ class DestinationSession(Session):
         if not event.known:
             self._retry_later()
         elif record is not None and self._is_ours(record):
-            if self._may_have_run:
+            if self._may_have_run or record.state is not OwnershipState.RUNNING:
                 self._resume_issued = True  # Before the restart, for all we know.
             self._won()
         elif record != self.record_before:
             self._give_up("the source kept the guest")
-        elif self._commit and self._loaded_at_s:
-            self._swap()
         elif self._dead:
             self._give_up("the destination's hypervisor is gone")
+        elif self._commit and self._loaded_at_s:
+            self._swap()
         else:
             # Loaded or not, without a Commit it isn't ours to take. Ask.
             self._send(Inquire())

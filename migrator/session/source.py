@@ -56,6 +56,7 @@ from migrator.session.vocabulary import (
     GuestDestroyed,
     GuestReported,
     InspectGuest,
+    Journal,
     PassFinished,
     PeerBack,
     PeerLost,
@@ -93,6 +94,11 @@ class SourceSession(SourceRecovery):
                 self._give_up(f"engine: {event.reason}")
             case Received(message=message):
                 self._hear(message)
+            case GuestReported(kind=DomainEventKind.DEVICE_STATE_SENT):
+                # Also heard where it is too late to act on it: if the guest is gone later, the
+                # destination's copy is known to be whole.
+                self.device_state_out = True
+                self._handle_in_state(event)
             case _:
                 self._handle_in_state(event)
 
@@ -125,7 +131,8 @@ class SourceSession(SourceRecovery):
 
     def _hear(self, message: SessionMessage) -> None:
         match message:
-            case Prepared() if self.state is _S.SETUP:
+            case Prepared() if self.state is _S.SETUP and not self._connecting:
+                self._connecting = True
                 self._do(
                     StopTimer(name=TimerName.RETRY),
                     ConnectEngine(host=message.host, port=message.port, secret=message.secret),
@@ -254,6 +261,7 @@ class SourceSession(SourceRecovery):
 
     def _switch_over(self, detail: str) -> None:
         self._enter(_S.SWITCHOVER, detail)
+        self._switchover_begun = True
         self._journal()
         self._do(
             StopTimer(name=TimerName.TOTAL),
@@ -285,7 +293,10 @@ class SourceSession(SourceRecovery):
                     f"{event.report.pages} pages, scan {event.report.scan_seconds * 1e3:.2f} ms",
                 )
                 self._continued_at_s = self._now
+                self._continued = True
                 self._do(ContinueSwitchover())
+            case GuestReported(kind=DomainEventKind.DEVICE_STATE_SENT) if not self._continued:
+                self._give_up("the hypervisor sent the device state before the last pages")
             case GuestReported(kind=DomainEventKind.DEVICE_STATE_SENT):
                 self._note("device state", self._continued_at_s, self._now)
                 self._hand_off()
@@ -308,6 +319,8 @@ class SourceSession(SourceRecovery):
         self._do(
             StopTimer(name=TimerName.SWITCHOVER),
             StartTimer(name=TimerName.HANDOFF, seconds=self.timing.commit_s),
+            # Last: a journal that can't be written must not cost the timer.
+            Journal(state=self.state, durable=False),
         )
 
     def _in_handoff(self, event: Event) -> None:
@@ -332,6 +345,8 @@ class SourceSession(SourceRecovery):
     def _destination_gave_up(self, reason: str) -> None:
         if self.state in (_S.SETUP, _S.PRECOPY, _S.SWITCHOVER):
             self._give_up(f"the destination gave up: {reason}")
+        elif self.state is _S.CANCELLING:
+            self._destination_refused = True
         elif self.state in (_S.HANDOFF, _S.RECOVERING) and not self._destination_runs:
             self._destination_refused = True
             if self.state is _S.HANDOFF:
@@ -352,7 +367,9 @@ class SourceSession(SourceRecovery):
             StopEngine(),
             AbortSwitchover(),
         )
-        self._send(Abort(reason=reason))
+        if not self._continued:
+            # Otherwise the destination may have the only copy, until the outcome is known.
+            self._send(Abort(reason=reason))
 
     def _in_cancelling(self, event: Event) -> None:
         match event:
@@ -361,10 +378,13 @@ class SourceSession(SourceRecovery):
             case GuestReported(kind=DomainEventKind.RESUMED):
                 self._note_blackout(event.at_s)
             case SwitchoverAborted(outcome=AbortOutcome.SENT):
+                self.device_state_out = True
                 self._recover(self.error or "cancelled")
+            case SwitchoverAborted(outcome=AbortOutcome.GONE) if self._continued:
+                self._gone = True
+                self._recover(f"{self.error}; the guest's hypervisor is gone")
             case SwitchoverAborted(outcome=AbortOutcome.GONE):
-                self._cancelled = False
-                self._finish(_S.FAILED, f"{self.error}; the guest's hypervisor is gone")
+                self._finish_gone()
             case CommandFailed(command="AbortSwitchover"):
                 self._retry_later()
             case TimerFired(name=TimerName.RETRY):

@@ -6,7 +6,7 @@ token newer than the one that the migration began with.
 
 from __future__ import annotations
 
-from migrator.model import MigrationState, OwnershipRecord
+from migrator.model import MigrationState, OwnershipRecord, OwnershipState
 from migrator.session.messages import Abort, Commit, Farewell, Inquire, Running
 from migrator.session.source_view import SourceView
 from migrator.session.vocabulary import (
@@ -85,63 +85,95 @@ class SourceRecovery(SourceView):
     def _recover_guest(self, condition: GuestCondition) -> None:
         """What the hypervisor says, after a restart or while the record is awaited."""
         match condition:
-            case GuestCondition.RUNNING | GuestCondition.STOPPED_OTHERWISE:
-                # It never left, or it is back: only a won record resumes a sent guest.
-                self.error = self.error or "the agent restarted during the migration"
+            case GuestCondition.RUNNING | GuestCondition.STOPPED_OTHERWISE if (
+                self._rollback_token is not None
+            ):
                 self._finish_stopped()
-            case GuestCondition.SWITCHING:
-                self.error = self.error or "the agent restarted during the switchover"
+            case (
+                GuestCondition.RUNNING | GuestCondition.STOPPED_OTHERWISE | GuestCondition.SWITCHING
+            ):
+                # It never left: only a won record resumes a sent guest. But a switchover that was
+                # begun before the restart may not show yet, so it is aborted in any case.
+                self.error = self.error or "the agent restarted during the migration"
                 self._enter(_S.CANCELLING, self.error)
                 self._do(AbortSwitchover())
+            case GuestCondition.GONE if (
+                self._rollback_token is not None or not self._switchover_begun
+            ):
+                self._finish_gone()
             case _ if self._rollback_token is not None:
-                self._gone = condition is GuestCondition.GONE
-                if self._gone:
-                    self._finish(_S.FAILED, f"{self.error}; the guest's hypervisor is gone")
-                else:
-                    self._retry_later()
+                self._retry_later()
             case _:
                 self.error = self.error or "the agent restarted during the handoff"
                 self._gone = condition is GuestCondition.GONE
+                if condition is GuestCondition.SENT:
+                    self.device_state_out = True
                 self._do(ReadRecord())
 
     def _recover_by(self, event: RecordRead) -> None:
         record = event.record
         if not event.known:
             self._retry_later()
-        elif record is not None and record.owner == self.source:
+        elif record is None or record.state is not OwnershipState.RUNNING:
+            self._discard("the domain was stopped or removed meanwhile")
+        elif record.owner == self.source:
             self._recover_own(record)
-        elif (
-            record is not None
-            and record.owner == self.destination
-            and record.token == self.next_token
-            and not (self._destination_refused and self._gone)
-        ):
+        elif record == self.record_before.passed_to(self.destination):
             # The destination won. Keep our copy until its vCPUs are known to run, or to never run.
-            if self._destination_refused:
-                self._swap(record)
-            else:
+            if not self._destination_refused:
                 self._send(Inquire())
                 self._retry_later()
+            elif self._gone:
+                self._finish_gone()
+            else:
+                self._swap(record)
+        elif record.owner == self.destination:
+            self._discard("")  # It runs there, and has been handed over again since.
         else:
-            # The record moved on past the destination, or the domain was removed: ours is stale.
-            self._destination_runs = True
-            self._do(DestroyGuest())
+            self._discard(f"{record.owner} took the domain over, with token {record.token}")
 
     def _recover_own(self, record: OwnershipRecord) -> None:
-        if record.token != self.token:
+        """The record names this node. With which token, and whose doing was it?"""
+        taken_back = self.next_token + 1
+        if record.token == self.token:
+            self._recover_unpassed(record)
+        elif record.token == self.next_token or (
+            record.token == taken_back and self._destination_refused
+        ):
             if self._gone:
-                self._finish(_S.FAILED, f"{self.error}; the guest's hypervisor is gone")
+                self._finish_gone()
             else:
-                self._rollback(record.token)  # Won before, or given back.
-        elif not self._gone:
+                self._rollback(record.token)
+        elif record.token == taken_back:
+            # Taken back before our restart, or the domain ran there and was started anew here: then
+            # our copy is stale. The destination knows which.
+            self._send(Inquire())
+            self._retry_later()
+        else:
+            self._discard(f"the domain was started anew, with token {record.token}")
+
+    def _recover_unpassed(self, record: OwnershipRecord) -> None:
+        if not self._gone:
             self._swap(record)
         elif self._destination_refused:
-            self._finish(_S.FAILED, f"{self.error}; the guest's hypervisor is gone")
-        else:
-            # Only the destination may have the guest's memory. It can't have loaded the device
-            # state before the last page was in place, so what it has loaded is whole.
+            self._finish_gone()
+        elif self.device_state_out:
+            # Only the destination has the guest's memory, and it can't have loaded the device state
+            # before the last page was in place: what it has loaded is whole.
             self._send(Commit())
             self._retry_later()
+        else:
+            # Whether the device state went out, or the guest resumed here and ran on before it
+            # died, nobody knows. So what the destination has may be stale: it must not run, unless
+            # it has a Commit from before our restart.
+            self._send(Abort(reason=self.error or "the source's hypervisor is gone"))
+            self._retry_later()
+
+    def _discard(self, error: str) -> None:
+        """Our copy is stale for good. With an `error` that isn't this migration's success."""
+        self._discard_error = error
+        self._destination_runs = True
+        self._do(StopTimer(name=TimerName.RETRY), DestroyGuest())
 
     def _swap(self, record: OwnershipRecord) -> None:
         self._swap_token = record.token + 1
@@ -157,24 +189,43 @@ class SourceRecovery(SourceView):
     def _destination_runs_now(self, message: Running) -> None:
         if self.state not in (_S.HANDOFF, _S.RECOVERING) or self._destination_runs:
             return
-        if self._rollback_token is not None:
-            return  # We hold a newer token: this word is stale.
+        if self._rollback_token is not None or message.token != self.next_token:
+            return  # We hold a newer token, or it isn't about this handoff: the word is stale.
         self._destination_runs = True
-        self._note_blackout(message.resumed_at_s)
+        if message.resumed_at_s:
+            self._note_blackout(message.resumed_at_s)
+        else:
+            self._discard_error = "the destination's hypervisor died in the handoff"
         if self._sent_at_s is not None and message.won_at_s:
             self._note("ownership record", self._sent_at_s, message.won_at_s)
             self._note("fence and resume", message.won_at_s, message.resumed_at_s)
         self._do(StopTimer(name=TimerName.HANDOFF), StopTimer(name=TimerName.RETRY), DestroyGuest())
 
     def _note_blackout(self, resumed_at_s: float) -> None:
-        if self._paused_at_s is not None and self.blackout_ms is None:
-            self.blackout_ms = (resumed_at_s - self._paused_at_s) * 1000.0
+        """Pause to resume. Two hosts' clocks disagree, so ours gives the bounds."""
+        if self._paused_at_s is None or self.blackout_ms is not None:
+            return
+        least_s = (self._sent_at_s or self._paused_at_s) - self._paused_at_s
+        most_s = max(self._now - self._paused_at_s, 0.0)
+        seconds = min(max(resumed_at_s - self._paused_at_s, least_s), most_s)
+        self.blackout_ms = seconds * 1000.0
 
     def _complete(self) -> None:
-        self.error = None
+        """The guest lives elsewhere, or not at all; our copy is destroyed."""
         self._send(Farewell())
         self._do(StopEngine())
-        self._finish(_S.COMPLETED)
+        if self._discard_error:
+            self._finish(_S.FAILED, self._discard_error)
+        else:
+            self.error = None
+            self._finish(_S.COMPLETED)
+
+    def _finish_gone(self) -> None:
+        reason = f"{self.error or 'the migration ended'}; the guest's hypervisor is gone"
+        self._cancelled = False
+        self._do(StopEngine())
+        self._send(Abort(reason=reason))
+        self._finish(_S.FAILED, reason)
 
     def _finish_stopped(self) -> None:
         """The guest runs here, as it did before."""

@@ -35,7 +35,10 @@ class SourceView(Session):
         request: MigrationRequest,
         created_at_s: float,
         timing: Timing | None = None,
+        switchover_begun: bool = False,
+        device_state_out: bool = False,
     ) -> None:
+        """`switchover_begun`, `device_state_out`: restored from a journal that says so."""
         super().__init__(
             migration_id=migration_id,
             domain=spec.name,
@@ -58,12 +61,18 @@ class SourceView(Session):
         self._final_started_at_s = 0.0
         self._continued_at_s = 0.0
         self._sent_at_s: float | None = None
+        self._connecting = False
+        self._switchover_begun = switchover_begun
+        self._continued = False
+        self.device_state_out = device_state_out
+        """Known: the hypervisor won't resume the guest by itself any more (`postmigrate`)."""
         self._cancelled = False
         self._rollback_token: int | None = None
         self._destination_runs = False
         self._destination_refused = False
         self._gone = False
         self._swap_token = 0
+        self._discard_error = ""
 
     # --- what others see ---
 

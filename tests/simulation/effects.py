@@ -1,32 +1,132 @@
-"""What each command does in the simulated world. Returns the events that its agent hears."""
+"""What each command does in the simulated world, when, and what its agent hears of it.
+
+A command has its effect some time after it was given, also if its agent died meanwhile. Each driver
+is a lane: what was given first happens first. The hypervisor's monitor is one lane for the life of
+its process: a restarted agent's commands queue behind those of the dead one. The ownership store
+and the volume keep no such order: what timed out there may be applied seconds later.
+"""
 
 from __future__ import annotations
 
-from migrator.model import PassKind
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from migrator.model import PassKind, PassReport, Role
 from migrator.ports import AbortOutcome, DomainEventKind
 from migrator.session import vocabulary as v
-from tests.simulation.node import Node
-from tests.simulation.world import DESTINATION, PAGES, SOURCE, Guest
+from tests.simulation import checkers
+from tests.simulation.guests import CONDITIONS, PAGES, G, Guest
+from tests.simulation.world import HANG_S, STORE_LATE_S
+
+if TYPE_CHECKING:
+    from tests.simulation.node import Node
 
 _K = DomainEventKind
+TIMEOUT_S = 1.0
+"""Of the agent's calls: then it hears CommandFailed, and the effect comes later all the same."""
+_LANES: dict[type[object], str] = {
+    v.SwapRecord: "record",
+    v.ReadRecord: "record",
+    v.Fence: "volume",
+    v.StartEngine: "engine",
+    v.ConnectEngine: "engine",
+    v.RunPass: "engine",
+    v.StopEngine: "engine",
+    v.PrepareIncoming: "process",
+    v.DestroyGuest: "process",
+}
 
 
-def effect(node: Node, command: v.Command, alive: bool) -> list[v.Event]:
-    """Perform `command`. `alive` False: its agent is dead by now; only what outlives it happens."""
+def begin(node: Node, command: v.Command) -> None:
+    """Give `command`: schedule its effect, and what the agent hears."""
+    world = node.world
+    kind = type(command)
+    lane = _LANES.get(kind, "monitor")
+    hang_s = world.delay(HANG_S) if lane == "monitor" and world.chance(world.faults.hang) else 0.0
+    due_s = world.now_s + 0.0002 + world.delay(0.003) + hang_s
+    due_s = node.lanes[lane] = max(due_s, node.lanes.get(lane, 0.0))
+    late = due_s - world.now_s > TIMEOUT_S
+    if late:
+        node.soon_at(_failed(kind, "timeout"), world.now_s + TIMEOUT_S)
+    failing = _fails(node, command)
+    incarnation, session = node.incarnation, node.session
+    effect = _effect(node, command)
+
+    def act() -> None:
+        alive = node.up and node.incarnation == incarnation and node.session is session
+        if lane == "engine" and not alive:
+            return
+        happens = not failing or world.random.random() < 0.5
+        events = effect() if happens else []
+        if late or not alive:
+            return
+        if failing:
+            node.soon(_failed(kind, "simulated"))
+            return
+        for event in events:
+            node.soon(event)
+
+    world.after(due_s - world.now_s, act)
+
+
+def _failed(kind: type[object], error: str) -> v.CommandFailed:
+    return v.CommandFailed(command=kind.__name__, error=error)
+
+
+def _fails(node: Node, command: v.Command) -> bool:
+    faults = node.world.faults
+    match command:
+        case v.StopEngine() | v.SwapRecord() | v.ReadRecord():
+            return False  # The first can't fail; the others have their own ways to.
+        case v.Fence():
+            return node.world.chance(max(faults.fence_failure, faults.command_failure))
+        case v.ResumeGuest():
+            return node.world.chance(max(faults.resume_failure, faults.command_failure))
+        case _:
+            return node.world.chance(faults.command_failure)
+
+
+def _effect(node: Node, command: v.Command) -> Callable[[], list[v.Event]]:
+    """What `command` will do; bound to what it was given to, e.g. to the hypervisor process."""
+    guest = node.world.guests.get(node.name)
     match command:
         case v.SwapRecord():
-            return _swap(node, command)
+            return partial(_swap, node, command)
         case v.ReadRecord():
-            known = not node.world.chance(node.world.faults.store_unknown)
-            return [v.RecordRead(known=known, record=node.world.record if known else None)]
+            return partial(_read, node)
         case v.Fence():
-            volume = node.world.volume
-            volume.fenced_token = max(volume.fenced_token, command.token)
-            return [v.Fenced(token=command.token)]
-        case v.StartEngine() | v.ConnectEngine() | v.RunPass() | v.StopEngine():
-            return _engine(node, command) if alive else []
+            node.fence_token = command.token
+            return partial(_fence, node, command.token)
+        case v.StartEngine():
+            return partial(_start_engine, node)
+        case v.ConnectEngine():
+            return partial(_connect_engine, node)
+        case v.StopEngine():
+            return partial(_stop_engine, node)
+        case v.RunPass():
+            return partial(_run_pass, node, command)
+        case v.PrepareIncoming():
+            return partial(_prepare_incoming, node)
+        case v.DestroyGuest():
+            return partial(_destroy, node)
+        case v.ResumeGuest():
+            return partial(_resume, node, guest, node.fence_token)
+        case v.BeginSwitchover():
+            return partial(_begin_switchover, node, guest)
+        case v.ContinueSwitchover():
+            return partial(_continue_switchover, node, guest)
+        case v.AbortSwitchover():
+            return partial(_abort, node, guest)
+        case v.InspectGuest():
+            return partial(_inspect, node)
+        case v.PrepareSwitchover():
+            return list
         case _:
-            return _hypervisor(node, command)
+            raise AssertionError(f"the simulation doesn't know {command}")
+
+
+# --- the store and the volume ---
 
 
 def _swap(node: Node, command: v.SwapRecord) -> list[v.Event]:
@@ -34,143 +134,249 @@ def _swap(node: Node, command: v.SwapRecord) -> list[v.Event]:
 
     def apply() -> bool:
         if world.record != command.expected:
+            world.log("{}: compare-and-set lost", node.name)
             return False
         world.record = command.new
-        world.log(f"record: token {command.new.token} owner {command.new.owner}")
+        world.log("record: token {}, owner {}", command.new.token, command.new.owner)
         return True
 
-    if world.chance(world.faults.store_unknown):
+    unknown = world.chance(world.faults.store_unknown)
+    if world.store_down or unknown:
         if world.chance(world.faults.store_late):
-            world.after(world.delay(3.0), lambda: (apply(), None)[1])
-        elif world.chance(0.5):
+            world.after(world.delay(STORE_LATE_S), lambda: (apply(), None)[1])
+        elif not world.store_down and world.random.random() < 0.5:
             apply()
         return [v.RecordSwapped(won=None)]
     return [v.RecordSwapped(won=apply())]
 
 
-def _engine(node: Node, command: v.Command) -> list[v.Event]:
+def _read(node: Node) -> list[v.Event]:
     world = node.world
-    match command:
-        case v.StartEngine():
-            node.engine = True
-            if node.name == DESTINATION:
-                return [v.EngineListening(host="10.0.0.2", port=7000, secret=b"s" * 32)]
-            return []
-        case v.ConnectEngine():
-            if not (node.engine and node.other.engine):
-                return [v.EngineLost(reason="can't connect")]
-            node.pending = set(range(PAGES))
-            return [v.EngineConnected(pages_in_use=PAGES, round_trip_ms=0.1)]
-        case v.StopEngine():
-            node.kill_engine("stopped", told=False)
-            return []
-        case v.RunPass():
-            return _run_pass(node, command)
-        case _:
-            world.log(f"unexpected {command}")
-            return []
+    if world.store_down or world.chance(world.faults.store_unknown):
+        return [v.RecordRead(known=False)]
+    return [v.RecordRead(known=True, record=world.record)]
 
 
-def _run_pass(node: Node, command: v.RunPass) -> list[v.Event]:
+def _fence(node: Node, token: int) -> list[v.Event]:
+    """Older tokens than one that fenced change nothing, so a late one does no harm."""
     world = node.world
-    source, destination = world.guests.get(SOURCE), world.guests.get(DESTINATION)
-    if not (node.engine and node.other.engine and source and destination):
-        return []
-    # The dirty log is exact here: pages whose versions differ. What the real one must achieve.
-    wanted = set(range(PAGES)) if command.kind is PassKind.FINAL else set(node.pending)
-    for page in wanted:
-        destination.memory[page] = source.memory[page]
-    node.pending = {p for p in range(PAGES) if source.memory[p] != destination.memory[p]}
-    node.pending |= {world.random.randrange(PAGES) for _ in range(world.random.randrange(3))}
-    return [v.PassFinished(report=node.pass_report(command.number, command.kind, len(wanted)))]
+
+    def apply() -> None:
+        world.volume.fenced_token = max(world.volume.fenced_token, token)
+
+    if world.chance(world.faults.fence_failure):
+        world.after(world.delay(STORE_LATE_S), apply)
+        return [_failed(v.Fence, "unconfirmed")]
+    if token < world.volume.fenced_token:
+        return [_failed(v.Fence, "a newer token has fenced")]
+    apply()
+    return [v.Fenced(token=token)]
 
 
-def _hypervisor(node: Node, command: v.Command) -> list[v.Event]:
-    world = node.world
-    guest = world.guests.get(node.name)
-    match command:
-        case v.PrepareIncoming():
-            world.guests[node.name] = Guest(
-                node=node.name, token=2, state="incoming", memory=[-1] * PAGES
-            )
-            return [v.IncomingReady()]
-        case v.DestroyGuest():
-            if guest is not None:
-                world.guests.pop(node.name)
-                world.log(f"{node.name}: guest destroyed in {guest.state}")
-                if guest.state == "running":
-                    raise AssertionError("a running guest was destroyed")
-            return [v.GuestDestroyed()]
-        case v.InspectGuest():
-            return [v.GuestInspected(condition=_condition(guest))]
-        case v.AbortSwitchover():
-            return [v.SwitchoverAborted(outcome=_abort(node, guest))]
-        case v.BeginSwitchover() if guest is not None and guest.state == "running":
-            if not node.engine:
-                node.guest_event(_K.MIGRATION_FAILED)
-                return []
-            guest.state = "pre-switchover"
-            world.paused_memory = None
-            node.guest_event(_K.PAUSED)
-            node.guest_event(_K.PRE_SWITCHOVER)
-            return []
-        case v.ContinueSwitchover() if guest is not None and guest.state == "pre-switchover":
-            return _send_device_state(node, guest)
-        case v.ResumeGuest() if guest is not None:
-            token = _token_of(node)
-            world.log(f"{node.name}: cont under token {token}")
-            world.resume(guest, token)
-            return [v.GuestResumed(at_s=world.now_s)]
-        case v.ResumeGuest():
-            return [v.CommandFailed(command="ResumeGuest", error="no such domain")]
-        case _:
-            return []
+# --- engines ---
 
 
-def _token_of(node: Node) -> int:
-    """The token that the agent would give: the newest one that it fenced with."""
-    return node.world.volume.fenced_token
-
-
-def _send_device_state(node: Node, guest: Guest) -> list[v.Event]:
-    world = node.world
-    guest.state = "sending"
-    world.paused_memory = list(guest.memory)
-
-    def loaded() -> None:
-        if guest.state not in ("sending", "postmigrate") or not node.engine:
-            return
-        guest.state = "postmigrate"
-        node.guest_event(_K.DEVICE_STATE_SENT)
-        destination = world.guests.get(DESTINATION)
-        if destination is not None and destination.state == "incoming" and node.other.engine:
-            destination.state = "loaded"
-            node.other.guest_event(_K.DEVICE_STATE_LOADED)
-
-    world.after(0.001 + world.delay(0.005), loaded)
+def _start_engine(node: Node) -> list[v.Event]:
+    node.engine_serial += 1
+    node.engine = node.engine_serial
+    if node.session is not None and node.session.role is Role.DESTINATION:
+        return [v.EngineListening(host="10.0.0.2", port=7000, secret=b"s" * 32)]
     return []
 
 
-def _abort(node: Node, guest: Guest | None) -> AbortOutcome:
-    if guest is None:
-        return AbortOutcome.GONE
-    if guest.state == "pre-switchover":
-        guest.state = "running"
+def _connect_engine(node: Node) -> list[v.Event]:
+    guest = node.world.guests.get(node.name)
+    if guest is None or not (node.engine and node.other.engine):
+        return [v.EngineLost(reason="can't connect")]
+    node.pending = set(range(PAGES))
+    guest.dirty.clear()  # The dirty log begins.
+    return [v.EngineConnected(pages_in_use=PAGES, round_trip_ms=0.1)]
+
+
+def _stop_engine(node: Node) -> list[v.Event]:
+    node.kill_engine("stopped", told=False)
+    return []
+
+
+def _run_pass(node: Node, command: v.RunPass) -> list[v.Event]:
+    """Half of the pages now, half at the end; what is dirtied meanwhile waits for the next pass."""
+    world = node.world
+    source, destination = world.guests.get(node.name), world.guests.get(node.other.name)
+    engines = (node.engine, node.other.engine)
+    if not all(engines) or source is None or destination is None:
+        return []
+    if command.kind is PassKind.FINAL:
+        node.pending |= source.dirty
+        source.dirty.clear()
+    wanted = sorted(node.pending)
+    seconds = 0.002 + world.delay(0.02)
+
+    def copy(pages: list[int]) -> None:
+        for page in pages:
+            destination.memory[page] = source.memory[page]
+
+    def finish() -> None:
+        if (node.engine, node.other.engine) != engines:
+            return
+        if world.pages_cut and not world.healed:
+            world.after(0.2, finish)
+            return
+        copy(wanted[len(wanted) // 2 :])
+        node.pending = set(source.dirty)
+        source.dirty.clear()
+        swollen = 1 if not world.faults.diverging else world.random.choice((1, 1, 200))
+        report = PassReport(
+            number=command.number,
+            kind=command.kind,
+            seconds=seconds,
+            pages=len(wanted),
+            bytes_sent=len(wanted) * 4096,
+            pending_pages=len(node.pending) * swollen,
+        )
+        node.soon(v.PassFinished(report=report))
+
+    copy(wanted[: len(wanted) // 2])
+    world.after(seconds, finish)
+    return []
+
+
+# --- hypervisors ---
+
+
+def set_running(node: Node, guest: Guest) -> None:
+    world = node.world
+    world.epoch += 1
+    guest.epoch = world.epoch
+    guest.state = G.RUNNING
+    guest.begun = False
+
+
+def _prepare_incoming(node: Node) -> list[v.Event]:
+    if node.name in node.world.guests:
+        return [_failed(v.PrepareIncoming, "the domain is here")]
+    node.world.guests[node.name] = Guest.waiting(node.name, node.token_before + 1)
+    return [v.IncomingReady()]
+
+
+def _destroy(node: Node) -> list[v.Event]:
+    guest = node.world.guests.pop(node.name, None)
+    if guest is not None:
+        node.world.log("{}: guest destroyed in {}", node.name, guest.state.value)
+        checkers.check_destroy(node.world, guest, node)
+        other = node.world.guests.get(node.other.name)
+        if other is not None and guest.state in (G.INCOMING, G.LOADED):
+            channel_broke(node.other, other)
+    return [v.GuestDestroyed()]
+
+
+def _inspect(node: Node) -> list[v.Event]:
+    guest = node.world.guests.get(node.name)
+    condition = v.GuestCondition.GONE if guest is None else CONDITIONS[guest.state]
+    return [v.GuestInspected(condition=condition)]
+
+
+def _gone(node: Node, guest: Guest | None) -> bool:
+    return guest is None or node.world.guests.get(node.name) is not guest
+
+
+def _resume(node: Node, guest: Guest | None, token: int) -> list[v.Event]:
+    if guest is None or _gone(node, guest):
+        return [_failed(v.ResumeGuest, "no such domain")]
+    if guest.state is not G.RUNNING:
+        if guest.state is G.PRE_SWITCHOVER or guest.state is G.SENDING:
+            return [_failed(v.ResumeGuest, "the migration is not finalized")]
+        token = max(token, guest.token)
+        node.world.log("{}: cont under token {}", node.name, token)
+        checkers.check_resume(node.world, guest, token)
+        guest.token = token
+        set_running(node, guest)
+    return [v.GuestResumed(at_s=node.clock_s)]
+
+
+def _begin_switchover(node: Node, guest: Guest | None) -> list[v.Event]:
+    if guest is None or _gone(node, guest) or guest.state is not G.RUNNING or not node.engine:
+        return [_failed(v.BeginSwitchover, "refused")]
+    guest.begun = True
+
+    def pause() -> None:
+        if _gone(node, guest) or not guest.begun or guest.state is not G.RUNNING:
+            return
+        guest.begun = False
+        guest.state = G.PRE_SWITCHOVER
+        node.guest_event(_K.PAUSED)
+        node.guest_event(_K.PRE_SWITCHOVER)
+
+    node.world.after(node.world.delay(0.004), pause)
+    return []
+
+
+def _continue_switchover(node: Node, guest: Guest | None) -> list[v.Event]:
+    """The device state goes out. When it is out, and when it is loaded: in any order."""
+    world = node.world
+    if guest is None or _gone(node, guest) or guest.state is not G.PRE_SWITCHOVER:
+        return [_failed(v.ContinueSwitchover, "not in pre-switchover")]
+    guest.state = G.SENDING
+    world.paused_memory = list(guest.memory)
+    epoch = guest.epoch
+    engines = (node.engine, node.other.engine)
+    destination = world.guests.get(node.other.name)
+
+    def sent() -> None:
+        if _gone(node, guest) or guest.state is not G.SENDING:
+            return
+        guest.state = G.POSTMIGRATE
+        node.guest_event(_K.DEVICE_STATE_SENT)
+
+    def loaded() -> None:
+        if destination is None or _gone(node.other, destination):
+            return
+        if destination.state is G.INCOMING and node.other.engine == engines[1]:
+            destination.state = G.LOADED
+            destination.epoch = epoch
+            node.other.guest_event(_K.DEVICE_STATE_LOADED)
+
+    world.after(0.0005 + world.delay(0.004), sent)
+    if all(engines):
+        world.after(0.0005 + world.delay(0.004), loaded)
+    return []
+
+
+def channel_broke(node: Node, guest: Guest) -> None:
+    """The device channel of `guest` is cut: what its hypervisor does then (FACTS.md)."""
+    if guest.state is G.PRE_SWITCHOVER or (guest.state is G.RUNNING and guest.begun):
+        _resume_by_itself(node, guest)
+    elif guest.state is G.SENDING:
+        _settle(node, guest)
+    elif guest.state is G.INCOMING and node.world.random.random() < 0.5:
+        node.kill_guest("device channel broke")
+
+
+def _settle(node: Node, guest: Guest) -> None:
+    """Sending, and broken off: by then it was all out, or it wasn't."""
+    if node.world.random.random() < 0.5:
+        guest.state = G.POSTMIGRATE
+        node.guest_event(_K.DEVICE_STATE_SENT)
+    else:
+        _resume_by_itself(node, guest)
+
+
+def _resume_by_itself(node: Node, guest: Guest) -> None:
+    paused = guest.state is not G.RUNNING
+    guest.begun = False
+    if paused:
+        node.world.log("{}: the source resumes by itself", node.name)
+        set_running(node, guest)
+    node.guest_event(_K.MIGRATION_FAILED)
+    if paused:
         node.guest_event(_K.RESUMED)
-        return AbortOutcome.RESUMED
-    if guest.state in ("sending", "postmigrate"):
-        return AbortOutcome.SENT
-    return AbortOutcome.RESUMED
 
 
-def _condition(guest: Guest | None) -> v.GuestCondition:
-    if guest is None:
-        return v.GuestCondition.GONE
-    return {
-        "running": v.GuestCondition.RUNNING,
-        "pre-switchover": v.GuestCondition.SWITCHING,
-        "sending": v.GuestCondition.SENT,
-        "postmigrate": v.GuestCondition.SENT,
-        "incoming": v.GuestCondition.INCOMING,
-        "loaded": v.GuestCondition.LOADED,
-    }[guest.state]
+def _abort(node: Node, guest: Guest | None) -> list[v.Event]:
+    if guest is None or _gone(node, guest):
+        return [v.SwitchoverAborted(outcome=AbortOutcome.GONE)]
+    if guest.state is G.SENDING:
+        _settle(node, guest)
+    elif guest.state is G.PRE_SWITCHOVER or guest.begun:
+        _resume_by_itself(node, guest)
+    sent = guest.state is G.POSTMIGRATE
+    return [v.SwitchoverAborted(outcome=AbortOutcome.SENT if sent else AbortOutcome.RESUMED)]

@@ -1,288 +1,328 @@
-"""A simulated node: its agent process (volatile), its engine, and how commands are performed."""
+"""A simulated node: its agent (volatile), its journal, its clock, and how processes die."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
-from migrator.journal_entry import answer_without_session, entry_of, restore
-from migrator.model import MigrationRequest, MigrationState, NodeName, PassReport, Role
-from migrator.ports import AbortOutcome, DomainEventKind
+from migrator.journal_entry import JournalEntry, answer_without_session, entry_of, restore
+from migrator.model import MigrationRequest, NodeName, Role
+from migrator.ports import DomainEventKind
 from migrator.session import messages as m
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
-from tests.simulation.world import DESTINATION, PAGES, SOURCE, SPEC, Guest, World
+from tests.simulation import checkers, effects
+from tests.simulation.guests import G
+from tests.simulation.world import N1, N2, SPEC, STRAGGLER_S, World
 
 _K = DomainEventKind
-_RECORD = (v.SwapRecord, v.ReadRecord)
-_ENGINE = (v.StartEngine, v.ConnectEngine, v.RunPass, v.StopEngine)
+OTHER_ROLE = {Role.SOURCE: Role.DESTINATION, Role.DESTINATION: Role.SOURCE}
+NodeSession = SourceSession | DestinationSession
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """A message between agents: which migration, and the role of whom it is for."""
+
+    migration_id: str
+    role: Role
+    message: m.SessionMessage
 
 
 class Node:
-    """One node. `up` False: its agent is dead; the hypervisor process lives on in the world."""
+    """One node. `up` False: its agent is dead; engines die with it, hypervisors don't."""
 
     def __init__(self, world: World, name: NodeName) -> None:
         self.world = world
         self.name = name
         self.other: Node
-        self.role = Role.SOURCE if name == SOURCE else Role.DESTINATION
+        self.skew_s = world.random.choice((0.0, 0.0, -3.0, 0.4, 7.0))
         self.up = True
+        self.boot = 1
         self.incarnation = 0
-        self.session: SourceSession | DestinationSession | None = None
-        self.engine = False
+        """Changes with each death of the agent: what was meant for the dead one is dropped."""
+        self.session: NodeSession | None = None
+        self.journal: dict[str, JournalEntry] = {}
+        self.durable: dict[str, JournalEntry] = {}
+        self.engine = 0
+        """Serial number of the engine process; 0: none."""
+        self.engine_serial = 0
         self.pending: set[int] = set()
         self.timers: dict[v.TimerName, int] = {}
+        self.fence_token = 0
+        """That this agent last asked for; a resume is under it."""
+        self.token_before = 0
+        self.resume_noted = False
+        self.rebooted_committed = False
+        self.ended: dict[str, str] = {}
+        """How the migrations ended here."""
         self._timer_serial = 0
-        self._lanes: dict[str, float] = {}
+        self.lanes: dict[str, float] = {}
+
+    @property
+    def clock_s(self) -> float:
+        return self.world.now_s + self.skew_s
+
+    def open_entries(self) -> list[JournalEntry]:
+        return [entry for entry in self.journal.values() if not entry.ended]
 
     # --- process life ---
 
-    def crash(self, why: str) -> None:
+    def crash(self, why: str, *, down_s: float = 5.0) -> None:
         if not self.up:
             return
-        self.world.log(f"{self.name}: agent killed ({why})")
+        self.world.log("{}: agent killed ({})", self.name, why)
         self.up = False
         self.incarnation += 1
         self.session = None
         self.timers.clear()
+        self.fence_token = 0
+        for lane in ("record", "volume", "engine"):
+            self.lanes.pop(lane, None)  # Connections of the agent's own. The monitor has a queue.
         self.kill_engine(why, told=False)
         self.other.peer_changed(lost=True)
-        self.world.after(0.2 + self.world.delay(5.0), self.restart)
+        self.world.after(0.2 + self.world.delay(down_s), self.restart)
+
+    def reboot(self) -> None:
+        """The host dies: agent, engine, hypervisor, and what the journal had in the page cache."""
+        if not self.up:
+            return
+        self.world.log("{}: host dies", self.name)
+        entries = self.open_entries()
+        if self.session is not None:
+            entries.append(entry_of(self.session, boot_id=""))
+        if any(each.committed and each.role is Role.DESTINATION for each in entries):
+            self.rebooted_committed = True
+        self.kill_guest("host died", told=False)
+        self.crash("host died", down_s=12.0)
+        self.journal = dict(self.durable)
+        self.lanes.clear()
+        self.boot += 1
 
     def restart(self) -> None:
         self.up = True
-        self.world.log(f"{self.name}: agent restarted")
-        for entry in self.world.journals[self.name].values():
-            if not entry.ended:
-                self.session = restore(entry, boot_id="boot")
-                self.feed(v.Recover())
+        self.world.log("{}: agent restarted", self.name)
+        for entry in self.open_entries():
+            self.session = self.restored(entry)
+            self.token_before = entry.token
+            self.feed(v.Recover())
         self.other.peer_changed(lost=False)
 
     def kill_engine(self, why: str, *, told: bool = True) -> None:
         if not self.engine:
             return
-        self.engine = False
-        self.world.log(f"{self.name}: engine gone ({why})")
+        self.engine = 0
+        self.world.log("{}: engine gone ({})", self.name, why)
         if told:
-            self.soon(lambda: v.EngineLost(reason=why))
-        other = self.other
-        if other.engine:
-            other.soon(lambda: v.EngineLost(reason="the other engine is gone"), 0.3)
-        for node in (self, other):
+            self.soon(v.EngineLost(reason=why))
+        if self.other.engine:
+            most_s = self.world.random.choice((0.3, 10.0))  # It tries to reconnect for a while.
+            self.other.soon(v.EngineLost(reason="the other engine is gone"), most_s)
+        for node in (self, self.other):
             guest = self.world.guests.get(node.name)
             if guest is not None:
-                node.channel_broke(guest)
+                effects.channel_broke(node, guest)
 
-    def channel_broke(self, guest: Guest) -> None:
-        """The relay of the device state is cut: what QEMU does then (FACTS.md)."""
-        if guest.state == "pre-switchover":
-            guest.state = "running"
-            self.world.log(f"{self.name}: source resumes by itself")
-            self.guest_event(_K.MIGRATION_FAILED)
-            self.guest_event(_K.RESUMED)
-        elif guest.state == "sending":
-            # The last bytes may or may not have left: the hypervisor knows only that it sent them.
-            guest.state = "postmigrate"
-            self.guest_event(_K.DEVICE_STATE_SENT)
-        elif guest.state == "incoming" and self.world.guests.get(SOURCE) is not None:
-            self.kill_guest("device channel broke")
-
-    def kill_guest(self, why: str) -> None:
+    def kill_guest(self, why: str, *, told: bool = True) -> None:
         guest = self.world.guests.pop(self.name, None)
         if guest is None:
             return
-        self.world.log(f"{self.name}: hypervisor gone in {guest.state} ({why})")
-        if guest.state in ("running", "pre-switchover"):
-            self.world.memory_lost = True  # What another copy holds is older.
-        elif guest.state in ("sending", "postmigrate"):
-            others = [g for g in self.world.guests.values() if g.state in ("loaded", "running")]
-            if not others:
-                self.world.memory_lost = True
-        elif guest.state == "loaded" and self.world.guests.get(SOURCE) is None:
-            self.world.memory_lost = True
-        self.guest_event(_K.EXITED)
-        if guest.node == DESTINATION:
-            source = self.world.guests.get(SOURCE)
-            if source is not None:
-                self.other.channel_broke(source)
+        self.world.log("{}: hypervisor gone in {} ({})", self.name, guest.state.value, why)
+        checkers.died(self.world, guest, why)
+        if told:
+            self.guest_event(_K.EXITED)
+        other = self.world.guests.get(self.other.name)
+        if other is not None and guest.state in (G.INCOMING, G.LOADED):
+            effects.channel_broke(self.other, other)
 
     # --- events in ---
 
-    def soon(self, make: Callable[[], v.Event], most_s: float = 0.002) -> None:
+    def soon(self, event: v.Event, most_s: float = 0.002) -> None:
         """Feed an event a little later, if the agent is still the same then."""
+        self.soon_at(event, self.world.now_s + self.world.delay(most_s))
+
+    def soon_at(self, event: v.Event, at_s: float) -> None:
         incarnation = self.incarnation
+        # An event is of its migration: the runner of an ended one is gone.
+        session = self.session
 
         def deliver() -> None:
-            if self.up and self.incarnation == incarnation:
-                self.feed(make())
+            if self.up and self.incarnation == incarnation and self.session is session:
+                self.feed(event)
 
-        self.world.after(self.world.delay(most_s), deliver)
+        self.world.after(at_s - self.world.now_s, deliver)
 
     def guest_event(self, kind: DomainEventKind) -> None:
-        at_s = self.world.now_s
-        self.soon(lambda: v.GuestReported(kind=kind, at_s=at_s))
+        """A monitor's events arrive in their order."""
+        at_s = max(self.world.now_s + self.world.delay(0.002), self.lanes.get("events", 0.0))
+        self.lanes["events"] = at_s
+        self.soon_at(v.GuestReported(kind=kind, at_s=self.clock_s), at_s)
 
     def peer_changed(self, *, lost: bool) -> None:
-        self.soon(lambda: v.PeerLost() if lost else v.PeerBack(), 1.0)
+        self.soon(v.PeerLost() if lost else v.PeerBack(), 1.0)
 
     def feed(self, event: v.Event) -> None:
-        if self.session is None:
+        session = self.session
+        if session is None:
             return
-        self.world.log(f"{self.name}: {_short(event)}")
-        before = self.session.state
-        commands = self.session.handle(event, self.world.now_s)
-        if self.session.state is not before:
-            self.world.log(f"{self.name}: {before} -> {self.session.state}")
+        self.world.log("{}: {}", self.name, event)
+        before = session.state
+        commands = session.handle(event, self.clock_s)
+        if session.state is not before:
+            self.world.log("{}: {} -> {}", self.name, before.value, session.state.value)
         self.perform(commands)
 
-    def receive(self, message: m.SessionMessage) -> None:
+    def receive(self, envelope: Envelope) -> None:
         if not self.up:
             return
-        new = self.session is None and not self.world.journals[self.name]
-        if new and isinstance(message, m.Prepare):
-            self.begin_destination(message)
-            return
-        if self.session is not None:
+        message = envelope.message
+        session = self.session
+        if session is not None and session.migration_id == envelope.migration_id:
             self.feed(v.Received(message=message))
             return
-        entry = next(iter(self.world.journals[self.name].values()), None)
-        answer = answer_without_session(self.role, entry, message)
+        entry = self.journal.get(envelope.migration_id)
+        if entry is None and isinstance(message, m.Prepare):
+            if session is not None or self.world.guests.get(self.name) is not None:
+                self.send(envelope, m.Refused(reasons=("the domain is busy here",)))
+            else:
+                self.begin_destination(envelope.migration_id, message)
+            return
+        answer = answer_without_session(envelope.role, entry, message)
         if answer is not None:
-            self.send(answer)
+            self.send(envelope, answer)
 
-    def begin_source(self, request: MigrationRequest) -> None:
-        self.session = SourceSession(
-            migration_id="m1",
+    # --- sessions; mutants override these ---
+
+    def new_source(self, migration_id: str, token: int, request: MigrationRequest) -> SourceSession:
+        return SourceSession(
+            migration_id=migration_id,
             spec=SPEC,
-            source=SOURCE,
-            destination=DESTINATION,
-            token=1,
+            source=self.name,
+            destination=self.other.name,
+            token=token,
             request=request,
-            created_at_s=self.world.now_s,
+            created_at_s=self.clock_s,
         )
-        self.feed(v.Begin())
 
-    def begin_destination(self, prepare: m.Prepare) -> None:
-        self.session = DestinationSession(
-            migration_id="m1",
+    def new_destination(self, migration_id: str, prepare: m.Prepare) -> DestinationSession:
+        return DestinationSession(
+            migration_id=migration_id,
             spec=prepare.spec,
-            source=SOURCE,
-            destination=DESTINATION,
+            source=self.other.name,
+            destination=self.name,
             token=prepare.token,
             request=prepare.request,
-            created_at_s=self.world.now_s,
+            created_at_s=self.clock_s,
         )
+
+    def restored(self, entry: JournalEntry) -> NodeSession:
+        return restore(entry, boot_id=f"boot-{self.boot}")
+
+    def begin_source(self, migration_id: str, request: MigrationRequest) -> None:
+        self.world.log("{}: {} begins: {}", self.name, migration_id, request)
+        self.token_before = self.world.record.token
+        self.session = self.new_source(migration_id, self.token_before, request)
+        self.feed(v.Begin())
+
+    def begin_destination(self, migration_id: str, prepare: m.Prepare) -> None:
+        self.resume_noted = self.rebooted_committed = False
+        self.token_before = prepare.token
+        self.session = self.new_destination(migration_id, prepare)
         self.feed(v.Begin())
 
     # --- commands out ---
 
     def perform(self, commands: list[v.Command]) -> None:
+        """In order. A Journal that fails takes what stands behind it along."""
+        incarnation = self.incarnation
         for command in commands:
             if self.world.chance(self.world.faults.crash_per_command):
-                self.crash(f"before {_short(command)}")
+                self.crash(f"before {type(command).__name__}")
+            if self.incarnation != incarnation:
                 return
             if isinstance(command, v.Journal):
-                if self.world.chance(self.world.faults.command_failure):
-                    self.soon(lambda: v.CommandFailed(command="Journal", error="disk full"))
+                if not self.write_journal(command.durable, resuming=command.resuming):
+                    self.soon(v.CommandFailed(command="Journal", error="disk full"))
                     return
-                self.write_journal(resuming=command.resuming)
+            elif isinstance(command, v.Send):
+                session = self.session
+                assert session is not None
+                self.send(Envelope(session.migration_id, OTHER_ROLE[session.role], command.message))
             else:
                 self.perform_one(command)
 
-    def write_journal(self, *, resuming: bool = False) -> None:
-        assert self.session is not None
-        entry = entry_of(self.session, boot_id="boot", resuming=resuming)
-        self.world.journals[self.name][entry.migration_id] = entry
+    def write_journal(self, durable: bool, *, resuming: bool = False) -> bool:
+        session = self.session
+        assert session is not None
+        entry = entry_of(session, boot_id=f"boot-{self.boot}", resuming=resuming)
+        failed = self.world.chance(self.world.faults.journal_failure)
+        if failed and (not durable or self.world.random.random() < 0.5):
+            return False
+        self.resume_noted |= entry.resuming
+        self.journal[entry.migration_id] = entry
+        if durable and not failed:  # It may have failed in fsync: written, for the time being.
+            self.durable[entry.migration_id] = entry
+        return not failed
 
     def perform_one(self, command: v.Command) -> None:
-        world = self.world
         match command:
-            case v.Send():
-                self.send(command.message)
             case v.StartTimer():
-                self._timer_serial += 1
-                serial = self.timers[command.name] = self._timer_serial
-                incarnation = self.incarnation
-
-                def fire(name: v.TimerName = command.name) -> None:
-                    if self.incarnation == incarnation and self.timers.get(name) == serial:
-                        del self.timers[name]
-                        self.feed(v.TimerFired(name=name))
-
-                world.after(command.seconds, fire)
+                self._start_timer(command)
             case v.StopTimer():
                 self.timers.pop(command.name, None)
             case v.Finish():
-                self.write_journal()
-                self.session = None
-                self.timers.clear()
-                world.log(f"{self.name}: finished {command.state} ({command.error})")
-            case v.PrepareSwitchover() | v.Announce():
+                self._finish()
+            case v.Announce():
                 pass
             case _:
-                self.slowly(command)
+                effects.begin(self, command)
 
-    def slowly(self, command: v.Command) -> None:
-        """Commands whose effect comes later, also if the agent has died by then."""
-        failing = self.world.chance(self.world.faults.command_failure)
+    def _start_timer(self, command: v.StartTimer) -> None:
+        self._timer_serial += 1
+        serial = self.timers[command.name] = self._timer_serial
+
+        def fire() -> None:
+            if self.timers.get(command.name) == serial:
+                del self.timers[command.name]
+                self.feed(v.TimerFired(name=command.name))
+
+        self.world.after(command.seconds, fire)
+
+    def _finish(self) -> None:
+        """Until the end is in the journal, the session answers for itself."""
+        session = self.session
+        assert session is not None
+        self.ended[session.migration_id] = session.state.value
+        if self.write_journal(True):
+            self.world.log("{}: finished {} ({})", self.name, session.state.value, session.error)
+            self.session = None
+            self.timers.clear()
+            return
         incarnation = self.incarnation
 
-        def act() -> None:
-            name = type(command).__name__
-            alive = self.up and self.incarnation == incarnation
-            if failing and not isinstance(command, v.StopEngine):
-                if self.world.random.random() < 0.5:
-                    self.effect(command, alive)  # It happened; only its answer was lost.
-                if alive:
-                    self.soon(lambda: v.CommandFailed(command=name, error="simulated"))
-                return
-            for event in self.effect(command, alive):
-                self.soon(partial(_same, event))
+        def again() -> None:
+            if self.incarnation == incarnation and self.session is session:
+                self._finish()
 
-        # One lane a driver, as in the runner: a later command never overtakes an earlier one.
-        lane = "record" if isinstance(command, _RECORD) else "guest"
-        lane = "engine" if isinstance(command, _ENGINE) else lane
-        due_s = self.world.now_s + 0.0002 + self.world.delay(0.005)
-        due_s = self._lanes[lane] = max(due_s, self._lanes.get(lane, 0.0))
-        self.world.after(due_s - self.world.now_s, act)
+        self.world.after(1.0, again)
 
-    def effect(self, command: v.Command, alive: bool) -> list[v.Event]:
-        from tests.simulation.effects import effect
-
-        return effect(self, command, alive)
-
-    def send(self, message: m.SessionMessage) -> None:
-        world = self.world
-        copies = 1 + world.chance(world.faults.duplicate)
-        for _ in range(copies):
-            if world.chance(world.faults.loss) or not self.other.up or world_cut(world):
-                world.log(f"{self.name}: lost {_short(message)}")
+    def send(self, envelope: Envelope, answer: m.SessionMessage | None = None) -> None:
+        """Send, or `answer` an envelope that came."""
+        world, faults, other = self.world, self.world.faults, self.other
+        if answer is not None:
+            envelope = Envelope(envelope.migration_id, OTHER_ROLE[envelope.role], answer)
+        deliver = partial(other.receive, envelope)
+        for _ in range(1 + world.chance(faults.duplicate)):
+            cut = self.name in world.cut_from and not world.healed
+            if not other.up or cut or world.chance(faults.loss):
+                world.log("{}: lost {}", self.name, envelope.message)
                 continue
-            world.after(world.delay(world.faults.delay_s_max), lambda: self.other.receive(message))
-
-    def pass_report(self, number: int, kind: object, pages: int) -> PassReport:
-        return PassReport(
-            number=number,
-            kind=kind,  # type: ignore[arg-type]
-            seconds=0.01,
-            pages=pages,
-            bytes_sent=pages * 4096,
-            pending_pages=len(self.pending) * self.world.random.choice((1, 1, 200)),
-        )
+            late = world.chance(faults.straggler)
+            world.after(world.delay(STRAGGLER_S if late else faults.delay_s_max), deliver)
 
 
-def _same(event: v.Event) -> v.Event:
-    return event
-
-
-def world_cut(world: World) -> bool:
-    return bool(getattr(world, "cut", False)) and not world.healed
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 160 else text[:157] + "..."
-
-
-__all__ = ["DESTINATION", "PAGES", "SOURCE", "AbortOutcome", "MigrationState", "Node"]
+def two_nodes(world: World, make: type[Node]) -> list[Node]:
+    nodes = [make(world, N1), make(world, N2)]
+    nodes[0].other, nodes[1].other = nodes[1], nodes[0]
+    return nodes

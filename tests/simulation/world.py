@@ -1,13 +1,16 @@
-"""A simulated cluster of two nodes and one domain, driven by one seed.
+"""A simulated cluster of two nodes and one domain, driven by one seed: time, chance, shared parts.
 
 The sessions are the production ones (`migrator.session`), and so are the journal's entries and the
-answers for ended migrations. Simulated are: hypervisors, engines, the agents' network, the
-ownership store, the volume, clocks and processes. Everything that takes time is an entry in one
-heap, ordered by (time, sequence number); every choice comes from one random generator. So a seed
-replays to the letter.
+answers for ended migrations. Simulated are: hypervisors, engines, networks, the ownership store,
+the volume, journals, clocks and processes. Everything that takes time is an entry in one heap,
+ordered by (time, sequence number); every choice comes from one random generator. So a seed replays
+to the letter.
 
-The guest is real enough to be corrupted: its memory is an array of page versions that it goes on
-rewriting while it runs, and it writes to its volume under the token that it was given.
+    scenario   the faults of a seed, two migrations (there, and back or again), the verdict
+    node       a node: the agent and its session, journal, clock; crashes and reboots
+    effects    what each command does, and when
+    guests     hypervisor processes, and a guest that is real enough to be corrupted
+    checkers   DESIGN's invariants, looked at after every step
 """
 
 from __future__ import annotations
@@ -15,59 +18,62 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from migrator.journal_entry import JournalEntry
-from migrator.model import (
-    DiskSpec,
-    DomainSpec,
-    NodeName,
-    OwnershipRecord,
-    OwnershipState,
-)
+from migrator.model import DiskSpec, DomainSpec, NodeName, OwnershipRecord, OwnershipState
+from tests.simulation.guests import Guest
 
-PAGES = 24
-STEPS_MAX = 200_000
-"""A quiet run takes about 20,000."""
-SOURCE = NodeName("n1")
-DESTINATION = NodeName("n2")
+STEPS_MAX = 60_000
+"""The busiest seeds take about 10,000."""
+N1 = NodeName("n1")
+N2 = NodeName("n2")
 SPEC = DomainSpec(name="vm", memory_bytes=64 * 1024**2, disks=(DiskSpec(volume="vm.raw"),))
+
+
+class InvariantViolation(AssertionError):
+    """One of DESIGN's five invariants doesn't hold. The text begins with its number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """What goes wrong, as rates. All faults end at `heal_at_s`; then the cluster must recover."""
+    """What goes wrong. Shares are of 1. All faults end at `heal_at_s`; then it must recover."""
 
     crash_per_command: float = 0.0
     """That an agent dies right before it performs a command."""
-    crash_mean_s: float = 0.0
-    """Mean time between kills of a random process (agent, engine or hypervisor); 0: never."""
+    kill_mean_s: float = 0.0
+    """Mean time between kills of something (agent, engine, hypervisor, node); 0: never."""
     hypervisor_share: float = 0.0
-    """Share of those kills that hit a hypervisor."""
+    reboot_share: float = 0.0
+    """Shares of those kills; an engine or an agent is hit otherwise."""
     loss: float = 0.0
     duplicate: float = 0.0
+    straggler: float = 0.0
+    """That a message takes up to STRAGGLER_S."""
+    delay_s_max: float = 0.002
     partition_mean_s: float = 0.0
-    delay_s_max: float = 0.01
+    """Mean length of partitions (each of one or both directions), and of the gaps between."""
+    false_alarm_mean_s: float = 0.0
+    """Mean time between one-sided PeerLost, with nothing behind it."""
     store_unknown: float = 0.0
     """That the store's answer to a request is lost; whether it was applied is open."""
     store_late: float = 0.0
-    """That such a request is applied only later, after its sender gave up on it."""
+    """That such a request is applied only later, up to STORE_LATE_S after its sender gave up."""
+    store_outage_mean_s: float = 0.0
+    """Mean length of outages in which nothing is known, and of a third of the gaps between."""
     command_failure: float = 0.0
+    journal_failure: float = 0.0
+    fence_failure: float = 0.0
+    resume_failure: float = 0.0
+    hang: float = 0.0
+    """That a hypervisor's monitor is stuck for up to HANG_S before a command."""
+    diverging: bool = False
+    """Passes may leave more than they sent."""
     heal_at_s: float = 30.0
 
 
-@dataclass(slots=True)
-class Guest:
-    """One hypervisor process. `state` is what its monitor would say."""
-
-    node: NodeName
-    token: int
-    state: str
-    memory: list[int]
-    device_version: int = -1
-    """Destination: the version of the device state that was loaded."""
-    writes: int = 0
-    ever_ran: bool = False
+STRAGGLER_S = 10.0
+STORE_LATE_S = 8.0
+HANG_S = 4.0
 
 
 @dataclass(slots=True)
@@ -78,19 +84,8 @@ class Volume:
     last_writer_token: int = 1
 
 
-@dataclass(order=True, slots=True)
-class _Due:
-    at_s: float
-    sequence: int
-    action: Callable[[], None] = field(compare=False)
-
-
-class InvariantViolation(AssertionError):
-    """One of DESIGN's five invariants doesn't hold."""
-
-
 class World:
-    """Time, chance, the guest on its nodes, the store and the volume. See the module."""
+    """See the module."""
 
     def __init__(self, seed: int, faults: Faults) -> None:
         self.seed = seed
@@ -98,23 +93,25 @@ class World:
         self.random = random.Random(seed)
         self.now_s = 1000.0
         self.started_at_s = self.now_s
-        self.transcript: list[str] = []
-        self.guests: dict[NodeName, Guest] = {}
+        self.log: Callable[..., None] = self._log
         self.volume = Volume()
-        self.record: OwnershipRecord | None = OwnershipRecord(
-            domain=SPEC.name, token=1, owner=SOURCE, state=OwnershipState.RUNNING
+        self.record = OwnershipRecord(
+            domain=SPEC.name, token=1, owner=N1, state=OwnershipState.RUNNING
         )
-        self.journals: dict[NodeName, dict[str, JournalEntry]] = {SOURCE: {}, DESTINATION: {}}
-        self.cut = False
-        """The network between the agents carries nothing."""
-        self.memory_lost = False
-        """A hypervisor with the only whole copy was killed: invariant 4 makes an exception."""
+        self.guests: dict[NodeName, Guest] = {N1: Guest.born_running(N1)}
+        self.epoch = 0
+        """Counts the times that vCPUs were set going: a copy of another epoch is stale."""
         self.paused_memory: list[int] | None = None
-        self._heap: list[_Due] = []
+        self.cut_from: set[NodeName] = set()
+        """Senders whose messages to the other agent are lost."""
+        self.pages_cut = False
+        self.store_down = False
+        self.memory_lost: str | None = None
+        """Why invariant 4 makes its exception: what died had the only whole copy."""
+        self.stopped = False
+        self.transcript_entries: list[tuple[float, str, tuple[object, ...]]] = []
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
-        self.guests[SOURCE] = Guest(
-            node=SOURCE, token=1, state="running", memory=[0] * PAGES, ever_ran=True
-        )
 
     # --- time and chance ---
 
@@ -125,73 +122,41 @@ class World:
     def chance(self, share: float) -> bool:
         return share > 0.0 and not self.healed and self.random.random() < share
 
-    def after(self, seconds: float, action: Callable[[], None]) -> None:
-        self._sequence += 1
-        heapq.heappush(self._heap, _Due(self.now_s + seconds, self._sequence, action))
-
     def delay(self, most_s: float) -> float:
         return self.random.random() * most_s
 
-    def log(self, text: str) -> None:
-        self.transcript.append(f"{self.now_s - self.started_at_s:10.4f}  {text}")
+    def around(self, mean_s: float) -> float:
+        return self.random.expovariate(1.0 / mean_s)
+
+    def after(self, seconds: float, action: Callable[[], None]) -> None:
+        self._sequence += 1
+        heapq.heappush(self._heap, (self.now_s + seconds, self._sequence, action))
 
     def run(self, until_s: float, *, step: Callable[[], None]) -> None:
-        """Run what is due up to `until_s` after the start; `step` after each action."""
+        """Run what is due up to `until_s` after the start, or `stopped`; `step` after each."""
         limit = self.started_at_s + until_s
+        heap = self._heap
         steps = 0
-        while self._heap and self._heap[0].at_s <= limit:
-            due = heapq.heappop(self._heap)
-            self.now_s = due.at_s
-            due.action()
+        while heap and heap[0][0] <= limit and not self.stopped:
+            self.now_s, _, action = heapq.heappop(heap)
+            action()
             step()
             steps += 1
             if steps > STEPS_MAX:
-                raise InvariantViolation(f"no rest: {steps} steps, the cluster is busy with itself")
-        self.now_s = limit
+                raise InvariantViolation(f"5: no rest: {steps} steps, and busy with itself")
 
-    # --- the guest ---
+    # --- the transcript, formatted only if somebody reads it ---
 
-    def guest_runs(self) -> None:
-        """A bit of work of whatever guest runs: dirty some pages, write to the volume."""
-        for guest in list(self.guests.values()):
-            if guest.state != "running":
-                continue
-            for _ in range(self.random.randrange(4)):
-                guest.memory[self.random.randrange(PAGES)] += 1
-            if self.random.random() < 0.3:
-                guest.writes += 1
-                self.check_write(guest)
-                self.volume.last_writer_token = guest.token
-        self.after((2.0 if self.healed else 0.002) + self.delay(0.08), self.guest_runs)
+    def _log(self, text: str, *values: object) -> None:
+        self.transcript_entries.append((self.now_s, text, values))
 
-    def check_write(self, guest: Guest) -> None:
-        newest = max(self.volume.fenced_token, self.volume.last_writer_token)
-        if guest.token < newest:
-            raise InvariantViolation(
-                f"3: {guest.node} wrote under token {guest.token}, {newest} is newer"
-            )
+    def transcript(self) -> list[str]:
+        return [
+            f"{at_s - self.started_at_s:10.4f}  {text.format(*map(_short, values))}"
+            for at_s, text, values in self.transcript_entries
+        ]
 
-    # --- invariants 1 and 2, after every step ---
 
-    def check(self) -> None:
-        running = [guest for guest in self.guests.values() if guest.state == "running"]
-        if len(running) > 1:
-            raise InvariantViolation("1: the domain runs on two nodes")
-        for guest in running:
-            record = self.record
-            if record is None or record.owner != guest.node or record.token != guest.token:
-                raise InvariantViolation(
-                    f"1: {guest.node} runs under token {guest.token}, the record is {record}"
-                )
-
-    def resume(self, guest: Guest, token: int) -> None:
-        """`cont`, with invariant 2 checked where a destination runs for the first time."""
-        if guest.state == "running":
-            return
-        if guest.state == "loaded" and self.paused_memory not in (None, guest.memory):
-            raise InvariantViolation("2: the destination's memory isn't the source's")
-        if guest.state == "incoming":
-            raise InvariantViolation("2: resumed without device state")
-        guest.state = "running"
-        guest.token = token
-        guest.ever_ran = True
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) < 160 else text[:157] + "..."
