@@ -3,7 +3,7 @@
 After the figure of the classic web-server relocation (Clark et al., "Live Migration of Virtual
 Machines", NSDI 2005): throughput over time, the pre-copy as a span, the blackout named. Below it
 the waits for the packets of each millisecond and the durations of short requests, on a
-logarithmic scale, and beside it the migration with the longest gap at the client, enlarged.
+logarithmic scale; to the right of both, enlarged, the migration with the longest gap.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from migrator.model import Migration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.gridspec import SubplotSpec
 
 WIDTH_INCHES: Final = 13.0
 HEIGHT_INCHES: Final = 7.5
@@ -28,7 +30,7 @@ _SPAN: Final = "#f3d9a8"
 _BLACKOUT: Final = "#c62828"
 _GAP: Final = "#5b4b8a"
 _REQUEST: Final = "#2e8b57"
-_ZOOM_MARGIN_S: Final = 0.75
+_ZOOM_MARGIN_S: Final = 0.5
 
 
 def draw(path: Path, title: str, migrations: Sequence[Migration], side: ClientSide) -> None:
@@ -40,23 +42,37 @@ def draw(path: Path, title: str, migrations: Sequence[Migration], side: ClientSi
 
     figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 4, height_ratios=(3, 2))
-    whole, zoom = figure.add_subplot(grid[0, :3]), figure.add_subplot(grid[0, 3])
-    waits = figure.add_subplot(grid[1, :], sharex=whole)
+    grid = figure.add_gridspec(1, 4)
     origin_s = side.samples[0].at_s
-    _draw_throughput(whole, side.samples, origin_s)
-    _mark(whole, migrations, origin_s, label=True)
+    throughput, waits = _column(figure, grid[0, :3])
+    _draw_throughput(throughput, side.samples, origin_s)
     _draw_waits(waits, side, origin_s)
+    _mark(throughput, migrations, origin_s, label=True)
     _mark(waits, migrations, origin_s, label=False)
+    throughput.set_title(
+        f"One TCP download, each {SAMPLE_S * 1e3:.0f} ms. Shaded: a migration; red: its blackout",
+        fontsize="medium",
+    )
+    throughput.set_ylabel("MB/s")
+    waits.set_ylabel("ms")
+    waits.set_xlabel("seconds")
+    waits.legend(loc="upper right", fontsize="small", ncols=3)
     if migrations:
-        _draw_zoom(zoom, migrations, side, origin_s)
-    else:
-        zoom.set_axis_off()
+        _draw_enlarged(_column(figure, grid[0, 3]), migrations, side, origin_s)
     figure.suptitle(title)
     try:
         figure.savefig(path, dpi=DOTS_PER_INCH, format="png")
     except OSError as error:
         raise FerryError(f"the picture {path} can't be written: {error.strerror}") from error
+
+
+def _column(figure: Figure, place: SubplotSpec) -> tuple[Axes, Axes]:
+    """Two panels above each other, with the same times."""
+    rows = place.subgridspec(2, 1, height_ratios=(3, 2))
+    upper = figure.add_subplot(rows[0])
+    lower = figure.add_subplot(rows[1], sharex=upper)
+    upper.tick_params(labelbottom=False)
+    return upper, lower
 
 
 def _draw_throughput(axes: Axes, samples: Sequence[Sample], origin_s: float) -> None:
@@ -66,8 +82,6 @@ def _draw_throughput(axes: Axes, samples: Sequence[Sample], origin_s: float) -> 
     axes.step(starts, rates, where="post", color=_STREAM, linewidth=1.0)
     axes.set_ylim(0, max(0.1, *rates) * 1.45)
     axes.set_xlim(0, starts[-1] + SAMPLE_S)
-    axes.set_ylabel("download, MB/s")
-    axes.set_title(f"One TCP download, each {SAMPLE_S * 1e3:.0f} ms", fontsize="medium")
     axes.grid(axis="y", alpha=0.3)
 
 
@@ -79,7 +93,9 @@ def _mark(axes: Axes, migrations: Sequence[Migration], origin_s: float, *, label
         axes.axvspan(begun_s, ended_s, color=_SPAN, alpha=0.8, linewidth=0, zorder=0)
         dark = blackout_window(migration)
         if dark is not None:
-            axes.axvline(dark.from_s - origin_s, color=_BLACKOUT, linewidth=1.1, alpha=0.8)
+            axes.axvspan(
+                dark.from_s - origin_s, dark.to_s - origin_s, color=_BLACKOUT, alpha=0.8, lw=0.8
+            )
         if label:
             # Neighbours at different heights: the labels of short migrations would touch.
             height = 0.99 if number % 2 == 0 else 0.87
@@ -125,42 +141,31 @@ def _draw_waits(axes: Axes, side: ClientSide, origin_s: float) -> None:
         axes.plot(failed, [1.0] * len(failed), label="a request that failed", **style)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_ylabel("ms")
-    axes.set_xlabel("seconds")
-    axes.legend(loc="upper right", fontsize="small", ncols=3)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, 0.5), max(high, 100.0) * 3)
     axes.grid(axis="y", alpha=0.3)
 
 
-def _draw_zoom(
-    axes: Axes, migrations: Sequence[Migration], side: ClientSide, origin_s: float
+def _draw_enlarged(
+    column: tuple[Axes, Axes], migrations: Sequence[Migration], side: ClientSide, origin_s: float
 ) -> None:
     """The migration with the longest gap, from shortly before to shortly after it."""
     spans = windows(migrations)
     gaps = [longest_gap_ms(side.samples, span) for span in spans]
     worst = gaps.index(max(gaps))
     migration = migrations[worst]
-    from_s = migration.created_at_s - _ZOOM_MARGIN_S
-    to_s = (migration.ended_at_s or migration.created_at_s) + _ZOOM_MARGIN_S
-    _draw_throughput(axes, side.samples, origin_s)
-    axes.axvspan(
-        migration.created_at_s - origin_s,
-        to_s - _ZOOM_MARGIN_S - origin_s,
-        color=_SPAN,
-        alpha=0.8,
-        linewidth=0,
-        zorder=0,
-    )
-    dark = blackout_window(migration)
-    if dark is not None:
-        axes.axvspan(
-            dark.from_s - origin_s, dark.to_s - origin_s, color=_BLACKOUT, alpha=0.8, linewidth=0
-        )
-    axes.set_xlim(from_s - origin_s, to_s - origin_s)
-    axes.set_ylabel("")
-    axes.set_title(
-        f"{migration.source} → {migration.destination} enlarged: {len(migration.iterations)} "
-        f"iterations,\nlongest gap {gaps[worst]:.0f} ms",
+    throughput, waits = column
+    _draw_throughput(throughput, side.samples, origin_s)
+    _draw_waits(waits, side, origin_s)
+    for axes in column:
+        _mark(axes, [migration], origin_s, label=False)
+    throughput.set_title(
+        f"{migration.source} → {migration.destination}: {len(migration.iterations)} iterations,\n"
+        f"longest gap {gaps[worst]:.0f} ms",
         fontsize="medium",
     )
+    waits.set_xlim(
+        migration.created_at_s - _ZOOM_MARGIN_S - origin_s,
+        (migration.ended_at_s or migration.created_at_s) + _ZOOM_MARGIN_S - origin_s,
+    )
+    waits.set_xlabel("seconds")

@@ -35,6 +35,8 @@ _Kind = TypeVar("_Kind")
 SETTLE_S: Final = 2.0
 """A switch that learnt the new port late, or a TCP that repeats a segment late, is still its
 doing."""
+BLACKOUT_PHASES: Final = ("final pass", "device state", "ownership record", "fence and resume")
+"""The timeline's names for the parts of a blackout."""
 PROBLEMS_MAX: Final = 5
 """How many of a disk's problems are told one by one."""
 
@@ -207,6 +209,19 @@ def blackout_window(migration: Migration) -> Window | None:
             paused_at_s = phase.started_at_s + phase.seconds
             return Window(from_s=paused_at_s, to_s=paused_at_s + migration.blackout_ms / 1e3)
     return None
+
+
+def slowest_blackout(migrations: Sequence[Migration]) -> str:
+    """The parts of the longest blackout, by its timeline: "final pass 1.5 ms, ..."; "": unknown."""
+    dark = [each for each in migrations if each.blackout_ms is not None]
+    if not dark:
+        return ""
+    slowest = max(dark, key=lambda each: each.blackout_ms or 0.0)
+    return ", ".join(
+        f"{phase.name} {phase.seconds * 1e3:.1f} ms"
+        for phase in slowest.timeline
+        if phase.name in BLACKOUT_PHASES
+    )
 
 
 def _rounded(value: float | None) -> float | None:

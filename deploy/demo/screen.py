@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 from rich import box
@@ -27,7 +27,12 @@ _HEADINGS: Final = (
     "longest gap",
     "lost packets",
 )
-_WHERE: Final = "blackout: by the hosts' clocks; gap and losses: what the client saw"
+_FRAMES_PER_S: Final = 5
+"""Of the spinner: the machine has better things to do."""
+_WHERE: Final = (
+    "blackout: by the hosts' clocks; gap and lost packets: at the client, so with the time that an "
+    "emulated guest needs to get going again"
+)
 
 
 class Screen:
@@ -56,7 +61,7 @@ class Screen:
     def busy(self, text: str) -> Iterator[None]:
         """Something that takes its time: a spinner on a terminal, a line elsewhere."""
         if self._terminal:
-            with self._console.status(text):
+            with self._console.status(text, refresh_per_second=_FRAMES_PER_S):
                 yield
         else:
             self.say(f"{text} ...")
@@ -69,9 +74,11 @@ class Screen:
             self.say(table(_HEADINGS, rows))
             self.say(f"({_WHERE})")
             return
-        drawn = Table(box=box.SIMPLE_HEAD, caption=_WHERE)
+        drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=_WHERE)
         for heading in _HEADINGS:
-            drawn.add_column(heading, justify="left" if heading == "migration" else "right")
+            side: Literal["left", "right"] = "left" if heading == "migration" else "right"
+            # Only headings of two words may be broken.
+            drawn.add_column(heading, justify=side, no_wrap=" " not in heading)
         for row in rows:
             drawn.add_row(*row)
         self._console.print(drawn)

@@ -43,6 +43,13 @@ OBSERVED_TIMEOUT_S: Final = 60.0
 MARKER: Final = "made-by-demo"
 """In the lab's folder: a demo made it and will take it down, unless it is killed."""
 
+_HOW: Final = (
+    "Its memory is copied while it runs; then, again and again (each time is an iteration), what "
+    "it has written meanwhile. When little enough is left, it is paused; that rest and the state "
+    "of its devices follow, the ownership passes to the destination, and it goes on there. The "
+    "pause is the blackout."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -212,6 +219,7 @@ def _watch_migrations(
         "asks for a page four times a second, and counts the packets."
     )
     screen.heading("Now the guest moves, under this load")
+    screen.say(_HOW)
     names = [node.name for node in server.plan.nodes]
     migrations: list[Migration] = []
     for destination in (names[1:] + names[:1]) * options.rounds:
@@ -278,6 +286,8 @@ def _conclude(
     faults = report.faults(migrations, side, disk)
     screen.heading("What happened")
     screen.summary(result.migrations)
+    if slowest := report.slowest_blackout(migrations):
+        screen.say(f"Where the longest blackout went: {slowest}.")
     quiet_ms = report.longest_quiet_gap_ms(side.samples, report.windows(migrations))
     downloaded = sum(each.stream_bytes for each in side.samples) / 1e6
     for line in (
