@@ -181,7 +181,10 @@ class SourceSession(SourceRecovery):
                     _S.PRECOPY,
                     f"{event.pages_in_use} pages in use, round trip {event.round_trip_ms:.2f} ms",
                 )
-                self._do(StopTimer(name=TimerName.SETUP))
+                self._do(
+                    StopTimer(name=TimerName.SETUP),
+                    StartTimer(name=TimerName.RETRY, seconds=self.timing.peer_s),
+                )
                 self._run_pass(PassKind.FIRST)
             case TimerFired(name=TimerName.RETRY):
                 self._send(self._prepare())
@@ -224,6 +227,10 @@ class SourceSession(SourceRecovery):
             case PeerBack():
                 self._do(StopTimer(name=TimerName.PEER))
                 self._send(Inquire())
+            case TimerFired(name=TimerName.RETRY):
+                # The destination may have given up, and its Aborted be lost: ask now and then.
+                self._send(Inquire())
+                self._do(StartTimer(name=TimerName.RETRY, seconds=self.timing.peer_s))
             case TimerFired(name=TimerName.PEER):
                 self._give_up(f"the destination was unreachable for {self.timing.peer_s:g} s")
             case TimerFired(name=TimerName.TOTAL):
@@ -266,6 +273,7 @@ class SourceSession(SourceRecovery):
         self._do(
             StopTimer(name=TimerName.TOTAL),
             StopTimer(name=TimerName.PEER),
+            StopTimer(name=TimerName.RETRY),
             StartTimer(name=TimerName.SWITCHOVER, seconds=self._switchover_s()),
             BeginSwitchover(),
         )

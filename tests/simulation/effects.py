@@ -17,7 +17,7 @@ from migrator.ports import AbortOutcome, DomainEventKind
 from migrator.session import vocabulary as v
 from tests.simulation import checkers
 from tests.simulation.guests import CONDITIONS, PAGES, G, Guest
-from tests.simulation.world import HANG_S, STORE_LATE_S
+from tests.simulation.world import HANG_S, STALL_S, STORE_LATE_S
 
 if TYPE_CHECKING:
     from tests.simulation.node import Node
@@ -210,6 +210,7 @@ def _run_pass(node: Node, command: v.RunPass) -> list[v.Event]:
         source.dirty.clear()
     wanted = sorted(node.pending)
     seconds = 0.002 + world.delay(0.02)
+    stalled_s = world.delay(STALL_S) if world.chance(world.faults.stall) else 0.0
 
     def copy(pages: list[int]) -> None:
         for page in pages:
@@ -224,19 +225,19 @@ def _run_pass(node: Node, command: v.RunPass) -> list[v.Event]:
         copy(wanted[len(wanted) // 2 :])
         node.pending = set(source.dirty)
         source.dirty.clear()
-        swollen = 1 if not world.faults.diverging else world.random.choice((1, 1, 200))
+        swollen = world.random.randrange(500, 5000) if world.faults.diverging else 0
         report = PassReport(
             number=command.number,
             kind=command.kind,
             seconds=seconds,
             pages=len(wanted),
             bytes_sent=len(wanted) * 4096,
-            pending_pages=len(node.pending) * swollen,
+            pending_pages=len(node.pending) + swollen,
         )
         node.soon(v.PassFinished(report=report))
 
     copy(wanted[: len(wanted) // 2])
-    world.after(seconds, finish)
+    world.after(seconds + stalled_s, finish)
     return []
 
 

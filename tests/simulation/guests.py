@@ -52,6 +52,11 @@ class Guest:
     """A switchover was accepted, the guest isn't paused yet."""
     dirty: set[int] = field(default_factory=set)
 
+    def write(self, page: int) -> None:
+        if self.memory:
+            self.memory[page] += 1
+            self.dirty.add(page)
+
     @classmethod
     def born_running(cls, node: NodeName) -> Guest:
         return cls(node=node, token=1, state=G.RUNNING, memory=[0] * PAGES, epoch=0)

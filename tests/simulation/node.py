@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from migrator.journal_entry import JournalEntry, answer_without_session, entry_of, restore
-from migrator.model import MigrationRequest, NodeName, Role
+from migrator.model import MigrationRequest, MigrationState, NodeName, Role
 from migrator.ports import DomainEventKind
 from migrator.session import messages as m
 from migrator.session import vocabulary as v
@@ -14,9 +14,15 @@ from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
 from tests.simulation import checkers, effects
 from tests.simulation.guests import G
-from tests.simulation.world import N1, N2, SPEC, STRAGGLER_S, World
+from tests.simulation.world import AIM_S, LONG_DOWN_S, N1, N2, SPEC, STRAGGLER_S, World
 
 _K = DomainEventKind
+_AIMED_AT = (
+    MigrationState.SWITCHOVER,
+    MigrationState.HANDOFF,
+    MigrationState.RECOVERING,
+    MigrationState.CANCELLING,
+)
 OTHER_ROLE = {Role.SOURCE: Role.DESTINATION, Role.DESTINATION: Role.SOURCE}
 NodeSession = SourceSession | DestinationSession
 
@@ -60,6 +66,21 @@ class Node:
         self._timer_serial = 0
         self.lanes: dict[str, float] = {}
 
+    def _aimed(self) -> None:
+        if not self.world.healed:
+            self.world.random.choice((self, self.other)).kill_randomly()
+
+    def kill_randomly(self) -> None:
+        faults, chance = self.world.faults, self.world.random.random()
+        if chance < faults.hypervisor_share:
+            self.kill_guest("killed")
+        elif chance < faults.hypervisor_share + faults.reboot_share:
+            self.reboot()
+        elif self.world.random.random() < 0.4:
+            self.kill_engine("killed")
+        else:
+            self.crash("killed")
+
     @property
     def clock_s(self) -> float:
         return self.world.now_s + self.skew_s
@@ -82,12 +103,12 @@ class Node:
             self.lanes.pop(lane, None)  # Connections of the agent's own. The monitor has a queue.
         self.kill_engine(why, told=False)
         self.other.peer_changed(lost=True)
+        if self.world.chance(self.world.faults.long_down):
+            down_s = LONG_DOWN_S
         self.world.after(0.2 + self.world.delay(down_s), self.restart)
 
     def reboot(self) -> None:
         """The host dies: agent, engine, hypervisor, and what the journal had in the page cache."""
-        if not self.up:
-            return
         self.world.log("{}: host dies", self.name)
         entries = self.open_entries()
         if self.session is not None:
@@ -171,6 +192,8 @@ class Node:
         commands = session.handle(event, self.clock_s)
         if session.state is not before:
             self.world.log("{}: {} -> {}", self.name, before.value, session.state.value)
+            if session.state in _AIMED_AT and self.world.chance(self.world.faults.aimed):
+                self.world.after(self.world.delay(AIM_S), self._aimed)
         self.perform(commands)
 
     def receive(self, envelope: Envelope) -> None:

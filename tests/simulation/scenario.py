@@ -16,12 +16,12 @@ from migrator.model import MigrationRequest, MigrationState, OnTimeout
 from migrator.session import vocabulary as v
 from migrator.session.source import SourceSession
 from tests.simulation import checkers
-from tests.simulation.guests import PAGES, G
+from tests.simulation.guests import PAGES, G, Guest
 from tests.simulation.node import Node, two_nodes
-from tests.simulation.world import Faults, InvariantViolation, World
+from tests.simulation.world import N3, Faults, InvariantViolation, World
 
-SETTLE_S = 240.0
-SECOND_BEFORE_S = 90.0
+SETTLE_S = 600.0
+SECOND_BEFORE_S = 250.0
 """A second migration begins no later, so that it has time to end."""
 QUIET_S = 15.0
 """After all ended: longer than any message or write may be late."""
@@ -42,26 +42,30 @@ def faults_of(seed: int) -> Faults:
         return least_s / (scale * (0.1 + r.random())) if r.random() < often else 0.0
 
     return Faults(
-        crash_per_command=rate(0.05),
-        kill_mean_s=mean(0.05, 0.4) or mean(2.0, 0.3),
-        hypervisor_share=r.choice((0.0, 0.0, 0.1, 0.4)),
-        reboot_share=r.choice((0.0, 0.0, 0.1, 0.4)),
+        crash_per_command=rate(0.05, 0.4),
+        kill_mean_s=mean(0.05, 0.15) or mean(2.0, 0.3),
+        hypervisor_share=r.choice((0.0, 0.0, 0.1, 0.3)),
+        reboot_share=r.choice((0.0, 0.0, 0.1, 0.3)),
         loss=rate(0.3),
         duplicate=rate(0.4),
         straggler=rate(0.2),
         delay_s_max=r.choice((0.001, 0.002, 0.02, 1.5)),
-        partition_mean_s=mean(0.3, 0.3),
+        partition_mean_s=mean(0.3, 0.2) or mean(20.0, 0.1),
         false_alarm_mean_s=mean(0.3, 0.2),
         store_unknown=rate(0.5),
         store_late=rate(1.0),
         store_outage_mean_s=mean(1.0, 0.2),
         command_failure=rate(0.1, 0.4),
         journal_failure=rate(0.3, 0.3),
-        fence_failure=rate(0.6, 0.3),
+        fence_failure=rate(0.6, 0.2) or (1.0 if r.random() < 0.04 else 0.0),
         resume_failure=rate(0.6, 0.3),
         hang=rate(0.1, 0.3),
-        diverging=r.random() < 0.3,
-        heal_at_s=r.choice((5.0, 10.0, 30.0)),
+        stall=rate(0.1, 0.3),
+        aimed=rate(0.5, 0.6),
+        long_down=rate(0.2, 0.2),
+        takeover=r.random() < 0.2,
+        diverging=r.random() < 0.1,
+        heal_at_s=r.choice((5.0, 10.0, 30.0, 90.0)),
     )
 
 
@@ -103,8 +107,7 @@ class Scenario:
                 continue
             for _ in range(r.randrange(3)):
                 page = r.randrange(PAGES)
-                guest.memory[page] += 1
-                guest.dirty.add(page)
+                guest.write(page)
             if r.random() < 0.3:
                 checkers.check_write(world, guest)
                 world.volume.last_writer_token = guest.token
@@ -165,7 +168,7 @@ class Scenario:
         quiet = all(
             node.up and node.session is None and not node.open_entries() for node in self.nodes
         )
-        over = world.memory_lost is not None and not world.guests
+        over = N3 in world.guests or (world.memory_lost is not None and not world.guests)
         if quiet and world.healed and (self.migrations == 2 or over):
             self._quiet_since_s = self._quiet_since_s or world.now_s
             if world.now_s - self._quiet_since_s >= QUIET_S:
@@ -187,21 +190,14 @@ class Scenario:
             world.after(world.around(faults.false_alarm_mean_s), self._false_alarm)
         if faults.store_outage_mean_s:
             world.after(world.around(faults.store_outage_mean_s * 3.0), self._store_outage)
+        if faults.takeover:
+            world.after(world.delay(40.0), self._take_over)
 
     def _kill_something(self) -> None:
         world = self.world
         if world.healed:
             return
-        node = world.random.choice(self.nodes)
-        chance = world.random.random()
-        if chance < world.faults.hypervisor_share:
-            node.kill_guest("killed")
-        elif chance < world.faults.hypervisor_share + world.faults.reboot_share:
-            node.reboot()
-        elif world.random.random() < 0.5:
-            node.kill_engine("killed")
-        else:
-            node.crash("killed")
+        world.random.choice(self.nodes).kill_randomly()
         # Kills that come fast tell about one migration; later ones only keep it from ending.
         most_s = world.faults.kill_mean_s * (1.0 + world.now_s - world.started_at_s)
         world.after(world.around(most_s), self._kill_something)
@@ -243,6 +239,22 @@ class Scenario:
             share = 1.0 if world.store_down else 3.0
             mean_s = world.faults.store_outage_mean_s * share
             world.after(world.around(mean_s), self._store_outage)
+
+    def _take_over(self) -> None:
+        """HA: a silent owner is fenced for certain, then its domain starts from disk on N3."""
+        world = self.world
+        silent = [node for node in self.nodes if not node.up and node.name == world.record.owner]
+        if world.healed or world.store_down or not silent:
+            return
+        silent[0].reboot()
+        world.record = world.record.passed_to(N3)
+        world.volume.fenced_token = world.record.token
+        world.epoch += 1
+        world.memory_lost = None  # The guest is another one now: what is left of the old is stale.
+        world.guests[N3] = Guest(
+            node=N3, token=world.record.token, state=G.RUNNING, memory=[], epoch=world.epoch
+        )
+        world.log("takeover: {}", world.record)
 
     # --- seeds without faults ---
 

@@ -27,6 +27,8 @@ STEPS_MAX = 60_000
 """The busiest seeds take about 10,000."""
 N1 = NodeName("n1")
 N2 = NodeName("n2")
+N3 = NodeName("n3")
+"""Takes no part in migrations: where a silent owner's domain is started again from disk."""
 SPEC = DomainSpec(name="vm", memory_bytes=64 * 1024**2, disks=(DiskSpec(volume="vm.raw"),))
 
 
@@ -66,14 +68,25 @@ class Faults:
     resume_failure: float = 0.0
     hang: float = 0.0
     """That a hypervisor's monitor is stuck for up to HANG_S before a command."""
+    stall: float = 0.0
+    """That a pass takes up to STALL_S."""
+    aimed: float = 0.0
+    """That something is killed within AIM_S after a session came to the switchover or beyond."""
+    long_down: float = 0.0
+    """That a dead agent stays down for up to LONG_DOWN_S."""
+    takeover: bool = False
+    """An owner that is silent for long is powered off, and the domain started elsewhere."""
     diverging: bool = False
-    """Passes may leave more than they sent."""
+    """The guest dirties more than passes send."""
     heal_at_s: float = 30.0
 
 
 STRAGGLER_S = 10.0
 STORE_LATE_S = 8.0
 HANG_S = 4.0
+STALL_S = 6.0
+AIM_S = 0.02
+LONG_DOWN_S = 100.0
 
 
 @dataclass(slots=True)
