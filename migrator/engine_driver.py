@@ -118,15 +118,22 @@ class EngineDriver:
         except FerryError as error:
             self._feed(v.EngineLost(reason=f"{what}: {error}"))
 
-    async def _start(self, memory: HypervisorDriver) -> None:
-        if self._stopping:
+    def warm_up(self) -> None:
+        """Spawn the engine ahead: its imports take as long as a hypervisor's start."""
+        self._queue(self._guarded("start", self._spawn()))
+
+    async def _spawn(self) -> None:
+        if self._stopping or self._process is not None:
             return
         settings = self._settings
         log_path = settings.log_directory / f"engine-{self._session.migration_id}.log"
         self._process = await EngineProcess.spawn(
             log_path=log_path, on_message=self._on_message, on_exit=self._on_exit
         )
-        if self._session.role is Role.DESTINATION:
+
+    async def _start(self, memory: HypervisorDriver) -> None:
+        await self._spawn()
+        if self._session.role is Role.DESTINATION and not self._stopping:
             await self._configure(memory, self._secret)
 
     async def _connect_source(self, command: v.ConnectEngine, memory: HypervisorDriver) -> None:

@@ -243,6 +243,9 @@ class Runner:
                 self._engine.perform(command, memory=self._hypervisor)
             case v.SwapRecord() | v.ReadRecord():
                 self._record_lane.put(self._step(command, partial(self._on_record, command)))
+            case v.PrepareIncoming():
+                self._engine.warm_up()
+                self._guest_lane.put(self._step(command, partial(self._on_guest, command)))
             case v.AbortSwitchover() | v.DestroyGuest():
                 self._guest_lane.clear()
                 self._guest_lane.put(self._step(command, partial(self._on_guest, command)))
