@@ -24,6 +24,7 @@ from migrator.journal import MigrationJournal
 from migrator.model import DomainSpec, NodeInfo, NodeName, PoolName
 from migrator.ports import FabricDriver, HypervisorDriver, VolumeDriver
 from netfabric.bridge import BridgeFabric
+from node_agent import loop_monitor
 from node_agent.api.server import ApiServer, create_app
 from node_agent.cluster import ClusterService
 from node_agent.cluster_calls import ClusterCalls
@@ -230,6 +231,8 @@ async def serve(config: AgentConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with running_agent(config):
+        if (monitor := loop_monitor.current()) is not None:
+            monitor.reset()  # The start may block: nobody is served yet.
         log.info("agent %s of node %s is ready", version(), config.node.name)
         await stop.wait()
         log.info("agent of node %s is ending; its guests go on", config.node.name)
@@ -240,4 +243,5 @@ def run(config: AgentConfig) -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    asyncio.run(serve(config))
+    with asyncio.Runner(loop_factory=loop_monitor.monitored_loop) as runner:
+        runner.run(serve(config))

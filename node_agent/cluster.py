@@ -33,6 +33,7 @@ from migrator.model import (
     OwnershipState,
 )
 from migrator.ports import OwnershipStore, Struct
+from node_agent import loop_monitor
 from node_agent.cluster_calls import (
     CONSOLE,
     MIGRATION_CANCEL,
@@ -123,7 +124,14 @@ class ClusterService:
         """StoreError if the store doesn't answer."""
         own = (await self._nodes.read()).get(self.node)
         version = own.info.agent_version if own else ""
-        return Health(node=self.node, status="ok", agent_version=version)
+        monitor = loop_monitor.current()
+        return Health(
+            node=self.node,
+            status="ok",
+            agent_version=version,
+            loop_blocked_ms_max=monitor.longest_ms if monitor else 0.0,
+            loop_blocks=tuple(monitor.blocks) if monitor else (),
+        )
 
     # --- domains -----------------------------------------------------------------------------
 

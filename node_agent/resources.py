@@ -24,6 +24,7 @@ from migrator.model import (
     Value,
     VolumeInfo,
 )
+from node_agent.loop_monitor import LoopBlock
 
 DOMAINS: Final = "domains/"
 NODES: Final = "nodes/"
@@ -167,6 +168,10 @@ class Health(Value, frozen=True, kw_only=True):
     node: str
     status: str
     agent_version: str
+    loop_blocked_ms_max: float = 0.0
+    """The longest that the agent's event loop served nobody, since its start."""
+    loop_blocks: tuple[LoopBlock, ...] = ()
+    """The latest such times that were over 5 ms."""
 
 
 class Problem(Value, frozen=True, kw_only=True, omit_defaults=True):

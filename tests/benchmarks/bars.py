@@ -1,0 +1,164 @@
+"""What the figures are held against: the bars of issues 2 and 3.
+
+Pure. A bar is held, not held, or not measured. It compares medians within one run of the
+benchmark: ratios, never absolute seconds of another machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from tests.benchmarks.results import Run, median, worst
+
+Runs = Mapping[tuple[str, str], Sequence[Run]]
+
+HELD: Final = "held"
+NOT_HELD: Final = "not held"
+NOT_MEASURED: Final = "not measured"
+
+
+class Bar(msgspec.Struct, frozen=True, kw_only=True):
+    """One bar's outcome."""
+
+    name: str
+    value: float | None
+    limit: float
+    at_least: bool = False
+    """The value must reach the limit rather than stay under it."""
+    note: str = ""
+
+    @property
+    def outcome(self) -> str:
+        if self.value is None:
+            return NOT_MEASURED
+        good = self.value >= self.limit if self.at_least else self.value <= self.limit
+        return HELD if good else NOT_HELD
+
+
+def _ratio(left: float | None, right: float | None) -> float | None:
+    return None if left is None or not right else left / right
+
+
+class _Figures:
+    """Medians of completed runs, by case and engine."""
+
+    def __init__(self, runs: Runs) -> None:
+        self._runs = runs
+
+    def of(self, case: str, engine: str) -> list[Run]:
+        return [run for run in self._runs.get((case, engine), ()) if run.completed]
+
+    def all(self, case: str, engine: str) -> Sequence[Run]:
+        return self._runs.get((case, engine), ())
+
+    def blackout(self, case: str, engine: str) -> float | None:
+        return median(run.blackout_ms for run in self.of(case, engine))
+
+    def total(self, case: str, engine: str) -> float | None:
+        return median(run.total_s for run in self.of(case, engine))
+
+    def transfer(self, case: str, engine: str) -> float | None:
+        return median(run.transfer_s for run in self.of(case, engine))
+
+
+def judge(runs: Runs) -> list[Bar]:
+    """Every bar of the two issues that a benchmark can measure."""
+    figures = _Figures(runs)
+    found: list[Bar] = []
+    for case in ("1", "1-10g", "2", "2-capped", "3", "3-10g"):
+        found += _everyday(figures, case)
+    found += _never_converging(figures)
+    found += _bytes(figures)
+    return [*found, _loop(runs)]
+
+
+def _everyday(figures: _Figures, case: str) -> list[Bar]:
+    tuned = "qemu-10ms"
+    blackout = figures.blackout(case, "ferry")
+    longest = worst(run.blackout_ms for run in figures.of(case, "ferry"))
+    total = figures.total(case, "ferry")
+    bars = [
+        Bar(
+            name=f"case {case}: blackout / QEMU's tuned to 10 ms",
+            value=_ratio(blackout, figures.blackout(case, tuned)),
+            limit=1.0,
+        ),
+        Bar(
+            name=f"case {case}: worst blackout / (2 x median + 10 ms)",
+            value=None if blackout is None else _ratio(longest, 2 * blackout + 10),
+            limit=1.0,
+            note=f"{len(figures.of(case, 'ferry'))} runs",
+        ),
+        Bar(
+            name=f"case {case}: total / QEMU's tuned to 10 ms",
+            value=_ratio(total, figures.total(case, tuned)),
+            limit=0.6,
+        ),
+        Bar(
+            name=f"case {case}: total / multifd's",
+            value=_ratio(total, figures.total(case, "qemu-multifd")),
+            limit=1.0,
+        ),
+        Bar(
+            name=f"case {case}: total / that of libvirt's",
+            value=_ratio(total, figures.total(case, "libvirt")),
+            limit=0.5,
+        ),
+        Bar(
+            name=f"case {case}: total / QEMU's at its defaults (issue 2)",
+            value=_ratio(total, figures.total(case, "qemu-300ms")),
+            limit=1.0,
+        ),
+        Bar(
+            name=f"case {case}: total / QEMU's tuned, its destination started beforehand",
+            value=_ratio(total, figures.transfer(case, tuned)),
+            limit=0.6,
+            note="stricter than the bar",
+        ),
+    ]
+    if case.startswith("2"):
+        share = median(run.line_rate_share for run in figures.of(case, "ferry"))
+        name = f"case {case}: share of the line's rate in the full-speed pass"
+        bars.append(Bar(name=name, value=share, limit=0.95, at_least=True))
+    if case == "1":
+        bars += [
+            Bar(name="issue 2: median blackout, ms", value=blackout, limit=25.0),
+            Bar(name="issue 2: worst blackout, ms", value=longest, limit=100.0),
+        ]
+    return bars
+
+
+def _never_converging(figures: _Figures) -> list[Bar]:
+    bars: list[Bar] = []
+    for case in ("4", "5-50", "5-100", "5-200"):
+        tried, done = figures.all(case, "ferry-hybrid"), figures.of(case, "ferry-hybrid")
+        share = len(done) / len(tried) if tried else None
+        blackout = worst(run.blackout_ms for run in done)
+        bars += [
+            Bar(name=f"case {case}: hybrid ends", value=share, limit=1.0, at_least=True),
+            Bar(name=f"case {case}: hybrid's worst blackout, ms", value=blackout, limit=30.0),
+        ]
+    return bars
+
+
+def _bytes(figures: _Figures) -> list[Bar]:
+    bars: list[Bar] = []
+    for case in ("6-4GiB", "6-8GiB"):
+        runs = figures.of(case, "ferry")
+        in_use = median(run.in_use_bytes for run in runs)
+        bars.append(
+            Bar(
+                name=f"case {case}: bytes sent / in use",
+                value=_ratio(median(run.bytes_sent for run in runs), in_use),
+                limit=1.05,
+            )
+        )
+    return bars
+
+
+def _loop(runs: Runs) -> Bar:
+    blocked = worst(run.loop_blocked_ms for each in runs.values() for run in each)
+    return Bar(name="issue 2: the agents' event loop blocked, ms", value=blocked, limit=50.0)

@@ -1,0 +1,75 @@
+"""Who moves the guest: a row here is a row in the table.
+
+To add a variant (post-copy, TLS, more streams), add a row. An engine's guest is started for one
+migration, and closed after it: QEMU 7.2's own migration may leave a broken guest behind when it
+is emulated, and every repeat shall begin alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from migrator.model import DomainSpec
+from tests.benchmarks.cases import Case
+from tests.benchmarks.ferry import FerryGuest
+from tests.benchmarks.native import Method, NativeGuest
+from tests.benchmarks.results import Run
+from tests.benchmarks.site import Site
+
+
+class Guest(Protocol):
+    """A started guest on n1 that can be moved to n2 once."""
+
+    def migrate(self) -> Run: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One way to move a guest."""
+
+    title: str
+    start: Callable[[Site, Case, DomainSpec], Guest]
+    cases: frozenset[str] | None = None
+    """Only for these cases; None: for all."""
+
+    def takes(self, case: Case, name: str) -> bool:
+        if case.engines is not None and name not in case.engines:
+            return False
+        return self.cases is None or case.name in self.cases
+
+
+def _native(method: Method) -> Callable[[Site, Case, DomainSpec], Guest]:
+    return lambda site, case, spec: NativeGuest(site, case, spec, method)
+
+
+ENGINES: Final[Mapping[str, Engine]] = {
+    "ferry": Engine("Ferry paged", lambda site, case, _: FerryGuest(site, case)),
+    "qemu-10ms": Engine("QEMU, limit 10 ms", _native(Method(downtime_limit_ms=10))),
+    "qemu-300ms": Engine("QEMU, limit 300 ms", _native(Method(downtime_limit_ms=300))),
+    "qemu-multifd": Engine(
+        "QEMU multifd", _native(Method(downtime_limit_ms=300, multifd_channels=2))
+    ),
+}
+
+NOT_YET: Final[Mapping[str, str]] = {
+    "ferry-hybrid": "the API has no post-copy yet",
+    "ferry-tls": "the API has no TLS yet",
+    "ferry-streams": "the API has no number of streams yet",
+}
+"""Rows that issue 3 asks for and that can't be measured."""
+
+
+def select(names: str | None) -> dict[str, Engine]:
+    """The engines named, comma-separated. Raises ValueError: no such one."""
+    if names is None:
+        return dict(ENGINES)
+    chosen = {}
+    for name in filter(None, names.split(",")):
+        if name not in ENGINES:
+            raise ValueError(f"there is no engine {name}; there are {', '.join(ENGINES)}")
+        chosen[name] = ENGINES[name]
+    return chosen

@@ -1,0 +1,104 @@
+"""build/bench.json, the table, the plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from node_agent.cli.output import table
+from tests.benchmarks.bars import Bar
+from tests.benchmarks.engines import ENGINES, NOT_YET
+from tests.benchmarks.results import CaseResult, Run, median, summarise
+
+Runs = Mapping[tuple[str, str], Sequence[Run]]
+
+_HEADINGS: Final = (
+    "case",
+    "engine",
+    "done",
+    "blackout",
+    "worst",
+    "client gap",
+    "total",
+    "transfer",
+    "sent",
+    "line",
+)
+
+
+def _figure(value: float | None, unit: str, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f} {unit}"
+
+
+def say_run(case: str, engine: str, run: Run) -> None:
+    """One line as it happens."""
+    what = (
+        f"blackout {_figure(run.blackout_ms, 'ms')}, client gap {_figure(run.client_gap_ms, 'ms')} "
+        f"({_figure(run.client_before_ms, 'before')}, {_figure(run.client_after_ms, 'after')}), "
+        f"total {_figure(run.total_s, 's', 2)}, {run.bytes_sent / 2**20:.0f} MiB"
+        if run.completed
+        else f"not completed: {run.error}"
+    )
+    print(f"  case {case:8} {engine:13} {what}", flush=True)
+
+
+def write(folder: Path, runs: Runs, bars: Sequence[Bar]) -> None:
+    """The two files, whole, after each case: an interrupted run has what it measured."""
+    rows = [summarise(case, engine, each) for (case, engine), each in runs.items()]
+    ratios = {
+        bar.name: {
+            "value": None if bar.value is None else round(bar.value, 3),
+            "limit": bar.limit,
+            "outcome": bar.outcome,
+        }
+        for bar in bars
+    }
+    _write(folder / "bench.json", {"cases": rows, "ratios": ratios})
+    details = {f"{case} {engine}": list(each) for (case, engine), each in runs.items()}
+    _write(folder / "bench-runs.json", details)
+
+
+def _write(path: Path, value: object) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode(value)))
+    partial.replace(path)
+
+
+def show(runs: Runs, bars: Sequence[Bar], folder: Path) -> None:
+    """The table and the bars."""
+    rows = [_row(summarise(*key, each), each) for key, each in runs.items()]
+    print("\n" + table(_HEADINGS, rows))
+    for name, why in NOT_YET.items():
+        if name not in ENGINES:
+            print(f"{name}: not measured, {why}")
+    lines = [
+        (
+            bar.name,
+            "-" if bar.value is None else f"{bar.value:.2f}",
+            f"{'>=' if bar.at_least else '<='} {bar.limit:g}",
+            bar.outcome,
+        )
+        for bar in bars
+    ]
+    print("\n" + table(("bar", "value", "limit", "outcome"), lines))
+    print(f"\nwritten: {folder / 'bench.json'}")
+
+
+def _row(result: CaseResult, runs: Sequence[Run]) -> tuple[str, ...]:
+    done = [run for run in runs if run.completed]
+    share = result.line_rate_share
+    return (
+        result.case,
+        result.engine,
+        f"{result.completed}/{result.repeats}",
+        _figure(result.blackout_ms_median, "ms"),
+        _figure(result.blackout_ms_worst, "ms"),
+        _figure(median(run.client_gap_ms for run in done), "ms"),
+        _figure(result.total_s_median, "s", 2),
+        _figure(median(run.transfer_s for run in done), "s", 2),
+        "-" if result.bytes_sent is None else f"{result.bytes_sent / 2**20:.0f} MiB",
+        "-" if share is None else f"{share * 100:.0f} %",
+    )

@@ -1,0 +1,126 @@
+"""`make bench`: every engine moves every case's guest, in alternating order, in one run.
+
+    python -m tests.benchmarks.run [--cases 1,2] [--engines ferry,qemu-10ms] [--repeats N] [--quick]
+
+Prints the table; writes build/bench.json, build/bench-runs.json (each run) and plots. Needs root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from deploy import lab
+from deploy.guest.build import build_guest, default_cache_directory
+from migrator.errors import FerryError
+from migrator.model import DomainSpec
+from tests.benchmarks import bars, cases, engines, ferry, output
+from tests.benchmarks.cases import MIB, Case
+from tests.benchmarks.engines import Engine
+from tests.benchmarks.results import Run, with_client
+from tests.benchmarks.site import ROOT, Client, Site
+
+REPEATS: Final = 5
+QUICK_REPEATS: Final = 2
+SETTLE_S: Final = 1.0
+"""Between the guest's first packet and the migration: its boot's last work is done then."""
+AFTER_S: Final = 0.7
+_NODE_MEMORY_BYTES: Final = 16 * 1024 * MIB
+
+
+def measure(site: Site, case: Case, engine: Engine, spec: DomainSpec) -> Run:
+    """One run, from a guest's start to its end. Raises FerryError when it can't even begin."""
+    with contextlib.ExitStack() as stack:
+        client = Client(site, case)
+        stack.callback(client.close)
+        guest = engine.start(site, case, spec)
+        stack.callback(guest.close)
+        client.wait_ready()
+        time.sleep(SETTLE_S)
+        run = guest.migrate()
+        time.sleep(AFTER_S)
+        ended_at_s = time.time()
+        observed = client.finish()
+    return with_client(run, observed.arrivals_ns, ended_at_s, observed.corruptions)
+
+
+def measure_case(
+    site: Site, case: Case, chosen: dict[str, Engine], repeats: int
+) -> dict[tuple[str, str], list[Run]]:
+    """All engines, alternating; the order is turned round with each repeat."""
+    lab.up(site.lab_name, link_mbit=case.link_mbit)
+    spec = ferry.define(site, case).spec
+    runs: dict[tuple[str, str], list[Run]] = {}
+    for repeat in range(min(repeats, case.repeats_max)):
+        names = [name for name, engine in chosen.items() if engine.takes(case, name)]
+        for name in names if repeat % 2 == 0 else reversed(names):
+            try:
+                run = measure(site, case, chosen[name], spec)
+            except (FerryError, OSError) as error:
+                run = Run(completed=False, error=f"{type(error).__name__}: {error}")
+            runs.setdefault((case.name, name), []).append(run)
+            output.say_run(case.name, name, run)
+    return runs
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--cases", help="comma-separated, like 1,2 (default: all)")
+    parser.add_argument("--engines", help=f"comma-separated, of {', '.join(engines.ENGINES)}")
+    parser.add_argument("--repeats", type=int, help=f"of each run (default: {REPEATS})")
+    parser.add_argument("--quick", action="store_true", help="two repeats, the short cases")
+    parser.add_argument("--output", type=Path, default=ROOT / "build", help="folder of the results")
+    return parser.parse_args()
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    options = _parse()
+    try:
+        chosen_cases = cases.select(options.cases or ("1,2,3" if options.quick else None))
+        chosen = engines.select(options.engines)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    if options.quick and not options.cases:
+        chosen_cases = [case for case in chosen_cases if case.cap_bytes_per_s is None]
+    repeats = options.repeats or (QUICK_REPEATS if options.quick else REPEATS)
+    signal.signal(signal.SIGTERM, _interrupt)
+    options.output.mkdir(parents=True, exist_ok=True)
+    runs: dict[tuple[str, str], list[Run]] = {}
+    with contextlib.ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix="fb-", dir="/tmp"))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["FERRY_LAB_ROOT"] = str(folder / "labs")
+        image = build_guest(default_cache_directory())
+        site = Site(f"bench-{os.getpid()}", image, folder)
+        stack.callback(lab.down, site.lab_name)
+        try:
+            lab.up(site.lab_name, nodes=2, node_memory_bytes=_NODE_MEMORY_BYTES)
+            for case in chosen_cases:
+                runs |= measure_case(site, case, chosen, repeats)
+                output.write(options.output, runs, bars.judge(runs))
+        except FerryError as error:
+            print(f"bench: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("bench: interrupted", file=sys.stderr)
+            return 130
+    output.show(runs, bars.judge(runs), options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
