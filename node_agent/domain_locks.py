@@ -2,6 +2,7 @@
 
     hold(domain, "start")          one operation: the next one waits for it, for a moment
     claim_for_migration(domain, id)   until release_from_migration: operations are refused at once
+    end_migration(domain, id)         it has ended, and lets go in a moment: operations wait for that
 
 A migration keeps its claim across many steps and after a restart (it claims again from its
 journal), so it isn't a `with` block; releasing is idempotent.
@@ -28,6 +29,7 @@ class DomainLocks:
         self._locks: dict[DomainName, asyncio.Lock] = {}
         self._purpose: dict[DomainName, str] = {}
         self._claims: dict[DomainName, MigrationId] = {}
+        self._ending: dict[DomainName, asyncio.Event] = {}
         self._on_release: list[Callable[[DomainName], None]] = []
 
     def migration_of(self, domain: DomainName) -> MigrationId | None:
@@ -43,6 +45,7 @@ class DomainLocks:
         ConflictError at once during a migration, or when the operation before this one takes
         longer than `wait_s`; then the body isn't run.
         """
+        await self.settle(domain, wait_s=wait_s)
         self._refuse_migrating(domain, purpose)
         lock = self._locks.setdefault(domain, asyncio.Lock())
         try:
@@ -73,10 +76,30 @@ class DomainLocks:
         async with self.hold(domain, f"migration {migration}", wait_s=wait_s):
             self._claims[domain] = migration
 
+    def end_migration(self, domain: DomainName, migration: MigrationId) -> None:
+        """From here on what comes waits for the release, instead of being refused. Idempotent.
+
+        A user who sees the end of a migration may begin the next one at once, although this side
+        has still to write its journal and to end its engine.
+        """
+        if self._claims.get(domain) == migration:
+            self._ending.setdefault(domain, asyncio.Event())
+
+    async def settle(self, domain: DomainName, *, wait_s: float = WAIT_S) -> None:
+        """Wait, at most `wait_s`, for a migration that has ended to let go of the domain."""
+        ending = self._ending.get(domain)
+        if ending is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await ending.wait()
+
     def release_from_migration(self, domain: DomainName, migration: MigrationId) -> None:
         """Let operations go on. Idempotent; another migration's claim isn't touched."""
         if self._claims.get(domain) == migration:
             del self._claims[domain]
+            ending = self._ending.pop(domain, None)
+            if ending is not None:
+                ending.set()
             for callback in tuple(self._on_release):
                 callback(domain)
 

@@ -206,6 +206,7 @@ class MigrationManager(MigrationService):
         name, destination = DomainName(domain), NodeName(request.destination)
         spec = (await self._records.get(name)).spec
         reasons: list[str] = []
+        await self._domains.locks.settle(name)
         running = self._domains.locks.migration_of(name)
         if running is not None:
             reasons.append(f"domain {domain} is being migrated already (migration {running})")
@@ -264,6 +265,11 @@ class MigrationManager(MigrationService):
         return runner
 
     def _on_change(self, runner: Runner) -> None:
+        session = runner.session
+        if session.state in ENDED:
+            self._domains.locks.end_migration(
+                DomainName(session.domain), MigrationId(session.migration_id)
+            )
         if isinstance(runner.session, SourceSession):
             self._publisher.changed(runner.session)
 

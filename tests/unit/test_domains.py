@@ -218,6 +218,24 @@ async def test_a_migration_keeps_operations_off(world: World) -> None:
     await eventually(lambda: _stopped(world.a))
 
 
+async def test_what_comes_at_the_end_of_a_migration_waits_for_its_release(world: World) -> None:
+    await world.a.domains.define(spec_of())
+    await world.a.domains.start(WEB)
+    locks = world.a.domains.locks
+    await locks.claim_for_migration(WEB, MigrationId("m-1"))
+    locks.end_migration(WEB, MigrationId("m-2"))
+    with pytest.raises(ConflictError, match="m-1"):
+        await world.a.domains.pause(WEB)
+    locks.end_migration(WEB, MigrationId("m-1"))
+    pausing = asyncio.create_task(world.a.domains.pause(WEB))
+    with pytest.raises(ConflictError, match="m-1"):
+        await locks.claim_for_migration(WEB, MigrationId("m-2"), wait_s=0.01)
+    assert not pausing.done()
+    locks.release_from_migration(WEB, MigrationId("m-1"))
+    await pausing
+    await locks.claim_for_migration(WEB, MigrationId("m-2"))
+
+
 async def _stopped(node: SimulatedNode) -> bool:
     return (await owned(node))[2] is OwnershipState.STOPPED
 
