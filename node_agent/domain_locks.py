@@ -2,7 +2,7 @@
 
     hold(domain, "start")          one operation: the next one waits for it, for a moment
     claim_for_migration(domain, id)   until release_from_migration: operations are refused at once
-    end_migration(domain, id)         it has ended, and lets go in a moment: operations wait for that
+    end_migration(domain, id)         it has ended and lets go in a moment: operations wait for it
 
 A migration keeps its claim across many steps and after a restart (it claims again from its
 journal), so it isn't a `with` block; releasing is idempotent.
