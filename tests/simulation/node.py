@@ -23,6 +23,8 @@ _AIMED_AT = (
     MigrationState.RECOVERING,
     MigrationState.CANCELLING,
 )
+_BURSTS = ((AIM_S,), (AIM_S, AIM_S), (AIM_S, 0.5), (AIM_S, 0.5, 3.0), (0.3, 3.0))
+"""How soon after such a state kills come. It takes two or three to make most rules matter."""
 OTHER_ROLE = {Role.SOURCE: Role.DESTINATION, Role.DESTINATION: Role.SOURCE}
 NodeSession = SourceSession | DestinationSession
 
@@ -193,7 +195,8 @@ class Node:
         if session.state is not before:
             self.world.log("{}: {} -> {}", self.name, before.value, session.state.value)
             if session.state in _AIMED_AT and self.world.chance(self.world.faults.aimed):
-                self.world.after(self.world.delay(AIM_S), self._aimed)
+                for most_s in self.world.random.choice(_BURSTS):
+                    self.world.after(self.world.delay(most_s), self._aimed)
         self.perform(commands)
 
     def receive(self, envelope: Envelope) -> None:

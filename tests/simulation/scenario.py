@@ -44,7 +44,7 @@ def faults_of(seed: int) -> Faults:
     return Faults(
         crash_per_command=rate(0.05, 0.4),
         kill_mean_s=mean(0.05, 0.15) or mean(2.0, 0.3),
-        hypervisor_share=r.choice((0.0, 0.0, 0.1, 0.3)),
+        hypervisor_share=r.choice((0.0, 0.0, 0.2, 0.4)),
         reboot_share=r.choice((0.0, 0.0, 0.1, 0.3)),
         loss=rate(0.3),
         duplicate=rate(0.4),
@@ -61,7 +61,7 @@ def faults_of(seed: int) -> Faults:
         resume_failure=rate(0.6, 0.3),
         hang=rate(0.1, 0.3),
         stall=rate(0.1, 0.3),
-        aimed=rate(0.5, 0.6),
+        aimed=rate(0.7, 0.6),
         long_down=rate(0.2, 0.2),
         takeover=r.random() < 0.2,
         diverging=r.random() < 0.1,
