@@ -293,7 +293,8 @@ def _conclude(
     for line in (
         f"TCP connection: {'survived' if result.tcp_connection_survived else 'BROKEN'}, "
         f"{downloaded:.0f} MB through one connection",
-        f"HTTP requests:  {len(side.requests)}, of which {result.http_errors} failed",
+        f"HTTP requests:  {len(side.requests)}, of which {result.http_errors} failed; the slowest "
+        f"took {max((each.seconds for each in side.requests), default=0.0):.2f} s",
         f"Packets:        {sum(each.packets for each in side.samples)} arrived, "
         f"{len(side.duplicates)} twice; without a migration the longest gap was "
         f"{milliseconds(quiet_ms)}",
