@@ -1,0 +1,102 @@
+"""What there is in a lab: counted over all nodes, so that it doesn't matter where a guest runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from pyroute2 import IPRoute
+
+from deploy.lab.namespaces import lab_namespaces, netlink_socket
+from deploy.lab.processes import command_of
+from tests.integration.cluster.world import Cluster, eventually
+
+SETTLE_S = 20.0
+
+
+def take(cluster: Cluster) -> Counter[str]:
+    """Everything that a migration could leave behind, by kind."""
+    found: Counter[str] = Counter(namespaces=len(lab_namespaces(cluster.name)))
+    memfds: set[str] = set()
+    for node in cluster.plan.nodes:
+        for process in cluster.processes(node.name):
+            kind = _kind(command_of(process.pid))
+            found[f"{kind} processes"] += 1
+            links = dict(_descriptors(process.pid))
+            memfds.update(link for link in links.values() if link.startswith("/memfd:ferry"))
+            if kind != "other":
+                found[f"{kind} descriptors"] += len(links)
+        found["interfaces"] += _interfaces(node.namespace)
+        found["sockets in folders"] += sum(1 for _ in _sockets(node.folder))
+    found["memfds"] = len(memfds)
+    return found
+
+
+def take_settled(cluster: Cluster) -> Counter[str]:
+    """The same once no engine is left of an earlier migration, and nothing changes any more."""
+    last: Counter[str] = Counter()
+
+    def settled() -> bool:
+        nonlocal last
+        before, last = last, take(cluster)
+        return before == last and not last["engine processes"]
+
+    eventually("the lab settles", settled, SETTLE_S)
+    return last
+
+
+def assert_nothing_left(cluster: Cluster, before: Counter[str]) -> None:
+    """Within `SETTLE_S` there is what there was: connections are closed with a little delay."""
+    last = before
+
+    def same() -> bool:
+        nonlocal last
+        last = take(cluster)
+        return last == before
+
+    try:
+        eventually("nothing is left behind", same, SETTLE_S)
+    except AssertionError as error:
+        changes = {
+            kind: (before[kind], last[kind])
+            for kind in sorted({*before, *last})
+            if before[kind] != last[kind]
+        }
+        raise AssertionError(f"{error}: before and after: {changes}") from None
+
+
+def _kind(command: list[str]) -> str:
+    words = " ".join(command)
+    if "migrator.engine" in words:
+        return "engine"
+    if "node_agent" in words:
+        return "agent"
+    return "qemu" if "qemu-system" in words else "other"
+
+
+def _descriptors(pid: int) -> Iterator[tuple[str, str]]:
+    with contextlib.suppress(OSError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                link = str(entry.readlink())
+                if link.startswith("/memfd:"):
+                    link += f" {entry.stat().st_ino}"
+                yield entry.name, link
+
+
+def _interfaces(namespace: str) -> int:
+    with IPRoute(fileno=netlink_socket(namespace)) as route:
+        return len(list(route.get_links()))
+
+
+def _sockets(folder: Path) -> Iterator[Path]:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent) / name
+            with contextlib.suppress(OSError):
+                if stat.S_ISSOCK(path.lstat().st_mode):
+                    yield path
