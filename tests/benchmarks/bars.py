@@ -72,7 +72,7 @@ def judge(runs: Runs) -> list[Bar]:
         found += _everyday(figures, case)
     found += _never_converging(figures)
     found += _bytes(figures)
-    return [*found, _loop(runs)]
+    return [*found, _raw_speed(figures), _loop(runs)]
 
 
 def _everyday(figures: _Figures, case: str) -> list[Bar]:
@@ -157,6 +157,16 @@ def _bytes(figures: _Figures) -> list[Bar]:
             )
         )
     return bars
+
+
+def _raw_speed(figures: _Figures) -> Bar:
+    def rate(engine: str) -> float | None:
+        runs = figures.of("7", engine)
+        return median(_ratio(run.bytes_sent, run.transfer_s) for run in runs)
+
+    name = "case 7: rate / a plain copy's"
+    ratio = _ratio(rate("ferry"), rate("plain-copy"))
+    return Bar(name=name, value=ratio, limit=0.8, at_least=True)
 
 
 def _loop(runs: Runs) -> Bar:

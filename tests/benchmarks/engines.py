@@ -14,6 +14,7 @@ from typing import Final, Protocol
 from migrator.model import DomainSpec
 from tests.benchmarks.cases import Case
 from tests.benchmarks.ferry import FerryGuest
+from tests.benchmarks.libvirt import LibvirtEngine
 from tests.benchmarks.native import Method, NativeGuest
 from tests.benchmarks.results import Run
 from tests.benchmarks.site import Site
@@ -52,6 +53,11 @@ ENGINES: Final[Mapping[str, Engine]] = {
     "qemu-300ms": Engine("QEMU, limit 300 ms", _native(Method(downtime_limit_ms=300))),
     "qemu-multifd": Engine(
         "QEMU multifd", _native(Method(downtime_limit_ms=300, multifd_channels=2))
+    ),
+    "libvirt": Engine(
+        "virsh migrate --live --p2p",
+        LibvirtEngine().start,
+        cases=frozenset({"1", "1-10g", "2", "3", "3-10g"}),
     ),
 }
 

@@ -42,6 +42,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     in_use_bytes: int | None = None
     loop_blocked_ms: float | None = None
     """The longest block of an agent's event loop."""
+    load_average: float | None = None
+    """The machine's, of the last minute: what else was going on."""
 
 
 class CaseResult(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,11 +19,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+import msgspec
+
 from deploy import lab
 from deploy.guest.build import build_guest, default_cache_directory
 from migrator.errors import FerryError
 from migrator.model import DomainSpec
-from tests.benchmarks import bars, cases, engines, ferry, output
+from tests.benchmarks import bars, cases, engines, ferry, output, raw_speed
 from tests.benchmarks.cases import MIB, Case
 from tests.benchmarks.engines import Engine
 from tests.benchmarks.results import Run, with_client
@@ -31,6 +33,8 @@ from tests.benchmarks.site import ROOT, Client, Site
 
 REPEATS: Final = 5
 QUICK_REPEATS: Final = 2
+QUICK_CASES: Final = "1,2,3"
+RAW_REPEATS: Final = 3
 SETTLE_S: Final = 1.0
 """Between the guest's first packet and the migration: its boot's last work is done then."""
 AFTER_S: Final = 0.7
@@ -50,6 +54,7 @@ def measure(site: Site, case: Case, engine: Engine, spec: DomainSpec) -> Run:
         time.sleep(AFTER_S)
         ended_at_s = time.time()
         observed = client.finish()
+    run = msgspec.structs.replace(run, load_average=os.getloadavg()[0])
     return with_client(run, observed.arrivals_ns, ended_at_s, observed.corruptions)
 
 
@@ -82,6 +87,17 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _select(options: argparse.Namespace) -> tuple[list[Case], bool]:
+    """The cases, and whether the engine's raw speed is measured. Raises ValueError: none such."""
+    if options.cases is None:
+        if options.quick:
+            return [case for case in cases.select(QUICK_CASES) if not case.cap_bytes_per_s], False
+        return cases.select(None), True
+    names = options.cases.split(",")
+    rest = [name for name in names if name != raw_speed.CASE]
+    return cases.select(",".join(rest)), raw_speed.CASE in names
+
+
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -89,13 +105,11 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 def main() -> int:
     options = _parse()
     try:
-        chosen_cases = cases.select(options.cases or ("1,2,3" if options.quick else None))
+        chosen_cases, raw = _select(options)
         chosen = engines.select(options.engines)
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    if options.quick and not options.cases:
-        chosen_cases = [case for case in chosen_cases if case.cap_bytes_per_s is None]
     repeats = options.repeats or (QUICK_REPEATS if options.quick else REPEATS)
     signal.signal(signal.SIGTERM, _interrupt)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -107,10 +121,14 @@ def main() -> int:
         image = build_guest(default_cache_directory())
         site = Site(f"bench-{os.getpid()}", image, folder)
         stack.callback(lab.down, site.lab_name)
+        stack.enter_context(site.resources)
         try:
             lab.up(site.lab_name, nodes=2, node_memory_bytes=_NODE_MEMORY_BYTES)
             for case in chosen_cases:
                 runs |= measure_case(site, case, chosen, repeats)
+                output.write(options.output, runs, bars.judge(runs))
+            if raw:
+                runs |= raw_speed.measure(folder, raw_speed.SIZE_BYTES, min(repeats, RAW_REPEATS))
                 output.write(options.output, runs, bars.judge(runs))
         except FerryError as error:
             print(f"bench: {error}", file=sys.stderr)

@@ -5,11 +5,12 @@ Every engine moves the same guest between the same namespaces over the same shap
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -47,6 +48,8 @@ class Site:
     folder: Path
     """For logs and sockets; short."""
     binary: str = "qemu-system-x86_64"
+    resources: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """Ended with the benchmark, before the lab."""
 
     @property
     def plan(self) -> lab.LabPlan:

@@ -1,0 +1,133 @@
+"""Case 7: how fast the page engine itself is, beside a plain copy, in the same run.
+
+Incompressible pages go from one engine process to another over loopback, unshaped, into memory
+that nobody touched. The plain copy is the least that any engine has to do, made easy: `sendfile`
+from a memory file into a TCP stream, received into memory that was prefaulted beforehand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from migrator.errors import FerryError
+from migrator.model import PassKind
+from tests.benchmarks.cases import MIB
+from tests.benchmarks.results import Run
+from tests.integration.engine_lab.lab import Guest, Pair, compile_guest, pair_of
+
+SIZE_BYTES: Final = 4096 * MIB
+QUICK_BYTES: Final = 1024 * MIB
+CASE: Final = "7"
+ENGINE: Final = "ferry"
+PLAIN: Final = "plain-copy"
+
+_BLOCK_BYTES: Final = 64 * MIB
+_MADV_POPULATE_WRITE: Final = 23
+_TIMEOUT_S: Final = 120.0
+
+
+def fill(descriptor: int, size_bytes: int) -> None:
+    """Random bytes, so that nothing can be saved: no page is zero, none is like its neighbours."""
+    block = np.random.default_rng(1).bytes(_BLOCK_BYTES)
+    for offset in range(0, size_bytes, _BLOCK_BYTES):
+        os.pwrite(descriptor, block, offset)
+
+
+def measure_engine(folder: Path, size_bytes: int) -> Run:
+    """One pass over all pages. Raises FerryError or TimeoutError."""
+    binary = folder / "guest"
+    if not binary.exists():
+        compile_guest(folder)
+
+    async def work() -> Run:
+        async with asyncio.timeout(_TIMEOUT_S), pair_of(binary, folder, size_bytes) as pair:
+            return await _pass(pair)
+
+    return asyncio.run(work())
+
+
+async def _pass(pair: Pair) -> Run:
+    guest: Guest = pair.source_guest
+    await asyncio.to_thread(fill, guest.fd, guest.size)
+    began = time.monotonic()
+    await pair.start()
+    report = await pair.run_pass(PassKind.FIRST)
+    return Run(
+        completed=True,
+        total_s=time.monotonic() - began,
+        transfer_s=report.seconds,
+        bytes_sent=report.bytes_sent,
+        in_use_bytes=guest.size,
+    )
+
+
+def measure_plain(size_bytes: int) -> Run:
+    """The same bytes by sendfile. Raises OSError."""
+    with contextlib.ExitStack() as stack:
+        source = os.memfd_create("plain-source", os.MFD_CLOEXEC)
+        stack.callback(os.close, source)
+        fill(source, size_bytes)
+        destination = os.memfd_create("plain-destination", os.MFD_CLOEXEC)
+        stack.callback(os.close, destination)
+        os.ftruncate(destination, size_bytes)
+        memory = mmap.mmap(destination, size_bytes)
+        stack.callback(memory.close)
+        memory.madvise(_MADV_POPULATE_WRITE)
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        sender = stack.enter_context(socket.create_connection(listener.getsockname()))
+        receiver, _ = listener.accept()
+        stack.enter_context(receiver)
+        for end in (sender, receiver):
+            end.settimeout(_TIMEOUT_S)
+        thread = threading.Thread(target=_send, args=(sender, source, size_bytes), daemon=True)
+        began = time.monotonic()
+        thread.start()
+        _receive(receiver, memory, size_bytes)
+        seconds = time.monotonic() - began
+        thread.join(_TIMEOUT_S)
+    return Run(completed=True, total_s=seconds, transfer_s=seconds, bytes_sent=size_bytes)
+
+
+def _send(sender: socket.socket, source: int, size_bytes: int) -> None:
+    offset = 0
+    sender.setblocking(True)
+    while offset < size_bytes:
+        offset += os.sendfile(sender.fileno(), source, offset, size_bytes - offset)
+
+
+def _receive(receiver: socket.socket, memory: mmap.mmap, size_bytes: int) -> None:
+    with memoryview(memory) as view:
+        offset = 0
+        while offset < size_bytes:
+            with view[offset : offset + 4 * MIB] as part:
+                count = receiver.recv_into(part)
+            if count == 0:
+                raise FerryError("the plain copy's sender ended early")
+            offset += count
+
+
+def measure(folder: Path, size_bytes: int, repeats: int) -> dict[tuple[str, str], list[Run]]:
+    """Both, in alternating order."""
+    runs: dict[tuple[str, str], list[Run]] = {(CASE, ENGINE): [], (CASE, PLAIN): []}
+    for repeat in range(repeats):
+        for name in (ENGINE, PLAIN) if repeat % 2 == 0 else (PLAIN, ENGINE):
+            try:
+                run = (
+                    measure_engine(folder, size_bytes)
+                    if name == ENGINE
+                    else measure_plain(size_bytes)
+                )
+            except (FerryError, OSError) as error:
+                run = Run(completed=False, error=f"{type(error).__name__}: {error}")
+            runs[CASE, name].append(run)
+    return runs
