@@ -41,7 +41,7 @@ class TokenBucket:
         """Seconds until the debt is paid; 0.0 when something may be sent."""
         with self._lock:
             self._refill(now)
-            if self._rate is None or self._tokens >= 0:
+            if self._rate is None or self._tokens > -1:  # Less than a byte is rounding.
                 return 0.0
             return -self._tokens / self._rate
 

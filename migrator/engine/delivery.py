@@ -25,10 +25,9 @@ from migrator.engine.bandwidth import TokenBucket
 from migrator.engine.control import ChannelLostError, Waiter
 from migrator.engine.frames import FrameKind
 from migrator.engine.memory import MappedRegion
-from migrator.engine.stream import PageStream, StreamBrokenError
+from migrator.engine.stream import PageStream, Piece, StreamBrokenError
 from migrator.engine.zeroes import ZeroFilter
 from migrator.engine_messages import ChannelBroken, ChannelRestored, FromEngine
-from migrator.ranges import Ranges
 
 _BATCH_BYTES: Final = 8 * 1024 * 1024
 _LOOKAHEAD_BYTES: Final = 32 * 1024 * 1024
@@ -37,17 +36,6 @@ _EXPECT_BYTES_MIN: Final = 1024 * 1024
 """Less than this isn't worth a prefault in another thread."""
 _BACKOFF_FIRST_S: Final = 0.02
 _BACKOFF_MAX_S: Final = 1.0
-
-
-class Piece(msgspec.Struct):
-    """Ranges of one region that travel the same way. `content` shrinks as it is sent."""
-
-    region: int
-    content: Ranges
-    kind: FrameKind = FrameKind.PAGES
-    through_file: bool = False
-    cold: bool = False
-    """The destination likely has no memory there yet."""
 
 
 class ChannelHealth:
@@ -125,7 +113,7 @@ class Delivery:
         self._regions = regions
         self._bucket = bucket
         self._zero_filter = ZeroFilter() if skip_zeroes else None
-        self.left_bytes = sum(ranges.byte_count(piece.content) for piece in self._todo)
+        self.left_bytes = sum(map(_guest_bytes, self._todo))
         self.pages = 0
         self.zero_pages = 0
 
@@ -141,14 +129,18 @@ class Delivery:
                 self._take_back()
                 reconnect(self._stream, health, str(error), reconnect_s, waiter)
 
+    @property
+    def empty(self) -> bool:
+        """Nothing has to be sent. True again at the end of `run`."""
+        return not self._todo and not self._ready
+
     def _take_back(self) -> None:
         """What wasn't acknowledged comes first again."""
         for sent in reversed(self._stream.take_unacknowledged()):
-            if sent.content is not None:
-                count = ranges.byte_count(sent.content)
-                self._ready.appendleft(Piece(sent.region, sent.content, sent.kind))
-                self._ready_bytes += count
-                self.left_bytes += count
+            if sent.piece is not None:
+                self._ready.appendleft(sent.piece)
+                self._ready_bytes += ranges.byte_count(sent.piece.content)
+                self.left_bytes += _guest_bytes(sent.piece)
 
     def _step(self, waiter: Waiter) -> bool:
         """Prepare as far ahead as allowed, and send one frame. False: nothing is left."""
@@ -163,42 +155,49 @@ class Delivery:
             page = region.page_size_bytes
             bytes_max = self._bucket.piece_bytes(frames.FRAME_BYTES_MAX)
             bytes_max = max(page, bytes_max - bytes_max % page)
-        head, rest = ranges.take(piece.content, bytes_max, frames.FRAME_RANGES_MAX)
-        count = ranges.byte_count(head)
-        if len(rest):
-            piece.content = rest
-        else:
-            self._ready.popleft()
-        self._ready_bytes -= count
+        head = _split_off(self._ready, bytes_max, frames.FRAME_RANGES_MAX)
+        self._ready_bytes -= ranges.byte_count(head.content)
+        count = _guest_bytes(head)
         self.left_bytes -= count
-        if piece.kind is FrameKind.PAGES:
+        if head.kind is FrameKind.PAGES:
             self.pages += count // region.page_size_bytes
         else:
             self.zero_pages += count // region.page_size_bytes
-        self._stream.send(piece.kind, region, head, waiter, through_file=piece.through_file)
+        self._stream.send(head, region, waiter)
         self._stream.collect_acks()
         return True
 
     def _prepare(self, waiter: Waiter) -> None:
         """Move a batch from todo to ready: zero pages apart, the rest announced if it is cold."""
-        piece = self._todo[0]
-        region = self._regions[piece.region]
-        batch_bytes = max(_BATCH_BYTES, region.page_size_bytes)
-        content, rest = ranges.take(piece.content, batch_bytes, len(piece.content))
-        if len(rest):
-            piece.content = rest
-        else:
-            self._todo.popleft()
+        region = self._regions[self._todo[0].region]
+        batch_bytes = frames.PAYLOAD_BYTES_CAP
+        if self._todo[0].kind is FrameKind.PAGES:
+            batch_bytes = max(_BATCH_BYTES, region.page_size_bytes)
+        piece = _split_off(self._todo, batch_bytes, len(self._todo[0].content))
         if self._zero_filter is not None and piece.kind is FrameKind.PAGES and region.can_sendfile:
-            content, zeroes = self._zero_filter.split(region.words, content)
+            piece.content, zeroes = self._zero_filter.split(region.words, piece.content)
             self._make_ready(Piece(piece.region, zeroes, FrameKind.ZERO))
+        content = piece.content
+        self._make_ready(piece)  # First: announcing may break the stream.
         if piece.cold and ranges.byte_count(content) >= _EXPECT_BYTES_MIN:
-            for at in range(0, len(content), frames.FRAME_RANGES_MAX):
-                part = content[at : at + frames.FRAME_RANGES_MAX]
-                self._stream.send(FrameKind.EXPECT, region, part, waiter)
-        self._make_ready(Piece(piece.region, content, piece.kind, through_file=piece.through_file))
+            self._stream.expect(region, content, waiter)
 
     def _make_ready(self, piece: Piece) -> None:
         if len(piece.content):
             self._ready.append(piece)
             self._ready_bytes += ranges.byte_count(piece.content)
+
+
+def _guest_bytes(piece: Piece) -> int:
+    """What a piece counts for: a hole isn't memory."""
+    return 0 if piece.hole else ranges.byte_count(piece.content)
+
+
+def _split_off(pieces: collections.deque[Piece], bytes_max: int, ranges_max: int) -> Piece:
+    """Take what is within the limits off the first piece."""
+    first = pieces[0]
+    head, rest = ranges.take(first.content, bytes_max, ranges_max)
+    if not len(rest):
+        return pieces.popleft()
+    first.content = rest
+    return msgspec.structs.replace(first, content=head)

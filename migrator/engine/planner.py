@@ -1,8 +1,8 @@
 """What a pass has to send, as pieces for each stream.
 
-first    every populated extent, after marking all of it clean
-dirty    what is pending, and what the guest gave back since it was sent
-final    what is pending after one more scan
+- first: every populated extent, after marking all of it clean; and that the rest is holes
+- dirty: what is pending, and what the guest gave back since it was sent
+- final: what is pending after one more scan
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Final
 
 from migrator import ranges
 from migrator.engine import frames, kernel
-from migrator.engine.delivery import Piece
 from migrator.engine.dirty_log import DirtyLog
 from migrator.engine.memory import MappedRegion
+from migrator.engine.stream import Piece
 from migrator.model import STRIPE_BYTES, PassKind
 from migrator.ranges import Ranges
 
@@ -32,6 +32,8 @@ class PassPlanner:
         self._log = log
         self._pagemap = pagemap
         self._sent_ever: list[Ranges] = [ranges.empty() for _ in regions]
+        self._sent_last: list[Ranges] = list(self._sent_ever)
+        """By final passes, which have no time to add it."""
         self._holes_at_s = 0.0
         self._holes_cost_s = 0.0
 
@@ -45,6 +47,9 @@ class PassPlanner:
             self._log.arm()
             for index, extents in enumerate(self.extents()):
                 self._sent_ever[index] = extents
+                whole = ranges.from_pairs([(0, self._regions[index].size_bytes)])
+                holes = ranges.subtract(whole, extents)
+                self._share_out(pieces, index, holes, kind=frames.FrameKind.ZERO, hole=True)
                 if self._regions[index].can_sendfile:
                     self._share_out(pieces, index, extents, cold=True)
                 else:
@@ -58,9 +63,13 @@ class PassPlanner:
         else:
             self._punch_new_holes(pieces)
         for index, pending in enumerate(self._log.take()):
+            if kind is PassKind.FINAL:
+                self._share_out(pieces, index, pending)
+                self._sent_last[index] = ranges.union(self._sent_last[index], pending)
+                continue
             known = self._sent_ever[index]
             fresh = ranges.subtract(pending, known)
-            self._share_out(pieces, index, fresh, cold=kind is not PassKind.FINAL)
+            self._share_out(pieces, index, fresh, cold=True)
             self._share_out(pieces, index, ranges.subtract(pending, fresh))
             self._sent_ever[index] = ranges.union(known, fresh)
         return pieces
@@ -74,6 +83,7 @@ class PassPlanner:
         kind: frames.FrameKind = frames.FrameKind.PAGES,
         through_file: bool = False,
         cold: bool = False,
+        hole: bool = False,
     ) -> None:
         """Give each stream its stripes. A stripe holds whole pages, so huge ones widen it."""
         if not len(content):
@@ -81,7 +91,7 @@ class PassPlanner:
         stripe_bytes = max(STRIPE_BYTES, self._regions[index].page_size_bytes)
         parts = ranges.split_by_stripe(content, len(pieces), stripe_bytes)
         for mine, part in zip(pieces, parts, strict=True):
-            mine.append(Piece(index, part, kind, through_file, cold))
+            mine.append(Piece(index, part, kind, through_file, cold, hole))
 
     def _punch_new_holes(self, pieces: list[list[Piece]]) -> None:
         """Memory that the guest gave back (balloon) since we sent it is zeros at the source.
@@ -93,9 +103,11 @@ class PassPlanner:
         if self._holes_cost_s > _HOLES_SHARE * (now - self._holes_at_s):
             return
         for index, extents in enumerate(self.extents()):
-            holes = ranges.subtract(self._sent_ever[index], extents)
-            self._share_out(pieces, index, holes, kind=frames.FrameKind.ZERO)
-            self._sent_ever[index] = ranges.subtract(self._sent_ever[index], holes)
+            sent = ranges.union(self._sent_ever[index], self._sent_last[index])
+            holes = ranges.subtract(sent, extents)
+            self._share_out(pieces, index, holes, kind=frames.FrameKind.ZERO, hole=True)
+            self._sent_ever[index] = ranges.subtract(sent, holes)
+            self._sent_last[index] = ranges.empty()
         self._holes_at_s = time.monotonic()
         self._holes_cost_s = self._holes_at_s - now
 

@@ -123,16 +123,23 @@ class Connection:
         """The hello, answered. None: it was refused, and the answer says why."""
         tune(self._sock, self._silence_s)
         self._limit_waits(_HELLO_TIMEOUT_S)
-        hello = self._read_hello()
-        refusal = self._host.refusal_of(hello)
+        try:
+            hello = self._read_hello()
+            refusal = self._host.refusal_of(hello)
+        except RemoteProtocolError as error:
+            self._answer(f"the hello is malformed: {error}")
+            raise
         if not refusal and hello.kind is StreamKind.PAGES:
             self.index = hello.index
             self._host.admit(self)
             self.admitted = True
-        answer = wire.encode_frame(wire.FrameKind.HELLO, StreamWelcome(refusal=refusal))
-        self._sock.sendall(answer)
+        self._answer(refusal)
         self._limit_waits(self._silence_s)
         return None if refusal else hello
+
+    def _answer(self, refusal: str) -> None:
+        welcome = StreamWelcome(refusal=refusal)
+        self._sock.sendall(wire.encode_frame(wire.FrameKind.HELLO, welcome))
 
     def _read_hello(self) -> StreamHello:
         """Exactly one frame is read: page frames may follow it at once."""

@@ -283,7 +283,7 @@ class SourceEngine:
 
     def _deliver(self) -> None:
         """Run the deliveries: here if they are short, else in a thread for each stream."""
-        busy = [delivery for delivery in self._deliveries if delivery.left_bytes]
+        busy = [delivery for delivery in self._deliveries if not delivery.empty]
         if len(busy) < 2 or self._left_bytes() < _HELPERS_BYTES_MIN:
             for delivery in busy:
                 delivery.run(self._health, self._configure.reconnect_s, self)

@@ -54,13 +54,26 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     silence_s: float = 5.0
 
 
+class Piece(msgspec.Struct):
+    """Ranges of one region that travel the same way. `content` shrinks as it is sent."""
+
+    region: int
+    content: Ranges
+    kind: FrameKind = FrameKind.PAGES
+    """PAGES or ZERO."""
+    through_file: bool = False
+    """Read by pread, for reading a hole through the mapping would populate it (huge pages)."""
+    cold: bool = False
+    """The destination likely has no memory there yet."""
+    hole: bool = False
+    """ZERO because the guest has no memory there: not counted as pages."""
+
+
 class Sent(msgspec.Struct, frozen=True):
-    """A frame that is on its way."""
+    """A frame that is on its way: its pages, or None for a barrier."""
 
     sequence: int
-    kind: FrameKind
-    region: int
-    content: Ranges | None
+    piece: Piece | None
 
 
 def tune(sock: socket.socket, silence_s: float) -> None:
@@ -179,36 +192,34 @@ class PageStream:
         self._unacknowledged.clear()
         return found
 
-    def send(
-        self,
-        kind: FrameKind,
-        region: MappedRegion,
-        content: Ranges,
-        waiter: Waiter,
-        *,
-        through_file: bool = False,
-    ) -> None:
-        """EXPECT, PAGES or ZERO. `through_file`: read pages by pread instead of the mapping.
+    def expect(self, region: MappedRegion, content: Ranges, waiter: Waiter) -> None:
+        """Announce ranges that will come soon. StreamBrokenError."""
+        for at in range(0, len(content), frames.FRAME_RANGES_MAX):
+            part = content[at : at + frames.FRAME_RANGES_MAX]
+            data = frames.encode(FrameKind.EXPECT, region=region.index, content=part)
+            self._mid_frame = True
+            self._send_vector([data], waiter)
+            self._mid_frame = False
 
-        StreamBrokenError: the frame is among the unacknowledged (unless EXPECT).
-        """
-        sequence = 0
-        if kind in frames.SEQUENCED:
-            self._sequence = sequence = self._sequence + 1
-            self._unacknowledged.append(Sent(sequence, kind, region.index, content))
+    def send(self, piece: Piece, region: MappedRegion, waiter: Waiter) -> None:
+        """One frame. StreamBrokenError: it is among the unacknowledged."""
+        self._sequence += 1
+        self._unacknowledged.append(Sent(self._sequence, piece))
         before = self.bytes_sent
         self._mid_frame = True
         vector: list[bytes | memoryview] = [
-            frames.encode(kind, sequence=sequence, region=region.index, content=content)
+            frames.encode(
+                piece.kind, sequence=self._sequence, region=piece.region, content=piece.content
+            )
         ]
-        if kind is FrameKind.PAGES:
-            for start, end in content.tolist():
+        if piece.kind is FrameKind.PAGES:
+            for start, end in piece.content.tolist():
                 if region.can_sendfile and end - start >= SENDFILE_BYTES_MIN:
                     if vector:
                         self._send_vector(vector, waiter, more=True)
                         vector = []
                     self._send_file(region.fd, start, end, waiter)
-                elif through_file:
+                elif piece.through_file:
                     vector.append(os.pread(region.fd, end - start, start))
                 else:
                     vector.append(region.view[start:end])
@@ -220,7 +231,7 @@ class PageStream:
     def barrier(self, waiter: Waiter) -> None:
         """A frame that only asks for its acknowledgement."""
         self._sequence += 1
-        self._unacknowledged.append(Sent(self._sequence, FrameKind.BARRIER, 0, None))
+        self._unacknowledged.append(Sent(self._sequence, None))
         self._send_vector([frames.encode(FrameKind.BARRIER, sequence=self._sequence)], waiter)
 
     def bye(self) -> None:

@@ -21,7 +21,7 @@ _CHECK_PAGES: Final = 512
 """Pages compared at once: 2 MiB, which stays in the processor's cache."""
 _WORTH_IT: Final = 1 / 32
 """Share of zero pages from which every batch is looked at."""
-_SKIP_BATCHES: Final = 7
+_SKIP_BATCHES: Final = 3
 
 
 def split_zeroes(words: npt.NDArray[np.uint64], content: Ranges) -> tuple[Ranges, Ranges]:

@@ -106,6 +106,7 @@ async def test_a_clean_guest_costs_nothing(pair: Pair) -> None:
 async def test_zeroes_travel_as_ranges_and_overwrite(pair: Pair) -> None:
     guest = pair.source_guest
     pair.destination_guest.tell(f"fill 0 {4 * MIB}")
+    pair.destination_guest.tell(f"fill {40 * MIB} {44 * MIB}")  # Where the source has nothing.
     guest.tell(f"zero 0 {16 * MIB}")
     await pair.start()
     first = await pair.run_pass(PassKind.FIRST)
@@ -231,7 +232,7 @@ def _hello(**changes: object) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"version": 9}, {"migration_id": "m-2"}, {"kind": 0}, {"index": 7}]
+    "changes", [{"version": 9}, {"migration_id": "m-2"}, {"kind": 0}, {"kind": 9}, {"index": 7}]
 )
 async def test_bad_hellos_are_refused(pair: Pair, changes: dict[str, object]) -> None:
     listening = await pair.configure()
