@@ -303,15 +303,13 @@ class Guest:
         assert not report.errors, report
         return status
 
-    def sole_copy(self) -> str:
-        """The one node on which a hypervisor of this domain lives."""
-        nodes = [
+    def copies(self) -> list[str]:
+        """The node of each hypervisor process of this domain."""
+        return [
             node.name
             for node in self.cluster.plan.nodes
             for _ in self.cluster.qemus(node.name, self.name)
         ]
-        assert len(nodes) == 1, f"copies of {self.name} on {nodes}"
-        return nodes[0]
 
     def stop(self) -> None:
         path = f"/v1/domains/{self.name}/stop"

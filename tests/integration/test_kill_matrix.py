@@ -1,0 +1,184 @@
+"""SIGKILL of each process of a migration, at each phase: one copy runs, and its memory is right.
+
+Before the handoff the guest goes on on the source, whatever died. In the handoff it depends on how
+far the ownership record was; the expected side is written down for each moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import pytest
+
+from deploy.lab.processes import Process
+from migrator.model import Migration, MigrationState
+from tests.integration.cluster import inventory
+from tests.integration.cluster.client import PacketWatch
+from tests.integration.cluster.world import Cluster, Guest, describe, eventually
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(120)]
+
+WITNESS = "n3"
+"""Asked about what goes on: its agent has no part in the migrations and isn't killed."""
+SLOW_BYTES_PER_S = 4_000_000
+"""A pre-copy that lasts some ten seconds."""
+PHASES = ("setup", "precopy", "switchover")
+VICTIMS = (
+    "source agent",
+    "destination agent",
+    "source engine",
+    "destination engine",
+    "destination hypervisor",
+)
+HOLDS = {
+    # Both engines and the destination's hypervisor are there; the source doesn't know it yet.
+    "setup": ("destination", "Prepared"),
+    # The guest stands still, its last page is in place, its device state isn't sent.
+    "switchover": ("source", "ContinueSwitchover"),
+}
+
+
+@pytest.fixture(scope="module")
+def guest(cluster: Cluster) -> Iterator[Guest]:
+    with cluster.guest("victim") as guest:
+        cluster.move("victim", "n2")  # Connections between the agents are made once and kept.
+        yield guest
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One migration in the moment before something is killed."""
+
+    cluster: Cluster
+    guest: Guest
+    source: str
+    destination: str
+
+    def victim(self, name: str) -> Process:
+        """The one process that is called so."""
+        side, kind = name.split()
+        node = self.source if side == "source" else self.destination
+        if kind == "agent":
+            return self.cluster.agent(node)
+        found = (
+            self.cluster.engines(node)
+            if kind == "engine"
+            else self.cluster.qemus(node, self.guest.name)
+        )
+        assert len(found) == 1, f"{name}: {found}"
+        return found[0]
+
+
+def scene_of(cluster: Cluster, guest: Guest) -> Scene:
+    return Scene(cluster, guest, guest.node, guest.other_node())
+
+
+def settle(scene: Scene, migration: Migration, at: str) -> Migration:
+    """With every agent up again: the migration ends, the guest is sound, and runs `at` alone."""
+    cluster, guest = scene.cluster, scene.guest
+    cluster.restart_missing_agents()
+    ended = cluster.ended(migration.id, WITNESS)
+    client = cluster.plan.namespace("client")
+    assert guest.node == at, describe(ended)
+    with PacketWatch(client, guest.udp_port) as packets:
+        packets.wait_packets(100)
+    eventually("one copy is left", lambda: guest.copies() == [at])
+    guest.verify()
+    return ended
+
+
+def test_a_killed_process_leaves_the_guest_on_its_source(
+    cluster: Cluster, guest: Guest, phase: str, victim: str
+) -> None:
+    scene = scene_of(cluster, guest)
+    before = inventory.take_settled(cluster)
+    bandwidth = SLOW_BYTES_PER_S if phase == "precopy" else None
+    with ExitStack() as stack:
+        point = stack.enter_context(cluster.held(*HOLDS[phase])) if phase in HOLDS else None
+        begun = cluster.migrate(
+            guest.name, scene.destination, via=scene.source, bandwidth_bytes_per_s=bandwidth
+        )
+        if point is not None:
+            point.wait_reached()
+        else:
+            eventually("pages are sent", lambda: sending(cluster, begun, scene.source))
+        cluster.kill(scene.victim(victim))
+    ended = settle(scene, begun, at=scene.source)
+    assert ended.state is MigrationState.FAILED, describe(ended)
+    assert ended.error, describe(ended)
+    inventory.assert_nothing_left(cluster, before, connections_change="agent" in victim)
+    cluster.move(guest.name, scene.destination, via=WITNESS)
+    guest.verify()
+    print(f"{victim} killed in {phase}: {ended.error}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "phase" in metafunc.fixturenames:
+        cases = [(phase, victim) for phase in PHASES for victim in VICTIMS]
+        ids = [f"{phase}-{victim.replace(' ', '-')}" for phase, victim in cases]
+        metafunc.parametrize(("phase", "victim"), cases, ids=ids)
+
+
+def sending(cluster: Cluster, migration: Migration, via: str) -> bool:
+    now = cluster.migration(migration.id, via)
+    assert not now.ended, describe(now)
+    return now.state is MigrationState.PRECOPY and now.progress.bytes_sent > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Handoff:
+    """Who is killed at which step of the handoff, and where the guest is then expected."""
+
+    role: str
+    step: str
+    victims: tuple[str, ...]
+    at: str
+    state: MigrationState
+
+    @property
+    def name(self) -> str:
+        victims = "-and-".join(victim.replace(" ", "-") for victim in self.victims)
+        return f"{self.role}-{self.step}-{victims}"
+
+
+FAILED, COMPLETED = MigrationState.FAILED, MigrationState.COMPLETED
+BOTH_AGENTS = ("source agent", "destination agent")
+HANDOFFS = (
+    # The device state is out, the destination hasn't been told that it may take the record.
+    Handoff("source", "Commit", ("source agent",), "source", FAILED),
+    Handoff("source", "Commit", BOTH_AGENTS, "source", FAILED),
+    # It may, and hasn't.
+    Handoff("destination", "SwapRecord", ("destination agent",), "source", FAILED),
+    Handoff("destination", "SwapRecord", ("destination hypervisor",), "source", FAILED),
+    # It has won the record; the guest has never run there.
+    Handoff("destination", "Fence", ("destination agent",), "destination", COMPLETED),
+    Handoff("destination", "Fence", ("source agent",), "destination", COMPLETED),
+    Handoff("destination", "Fence", BOTH_AGENTS, "destination", COMPLETED),
+    Handoff("destination", "Fence", ("destination hypervisor",), "source", FAILED),
+    # Its resume is journalled, and about to be issued.
+    Handoff("destination", "ResumeGuest", ("destination agent",), "destination", COMPLETED),
+    # The guest runs there; the source still has its stale copy.
+    Handoff("source", "DestroyGuest", ("source agent",), "destination", COMPLETED),
+    Handoff("source", "DestroyGuest", BOTH_AGENTS, "destination", COMPLETED),
+)
+
+
+@pytest.mark.parametrize("handoff", HANDOFFS, ids=lambda handoff: handoff.name)
+def test_a_kill_in_the_handoff_leaves_one_copy(
+    cluster: Cluster, guest: Guest, handoff: Handoff
+) -> None:
+    scene = scene_of(cluster, guest)
+    before = inventory.take_settled(cluster)
+    with cluster.held(handoff.role, handoff.step) as point:
+        begun = cluster.migrate(guest.name, scene.destination, via=scene.source)
+        point.wait_reached()
+        for victim in [scene.victim(name) for name in handoff.victims]:
+            cluster.kill(victim)
+    ended = settle(scene, begun, scene.source if handoff.at == "source" else scene.destination)
+    assert ended.state is handoff.state, describe(ended)
+    inventory.assert_nothing_left(cluster, before, connections_change=True)
+    cluster.move(guest.name, guest.other_node(), via=WITNESS)
+    guest.verify()
+    print(f"{handoff.name}: {ended.state}, {ended.error}")
