@@ -58,8 +58,6 @@ class Timing(Struct, frozen=True, kw_only=True):
     retry_s_max: float = 5.0
     abandoned_s: float = 60.0
     """That a destination keeps its copy without any word from the source."""
-    fence_tries: int = 10
-    """Failed fences after which a destination gives the guest back."""
 
 
 class Session(abc.ABC):

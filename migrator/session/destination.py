@@ -116,9 +116,9 @@ class DestinationSession(Session):
         self._loaded_at_s = 0.0
         self._commit = committed
         self._won_at_s = 0.0
-        self._fence_failures = 0
         self._resume_issued = False
         self._resume_issued_before = False
+        self._resume_pending = False
         self._resumed_at_s = 0.0
         self._dead = False
         self._restored = False
@@ -299,7 +299,7 @@ class DestinationSession(Session):
                 self._recover_by(event)
             case Fenced() if event.token == self.next_token and not self._dead:
                 self._resume_issued_before = self._resume_issued
-                self._resume_issued = True
+                self._resume_issued = self._resume_pending = True
                 self._do(Journal(state=self.state, resuming=True, durable=False), ResumeGuest())
             case GuestResumed():
                 self._resumed(event.at_s)
@@ -308,14 +308,12 @@ class DestinationSession(Session):
             case CommandFailed(command="Journal"):
                 # What stood behind it wasn't performed: no resume, or no compare-and-set.
                 self._resume_issued = self._resume_issued_before
-                self._retry_later()
-            case CommandFailed(command="Fence") if not self._resume_issued:
-                self._fence_failures += 1
-                if self._fence_failures >= self.timing.fence_tries:
-                    self._give_up(f"the volumes can't be fenced: {event.error}")
-                else:
-                    self._retry_later()
+                self._resume_answered()
+            case CommandFailed(command="ResumeGuest"):
+                self._resume_answered()
             case CommandFailed():
+                # Also a fence, for as long as it takes: the source may be gone by now, so that
+                # this is the only copy.
                 self._retry_later()
             case TimerFired(name=TimerName.RETRY):
                 self._do(InspectGuest())
@@ -333,6 +331,13 @@ class DestinationSession(Session):
         else:
             self._do(Fence(token=self.next_token))
 
+    def _resume_answered(self) -> None:
+        self._resume_pending = False
+        if self._dead:
+            self._died()
+        else:
+            self._retry_later()
+
     def _resumed(self, at_s: float) -> None:
         self._resumed_at_s = at_s
         # The network first: until it knows, packets go to the source.
@@ -345,7 +350,9 @@ class DestinationSession(Session):
     def _died(self) -> None:
         """The hypervisor died in the handoff, or is found dead in recovery."""
         self._dead = True
-        if self._resume_issued:
+        if self._resume_pending:
+            pass  # Its answer says whether it was given at all.
+        elif self._resume_issued:
             # It may have run and written: the source's memory is stale, whatever it holds.
             self._do(StopEngine(), DestroyGuest())
             self._send(self._running())
@@ -355,6 +362,7 @@ class DestinationSession(Session):
         else:
             # Our compare-and-set may be under way: only its outcome ends the session.
             self._enter_recovering("the destination's hypervisor died")
+            self._retry_later()
 
     # --- recovery: the record decides ---
 
