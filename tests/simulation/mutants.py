@@ -196,7 +196,7 @@ DESTINATIONS: tuple[type[DestinationSession], ...] = (
 )
 
 
-def node_with(mutant: type[NodeSession] | type[Node]) -> type[Node]:
+def node_with(mutant: type[SourceSession | DestinationSession | Node]) -> type[Node]:
     """A node whose sessions are `mutant`s where that is their role, also after a restart."""
     if issubclass(mutant, Node):
         return mutant
@@ -226,4 +226,5 @@ def node_with(mutant: type[NodeSession] | type[Node]) -> type[Node]:
     return MutantNode
 
 
-MUTANTS: tuple[type[NodeSession] | type[Node], ...] = (*SOURCES, *DESTINATIONS, ForgetsThatItRan)
+Mutant = SourceSession | DestinationSession | Node
+MUTANTS: tuple[type[Mutant], ...] = (*SOURCES, *DESTINATIONS, ForgetsThatItRan)
