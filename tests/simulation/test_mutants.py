@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.simulation.mutants import MUTANTS, Mutant, node_with
-from tests.simulation.scenario import play
+from tests.simulation.scenario import AIMED, play
 from tests.simulation.world import InvariantViolation
 
 SEEDS_MAX = 6_000
@@ -18,9 +18,10 @@ def test_a_broken_rule_is_found(mutant: type[Mutant]) -> None:
     make_node = node_with(mutant)
     words = tuple(mutant.found_as)  # type: ignore[union-attr]
     for seed in range(SEEDS_MAX):
-        try:
-            play(seed, make_node=make_node)
-        except InvariantViolation as error:
-            if str(error).startswith(words):
-                return
+        for faults in (None, AIMED):
+            try:
+                play(seed, make_node=make_node, faults=faults)
+            except InvariantViolation as error:
+                if str(error).startswith(words):
+                    return
     pytest.fail(f"{SEEDS_MAX} seeds didn't find {mutant.__name__}: {mutant.__doc__}")
