@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from migrator import engine_messages as m
 from migrator.engine.client import EngineProcess
+from migrator.engine.spares import EngineSpares
 from migrator.errors import FerryError
 from migrator.model import DomainName, Role
 from migrator.ports import GuestMemory, HypervisorDriver, Struct
@@ -31,7 +32,7 @@ class EngineSettings(Struct, frozen=True, kw_only=True):
 
     run_directory: Path
     """For unix sockets: a short path, ours alone."""
-    log_directory: Path
+    spares: EngineSpares
     bind_address: str
     streams: int = 1
 
@@ -126,10 +127,16 @@ class EngineDriver:
         if self._stopping or self._process is not None:
             return
         settings = self._settings
-        log_path = settings.log_directory / f"engine-{self._session.migration_id}.log"
-        self._process = await EngineProcess.spawn(
-            log_path=log_path, on_message=self._on_message, on_exit=self._on_exit
-        )
+        spare = settings.spares.take()
+        if spare is not None:
+            spare.attach(self._on_message, self._on_exit)
+            self._process = spare
+        else:
+            self._process = await EngineProcess.spawn(
+                log_path=settings.spares.log_path,
+                on_message=self._on_message,
+                on_exit=self._on_exit,
+            )
 
     async def _start(self, memory: HypervisorDriver) -> None:
         await self._spawn()

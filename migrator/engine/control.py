@@ -25,6 +25,8 @@ POLL_OUT: Final = select.POLLOUT
 
 _DESCRIPTORS_MAX: Final = 253  # linux/socket.h, SCM_MAX_FD
 _SEND_TIMEOUT_S: Final = 10.0
+_SPARE_WAIT_S: Final = 3600.0
+"""One wait of an engine that was started ahead; it waits again."""
 _decoder: Final = msgspec.msgpack.Decoder(ToEngine)
 
 
@@ -80,14 +82,13 @@ class Control:
         self._descriptors += descriptors
         return [frame.decode(_decoder) for frame in self._frames.feed(data)]
 
-    def receive_configure(self, timeout_s: float) -> tuple[Configure, list[int]]:
-        """The first message, with its descriptors. Later messages must not be pipelined to it."""
-        deadline = time.monotonic() + timeout_s
+    def receive_configure(self) -> tuple[Configure, list[int]]:
+        """The first message, with its descriptors. Later messages must not be pipelined to it.
+
+        An engine that was started ahead waits as long as its agent lives.
+        """
         while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise AgentGoneError("the agent sent no configuration")
-            poll({self.fileno(): POLL_IN}, left)
+            poll({self.fileno(): POLL_IN}, _SPARE_WAIT_S)
             for message in self.receive():
                 if not isinstance(message, Configure):
                     raise LocalProtocolError(f"{type(message).__name__} came before Configure")
