@@ -63,7 +63,7 @@ def test_bars_compare_medians_of_one_run() -> None:
     assert found["case 1: blackout / QEMU's tuned to 10 ms"] == HELD
     assert found["case 1: total / QEMU's tuned to 10 ms"] == HELD
     assert found["case 1: total / multifd's"] == NOT_HELD
-    assert found["case 1: total / that of libvirt's"] == NOT_MEASURED
+    assert found["case 1: total of `ferry migrate` / of `virsh migrate`"] == NOT_MEASURED
     assert found["case 4: hybrid ends"] == NOT_MEASURED
 
 
