@@ -83,6 +83,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--engines", help=f"comma-separated, of {', '.join(engines.ENGINES)}")
     parser.add_argument("--repeats", type=int, help=f"of each run (default: {REPEATS})")
     parser.add_argument("--quick", action="store_true", help="two repeats, the short cases")
+    parser.add_argument(
+        "--add", action="store_true", help="keep what earlier runs measured of other cases"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "build", help="folder of the results")
     return parser.parse_args()
 
@@ -113,7 +116,7 @@ def main() -> int:
     repeats = options.repeats or (QUICK_REPEATS if options.quick else REPEATS)
     signal.signal(signal.SIGTERM, _interrupt)
     options.output.mkdir(parents=True, exist_ok=True)
-    runs: dict[tuple[str, str], list[Run]] = {}
+    runs = output.read(options.output) if options.add else {}
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="fb-", dir="/tmp"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
