@@ -75,6 +75,8 @@ class CommitsWhatMayBeStale(SourceSession):
     """The source's hypervisor is gone, so the destination's copy must be the newest: not so."""
 
     found_as: ClassVar = ("1:", "2:")
+    first_seed: ClassVar = 2_500
+    """It takes an agent, an engine and a hypervisor within a second, in that order."""
 
     def _recover_unpassed(self, record: OwnershipRecord) -> None:
         self.device_state_out = self.device_state_out or self._gone
