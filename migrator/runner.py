@@ -94,6 +94,14 @@ class Lane:
         if self._task is not None:
             self._task.cancel()
 
+    async def drained(self, timeout_s: float) -> None:
+        """Wait until nothing runs or waits, for at most `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._task is not None:
+                    await asyncio.wait([self._task])
+                    await asyncio.sleep(0)  # Its successor starts in its callback.
+
     async def close(self) -> None:
         self.clear()
         if self._task is not None:
@@ -346,6 +354,8 @@ class Runner:
         except FerryError as error:  # A restart recovers the session once more, to the same end.
             log.error("migration %s: its end was not journalled: %s", entry.migration_id, error)
         await self._engine.drained()
+        await self._guest_lane.drained(STEP_S)
+        await self._sends.drained(_CLOSE_S)
         self._on_finish(self)
 
 
