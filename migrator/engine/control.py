@@ -17,7 +17,7 @@ from typing import Final, Protocol
 import msgspec
 
 from migrator import wire
-from migrator.engine_messages import Configure, FromEngine, ToEngine
+from migrator.engine_messages import Configure, FromEngine, Stop, ToEngine
 from migrator.errors import EngineError, LocalProtocolError
 
 POLL_IN: Final = select.POLLIN
@@ -46,7 +46,8 @@ class Control:
         self._sock = sock
         self._frames = wire.FrameDecoder()
         self._lock = threading.Lock()
-        self._received: collections.deque[ToEngine] = collections.deque()
+        self.pipelined: list[ToEngine] = []
+        """What came together with `Configure`: to be handled before the next `receive`."""
         self._descriptors: list[int] = []
 
     def fileno(self) -> int:
@@ -83,21 +84,25 @@ class Control:
         return [frame.decode(_decoder) for frame in self._frames.feed(data)]
 
     def receive_configure(self) -> tuple[Configure, list[int]]:
-        """The first message, with its descriptors. Later messages must not be pipelined to it.
+        """The first message, with its descriptors; what came with it is in `pipelined`.
 
         An engine that was started ahead waits as long as its agent lives.
         """
         while True:
             poll({self.fileno(): POLL_IN}, _SPARE_WAIT_S)
-            for message in self.receive():
-                if not isinstance(message, Configure):
-                    raise LocalProtocolError(f"{type(message).__name__} came before Configure")
-                if len(self._descriptors) != 2 + len(message.regions):
-                    raise LocalProtocolError(
-                        f"{len(message.regions)} regions came with "
-                        f"{len(self._descriptors)} descriptors"
-                    )
-                return message, self._descriptors
+            messages = self.receive()
+            if not messages:
+                continue
+            first, *self.pipelined = messages
+            if isinstance(first, Stop):
+                raise StoppedError("it wasn't needed")
+            if not isinstance(first, Configure):
+                raise LocalProtocolError(f"{type(first).__name__} came before Configure")
+            if len(self._descriptors) != 2 + len(first.regions):
+                raise LocalProtocolError(
+                    f"{len(first.regions)} regions came with {len(self._descriptors)} descriptors"
+                )
+            return first, self._descriptors
 
     def close(self) -> None:
         self._sock.close()

@@ -69,6 +69,8 @@ class DestinationEngine:
         """Until told to stop (StoppedError), or until something can't be helped (any other)."""
         host, port = self._listener.getsockname()[:2]
         self._control.send(Listening(host=host, port=port))
+        for message in self._control.pipelined:
+            self._handle(message)
         watched = {
             self._control.fileno(): POLL_IN,
             self._listener.fileno(): POLL_IN,

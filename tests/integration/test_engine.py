@@ -454,11 +454,32 @@ async def test_the_source_sees_its_device_channel_closed(
         assert time.monotonic() - began < 1.0
 
 
+@pytest.mark.parametrize("role", list(Role))
+async def test_a_stop_on_the_heels_of_the_configuration(
+    binary: Path, tmp_path: Path, role: Role
+) -> None:
+    guest = Guest(binary, SIZE)
+    engine = await Engine.spawn(tmp_path / "log")
+    try:
+        engine.process.send(configuration(role, guest), guest.fds)
+        assert await engine.process.stop(timeout_s=3.0)
+        assert engine.exit_status == 0
+        assert not guest.tracked()
+    finally:
+        guest.close()
+
+
 async def test_a_guest_that_died_doesnt_hang_the_engine(binary: Path, tmp_path: Path) -> None:
     guest = Guest(binary, SIZE)
     engine = await Engine.spawn(tmp_path / "log")
     engine.process.send(configuration(Role.SOURCE, guest), guest.fds)
     await engine.expect(Configured)
     guest.close()
+    assert await engine.process.stop(timeout_s=3.0)
+    assert engine.exit_status == 0
+
+
+async def test_an_engine_that_wasnt_needed_stops(tmp_path: Path) -> None:
+    engine = await Engine.spawn(tmp_path / "log")
     assert await engine.process.stop(timeout_s=3.0)
     assert engine.exit_status == 0
