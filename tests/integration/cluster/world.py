@@ -63,11 +63,11 @@ END_S: Final = 60.0
 
 
 def eventually(what: str, find: Callable[[], T | None], timeout_s: float = 30.0) -> T:
-    """The first result of `find` that is neither None nor False. AssertionError: not in time."""
+    """The first result of `find` that is true. AssertionError: not in time."""
     deadline = time.monotonic() + timeout_s
     while True:
         found = find()
-        if found is not None and found is not False:
+        if found:
             return found
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
         time.sleep(POLL_S)
