@@ -55,6 +55,7 @@ class EngineDriver:
         self._secret = secrets.token_bytes(32)
         self._process: EngineProcess | None = None
         self._stopping = False
+        self._configured = False
         self._pages_in_use = 0
         self._round_trip_ms = 0.0
         self._connect: v.ConnectEngine | None = None
@@ -78,6 +79,11 @@ class EngineDriver:
                 self._queue(self._guarded("start", self._start(memory)))
             case v.ConnectEngine():
                 self._queue(self._guarded("connect", self._connect_source(command, memory)))
+
+    def limit_bandwidth(self, bandwidth_bytes_per_s: int | None) -> None:
+        """At once where the engine is configured; otherwise its configuration will say it."""
+        if self._configured:
+            self._send(m.SetBandwidth(bandwidth_bytes_per_s=bandwidth_bytes_per_s))
 
     async def drained(self) -> None:
         """Wait until every command begun has ended; bounded by the commands' own bounds."""
@@ -166,6 +172,7 @@ class EngineDriver:
             )
             if self._process is not None:
                 self._process.send(message, fds=memory.fds)
+                self._configured = True
         finally:
             memory.close()
 

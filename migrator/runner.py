@@ -26,6 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from migrator.engine_driver import EngineDriver, EngineSettings
 from migrator.errors import FerryError, RefusedError
 from migrator.hold_points import hold
@@ -186,6 +188,15 @@ class Runner:
         self._batch += 1
         self._commands.extend((self._batch, command) for command in commands)
         self._pump()
+        self._on_change(self)
+
+    def limit_bandwidth(self, bandwidth_bytes_per_s: int | None) -> None:
+        """Change the page streams' cap; None lifts it. In force within a frame."""
+        session = self.session
+        session.request = msgspec.structs.replace(
+            session.request, bandwidth_bytes_per_s=bandwidth_bytes_per_s
+        )
+        self._engine.limit_bandwidth(bandwidth_bytes_per_s)
         self._on_change(self)
 
     def _on_domain_event(self, event: DomainEvent) -> None:

@@ -116,6 +116,13 @@ class MigrationCreate(Value, frozen=True, kw_only=True):
         )
 
 
+class MigrationChange(Value, frozen=True, kw_only=True):
+    """What can be changed while a migration runs."""
+
+    bandwidth_bytes_per_s: Annotated[int, msgspec.Meta(ge=65_536)] | None
+    """The cap on its page streams; null lifts it."""
+
+
 class DryRun(Value, frozen=True, kw_only=True):
     """What a migration would be refused for; empty: it would be accepted."""
 

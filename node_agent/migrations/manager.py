@@ -238,6 +238,14 @@ class MigrationManager(MigrationService):
     async def list_migrations(self) -> Sequence[Migration]:
         return await self._publisher.read_all()
 
+    async def limit(self, id: str, bandwidth_bytes_per_s: int | None) -> Migration:
+        runner = self._runners.get(id)
+        if runner is None or not isinstance(runner.session, SourceSession):
+            ended = await self._publisher.read(id)
+            raise WrongStateError(f"migration {id}", ended.state, "under way")
+        runner.limit_bandwidth(bandwidth_bytes_per_s)
+        return runner.session.view()
+
     async def cancel(self, id: str) -> Migration:
         runner = self._runners.get(id)
         if runner is None or not isinstance(runner.session, SourceSession):
