@@ -46,6 +46,8 @@ Session = SourceSession | DestinationSession
 
 STEP_S: Final = 30.0
 """No single command takes longer; then it failed with an unknown outcome."""
+FINISH_GAP_S: Final = 10.0
+"""The longest pause between tries to journal a migration's end (a full disk, say)."""
 _CLOSE_S: Final = 3.0
 
 
@@ -219,7 +221,9 @@ class Runner:
         await self._record_lane.close()
         await self._engine.close()
         if self._aside:
-            await asyncio.wait(self._aside, timeout=_CLOSE_S)
+            _, late = await asyncio.wait(self._aside, timeout=_CLOSE_S)
+            for task in late:
+                task.cancel()
         with contextlib.suppress(OSError):
             self.device_channel.unlink(missing_ok=True)
 
@@ -358,12 +362,20 @@ class Runner:
                 self.feed(v.GuestInspected(condition=_CONDITIONS[status.state]))
 
     async def _finish(self) -> None:
-        """The last word: journalled, so that it can be said after a restart too."""
+        """The last word: journalled, so that it can be said after a restart too.
+
+        Tried until it succeeds or the agent ends: before that, nobody else may have the domain.
+        """
         entry = entry_of(self.session, boot_id=self._boot_id)
-        try:
-            await self._journal.write(entry)
-        except FerryError as error:  # A restart recovers the session once more, to the same end.
-            log.error("migration %s: its end was not journalled: %s", entry.migration_id, error)
+        gap_s = 1.0
+        while not self._closed:
+            try:
+                await self._journal.write(entry)
+                break
+            except FerryError as error:
+                log.error("migration %s: its end isn't journalled: %s", entry.migration_id, error)
+                await asyncio.sleep(gap_s)
+                gap_s = min(gap_s * 2.0, FINISH_GAP_S)
         await self._engine.drained()
         await self._guest_lane.drained(STEP_S)
         await self._sends.drained(_CLOSE_S)

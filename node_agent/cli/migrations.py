@@ -161,9 +161,8 @@ def limit(
     change = MigrationChange(bandwidth_bytes_per_s=cap)
     settings.client().patch(_path(id), Migration, change)
     each = settings.client().get(_path(id), Migration)
-    show(
-        each, f"migration {id} may send {'as fast as it can' if cap is None else bandwidth + '/s'}"
-    )
+    allowed = "as fast as it can" if cap is None else f"{bandwidth}/s"
+    show(each, f"migration {id} may send {allowed}")
 
 
 def _path(id: str) -> str:
