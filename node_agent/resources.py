@@ -24,7 +24,6 @@ from migrator.model import (
     Value,
     VolumeInfo,
 )
-from node_agent.loop_monitor import LoopBlock
 
 DOMAINS: Final = "domains/"
 NODES: Final = "nodes/"
@@ -167,6 +166,14 @@ class PoolList(Value, frozen=True, kw_only=True):
 
 class VolumeList(Value, frozen=True, kw_only=True):
     volumes: tuple[VolumeInfo, ...]
+
+
+class LoopBlock(Value, frozen=True, kw_only=True):
+    """A time in which the agent's event loop did one turn's work, and answered nobody."""
+
+    ended_at_s: float
+    """Wall clock."""
+    milliseconds: float
 
 
 class Health(Value, frozen=True, kw_only=True):
