@@ -153,7 +153,7 @@ CASES: Final[tuple[Case, ...]] = (
 
 
 def select(names: str | None) -> list[Case]:
-    """The cases named, comma-separated; `5` stands for `5-50`, `5-100`, ... ValueError: none such."""
+    """The cases named, comma-separated; `5`: `5-50`, `5-100`, ... Raises ValueError: none such."""
     if names is None:
         return list(CASES)
     chosen: list[Case] = []
