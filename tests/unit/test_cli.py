@@ -153,7 +153,7 @@ async def test_wrong_usage_and_silence_have_their_codes(ferry: Ferry) -> None:
 
 
 async def _migrating(world: World) -> str:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not world.migrations:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     return next(iter(world.migrations))
