@@ -225,7 +225,7 @@ class Runner:
             for task in late:
                 task.cancel()
         with contextlib.suppress(OSError):
-            self.device_channel.unlink(missing_ok=True)
+            await asyncio.to_thread(self.device_channel.unlink, missing_ok=True)
 
     # --- commands out ---
 
@@ -300,6 +300,9 @@ class Runner:
             self.feed(v.CommandFailed(command=name, error=str(error)))
         except TimeoutError:
             self.feed(v.CommandFailed(command=name, error=f"not done within {STEP_S:g} s"))
+        except Exception as error:  # A driver's bug must not leave the session waiting for ever.
+            log.exception("migration %s: %s", self.session.migration_id, name)
+            self.feed(v.CommandFailed(command=name, error=f"{type(error).__name__}: {error}"))
 
     async def _send(self, message: SessionMessage) -> None:
         await hold(self.session.role, type(message).__name__)
