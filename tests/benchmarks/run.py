@@ -25,7 +25,7 @@ from deploy import lab
 from deploy.guest.build import build_guest, default_cache_directory
 from migrator.errors import FerryError
 from migrator.model import DomainSpec
-from tests.benchmarks import bars, cases, engines, ferry, output, raw_speed
+from tests.benchmarks import bars, cases, engines, ferry, output, plots, raw_speed
 from tests.benchmarks.cases import MIB, Case
 from tests.benchmarks.engines import Engine
 from tests.benchmarks.results import Run, with_client
@@ -147,6 +147,8 @@ def main() -> int:
             print("bench: interrupted", file=sys.stderr)
             return 130
     output.show(runs, bars.judge(runs), options.output)
+    for path in plots.draw(options.output, runs):
+        print(f"         {path}")
     return 0
 
 
