@@ -268,6 +268,7 @@ class Runner:
                 self._record_lane.put(self._step(command, partial(self._on_record, command)))
             case v.PrepareIncoming():
                 self._engine.warm_up()
+                self._record_lane.put(self._look_at_record())
                 self._guest_lane.put(self._step(command, partial(self._on_guest, command)))
             case v.AbortSwitchover() | v.DestroyGuest():
                 self._guest_lane.clear()
@@ -322,6 +323,11 @@ class Runner:
 
         loop = asyncio.get_running_loop()
         self._timers[command.name] = loop.call_later(command.seconds, fire)
+
+    async def _look_at_record(self) -> None:
+        """So that the store has seen the record by the time that it must change hands."""
+        with contextlib.suppress(FerryError):
+            await self._ownership.read(self.domain)
 
     async def _on_record(self, command: v.SwapRecord | v.ReadRecord) -> None:
         try:
