@@ -298,9 +298,12 @@ class PassReport(Value, frozen=True, kw_only=True):
     seconds: float
     pages: int
     bytes_sent: int
+    """On the wire, headers included."""
     zero_pages: int = 0
     pending_pages: int = 0
     scan_seconds: float = 0.0
+    payload_bytes: int = 0
+    """Of guest memory in `pages`: more than `bytes_sent` where pages were compressed."""
 
 
 class Phase(Value, frozen=True, kw_only=True):

@@ -34,6 +34,7 @@ from migrator.engine.dirty_log import DirtyLog
 from migrator.engine.frames import StreamHello, StreamKind
 from migrator.engine.helpers import run_in_threads
 from migrator.engine.memory import map_regions
+from migrator.engine.packing import IdleCores, PackingPolicy
 from migrator.engine.planner import PassPlanner
 from migrator.engine.relay import SourceRelay
 from migrator.engine.stream import Endpoint, PageStream, StreamBrokenError
@@ -72,6 +73,7 @@ class SourceEngine:
         self._log = DirtyLog(uffd, pagemap, configure.regions)
         self._planner = PassPlanner(self._regions, self._log, kernel.PagemapScanner(pagemap))
         self._bucket = TokenBucket(configure.bandwidth_bytes_per_s, time.monotonic())
+        self._packing = PackingPolicy(IdleCores())
         self._streams: list[PageStream] = []
         self._health = ChannelHealth(control.send)
         self._relay: SourceRelay | None = None
@@ -256,6 +258,7 @@ class SourceEngine:
                 part,
                 self._regions,
                 self._bucket,
+                self._packing,
                 skip_zeroes=message.kind is not PassKind.FINAL,
             )
             for stream, part in zip(self._streams, pieces, strict=True)
@@ -276,6 +279,7 @@ class SourceEngine:
             pages=sum(delivery.pages for delivery in self._deliveries),
             bytes_sent=self._bytes_sent() - bytes_before,
             zero_pages=sum(delivery.zero_pages for delivery in self._deliveries),
+            payload_bytes=sum(delivery.payload_bytes for delivery in self._deliveries),
             pending_pages=self._log.pending_pages(),
             scan_seconds=scan_seconds,
         )

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import msgspec
 import typer
 
-from migrator.model import Migration, OnTimeout
+from migrator.model import Migration, OnTimeout, PassReport
 from node_agent.cli.domains import path_of
 from node_agent.cli.errors import ExitCode
 from node_agent.cli.output import facts, moment, parse_size, settings, show, size, table
@@ -19,6 +19,7 @@ app = typer.Typer(
     help="Migrations: list, look at, watch, cancel.", no_args_is_help=True, rich_markup_mode=None
 )
 
+_RATIO_TOLD_MIN = 1.02
 _IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The migration.")]
 
 
@@ -127,14 +128,22 @@ def show_migration(id: _IdArgument) -> None:
                 one.kind.value,
                 str(one.pages),
                 size(one.bytes_sent),
+                _ratio(one),
                 f"{one.seconds:.3f} s",
                 str(one.pending_pages),
             )
             for one in each.iterations
         ]
-        headings = ("ITERATION", "KIND", "PAGES", "SENT", "TIME", "DIRTIED MEANWHILE")
+        headings = ("ITERATION", "KIND", "PAGES", "SENT", "RATIO", "TIME", "DIRTIED MEANWHILE")
         text += "\n\n" + table(headings, passes)
     show(each, text)
+
+
+def _ratio(one: PassReport) -> str:
+    """Guest memory to bytes on the wire; "" where nothing was compressed."""
+    if not one.bytes_sent or one.payload_bytes < _RATIO_TOLD_MIN * one.bytes_sent:
+        return ""
+    return f"{one.payload_bytes / one.bytes_sent:.2f}"
 
 
 @app.command()
