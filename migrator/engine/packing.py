@@ -118,7 +118,7 @@ class PackingPolicy:
     def pays(self, link_bytes_per_s: float | None) -> bool:
         """Whether a stream on a link of this rate (None: not the bottleneck) should be packed.
 
-        A core has to be faster than the link, and what packing takes of it little, or idle.
+        A core has to be faster than the link, and as many as packing takes have to be idle.
         """
         if link_bytes_per_s is None:
             return False
