@@ -9,8 +9,10 @@ from urllib.parse import quote
 
 import typer
 
+from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN, DirtyRate
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import facts, note, settings, show, size, table
+from node_agent.cli.prediction import dirty_rate_text
 from node_agent.cli.spec import load_spec, merge_spec
 from node_agent.resources import Domain, DomainList, StartRequest, StopRequest
 
@@ -157,6 +159,19 @@ def show_domain(name: _NameArgument) -> None:
         *(("nic", f"{nic.mac} on {nic.bridge} {' '.join(nic.addresses)}") for nic in spec.nics),
     ]
     show(domain, facts(pairs))
+
+
+@app.command("dirty-rate")
+def dirty_rate(
+    name: _NameArgument,
+    seconds: Annotated[
+        float, typer.Option(min=SAMPLE_S_MIN, max=SAMPLE_S_MAX, help="How long to sample.")
+    ] = 1.0,
+) -> None:
+    """How fast a running domain dirties its memory, and how much of it."""
+    path = f"{path_of(name)}/dirty-rate?seconds={seconds:g}"
+    rate = settings.client().get(path, DirtyRate)
+    show(rate, dirty_rate_text(rate))
 
 
 @app.command("rm")
