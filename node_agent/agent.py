@@ -22,6 +22,7 @@ from hypervisor.qemu.driver import QemuDriver
 from migrator.dirty_sampler import DirtySampler
 from migrator.engine.spares import EngineSpares
 from migrator.engine_driver import EngineSettings
+from migrator.errors import ConfigError
 from migrator.journal import MigrationJournal
 from migrator.model import DomainSpec, NodeInfo, NodeName, PoolName
 from migrator.ports import FabricDriver, HypervisorDriver, VolumeDriver
@@ -83,13 +84,25 @@ def make_fabric(config: AgentConfig) -> FabricDriver:
     return BridgeFabric()
 
 
+def prepare_folders(config: AgentConfig) -> None:
+    """Make the state directory's folders. ConfigError names the key whose path can't be used."""
+    state = Path(config.node.state_directory)
+    try:
+        for directory in (state / "run", state / "logs"):
+            directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"node.state_directory: {state} can't be used: {error}") from error
+    for index, pool in enumerate(config.pools):
+        if not Path(pool.path).is_dir():
+            # It may be mounted later: no reason to leave the node's guests without an agent.
+            log.warning("pools[%d].path: there is no folder %s (now)", index, pool.path)
+
+
 @contextlib.asynccontextmanager
 async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
     """A whole agent while the body runs. Errors of the start leave nothing behind but logs."""
     node = NodeName(config.node.name)
-    state = Path(config.node.state_directory)
-    for directory in (state / "run", state / "logs"):
-        await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True)
+    await asyncio.to_thread(prepare_folders, config)
     boot_id = (await asyncio.to_thread(BOOT_ID_PATH.read_text)).strip()
     async with contextlib.AsyncExitStack() as stack:
         store = SqliteStore(Path(config.store.path))

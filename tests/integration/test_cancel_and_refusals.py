@@ -300,21 +300,18 @@ def test_a_dead_destination(cluster: Cluster, guest: Guest) -> None:
         # Not silent for long enough to count as dead, but it doesn't answer.
         assert_reasons(reasons(cluster, "mover", "n3"), "n3")
         eventually(
-            "n3 counts as unreachable",
-            lambda: [node.state for node in cluster.api().get("/v1/nodes", NodeList).nodes].count(
-                NodeState.UNREACHABLE
-            ),
+            "n3 counts as unreachable", lambda: has_state(cluster, "n3", NodeState.UNREACHABLE)
         )
         assert_reasons(reasons(cluster, "mover", "n3"), "n3 is unreachable")
     finally:
         lab.start_agent(cluster.name, "n3")
-    eventually("n3 is back", lambda: ready(cluster, "n3"))
+    eventually("n3 is back", lambda: has_state(cluster, "n3", NodeState.READY))
     assert guest.node in ("n1", "n2")
 
 
-def ready(cluster: Cluster, name: str) -> bool:
+def has_state(cluster: Cluster, name: str, state: NodeState) -> bool:
     nodes = cluster.api().get("/v1/nodes", NodeList).nodes
-    return any(node.name == name and node.state is NodeState.READY for node in nodes)
+    return any(node.name == name and node.state is state for node in nodes)
 
 
 def test_every_reason_is_given_at_once(cluster: Cluster) -> None:
