@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -300,17 +301,19 @@ def test_a_dead_destination(cluster: Cluster, guest: Guest) -> None:
         # Not silent for long enough to count as dead, but it doesn't answer.
         assert_reasons(reasons(cluster, "mover", "n3"), "n3")
         eventually(
-            "n3 counts as unreachable", lambda: has_state(cluster, "n3", NodeState.UNREACHABLE)
+            "n3 counts as unreachable",
+            lambda: has_state(cluster, "n3", NodeState.UNREACHABLE, by=guest.node),
         )
         assert_reasons(reasons(cluster, "mover", "n3"), "n3 is unreachable")
     finally:
         lab.start_agent(cluster.name, "n3")
-    eventually("n3 is back", lambda: has_state(cluster, "n3", NodeState.READY))
-    assert guest.node in ("n1", "n2")
+    for node in ("n1", "n2"):
+        eventually("n3 is back", partial(has_state, cluster, "n3", NodeState.READY, node))
 
 
-def has_state(cluster: Cluster, name: str, state: NodeState) -> bool:
-    nodes = cluster.api().get("/v1/nodes", NodeList).nodes
+def has_state(cluster: Cluster, name: str, state: NodeState, by: str) -> bool:
+    """What the node `by` thinks: each measures the others' silence for itself."""
+    nodes = cluster.api(by).get("/v1/nodes", NodeList).nodes
     return any(node.name == name and node.state is state for node in nodes)
 
 
