@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
 
+import msgspec
 import typer
 
-from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN, DirtyRate
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import facts, note, settings, show, size, table
-from node_agent.cli.prediction import dirty_rate_text
 from node_agent.cli.spec import load_spec, merge_spec
 from node_agent.resources import Domain, DomainList, StartRequest, StopRequest
 
@@ -161,19 +160,6 @@ def show_domain(name: _NameArgument) -> None:
     show(domain, facts(pairs))
 
 
-@app.command("dirty-rate")
-def dirty_rate(
-    name: _NameArgument,
-    seconds: Annotated[
-        float, typer.Option(min=SAMPLE_S_MIN, max=SAMPLE_S_MAX, help="How long to sample.")
-    ] = 1.0,
-) -> None:
-    """How fast a running domain dirties its memory, and how much of it."""
-    path = f"{path_of(name)}/dirty-rate?seconds={seconds:g}"
-    rate = settings.client().get(path, DirtyRate)
-    show(rate, dirty_rate_text(rate))
-
-
 @app.command("rm")
 def remove(name: _NameArgument) -> None:
     """Delete a stopped domain's definition; its volumes stay."""
@@ -186,10 +172,11 @@ def console(
     name: _NameArgument,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on, also after it.")] = False,
 ) -> None:
-    """What a domain's serial console printed."""
+    """What a domain's serial console printed; with --json an object a line, a piece in each."""
     suffix = "?follow=true" if follow else ""
     for chunk in settings.client().chunks(f"{path_of(name)}/console{suffix}"):
-        sys.stdout.buffer.write(chunk)
+        piece = {"console": chunk.decode(errors="replace")}
+        sys.stdout.buffer.write(msgspec.json.encode(piece) + b"\n" if settings.json else chunk)
         sys.stdout.buffer.flush()
     if follow:
         note("the console's stream has ended")
