@@ -165,7 +165,7 @@ class EngineDriver:
                 migration_id=session.migration_id,
                 secret=secret,
                 pid=memory.pid,
-                regions=_layout(memory),
+                regions=layout_of(memory),
                 streams=self._settings.streams,
                 bind_address=self._settings.bind_address,
                 bandwidth_bytes_per_s=session.request.bandwidth_bytes_per_s,
@@ -243,7 +243,7 @@ class EngineDriver:
             self._feed(v.EngineLost(reason=f"the engine {how}"))
 
 
-def _layout(memory: GuestMemory) -> tuple[m.RegionLayout, ...]:
+def layout_of(memory: GuestMemory) -> tuple[m.RegionLayout, ...]:
     return tuple(
         m.RegionLayout(
             name=region.name,

@@ -15,6 +15,8 @@ from typing import Annotated, NewType
 
 import msgspec
 
+from migrator.figures import Prediction
+
 NodeName = NewType("NodeName", str)
 DomainName = NewType("DomainName", str)
 MigrationId = NewType("MigrationId", str)
@@ -348,6 +350,8 @@ class Migration(Value, frozen=True, kw_only=True):
     total_s: float | None = None
     timeline: tuple[Phase, ...] = ()
     iterations: tuple[PassReport, ...] = ()
+    prediction: Prediction | None = None
+    """Made when the migration began, or after its first iteration where too little was known."""
 
     @property
     def ended(self) -> bool:

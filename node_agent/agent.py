@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from hypervisor.qemu.driver import QemuDriver
+from migrator.dirty_sampler import DirtySampler
 from migrator.engine.spares import EngineSpares
 from migrator.engine_driver import EngineSettings
 from migrator.errors import ConfigError
@@ -35,7 +36,10 @@ from node_agent.domain_records import DomainRecords
 from node_agent.domains import DomainService
 from node_agent.events import EventKind, EventLog
 from node_agent.machines import MachinePinner
+from node_agent.migrations import link_speed
 from node_agent.migrations.checks import DestinationCheck
+from node_agent.migrations.forecast import Forecaster
+from node_agent.migrations.link_probe import LinkProbe
 from node_agent.migrations.manager import MigrationManager
 from node_agent.migrations.publisher import Publisher
 from node_agent.migrations.site import NodeSite
@@ -127,8 +131,12 @@ async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
             events=events,
             pin_machine=MachinePinner(nodes),
         )
+        link = LinkProbe(hub, config.migration.address)
+        link.register()
+        stack.push_async_callback(link.close)
         migrations = make_migrations(
             config,
+            link=link,
             hub=hub,
             hypervisor=hypervisor,
             fabric=fabric,
@@ -176,6 +184,7 @@ async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
 def make_migrations(
     config: AgentConfig,
     *,
+    link: LinkProbe,
     hub: PeerHub,
     hypervisor: HypervisorDriver,
     fabric: FabricDriver,
@@ -198,6 +207,17 @@ def make_migrations(
         fabric=fabric,
         incoming=lambda: [spec for each in incoming for spec in each()],
     )
+    publisher = Publisher(typed, events)
+    spares = EngineSpares(state / "logs" / "engines.log")
+    forecaster = Forecaster(
+        NodeName(config.node.name),
+        hypervisor=hypervisor,
+        locks=domains.locks,
+        sample=DirtySampler(hypervisor.memory, spares.log_path).sample,
+        history=publisher.read_all,
+        interface=lambda: link_speed.of_interface(config.migration.address),
+        probe=link.measure,
+    )
     manager = MigrationManager(
         NodeName(config.node.name),
         hub=hub,
@@ -208,15 +228,16 @@ def make_migrations(
         records=records,
         nodes=nodes,
         events=events,
-        publisher=Publisher(typed, events),
+        publisher=publisher,
         check=check,
         site=NodeSite(hub=hub, hypervisor=hypervisor, fabric=fabric, domains=domains, check=check),
         engine=EngineSettings(
             run_directory=state / "run",
-            spares=EngineSpares(state / "logs" / "engines.log"),
+            spares=spares,
             bind_address=config.migration.address,
             streams=config.migration.streams,
         ),
+        forecaster=forecaster,
         boot_id=boot_id,
     )
     incoming.append(manager.incoming)  # The two know each other: the check counts what comes.

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from migrator import ranges
 from migrator.engine import frames, kernel
 from migrator.engine.bandwidth import TokenBucket
@@ -37,6 +39,7 @@ from migrator.engine.memory import map_regions
 from migrator.engine.packing import IdleCores, PackingPolicy
 from migrator.engine.planner import PassPlanner
 from migrator.engine.relay import SourceRelay
+from migrator.engine.sampling import sample_dirty, zero_share
 from migrator.engine.stream import Endpoint, PageStream, StreamBrokenError
 from migrator.engine_messages import (
     Configure,
@@ -48,6 +51,7 @@ from migrator.engine_messages import (
     PassDone,
     Report,
     RunPass,
+    SampleDirty,
     SetBandwidth,
     Stop,
     Stopped,
@@ -104,7 +108,7 @@ class SourceEngine:
                     watched[stream.sock.fileno()] = POLL_IN
             happened = poll(watched, 60.0)
             if self._control.fileno() in happened:
-                self._deferred.extend(self._control.receive())
+                self._hear()
             if self._faults.signal.fileno() in happened:
                 self._faults.raise_first()
             for stream in self._streams:
@@ -167,6 +171,8 @@ class SourceEngine:
                 self._open_device_channel(Path(message.path))
             case Connect():
                 self._connect(message)
+            case SampleDirty():
+                self._sample_dirty(message)
             case Stop():
                 raise StoppedError("the agent said so")
             case Configure():
@@ -236,6 +242,19 @@ class SourceEngine:
     def _restore_idle(self, stream: PageStream, error: StreamBrokenError) -> None:
         stream.take_unacknowledged()  # Barriers only: every pass awaits its acknowledgements.
         reconnect(stream, self._health, str(error), self._configure.reconnect_s, self)
+
+    def _sample_dirty(self, message: SampleDirty) -> None:
+        if self._streams:
+            raise WrongStateError("SampleDirty", "connected", "configured")
+        extents = self._planner.extents()
+        sampled = sample_dirty(self._log, self._regions, message.seconds, self)
+        self._control.send(
+            msgspec.structs.replace(
+                sampled,
+                zero_share=zero_share(self._regions, extents),
+                memory_in_use_bytes=sum(ranges.byte_count(found) for found in extents),
+            )
+        )
 
     # --- passes ---
 
