@@ -58,7 +58,6 @@ class EngineDriver:
         self._configured = False
         self._pages_in_use = 0
         self._round_trip_ms = 0.0
-        self._connect: v.ConnectEngine | None = None
         self._tail: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -152,7 +151,6 @@ class EngineDriver:
     async def _connect_source(self, command: v.ConnectEngine, memory: HypervisorDriver) -> None:
         if self._stopping:
             return
-        self._connect = command
         await self._configure(memory, command.secret)
         self._send(m.Connect(host=command.host, port=command.port))
 
