@@ -95,12 +95,14 @@ def kill(scene: Scene, name: str) -> None:
         )
 
 
-def settle(scene: Scene, migration: Migration, at: str) -> Migration:
+def settle(scene: Scene, migration: Migration, at: str | None) -> Migration:
     """With every agent up again: the migration ends, the guest is sound, and runs `at` alone."""
     cluster, guest = scene.cluster, scene.guest
     cluster.restart_missing_agents()
     ended = cluster.ended(migration.id, WITNESS)
     client = cluster.plan.namespace("client")
+    if at is None:
+        at = scene.destination if ended.state is COMPLETED else scene.source
     assert guest.node == at, describe(ended)
     with PacketWatch(client, guest.udp_port) as packets:
         packets.wait_packets(100)
@@ -155,7 +157,7 @@ class Handoff:
     step: str
     victims: tuple[str, ...]
     at: str
-    state: MigrationState
+    state: MigrationState | None
 
     @property
     def name(self) -> str:
@@ -170,7 +172,9 @@ HANDOFFS = (
     Handoff("source", "Commit", ("source agent",), "source", FAILED),
     Handoff("source", "Commit", BOTH_AGENTS, "source", FAILED),
     # It may, and hasn't.
-    Handoff("destination", "SwapRecord", ("destination agent",), "source", FAILED),
+    # The source waits a second before it takes the guest back; an agent that is up again by then,
+    # and finds the guest loaded and the source willing, goes on. Either is right, if both agree.
+    Handoff("destination", "SwapRecord", ("destination agent",), "either", None),
     Handoff("destination", "SwapRecord", ("destination hypervisor",), "source", FAILED),
     # It has won the record; the guest has never run there.
     Handoff("destination", "Fence", ("destination agent",), "destination", COMPLETED),
@@ -196,8 +200,9 @@ def test_a_kill_in_the_handoff_leaves_one_copy(
         point.wait_reached()
         for victim in handoff.victims:
             kill(scene, victim)
-    ended = settle(scene, begun, scene.source if handoff.at == "source" else scene.destination)
-    assert ended.state is handoff.state, describe(ended)
+    at = {"source": scene.source, "destination": scene.destination}.get(handoff.at)
+    ended = settle(scene, begun, at)
+    assert handoff.state in (ended.state, None), describe(ended)
     inventory.assert_nothing_left(cluster, before, connections_change=True)
     cluster.move(guest.name, guest.other_node(), via=WITNESS)
     guest.verify()
