@@ -54,6 +54,9 @@ class EngineDriver:
         self._secret = secrets.token_bytes(32)
         self._process: EngineProcess | None = None
         self._stopping = False
+        self._generation = 0
+        """Counts engines: what a dead one's had still to say is dropped."""
+        self._post_copy = False
         self._pages_in_use = 0
         self._round_trip_ms = 0.0
         self._connect: v.ConnectEngine | None = None
@@ -74,7 +77,10 @@ class EngineDriver:
                 self._stopping = True
                 self._queue(self._stop())
             case v.StartEngine():
-                self._queue(self._guarded("start", self._start(memory)))
+                if command.post_copy:
+                    self._generation += 1
+                    self._stopping = False
+                self._queue(self._guarded("start", self._start(memory, command.post_copy)))
             case v.ConnectEngine():
                 self._queue(self._guarded("connect", self._connect_source(command, memory)))
 
@@ -127,11 +133,17 @@ class EngineDriver:
             return
         settings = self._settings
         log_path = settings.log_directory / f"engine-{self._session.migration_id}.log"
+        generation = self._generation
         self._process = await EngineProcess.spawn(
-            log_path=log_path, on_message=self._on_message, on_exit=self._on_exit
+            log_path=log_path,
+            on_message=lambda message: self._on_message(message, generation),
+            on_exit=lambda status: self._on_exit(status, generation),
         )
 
-    async def _start(self, memory: HypervisorDriver) -> None:
+    async def _start(self, memory: HypervisorDriver, post_copy: bool) -> None:
+        self._post_copy = post_copy
+        if post_copy:
+            await self._stop()
         await self._spawn()
         if self._session.role is Role.DESTINATION and not self._stopping:
             await self._configure(memory, self._secret)
@@ -156,6 +168,7 @@ class EngineDriver:
                 streams=self._settings.streams,
                 bind_address=self._settings.bind_address,
                 bandwidth_bytes_per_s=session.request.bandwidth_bytes_per_s,
+                post_copy=self._post_copy,
             )
             if self._process is not None:
                 self._process.send(message, fds=memory.fds)
@@ -177,17 +190,20 @@ class EngineDriver:
 
     # --- what the engine says ---
 
-    def _on_message(self, message: m.FromEngine) -> None:
-        if self._stopping:
+    def _on_message(self, message: m.FromEngine, generation: int) -> None:
+        if self._stopping or generation != self._generation:
             return
         match message:
             case m.Listening():
-                self._send(m.OpenDeviceChannel(path=str(self._device_channel)))
+                if not self._post_copy:
+                    self._send(m.OpenDeviceChannel(path=str(self._device_channel)))
                 self._feed(
                     v.EngineListening(host=message.host, port=message.port, secret=self._secret)
                 )
             case m.Configured():
                 self._pages_in_use = message.pages_in_use
+            case m.Connected() if self._post_copy:
+                self._feed(v.EngineConnected(pages_in_use=self._pages_in_use, round_trip_ms=0.0))
             case m.Connected():
                 self._round_trip_ms = message.round_trip_ms
                 self._send(m.OpenDeviceChannel(path=str(self._device_channel)))
@@ -212,14 +228,26 @@ class EngineDriver:
             case m.ChannelRestored():
                 detail = f"after {message.broken_s:.2f} s"
                 self._feed(v.ChannelNoted(broken=False, detail=detail))
+            case m.PostCopyArmed():
+                self._feed(v.PagesMissing())
+            case m.PostCopyDone():
+                self._feed(
+                    v.PagesComplete(
+                        seconds=message.seconds,
+                        pages=message.pages,
+                        faults=message.faults,
+                        fault_ms_median=message.fault_ms_median,
+                        fault_ms_max=message.fault_ms_max,
+                    )
+                )
             case m.EngineFailed():
                 self._stopping = True  # Its exit follows and says nothing new.
                 self._feed(v.EngineLost(reason=message.reason))
             case _:
                 pass
 
-    def _on_exit(self, status: int) -> None:
-        if not self._stopping:
+    def _on_exit(self, status: int, generation: int) -> None:
+        if not self._stopping and generation == self._generation:
             self._stopping = True
             self._feed(v.EngineLost(reason=f"the engine ended with status {status}"))
 

@@ -11,6 +11,8 @@
       │◄──────────────────────── PassDone ───┤                              │
       │  OpenDeviceChannel(path) ───────────►│ listens on path              │ connects to path
       │◄──────────────── DeviceChannelOpen ──┤                              │
+      │◄────────────────────────────────────────────────── PostCopyArmed ───┤ (if some are missing)
+      │◄─────────────────────────────────────────────────── PostCopyDone ───┤
       │  Stop ──────────────────────────────►│ unregisters, exits           │
 
 Frames are `migrator.wire` frames. The descriptors of `Configure` come with its first byte
@@ -60,6 +62,8 @@ class Configure(Message, frozen=True, kw_only=True):
     broken."""
     device_connect_s: float = 10.0
     """Destination: how long the hypervisor's device channel may take to appear."""
+    post_copy: bool = False
+    """Take over from an engine that died in post-copy: no passes, no device channel."""
 
 
 class Connect(Message, frozen=True, kw_only=True):
@@ -125,6 +129,20 @@ class PassDone(Message, frozen=True, kw_only=True):
     report: PassReport
 
 
+class PostCopyArmed(Message, frozen=True, kw_only=True):
+    """Destination: pages are missing from here on; whoever touches one waits for this engine."""
+
+
+class PostCopyDone(Message, frozen=True, kw_only=True):
+    """Destination: every page is in place, and the guest's memory is rid of the engine."""
+
+    seconds: float
+    pages: int
+    faults: int
+    fault_ms_median: float
+    fault_ms_max: float
+
+
 class DeviceChannelOpen(Message, frozen=True, kw_only=True):
     path: str
 
@@ -161,6 +179,8 @@ FromEngine = (
     | DeviceChannelOpen
     | ChannelBroken
     | ChannelRestored
+    | PostCopyArmed
+    | PostCopyDone
     | EngineFailed
     | Stopped
 )

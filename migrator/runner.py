@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from migrator.engine_driver import EngineDriver, EngineSettings
-from migrator.errors import FerryError, RefusedError
+from migrator.errors import FerryError, HypervisorError, RefusedError
 from migrator.hold_points import hold
 from migrator.journal import MigrationJournal
 from migrator.journal_entry import entry_of
@@ -336,6 +336,8 @@ class Runner:
                 self.feed(v.GuestDestroyed())
             case v.InspectGuest():
                 status = await driver.inspect(domain)
+                if status.state is DomainState.UNKNOWN:
+                    raise HypervisorError(f"{domain} doesn't say what it does: {status.reason}")
                 self.feed(v.GuestInspected(condition=_CONDITIONS[status.state]))
 
     async def _finish(self) -> None:
@@ -360,5 +362,4 @@ _CONDITIONS: Final = {
     DomainState.PAUSED: v.GuestCondition.STOPPED_OTHERWISE,
     DomainState.IO_ERROR: v.GuestCondition.STOPPED_OTHERWISE,
     DomainState.CRASHED: v.GuestCondition.STOPPED_OTHERWISE,
-    DomainState.UNKNOWN: v.GuestCondition.STOPPED_OTHERWISE,
 }

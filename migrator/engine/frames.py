@@ -8,7 +8,17 @@
       │  ZERO    ranges ─────────────────────────────────────────────────►│ punches out
       │  BARRIER ────────────────────────────────────────────────────────►│
       │◄────────────────────────────────── ACK (sequence: all up to it are in place)
+      │  MISSING ranges ─────────────────────────────────────────────────►│ punches out, notes
+      │  ARM ────────────────────────────────────────────────────────────►│ from now on faults
       │  BYE ────────────────────────────────────────────────────────────►│ an end in order
+
+On the two post-copy streams (FAULTS and BULK), which the source opens, the destination asks:
+
+      │◄───────────────────────────────── PULL ranges (sequence: pages that are missing still) │
+      │  PAGES, ZERO: each page that was asked for, once ────────────────►│ fills holes
+      │◄──────────────────────────────────────────────────────────── LIST │ after a restart
+      │  EXTENTS ranges ... BARRIER: what isn't a hole ──────────────────►│
+      │◄───────────────────────────────────────────────────────────── BYE │ nothing is missing
 
     byte   0       2         3      4         6        8       12         16          24         32
            ┌───────┬─────────┬──────┬─────────┬────────┬───────┬──────────┬───────────┬──────────┐
@@ -17,8 +27,8 @@
            little endian; then `count` ranges of 16 bytes (start, end: offsets in the region), then
            `payload` bytes: the ranges' content, joined.
 
-PAGES, ZERO and BARRIER count up the sequence by one each, from 1 on every new connection, and
-are acknowledged. Kind 0 is invalid. Whatever is not as described is refused with
+PAGES, ZERO, MISSING, ARM and BARRIER count up the sequence by one each, from 1 on every new
+connection, and are acknowledged. Kind 0 is invalid. Whatever is not as described is refused with
 RemoteProtocolError before a byte of guest memory is touched.
 """
 
@@ -56,6 +66,10 @@ class StreamKind(enum.IntEnum):
     INVALID = 0
     PAGES = 1
     DEVICE = 2
+    FAULTS = 3
+    """Post-copy: pages that somebody waits for."""
+    BULK = 4
+    """Post-copy: all the others."""
 
 
 class StreamHello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -102,10 +116,26 @@ class FrameKind(enum.IntEnum):
     BARRIER = 4
     ACK = 5
     BYE = 6
+    MISSING = 7
+    ARM = 8
+    PULL = 9
+    LIST = 10
+    EXTENTS = 11
 
 
-_WITH_RANGES: Final = frozenset({FrameKind.EXPECT, FrameKind.PAGES, FrameKind.ZERO})
-SEQUENCED: Final = frozenset({FrameKind.PAGES, FrameKind.ZERO, FrameKind.BARRIER})
+_WITH_RANGES: Final = frozenset(
+    {
+        FrameKind.EXPECT,
+        FrameKind.PAGES,
+        FrameKind.ZERO,
+        FrameKind.MISSING,
+        FrameKind.PULL,
+        FrameKind.EXTENTS,
+    }
+)
+SEQUENCED: Final = frozenset(
+    {FrameKind.PAGES, FrameKind.ZERO, FrameKind.BARRIER, FrameKind.MISSING, FrameKind.ARM}
+)
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -135,7 +165,7 @@ def parse_header(data: bytes | bytearray | memoryview) -> Header:
         raise RemoteProtocolError(f"not a page frame: {bytes(data[:16]).hex()}")
     if version != STREAM_VERSION:
         raise RemoteProtocolError(f"page frame version {version} is unknown")
-    if number == FrameKind.INVALID or number > FrameKind.BYE:
+    if number == FrameKind.INVALID or number > FrameKind.EXTENTS:
         raise RemoteProtocolError(f"page frame kind {number} is unknown")
     kind = FrameKind(number)
     if count > FRAME_RANGES_MAX or (count > 0) != (kind in _WITH_RANGES):

@@ -56,6 +56,8 @@ class Timing(Struct, frozen=True, kw_only=True):
     retry_s: float = 0.5
     """Between tries in recovery; doubles up to retry_s_max."""
     retry_s_max: float = 5.0
+    respawn_s: float = 0.1
+    """Before an engine that died in post-copy gets a successor: the guest may wait for it."""
     abandoned_s: float = 60.0
     """That a destination keeps its copy without any word from the source."""
 

@@ -157,10 +157,10 @@ class SourceRecovery(SourceView):
             self._swap(record)
         elif self._destination_refused:
             self._finish_gone()
-        elif self.device_state_out:
+        elif self.device_state_out and (self._engine_up or not self.post_copy):
             # Only the destination has the guest's memory, and it can't have loaded the device state
             # before the last page was in place: what it has loaded is whole.
-            self._send(Commit())
+            self._send(Commit(post_copy=self.post_copy))
             self._retry_later()
         else:
             # Whether the device state went out, or the guest resumed here and ran on before it
@@ -191,7 +191,6 @@ class SourceRecovery(SourceView):
             return
         if self._rollback_token is not None or message.token != self.next_token:
             return  # We hold a newer token, or it isn't about this handoff: the word is stale.
-        self._destination_runs = True
         if message.resumed_at_s:
             self._note_blackout(message.resumed_at_s)
         else:
@@ -199,7 +198,14 @@ class SourceRecovery(SourceView):
         if self._sent_at_s is not None and message.won_at_s:
             self._note("ownership record", self._sent_at_s, message.won_at_s)
             self._note("fence and resume", message.won_at_s, message.resumed_at_s)
+        if self.post_copy and message.resumed_at_s:
+            self._begin_post_copy()
+            return
+        self._destination_runs = True
         self._do(StopTimer(name=TimerName.HANDOFF), StopTimer(name=TimerName.RETRY), DestroyGuest())
+
+    def _begin_post_copy(self) -> None:
+        raise NotImplementedError  # In `source_post_copy`.
 
     def _note_blackout(self, resumed_at_s: float) -> None:
         """Pause to resume. Two hosts' clocks disagree, so ours gives the bounds."""
