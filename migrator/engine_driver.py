@@ -65,7 +65,7 @@ class EngineDriver:
 
     def perform(
         self,
-        command: v.StartEngine | v.ConnectEngine | v.RunPass | v.StopEngine,
+        command: v.StartEngine | v.ConnectEngine | v.RunPass | v.PullPages | v.StopEngine,
         *,
         memory: HypervisorDriver,
     ) -> None:
@@ -73,6 +73,8 @@ class EngineDriver:
         match command:
             case v.RunPass():
                 self._send(m.RunPass(number=command.number, kind=command.kind))
+            case v.PullPages():
+                self._send(m.PullAll())
             case v.StopEngine():
                 self._stopping = True
                 self._queue(self._stop())

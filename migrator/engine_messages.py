@@ -89,6 +89,10 @@ class OpenDeviceChannel(Message, frozen=True, kw_only=True):
     path: str
 
 
+class PullAll(Message, frozen=True, kw_only=True):
+    """Destination in post-copy: the guest runs; get what nobody waits for yet, too."""
+
+
 class Stop(Message, frozen=True, kw_only=True):
     """Unregister dirty tracking, close everything, answer `Stopped` and exit."""
 
@@ -169,7 +173,7 @@ class Stopped(Message, frozen=True, kw_only=True):
     bytes_sent: int = 0
 
 
-ToEngine = Configure | Connect | RunPass | SetBandwidth | OpenDeviceChannel | Stop
+ToEngine = Configure | Connect | RunPass | SetBandwidth | OpenDeviceChannel | PullAll | Stop
 FromEngine = (
     Configured
     | Listening

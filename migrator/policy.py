@@ -106,8 +106,8 @@ def decide(
         return decision(
             DecisionKind.POST_COPY,
             f"{pending_bytes / 1e6:.1f} MB are left of {last.bytes_sent / 1e6:.1f} MB sent: "
-            f"another iteration doesn't pay (the guest dirties {dirty_rate(last) / 1e6:.1f} MB/s, the link "
-            f"carries {rate / 1e6:.1f} MB/s)",
+            f"another iteration doesn't pay (the guest dirties {dirty_rate(last) / 1e6:.1f} MB/s, "
+            f"the link carries {rate / 1e6:.1f} MB/s)",
         )
     shrinks = _shrinks(passes, window=1 if fits else WINDOW)
     if len(passes) >= MAX_ITERATIONS:

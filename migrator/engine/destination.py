@@ -35,6 +35,7 @@ from migrator.engine_messages import (
     OpenDeviceChannel,
     PostCopyArmed,
     PostCopyDone,
+    PullAll,
     Stop,
     Stopped,
     ToEngine,
@@ -125,6 +126,8 @@ class DestinationEngine:
             case OpenDeviceChannel():
                 path = Path(message.path)
                 threading.Thread(target=self._open_device, args=(path,), daemon=True).start()
+            case PullAll():
+                self._the_filler().pull_all()
             case Stop():
                 raise StoppedError("the agent said so")
             case _:

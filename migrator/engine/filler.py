@@ -43,6 +43,10 @@ _WINDOW_S: Final = 0.02
 """What is under way on the bulk stream takes so long to arrive: a fault's page waits behind it."""
 _WINDOW_BYTES_MIN: Final = 2 * CHUNK_PAGES * PAGE_SIZE_BYTES
 _WINDOW_BYTES_MAX: Final = 4 * 1024 * 1024
+_HANDOFF_S: Final = 2.0
+"""From the armed faults to a running guest, at most; then the rest is pulled all the same."""
+_YIELD_S: Final = 0.02
+_YIELD_STEP_S: Final = 0.002
 _POLL_S: Final = 0.5
 _REWAKE_S: Final = 1.0
 _JOIN_S: Final = 5.0
@@ -92,6 +96,8 @@ class Filler:
         self._threads: list[threading.Thread] = []
         self._closed = False
         self._done = False
+        self._guest_runs = threading.Event()
+        self._fault_settled = threading.Event()
         self._armed_at_s = 0.0
         self._pages = 0
 
@@ -118,11 +124,12 @@ class Filler:
         for region in self._regions:
             self._missing.add(region.index, holes_of(region))
         self._unsure = True
+        self._guest_runs.set()
         self.arm()
 
-    @property
-    def armed(self) -> bool:
-        return self._armed_at_s > 0.0
+    def pull_all(self) -> None:
+        """The guest runs: get what nobody waits for, too."""
+        self._guest_runs.set()
 
     def offer(self, kind: StreamKind, sock: socket.socket) -> None:
         """A stream from the source; it replaces an earlier one of its kind."""
@@ -150,6 +157,7 @@ class Filler:
     def close(self) -> None:
         """End the threads. What is missing stays missing, and is waited for. Idempotent."""
         self._closed = True
+        self._guest_runs.set()
         for signal in self._news.values():
             signal.set()
         for sock in list(self._offered.values()):
@@ -251,6 +259,8 @@ class Filler:
         """Keep enough under way to fill the link, and not more."""
         news = self._news[StreamKind.BULK]
         sock: PageSocket | None = None
+        # The handoff isn't over yet, and shouldn't have to share its processors.
+        self._guest_runs.wait(_HANDOFF_S)
         while not self._closed:
             if not poll({news.fileno(): POLL_IN}, _POLL_S):
                 self._check_done()
@@ -291,6 +301,7 @@ class Filler:
         window = _WINDOW_BYTES_MIN
         began, came = time.monotonic(), 0
         while not self._closed:
+            self._let_faults_pass()
             while under_way < window:
                 asked = self._missing.ask(CHUNK_PAGES)
                 if asked is None:
@@ -310,6 +321,13 @@ class Filler:
                 fitting = int(came / seconds * _WINDOW_S)
                 window = max(_WINDOW_BYTES_MIN, min(fitting, _WINDOW_BYTES_MAX))
                 began, came = time.monotonic(), 0
+
+    def _let_faults_pass(self) -> None:
+        """Whoever waits for a page has the link and the processors first."""
+        until = time.monotonic() + _YIELD_S
+        while self._waited_for and time.monotonic() < until:
+            self._fault_settled.wait(_YIELD_STEP_S)
+            self._fault_settled.clear()
 
     def _take(self, sock: PageSocket) -> int:
         """Receive one answer and fill it in. Its bytes of guest memory."""
@@ -343,5 +361,6 @@ class Filler:
             if since is None:
                 continue
             self._latencies.append(now - since)
+            self._fault_settled.set()
             if zero:
                 self._placer.zero(region, offset, offset + PAGE_SIZE_BYTES)

@@ -20,6 +20,7 @@ from migrator.session.vocabulary import (
     GuestReported,
     Journal,
     PagesComplete,
+    PullPages,
     StartEngine,
     StartTimer,
     StopEngine,
@@ -68,6 +69,7 @@ class DestinationPostCopy(Session):
     def _begin_post_copy(self) -> None:
         """The vCPUs run."""
         self._enter(_S.POSTCOPY)
+        self._do(PullPages())
         self._answer_ready()
         self._retry_later()
         self._journal_how_far()

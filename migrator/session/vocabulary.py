@@ -255,6 +255,10 @@ class ConnectEngine(Struct, frozen=True, kw_only=True):
     post_copy: bool = False
 
 
+class PullPages(Struct, frozen=True, kw_only=True):
+    """Destination in post-copy: the guest runs, the engine may get all that is missing."""
+
+
 class StopEngine(Struct, frozen=True, kw_only=True):
     """Idempotent. Dirty tracking is unregistered afterwards."""
 
@@ -331,6 +335,7 @@ Command = (
     | StopTimer
     | StartEngine
     | ConnectEngine
+    | PullPages
     | StopEngine
     | RunPass
     | PrepareSwitchover
