@@ -15,6 +15,9 @@ SEEDS ?= 200
 SEED ?=
 # What `make test` runs: TESTS=tests/unit, TESTS='tests -k lab'.
 TESTS ?= tests
+# Options of `make bench`, and a newer QEMU for it.
+BENCH ?=
+QEMU ?=
 
 .PHONY: help install system demo test check bench sim clean
 
@@ -45,8 +48,8 @@ check: install ## Lint, format, types, and the rule of imports
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/tidy
 
-bench: install ## Measure blackout, total time and throughput (root)
-	$(BIN)/python -m tests.benchmarks.run
+bench: install ## Measure Ferry beside QEMU and libvirt (root); BENCH='--quick', '--cases 1,3', QEMU=
+	$(BIN)/python -m tests.benchmarks.run $(if $(QEMU),--qemu $(QEMU)) $(BENCH)
 
 sim: install ## Simulate clusters under faults; SEEDS=how many, SEED=replay one
 	$(BIN)/python -m tests.simulation.run $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from migrator import engine_messages as m
 from migrator.engine.client import EngineProcess
+from migrator.engine.spares import EngineSpares
 from migrator.errors import FerryError
 from migrator.model import DomainName, Role
 from migrator.ports import GuestMemory, HypervisorDriver, Struct
@@ -31,7 +32,7 @@ class EngineSettings(Struct, frozen=True, kw_only=True):
 
     run_directory: Path
     """For unix sockets: a short path, ours alone."""
-    log_directory: Path
+    spares: EngineSpares
     bind_address: str
     streams: int = 1
 
@@ -55,8 +56,9 @@ class EngineDriver:
         self._process: EngineProcess | None = None
         self._stopping = False
         self._generation = 0
-        """Counts engines: what a dead one's had still to say is dropped."""
+        """Counts engines: what a dead one had still to say is dropped."""
         self._post_copy = False
+        self._configured = False
         self._pages_in_use = 0
         self._round_trip_ms = 0.0
         self._connect: v.ConnectEngine | None = None
@@ -85,6 +87,11 @@ class EngineDriver:
                 self._queue(self._guarded("start", self._start(memory, command.post_copy)))
             case v.ConnectEngine():
                 self._queue(self._guarded("connect", self._connect_source(command, memory)))
+
+    def limit_bandwidth(self, bandwidth_bytes_per_s: int | None) -> None:
+        """At once where the engine is configured; otherwise its configuration will say it."""
+        if self._configured:
+            self._send(m.SetBandwidth(bandwidth_bytes_per_s=bandwidth_bytes_per_s))
 
     async def drained(self) -> None:
         """Wait until every command begun has ended; bounded by the commands' own bounds."""
@@ -134,13 +141,22 @@ class EngineDriver:
         if self._stopping or self._process is not None:
             return
         settings = self._settings
-        log_path = settings.log_directory / f"engine-{self._session.migration_id}.log"
         generation = self._generation
-        self._process = await EngineProcess.spawn(
-            log_path=log_path,
-            on_message=lambda message: self._on_message(message, generation),
-            on_exit=lambda status: self._on_exit(status, generation),
-        )
+
+        def on_message(message: m.FromEngine) -> None:
+            self._on_message(message, generation)
+
+        def on_exit(status: int) -> None:
+            self._on_exit(status, generation)
+
+        spare = settings.spares.take()
+        if spare is not None:
+            spare.attach(on_message, on_exit)
+            self._process = spare
+        else:
+            self._process = await EngineProcess.spawn(
+                log_path=settings.spares.log_path, on_message=on_message, on_exit=on_exit
+            )
 
     async def _start(self, memory: HypervisorDriver, post_copy: bool) -> None:
         self._post_copy = post_copy
@@ -174,6 +190,7 @@ class EngineDriver:
             )
             if self._process is not None:
                 self._process.send(message, fds=memory.fds)
+                self._configured = True
         finally:
             memory.close()
 

@@ -18,6 +18,9 @@
 Frames are `migrator.wire` frames. The descriptors of `Configure` come with its first byte
 (SCM_RIGHTS), in the order uffd, pagemap, region 0, region 1, ... End of file on the socketpair
 means that the agent died: the engine unregisters dirty tracking and exits.
+
+During a pass the source's engine heeds SetBandwidth and Stop at once, and keeps other messages
+until the pass is done. A final pass ignores the bandwidth cap: the guest stands still for it.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from migrator.engine_driver import EngineDriver, EngineSettings
 from migrator.errors import FerryError, HypervisorError, RefusedError
 from migrator.hold_points import hold
@@ -44,6 +46,8 @@ Session = SourceSession | DestinationSession
 
 STEP_S: Final = 30.0
 """No single command takes longer; then it failed with an unknown outcome."""
+FINISH_GAP_S: Final = 10.0
+"""The longest pause between tries to journal a migration's end (a full disk, say)."""
 _CLOSE_S: Final = 3.0
 
 
@@ -93,6 +97,14 @@ class Lane:
             self._waiting.popleft().close()
         if self._task is not None:
             self._task.cancel()
+
+    async def drained(self, timeout_s: float) -> None:
+        """Wait until nothing runs or waits, for at most `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._task is not None:
+                    await asyncio.wait([self._task])
+                    await asyncio.sleep(0)  # Its successor starts in its callback.
 
     async def close(self) -> None:
         self.clear()
@@ -180,6 +192,15 @@ class Runner:
         self._pump()
         self._on_change(self)
 
+    def limit_bandwidth(self, bandwidth_bytes_per_s: int | None) -> None:
+        """Change the page streams' cap; None lifts it. In force within a frame."""
+        session = self.session
+        session.request = msgspec.structs.replace(
+            session.request, bandwidth_bytes_per_s=bandwidth_bytes_per_s
+        )
+        self._engine.limit_bandwidth(bandwidth_bytes_per_s)
+        self._on_change(self)
+
     def _on_domain_event(self, event: DomainEvent) -> None:
         if event.domain == self.domain:
             self.feed(v.GuestReported(kind=event.kind, at_s=event.at_s, detail=event.detail))
@@ -200,7 +221,9 @@ class Runner:
         await self._record_lane.close()
         await self._engine.close()
         if self._aside:
-            await asyncio.wait(self._aside, timeout=_CLOSE_S)
+            _, late = await asyncio.wait(self._aside, timeout=_CLOSE_S)
+            for task in late:
+                task.cancel()
         with contextlib.suppress(OSError):
             self.device_channel.unlink(missing_ok=True)
 
@@ -341,13 +364,23 @@ class Runner:
                 self.feed(v.GuestInspected(condition=_CONDITIONS[status.state]))
 
     async def _finish(self) -> None:
-        """The last word: journalled, so that it can be said after a restart too."""
+        """The last word: journalled, so that it can be said after a restart too.
+
+        Tried until it succeeds or the agent ends: before that, nobody else may have the domain.
+        """
         entry = entry_of(self.session, boot_id=self._boot_id)
-        try:
-            await self._journal.write(entry)
-        except FerryError as error:  # A restart recovers the session once more, to the same end.
-            log.error("migration %s: its end was not journalled: %s", entry.migration_id, error)
+        gap_s = 1.0
+        while not self._closed:
+            try:
+                await self._journal.write(entry)
+                break
+            except FerryError as error:
+                log.error("migration %s: its end isn't journalled: %s", entry.migration_id, error)
+                await asyncio.sleep(gap_s)
+                gap_s = min(gap_s * 2.0, FINISH_GAP_S)
         await self._engine.drained()
+        await self._guest_lane.drained(STEP_S)
+        await self._sends.drained(_CLOSE_S)
         self._on_finish(self)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from hypervisor.qemu.driver import QemuDriver
+from migrator.engine.spares import EngineSpares
 from migrator.engine_driver import EngineSettings
 from migrator.journal import MigrationJournal
 from migrator.model import DomainSpec, NodeInfo, NodeName, PoolName
@@ -199,7 +200,7 @@ def make_migrations(
         site=NodeSite(hub=hub, hypervisor=hypervisor, fabric=fabric, domains=domains, check=check),
         engine=EngineSettings(
             run_directory=state / "run",
-            log_directory=state / "logs",
+            spares=EngineSpares(state / "logs" / "engines.log"),
             bind_address=config.migration.address,
             streams=config.migration.streams,
         ),

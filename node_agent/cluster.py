@@ -40,6 +40,7 @@ from node_agent.cluster_calls import (
     MIGRATION_CHECK,
     MIGRATION_CREATE,
     MIGRATION_GET,
+    MIGRATION_LIMIT,
     PAUSE,
     RESET,
     RESUME,
@@ -49,6 +50,7 @@ from node_agent.cluster_calls import (
     ConsoleParams,
     DomainParams,
     Done,
+    MigrationLimit,
     MigrationParams,
     MigrationRef,
     Nothing,
@@ -268,6 +270,17 @@ class ClusterService:
             source,
             MIGRATION_CANCEL,
             MigrationRef(id=id),
+            Migration,
+            timeout_s=OPERATION_TIMEOUT_S,
+        )
+
+    async def limit_migration(self, id: str, bandwidth_bytes_per_s: int | None) -> Migration:
+        """Change the cap of one that runs. WrongStateError: it ended."""
+        source = NodeName((await self._migrations.get(id)).source)
+        return await self._hub.call(
+            source,
+            MIGRATION_LIMIT,
+            MigrationLimit(id=id, bandwidth_bytes_per_s=bandwidth_bytes_per_s),
             Migration,
             timeout_s=OPERATION_TIMEOUT_S,
         )

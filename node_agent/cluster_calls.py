@@ -33,6 +33,7 @@ MIGRATION_CREATE: Final = "migration.create"
 MIGRATION_CHECK: Final = "migration.check"
 MIGRATION_GET: Final = "migration.get"
 MIGRATION_CANCEL: Final = "migration.cancel"
+MIGRATION_LIMIT: Final = "migration.limit"
 
 
 class Nothing(Struct, frozen=True, kw_only=True):
@@ -71,6 +72,11 @@ class MigrationRef(Struct, frozen=True, kw_only=True):
     id: str
 
 
+class MigrationLimit(Struct, frozen=True, kw_only=True):
+    id: str
+    bandwidth_bytes_per_s: int | None
+
+
 class Reasons(Struct, frozen=True, kw_only=True):
     reasons: tuple[str, ...]
 
@@ -95,6 +101,7 @@ class ClusterCalls:
         hub.handle(MIGRATION_CHECK, MigrationParams, self._check)
         hub.handle(MIGRATION_GET, MigrationRef, self._get)
         hub.handle(MIGRATION_CANCEL, MigrationRef, self._cancel)
+        hub.handle(MIGRATION_LIMIT, MigrationLimit, self._limit)
 
     async def _start(self, _: NodeName, params: DomainParams) -> OwnershipRecord:
         return await self._domains.start(params.domain)
@@ -131,6 +138,9 @@ class ClusterCalls:
 
     async def _get(self, _: NodeName, params: MigrationRef) -> Migration:
         return await self._migrations.get(params.id)
+
+    async def _limit(self, _: NodeName, params: MigrationLimit) -> Migration:
+        return await self._migrations.limit(params.id, params.bandwidth_bytes_per_s)
 
     async def _cancel(self, _: NodeName, params: MigrationRef) -> Migration:
         return await self._migrations.cancel(params.id)

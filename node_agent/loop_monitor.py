@@ -20,19 +20,11 @@ import weakref
 from collections import deque
 from typing import Final
 
-import msgspec
+from node_agent.resources import LoopBlock
 
 NOTED_MS: Final = 5.0
 """A turn of the loop that took longer is kept with its time."""
 KEPT: Final = 64
-
-
-class LoopBlock(msgspec.Struct, frozen=True, kw_only=True):
-    """A time in which the loop did one turn's work, and answered nobody."""
-
-    ended_at_s: float
-    """Wall clock."""
-    milliseconds: float
 
 
 class LoopMonitor(selectors.DefaultSelector):

@@ -25,7 +25,6 @@ from migrator.model import (
     Value,
     VolumeInfo,
 )
-from node_agent.loop_monitor import LoopBlock
 
 DOMAINS: Final = "domains/"
 NODES: Final = "nodes/"
@@ -119,6 +118,13 @@ class MigrationCreate(Value, frozen=True, kw_only=True):
         )
 
 
+class MigrationChange(Value, frozen=True, kw_only=True):
+    """What can be changed while a migration runs."""
+
+    bandwidth_bytes_per_s: Annotated[int, msgspec.Meta(ge=65_536)] | None
+    """The cap on its page streams; null lifts it."""
+
+
 class DryRun(Value, frozen=True, kw_only=True):
     """What a migration would be refused for; empty: it would be accepted."""
 
@@ -163,6 +169,14 @@ class PoolList(Value, frozen=True, kw_only=True):
 
 class VolumeList(Value, frozen=True, kw_only=True):
     volumes: tuple[VolumeInfo, ...]
+
+
+class LoopBlock(Value, frozen=True, kw_only=True):
+    """A time in which the agent's event loop did one turn's work, and answered nobody."""
+
+    ended_at_s: float
+    """Wall clock."""
+    milliseconds: float
 
 
 class Health(Value, frozen=True, kw_only=True):

@@ -135,6 +135,8 @@ class QemuProcess:
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal; nothing happens if the process is gone. It can't hit another one."""
+        if self.pidfd < 0:  # Gone, and released.
+            return
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import traceback
+from pathlib import Path
 from types import FrameType
 from typing import Final
 
@@ -20,7 +21,6 @@ from migrator.engine_messages import EngineFailed
 from migrator.errors import FerryError
 from migrator.model import Role
 
-_CONFIGURE_TIMEOUT_S: Final = 60.0
 _SWITCH_INTERVAL_S: Final = 0.0002
 """A thread that wakes from a system call waits so long for Python's lock at most, not 5 ms."""
 
@@ -36,7 +36,8 @@ def main(arguments: list[str]) -> int:
     control = Control(socket.socket(fileno=int(arguments[1])))
     engine: SourceEngine | DestinationEngine | None = None
     try:
-        configure, descriptors = control.receive_configure(_CONFIGURE_TIMEOUT_S)
+        configure, descriptors = control.receive_configure()
+        Path("/proc/self/comm").write_text(f"ferry-{configure.role}"[:15])
         kind = SourceEngine if configure.role is Role.SOURCE else DestinationEngine
         engine = kind(configure, descriptors, control)
         engine.run()

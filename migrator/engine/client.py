@@ -107,6 +107,13 @@ class EngineProcess:
     def running(self) -> bool:
         return self._process.returncode is None
 
+    def attach(
+        self, on_message: Callable[[FromEngine], None], on_exit: Callable[[int], None]
+    ) -> None:
+        """Take over an engine that was started ahead; nothing was said by it yet."""
+        self._on_message = on_message
+        self._on_exit = on_exit
+
     def send(self, message: ToEngine, fds: Sequence[int] = ()) -> None:
         """Queue a message. `fds` travel with its first byte and are duplicated here: the caller
         may close them at once. A message to an engine that has ended is dropped: `on_exit` tells.

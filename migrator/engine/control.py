@@ -17,7 +17,7 @@ from typing import Final, Protocol
 import msgspec
 
 from migrator import wire
-from migrator.engine_messages import Configure, FromEngine, ToEngine
+from migrator.engine_messages import Configure, FromEngine, Stop, ToEngine
 from migrator.errors import EngineError, LocalProtocolError
 
 POLL_IN: Final = select.POLLIN
@@ -25,6 +25,8 @@ POLL_OUT: Final = select.POLLOUT
 
 _DESCRIPTORS_MAX: Final = 253  # linux/socket.h, SCM_MAX_FD
 _SEND_TIMEOUT_S: Final = 10.0
+_SPARE_WAIT_S: Final = 3600.0
+"""One wait of an engine that was started ahead; it waits again."""
 _decoder: Final = msgspec.msgpack.Decoder(ToEngine)
 
 
@@ -44,7 +46,8 @@ class Control:
         self._sock = sock
         self._frames = wire.FrameDecoder()
         self._lock = threading.Lock()
-        self._received: collections.deque[ToEngine] = collections.deque()
+        self.pipelined: list[ToEngine] = []
+        """What came together with `Configure`: to be handled before the next `receive`."""
         self._descriptors: list[int] = []
 
     def fileno(self) -> int:
@@ -80,23 +83,26 @@ class Control:
         self._descriptors += descriptors
         return [frame.decode(_decoder) for frame in self._frames.feed(data)]
 
-    def receive_configure(self, timeout_s: float) -> tuple[Configure, list[int]]:
-        """The first message, with its descriptors. Later messages must not be pipelined to it."""
-        deadline = time.monotonic() + timeout_s
+    def receive_configure(self) -> tuple[Configure, list[int]]:
+        """The first message, with its descriptors; what came with it is in `pipelined`.
+
+        An engine that was started ahead waits as long as its agent lives.
+        """
         while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise AgentGoneError("the agent sent no configuration")
-            poll({self.fileno(): POLL_IN}, left)
-            for message in self.receive():
-                if not isinstance(message, Configure):
-                    raise LocalProtocolError(f"{type(message).__name__} came before Configure")
-                if len(self._descriptors) != 2 + len(message.regions):
-                    raise LocalProtocolError(
-                        f"{len(message.regions)} regions came with "
-                        f"{len(self._descriptors)} descriptors"
-                    )
-                return message, self._descriptors
+            poll({self.fileno(): POLL_IN}, _SPARE_WAIT_S)
+            messages = self.receive()
+            if not messages:
+                continue
+            first, *self.pipelined = messages
+            if isinstance(first, Stop):
+                raise StoppedError("it wasn't needed")
+            if not isinstance(first, Configure):
+                raise LocalProtocolError(f"{type(first).__name__} came before Configure")
+            if len(self._descriptors) != 2 + len(first.regions):
+                raise LocalProtocolError(
+                    f"{len(first.regions)} regions came with {len(self._descriptors)} descriptors"
+                )
+            return first, self._descriptors
 
     def close(self) -> None:
         self._sock.close()

@@ -80,6 +80,8 @@ class DestinationEngine:
             self._the_filler().take_over()
         host, port = self._listener.getsockname()[:2]
         self._control.send(Listening(host=host, port=port))
+        for message in self._control.pipelined:
+            self._handle(message)
         watched = {
             self._control.fileno(): POLL_IN,
             self._listener.fileno(): POLL_IN,

@@ -79,7 +79,7 @@ class SourceEngine:
         self._server: PageServer | None = None
         self._endpoint: Endpoint | None = None
         self._faults = ThreadFaults()
-        self._deferred: collections.deque[ToEngine] = collections.deque()
+        self._deferred: collections.deque[ToEngine] = collections.deque(control.pipelined)
         self._pass: RunPass | None = None
         self._deliveries: list[Delivery] = []
         self._reported_at_s = 0.0

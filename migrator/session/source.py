@@ -347,6 +347,9 @@ class SourceSession(SourcePostCopy):
                 self._hand_off()
             case GuestReported(kind=DomainEventKind.MIGRATION_FAILED):
                 self._give_up(f"device state: {event.detail or 'the hypervisor gave up'}")
+            case ChannelNoted(broken=True) if not self._forced:
+                # The engine would connect again, but the guest stands still meanwhile.
+                self._give_up(f"the link broke in the switchover: {event.detail}")
             case TimerFired(name=TimerName.SWITCHOVER):
                 self._give_up("the switchover stalled")
             case PeerLost():

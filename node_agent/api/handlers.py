@@ -17,6 +17,7 @@ from node_agent.api.requests import (
 )
 from node_agent.resources import (
     DomainList,
+    MigrationChange,
     MigrationCreate,
     MigrationList,
     NodeList,
@@ -100,6 +101,15 @@ async def list_migrations(request: web.Request) -> web.StreamResponse:
 async def get_migration(request: web.Request) -> web.StreamResponse:
     """As its source sees it."""
     return reply(await request.app[CLUSTER].get_migration(migration_of(request)))
+
+
+async def limit_migration(request: web.Request) -> web.StreamResponse:
+    """The bandwidth, while it runs."""
+    change = await read_body(request, MigrationChange)
+    migration = await request.app[CLUSTER].limit_migration(
+        migration_of(request), change.bandwidth_bytes_per_s
+    )
+    return reply(migration)
 
 
 async def cancel_migration(request: web.Request) -> web.StreamResponse:

@@ -13,6 +13,7 @@ from node_agent.resources import (
     DomainList,
     DryRun,
     Health,
+    MigrationChange,
     MigrationCreate,
     MigrationList,
     NodeList,
@@ -155,6 +156,15 @@ _MIGRATIONS: Final = (
         summary="One migration, with its progress",
         result=Migration,
         errors=(404,),
+    ),
+    Route(
+        method="PATCH",
+        path="/v1/migrations/{id}",
+        handler=handlers.limit_migration,
+        summary="Change the bandwidth cap of a migration that runs",
+        body=MigrationChange,
+        result=Migration,
+        errors=(404, 409),
     ),
     Route(
         method="DELETE",

@@ -137,6 +137,10 @@ class ApiClient:
         """POST, None: an empty body."""
         return self._decoded(self._exchange("POST", path, body, timeout_s), kind)
 
+    def patch(self, path: str, kind: type[T], body: object) -> T:
+        """PATCH."""
+        return self._decoded(self._exchange("PATCH", path, body), kind)
+
     def delete(self, path: str) -> bytes:
         """DELETE; the body of the answer."""
         return self._exchange("DELETE", path)

@@ -13,7 +13,7 @@ from node_agent.cli.domains import path_of
 from node_agent.cli.errors import ExitCode
 from node_agent.cli.output import facts, moment, parse_size, settings, show, size, table
 from node_agent.cli.progress import watch_migration
-from node_agent.resources import DryRun, MigrationCreate, MigrationList
+from node_agent.resources import DryRun, MigrationChange, MigrationCreate, MigrationList
 
 app = typer.Typer(
     help="Migrations: list, look at, watch, cancel.", no_args_is_help=True, rich_markup_mode=None
@@ -158,6 +158,20 @@ def cancel(id: _IdArgument) -> None:
     """Cancel a migration; refused from the handoff on."""
     each = msgspec.json.decode(settings.client().delete(_path(id)), type=Migration)
     show(each, f"migration {id} is {each.state.value}")
+
+
+@app.command()
+def limit(
+    id: _IdArgument,
+    bandwidth: Annotated[str, typer.Argument(help="Bytes a second, as 50M or 1G; or none.")],
+) -> None:
+    """Change the bandwidth cap of a migration that runs."""
+    cap = None if bandwidth == "none" else parse_size(bandwidth)
+    change = MigrationChange(bandwidth_bytes_per_s=cap)
+    settings.client().patch(_path(id), Migration, change)
+    each = settings.client().get(_path(id), Migration)
+    allowed = "as fast as it can" if cap is None else f"{bandwidth}/s"
+    show(each, f"migration {id} may send {allowed}")
 
 
 def _path(id: str) -> str:

@@ -146,6 +146,7 @@ class MigrationManager(MigrationService):
         self._hub.handle(INSPECT, Inspection, self._on_inspect)
         self._hub.on_peer_change(self._on_peer_change)
         self._publisher.open()
+        self._engine.spares.refill()
         restored, self._restored = self._restored, []
         for runner in restored:
             runner.feed(v.Recover())
@@ -156,6 +157,7 @@ class MigrationManager(MigrationService):
             await runner.close()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_CLOSE_S)
+        await self._engine.spares.close()
         await self._publisher.close()
         await self._journal.close()
 
@@ -236,6 +238,14 @@ class MigrationManager(MigrationService):
     async def list_migrations(self) -> Sequence[Migration]:
         return await self._publisher.read_all()
 
+    async def limit(self, id: str, bandwidth_bytes_per_s: int | None) -> Migration:
+        runner = self._runners.get(id)
+        if runner is None or not isinstance(runner.session, SourceSession):
+            ended = await self._publisher.read(id)
+            raise WrongStateError(f"migration {id}", ended.state, "under way")
+        runner.limit_bandwidth(bandwidth_bytes_per_s)
+        return runner.session.view()
+
     async def cancel(self, id: str) -> Migration:
         runner = self._runners.get(id)
         if runner is None or not isinstance(runner.session, SourceSession):
@@ -282,6 +292,8 @@ class MigrationManager(MigrationService):
         self._runners.pop(session.migration_id, None)
         if isinstance(session, SourceSession):
             await self._publisher.end(session)
+        if not self._runners:
+            self._engine.spares.refill()
         self._domains.locks.release_from_migration(
             DomainName(session.domain), MigrationId(session.migration_id)
         )

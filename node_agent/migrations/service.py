@@ -36,6 +36,13 @@ class MigrationService(abc.ABC):
         """Newest first."""
 
     @abc.abstractmethod
+    async def limit(self, id: str, bandwidth_bytes_per_s: int | None) -> Migration:
+        """Change the cap of a migration of this node; None lifts it. In force within a frame.
+
+        WrongStateError on one that ended.
+        """
+
+    @abc.abstractmethod
     async def cancel(self, id: str) -> Migration:
         """Ask a migration of this node to give up. Idempotent on one that is cancelling.
 

@@ -103,8 +103,8 @@ def _everyday(figures: _Figures, case: str) -> list[Bar]:
             limit=1.0,
         ),
         Bar(
-            name=f"case {case}: total / that of libvirt's",
-            value=_ratio(total, figures.total(case, "libvirt")),
+            name=f"case {case}: total of `ferry migrate` / of `virsh migrate`",
+            value=_ratio(figures.total(case, "ferry-command"), figures.total(case, "libvirt")),
             limit=0.5,
         ),
         Bar(

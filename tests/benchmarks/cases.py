@@ -153,12 +153,13 @@ CASES: Final[tuple[Case, ...]] = (
 
 
 def select(names: str | None) -> list[Case]:
-    """The cases named, comma-separated; `2` is `2` and `2-capped`. Raises ValueError: none such."""
+    """The cases named, comma-separated; `5`: `5-50`, `5-100`, ... Raises ValueError: none such."""
     if names is None:
         return list(CASES)
     chosen: list[Case] = []
     for name in filter(None, names.split(",")):
-        found = [case for case in CASES if name in (case.name, case.name.partition("-")[0])]
+        found = [case for case in CASES if case.name == name]
+        found = found or [case for case in CASES if case.name.partition("-")[0] == name]
         if not found:
             known = ", ".join(case.name for case in CASES)
             raise ValueError(f"there is no case {name}; there are {known}")

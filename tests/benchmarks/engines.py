@@ -47,8 +47,16 @@ def _native(method: Method) -> Callable[[Site, Case, DomainSpec], Guest]:
     return lambda site, case, spec: NativeGuest(site, case, spec, method)
 
 
+_BY_COMMAND: Final = frozenset({"1", "1-10g", "2", "3", "3-10g"})
+"""Where users' commands are compared, their own start included."""
+
 ENGINES: Final[Mapping[str, Engine]] = {
     "ferry": Engine("Ferry paged", lambda site, case, _: FerryGuest(site, case)),
+    "ferry-command": Engine(
+        "`ferry migrate`",
+        lambda site, case, _: FerryGuest(site, case, by_command=True),
+        cases=_BY_COMMAND,
+    ),
     "qemu-10ms": Engine("QEMU, limit 10 ms", _native(Method(downtime_limit_ms=10))),
     "qemu-300ms": Engine("QEMU, limit 300 ms", _native(Method(downtime_limit_ms=300))),
     "qemu-multifd": Engine(
@@ -57,7 +65,7 @@ ENGINES: Final[Mapping[str, Engine]] = {
     "libvirt": Engine(
         "virsh migrate --live --p2p",
         LibvirtEngine().start,
-        cases=frozenset({"1", "1-10g", "2", "3", "3-10g"}),
+        cases=_BY_COMMAND,
     ),
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import time
 from typing import Final
 
@@ -17,7 +19,7 @@ from node_agent.resources import Domain, Health, MigrationCreate, StartRequest
 from tests.benchmarks.cases import Case
 from tests.benchmarks.native import WIRE_PER_PAYLOAD
 from tests.benchmarks.results import Run
-from tests.benchmarks.site import DOMAIN, Site
+from tests.benchmarks.site import DOMAIN, ROOT, Site
 
 _POLL_S: Final = 0.05
 _SETUP_ALLOWANCE_S: Final = 30.0
@@ -40,8 +42,9 @@ def define(site: Site, case: Case) -> Domain:
 class FerryGuest:
     """The guest as a domain, started on n1."""
 
-    def __init__(self, site: Site, case: Case) -> None:
-        self._site, self._case = site, case
+    def __init__(self, site: Site, case: Case, *, by_command: bool = False) -> None:
+        """`by_command`: migrated by `ferry migrate`, as a user does, rather than by one POST."""
+        self._site, self._case, self._by_command = site, case, by_command
         define(site, case)
         api(site, "n1").post(f"/v1/domains/{DOMAIN}/start", Domain, StartRequest(node="n1"))
 
@@ -52,25 +55,50 @@ class FerryGuest:
 
     def migrate(self) -> Run:
         """One migration from n1 to n2. What goes wrong is in the result."""
+        asked_at_s = time.time()
+        try:
+            migration = self._command() if self._by_command else self._post()
+        except FerryError as error:
+            return Run(completed=False, error=str(error))
+        ended_at_s = time.time() if self._by_command else migration.ended_at_s or time.time()
+        run = _run(self._case, migration, ended_at_s - asked_at_s)
+        return msgspec.structs.replace(run, loop_blocked_ms=self._loop_blocked_ms(asked_at_s))
+
+    def _post(self) -> Migration:
+        """By the API, to the end. Raises FerryError."""
         case, client = self._case, api(self._site, "n1")
         body = MigrationCreate(
             destination="n2",
             timeout_s=case.timeout_s,
             bandwidth_bytes_per_s=case.cap_bytes_per_s,
         )
-        asked_at_s = time.time()
         deadline = time.monotonic() + case.timeout_s + _SETUP_ALLOWANCE_S
+        migration = client.post(f"/v1/domains/{DOMAIN}/migrations", Migration, body)
+        while not migration.ended:
+            if time.monotonic() > deadline:
+                raise FerryError(f"migration {migration.id} doesn't end")
+            time.sleep(_POLL_S)
+            migration = client.get(f"/v1/migrations/{migration.id}", Migration)
+        return migration
+
+    def _command(self) -> Migration:
+        """By the command line, to its end. Raises FerryError."""
+        client = api(self._site, "n1")
+        words = ["--api", client.address, "--json", "migrate", DOMAIN, "--to", "n2"]
         try:
-            migration = client.post(f"/v1/domains/{DOMAIN}/migrations", Migration, body)
-            while not migration.ended:
-                if time.monotonic() > deadline:
-                    raise FerryError(f"migration {migration.id} doesn't end")
-                time.sleep(_POLL_S)
-                migration = client.get(f"/v1/migrations/{migration.id}", Migration)
-        except FerryError as error:
-            return Run(completed=False, error=str(error))
-        run = _run(case, migration, asked_at_s)
-        return msgspec.structs.replace(run, loop_blocked_ms=self._loop_blocked_ms(asked_at_s))
+            done = subprocess.run(
+                [sys.executable, "-m", "node_agent.cli.main", *words],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=self._case.timeout_s + _SETUP_ALLOWANCE_S,
+                check=False,
+            )
+            return msgspec.json.decode(done.stdout, type=Migration)
+        except subprocess.TimeoutExpired:
+            raise FerryError("ferry migrate doesn't end") from None
+        except msgspec.DecodeError:
+            raise FerryError(f"ferry migrate: {done.stderr.decode(errors='replace')}") from None
 
     def _loop_blocked_ms(self, since_s: float) -> float:
         """The longest block of either agent's event loop since then."""
@@ -82,8 +110,7 @@ class FerryGuest:
         return longest
 
 
-def _run(case: Case, migration: Migration, asked_at_s: float) -> Run:
-    ended_at_s = migration.ended_at_s or time.time()
+def _run(case: Case, migration: Migration, total_s: float) -> Run:
     first = next((each for each in migration.iterations if each.kind is PassKind.FIRST), None)
     share = None
     if first is not None and first.seconds > 0:
@@ -97,7 +124,7 @@ def _run(case: Case, migration: Migration, asked_at_s: float) -> Run:
         completed=migration.state is MigrationState.COMPLETED,
         error=migration.error,
         blackout_ms=migration.blackout_ms,
-        total_s=ended_at_s - asked_at_s,
+        total_s=total_s,
         transfer_s=None if migration.total_s is None else migration.total_s - setup_s,
         bytes_sent=migration.progress.bytes_sent,
         line_rate_share=share,

@@ -206,7 +206,7 @@ _UNITS: Final = {"ms": 1.0, "B": 1.0, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0
 
 
 def _figure(job: str, name: str) -> float | None:
-    found = re.search(rf"^{name}:\s+([0-9.]+) (\S+)", job, re.MULTILINE)
+    found = re.search(rf"^{name}:\s+([0-9.]+)\s+(\S+)", job, re.MULTILINE)
     return None if found is None else float(found[1]) * _UNITS[found[2]]
 
 

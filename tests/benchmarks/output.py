@@ -15,6 +15,8 @@ from tests.benchmarks.results import CaseResult, Run, median, summarise
 
 Runs = Mapping[tuple[str, str], Sequence[Run]]
 
+RUNS_FILE: Final = "bench-runs.json"
+
 _HEADINGS: Final = (
     "case",
     "engine",
@@ -58,7 +60,18 @@ def write(folder: Path, runs: Runs, bars: Sequence[Bar]) -> None:
     }
     _write(folder / "bench.json", {"cases": rows, "ratios": ratios})
     details = {f"{case} {engine}": list(each) for (case, engine), each in runs.items()}
-    _write(folder / "bench-runs.json", details)
+    _write(folder / RUNS_FILE, details)
+
+
+def read(folder: Path) -> dict[tuple[str, str], list[Run]]:
+    """Each run that was written there; none if there are none, or of another version."""
+    try:
+        text = (folder / RUNS_FILE).read_bytes()
+        found = msgspec.json.decode(text, type=dict[str, list[Run]])
+    except (OSError, msgspec.DecodeError):
+        return {}
+    keys = {key: key.partition(" ") for key in found}
+    return {(case, engine): found[key] for key, (case, _, engine) in keys.items()}
 
 
 def _write(path: Path, value: object) -> None:

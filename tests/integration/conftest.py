@@ -27,7 +27,7 @@ def pytest_runtest_makereport(
     cluster = getattr(item, "funcargs", {}).get("cluster")
     if report.failed and isinstance(cluster, Cluster):
         for node in cluster.plan.nodes:
-            engines = sorted(node.state_path.glob("logs/engine-*.log"))[-3:]
+            engines = sorted(node.state_path.glob("logs/engines.log"))[-3:]
             for path in (node.log_path, *engines):
                 report.sections.append((f"{node.name} {path.name}", tail(path, LOG_LINES)))
     return report

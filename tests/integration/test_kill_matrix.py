@@ -6,6 +6,7 @@ far the ownership record was; the expected side is written down for each moment.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import pytest
 
 from deploy.lab.processes import Process
 from migrator.model import Migration, MigrationState
+from node_agent.events import EventKind
 from tests.integration.cluster import inventory
 from tests.integration.cluster.client import PacketWatch
 from tests.integration.cluster.world import Cluster, Guest, describe, eventually
@@ -75,6 +77,22 @@ def scene_of(cluster: Cluster, guest: Guest) -> Scene:
     return Scene(cluster, guest, guest.node, guest.other_node())
 
 
+def kill(scene: Scene, name: str) -> None:
+    """Kill it; where an agent watches it, until that agent has seen its end."""
+    cluster, began_s = scene.cluster, time.time()
+    cluster.kill(scene.victim(name))
+    if name == "destination hypervisor":
+        eventually(
+            "the destination's agent notices",
+            lambda: any(
+                event.kind == EventKind.DOMAIN_EXITED
+                and event.node == scene.destination
+                and event.at_s >= began_s
+                for event in cluster.events(WITNESS)
+            ),
+        )
+
+
 def settle(scene: Scene, migration: Migration, at: str) -> Migration:
     """With every agent up again: the migration ends, the guest is sound, and runs `at` alone."""
     cluster, guest = scene.cluster, scene.guest
@@ -104,7 +122,7 @@ def test_a_killed_process_leaves_the_guest_on_its_source(
             point.wait_reached()
         else:
             eventually("pages are sent", lambda: sending(cluster, begun, scene.source))
-        cluster.kill(scene.victim(victim))
+        kill(scene, victim)
     ended = settle(scene, begun, at=scene.source)
     assert ended.state is MigrationState.FAILED, describe(ended)
     assert ended.error, describe(ended)
@@ -174,8 +192,8 @@ def test_a_kill_in_the_handoff_leaves_one_copy(
     with cluster.held(handoff.role, handoff.step) as point:
         begun = cluster.migrate(guest.name, scene.destination, via=scene.source)
         point.wait_reached()
-        for victim in [scene.victim(name) for name in handoff.victims]:
-            cluster.kill(victim)
+        for victim in handoff.victims:
+            kill(scene, victim)
     ended = settle(scene, begun, scene.source if handoff.at == "source" else scene.destination)
     assert ended.state is handoff.state, describe(ended)
     inventory.assert_nothing_left(cluster, before, connections_change=True)

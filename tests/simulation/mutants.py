@@ -75,6 +75,8 @@ class CommitsWhatMayBeStale(SourceSession):
     """The source's hypervisor is gone, so the destination's copy must be the newest: not so."""
 
     found_as: ClassVar = ("1:", "2:")
+    first_seed: ClassVar = 2_500
+    """It takes an agent, an engine and a hypervisor within a second, in that order."""
 
     def _recover_unpassed(self, record: OwnershipRecord) -> None:
         self.device_state_out = self.device_state_out or self._gone
@@ -196,7 +198,7 @@ DESTINATIONS: tuple[type[DestinationSession], ...] = (
 )
 
 
-def node_with(mutant: type[NodeSession] | type[Node]) -> type[Node]:
+def node_with(mutant: type[SourceSession | DestinationSession | Node]) -> type[Node]:
     """A node whose sessions are `mutant`s where that is their role, also after a restart."""
     if issubclass(mutant, Node):
         return mutant
@@ -226,4 +228,5 @@ def node_with(mutant: type[NodeSession] | type[Node]) -> type[Node]:
     return MutantNode
 
 
-MUTANTS: tuple[type[NodeSession] | type[Node], ...] = (*SOURCES, *DESTINATIONS, ForgetsThatItRan)
+Mutant = SourceSession | DestinationSession | Node
+MUTANTS: tuple[type[Mutant], ...] = (*SOURCES, *DESTINATIONS, ForgetsThatItRan)

@@ -126,6 +126,9 @@ class Node:
     def restart(self) -> None:
         self.up = True
         self.world.log("{}: agent restarted", self.name)
+        # Opening the journal syncs it: an end that was read, and acted on, must not be forgotten
+        # by a later power loss.
+        self.durable = dict(self.journal)
         for entry in self.open_entries():
             self.session = self.restored(entry)
             self.token_before = entry.token

@@ -69,6 +69,10 @@ def faults_of(seed: int) -> Faults:
     )
 
 
+AIMED = Faults(aimed=1.0, hypervisor_share=0.35, heal_at_s=10.0)
+"""Nothing but kills around the switchover: most sequences that matter are made of these."""
+
+
 class Scenario:
     """See the module. `play` raises InvariantViolation."""
 

@@ -78,6 +78,16 @@ class FakeMigrations(MigrationService):
     async def list_migrations(self) -> Sequence[Migration]:
         return list(reversed(self.known.values()))
 
+    async def limit(self, id: str, bandwidth_bytes_per_s: int | None) -> Migration:
+        migration = await self.get(id)
+        if migration.ended:
+            raise WrongStateError(f"migration {id}", migration.state, "under way")
+        request = msgspec.structs.replace(
+            migration.request, bandwidth_bytes_per_s=bandwidth_bytes_per_s
+        )
+        self.known[id] = msgspec.structs.replace(migration, request=request)
+        return self.known[id]
+
     async def cancel(self, id: str) -> Migration:
         migration = await self.get(id)
         if migration.ended:

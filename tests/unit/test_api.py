@@ -157,6 +157,12 @@ async def test_a_migration_goes_to_the_source_and_is_watched_and_cancelled(
     listed = await ask(client, "GET", "/v1/migrations", status=200)
     assert [each["id"] for each in listed["migrations"]] == ["m-1"]
     assert (await ask(client, "GET", "/v1/migrations/m-1", status=200))["state"] == "precopy"
+    body = {"bandwidth_bytes_per_s": 1_000_000}
+    limited = await ask(client, "PATCH", "/v1/migrations/m-1", body, status=200)
+    assert limited["request"]["bandwidth_bytes_per_s"] == 1_000_000
+    body = {"bandwidth_bytes_per_s": 1}
+    problem = await ask(client, "PATCH", "/v1/migrations/m-1", body, status=400)
+    assert "bandwidth_bytes_per_s" in problem["fields"]
     cancelled = await ask(client, "DELETE", "/v1/migrations/m-1", status=202)
     assert cancelled["state"] == MigrationState.CANCELLED
     problem = await ask(client, "DELETE", "/v1/migrations/m-1", status=409)

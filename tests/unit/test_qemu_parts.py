@@ -182,6 +182,7 @@ async def test_a_process_inherits_what_it_is_given_and_its_end_is_noticed(tmp_pa
     assert process.exit_status == -signal.SIGKILL
     process.signal(signal.SIGKILL)
     process.release()
+    process.signal(signal.SIGKILL)  # Nothing happens: it is gone, and released.
     assert await asyncio.to_thread(logs.since, log, 0) == "4096 True"
 
 

@@ -39,15 +39,18 @@ def take(cluster: Cluster) -> Counter[str]:
 
 
 def take_settled(cluster: Cluster) -> Counter[str]:
-    """The same once no engine is left of an earlier migration, and nothing changes any more."""
-    last: Counter[str] = Counter()
+    """The same once each node has its one spare engine, and nothing changes any more."""
+    before, last = take(cluster), take(cluster)
 
     def settled() -> bool:
-        nonlocal last
+        nonlocal before, last
         before, last = last, take(cluster)
-        return before == last and not last["engine processes"]
+        return before == last and last["engine processes"] == len(cluster.plan.nodes)
 
-    eventually("the lab settles", settled, SETTLE_S)
+    try:
+        eventually("the lab settles", settled, SETTLE_S)
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {_changes(before, last)}") from None
     return last
 
 
@@ -72,12 +75,16 @@ def assert_nothing_left(
     try:
         eventually("nothing is left behind", same, SETTLE_S)
     except AssertionError as error:
-        changes = {
-            kind: (before[kind], last[kind])
-            for kind in sorted({*before, *last})
-            if before[kind] != last[kind]
-        }
-        raise AssertionError(f"{error}: before and after: {changes}") from None
+        raise AssertionError(f"{error}: {_changes(before, last)}") from None
+
+
+def _changes(before: Counter[str], after: Counter[str]) -> str:
+    changes = [
+        f"{kind}: {before[kind]}, then {after[kind]}"
+        for kind in sorted({*before, *after})
+        if before[kind] != after[kind]
+    ]
+    return "; ".join(changes) or f"nothing changes: {after}"
 
 
 def _kind(command: list[str]) -> str:

@@ -41,6 +41,7 @@ from migrator.model import (
 )
 from node_agent.cli.client import ApiClient
 from node_agent.cli.errors import ApiProblem, Unreachable
+from node_agent.events import ClusterEvent, EventList
 from node_agent.resources import (
     Domain,
     MigrationCreate,
@@ -63,11 +64,11 @@ END_S: Final = 60.0
 
 
 def eventually(what: str, find: Callable[[], T | None], timeout_s: float = 30.0) -> T:
-    """The first result of `find` that is neither None nor False. AssertionError: not in time."""
+    """The first result of `find` that is true. AssertionError: not in time."""
     deadline = time.monotonic() + timeout_s
     while True:
         found = find()
-        if found is not None and found is not False:
+        if found:
             return found
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
         time.sleep(POLL_S)
@@ -174,6 +175,10 @@ class Cluster:
 
         return eventually(f"migration {id} is in {state}", find)
 
+    def events(self, via: str = "n1") -> tuple[ClusterEvent, ...]:
+        """The newest of the log, oldest first."""
+        return self.api(via).get("/v1/events?limit=200", EventList).events
+
     def move(self, domain: str, to: str, via: str = "n1") -> Migration:
         """Migrate, and see that it worked."""
         migration = self.ended(self.migrate(domain, to, via=via).id, via)
@@ -193,7 +198,8 @@ class Cluster:
         return found
 
     def engines(self, node: str) -> list[Process]:
-        return [each for each in self.processes(node) if "migrator.engine" in command_of(each.pid)]
+        """Those at work: one that was started ahead hasn't got its role's name yet."""
+        return [each for each in self.processes(node) if _name_of(each.pid).startswith("ferry-")]
 
     def qemus(self, node: str, domain: str) -> list[Process]:
         """The hypervisor processes of one domain: they name it."""
@@ -349,3 +355,10 @@ def describe(migration: Migration) -> str:
         f"{migration.id} {migration.source} -> {migration.destination}: {migration.state}, "
         f"{migration.error}, blackout {migration.blackout_ms} ms: {phases}"
     )
+
+
+def _name_of(pid: int) -> str:
+    """The process's name; "" if it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""

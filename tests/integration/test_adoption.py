@@ -1,0 +1,74 @@
+"""Agents are killed and started again; their guests run on, and are found again."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from deploy import lab
+from migrator.model import DomainState
+from tests.integration.cluster import inventory
+from tests.integration.cluster.client import Download, PacketWatch
+from tests.integration.cluster.world import Cluster, Load
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(120)]
+
+GAP_SANE_MS = 1000.0
+"""Twenty such processes on two cores wait for one another, so this isn't a bar. What shows that a
+guest lost nothing is that every number of it arrived: it stood still at no time."""
+
+
+def test_guests_outlive_their_agents(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    client = cluster.plan.namespace("client")
+    load = Load(disk=True)
+    with cluster.guest("left", "n1", load) as left, cluster.guest("right", "n2", load) as right:
+        before = inventory.take_settled(cluster)
+        pids = {guest.name: cluster.domain(guest.name).pid for guest in (left, right)}
+        with (
+            PacketWatch(client, left.udp_port) as from_left,
+            PacketWatch(client, right.udp_port) as from_right,
+            Download(client, left.address, 500_000) as download,
+        ):
+            for packets in (from_left, from_right):
+                packets.wait_packets(500)
+            killed_at_s = time.time()
+            for node in cluster.plan.nodes:
+                cluster.kill(cluster.agent(node.name))
+            dead_at_s = time.time()
+            for packets in (from_left, from_right):
+                packets.wait_packets(1000)
+            download.wait_bytes(100_000)
+            for guest in (left, right):
+                assert guest.status("/verify").corruptions == 0
+            unattended_until_s = time.time()
+            cluster.restart_missing_agents()
+            adopted_at_s = time.time()
+            for packets in (from_left, from_right):
+                packets.wait_packets(500)
+            for packets in (from_left, from_right):
+                assert (packets.lost, packets.duplicates, packets.boots) == (0, 0, 1)
+                assert packets.longest_gap_ms(killed_at_s, adopted_at_s) < GAP_SANE_MS
+            gap_ms = from_left.longest_gap_ms(killed_at_s, dead_at_s + 0.1)
+        assert {guest.name: cluster.domain(guest.name).pid for guest in (left, right)} == pids
+        inventory.assert_nothing_left(cluster, before, connections_change=True)
+        for guest in (left, right):
+            guest.verify()
+        # Everything that an agent does with a guest, it does with one that it has adopted.
+        assert [left.node, right.node] == ["n1", "n2"]
+        cluster.move("left", "n3")
+        lab.kill_agent(cluster.name, "n3")
+        lab.start_agent(cluster.name, "n3")
+        cluster.move("left", "n1")
+        left.verify()
+        for guest in (left, right):
+            guest.stop()
+            assert cluster.domain(guest.name).state is DomainState.STOPPED
+            assert "FERRY-POWEROFF" in guest.console()
+            disk = guest.check_disk()
+            assert disk.intact, disk.problems
+    with capsys.disabled():
+        print(
+            f"\nall agents killed: client's longest gap {gap_ms:.1f} ms, no packet lost in "
+            f"{unattended_until_s - dead_at_s:.1f} s without agents"
+        )

@@ -1,0 +1,147 @@
+"""The engines' device channel, and how engines end, between two real address spaces."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from migrator.engine_messages import (
+    Configured,
+    DeviceChannelOpen,
+    OpenDeviceChannel,
+)
+from migrator.model import Role
+from tests.integration.engine_lab.lab import (
+    MIB,
+    Engine,
+    Guest,
+    Pair,
+    compile_guest,
+    configuration,
+    pair_of,
+)
+
+SIZE = 128 * MIB
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd needs root")
+
+
+@pytest.fixture(scope="module")
+def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_guest(tmp_path_factory.mktemp("guest"))
+
+
+@pytest.fixture
+async def pair(binary: Path, tmp_path: Path) -> AsyncIterator[Pair]:
+    async with pair_of(binary, tmp_path, SIZE) as made:
+        yield made
+
+
+async def _device_channel(pair: Pair, folder: Path) -> tuple[socket.socket, socket.socket]:
+    """Both hypervisors' ends: (source, destination)."""
+    source_path, destination_path = folder / "s.sock", folder / "d.sock"
+    pair.destination.process.send(OpenDeviceChannel(path=str(destination_path)))
+    pair.source.process.send(OpenDeviceChannel(path=str(source_path)))
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(destination_path))  # After the engine was told: it tries again.
+    listener.listen(1)
+    await pair.source.expect(DeviceChannelOpen)
+    await pair.destination.expect(DeviceChannelOpen)
+    assert source_path.stat().st_mode & 0o777 == 0o600
+    source = socket.socket(socket.AF_UNIX)
+    source.connect(str(source_path))
+    destination, _ = listener.accept()
+    listener.close()
+    for sock in (source, destination):
+        sock.settimeout(5.0)
+    return source, destination
+
+
+async def test_the_device_channel_carries_both_ways_and_half_closes(
+    pair: Pair, tmp_path: Path
+) -> None:
+    await pair.start()
+    source, destination = await _device_channel(pair, tmp_path)
+    with source, destination:
+        blob = os.urandom(3 * MIB)
+        sending = asyncio.create_task(asyncio.to_thread(source.sendall, blob))
+        got = await asyncio.to_thread(_receive, destination, len(blob))
+        await sending
+        assert got == blob
+        destination.sendall(b"return path")
+        assert source.recv(100) == b"return path"
+        source.shutdown(socket.SHUT_WR)
+        assert destination.recv(100) == b""
+        destination.sendall(b"last words")
+        destination.close()
+        assert _receive(source, 10) == b"last words"
+        assert source.recv(100) == b""
+
+
+def _receive(sock: socket.socket, count: int) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        part = sock.recv(count - len(data))
+        assert part
+        data += part
+    return bytes(data)
+
+
+@pytest.mark.parametrize("victim", ["source", "destination", "hypervisor"])
+async def test_the_source_sees_its_device_channel_closed(
+    pair: Pair, tmp_path: Path, victim: str
+) -> None:
+    await pair.start()
+    source, destination = await _device_channel(pair, tmp_path)
+    with source, destination:
+        source.sendall(b"begin")
+        assert _receive(destination, 5) == b"begin"
+        began = time.monotonic()
+        if victim == "hypervisor":
+            destination.close()
+        else:
+            getattr(pair, victim).process.kill()
+        try:
+            assert source.recv(1) == b""
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+                source.sendall(b"more")
+        except ConnectionResetError:
+            pass
+        assert time.monotonic() - began < 1.0
+
+
+@pytest.mark.parametrize("role", list(Role))
+async def test_a_stop_on_the_heels_of_the_configuration(
+    binary: Path, tmp_path: Path, role: Role
+) -> None:
+    guest = Guest(binary, SIZE)
+    engine = await Engine.spawn(tmp_path / "log")
+    try:
+        engine.process.send(configuration(role, guest), guest.fds)
+        assert await engine.process.stop(timeout_s=3.0)
+        assert engine.exit_status == 0
+        assert not guest.tracked()
+    finally:
+        guest.close()
+
+
+async def test_a_guest_that_died_doesnt_hang_the_engine(binary: Path, tmp_path: Path) -> None:
+    guest = Guest(binary, SIZE)
+    engine = await Engine.spawn(tmp_path / "log")
+    engine.process.send(configuration(Role.SOURCE, guest), guest.fds)
+    await engine.expect(Configured)
+    guest.close()
+    assert await engine.process.stop(timeout_s=3.0)
+    assert engine.exit_status == 0
+
+
+async def test_an_engine_that_wasnt_needed_stops(tmp_path: Path) -> None:
+    engine = await Engine.spawn(tmp_path / "log")
+    assert await engine.process.stop(timeout_s=3.0)
+    assert engine.exit_status == 0

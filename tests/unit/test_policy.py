@@ -1,0 +1,139 @@
+"""decide(): it always ends, judges no single pass, and keeps to the limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from migrator.model import PAGE_SIZE_BYTES, PassKind, PassReport
+from migrator.policy import (
+    FIXED_BLACKOUT_MS,
+    FLOOR_PAGES,
+    MAX_ITERATIONS,
+    Decision,
+    DecisionKind,
+    decide,
+    predicted_blackout_ms,
+    throughput,
+)
+
+_PAGES_PER_S = 25_000.0
+"""About 100 MB/s."""
+
+
+def _pass(number: int, pages: int, pending: int, seconds: float) -> PassReport:
+    return PassReport(
+        number=number,
+        kind=PassKind.FIRST if number == 1 else PassKind.DIRTY,
+        seconds=seconds,
+        pages=pages,
+        bytes_sent=pages * PAGE_SIZE_BYTES,
+        pending_pages=pending,
+    )
+
+
+def _migrate(
+    pages: int, dirty_pages_per_s: Callable[[int], float], limit_ms: int
+) -> tuple[Decision, list[PassReport]]:
+    """Pre-copy of a guest of `pages`, with the dirty rate of each iteration; its last decision."""
+    passes: list[PassReport] = []
+    todo = pages
+    while True:
+        number = len(passes) + 1
+        seconds = max(todo / _PAGES_PER_S, 0.0005)
+        pending = min(int(dirty_pages_per_s(number) * seconds), pages)
+        passes.append(_pass(number, todo, pending, seconds))
+        decision = decide(passes, limit_ms)
+        if decision.kind is not DecisionKind.ITERATE:
+            return decision, passes
+        todo = pending
+
+
+_reports = st.lists(
+    st.tuples(
+        st.integers(0, 1 << 24),
+        st.integers(0, 1 << 24),
+        st.floats(0.0, 1e4, allow_nan=False),
+    ),
+    min_size=1,
+    max_size=MAX_ITERATIONS,
+).map(lambda rows: [_pass(i + 1, sent, left, s) for i, (sent, left, s) in enumerate(rows)])
+
+
+@given(passes=_reports, limit_ms=st.integers(1, 60_000))
+def test_every_figure_leads_to_a_valid_decision(passes: list[PassReport], limit_ms: int) -> None:
+    decision = decide(passes, limit_ms)
+    assert decision.kind is not DecisionKind.INVALID
+    assert decision.reason
+    assert decision.predicted_blackout_ms >= FIXED_BLACKOUT_MS
+
+
+@given(
+    rates=st.lists(st.floats(0.0, 1e6), min_size=MAX_ITERATIONS, max_size=MAX_ITERATIONS),
+    pages=st.integers(1, 1 << 22),
+    limit_ms=st.integers(1, 60_000),
+)
+def test_it_ends_within_the_most_iterations(rates: list[float], pages: int, limit_ms: int) -> None:
+    decision, passes = _migrate(pages, lambda number: rates[number - 1], limit_ms)
+    assert len(passes) <= MAX_ITERATIONS
+    assert decision.kind in (DecisionKind.SWITCH_OVER, DecisionKind.GIVE_UP)
+
+
+@given(passes=_reports, limit_ms=st.integers(1, 60_000))
+def test_a_switchover_respects_the_limit(passes: list[PassReport], limit_ms: int) -> None:
+    """The pages get the limit less the fixed cost; of a limit below that, half."""
+    decision = decide(passes, limit_ms)
+    budget_ms = max(limit_ms - FIXED_BLACKOUT_MS, limit_ms / 2)
+    pages_ms = decision.predicted_blackout_ms - FIXED_BLACKOUT_MS
+    if decision.kind is DecisionKind.SWITCH_OVER:
+        assert pages_ms <= budget_ms * (1 + 1e-9)
+    if decision.kind is DecisionKind.GIVE_UP:
+        assert pages_ms > budget_ms * (1 - 1e-9)
+
+
+@given(share=st.floats(0.0, 0.8), pages=st.integers(1 << 14, 1 << 22))
+def test_what_is_dirtied_slower_than_sent_converges(share: float, pages: int) -> None:
+    decision, _ = _migrate(pages, lambda number: share * _PAGES_PER_S, 300)
+    assert decision.kind is DecisionKind.SWITCH_OVER
+
+
+@pytest.mark.parametrize("high", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("period", [2, 3])
+def test_an_oscillating_dirty_rate_is_not_taken_for_divergence(high: float, period: int) -> None:
+    """Bursts above the link's rate every few passes; in between the guest is nearly idle."""
+
+    def rate(number: int) -> float:
+        return (high if number % period == 0 else 0.05) * _PAGES_PER_S
+
+    decision, passes = _migrate(1 << 18, rate, 50)
+    assert decision.kind is DecisionKind.SWITCH_OVER
+    assert len(passes) > 1
+
+
+def test_a_guest_faster_than_the_link_is_given_up_on_with_the_figures() -> None:
+    decision, passes = _migrate(1 << 18, lambda number: 3 * _PAGES_PER_S, 50)
+    assert decision.kind is DecisionKind.GIVE_UP
+    assert len(passes) < MAX_ITERATIONS
+    for figure in ("MB/s", "limit is 50 ms", "iterations"):
+        assert figure in decision.reason
+
+
+def test_an_idle_guest_needs_one_pass() -> None:
+    decision, passes = _migrate(1 << 18, lambda number: 0.0, 50)
+    assert decision.kind is DecisionKind.SWITCH_OVER
+    assert len(passes) == 1
+
+
+def test_the_floor_is_not_iterated_on() -> None:
+    last = _pass(2, 1000, FLOOR_PAGES, 0.04)
+    assert decide([_pass(1, 10**6, 1000, 40.0), last], 50).kind is DecisionKind.SWITCH_OVER
+
+
+def test_the_prediction_is_pages_over_throughput_plus_the_fixed_cost() -> None:
+    passes = [_pass(1, 25_000, 250, 1.0)]
+    assert throughput(passes) == 25_000 * PAGE_SIZE_BYTES
+    predicted = predicted_blackout_ms(250 * PAGE_SIZE_BYTES, throughput(passes))
+    assert predicted == pytest.approx(FIXED_BLACKOUT_MS + 10.0)

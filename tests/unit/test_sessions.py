@@ -1,0 +1,420 @@
+"""A pair of sessions joined directly: the order of commands, refusals, cancels, recoveries."""
+
+from __future__ import annotations
+
+import pytest
+
+from migrator.journal_entry import answer_without_session, entry_of, restore
+from migrator.model import (
+    MigrationRequest,
+    MigrationState,
+    NodeName,
+    OnTimeout,
+    OwnershipState,
+    Role,
+)
+from migrator.ports import DomainEventKind
+from migrator.session import messages as m
+from migrator.session import vocabulary as v
+from migrator.session.destination import DestinationSession
+from migrator.session.source import SourceSession
+from tests.unit.session_pair import SessionPair
+
+_S = MigrationState
+SOURCE, DESTINATION = Role.SOURCE, Role.DESTINATION
+COMPLETED = (_S.COMPLETED, _S.COMPLETED)
+CANCELLED = (_S.CANCELLED, _S.CANCELLED)
+FAILED = (_S.FAILED, _S.CANCELLED)
+GONE = v.GuestInspected(condition=v.GuestCondition.GONE)
+
+
+def _index(pair: SessionPair, kind: type[object], nth: int = 0) -> int:
+    """Where in the order of all commands the `nth` of that kind (or message) was given."""
+    found = [
+        index
+        for index, (_, command) in enumerate(pair.given)
+        if isinstance(command, kind)
+        or (isinstance(command, v.Send) and isinstance(command.message, kind))
+    ]
+    return found[nth]
+
+
+# --- the happy path ---
+
+
+def test_the_happy_path_gives_each_command_once_and_in_order() -> None:
+    pair = SessionPair()
+    assert pair.run() == COMPLETED
+    assert pair.commands(SOURCE) == [
+        *("Journal", "StartEngine", "PrepareSwitchover", "ConnectEngine", "RunPass"),
+        *("Journal", "BeginSwitchover", "RunPass", "ContinueSwitchover", "Journal"),
+        *("DestroyGuest", "StopEngine", "Finish"),
+    ]
+    assert pair.commands(DESTINATION) == [
+        *("Journal", "PrepareIncoming", "StartEngine", "Journal", "SwapRecord"),
+        *("Fence", "Journal", "ResumeGuest", "Announce", "StopEngine", "Finish"),
+    ]
+    assert pair.messages(SOURCE) == ["Prepare", "Commit", "Farewell"]
+    assert pair.messages(DESTINATION) == ["Prepared", "Running"]
+    assert (pair.record.owner, pair.record.token) == ("n2", 2)
+    assert not pair.timers
+
+
+def test_the_guest_resumes_only_after_commit_record_and_fence() -> None:
+    pair = SessionPair()
+    pair.run()
+    order = [v.ContinueSwitchover, m.Commit, v.SwapRecord, v.Fence, v.ResumeGuest, v.Announce]
+    order += [m.Running, v.DestroyGuest]
+    indices = [_index(pair, kind) for kind in order]
+    assert indices == sorted(indices)
+
+
+def test_only_the_journal_before_the_pause_costs_an_fsync() -> None:
+    pair = SessionPair()
+    pair.run()
+    begun = _index(pair, v.BeginSwitchover)
+    notes = [(index, each) for index, (_, each) in enumerate(pair.given)]
+    durable = [index for index, each in notes if isinstance(each, v.Journal) and each.durable]
+    assert durable
+    assert max(durable) < begun
+
+
+def test_the_timeline_has_the_phases_and_the_blackout_is_paused_to_resumed() -> None:
+    pair = SessionPair()
+    pair.run()
+    view = pair.source.view()
+    names = [phase.name for phase in view.timeline]
+    for name in ("created", "setup", "precopy", "stop", "final pass", "device state", "handoff"):
+        assert name in names
+    assert "ownership record" in names
+    assert "fence and resume" in names
+    assert all(phase.seconds >= 0.0 for phase in view.timeline)
+    paused = pair.source._paused_at_s
+    resumed = pair.destination._resumed_at_s
+    assert paused is not None
+    assert view.blackout_ms == pytest.approx((resumed - paused) * 1000.0)
+    assert view.total_s is not None
+    assert view.ended
+    assert view.progress.remaining_bytes == 0
+
+
+def test_a_blackout_over_two_clocks_stays_within_the_bounds_of_one() -> None:
+    pair = SessionPair()
+    pair.silence(m.Running)
+    pair.run()
+    word = pair.destination.last_word()
+    assert isinstance(word, m.Running)
+    skewed = m.Running(token=word.token, resumed_at_s=word.resumed_at_s - 3600.0)
+    pair.push(pair.source, v.Received(message=skewed))
+    assert pair.run() == COMPLETED
+    blackout_ms = pair.source.blackout_ms
+    assert blackout_ms is not None
+    assert 0.0 <= blackout_ms < 1000.0
+
+
+# --- refusal, non-convergence ---
+
+
+def test_a_refusal_carries_every_reason_and_moves_nothing() -> None:
+    pair = SessionPair()
+    pair.fail(v.PrepareIncoming, "no memory", "no bridge br0")
+    assert pair.run() == FAILED
+    assert pair.source.error == "the destination refused: no memory; no bridge br0"
+    assert "BeginSwitchover" not in pair.commands(SOURCE)
+    assert pair.record.token == 1
+
+
+def test_what_does_not_converge_is_cancelled_with_the_figures() -> None:
+    pair = SessionPair(pending=lambda number: 100_000)
+    assert pair.run() == FAILED
+    assert pair.source.error is not None
+    assert "doesn't converge" in pair.source.error
+    assert "MB/s" in pair.source.error
+    assert "BeginSwitchover" not in pair.commands(SOURCE)
+
+
+def test_what_does_not_converge_is_forced_if_asked() -> None:
+    request = MigrationRequest(destination="n2", on_timeout=OnTimeout.FORCE)
+    pair = SessionPair(request, pending=lambda number: 100_000)
+    assert pair.run() == COMPLETED
+    assert any("forced" in phase.detail for phase in pair.source.timeline)
+
+
+@pytest.mark.parametrize("policy", OnTimeout)
+def test_a_timeout_in_precopy_cancels_or_forces(policy: OnTimeout) -> None:
+    request = MigrationRequest(destination="n2", on_timeout=policy)
+    # It converges, but never ends: each pass leaves a little less.
+    pair = SessionPair(request, pending=lambda number: int(1e6 * 0.8**number))
+    pair.run_until_state(_S.PRECOPY)
+    pair.push(pair.source, v.TimerFired(name=v.TimerName.TOTAL))
+    assert pair.run() == (FAILED if policy is OnTimeout.CANCEL else COMPLETED)
+
+
+# --- cancel ---
+
+
+@pytest.mark.parametrize("state", [_S.SETUP, _S.PRECOPY, _S.SWITCHOVER])
+def test_cancel_before_the_handoff_brings_the_guest_back_here(state: MigrationState) -> None:
+    pair = SessionPair()
+    pair.run_until_state(state)
+    before_s = pair.now_s
+    assert pair.source.cancellable
+    pair._events.appendleft((pair.source, v.CancelRequested()))
+    pair.run()
+    assert pair.source.state is _S.CANCELLED
+    assert pair.destination.state in (_S.CANCELLED, _S.CREATED)
+    assert pair.record.token == 1
+    assert pair.now_s - before_s < 1.0
+    assert "ResumeGuest" not in pair.commands(DESTINATION)
+    assert "SwapRecord" not in pair.commands(SOURCE)
+
+
+def test_cancel_of_a_created_one_ends_at_once() -> None:
+    pair = SessionPair()
+    commands = pair.source.handle(v.CancelRequested(reason="changed my mind"), 1000.0)
+    assert pair.source.state is _S.CANCELLED
+    assert commands[-1] == v.Finish(state=_S.CANCELLED, error="changed my mind")
+
+
+@pytest.mark.parametrize("state", [_S.HANDOFF, _S.COMPLETED])
+def test_cancel_is_too_late_from_the_handoff_on(state: MigrationState) -> None:
+    pair = SessionPair()
+    pair.run_until_state(state)
+    assert not pair.source.cancellable
+    pair.push(pair.source, v.CancelRequested())
+    assert pair.run() == COMPLETED
+
+
+def test_a_cancel_that_races_completed_is_a_rollback_through_the_record() -> None:
+    """The device state went out before the abort: only a won record continues the guest."""
+    pair = SessionPair()
+    pair.silence(v.ContinueSwitchover)
+    pair.run()
+    pair.sent = True  # The hypervisor's report of it is still on its way.
+    pair.push(pair.source, v.CancelRequested())
+    pair.run(timers=3)
+    assert pair.source.state is _S.CANCELLED
+    assert (pair.record.owner, pair.record.token) == ("n1", 2)
+    assert _index(pair, v.SwapRecord) < _index(pair, v.Fence) < _index(pair, v.ResumeGuest)
+    assert pair.resumed_on == [SOURCE]
+
+
+def test_an_abort_is_held_back_once_the_device_state_may_be_out() -> None:
+    """The destination may have the only copy until the outcome of the abort is known."""
+    pair = SessionPair()
+    pair.silence(v.ContinueSwitchover, v.AbortSwitchover)
+    pair.run()
+    pair.push(pair.source, v.CancelRequested())
+    pair.run()
+    assert pair.source.state is _S.CANCELLING
+    assert "Abort" not in pair.messages(SOURCE)
+
+
+# --- the handoff and recovery ---
+
+
+def test_a_lost_running_is_found_out_from_the_record_and_the_destination() -> None:
+    pair = SessionPair()
+    pair.silence(m.Running)
+    pair.run(timers=1)
+    assert (pair.source.state, pair.destination.state) == (_S.RECOVERING, _S.COMPLETED)
+    assert "DestroyGuest" not in pair.commands(SOURCE)
+    pair.silent.clear()
+    assert pair.run(timers=1) == COMPLETED
+    assert pair.resumed_on == [DESTINATION]
+
+
+def test_a_lost_commit_ends_in_a_rollback_not_in_two_guests() -> None:
+    pair = SessionPair()
+    pair.silence(m.Commit)
+    pair.run(timers=1)
+    assert pair.source.state is _S.FAILED
+    assert (pair.record.owner, pair.record.token) == ("n1", 2)
+    pair.push(pair.destination, v.Received(message=m.Commit()))  # Late.
+    pair.run(timers=2)
+    assert pair.resumed_on == [SOURCE]
+    assert pair.destination.state is _S.CANCELLED
+
+
+def test_a_destination_that_died_after_it_won_gives_the_guest_back() -> None:
+    pair = SessionPair()
+    pair.silence(v.Fence)
+    pair.run()
+    assert pair.record.owner == "n2"
+    pair.silent.clear()
+    exited = v.GuestReported(kind=DomainEventKind.EXITED, at_s=pair.now_s)
+    pair.push(pair.destination, exited)
+    assert pair.run(timers=1)[0] is _S.FAILED
+    assert (pair.record.owner, pair.record.token) == ("n1", 3)
+    assert pair.resumed_on == [SOURCE]
+
+
+def test_a_destination_that_died_after_a_resume_never_gives_it_back() -> None:
+    pair = SessionPair()
+    pair.silence(v.ResumeGuest)
+    pair.run()
+    pair.push(pair.destination, v.CommandFailed(command="ResumeGuest", error="timeout"))
+    pair.push(pair.destination, v.GuestReported(kind=DomainEventKind.EXITED, at_s=pair.now_s))
+    pair.run()
+    assert pair.destination.state is _S.FAILED
+    assert pair.source.state is _S.FAILED
+    assert pair.source.error == "the destination's hypervisor died in the handoff"
+    assert pair.resumed_on == []
+
+
+def test_a_note_that_could_not_be_written_is_not_a_resume() -> None:
+    pair = SessionPair()
+    pair.silence(v.Fence)
+    pair.run()
+    pair.failing[v.Journal] = v.CommandFailed(command="Journal", error="disk full")
+    pair.silence(v.ResumeGuest)  # A failed Journal takes what stands behind it along.
+    pair.push(pair.destination, v.Fenced(token=2))
+    pair.push(pair.destination, v.GuestReported(kind=DomainEventKind.EXITED, at_s=pair.now_s))
+    pair.run()
+    assert not pair.destination.may_have_run
+    assert isinstance(pair.destination.last_word(), m.Aborted)
+
+
+def test_a_device_state_before_the_last_pages_is_never_committed() -> None:
+    pair = SessionPair()
+    pair.run_until_state(_S.SWITCHOVER)
+    sent = v.GuestReported(kind=DomainEventKind.DEVICE_STATE_SENT, at_s=pair.now_s)
+    pair._events.appendleft((pair.source, sent))
+    pair.run()
+    assert pair.source.state is _S.FAILED
+    assert "Commit" not in pair.messages(SOURCE)
+
+
+def test_messages_twice_change_nothing() -> None:
+    pair = SessionPair()
+    seen: list[tuple[Role, m.SessionMessage]] = []
+    while pair._events:
+        session, event = pair._events[0]
+        if isinstance(event, v.Received) and (session.role, event.message) not in seen:
+            seen.append((session.role, event.message))
+            pair.push(session, event)
+        pair._step()
+    assert (pair.source.state, pair.destination.state) == COMPLETED
+    for kind in (v.ConnectEngine, v.SwapRecord, v.ResumeGuest, v.BeginSwitchover):
+        assert sum(isinstance(command, kind) for _, command in pair.given) == 1
+
+
+# --- restart from the journal ---
+
+
+def _restored(pair: SessionPair, role: Role, *, boot_id: str = "boot") -> SessionPair:
+    entry = entry_of(pair.of(role), boot_id="boot")
+    session = restore(entry, boot_id=boot_id)
+    if isinstance(session, SourceSession):
+        pair.source = session
+    else:
+        pair.destination = session
+    pair._events.clear()
+    pair.timers.clear()
+    pair.given.clear()
+    pair.push(session, v.Recover())
+    return pair
+
+
+def test_a_source_restarted_in_precopy_aborts_in_any_case() -> None:
+    """A switchover that was begun before the restart may not show yet."""
+    pair = SessionPair()
+    pair.run_until_state(_S.PRECOPY)
+    assert _restored(pair, SOURCE).run() == FAILED
+    assert pair.commands(SOURCE)[:2] == ["InspectGuest", "AbortSwitchover"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_dead_source_commits_only_what_is_known_to_be_out(known: bool) -> None:
+    """Else the guest may have resumed by itself, and run on, after the destination had loaded."""
+    pair = SessionPair()
+    pair.silence(m.Commit)
+    pair.run_until_state(_S.HANDOFF if known else _S.SWITCHOVER)
+    pair = _restored(pair, SOURCE)
+    pair.silence(v.InspectGuest)
+    pair.run()
+    pair.push(pair.source, GONE)
+    pair.run()
+    assert ("Commit" in pair.messages(SOURCE)) is known
+    assert ("Abort" in pair.messages(SOURCE)) is not known
+
+
+def test_a_destination_restarted_in_the_handoff_goes_on_by_itself() -> None:
+    pair = SessionPair()
+    pair.silence(v.SwapRecord, m.Commit)
+    pair.run()
+    pair.push(pair.destination, v.Received(message=m.Commit()))
+    pair.run()
+    assert pair.destination.state is _S.HANDOFF
+    pair.silent.clear()
+    assert _restored(pair, DESTINATION).run() == COMPLETED
+    assert pair.resumed_on == [DESTINATION]
+
+
+@pytest.mark.parametrize(("boot_id", "word"), [("boot", m.Aborted), ("another", m.Running)])
+def test_after_a_reboot_an_owner_may_have_run(boot_id: str, word: type[object]) -> None:
+    pair = SessionPair()
+    pair.silence(v.Fence)
+    pair.run()
+    pair = _restored(pair, DESTINATION, boot_id=boot_id)
+    pair.silence(v.InspectGuest, m.Running, m.Aborted)
+    pair.run()
+    pair.push(pair.destination, GONE)
+    pair.run()
+    assert isinstance(pair.destination.last_word(), word)
+
+
+@pytest.mark.parametrize("owner", ["n1", "n3"])
+def test_a_copy_that_the_record_moved_past_is_discarded(owner: str) -> None:
+    pair = SessionPair()
+    pair.silence(m.Commit)
+    pair.run()
+    for _ in range(3):
+        pair.record = pair.record.passed_to(NodeName(owner))
+    pair.run(timers=1)
+    assert pair.source.state is _S.FAILED
+    assert pair.commands(SOURCE)[-3:] == ["DestroyGuest", "StopEngine", "Finish"]
+    assert pair.resumed_on == []
+
+
+def test_a_domain_that_was_stopped_meanwhile_is_not_continued() -> None:
+    pair = SessionPair()
+    pair.silence(m.Commit)
+    pair.run()
+    record = pair.record
+    pair.record = type(record)(domain="vm", token=1, owner="n1", state=OwnershipState.STOPPED)
+    pair.run(timers=1)
+    assert pair.source.state is _S.FAILED
+    assert pair.resumed_on == []
+
+
+def test_a_loaded_destination_never_gives_up_by_timeout() -> None:
+    pair = SessionPair()
+    pair.silence(m.Commit, m.Inquire, m.Abort, m.Pending)
+    pair.run()
+    pair.timers = {key: at for key, at in pair.timers.items() if key[0] is DESTINATION}
+    pair.run(timers=20)
+    assert pair.destination.state is _S.RECOVERING
+    assert "DestroyGuest" not in pair.commands(DESTINATION)
+
+
+# --- answers without a session ---
+
+
+def test_ended_sides_do_not_answer_each_other_for_ever() -> None:
+    pair = SessionPair()
+    pair.run()
+    entries = {role: entry_of(pair.of(role), boot_id="boot") for role in Role}
+    for role, other in ((SOURCE, DESTINATION), (DESTINATION, SOURCE)):
+        for message in (m.Inquire(), m.Commit(), m.Pending(state="x")):
+            answer = answer_without_session(role, entries[role], message)
+            if answer is not None:
+                assert answer_without_session(other, entries[other], answer) is None
+
+
+def test_an_unknown_migration_is_answered_so_that_the_other_side_can_end() -> None:
+    assert isinstance(answer_without_session(SOURCE, None, m.Inquire()), m.Abort)
+    assert isinstance(answer_without_session(DESTINATION, None, m.Commit()), m.Aborted)
+    session = SessionPair().destination
+    assert isinstance(session, DestinationSession)
+    assert answer_without_session(DESTINATION, entry_of(session, boot_id=""), m.Inquire()) is None
