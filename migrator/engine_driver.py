@@ -160,8 +160,11 @@ class EngineDriver:
 
     async def _start(self, memory: HypervisorDriver, post_copy: bool) -> None:
         self._post_copy = post_copy
-        if post_copy:
-            await self._stop()
+        if post_copy and self._process is not None:
+            # Its predecessor knows nothing that the memory and the other side don't.
+            process, self._process = self._process, None
+            process.kill()
+            await process.stop(STOP_S)
         await self._spawn()
         if self._session.role is Role.DESTINATION and not self._stopping:
             await self._configure(memory, self._secret)

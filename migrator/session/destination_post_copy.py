@@ -57,7 +57,7 @@ class DestinationPostCopy(Session):
 
     def _start_successor(self) -> None:
         if self.pages_missing and self._listening is None:
-            self._do(StopEngine(), StartEngine(post_copy=True))
+            self._do(StartEngine(post_copy=True))
 
     def _answer_ready(self) -> None:
         if self._listening is not None:

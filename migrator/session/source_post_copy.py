@@ -79,7 +79,6 @@ class SourcePostCopy(SourceRecovery):
         self._engine_up = True
         self._do(
             StopTimer(name=TimerName.ENGINE),
-            StopEngine(),
             StartEngine(post_copy=True),
             ConnectEngine(host=ready.host, port=ready.port, secret=ready.secret, post_copy=True),
         )

@@ -157,7 +157,7 @@ class SourceRecovery(SourceView):
             self._swap(record)
         elif self._destination_refused:
             self._finish_gone()
-        elif self.device_state_out and (self._engine_up or not self.post_copy):
+        elif self.device_state_out:
             # Only the destination has the guest's memory, and it can't have loaded the device state
             # before the last page was in place: what it has loaded is whole.
             self._send(Commit(post_copy=self.post_copy))
@@ -187,6 +187,9 @@ class SourceRecovery(SourceView):
     # --- the ends ---
 
     def _destination_runs_now(self, message: Running) -> None:
+        if self.state is _S.POSTCOPY and not message.resumed_at_s:
+            self._discard("the destination's hypervisor died during post-copy")
+            return
         if self.state not in (_S.HANDOFF, _S.RECOVERING) or self._destination_runs:
             return
         if self._rollback_token is not None or message.token != self.next_token:
