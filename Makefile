@@ -36,7 +36,7 @@ $(INSTALLED): pyproject.toml setup.py hypervisor/qemu/uffd_shim.c | system
 	$(PIP) install --quiet --retries 3 --timeout 60 -e '.[test,demo]'
 	@touch $@
 
-demo: install ## Move a running virtual machine between two nodes, on this machine (root)
+demo: install ## Move a busy web server around three nodes, on this machine (root)
 	$(BIN)/ferry demo
 
 test: install ## Run all tests (root, else those on real networks are skipped); TESTS= picks

@@ -130,7 +130,7 @@ class EngineDriver:
     async def _guarded(self, what: str, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
-        except FerryError as error:
+        except (FerryError, OSError) as error:  # OSError: no descriptors left, for example.
             self._feed(v.EngineLost(reason=f"{what}: {error}"))
 
     def warm_up(self) -> None:
@@ -200,7 +200,11 @@ class EngineDriver:
     async def _stop(self) -> None:
         process, self._process = self._process, None
         if process is not None and process.running:
-            await process.stop(STOP_S)
+            try:
+                await process.stop(STOP_S)
+            except BaseException:
+                process.kill()  # Nobody knows it any more.
+                raise
 
     def _send(self, message: m.ToEngine) -> None:
         if self._process is None:
@@ -271,7 +275,8 @@ class EngineDriver:
     def _on_exit(self, status: int, generation: int) -> None:
         if not self._stopping and generation == self._generation:
             self._stopping = True
-            self._feed(v.EngineLost(reason=f"the engine ended with status {status}"))
+            how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            self._feed(v.EngineLost(reason=f"the engine {how}"))
 
 
 def _layout(memory: GuestMemory) -> tuple[m.RegionLayout, ...]:

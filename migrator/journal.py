@@ -63,6 +63,15 @@ class MigrationJournal:
         packed = msgspec.msgpack.encode(entry)
         await self._run(lambda: self._write(entry, packed, durable))
         self._entries[entry.migration_id] = entry
+        if entry.ended:
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        """In memory as in the file: no more than KEEP_ENDED ended entries."""
+        ended = [each for each in self._entries.values() if each.ended]
+        ended.sort(key=lambda each: each.ended_at_s or each.created_at_s)
+        for each in ended[: max(0, len(ended) - KEEP_ENDED)]:
+            del self._entries[each.migration_id]
 
     async def _run(self, work: Callable[[], T]) -> T:
         loop = asyncio.get_running_loop()

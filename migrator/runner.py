@@ -225,7 +225,7 @@ class Runner:
             for task in late:
                 task.cancel()
         with contextlib.suppress(OSError):
-            self.device_channel.unlink(missing_ok=True)
+            await asyncio.to_thread(self.device_channel.unlink, missing_ok=True)
 
     # --- commands out ---
 
@@ -268,6 +268,7 @@ class Runner:
                 self._record_lane.put(self._step(command, partial(self._on_record, command)))
             case v.PrepareIncoming():
                 self._engine.warm_up()
+                self._record_lane.put(self._look_at_record())
                 self._guest_lane.put(self._step(command, partial(self._on_guest, command)))
             case v.AbortSwitchover() | v.DestroyGuest():
                 self._guest_lane.clear()
@@ -300,6 +301,9 @@ class Runner:
             self.feed(v.CommandFailed(command=name, error=str(error)))
         except TimeoutError:
             self.feed(v.CommandFailed(command=name, error=f"not done within {STEP_S:g} s"))
+        except Exception as error:  # A driver's bug must not leave the session waiting for ever.
+            log.exception("migration %s: %s", self.session.migration_id, name)
+            self.feed(v.CommandFailed(command=name, error=f"{type(error).__name__}: {error}"))
 
     async def _send(self, message: SessionMessage) -> None:
         await hold(self.session.role, type(message).__name__)
@@ -319,6 +323,11 @@ class Runner:
 
         loop = asyncio.get_running_loop()
         self._timers[command.name] = loop.call_later(command.seconds, fire)
+
+    async def _look_at_record(self) -> None:
+        """So that the store has seen the record by the time that it must change hands."""
+        with contextlib.suppress(FerryError):
+            await self._ownership.read(self.domain)
 
     async def _on_record(self, command: v.SwapRecord | v.ReadRecord) -> None:
         try:

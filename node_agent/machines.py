@@ -7,6 +7,7 @@ node can run, so that it can be migrated to each of them.
 from __future__ import annotations
 
 from hypervisor.machine_types import pin_machine
+from migrator.errors import ConflictError
 from migrator.model import NodeState
 from node_agent.nodes import NodeRegistry
 
@@ -18,11 +19,19 @@ class MachinePinner:
         self._nodes = nodes
 
     async def __call__(self, machine: str) -> str:
-        """Over the ready nodes. InvalidRequest (field `machine`) if they have none in common."""
+        """Over the ready nodes. InvalidRequest (field `machine`) if they have none in common.
+
+        ConflictError if no node is ready: then nobody knows what they have.
+        """
         views = (await self._nodes.read()).values()
         offers = [
             frozenset(view.info.capabilities.machine_types)
             for view in views
             if view.state is NodeState.READY
         ]
-        return pin_machine(machine, frozenset.intersection(*offers) if offers else ())
+        if not offers:
+            raise ConflictError(
+                "no node is ready, so which machine types they have is unknown: "
+                "their heartbeats don't reach the cluster's store"
+            )
+        return pin_machine(machine, frozenset.intersection(*offers))

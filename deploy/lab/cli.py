@@ -24,7 +24,7 @@ app = typer.Typer(
     name="lab", help="A cluster on this one machine, for trying and testing.", no_args_is_help=True
 )
 
-_Name = Annotated[str, typer.Option("--name", "-n", help="The lab's name.")]
+_Name = Annotated[str, typer.Option("--name", "-n", envvar="FERRY_LAB", help="The lab's name.")]
 _INTERRUPTED = 130
 _FAILED = 1
 

@@ -114,12 +114,29 @@ def take_settings(arguments: Sequence[str]) -> list[str]:
     return rest
 
 
+def take_leading(arguments: Sequence[str]) -> list[str]:
+    """The arguments from the command's name on, for a mounted one; `settings` has what was before.
+
+    It has options of its own, also its own --json: those behind its name are left to it. The lab
+    that is named before it is its default.
+    """
+    first = 0
+    while first < len(arguments) and arguments[first].startswith("--"):
+        first += 2 if arguments[first] in {"--api", "--lab"} else 1
+    if first >= len(arguments) or arguments[first] not in _MOUNTED:
+        return []
+    take_settings(arguments[:first])
+    if settings.lab is not None:
+        os.environ["FERRY_LAB"] = settings.lab
+    return [*arguments[first:], *(["--json"] if settings.json else [])]
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; errors are on stderr by then."""
     try:
-        # What is mounted has options of its own, also its own --json.
-        mounted = arguments[0] if arguments and arguments[0] in _MOUNTED else None
-        rest = list(arguments) if mounted else take_settings(arguments)
+        rest = take_leading(arguments)
+        mounted = rest[0] if rest else None
+        rest = rest or take_settings(arguments)
         build_app(mounted)(args=rest, prog_name="ferry", standalone_mode=True)
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else ExitCode.OK

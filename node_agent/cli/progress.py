@@ -15,6 +15,7 @@ from migrator.model import Migration, MigrationState
 from node_agent.cli.client import ApiClient
 from node_agent.cli.errors import ApiProblem, CliError, ExitCode, Unreachable
 from node_agent.cli.output import note, settings, show, size
+from node_agent.resources import Domain
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -44,10 +45,23 @@ def watch_migration(client: ApiClient, migration: Migration) -> ExitCode:
                     f"`ferry migration watch {migration.id}` looks at it again"
                 )
                 return ExitCode.INTERRUPTED
-    show(migration, outcome(migration))
+    text = outcome(migration)
+    if migration.state is not MigrationState.COMPLETED:
+        text += _what_now(client, migration)
+    show(migration, text)
     if migration.state is MigrationState.FAILED and settings.json:
-        print(f"ferry: {outcome(migration)}", file=sys.stderr)
+        print(f"ferry: {text}", file=sys.stderr)
     return _EXIT[migration.state]
+
+
+def _what_now(client: ApiClient, migration: Migration) -> str:
+    """Where its domain is after a migration that came to nothing: the first thing to know."""
+    try:
+        domain = client.get(f"/v1/domains/{quote(migration.domain, safe='')}", Domain)
+    except CliError:
+        return ""
+    where = f" on {domain.node}" if domain.node is not None else ""
+    return f"; {domain.name} is {domain.state}{where}"
 
 
 def _on_terminal() -> bool:

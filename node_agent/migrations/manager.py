@@ -63,6 +63,8 @@ log = logging.getLogger(__name__)
 
 INSPECT: Final = "migration.inspect"
 INSPECT_S: Final = 10.0
+REDIAL_S: Final = 0.5
+"""Between tries to reach a peer whose connection was lost during a migration."""
 _CLOSE_S: Final = 5.0
 
 
@@ -104,6 +106,7 @@ class MigrationManager(MigrationService):
         self._runners: dict[str, Runner] = {}
         self._restored: list[Runner] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._redials: dict[NodeName, asyncio.Task[None]] = {}
 
     def incoming(self) -> Iterable[DomainSpec]:
         """The domains that are on their way here."""
@@ -150,9 +153,25 @@ class MigrationManager(MigrationService):
         restored, self._restored = self._restored, []
         for runner in restored:
             runner.feed(v.Recover())
+        self._own(self._end_the_unpublished())
+
+    async def _end_the_unpublished(self) -> None:
+        """Publish the ends that an earlier agent of this node could not: nobody else will."""
+        for migration in await self._publisher.read_all():
+            if migration.ended or migration.source != self.node or migration.id in self._runners:
+                continue
+            entry = self._journal.get(migration.id)
+            if entry is not None and entry.ended:
+                state, error, at_s = entry.state, entry.detail or None, entry.ended_at_s
+            else:
+                state, at_s = MigrationState.FAILED, None
+                error = "the agent ended before the migration began; nothing was changed"
+            await self._publisher.end_without_session(migration, state, error, at_s or time.time())
 
     async def close(self) -> None:
         """Let go: engines end, guests go on, the journal tells the next agent."""
+        for redial in self._redials.values():
+            redial.cancel()
         for runner in list(self._runners.values()):
             await runner.close()
         if self._tasks:
@@ -288,15 +307,18 @@ class MigrationManager(MigrationService):
 
     async def _end(self, runner: Runner) -> None:
         session = runner.session
-        await runner.close()
-        self._runners.pop(session.migration_id, None)
-        if isinstance(session, SourceSession):
-            await self._publisher.end(session)
-        if not self._runners:
-            self._engine.spares.refill()
-        self._domains.locks.release_from_migration(
-            DomainName(session.domain), MigrationId(session.migration_id)
-        )
+        try:
+            await runner.close()
+            self._runners.pop(session.migration_id, None)
+            if isinstance(session, SourceSession):
+                await self._publisher.end(session)
+            if not self._runners:
+                self._engine.spares.refill()
+        finally:
+            self._runners.pop(session.migration_id, None)
+            self._domains.locks.release_from_migration(
+                DomainName(session.domain), MigrationId(session.migration_id)
+            )
 
     def _own(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(self._logged(work))
@@ -344,6 +366,24 @@ class MigrationManager(MigrationService):
 
     def _on_peer_change(self, node: NodeName, connected: bool) -> None:
         event: v.Event = v.PeerBack() if connected else v.PeerLost()
-        for runner in list(self._runners.values()):
-            if runner.peer == node and runner.session.state not in ENDED:
-                runner.feed(event)
+        for runner in self._active_with(node):
+            runner.feed(event)
+        if not connected and node not in self._redials and self._active_with(node):
+            task = asyncio.create_task(self._redial(node), name=f"migrations-redial-{node}")
+            self._redials[node] = task
+            task.add_done_callback(lambda _: self._redials.pop(node, None))
+
+    def _active_with(self, node: NodeName) -> list[Runner]:
+        return [
+            runner
+            for runner in self._runners.values()
+            if runner.peer == node and runner.session.state not in ENDED
+        ]
+
+    async def _redial(self, node: NodeName) -> None:
+        """Connections come back by being used, and a session that waits for its peer is silent."""
+        while self._active_with(node):
+            with contextlib.suppress(FerryError):
+                await self._hub.reach(node, timeout_s=SEND_S)
+                return
+            await asyncio.sleep(REDIAL_S)

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import msgspec
+
 from migrator.errors import FerryError, NotFoundError
 from migrator.model import Migration, MigrationState
 from migrator.session.source import SourceSession
@@ -106,16 +108,34 @@ class Publisher:
         self._dirty.pop(name, None)
         self._states.pop(name, None)
         self._written_at.pop(name, None)
-        view = session.view()
+        await self._write_end(session.view())
+
+    async def end_without_session(
+        self, migration: Migration, state: MigrationState, error: str | None, ended_at_s: float
+    ) -> None:
+        """Publish the end of a migration whose session nobody has any more."""
+        progress = msgspec.structs.replace(migration.progress, state=state)
+        await self._write_end(
+            msgspec.structs.replace(
+                migration,
+                state=state,
+                progress=progress,
+                error=error,
+                ended_at_s=ended_at_s,
+                total_s=max(ended_at_s - migration.created_at_s, 0.0),
+            )
+        )
+
+    async def _write_end(self, view: Migration) -> None:
         for attempt in range(_TRIES):
             try:
                 await self.write(view)
                 await self._prune()
                 break
             except FerryError as error:
-                log.error("migration %s: its end was not published: %s", name, error)
+                log.error("migration %s: its end was not published: %s", view.id, error)
                 await asyncio.sleep(2.0**attempt)
-        self._events.emit(_ENDS[session.state], _sentence(view), domain=view.domain, migration=name)
+        self._events.emit(_ENDS[view.state], _sentence(view), domain=view.domain, migration=view.id)
 
     async def _prune(self) -> None:
         entries = await self._store.list_prefix(MIGRATIONS, Migration)

@@ -178,6 +178,16 @@ class PeerHub:
                 f"{node} can't be reached within {timeout_s:g} s; {method} was not sent"
             ) from None
 
+    async def reach(self, node: NodeName, *, timeout_s: float = 10.0) -> None:
+        """Make our connection to `node` if there is none. PeerError: it can't be reached."""
+        if node == self.node:
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._link(node).reach()
+        except TimeoutError:
+            raise PeerError(f"{node} can't be reached within {timeout_s:g} s") from None
+
     def round_trip_ms(self, node: NodeName) -> float | None:
         """The last keepalive's round trip; None while we have no connection to it."""
         if node == self.node:
@@ -188,7 +198,7 @@ class PeerHub:
     def on_peer_change(self, callback: Callable[[NodeName, bool], None]) -> Callable[[], None]:
         """Call back when our connection to a peer opens (True) or is lost. Returns the undoer.
 
-        Connections are made by calls: a peer that nobody here calls never shows up.
+        Connections are made by calls, and by `reach`: a peer that nobody here calls never shows up.
         """
         self._callbacks.append(callback)
 

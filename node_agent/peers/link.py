@@ -89,6 +89,11 @@ class Link(Owner):
             raise PeerError(f"{self.node} doesn't read; {method} was not sent")
         connection.send(FrameKind.NOTICE, Notice(method=method, params=params))
 
+    async def reach(self) -> None:
+        """Make the connection if there is none. PeerError where that fails."""
+        if self._connection is None:
+            await self._connect()
+
     async def close(self, reason: str) -> None:
         """End the connection, the attempt at one, and every call. Idempotent."""
         self.shut(reason)

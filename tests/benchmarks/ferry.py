@@ -16,7 +16,7 @@ from node_agent.cli.client import ApiClient
 from node_agent.cli.errors import CliError
 from node_agent.loop_monitor import NOTED_MS
 from node_agent.resources import Domain, Health, MigrationCreate, StartRequest
-from tests.benchmarks.cases import Case
+from tests.benchmarks.cases import PAGE_BYTES, Case
 from tests.benchmarks.native import WIRE_PER_PAYLOAD
 from tests.benchmarks.results import Run
 from tests.benchmarks.site import DOMAIN, ROOT, Site
@@ -130,5 +130,5 @@ def _run(case: Case, migration: Migration, total_s: float) -> Run:
         line_rate_share=share,
         stopped_at_s=stopped[0] if stopped else None,
         timeline=tuple(phases),
-        in_use_bytes=None if first is None else first.pages * 4096,
+        in_use_bytes=None if first is None else (first.pages + first.zero_pages) * PAGE_BYTES,
     )

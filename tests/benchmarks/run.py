@@ -25,11 +25,13 @@ from deploy import lab
 from deploy.guest.build import build_guest, default_cache_directory
 from migrator.errors import FerryError
 from migrator.model import DomainSpec
-from tests.benchmarks import bars, cases, engines, ferry, output, raw_speed
+from tests.benchmarks import bars, cases, engines, ferry, output, plots, raw_speed
 from tests.benchmarks.cases import MIB, Case
 from tests.benchmarks.engines import Engine
 from tests.benchmarks.results import Run, with_client
 from tests.benchmarks.site import ROOT, Client, Site
+
+Runs = dict[tuple[str, str], list[Run]]
 
 REPEATS: Final = 5
 QUICK_REPEATS: Final = 2
@@ -59,12 +61,13 @@ def measure(site: Site, case: Case, engine: Engine, spec: DomainSpec) -> Run:
 
 
 def measure_case(
-    site: Site, case: Case, chosen: dict[str, Engine], repeats: int
-) -> dict[tuple[str, str], list[Run]]:
-    """All engines, alternating; the order is turned round with each repeat."""
+    site: Site, case: Case, chosen: dict[str, Engine], repeats: int, runs: Runs
+) -> None:
+    """All engines, alternating; the order is turned round with each repeat. Fills `runs`."""
     lab.up(site.lab_name, link_mbit=case.link_mbit)
     spec = ferry.define(site, case).spec
-    runs: dict[tuple[str, str], list[Run]] = {}
+    for name in chosen:
+        runs.pop((case.name, name), None)
     for repeat in range(min(repeats, case.repeats_max)):
         names = [name for name, engine in chosen.items() if engine.takes(case, name)]
         for name in names if repeat % 2 == 0 else reversed(names):
@@ -74,7 +77,6 @@ def measure_case(
                 run = Run(completed=False, error=f"{type(error).__name__}: {error}")
             runs.setdefault((case.name, name), []).append(run)
             output.say_run(case.name, name, run)
-    return runs
 
 
 def _parse() -> argparse.Namespace:
@@ -123,7 +125,7 @@ def main() -> int:
     repeats = options.repeats or (QUICK_REPEATS if options.quick else REPEATS)
     signal.signal(signal.SIGTERM, _interrupt)
     options.output.mkdir(parents=True, exist_ok=True)
-    runs = output.read(options.output) if options.add else {}
+    runs: Runs = output.read(options.output) if options.add else {}
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="fb-", dir="/tmp"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -135,7 +137,7 @@ def main() -> int:
         try:
             lab.up(site.lab_name, nodes=2, node_memory_bytes=_NODE_MEMORY_BYTES)
             for case in chosen_cases:
-                runs |= measure_case(site, case, chosen, repeats)
+                measure_case(site, case, chosen, repeats, runs)
                 output.write(options.output, runs, bars.judge(runs))
             if raw:
                 runs |= raw_speed.measure(folder, raw_speed.SIZE_BYTES, min(repeats, RAW_REPEATS))
@@ -144,9 +146,13 @@ def main() -> int:
             print(f"bench: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
+            # What was measured until then is kept.
+            output.write(options.output, runs, bars.judge(runs))
             print("bench: interrupted", file=sys.stderr)
             return 130
     output.show(runs, bars.judge(runs), options.output)
+    for path in plots.draw(options.output, runs):
+        print(f"         {path}")
     return 0
 
 

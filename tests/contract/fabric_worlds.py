@@ -25,7 +25,7 @@ from netfabric.simulated import SimulatedFabric, SimulatedNetwork
 from tests.contract.namespaces import run_in_new_namespace
 
 GAPS_S = (0.02, 0.03, 0.05)
-SOON_S = 3.0
+SOON_S = 20.0
 _SO_TIMESTAMPNS = 35
 
 

@@ -12,7 +12,7 @@ from tests.integration.cluster import inventory
 from tests.integration.cluster.client import Download, PacketWatch
 from tests.integration.cluster.world import Cluster, Load
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
 GAP_SANE_MS = 1000.0
 """Twenty such processes on two cores wait for one another, so this isn't a bar. What shows that a

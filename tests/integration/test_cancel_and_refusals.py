@@ -39,7 +39,7 @@ from node_agent.resources import (
 from tests.integration.cluster import inventory, lesser_qemu
 from tests.integration.cluster.world import MIB, Cluster, Guest, Load, describe, eventually
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
 SLOW_BYTES_PER_S = 20_000_000
 """A pre-copy that lasts some seconds."""

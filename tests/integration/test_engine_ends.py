@@ -59,7 +59,7 @@ async def _device_channel(pair: Pair, folder: Path) -> tuple[socket.socket, sock
     destination, _ = listener.accept()
     listener.close()
     for sock in (source, destination):
-        sock.settimeout(5.0)
+        sock.settimeout(30.0)
     return source, destination
 
 
@@ -124,7 +124,7 @@ async def test_a_stop_on_the_heels_of_the_configuration(
     engine = await Engine.spawn(tmp_path / "log")
     try:
         engine.process.send(configuration(role, guest), guest.fds)
-        assert await engine.process.stop(timeout_s=3.0)
+        assert await engine.process.stop(timeout_s=30.0)
         assert engine.exit_status == 0
         assert not guest.tracked()
     finally:
@@ -137,11 +137,11 @@ async def test_a_guest_that_died_doesnt_hang_the_engine(binary: Path, tmp_path: 
     engine.process.send(configuration(Role.SOURCE, guest), guest.fds)
     await engine.expect(Configured)
     guest.close()
-    assert await engine.process.stop(timeout_s=3.0)
+    assert await engine.process.stop(timeout_s=30.0)
     assert engine.exit_status == 0
 
 
 async def test_an_engine_that_wasnt_needed_stops(tmp_path: Path) -> None:
     engine = await Engine.spawn(tmp_path / "log")
-    assert await engine.process.stop(timeout_s=3.0)
+    assert await engine.process.stop(timeout_s=30.0)
     assert engine.exit_status == 0

@@ -114,7 +114,7 @@ class Move:
 
     async def close(self) -> None:
         for engine in self.engines.values():
-            await engine.process.stop(timeout_s=3.0)
+            await engine.process.stop(timeout_s=30.0)
         for memory in self.memories.values():
             memory.close()
 

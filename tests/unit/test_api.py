@@ -248,7 +248,7 @@ async def _sse(client: Client, headers: dict[str, str], count: int) -> list[tupl
     """The id and kind of the first `count` messages."""
     found: list[tuple[int, str]] = []
     headers = {"Accept": "text/event-stream"} | headers
-    async with asyncio.timeout(5), client.get("/v1/events", headers=headers) as response:
+    async with asyncio.timeout(30), client.get("/v1/events", headers=headers) as response:
         assert response.content_type == "text/event-stream"
         seq = 0
         async for line in response.content:
@@ -281,7 +281,7 @@ async def test_events_are_streamed_and_resumed(client: Client, world: World) -> 
 async def test_a_silent_stream_has_heartbeats_and_ends_with_the_server(
     client: Client, world: World
 ) -> None:
-    async with asyncio.timeout(5), client.get("/v1/events") as response:
+    async with asyncio.timeout(30), client.get("/v1/events") as response:
         text = b""
         while text.count(b": heartbeat") < 2:
             text += await response.content.readline()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -153,7 +154,7 @@ async def test_wrong_usage_and_silence_have_their_codes(ferry: Ferry) -> None:
 
 
 async def _migrating(world: World) -> str:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not world.migrations:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     return next(iter(world.migrations))
@@ -163,8 +164,12 @@ async def _migrating(world: World) -> str:
     ("state", "code", "says"),
     [
         (MigrationState.COMPLETED, ExitCode.OK, "runs on b, blackout 7.5 ms"),
-        (MigrationState.FAILED, ExitCode.MIGRATION_FAILED, "failed: no memory"),
-        (MigrationState.CANCELLED, ExitCode.MIGRATION_CANCELLED, "cancelled"),
+        (
+            MigrationState.FAILED,
+            ExitCode.MIGRATION_FAILED,
+            "failed: no memory; web is running on a",
+        ),
+        (MigrationState.CANCELLED, ExitCode.MIGRATION_CANCELLED, "cancelled; web is running on a"),
     ],
 )
 async def test_migrate_waits_and_tells_how_it_ended(
@@ -294,6 +299,18 @@ def test_where_the_agent_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.delenv("FERRY_LAB")
     socket.touch()
     assert cli_client.find_address(None, None) == f"unix:{socket}"
+
+
+def test_the_options_before_a_mounted_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FERRY_LAB", "")
+    assert main.take_leading(["domain", "ls", "--lab", "x"]) == []
+    assert main.take_leading(["--lab"]) == []
+    assert os.environ["FERRY_LAB"] == ""
+    given = ["--json", "--lab", "two", "lab", "exec", "n1", "--", "x", "--json", "--lab"]
+    assert main.take_leading(given) == [*given[3:], "--json"]
+    assert os.environ["FERRY_LAB"] == "two"
+    assert main.take_leading(["--lab=three", "lab", "status"]) == ["lab", "status"]
+    assert os.environ["FERRY_LAB"] == "three"
 
 
 def test_the_help_is_complete_and_fast() -> None:

@@ -55,7 +55,7 @@ from tests.integration.cluster.client import fetch
 T = TypeVar("T")
 
 MIB: Final = 1024**2
-GUEST_MEMORY_BYTES: Final = 128 * MIB
+GUEST_MEMORY_BYTES: Final = 96 * MIB
 UDP_PORT_FIRST: Final = 9000
 POLL_S: Final = 0.02
 READY_S: Final = 90.0
@@ -215,8 +215,7 @@ class Cluster:
         eventually(f"process {victim.pid} ends", lambda: not alive(victim))
 
     def restart_missing_agents(self) -> None:
-        for node in self.plan.nodes:
-            lab.start_agent(self.name, node.name)
+        lab.up(self.name)
 
     @contextmanager
     def held(self, role: str, step: str) -> Iterator[HoldPoint]:

@@ -172,7 +172,7 @@ class Engine:
                 self._news.clear()
                 await self._news.wait()
 
-    async def exited(self, timeout_s: float = 5.0) -> int:
+    async def exited(self, timeout_s: float = 30.0) -> int:
         async with asyncio.timeout(timeout_s):
             while self.exit_status is None:
                 self._news.clear()
@@ -235,7 +235,7 @@ class Pair:
         for name in ("source", "destination"):
             engine = getattr(self, name, None)
             if engine is not None:
-                await engine.process.stop(timeout_s=3.0)
+                await engine.process.stop(timeout_s=30.0)
 
     def close(self) -> None:
         self.source_guest.close()

@@ -1,0 +1,283 @@
+"""Two simulated nodes with real MigrationManagers; only the engines are made up.
+
+A `FakeEngine` does what an engine says, without pages: its passes are told by `Script`, and the
+device channels of both ends are joined when the source connects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from hypervisor.simulated.host import SimulatedChannels
+from migrator import runner as runner_module
+from migrator.engine.spares import EngineSpares
+from migrator.engine_driver import EngineSettings
+from migrator.journal import MigrationJournal
+from migrator.model import (
+    DomainName,
+    DomainSpec,
+    DomainState,
+    Migration,
+    MigrationRequest,
+    PassKind,
+    PassReport,
+    PoolName,
+    Role,
+)
+from migrator.ports import HypervisorDriver
+from migrator.runner import Session
+from migrator.session import vocabulary as v
+from node_agent.cluster_calls import ClusterCalls
+from node_agent.migrations.checks import DestinationCheck
+from node_agent.migrations.manager import MigrationManager
+from node_agent.migrations.publisher import Publisher
+from node_agent.migrations.site import NodeSite
+from node_agent.peers.connection import Timing
+from node_agent.peers.hub import PeerHub
+from tests.unit.agent_world import SimulatedNode, World, open_world, spec_of
+
+WEB = DomainName("web")
+FAST = Timing(ping_every_s=0.1, silence_s=0.5, dial_s=1.0, backoff_longest_s=0.1)
+
+
+async def eventually(holds: Callable[[], Awaitable[bool]]) -> None:
+    """TimeoutError if it doesn't hold within 20 s."""
+    async with asyncio.timeout(20):
+        while not await holds():  # noqa: ASYNC110  What it looks at has no event.
+            await asyncio.sleep(0.005)
+
+
+class Script:
+    """What the engines of a test do. `dirty` holds the pages left after each pre-copy pass."""
+
+    def __init__(self, channels: SimulatedChannels) -> None:
+        self.channels = channels
+        self.dirty: deque[int] = deque()
+        self.hold_at_pass: PassKind | None = None
+        """The pass that doesn't end by itself."""
+        self.running: list[FakeEngine] = []
+        self.channel_paths: dict[tuple[str, Role], Path] = {}
+
+    def engine(self, role: Role) -> FakeEngine:
+        return next(each for each in self.running if each.session.role is role)
+
+
+class FakeEngine:
+    """In the place of `migrator.engine_driver.EngineDriver`."""
+
+    script: Script
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        settings: EngineSettings,
+        device_channel: Path,
+        feed: Callable[[v.Event], None],
+    ) -> None:
+        self.session = session
+        self.feed = feed
+        self._key = (session.migration_id, session.role)
+        self.script.channel_paths[self._key] = device_channel
+        self.script.running.append(self)
+
+    def perform(self, command: v.Command, *, memory: HypervisorDriver) -> None:
+        script, soon = self.script, asyncio.get_running_loop().call_soon
+        match command:
+            case v.StartEngine() if self.session.role is Role.DESTINATION:
+                soon(self.feed, v.EngineListening(host="fake", port=1, secret=b"s"))
+            case v.ConnectEngine():
+                ours = script.channel_paths[self._key]
+                theirs = script.channel_paths[(self.session.migration_id, Role.DESTINATION)]
+                script.channels.link(ours, theirs)
+                soon(self.feed, v.EngineConnected(pages_in_use=100, round_trip_ms=0.1))
+            case v.RunPass() if command.kind is not script.hold_at_pass:
+                soon(self.feed, v.PassFinished(report=self._report(command)))
+            case v.StopEngine():
+                self.stop()
+            case _:
+                pass
+
+    def _report(self, command: v.RunPass) -> PassReport:
+        final = command.kind is PassKind.FINAL
+        left = 0 if final or not self.script.dirty else self.script.dirty.popleft()
+        return PassReport(
+            number=command.number,
+            kind=command.kind,
+            seconds=0.01,
+            pages=100,
+            bytes_sent=409_600,
+            pending_pages=left,
+        )
+
+    def die(self) -> None:
+        """As SIGKILL to the engine."""
+        self.feed(v.EngineLost(reason="the engine was killed by signal 9"))
+
+    def stop(self) -> None:
+        if self in self.script.running:
+            self.script.running.remove(self)
+
+    def warm_up(self) -> None: ...
+
+    def limit_bandwidth(self, bandwidth_bytes_per_s: int | None) -> None: ...
+
+    async def drained(self) -> None: ...
+
+    async def close(self) -> None:
+        self.stop()
+
+
+class NoSpares(EngineSpares):
+    def refill(self) -> None: ...
+
+
+class MigratingNode:
+    """A node of `agent_world`, with migrations that move; its agent may be restarted."""
+
+    def __init__(self, node: SimulatedNode, folder: Path) -> None:
+        self.node = node
+        self.folder = folder
+        folder.mkdir(parents=True)
+        self.manager = self._manager()
+
+    def incoming(self) -> Iterable[DomainSpec]:
+        return self.manager.incoming()
+
+    def _manager(self) -> MigrationManager:
+        node = self.node
+        pools = {PoolName("default"): node.pool}
+        check = DestinationCheck(
+            memory_bytes=node.memory_bytes,
+            hypervisor=node.hypervisor,
+            pools=pools,
+            fabric=node.fabric,
+            incoming=self.incoming,
+        )
+        return MigrationManager(
+            node.name,
+            hub=node.hub,
+            hypervisor=node.hypervisor,
+            ownership=node.ownership,
+            journal=MigrationJournal(self.folder / "journal.sqlite"),
+            domains=node.domains,
+            records=node.records,
+            nodes=node.registry,
+            events=node.events,
+            publisher=Publisher(node.typed, node.events),
+            check=check,
+            site=NodeSite(
+                hub=node.hub,
+                hypervisor=node.hypervisor,
+                fabric=node.fabric,
+                domains=node.domains,
+                check=check,
+            ),
+            engine=EngineSettings(
+                run_directory=self.folder,
+                spares=NoSpares(self.folder / "engines.log"),
+                bind_address="127.0.0.1",
+            ),
+            boot_id="boot",
+        )
+
+    async def open(self) -> None:
+        await self.manager.restore()
+        await self.manager.open()
+
+    async def crash(self) -> None:
+        """The agent is gone at once, its guests run on; nothing is said to anybody."""
+        node = self.node
+        for live in self.manager._runners.values():
+            live.session.handle = lambda event, now: []  # type: ignore[method-assign]
+        await self.manager.close()
+        await node.domains.close()
+        await node.hub.close()
+        await node.hypervisor.close()
+
+    async def restart(self, other: MigratingNode) -> None:
+        """A new agent on the same host, at the same address."""
+        node = self.node
+        address = node.hub.address
+        peers = {other.node.name: other.node.hub.address}
+        node.hub = PeerHub(node.name, address, peers, "test", timing=FAST)
+        adopted = await node.hypervisor.open()
+        self.manager = self._manager()
+        ClusterCalls(node.domains, node.migrations).register(node.hub)
+        claimed = await self.manager.restore()
+        await node.domains.open(adopted, claimed)
+        await node.hub.start()
+        await self.manager.open()
+
+
+class MigrationWorld:
+    """Nodes `a` and `b`; the domain `web` runs on `a`."""
+
+    def __init__(self, world: World, script: Script, folder: Path) -> None:
+        self.world = world
+        self.script = script
+        self.a = MigratingNode(world.a, folder / "a")
+        self.b = MigratingNode(world.b, folder / "b")
+
+    async def migrate(self, **request: object) -> Migration:
+        values: dict[str, object] = {"destination": "b"} | request
+        return await self.a.manager.create(WEB, MigrationRequest(**values))  # type: ignore[arg-type]
+
+    async def ended(self, migration: Migration) -> Migration:
+        """The migration as it is in the store when the source has let go of the domain."""
+        locks, publisher = self.a.node.domains.locks, self.a.manager._publisher
+
+        async def is_over() -> bool:
+            over = locks.migration_of(WEB) is None
+            return over and (await publisher.read(migration.id)).ended
+
+        await eventually(is_over)
+        return await publisher.read(migration.id)
+
+    async def until(self, what: Callable[[], bool]) -> None:
+        async def holds() -> bool:
+            return what()
+
+        await eventually(holds)
+
+    def state(self, node: MigratingNode) -> DomainState | None:
+        guest = node.node.host.guests.get(WEB)
+        return None if guest is None else guest.state
+
+    def running(self) -> list[str]:
+        """Where the guest's vCPUs run."""
+        return [
+            each.node.name for each in (self.a, self.b) if self.state(each) is DomainState.RUNNING
+        ]
+
+
+@asynccontextmanager
+async def migration_world(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[MigrationWorld]:
+    async with open_world(tmp_path / "consoles") as world:
+        script = Script(world.channels)
+        monkeypatch.setattr(FakeEngine, "script", script, raising=False)
+        monkeypatch.setattr(runner_module, "EngineDriver", FakeEngine)
+        both = MigrationWorld(world, script, tmp_path)
+        try:
+            for each in (both.a, both.b):
+                await each.open()
+            await world.a.domains.define(spec_of())
+            await world.a.domains.start(WEB)
+
+            async def know_each_other() -> bool:
+                views = await world.a.registry.read()
+                return len(views) == 2
+
+            await eventually(know_each_other)
+            yield both
+        finally:
+            for each in (both.a, both.b):
+                await each.manager.close()

@@ -1,0 +1,252 @@
+"""Whole migrations through two MigrationManagers: real sessions, runners, journals and peers."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from migrator.errors import ConflictError, RefusedError, WrongStateError
+from migrator.model import (
+    DomainState,
+    Migration,
+    MigrationProgress,
+    MigrationRequest,
+    MigrationState,
+    OwnershipState,
+    PassKind,
+    Role,
+)
+from migrator.ports import AbortOutcome
+from migrator.session import vocabulary as v
+from node_agent.resources import MIGRATIONS
+from tests.unit.migration_world import WEB, MigrationWorld, eventually, migration_world
+
+_S = MigrationState
+
+
+async def check_back_home(world: MigrationWorld, migration: Migration, state: _S) -> Migration:
+    """The migration ended in `state`, and left everything as it was before it."""
+    ended = await world.ended(migration)
+    assert ended.state is state, ended.error
+    assert world.running() == ["a"]
+    await world.until(lambda: not world.b.manager._runners)
+    assert world.state(world.b) is None
+    for each in (world.a, world.b):
+        assert each.node.domains.locks.migration_of(WEB) is None
+    record = await world.a.node.ownership.read(WEB)
+    assert record is not None
+    assert (record.owner, record.state) == ("a", OwnershipState.RUNNING)
+    assert not world.script.running
+    return ended
+
+
+async def test_a_guest_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with migration_world(tmp_path, monkeypatch) as world:
+        world.script.dirty.extend([5_000, 10])
+        before = await world.a.node.ownership.read(WEB)
+        began = await world.migrate()
+        assert began.state is _S.SETUP
+        ended = await world.ended(began)
+        assert ended.state is _S.COMPLETED, ended.error
+        assert ended.blackout_ms is not None
+        assert [each.kind for each in ended.iterations] == [
+            PassKind.FIRST,
+            PassKind.DIRTY,
+            PassKind.FINAL,
+        ]
+        await world.until(lambda: not world.b.manager._runners)
+        assert world.running() == ["b"]
+        assert world.state(world.a) is None
+        after = await world.a.node.ownership.read(WEB)
+        assert before is not None
+        assert after == before.passed_to(world.b.node.name)
+        assert not world.script.running
+        # It can go back at once, and be used there.
+        request = MigrationRequest(destination="a")
+        back = await world.b.manager.create(WEB, request)
+        await world.until(lambda: world.running() == ["a"])
+        await world.until(lambda: back.id not in world.b.manager._runners)
+        await world.until(lambda: not world.a.manager._runners)
+        assert await world.a.node.domains.stop(WEB)
+
+
+async def test_a_cancel_brings_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with migration_world(tmp_path, monkeypatch) as world:
+        world.script.hold_at_pass = PassKind.FIRST
+        began = await world.migrate()
+        live = world.a.manager._runners[began.id].session
+        await world.until(lambda: live.state is _S.PRECOPY)
+        with pytest.raises(ConflictError):
+            await world.a.node.domains.stop(WEB)
+        with pytest.raises(RefusedError, match="migrated already"):
+            await world.migrate()
+        await world.a.manager.cancel(began.id)
+        ended = await check_back_home(world, began, _S.CANCELLED)
+        assert ended.error == "cancelled by request"
+        with pytest.raises(WrongStateError):
+            await world.a.manager.cancel(began.id)
+
+
+async def test_a_refusal_of_the_destination_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with migration_world(tmp_path, monkeypatch) as world:
+        world.b.node.host.faults.failing["start_incoming"] = 1
+        began = await world.migrate()
+        ended = await check_back_home(world, began, _S.FAILED)
+        assert ended.error is not None
+        assert "start_incoming failed" in ended.error
+
+
+@pytest.mark.parametrize("role", list(Role))
+async def test_an_engine_that_dies_costs_only_the_migration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: Role
+) -> None:
+    async with migration_world(tmp_path, monkeypatch) as world:
+        world.script.hold_at_pass = PassKind.FIRST
+        began = await world.migrate()
+        live = world.a.manager._runners[began.id].session
+        await world.until(lambda: live.state is _S.PRECOPY)
+        world.script.engine(role).die()
+        ended = await check_back_home(world, began, _S.FAILED)
+        assert ended.error is not None
+        assert "killed by signal 9" in ended.error
+
+
+@pytest.mark.parametrize("step", ["begin_switchover", "continue_switchover"])
+async def test_a_failed_step_of_the_switchover_brings_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    async with migration_world(tmp_path, monkeypatch) as world:
+        world.a.node.host.faults.failing[step] = 1
+        began = await world.migrate()
+        await check_back_home(world, began, _S.FAILED)
+
+
+async def test_a_driver_with_a_bug_leaves_no_session_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with migration_world(tmp_path, monkeypatch) as world:
+        hypervisor = world.a.node.hypervisor
+        abort, tries = hypervisor.abort_switchover, 0
+
+        async def buggy(domain: object) -> AbortOutcome:
+            nonlocal tries
+            tries += 1
+            if tries == 1:
+                raise OSError(9, "Bad file descriptor")
+            return await abort(WEB)
+
+        monkeypatch.setattr(hypervisor, "abort_switchover", buggy)
+        world.script.hold_at_pass = PassKind.FIRST
+        began = await world.migrate()
+        await world.until(lambda: len(world.script.running) == 2)
+        await world.a.manager.cancel(began.id)
+        await check_back_home(world, began, _S.CANCELLED)
+        assert tries == 2
+
+
+async def test_a_restarted_source_ends_what_it_had_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with migration_world(tmp_path, monkeypatch) as world:
+        world.script.hold_at_pass = PassKind.FIRST
+        began = await world.migrate()
+        live = world.a.manager._runners[began.id].session
+        await world.until(lambda: live.state is _S.PRECOPY)
+        await world.a.crash()
+        await world.a.restart(world.b)
+        ended = await check_back_home(world, began, _S.FAILED)
+        assert ended.error == "the agent restarted during the migration"
+        assert [phase.name for phase in ended.timeline][:2] == ["created", "setup"]
+
+
+async def test_a_restarted_destination_is_heard_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last word goes out although the connection has to be made first."""
+    async with migration_world(tmp_path, monkeypatch) as world:
+        world.script.hold_at_pass = PassKind.FIRST
+        began = await world.migrate()
+        live = world.a.manager._runners[began.id].session
+        await world.until(lambda: live.state is _S.PRECOPY)
+        await world.b.crash()
+        started = time.monotonic()
+        await world.b.restart(world.a)
+        ended = await check_back_home(world, began, _S.FAILED)
+        assert ended.error is not None
+        assert "the destination gave up" in ended.error
+        assert time.monotonic() - started < 10.0
+
+
+async def test_a_lost_connection_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else calls the peer: the session's timer must not be all that looks for it."""
+    async with migration_world(tmp_path, monkeypatch) as world:
+        world.script.hold_at_pass = PassKind.FIRST
+        began = await world.migrate()
+        runner = world.a.manager._runners[began.id]
+        await world.until(lambda: runner.session.state is _S.PRECOPY)
+        link = world.a.node.hub._links[world.b.node.name]
+        assert link._connection is not None
+        link._connection.abort("cut")
+        await world.until(lambda: v.TimerName.PEER in runner._timers)
+        await world.until(lambda: v.TimerName.PEER not in runner._timers)
+        assert runner.session.state is _S.PRECOPY
+        await world.until(lambda: not world.a.manager._redials)
+        await world.a.manager.cancel(began.id)
+        await check_back_home(world, began, _S.CANCELLED)
+
+
+async def test_ends_that_were_not_published_are_published_by_the_next_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with migration_world(tmp_path, monkeypatch) as world:
+        ended = await world.ended(await world.migrate())
+        moving = MigrationProgress(state=_S.PRECOPY)
+        unpublished = msgspec.structs.replace(
+            ended, state=_S.PRECOPY, progress=moving, ended_at_s=None, total_s=None
+        )
+        never_begun = msgspec.structs.replace(unpublished, id="never", state=_S.CREATED)
+        anothers = msgspec.structs.replace(unpublished, id="other", source="b")
+        for each in (unpublished, never_begun, anothers):
+            await world.a.node.typed.put(f"{MIGRATIONS}{each.id}", each)
+        await world.a.crash()
+        await world.a.restart(world.b)
+        publisher = world.a.manager._publisher
+
+        async def is_ended() -> bool:
+            return (await publisher.read("never")).ended
+
+        await eventually(is_ended)
+        assert (await publisher.read("never")).state is _S.FAILED
+        now = await publisher.read(ended.id)
+        assert (now.state, now.progress.state) == (_S.COMPLETED, _S.COMPLETED)
+        assert now.ended_at_s == ended.ended_at_s
+        assert not (await publisher.read("other")).ended
+
+
+async def test_a_guest_that_ends_in_its_migration_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with migration_world(tmp_path, monkeypatch) as world:
+        world.script.hold_at_pass = PassKind.FIRST
+        began = await world.migrate()
+        live = world.a.manager._runners[began.id].session
+        await world.until(lambda: live.state is _S.PRECOPY)
+        world.a.node.host.power_off(WEB)
+        ended = await world.ended(began)
+        assert ended.state is _S.FAILED
+        await world.until(lambda: not world.b.manager._runners)
+        assert world.state(world.b) is None
+
+        async def is_stopped() -> bool:
+            record = await world.a.node.ownership.read(WEB)
+            return record is not None and record.state is OwnershipState.STOPPED
+
+        await eventually(is_stopped)
+        assert world.state(world.a) in (None, DomainState.STOPPED)
