@@ -6,12 +6,12 @@ touches, throughout and once more at the end.
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from deploy import lab
 from migrator.model import Migration, MigrationMode, MigrationState
 from tests.integration.cluster import inventory
 from tests.integration.cluster.client import PacketWatch
@@ -26,6 +26,7 @@ CAP_BYTES_PER_S = 8_000_000
 END_S = 90.0
 BLACKOUT_SANE_MS = 2000.0
 CUT_S = 10.0
+COMMAND_S = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_a_kill_in_post_copy_costs_only_time(
     begun = begin(guest, MigrationMode.POSTCOPY)
     cluster.in_state(begun.id, MigrationState.POSTCOPY, via=begun.source)
     node = begun.source if role == "source" else begun.destination
-    victim = cluster.agent(node) if process == "agent" else cluster.engines_at_work(node)[0]
+    victim = cluster.agent(node) if process == "agent" else cluster.engines(node)[0]
     cluster.kill(victim)
     cluster.restart_missing_agents()
     finish(guest, begun)
@@ -107,8 +108,7 @@ def test_a_link_that_is_cut_in_post_copy_costs_only_time(cluster: Cluster, guest
 
     def set_link(state: str) -> None:
         command = ["ip", "link", "set", f"m-{begun.destination}", state]
-        switch = cluster.plan.namespace("switch")
-        subprocess.run(["ip", "netns", "exec", switch, *command], check=True)
+        assert lab.run_in(cluster.name, "switch", command, COMMAND_S).returncode == 0
 
     try:
         set_link("down")
