@@ -142,6 +142,7 @@ class MigrationManager(MigrationService):
             published = await self._publisher.read(session.migration_id)
             session.timeline.extend(published.timeline)
             session.passes.extend(published.iterations)
+            session.blackout_ms = published.blackout_ms
 
     async def open(self) -> None:
         """Take calls and messages, and let the restored migrations go on."""
