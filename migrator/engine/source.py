@@ -349,6 +349,14 @@ class SourceEngine:
                 )
             )
         )
+        if final:
+            self._end_page_streams()
+
+    def _end_page_streams(self) -> None:
+        """All that they could carry has been told. Where one breaks, nobody shall mind."""
+        for stream in self._streams:
+            stream.bye()
+            stream.close()
 
     def _deliver(self) -> None:
         """Run the deliveries: here if they are short, else in a thread for each stream."""

@@ -31,7 +31,6 @@ from migrator.session.messages import (
     Commit,
     Farewell,
     Inquire,
-    Lost,
     Pending,
     Prepare,
     Refused,
@@ -57,7 +56,6 @@ from migrator.session.vocabulary import (
     InspectGuest,
     Journal,
     PagesComplete,
-    PagesMissing,
     PeerBack,
     PeerLost,
     PrepareIncoming,
@@ -147,18 +145,8 @@ class DestinationSession(DestinationPostCopy):
                 self._give_up(f"the destination's hypervisor failed: {event.detail or event.kind}")
             case EngineLost() if self.state in _BEFORE_HANDOFF and not self._loaded_at_s:
                 self._give_up(f"the destination's engine: {event.reason}")
-            case EngineLost() if self.pages_missing and self.state is not _S.CANCELLING:
-                self._revive_engine(event.reason)
-            case TimerFired(name=TimerName.ENGINE):
-                self._start_successor()
-            case EngineListening() if self.pages_missing:
-                self._listening = event
-                self._answer_ready()
-            case PagesMissing():
-                self.post_copy = True
-            case PagesComplete():
-                self.complete = event
-                self._handle_in_state(event)
+            case _ if self._heard_of_pages(event):
+                pass
             case _:
                 self._handle_in_state(event)
 
@@ -226,13 +214,8 @@ class DestinationSession(DestinationPostCopy):
                 self.post_copy = self.post_copy or message.post_copy
                 self._start_successor()
                 self._do(InspectGuest())
-            case Commit() if self.state is _S.POSTCOPY:
-                self._send(self._running())
-            case Inquire() if self.state is _S.POSTCOPY:
-                self._send(self._running())
-                self._answer_ready()
-            case Lost() | Farewell() if self.state is _S.POSTCOPY and self.pages_missing:
-                self._hear_loss(message)
+            case _ if self.state is _S.POSTCOPY:
+                self._hear_in_post_copy(message)
             case Abort() if self.state in _BEFORE_HANDOFF or self._may_discard:
                 self._give_up(message.reason)
             case Prepare() if self.state in _BEFORE_HANDOFF:

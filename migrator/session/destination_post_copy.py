@@ -11,15 +11,26 @@ from __future__ import annotations
 from migrator.model import DomainSpec, MigrationState
 from migrator.ports import DomainEventKind
 from migrator.session.base import Session
-from migrator.session.messages import Farewell, Filled, Lost, Prepared, Running, SessionMessage
+from migrator.session.messages import (
+    Commit,
+    Farewell,
+    Filled,
+    Inquire,
+    Lost,
+    Prepared,
+    Running,
+    SessionMessage,
+)
 from migrator.session.vocabulary import (
     CommandFailed,
     DestroyGuest,
     EngineListening,
+    EngineLost,
     Event,
     GuestReported,
     Journal,
     PagesComplete,
+    PagesMissing,
     PullPages,
     StartEngine,
     StartTimer,
@@ -50,10 +61,33 @@ class DestinationPostCopy(Session):
 
     # --- the engine ---
 
+    def _heard_of_pages(self, event: Event) -> bool:
+        """What is about missing pages and their engine, in whatever state. Whether that was all."""
+        alive = self.state in (_S.SWITCHOVER, _S.HANDOFF, _S.RECOVERING, _S.POSTCOPY)
+        match event:
+            case EngineLost() if self.pages_missing and alive:
+                self._revive_engine(event.reason)
+            case CommandFailed(command="StartEngine") if self.pages_missing and alive:
+                self._revive_engine(event.error)
+            case TimerFired(name=TimerName.ENGINE):
+                self._start_successor()
+            case EngineListening() if self.pages_missing:
+                self._listening = event
+                self._respawns = 0
+                self._answer_ready()
+            case PagesMissing():
+                self.post_copy = True
+            case PagesComplete():
+                self.complete = event
+                return False
+            case _:
+                return False
+        return True
+
     def _revive_engine(self, reason: str) -> None:
         self._listening = None
         self._note("engine lost", self._now, self._now, reason)
-        self._do(StartTimer(name=TimerName.ENGINE, seconds=self.timing.respawn_s))
+        self._respawn_later()
 
     def _start_successor(self) -> None:
         if self.pages_missing and self._listening is None:
@@ -113,11 +147,17 @@ class DestinationPostCopy(Session):
             fault_ms_max=done.fault_ms_max,
         )
 
-    def _hear_loss(self, message: SessionMessage) -> None:
-        if isinstance(message, Lost):
-            self._lost(message.reason)
-        elif isinstance(message, Farewell):
-            self._lost("the source's copy is gone, and pages are missing here")
+    def _hear_in_post_copy(self, message: SessionMessage) -> None:
+        match message:
+            case Commit() | Inquire():
+                self._send(self._running())
+                self._answer_ready()
+            case Lost() if self.pages_missing:
+                self._lost(message.reason)
+            case Farewell() if self.pages_missing:
+                self._lost("the source's copy is gone, and pages are missing here")
+            case _:
+                pass
 
     def _lost(self, reason: str) -> None:
         """The guest can't go on: pages of it are nowhere."""

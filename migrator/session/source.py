@@ -95,7 +95,9 @@ class SourceSession(SourcePostCopy):
             case EngineLost() if self.state in (_S.SETUP, _S.PRECOPY, _S.SWITCHOVER):
                 self._give_up(f"engine: {event.reason}")
             case EngineLost() if self._must_serve:
-                self._engine_lost(event)
+                self._engine_lost(event.reason)
+            case CommandFailed(command="StartEngine" | "ConnectEngine") if self._must_serve:
+                self._engine_lost(event.error)
             case TimerFired(name=TimerName.ENGINE) if self._must_serve:
                 self._respawn()
             case Received(message=message):

@@ -19,7 +19,6 @@ from migrator.session.vocabulary import (
     ConnectEngine,
     DestroyGuest,
     EngineConnected,
-    EngineLost,
     EngineReported,
     Event,
     GuestCondition,
@@ -56,13 +55,13 @@ class SourcePostCopy(SourceRecovery):
 
     # --- the engine ---
 
-    def _engine_lost(self, event: EngineLost) -> None:
+    def _engine_lost(self, reason: str) -> None:
         self._engine_up = False
-        self._note("engine lost", self._now, self._now, event.reason)
+        self._note("engine lost", self._now, self._now, reason)
         if self._gone and self.state is _S.POSTCOPY:
             self._pages_lost()
         else:
-            self._do(StartTimer(name=TimerName.ENGINE, seconds=self.timing.respawn_s))
+            self._respawn_later()
 
     def _hear_prepared(self, message: Prepared) -> None:
         """The destination's engine may be another one than ours talks to."""
@@ -99,6 +98,7 @@ class SourcePostCopy(SourceRecovery):
             case EngineReported():
                 self._note_progress(event)
             case EngineConnected():
+                self._respawns = 0
                 self._note("engine connected again", self._now, self._now)
             case TimerFired(name=TimerName.RETRY) if self._destination_runs:
                 self._do(DestroyGuest())

@@ -136,7 +136,7 @@ def reachable(world: World, node: Node, guest: Guest) -> bool:
     """Whether what `guest` (on `node`) lacks is anywhere."""
     other = node.other
     copy = world.guests.get(other.name)
-    if copy is not None and copy.state is G.POSTMIGRATE:
+    if copy is not None and copy.state is not G.RUNNING:
         return True
     return bool(other.engine) and other.served is not None
 
@@ -147,7 +147,7 @@ def note_loss(world: World, nodes: list[Node]) -> None:
         guest = world.guests.get(node.name)
         if guest is None or not guest.missing or guest.epoch != world.epoch:
             continue
-        if guest.state is G.RUNNING and not reachable(world, node, guest):
+        if guest.state in (G.LOADED, G.RUNNING) and not reachable(world, node, guest):
             world.memory_lost = world.memory_lost or "died: pages that were missing"
             guest.doomed = True
 
