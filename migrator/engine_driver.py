@@ -59,6 +59,7 @@ class EngineDriver:
         """Counts engines: what a dead one had still to say is dropped."""
         self._post_copy = False
         self._configured = False
+        self._configured_process: EngineProcess | None = None
         self._pages_in_use = 0
         self._round_trip_ms = 0.0
         self._connect: v.ConnectEngine | None = None
@@ -173,8 +174,9 @@ class EngineDriver:
         if self._stopping:
             return
         self._connect = command
-        await self._configure(memory, command.secret)
-        self._send(m.Connect(host=command.host, port=command.port))
+        if self._process is None or self._process is not self._configured_process:
+            await self._configure(memory, command.secret)
+        self._send(m.Connect(host=command.host, port=command.port, secret=command.secret))
 
     async def _configure(self, hypervisor: HypervisorDriver, secret: bytes) -> None:
         session = self._session
@@ -194,6 +196,7 @@ class EngineDriver:
             if self._process is not None:
                 self._process.send(message, fds=memory.fds)
                 self._configured = True
+                self._configured_process = self._process
         finally:
             memory.close()
 
@@ -228,7 +231,7 @@ class EngineDriver:
                 )
             case m.Configured():
                 self._pages_in_use = message.pages_in_use
-            case m.Connected() if self._post_copy:
+            case m.Connected() if message.streams == 0:  # For the pages of a post-copy alone.
                 self._feed(v.EngineConnected(pages_in_use=self._pages_in_use, round_trip_ms=0.0))
             case m.Connected():
                 self._round_trip_ms = message.round_trip_ms

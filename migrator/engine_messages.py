@@ -70,8 +70,14 @@ class Configure(Message, frozen=True, kw_only=True):
 
 
 class Connect(Message, frozen=True, kw_only=True):
+    """In post-copy also a second time: the destination's engine has a successor, which listens
+    there and has a secret of its own.
+    """
+
     host: str
     port: int
+    secret: bytes = b""
+    """"": that of the configuration."""
 
 
 class RunPass(Message, frozen=True, kw_only=True):

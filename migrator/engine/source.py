@@ -68,6 +68,7 @@ class SourceEngine:
     def __init__(self, configure: Configure, descriptors: list[int], control: Control) -> None:
         uffd, pagemap, *files = descriptors
         self._configure = configure
+        self._secret = configure.secret
         self._control = control
         self._regions = map_regions(configure, files)
         self._log = DirtyLog(uffd, pagemap, configure.regions)
@@ -176,8 +177,12 @@ class SourceEngine:
                 raise WrongStateError("Configure", "configured", "new")
 
     def _connect(self, message: Connect) -> None:
-        if self._streams or self._server is not None:
+        serving = self._server is not None and self._server.started
+        if (self._streams or self._server is not None) and not serving:
             raise WrongStateError("Connect", "connected", "configured")
+        if self._server is not None:
+            self._server.close()
+        self._secret = message.secret or self._secret
         configure = self._configure
         self._endpoint = Endpoint(
             host=message.host,
@@ -194,7 +199,7 @@ class SourceEngine:
             reconnect_s=configure.reconnect_s,
             fault=self._faults.report,
         )
-        if configure.post_copy:
+        if configure.post_copy or serving:
             self._server.connect(self)
             self._server.start()
             self._control.send(Connected(streams=0, round_trip_ms=0.0))
@@ -216,7 +221,7 @@ class SourceEngine:
         return StreamHello(
             version=frames.STREAM_VERSION,
             migration_id=self._configure.migration_id,
-            secret=self._configure.secret,
+            secret=self._secret,
             kind=kind,
             index=index,
             streams=streams,

@@ -33,6 +33,7 @@ from migrator.session.messages import (
     Farewell,
     Filled,
     Inquire,
+    Lost,
     Pending,
     Prepare,
     Prepared,
@@ -137,6 +138,8 @@ class SourceSession(SourcePostCopy):
         """What the destination is told when it asks after the end."""
         if self.state is _S.COMPLETED:
             return Farewell()
+        if self.post_copy and self._copy_gone:
+            return Lost(reason=self.error or self.state.value)
         return Abort(reason=self.error or self.state.value)
 
     def _hear(self, message: SessionMessage) -> None:

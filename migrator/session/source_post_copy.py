@@ -65,22 +65,25 @@ class SourcePostCopy(SourceRecovery):
 
     def _hear_prepared(self, message: Prepared) -> None:
         """The destination's engine may be another one than ours talks to."""
-        if message != self._prepared:
-            self._prepared = message
-            self._engine_up = False
+        known, self._prepared = self._prepared, message
         if not self._engine_up:
             self._serve()
+        elif message != known:
+            # The living one goes there: it may be all that holds the pages.
+            self._connect(message)
+
+    def _connect(self, ready: Prepared) -> None:
+        self._do(
+            ConnectEngine(host=ready.host, port=ready.port, secret=ready.secret, post_copy=True)
+        )
 
     def _serve(self) -> None:
         ready = self._prepared
         if ready is None or self._engine_up:
             return
         self._engine_up = True
-        self._do(
-            StopTimer(name=TimerName.ENGINE),
-            StartEngine(post_copy=True),
-            ConnectEngine(host=ready.host, port=ready.port, secret=ready.secret, post_copy=True),
-        )
+        self._do(StopTimer(name=TimerName.ENGINE), StartEngine(post_copy=True))
+        self._connect(ready)
 
     # --- the state ---
 
@@ -171,6 +174,7 @@ class SourcePostCopy(SourceRecovery):
     def _pages_lost(self) -> None:
         reason = "the source's hypervisor and engine ended before the destination held every page"
         self.error = reason
+        self._copy_gone = True
         self._send(Lost(reason=reason))
         self._do(StopEngine())
         self._finish(_S.FAILED)

@@ -221,6 +221,7 @@ class SourceRecovery(SourceView):
 
     def _complete(self) -> None:
         """The guest lives elsewhere, or not at all; our copy is destroyed."""
+        self._copy_gone = True
         self._send(Farewell())
         self._do(StopEngine())
         if self._discard_error:

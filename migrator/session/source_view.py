@@ -71,6 +71,8 @@ class SourceView(Session):
         self.post_copy = post_copy
         """The destination lacks pages when the guest is resumed there: it gets them from here."""
         self._engine_up = False
+        """It lives, and is connected or about to be."""
+        self._copy_gone = False
         self._prepared: Prepared | None = None
         """Where the destination's engine listens, as it last said."""
         self._cancelled = False

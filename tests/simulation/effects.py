@@ -180,6 +180,7 @@ def _start_engine(node: Node, command: v.StartEngine) -> list[v.Event]:
     destination = node.session is not None and node.session.role is Role.DESTINATION
     if command.post_copy and destination:
         return post_copy.start_successor(node)
+    node.served = None  # Whatever an earlier engine had open goes with it.
     node.engine_serial += 1
     node.engine = node.engine_serial
     return [post_copy.listening(node)] if destination else []

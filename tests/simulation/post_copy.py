@@ -79,7 +79,7 @@ def start_successor(node: Node) -> list[v.Event]:
 
 def connect_successor(node: Node, command: v.ConnectEngine) -> list[v.Event]:
     """Source: serve the pages to the engine that listens there, if it still does."""
-    guest = node.world.guests.get(node.name)
+    guest = node.served or node.world.guests.get(node.name)
     if guest is None or not node.engine:
         return [v.EngineLost(reason="no such domain")]
     if command.port != 7000 + node.other.engine:
