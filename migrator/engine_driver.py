@@ -62,7 +62,6 @@ class EngineDriver:
         self._configured_process: EngineProcess | None = None
         self._pages_in_use = 0
         self._round_trip_ms = 0.0
-        self._connect: v.ConnectEngine | None = None
         self._tail: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -187,7 +186,7 @@ class EngineDriver:
                 migration_id=session.migration_id,
                 secret=secret,
                 pid=memory.pid,
-                regions=_layout(memory),
+                regions=layout_of(memory),
                 streams=self._settings.streams,
                 bind_address=self._settings.bind_address,
                 bandwidth_bytes_per_s=session.request.bandwidth_bytes_per_s,
@@ -282,7 +281,7 @@ class EngineDriver:
             self._feed(v.EngineLost(reason=f"the engine {how}"))
 
 
-def _layout(memory: GuestMemory) -> tuple[m.RegionLayout, ...]:
+def layout_of(memory: GuestMemory) -> tuple[m.RegionLayout, ...]:
     return tuple(
         m.RegionLayout(
             name=region.name,

@@ -15,6 +15,8 @@
       │◄─────────────────────────────────────────────────── PostCopyDone ───┤
       │  Stop ──────────────────────────────►│ unregisters, exits           │
 
+Without `Connect` a source's engine only watches: SampleDirty(seconds), answered by DirtySampled.
+
 Frames are `migrator.wire` frames. The descriptors of `Configure` come with its first byte
 (SCM_RIGHTS), in the order uffd, pagemap, region 0, region 1, ... End of file on the socketpair
 means that the agent died: the engine unregisters dirty tracking and exits.
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 import msgspec
 
+from migrator.figures import DirtyPoint
 from migrator.model import PassKind, PassReport, Role
 from migrator.ports import RegionMapping
 
@@ -102,6 +105,12 @@ class PullAll(Message, frozen=True, kw_only=True):
     """Destination in post-copy: the guest runs; get what nobody waits for yet, too."""
 
 
+class SampleDirty(Message, frozen=True, kw_only=True):
+    """Source, configured and not connected: watch the dirty log for so long; `DirtySampled`."""
+
+    seconds: float
+
+
 class Stop(Message, frozen=True, kw_only=True):
     """Unregister dirty tracking, close everything, answer `Stopped` and exit."""
 
@@ -170,6 +179,17 @@ class ChannelRestored(Message, frozen=True, kw_only=True):
     broken_s: float
 
 
+class DirtySampled(Message, frozen=True, kw_only=True):
+    """What was dirtied in `seconds`. Tracking is still registered, until `Stop`."""
+
+    seconds: float
+    fresh_bytes: int
+    """Sum over the scans: what is written again after a scan counts again."""
+    curve: tuple[DirtyPoint, ...]
+    zero_share: float = 0.0
+    memory_in_use_bytes: int = 0
+
+
 class EngineFailed(Message, frozen=True, kw_only=True):
     """The engine can't go on, and exits."""
 
@@ -182,7 +202,9 @@ class Stopped(Message, frozen=True, kw_only=True):
     bytes_sent: int = 0
 
 
-ToEngine = Configure | Connect | RunPass | SetBandwidth | OpenDeviceChannel | PullAll | Stop
+ToEngine = (
+    Configure | Connect | RunPass | SetBandwidth | OpenDeviceChannel | SampleDirty | PullAll | Stop
+)
 FromEngine = (
     Configured
     | Listening
@@ -190,6 +212,7 @@ FromEngine = (
     | Report
     | PassDone
     | DeviceChannelOpen
+    | DirtySampled
     | ChannelBroken
     | ChannelRestored
     | PostCopyArmed

@@ -15,6 +15,8 @@ from typing import Annotated, NewType
 
 import msgspec
 
+from migrator.figures import Prediction
+
 NodeName = NewType("NodeName", str)
 DomainName = NewType("DomainName", str)
 MigrationId = NewType("MigrationId", str)
@@ -315,9 +317,12 @@ class PassReport(Value, frozen=True, kw_only=True):
     seconds: float
     pages: int
     bytes_sent: int
+    """On the wire, headers included."""
     zero_pages: int = 0
     pending_pages: int = 0
     scan_seconds: float = 0.0
+    payload_bytes: int = 0
+    """Of guest memory in `pages`: more than `bytes_sent` where pages were compressed."""
 
 
 class Phase(Value, frozen=True, kw_only=True):
@@ -362,6 +367,8 @@ class Migration(Value, frozen=True, kw_only=True):
     total_s: float | None = None
     timeline: tuple[Phase, ...] = ()
     iterations: tuple[PassReport, ...] = ()
+    prediction: Prediction | None = None
+    """Made when the migration began, or after its first iteration where too little was known."""
 
     @property
     def ended(self) -> bool:

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Final
 
 from hypervisor.qemu.driver import QemuDriver
+from migrator.dirty_sampler import DirtySampler
 from migrator.engine.spares import EngineSpares
 from migrator.engine_driver import EngineSettings
+from migrator.errors import ConfigError
 from migrator.journal import MigrationJournal
 from migrator.model import DomainSpec, NodeInfo, NodeName, PoolName
 from migrator.ports import FabricDriver, HypervisorDriver, VolumeDriver
@@ -34,7 +36,10 @@ from node_agent.domain_records import DomainRecords
 from node_agent.domains import DomainService
 from node_agent.events import EventKind, EventLog
 from node_agent.machines import MachinePinner
+from node_agent.migrations import link_speed
 from node_agent.migrations.checks import DestinationCheck
+from node_agent.migrations.forecast import Forecaster
+from node_agent.migrations.link_probe import LinkProbe
 from node_agent.migrations.manager import MigrationManager
 from node_agent.migrations.publisher import Publisher
 from node_agent.migrations.site import NodeSite
@@ -79,13 +84,25 @@ def make_fabric(config: AgentConfig) -> FabricDriver:
     return BridgeFabric()
 
 
+def prepare_folders(config: AgentConfig) -> None:
+    """Make the state directory's folders. ConfigError names the key whose path can't be used."""
+    state = Path(config.node.state_directory)
+    try:
+        for directory in (state / "run", state / "logs"):
+            directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"node.state_directory: {state} can't be used: {error}") from error
+    for index, pool in enumerate(config.pools):
+        if not Path(pool.path).is_dir():
+            # It may be mounted later: no reason to leave the node's guests without an agent.
+            log.warning("pools[%d].path: there is no folder %s (now)", index, pool.path)
+
+
 @contextlib.asynccontextmanager
 async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
     """A whole agent while the body runs. Errors of the start leave nothing behind but logs."""
     node = NodeName(config.node.name)
-    state = Path(config.node.state_directory)
-    for directory in (state / "run", state / "logs"):
-        await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True)
+    await asyncio.to_thread(prepare_folders, config)
     boot_id = (await asyncio.to_thread(BOOT_ID_PATH.read_text)).strip()
     async with contextlib.AsyncExitStack() as stack:
         store = SqliteStore(Path(config.store.path))
@@ -114,8 +131,12 @@ async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
             events=events,
             pin_machine=MachinePinner(nodes),
         )
+        link = LinkProbe(hub, config.migration.address)
+        link.register()
+        stack.push_async_callback(link.close)
         migrations = make_migrations(
             config,
+            link=link,
             hub=hub,
             hypervisor=hypervisor,
             fabric=fabric,
@@ -163,6 +184,7 @@ async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
 def make_migrations(
     config: AgentConfig,
     *,
+    link: LinkProbe,
     hub: PeerHub,
     hypervisor: HypervisorDriver,
     fabric: FabricDriver,
@@ -185,6 +207,17 @@ def make_migrations(
         fabric=fabric,
         incoming=lambda: [spec for each in incoming for spec in each()],
     )
+    publisher = Publisher(typed, events)
+    spares = EngineSpares(state / "logs" / "engines.log")
+    forecaster = Forecaster(
+        NodeName(config.node.name),
+        hypervisor=hypervisor,
+        locks=domains.locks,
+        sample=DirtySampler(hypervisor.memory, spares.log_path).sample,
+        history=publisher.read_all,
+        interface=lambda: link_speed.of_interface(config.migration.address),
+        probe=link.measure,
+    )
     manager = MigrationManager(
         NodeName(config.node.name),
         hub=hub,
@@ -195,15 +228,16 @@ def make_migrations(
         records=records,
         nodes=nodes,
         events=events,
-        publisher=Publisher(typed, events),
+        publisher=publisher,
         check=check,
         site=NodeSite(hub=hub, hypervisor=hypervisor, fabric=fabric, domains=domains, check=check),
         engine=EngineSettings(
             run_directory=state / "run",
-            spares=EngineSpares(state / "logs" / "engines.log"),
+            spares=spares,
             bind_address=config.migration.address,
             streams=config.migration.streams,
         ),
+        forecaster=forecaster,
         boot_id=boot_id,
     )
     incoming.append(manager.incoming)  # The two know each other: the check counts what comes.

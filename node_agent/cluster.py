@@ -15,12 +15,15 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+import msgspec
+
 from migrator.errors import (
     ConflictError,
     FerryError,
     RefusedError,
     WrongStateError,
 )
+from migrator.figures import DirtyRate, Prediction
 from migrator.model import (
     DomainName,
     DomainSpec,
@@ -36,11 +39,13 @@ from migrator.ports import OwnershipStore, Struct
 from node_agent import loop_monitor
 from node_agent.cluster_calls import (
     CONSOLE,
+    DIRTY_RATE,
     MIGRATION_CANCEL,
     MIGRATION_CHECK,
     MIGRATION_CREATE,
     MIGRATION_GET,
     MIGRATION_LIMIT,
+    MIGRATION_PREDICT,
     PAUSE,
     RESET,
     RESUME,
@@ -48,12 +53,14 @@ from node_agent.cluster_calls import (
     STATUSES,
     STOP,
     ConsoleParams,
+    DirtyRateParams,
     DomainParams,
     Done,
     MigrationLimit,
     MigrationParams,
     MigrationRef,
     Nothing,
+    PredictParams,
     Reasons,
     Statuses,
     StopParams,
@@ -217,6 +224,13 @@ class ClusterService:
         )
         return node, chunk
 
+    async def dirty_rate(self, domain: DomainName, seconds: float) -> DirtyRate:
+        """Sample, where it runs, how fast it dirties its memory."""
+        params = DirtyRateParams(domain=domain, seconds=seconds)
+        wait_s = seconds + OPERATION_TIMEOUT_S
+        owner = await self._owner(domain)
+        return await self._hub.call(owner, DIRTY_RATE, params, DirtyRate, timeout_s=wait_s)
+
     # --- migrations --------------------------------------------------------------------------
 
     async def migrate(self, domain: DomainName, body: MigrationCreate) -> Migration:
@@ -228,8 +242,10 @@ class ClusterService:
             source, MIGRATION_CREATE, params, Migration, timeout_s=OPERATION_TIMEOUT_S
         )
 
-    async def check_migration(self, domain: DomainName, body: MigrationCreate) -> DryRun:
-        """What `migrate` would be refused for."""
+    async def check_migration(
+        self, domain: DomainName, body: MigrationCreate, sample_seconds: float
+    ) -> DryRun:
+        """What `migrate` would be refused for, and how it would go: samples for that long."""
         try:
             source = await self._owner(domain)
             destination = await self._destination(source, body)
@@ -237,11 +253,21 @@ class ClusterService:
             return DryRun(destination=body.destination or "", refused=error.reasons)
         except WrongStateError as error:
             return DryRun(destination=body.destination or "", refused=(str(error),))
-        params = MigrationParams(domain=domain, request=body.towards(destination))
+        request = body.towards(destination)
+        params = MigrationParams(domain=domain, request=request)
         reasons = await self._hub.call(
             source, MIGRATION_CHECK, params, Reasons, timeout_s=OPERATION_TIMEOUT_S
         )
-        return DryRun(destination=destination, refused=reasons.reasons)
+        result = DryRun(destination=destination, refused=reasons.reasons)
+        wanted = PredictParams(domain=domain, request=request, sample_seconds=sample_seconds)
+        wait_s = sample_seconds + OPERATION_TIMEOUT_S
+        try:
+            prediction = await self._hub.call(
+                source, MIGRATION_PREDICT, wanted, Prediction, timeout_s=wait_s
+            )
+        except FerryError as error:  # The refusals are worth having all the same.
+            return msgspec.structs.replace(result, prediction_unknown=str(error))
+        return msgspec.structs.replace(result, prediction=prediction)
 
     async def get_migration(self, id: str) -> Migration:
         """From its source while it runs and the source answers, else as the store has it."""

@@ -1,14 +1,16 @@
 """What the agents ask of each other about domains and migrations: names, params, results, handlers.
 
 domain.start/stop/pause/resume/reset/console   to the node that owns the domain
+domain.dirty-rate                              likewise
 domain.statuses                                to every node that owns a running domain
-migration.create/check/get/cancel              to the source
+migration.create/check/predict/get/cancel      to the source
 """
 
 from __future__ import annotations
 
 from typing import Final
 
+from migrator.figures import DirtyRate, Prediction, SampleSeconds
 from migrator.model import (
     DomainName,
     DomainStatus,
@@ -28,9 +30,11 @@ PAUSE: Final = "domain.pause"
 RESUME: Final = "domain.resume"
 RESET: Final = "domain.reset"
 CONSOLE: Final = "domain.console"
+DIRTY_RATE: Final = "domain.dirty-rate"
 STATUSES: Final = "domain.statuses"
 MIGRATION_CREATE: Final = "migration.create"
 MIGRATION_CHECK: Final = "migration.check"
+MIGRATION_PREDICT: Final = "migration.predict"
 MIGRATION_GET: Final = "migration.get"
 MIGRATION_CANCEL: Final = "migration.cancel"
 MIGRATION_LIMIT: Final = "migration.limit"
@@ -68,6 +72,17 @@ class MigrationParams(Struct, frozen=True, kw_only=True):
     request: MigrationRequest
 
 
+class DirtyRateParams(Struct, frozen=True, kw_only=True):
+    domain: DomainName
+    seconds: SampleSeconds
+
+
+class PredictParams(Struct, frozen=True, kw_only=True):
+    domain: DomainName
+    request: MigrationRequest
+    sample_seconds: SampleSeconds
+
+
 class MigrationRef(Struct, frozen=True, kw_only=True):
     id: str
 
@@ -99,6 +114,8 @@ class ClusterCalls:
         hub.handle(STATUSES, Nothing, self._statuses)
         hub.handle(MIGRATION_CREATE, MigrationParams, self._create)
         hub.handle(MIGRATION_CHECK, MigrationParams, self._check)
+        hub.handle(DIRTY_RATE, DirtyRateParams, self._dirty_rate)
+        hub.handle(MIGRATION_PREDICT, PredictParams, self._predict)
         hub.handle(MIGRATION_GET, MigrationRef, self._get)
         hub.handle(MIGRATION_CANCEL, MigrationRef, self._cancel)
         hub.handle(MIGRATION_LIMIT, MigrationLimit, self._limit)
@@ -135,6 +152,12 @@ class ClusterCalls:
 
     async def _check(self, _: NodeName, params: MigrationParams) -> Reasons:
         return Reasons(reasons=tuple(await self._migrations.check(params.domain, params.request)))
+
+    async def _dirty_rate(self, _: NodeName, params: DirtyRateParams) -> DirtyRate:
+        return await self._migrations.dirty_rate(params.domain, params.seconds)
+
+    async def _predict(self, _: NodeName, params: PredictParams) -> Prediction:
+        return await self._migrations.predict(params.domain, params.request, params.sample_seconds)
 
     async def _get(self, _: NodeName, params: MigrationRef) -> Migration:
         return await self._migrations.get(params.id)

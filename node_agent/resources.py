@@ -10,6 +10,7 @@ from typing import Annotated, Final
 
 import msgspec
 
+from migrator.figures import Prediction
 from migrator.model import (
     DiskFormat,
     DomainSpec,
@@ -126,10 +127,13 @@ class MigrationChange(Value, frozen=True, kw_only=True):
 
 
 class DryRun(Value, frozen=True, kw_only=True):
-    """What a migration would be refused for; empty: it would be accepted."""
+    """What a migration would be refused for (empty: it would be accepted), and how it would go."""
 
     destination: str
     refused: tuple[str, ...]
+    prediction: Prediction | None = None
+    prediction_unknown: str = ""
+    """Why there is no prediction, where there is none and nothing else says so."""
 
 
 class VolumeCreate(Value, frozen=True, kw_only=True):

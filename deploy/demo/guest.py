@@ -23,6 +23,7 @@ from migrator.model import (
     KernelBoot,
     Migration,
     NicSpec,
+    OnTimeout,
     VolumeInfo,
 )
 from node_agent.cli.client import ApiClient
@@ -104,7 +105,8 @@ class WebServer:
 
         FerryError if there is no end within `MIGRATION_TIMEOUT_S`.
         """
-        body = MigrationCreate(destination=destination)
+        # A busy machine may be too slow for the default limit on the blackout: then let it be seen.
+        body = MigrationCreate(destination=destination, on_timeout=OnTimeout.FORCE)
         migration = self.api.post(f"/v1/domains/{NAME}/migrations", Migration, body)
         path = f"/v1/migrations/{migration.id}"
         deadline_s = time.monotonic() + MIGRATION_TIMEOUT_S

@@ -1,8 +1,8 @@
 """What one stream has to deliver in a pass, and how it gets through.
 
-    todo ─► prepare (2..16 MiB: zero pages apart, announced) ─► ready ─► frames ─► unacknowledged
-     ▲                                                            ▲                       │
-     │                                                            └── stream broke ───────┘
+    todo ─► prepare (8 MiB: zero pages apart, announced) ─► ready ─► frames ─► unacknowledged
+     ▲                                                        ▲└─ packed ─┘ (slow links)  │
+     │                                                        └── stream broke ───────────┘
      └ the pass's ranges
 
 A delivery is done when each of its pages is acknowledged. When the stream breaks, it connects
@@ -25,6 +25,7 @@ from migrator.engine.bandwidth import TokenBucket
 from migrator.engine.control import ChannelLostError, Waiter
 from migrator.engine.frames import FrameKind
 from migrator.engine.memory import MappedRegion
+from migrator.engine.packing import PACK_BYTES_MAX, Packer, PackingPolicy
 from migrator.engine.stream import PageStream, Piece, StreamBrokenError
 from migrator.engine.zeroes import ZeroFilter
 from migrator.engine_messages import ChannelBroken, ChannelRestored, FromEngine
@@ -34,6 +35,11 @@ _LOOKAHEAD_BYTES: Final = 32 * 1024 * 1024
 """Announced ahead of what is sent. The destination's prefaulting must not be caught up with."""
 _EXPECT_BYTES_MIN: Final = 1024 * 1024
 """Less than this isn't worth a prefault in another thread."""
+_PACKING_BYTES_MIN: Final = 1024 * 1024
+"""Less is sent before a packing thread is up; a usual final pass is."""
+_PACKED_WAIT_S: Final = 0.005
+_IN_HAND_S_MIN: Final = 0.005
+"""What the link must have to do, at least, while packed pages are waited for."""
 _BACKOFF_FIRST_S: Final = 0.02
 _BACKOFF_MAX_S: Final = 1.0
 
@@ -103,6 +109,7 @@ class Delivery:
         pieces: Iterable[Piece],
         regions: list[MappedRegion],
         bucket: TokenBucket,
+        policy: PackingPolicy,
         *,
         skip_zeroes: bool,
     ) -> None:
@@ -116,9 +123,21 @@ class Delivery:
         self.left_bytes = sum(map(_guest_bytes, self._todo))
         self.pages = 0
         self.zero_pages = 0
+        self.payload_bytes = 0
+        """Of guest memory, however few bytes it was on the wire."""
+        self._policy = policy
+        self._packer = Packer(policy)
+        self._may_pack = self.left_bytes >= _PACKING_BYTES_MIN
 
     def run(self, health: ChannelHealth, reconnect_s: float, waiter: Waiter) -> None:
         """Until all is acknowledged. ChannelLostError, EngineError, and what the waiter raises."""
+        try:
+            self._run(health, reconnect_s, waiter)
+        finally:
+            self._packer.close()
+
+    def _run(self, health: ChannelHealth, reconnect_s: float, waiter: Waiter) -> None:
+        self._stream.link.restart()
         while True:
             try:
                 while self._step(waiter):
@@ -132,10 +151,13 @@ class Delivery:
     @property
     def empty(self) -> bool:
         """Nothing has to be sent. True again at the end of `run`."""
-        return not self._todo and not self._ready
+        return not self._todo and not self._ready and self._packer.empty
 
     def _take_back(self) -> None:
-        """What wasn't acknowledged comes first again."""
+        """What wasn't acknowledged comes first again, then what was packed and not sent."""
+        for piece in reversed(self._packer.take_back()):
+            self._ready.appendleft(piece)
+            self._ready_bytes += ranges.byte_count(piece.content)
         for sent in reversed(self._stream.take_unacknowledged()):
             if sent.piece is not None:
                 self._ready.appendleft(sent.piece)
@@ -146,25 +168,76 @@ class Delivery:
         """Prepare as far ahead as allowed, and send one frame. False: nothing is left."""
         while self._todo and self._ready_bytes < (_LOOKAHEAD_BYTES if self._todo[0].cold else 1):
             self._prepare(waiter)
-        if not self._ready:
+        link_bytes_per_s = self._stream.gauge()
+        if self._may_pack and self._policy.pays(link_bytes_per_s):
+            self._pack_ahead()
+        if self._packer.empty and not self._ready:
             return False
-        piece = self._ready[0]
-        region = self._regions[piece.region]
-        bytes_max = frames.PAYLOAD_BYTES_CAP
-        if piece.kind is FrameKind.PAGES:
-            page = region.page_size_bytes
-            bytes_max = self._bucket.piece_bytes(frames.FRAME_BYTES_MAX)
-            bytes_max = max(page, bytes_max - bytes_max % page)
-        head = _split_off(self._ready, bytes_max, frames.FRAME_RANGES_MAX)
-        self._ready_bytes -= ranges.byte_count(head.content)
-        count = _guest_bytes(head)
-        self.left_bytes -= count
-        if head.kind is FrameKind.PAGES:
-            self.pages += count // region.page_size_bytes
-        else:
-            self.zero_pages += count // region.page_size_bytes
-        self._stream.send(head, region, waiter)
+        if self._packer.empty or not self._send_packed(waiter):
+            # In small frames while it isn't known whether packing pays, or packed ones are awaited.
+            wary = self._may_pack and not (self._stream.link.judged and self._packer.empty)
+            head = self._take_ready(PACK_BYTES_MAX if wary else frames.FRAME_BYTES_MAX)
+            self._count(head)
+            self._stream.send(head, self._regions[head.region], waiter)
         self._stream.collect_acks()
+        return True
+
+    def _take_ready(self, bytes_max: int) -> Piece:
+        """A frame's worth off the first ready piece."""
+        piece = self._ready[0]
+        limit = frames.PAYLOAD_BYTES_CAP
+        if piece.kind is FrameKind.PAGES:
+            page = self._regions[piece.region].page_size_bytes
+            limit = self._bucket.piece_bytes(bytes_max)
+            limit = max(page, limit - limit % page)
+        head = _split_off(self._ready, limit, frames.FRAME_RANGES_MAX)
+        self._ready_bytes -= ranges.byte_count(head.content)
+        return head
+
+    def _count(self, piece: Piece) -> None:
+        """A piece goes out."""
+        count = _guest_bytes(piece)
+        self.left_bytes -= count
+        pages = count // self._regions[piece.region].page_size_bytes
+        if piece.kind is FrameKind.PAGES:
+            self.pages += pages
+            self.payload_bytes += count
+        else:
+            self.zero_pages += pages
+
+    def _pack_ahead(self) -> None:
+        """Keep the packing threads busy with what comes next. Huge pages are left as they are."""
+        while self._ready and self._packer.room:
+            piece = self._ready[0]
+            region = self._regions[piece.region]
+            if piece.kind is not FrameKind.PAGES or piece.through_file or not region.can_sendfile:
+                return
+            self._packer.put(self._take_ready(PACK_BYTES_MAX), region)
+
+    def _send_packed(self, waiter: Waiter) -> bool:
+        """What is packed, if it is in time. False: the link would run dry, and plain pages go."""
+        spare_s = self._stream.in_hand_s - _IN_HAND_S_MIN
+        taken = self._packer.take(min(_PACKED_WAIT_S, spare_s))
+        if taken is None:
+            if spare_s > _PACKED_WAIT_S:
+                return True
+            for piece in self._packer.take_back(1) if not self._ready else ():
+                self._make_ready(piece)
+            return False
+        piece, packed = taken
+        zeroes = msgspec.structs.replace(piece, content=packed.zeroes, kind=FrameKind.ZERO)
+        pages = msgspec.structs.replace(piece, content=packed.content)
+        region = self._regions[piece.region]
+        if len(pages.content):
+            self._count(pages)
+            try:
+                self._stream.send_copy(pages, packed.payload, waiter, packed=packed.compressed)
+            except BaseException:
+                self._make_ready(zeroes)
+                raise
+        if len(zeroes.content):
+            self._count(zeroes)
+            self._stream.send(zeroes, region, waiter)
         return True
 
     def _prepare(self, waiter: Waiter) -> None:

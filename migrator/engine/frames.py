@@ -5,6 +5,7 @@
       │◄──────────────────────────────────── welcome: accepted, or why not │
       │  EXPECT  ranges ─────────────────────────────────────────────────►│ prefaults ahead
       │  PAGES   ranges, payload ────────────────────────────────────────►│ into guest memory
+      │  PACKED  ranges, payload (LZ4 block) ────────────────────────────►│ unpacked, then likewise
       │  ZERO    ranges ─────────────────────────────────────────────────►│ punches out
       │  BARRIER ────────────────────────────────────────────────────────►│
       │◄────────────────────────────────── ACK (sequence: all up to it are in place)
@@ -25,11 +26,12 @@ On the two post-copy streams (FAULTS and BULK), which the source opens, the dest
            │ "FP"  │ version │ kind │ region  │ 0      │ count │ 0        │ sequence  │ payload  │
            └───────┴─────────┴──────┴─────────┴────────┴───────┴──────────┴───────────┴──────────┘
            little endian; then `count` ranges of 16 bytes (start, end: offsets in the region), then
-           `payload` bytes: the ranges' content, joined.
+           `payload` bytes: the ranges' content, joined. Of PACKED: as one LZ4 block without its
+           size, which is that of the ranges, at most PACKED_BYTES_MAX, and more than the payload.
 
-PAGES, ZERO, MISSING, ARM and BARRIER count up the sequence by one each, from 1 on every new
-connection, and are acknowledged. Kind 0 is invalid. Whatever is not as described is refused with
-RemoteProtocolError before a byte of guest memory is touched.
+PAGES, PACKED, ZERO, MISSING, ARM and BARRIER count up the sequence by one each, from 1 on every
+new connection, and are acknowledged. Kind 0 is invalid. Whatever is not as described is refused
+with RemoteProtocolError before a byte of guest memory is touched.
 """
 
 from __future__ import annotations
@@ -54,6 +56,8 @@ FRAME_BYTES_MAX: Final = 4 * 1024 * 1024
 """What is sent again after a broken stream is a few of these. Bigger ones were not faster."""
 PAYLOAD_BYTES_CAP: Final = 1024**3
 """A frame holds one page at least, and pages may be 1 GiB."""
+PACKED_BYTES_MAX: Final = 1024 * 1024
+"""Of guest memory in a PACKED frame: what the destination keeps a buffer for."""
 STREAMS_MAX: Final = 64
 
 _MAGIC: Final = b"FP"
@@ -121,21 +125,25 @@ class FrameKind(enum.IntEnum):
     PULL = 9
     LIST = 10
     EXTENTS = 11
+    PACKED = 12
+    """PAGES, compressed."""
 
 
-_WITH_RANGES: Final = frozenset(
-    {
-        FrameKind.EXPECT,
-        FrameKind.PAGES,
-        FrameKind.ZERO,
-        FrameKind.MISSING,
-        FrameKind.PULL,
-        FrameKind.EXTENTS,
-    }
-)
-SEQUENCED: Final = frozenset(
-    {FrameKind.PAGES, FrameKind.ZERO, FrameKind.BARRIER, FrameKind.MISSING, FrameKind.ARM}
-)
+_WITH_PAYLOAD: Final = frozenset({FrameKind.PAGES, FrameKind.PACKED})
+_WITH_RANGES: Final = _WITH_PAYLOAD | {
+    FrameKind.EXPECT,
+    FrameKind.ZERO,
+    FrameKind.MISSING,
+    FrameKind.PULL,
+    FrameKind.EXTENTS,
+}
+SEQUENCED: Final = _WITH_PAYLOAD | {
+    FrameKind.ZERO,
+    FrameKind.BARRIER,
+    FrameKind.MISSING,
+    FrameKind.ARM,
+}
+_KNOWN: Final = frozenset(FrameKind) - {FrameKind.INVALID}
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -147,13 +155,23 @@ class Header(msgspec.Struct, frozen=True):
 
 
 def encode(
-    kind: FrameKind, *, sequence: int = 0, region: int = 0, content: Ranges | None = None
+    kind: FrameKind,
+    *,
+    sequence: int = 0,
+    region: int = 0,
+    content: Ranges | None = None,
+    packed_bytes: int = 0,
 ) -> bytes:
-    """Header and ranges; the payload of PAGES follows it on the stream."""
+    """Header and ranges; the payload of PAGES and PACKED follows it on the stream.
+
+    `packed_bytes`: how long that of PACKED is.
+    """
     count = 0 if content is None else len(content)
     if count > FRAME_RANGES_MAX:
         raise LocalProtocolError(f"{count} ranges don't fit a frame of {FRAME_RANGES_MAX}")
-    payload = ranges.byte_count(content) if content is not None and kind is FrameKind.PAGES else 0
+    payload = packed_bytes
+    if content is not None and kind is FrameKind.PAGES:
+        payload = ranges.byte_count(content)
     header = _HEADER.pack(_MAGIC, STREAM_VERSION, kind, region, 0, count, 0, sequence, payload)
     return header if content is None else header + content.astype("<i8").tobytes()
 
@@ -165,12 +183,12 @@ def parse_header(data: bytes | bytearray | memoryview) -> Header:
         raise RemoteProtocolError(f"not a page frame: {bytes(data[:16]).hex()}")
     if version != STREAM_VERSION:
         raise RemoteProtocolError(f"page frame version {version} is unknown")
-    if number == FrameKind.INVALID or number > FrameKind.EXTENTS:
+    if number not in _KNOWN:
         raise RemoteProtocolError(f"page frame kind {number} is unknown")
     kind = FrameKind(number)
     if count > FRAME_RANGES_MAX or (count > 0) != (kind in _WITH_RANGES):
         raise RemoteProtocolError(f"a {kind.name} frame can't have {count} ranges")
-    if payload > PAYLOAD_BYTES_CAP or (payload > 0) != (kind is FrameKind.PAGES):
+    if payload > PAYLOAD_BYTES_CAP or (payload > 0) != (kind in _WITH_PAYLOAD):
         raise RemoteProtocolError(f"a {kind.name} frame can't have {payload} bytes of payload")
     return Header(kind, region, count, sequence, payload)
 
@@ -202,4 +220,10 @@ def parse_ranges(
         raise RemoteProtocolError("a range isn't made of whole pages")
     if header.kind is FrameKind.PAGES and ranges.byte_count(found) != header.payload_bytes:
         raise RemoteProtocolError("the ranges don't add up to the payload")
+    if header.kind is FrameKind.PACKED and not (
+        header.payload_bytes < ranges.byte_count(found) <= PACKED_BYTES_MAX
+    ):
+        raise RemoteProtocolError(
+            f"{header.payload_bytes} packed bytes can't stand for {ranges.byte_count(found)}"
+        )
     return found

@@ -20,6 +20,7 @@ import threading
 import time
 from typing import Final, Protocol
 
+import lz4.block
 import msgspec
 
 from migrator import wire
@@ -87,6 +88,7 @@ class Connection:
         self._silence_s = silence_s
         self._revoked = False
         self._sequence = 0
+        self._packed = bytearray()
         self.index = -1
         self.admitted = False
         self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
@@ -184,6 +186,7 @@ class Connection:
     def _serve(self) -> None:
         """Until BYE. ConnectionEndedError, RemoteProtocolError: the stream is closed."""
         header_view = memoryview(bytearray(frames.HEADER_BYTES))
+        self._packed = bytearray(frames.PACKED_BYTES_MAX)
         ranges_view = memoryview(bytearray(frames.FRAME_RANGES_MAX * frames.RANGE_BYTES))
         while True:
             self._receive(header_view, idle=True)
@@ -218,12 +221,30 @@ class Connection:
             case FrameKind.PAGES if len(content) == 1:
                 start, end = content[0].tolist()
                 self._receive(region.view[start:end])
+            case FrameKind.PACKED:
+                self._unpack(header.payload_bytes, [region.view[a:b] for a, b in content.tolist()])
             case FrameKind.PAGES:
                 self._receive_scattered([region.view[a:b] for a, b in content.tolist()])
             case _:
                 for start, end in content.tolist():
                     if kernel.has_data(region.fd, start, end):
                         kernel.punch_hole(region.fd, start, end)
+
+    def _unpack(self, packed_bytes: int, views: list[memoryview]) -> None:
+        """RemoteProtocolError: it isn't what was announced, and no guest memory was touched."""
+        packed = memoryview(self._packed)[:packed_bytes]
+        self._receive(packed)
+        size = sum(map(len, views))
+        try:
+            content = memoryview(lz4.block.decompress(packed, uncompressed_size=size))
+        except lz4.block.LZ4BlockError as error:
+            raise RemoteProtocolError(f"packed pages are malformed: {error}") from error
+        if len(content) != size:
+            raise RemoteProtocolError(f"packed pages are {len(content)} bytes, announced {size}")
+        at = 0
+        for view in views:
+            view[:] = content[at : at + len(view)]
+            at += len(view)
 
     def _receive(
         self, view: memoryview, *, idle: bool = False, deadline: float | None = None

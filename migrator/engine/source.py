@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from migrator import ranges
 from migrator.engine import frames, kernel
 from migrator.engine.bandwidth import TokenBucket
@@ -34,9 +36,11 @@ from migrator.engine.dirty_log import DirtyLog
 from migrator.engine.frames import FrameKind, StreamHello, StreamKind
 from migrator.engine.helpers import run_in_threads
 from migrator.engine.memory import map_regions
+from migrator.engine.packing import IdleCores, PackingPolicy
 from migrator.engine.page_server import PageServer
 from migrator.engine.planner import PassPlanner
 from migrator.engine.relay import SourceRelay
+from migrator.engine.sampling import sample_dirty, zero_share
 from migrator.engine.stream import Endpoint, PageStream, StreamBrokenError
 from migrator.engine_messages import (
     Configure,
@@ -48,6 +52,7 @@ from migrator.engine_messages import (
     PassDone,
     Report,
     RunPass,
+    SampleDirty,
     SetBandwidth,
     Stop,
     Stopped,
@@ -74,6 +79,7 @@ class SourceEngine:
         self._log = DirtyLog(uffd, pagemap, configure.regions)
         self._planner = PassPlanner(self._regions, self._log, kernel.PagemapScanner(pagemap))
         self._bucket = TokenBucket(configure.bandwidth_bytes_per_s, time.monotonic())
+        self._packing = PackingPolicy(IdleCores())
         self._streams: list[PageStream] = []
         self._health = ChannelHealth(control.send)
         self._relay: SourceRelay | None = None
@@ -106,7 +112,7 @@ class SourceEngine:
                     watched[stream.sock.fileno()] = POLL_IN
             happened = poll(watched, 60.0)
             if self._control.fileno() in happened:
-                self._deferred.extend(self._control.receive())
+                self._hear()
             if self._faults.signal.fileno() in happened:
                 self._faults.raise_first()
             for stream in self._streams:
@@ -171,6 +177,8 @@ class SourceEngine:
                 self._open_device_channel(Path(message.path))
             case Connect():
                 self._connect(message)
+            case SampleDirty():
+                self._sample_dirty(message)
             case Stop():
                 raise StoppedError("the agent said so")
             case Configure():
@@ -259,6 +267,19 @@ class SourceEngine:
         stream.take_unacknowledged()  # Barriers only: every pass awaits its acknowledgements.
         reconnect(stream, self._health, str(error), self._configure.reconnect_s, self)
 
+    def _sample_dirty(self, message: SampleDirty) -> None:
+        if self._streams:
+            raise WrongStateError("SampleDirty", "connected", "configured")
+        extents = self._planner.extents()
+        sampled = sample_dirty(self._log, self._regions, message.seconds, self)
+        self._control.send(
+            msgspec.structs.replace(
+                sampled,
+                zero_share=zero_share(self._regions, extents),
+                memory_in_use_bytes=sum(ranges.byte_count(found) for found in extents),
+            )
+        )
+
     # --- passes ---
 
     def _run_pass(self, message: RunPass) -> None:
@@ -283,6 +304,7 @@ class SourceEngine:
                 part,
                 self._regions,
                 self._bucket,
+                self._packing,
                 skip_zeroes=message.kind is not PassKind.FINAL,
             )
             for stream, part in zip(self._streams, pieces, strict=True)
@@ -303,6 +325,7 @@ class SourceEngine:
             pages=sum(delivery.pages for delivery in self._deliveries),
             bytes_sent=self._bytes_sent() - bytes_before,
             zero_pages=sum(delivery.zero_pages for delivery in self._deliveries),
+            payload_bytes=sum(delivery.payload_bytes for delivery in self._deliveries),
             pending_pages=self._log.pending_pages(),
             scan_seconds=scan_seconds,
         )

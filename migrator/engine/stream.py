@@ -26,12 +26,15 @@ from migrator.engine import frames
 from migrator.engine.bandwidth import TokenBucket
 from migrator.engine.control import POLL_IN, POLL_OUT, Waiter
 from migrator.engine.frames import FrameKind, StreamHello, StreamWelcome
+from migrator.engine.link import LinkGauge, tcp_figures
 from migrator.engine.memory import MappedRegion
 from migrator.errors import EngineError, RemoteProtocolError
 from migrator.ranges import Ranges
 
 SENDFILE_BYTES_MIN: Final = 64 * 1024
 """From here on sendfile's fixed cost is below that of copying."""
+CAP_SLACK_S: Final = 0.01
+"""Half of what a bandwidth cap saves up."""
 _VECTOR_MAX: Final = 1024  # IOV_MAX
 
 _welcome_decoder: Final = msgspec.msgpack.Decoder(StreamWelcome)
@@ -161,6 +164,7 @@ class PageStream:
         self._incoming = bytearray()
         self._mid_frame = False
         self.bytes_sent = 0
+        self.link = LinkGauge()
         self.capped = True
         """Whether the bandwidth cap holds. Not in a final pass: the guest stands still."""
 
@@ -177,6 +181,7 @@ class PageStream:
         self.close()
         self._sock = open_stream(self._endpoint, self._hello, waiter)
         self._sequence = 0
+        self.link.restart()
         self._mid_frame = False
         self._incoming.clear()
 
@@ -227,6 +232,37 @@ class PageStream:
             self._send_vector(vector, waiter, more=False)
         self._mid_frame = False
         self._settle(self.bytes_sent - before, waiter)
+
+    def send_copy(self, piece: Piece, payload: memoryview, waiter: Waiter, *, packed: bool) -> None:
+        """One frame of pages whose content is in `payload`, packed or as it is. As `send`."""
+        self._sequence += 1
+        self._unacknowledged.append(Sent(self._sequence, piece))
+        before = self.bytes_sent
+        self._mid_frame = True
+        head = frames.encode(
+            FrameKind.PACKED if packed else FrameKind.PAGES,
+            sequence=self._sequence,
+            region=piece.region,
+            content=piece.content,
+            packed_bytes=len(payload),
+        )
+        self._send_vector([head, payload], waiter)
+        self._mid_frame = False
+        self._settle(self.bytes_sent - before, waiter)
+
+    def gauge(self) -> float | None:
+        """The link's rate in bytes a second, or the cap's; None: neither holds this stream up."""
+        if self._sock is not None:
+            self.link.note(time.monotonic(), tcp_figures(self._sock))
+        cap = self._bucket.bytes_per_s if self.capped else None
+        known = [rate for rate in (self.link.bytes_per_s, cap) if rate is not None]
+        return min(known, default=None)
+
+    @property
+    def in_hand_s(self) -> float:
+        """For how long nothing need be sent without losing any of the link, or of the cap."""
+        queued_s = self.link.queued_s
+        return max(queued_s, CAP_SLACK_S) if self.capped and self._bucket.bytes_per_s else queued_s
 
     def barrier(self, waiter: Waiter) -> None:
         """A frame that only asks for its acknowledgement."""

@@ -26,6 +26,7 @@ from migrator.policy import (
     throughput,
 )
 from migrator.ports import AbortOutcome, DomainEventKind
+from migrator.prediction import after_first_pass
 from migrator.session.messages import (
     Abort,
     Aborted,
@@ -229,6 +230,8 @@ class SourceSession(SourcePostCopy):
     def _note_pass(self, report: PassReport) -> None:
         self._pass_running = False
         self.passes.append(report)
+        if self.prediction is None and report.kind is PassKind.FIRST:
+            self.prediction = after_first_pass(report, self.request)
         self._live = MigrationProgress(
             state=self.state,
             bytes_sent=sum(each.bytes_sent for each in self.passes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from migrator.figures import Prediction
 from migrator.model import (
     PAGE_SIZE_BYTES,
     DomainSpec,
@@ -39,8 +40,9 @@ class SourceView(Session):
         switchover_begun: bool = False,
         device_state_out: bool = False,
         post_copy: bool = False,
+        prediction: Prediction | None = None,
     ) -> None:
-        """The last three: restored from a journal that says so."""
+        """`switchover_begun`, `device_state_out`, `post_copy`: restored from a journal."""
         super().__init__(
             migration_id=migration_id,
             domain=spec.name,
@@ -55,6 +57,8 @@ class SourceView(Session):
         self.passes: list[PassReport] = []
         self.decisions: list[Decision] = []
         self.blackout_ms: float | None = None
+        self.prediction = prediction
+        """How it was expected to go; after the first iteration at the latest it is known."""
         self._live = MigrationProgress(state=self.state)
         self._forced = False
         self._pass_running = False
@@ -103,6 +107,7 @@ class SourceView(Session):
             total_s=None if self.ended_at_s is None else self.ended_at_s - self.created_at_s,
             timeline=tuple(self.timeline),
             iterations=tuple(self.passes),
+            prediction=self.prediction,
         )
 
     def _progress(self) -> MigrationProgress:

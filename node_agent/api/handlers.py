@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from aiohttp import web
 
 from migrator.model import DomainSpec, NodeName
@@ -13,6 +15,7 @@ from node_agent.api.requests import (
     pool_of,
     read_body,
     reply,
+    seconds_of,
     volume_of,
 )
 from node_agent.resources import (
@@ -27,6 +30,8 @@ from node_agent.resources import (
     VolumeCreate,
     VolumeList,
 )
+
+DEFAULT_SAMPLE_S: Final = 1.0
 
 
 async def define_domain(request: web.Request) -> web.StreamResponse:
@@ -81,13 +86,20 @@ async def reset_domain(request: web.Request) -> web.StreamResponse:
     return reply(await request.app[CLUSTER].reset(domain_of(request)))
 
 
+async def get_dirty_rate(request: web.Request) -> web.StreamResponse:
+    """When it has been sampled."""
+    seconds = seconds_of(request, "seconds", DEFAULT_SAMPLE_S)
+    return reply(await request.app[CLUSTER].dirty_rate(domain_of(request), seconds))
+
+
 async def migrate_domain(request: web.Request) -> web.StreamResponse:
-    """202 and where to look at it; with `dry_run` 200 and the reasons against it."""
+    """202 and where to look; with `dry_run` 200, the reasons against it, and a prediction."""
     domain = domain_of(request)
     dry_run = flag(request, "dry_run")
+    sample_seconds = seconds_of(request, "sample_seconds", DEFAULT_SAMPLE_S)
     body = await read_body(request, MigrationCreate, required=False)
     if dry_run:
-        return reply(await request.app[CLUSTER].check_migration(domain, body))
+        return reply(await request.app[CLUSTER].check_migration(domain, body, sample_seconds))
     migration = await request.app[CLUSTER].migrate(domain, body)
     return reply(migration, status=202, location=f"/v1/migrations/{migration.id}")
 

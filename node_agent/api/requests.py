@@ -8,6 +8,7 @@ import msgspec
 from aiohttp import hdrs, web
 
 from migrator.errors import InvalidRequest, NotFoundError
+from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN
 from migrator.model import DomainName, FileName, Name, PoolName, VolumeName
 from node_agent.api.validation import decode_body
 from node_agent.cluster import ClusterService
@@ -75,6 +76,20 @@ def number(
     value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
     if not at_least <= value <= at_most:
         raise invalid_query(name, right)
+    return value
+
+
+def seconds_of(request: web.Request, name: str, default: float) -> float:
+    """For how long a dirty log is sampled; out of bounds or no number: InvalidRequest."""
+    text = request.query.get(name)
+    if text is None:
+        return default
+    try:
+        value = float(text) if len(text) < 20 else -1.0
+    except ValueError:
+        value = -1.0
+    if not SAMPLE_S_MIN <= value <= SAMPLE_S_MAX:
+        raise invalid_query(name, f"seconds, from {SAMPLE_S_MIN:g} to {SAMPLE_S_MAX:g}")
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from migrator.figures import DirtyRate, SampleSeconds
 from migrator.model import DomainSpec, Migration, VolumeInfo
 from node_agent.api import handlers, streams
 from node_agent.api.route import Query, Route
@@ -119,6 +120,19 @@ _DOMAINS: Final = (
         ),
         errors=(404,),
     ),
+    Route(
+        method="GET",
+        path=f"{_DOMAIN}/dirty-rate",
+        handler=handlers.get_dirty_rate,
+        summary="How fast a running domain dirties its memory; answers when it was sampled",
+        result=DirtyRate,
+        query=(
+            Query(
+                name="seconds", kind=SampleSeconds, description="How long to sample; by default 1"
+            ),
+        ),
+        errors=(404, 409),
+    ),
 )
 
 _MIGRATIONS: Final = (
@@ -137,7 +151,12 @@ _MIGRATIONS: Final = (
             Query(
                 name="dry_run",
                 kind=bool,
-                description="Only say (200) what it would be refused for",
+                description="Only say (200) what it would be refused for, and how it would go",
+            ),
+            Query(
+                name="sample_seconds",
+                kind=SampleSeconds,
+                description="How long a dry run samples the dirty log; by default 1",
             ),
         ),
         errors=(404, 409),

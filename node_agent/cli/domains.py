@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
 
+import msgspec
 import typer
 
 from node_agent.cli.errors import CliError, ExitCode
@@ -171,10 +172,11 @@ def console(
     name: _NameArgument,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on, also after it.")] = False,
 ) -> None:
-    """What a domain's serial console printed."""
+    """What a domain's serial console printed; with --json an object a line, a piece in each."""
     suffix = "?follow=true" if follow else ""
     for chunk in settings.client().chunks(f"{path_of(name)}/console{suffix}"):
-        sys.stdout.buffer.write(chunk)
+        piece = {"console": chunk.decode(errors="replace")}
+        sys.stdout.buffer.write(msgspec.json.encode(piece) + b"\n" if settings.json else chunk)
         sys.stdout.buffer.flush()
     if follow:
         note("the console's stream has ended")

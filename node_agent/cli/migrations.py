@@ -8,10 +8,12 @@ from urllib.parse import quote
 import msgspec
 import typer
 
-from migrator.model import Migration, MigrationMode, OnTimeout
+from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN
+from migrator.model import Migration, MigrationMode, OnTimeout, PassReport
 from node_agent.cli.domains import path_of
 from node_agent.cli.errors import ExitCode
 from node_agent.cli.output import facts, moment, parse_size, settings, show, size, table
+from node_agent.cli.prediction import comparison, dry_run_text
 from node_agent.cli.progress import watch_migration
 from node_agent.resources import DryRun, MigrationChange, MigrationCreate, MigrationList
 
@@ -19,6 +21,7 @@ app = typer.Typer(
     help="Migrations: list, look at, watch, cancel.", no_args_is_help=True, rich_markup_mode=None
 )
 
+_RATIO_TOLD_MIN = 1.02
 _IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The migration.")]
 
 
@@ -51,8 +54,16 @@ def migrate(
     ] = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Don't wait for its end.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what is against it.")
+        bool, typer.Option("--dry-run", help="Only say what is against it, and predict it.")
     ] = False,
+    sample_seconds: Annotated[
+        float,
+        typer.Option(
+            min=SAMPLE_S_MIN,
+            max=SAMPLE_S_MAX,
+            help="With --dry-run: how long to watch what the guest writes.",
+        ),
+    ] = 1.0,
 ) -> None:
     """Migrate a running domain to another node, and show how it goes.
 
@@ -69,10 +80,9 @@ def migrate(
     client = settings.client()
     path = f"{path_of(name)}/migrations"
     if dry_run:
-        result = client.post(f"{path}?dry_run=true", DryRun, body)
-        refused = "\n".join(f"  - {reason}" for reason in result.refused)
-        fine = f"domain {name} can be migrated to {result.destination}"
-        show(result, f"domain {name} can't be migrated:\n{refused}" if refused else fine)
+        query = f"dry_run=true&sample_seconds={sample_seconds:g}"
+        result = client.post(f"{path}?{query}", DryRun, body)
+        show(result, dry_run_text(name, result))
         raise typer.Exit(ExitCode.REFUSED if result.refused else ExitCode.OK)
     migration = client.post(path, Migration, body)
     if no_wait:
@@ -126,6 +136,8 @@ def show_migration(id: _IdArgument) -> None:
         ("created", moment(each.created_at_s)),
     ]
     text = facts(pairs)
+    if each.prediction is not None:
+        text += "\n\n" + comparison(each, each.prediction)
     if each.timeline:
         rows = [(phase.name, f"{phase.seconds:.3f} s", phase.detail) for phase in each.timeline]
         text += "\n\n" + table(("PHASE", "TIME", "DETAIL"), rows)
@@ -136,14 +148,22 @@ def show_migration(id: _IdArgument) -> None:
                 one.kind.value,
                 str(one.pages),
                 size(one.bytes_sent),
+                _ratio(one),
                 f"{one.seconds:.3f} s",
                 str(one.pending_pages),
             )
             for one in each.iterations
         ]
-        headings = ("ITERATION", "KIND", "PAGES", "SENT", "TIME", "DIRTIED MEANWHILE")
+        headings = ("ITERATION", "KIND", "PAGES", "SENT", "RATIO", "TIME", "DIRTIED MEANWHILE")
         text += "\n\n" + table(headings, passes)
     show(each, text)
+
+
+def _ratio(one: PassReport) -> str:
+    """Guest memory to bytes on the wire; "" where nothing was compressed."""
+    if not one.bytes_sent or one.payload_bytes < _RATIO_TOLD_MIN * one.bytes_sent:
+        return ""
+    return f"{one.payload_bytes / one.bytes_sent:.2f}"
 
 
 @app.command()

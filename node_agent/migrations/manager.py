@@ -22,6 +22,7 @@ from migrator.errors import (
     RefusedError,
     WrongStateError,
 )
+from migrator.figures import DirtyRate, Prediction
 from migrator.journal import MigrationJournal
 from migrator.journal_entry import answer_without_session, restore
 from migrator.model import (
@@ -53,6 +54,7 @@ from node_agent.migrations.checks import (
     node_reasons,
     state_reasons,
 )
+from node_agent.migrations.forecast import Forecaster
 from node_agent.migrations.publisher import Publisher
 from node_agent.migrations.service import MigrationService
 from node_agent.migrations.site import MESSAGE, SEND_S, Envelope, NodeSite
@@ -87,6 +89,7 @@ class MigrationManager(MigrationService):
         check: DestinationCheck,
         site: NodeSite,
         engine: EngineSettings,
+        forecaster: Forecaster,
         boot_id: str,
     ) -> None:
         self.node = node
@@ -102,6 +105,7 @@ class MigrationManager(MigrationService):
         self._check = check
         self._site = site
         self._engine = engine
+        self._forecaster = forecaster
         self._boot_id = boot_id
         self._runners: dict[str, Runner] = {}
         self._restored: list[Runner] = []
@@ -143,6 +147,7 @@ class MigrationManager(MigrationService):
             session.timeline.extend(published.timeline)
             session.passes.extend(published.iterations)
             session.blackout_ms = published.blackout_ms
+            session.prediction = published.prediction
 
     async def open(self) -> None:
         """Take calls and messages, and let the restored migrations go on."""
@@ -171,6 +176,7 @@ class MigrationManager(MigrationService):
 
     async def close(self) -> None:
         """Let go: engines end, guests go on, the journal tells the next agent."""
+        await self._forecaster.close()
         for redial in self._redials.values():
             redial.cancel()
         for runner in list(self._runners.values()):
@@ -191,6 +197,7 @@ class MigrationManager(MigrationService):
         migration = MigrationId(secrets.token_hex(6))
         await self._domains.locks.claim_for_migration(name, migration)
         try:
+            await self._forecaster.interrupt(name)
             owned = await self._owned(name)
             spec = (await self._records.get(name)).spec
             session = SourceSession(
@@ -201,6 +208,7 @@ class MigrationManager(MigrationService):
                 token=owned.token,
                 request=request,
                 created_at_s=time.time(),
+                prediction=await self._forecaster.at_start(name, request),
             )
             await self._publisher.write(session.view())
         except BaseException:
@@ -248,6 +256,14 @@ class MigrationManager(MigrationService):
         except FerryError as error:
             return [*reasons, f"node {destination} doesn't answer: {error}"]
         return reasons + [f"node {destination}: {reason}" for reason in answer.reasons]
+
+    async def dirty_rate(self, domain: str, seconds: float) -> DirtyRate:
+        return await self._forecaster.dirty_rate(DomainName(domain), seconds)
+
+    async def predict(
+        self, domain: str, request: MigrationRequest, sample_seconds: float
+    ) -> Prediction:
+        return await self._forecaster.predict(DomainName(domain), request, sample_seconds)
 
     async def get(self, id: str) -> Migration:
         runner = self._runners.get(id)
@@ -313,6 +329,7 @@ class MigrationManager(MigrationService):
             self._runners.pop(session.migration_id, None)
             if isinstance(session, SourceSession):
                 await self._publisher.end(session)
+                self._forecaster.ended(session.view())
             if not self._runners:
                 self._engine.spares.refill()
         finally:

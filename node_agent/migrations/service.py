@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 
+from migrator.figures import DirtyRate, Prediction
 from migrator.model import Migration, MigrationRequest
 
 
@@ -26,6 +27,19 @@ class MigrationService(abc.ABC):
     @abc.abstractmethod
     async def check(self, domain: str, request: MigrationRequest) -> Sequence[str]:
         """Why `create` would refuse; empty if it would accept. Changes nothing."""
+
+    @abc.abstractmethod
+    async def dirty_rate(self, domain: str, seconds: float) -> DirtyRate:
+        """Sample how fast a domain that runs here dirties its memory, for `seconds`.
+
+        WrongStateError if it doesn't run; ConflictError if it is migrating or sampled already.
+        """
+
+    @abc.abstractmethod
+    async def predict(
+        self, domain: str, request: MigrationRequest, sample_seconds: float
+    ) -> Prediction:
+        """How such a migration would go. Errors as `dirty_rate`; PeerError: the link is unknown."""
 
     @abc.abstractmethod
     async def get(self, id: str) -> Migration:

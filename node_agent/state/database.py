@@ -16,6 +16,7 @@ thousand of them, but by `housekeep` once nobody has written for a while.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ from typing import Final
 from migrator.errors import StoreError
 from node_agent.state.port import Change, Entry
 from node_agent.state.watches import KEPT_CHANGES, check_key, sequence_key
+
+log = logging.getLogger(__name__)
 
 SCHEMA_VERSION: Final = 1
 APPLICATION_ID: Final = 0x46455259  # "FERY"
@@ -69,6 +72,9 @@ class Database:
         """The newest revision that this connection has committed."""
         with self._errors():
             path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                # Either a cluster's first agent, or a path that isn't the cluster's.
+                log.warning("there is no store at %s yet: a new, empty one is made", path)
             self._connection = sqlite3.connect(path, timeout=busy_timeout_s, isolation_level=None)
         try:
             with self._errors():

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -301,20 +302,19 @@ def test_a_dead_destination(cluster: Cluster, guest: Guest) -> None:
         assert_reasons(reasons(cluster, "mover", "n3"), "n3")
         eventually(
             "n3 counts as unreachable",
-            lambda: [node.state for node in cluster.api().get("/v1/nodes", NodeList).nodes].count(
-                NodeState.UNREACHABLE
-            ),
+            lambda: has_state(cluster, "n3", NodeState.UNREACHABLE, by=guest.node),
         )
         assert_reasons(reasons(cluster, "mover", "n3"), "n3 is unreachable")
     finally:
         lab.start_agent(cluster.name, "n3")
-    eventually("n3 is back", lambda: ready(cluster, "n3"))
-    assert guest.node in ("n1", "n2")
+    for node in ("n1", "n2"):
+        eventually("n3 is back", partial(has_state, cluster, "n3", NodeState.READY, node))
 
 
-def ready(cluster: Cluster, name: str) -> bool:
-    nodes = cluster.api().get("/v1/nodes", NodeList).nodes
-    return any(node.name == name and node.state is NodeState.READY for node in nodes)
+def has_state(cluster: Cluster, name: str, state: NodeState, by: str) -> bool:
+    """What the node `by` thinks: each measures the others' silence for itself."""
+    nodes = cluster.api(by).get("/v1/nodes", NodeList).nodes
+    return any(node.name == name and node.state is state for node in nodes)
 
 
 def test_every_reason_is_given_at_once(cluster: Cluster) -> None:

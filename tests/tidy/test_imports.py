@@ -30,6 +30,7 @@ SHELL = (
     "migrator/runner.py",
     "migrator/journal.py",
     "migrator/engine_driver.py",
+    "migrator/dirty_sampler.py",
     "migrator/hold_points.py",
 )
 """The parts of migrator/ that do I/O: paths, or folders that end in a slash."""

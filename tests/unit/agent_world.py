@@ -11,7 +11,8 @@ import msgspec
 
 from hypervisor.simulated.driver import SimulatedHypervisor
 from hypervisor.simulated.host import SimulatedChannels, SimulatedHost
-from migrator.errors import NotFoundError, RefusedError, WrongStateError
+from migrator.errors import ConflictError, NotFoundError, RefusedError, WrongStateError
+from migrator.figures import DirtyPoint, DirtyRate, LinkOrigin, LinkSpeed, Prediction
 from migrator.model import (
     DiskFormat,
     DomainSpec,
@@ -24,6 +25,7 @@ from migrator.model import (
     PoolName,
     VolumeName,
 )
+from migrator.prediction import Figures, predict
 from netfabric.simulated.driver import SimulatedFabric, SimulatedNetwork
 from node_agent.cluster import ClusterService
 from node_agent.cluster_calls import ClusterCalls
@@ -50,6 +52,7 @@ class FakeMigrations(MigrationService):
         self.node = node
         self.known = known
         self.reasons: list[str] = []
+        self.unpredictable: str | None = None
 
     async def create(self, domain: str, request: MigrationRequest) -> Migration:
         if reasons := list(await self.check(domain, request)):
@@ -69,6 +72,35 @@ class FakeMigrations(MigrationService):
 
     async def check(self, domain: str, request: MigrationRequest) -> Sequence[str]:
         return self.reasons
+
+    async def dirty_rate(self, domain: str, seconds: float) -> DirtyRate:
+        if self.unpredictable is not None:
+            raise ConflictError(self.unpredictable)
+        return DirtyRate(
+            domain=domain,
+            node=self.node,
+            sampled_at_s=time.time(),
+            seconds=seconds,
+            pages_per_s=2000.0,
+            bytes_per_s=2000.0 * 4096,
+            working_set_bytes=8 * 1024**2,
+            memory_in_use_bytes=100 * 1024**2,
+            zero_share=0.25,
+            curve=(DirtyPoint(seconds=seconds, bytes=8 * 1024**2),),
+        )
+
+    async def predict(
+        self, domain: str, request: MigrationRequest, sample_seconds: float
+    ) -> Prediction:
+        rate = await self.dirty_rate(domain, sample_seconds)
+        figures = Figures(
+            memory_in_use_bytes=rate.memory_in_use_bytes,
+            curve=rate.curve,
+            link=LinkSpeed(bytes_per_s=1e8, origin=LinkOrigin.PROBE, detail="1.0 MB in 10 ms"),
+            zero_share=rate.zero_share,
+            dirty_rate_origin=f"sampled over {rate.seconds:.1f} s",
+        )
+        return predict(figures, request)
 
     async def get(self, id: str) -> Migration:
         if id not in self.known:

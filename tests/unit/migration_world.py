@@ -18,6 +18,9 @@ from hypervisor.simulated.host import SimulatedChannels
 from migrator import runner as runner_module
 from migrator.engine.spares import EngineSpares
 from migrator.engine_driver import EngineSettings
+from migrator.engine_messages import DirtySampled
+from migrator.errors import PeerError
+from migrator.figures import LinkOrigin, LinkSpeed
 from migrator.journal import MigrationJournal
 from migrator.model import (
     DomainName,
@@ -25,6 +28,7 @@ from migrator.model import (
     DomainState,
     Migration,
     MigrationRequest,
+    NodeName,
     PassKind,
     PassReport,
     PoolName,
@@ -35,6 +39,7 @@ from migrator.runner import Session
 from migrator.session import vocabulary as v
 from node_agent.cluster_calls import ClusterCalls
 from node_agent.migrations.checks import DestinationCheck
+from node_agent.migrations.forecast import Forecaster
 from node_agent.migrations.manager import MigrationManager
 from node_agent.migrations.publisher import Publisher
 from node_agent.migrations.site import NodeSite
@@ -138,6 +143,19 @@ class NoSpares(EngineSpares):
     def refill(self) -> None: ...
 
 
+async def _sample(domain: DomainName, seconds: float) -> DirtySampled:
+    await asyncio.sleep(seconds)
+    return DirtySampled(seconds=seconds, fresh_bytes=0, curve=(), memory_in_use_bytes=1 << 20)
+
+
+async def _interface() -> LinkSpeed | None:
+    return LinkSpeed(bytes_per_s=1e8, origin=LinkOrigin.INTERFACE)
+
+
+async def _probe(node: NodeName) -> LinkSpeed:
+    raise PeerError(f"the link to {node} was not to be probed")
+
+
 class MigratingNode:
     """A node of `agent_world`, with migrations that move; its agent may be restarted."""
 
@@ -160,6 +178,16 @@ class MigratingNode:
             fabric=node.fabric,
             incoming=self.incoming,
         )
+        publisher = Publisher(node.typed, node.events)
+        forecaster = Forecaster(
+            node.name,
+            hypervisor=node.hypervisor,
+            locks=node.domains.locks,
+            sample=_sample,
+            history=publisher.read_all,
+            interface=_interface,
+            probe=_probe,
+        )
         return MigrationManager(
             node.name,
             hub=node.hub,
@@ -170,7 +198,7 @@ class MigratingNode:
             records=node.records,
             nodes=node.registry,
             events=node.events,
-            publisher=Publisher(node.typed, node.events),
+            publisher=publisher,
             check=check,
             site=NodeSite(
                 hub=node.hub,
@@ -184,6 +212,7 @@ class MigratingNode:
                 spares=NoSpares(self.folder / "engines.log"),
                 bind_address="127.0.0.1",
             ),
+            forecaster=forecaster,
             boot_id="boot",
         )
 

@@ -177,7 +177,8 @@ async def test_a_refusal_has_every_reason_and_a_dry_run_has_them_too(
     await running(client)
     path = "/v1/domains/web/migrations"
     fine = await ask(client, "POST", f"{path}?dry_run=true", {"destination": "b"}, status=200)
-    assert fine == {"destination": "b", "refused": []}
+    assert (fine["destination"], fine["refused"]) == ("b", [])
+    assert fine["prediction"]["converges"] is True
     world.a.migrations.reasons = ["memory", "bridge"]
     result = await ask(client, "POST", f"{path}?dry_run=true", {"destination": "b"}, status=200)
     assert result["refused"] == ["memory", "bridge"]
@@ -188,6 +189,32 @@ async def test_a_refusal_has_every_reason_and_a_dry_run_has_them_too(
     await ask(client, "POST", path, {"destination": "b"}, status=409)
     stopped = await ask(client, "POST", f"{path}?dry_run=1", {}, status=200)
     assert "stopped" in stopped["refused"][0]
+    assert stopped["prediction"] is None
+
+
+@pytest.mark.parametrize("node", ["a", "b"])
+async def test_the_dirty_rate_is_the_owners_word(client: Client, world: World, node: str) -> None:
+    await running(client, node)
+    rate = await ask(client, "GET", "/v1/domains/web/dirty-rate?seconds=0.5", status=200)
+    assert (rate["node"], rate["seconds"]) == (node, 0.5)
+    assert (await ask(client, "GET", "/v1/domains/web/dirty-rate", status=200))["seconds"] == 1.0
+    path = "/v1/domains/web/migrations?dry_run=true&sample_seconds=2.5"
+    dry = await ask(client, "POST", path, status=200)
+    assert "sampled over 2.5 s" in dry["prediction"]["dirty_rate_origin"]
+    for wrong in ("0", "61", "soon", "nan", "-1", ""):
+        problem = await ask(
+            client, "GET", f"/v1/domains/web/dirty-rate?seconds={wrong}", status=400
+        )
+        assert "from 0.1 to 60" in problem["fields"]["seconds"]
+    for each in (world.a, world.b):
+        each.migrations.unpredictable = "domain web is being migrated"
+    await ask(client, "GET", "/v1/domains/web/dirty-rate", status=409)
+    dry = await ask(client, "POST", "/v1/domains/web/migrations?dry_run=true", status=200)
+    assert dry["prediction"] is None
+    assert "is being migrated" in dry["prediction_unknown"]
+    await ask(client, "POST", "/v1/domains/web/stop", status=200)
+    await ask(client, "GET", "/v1/domains/web/dirty-rate", status=409)
+    await ask(client, "GET", "/v1/domains/nobody/dirty-rate", status=404)
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,8 @@ async def test_the_console(ferry: Ferry, world: World) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"booted\n")
     assert (await ferry("domain", "console", "web")).out == "booted\n"
+    as_json = await ferry("domain", "console", "web", "--json")
+    assert json.loads(as_json.out) == {"console": "booted\n"}
 
 
 async def test_wrong_usage_and_silence_have_their_codes(ferry: Ferry) -> None:

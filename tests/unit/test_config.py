@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from migrator.errors import ConfigError
+from node_agent.agent import prepare_folders
 from node_agent.config import (
     default_memory_bytes,
     format_endpoint,
@@ -118,3 +119,18 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("endpoint", [("10.0.0.1", 1), ("fd00::1", 65535), ("host.example", 80)])
 def test_endpoints_round_trip(endpoint: tuple[str, int]) -> None:
     assert parse_endpoint(format_endpoint(*endpoint)) == endpoint
+
+
+def test_folders_that_cant_be_used_are_named_by_their_keys(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = tmp_path / "state"
+    text = MINIMAL.replace('"/var/lib/ferry"', f'"{state}"')
+    text += POOL.replace("/pool", str(tmp_path / "pool"))
+    prepare_folders(parse_config(text))
+    assert (state / "run").is_dir()
+    assert "pools[0].path" in caplog.text
+    in_a_file = MINIMAL.replace('"/var/lib/ferry"', f'"{tmp_path / "file" / "state"}"')
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"^node\.state_directory: "):
+        prepare_folders(parse_config(in_a_file))

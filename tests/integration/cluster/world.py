@@ -198,8 +198,13 @@ class Cluster:
         return found
 
     def engines(self, node: str) -> list[Process]:
-        """Those at work: one that was started ahead hasn't got its role's name yet."""
-        return [each for each in self.processes(node) if _name_of(each.pid).startswith("ferry-")]
+        """Those at work; where there is none, those that wait for work or for their role.
+
+        A source's engine gets its role, and the name that goes with it, when the destination is
+        ready. A node's spare is taken for a migration and replaced after it.
+        """
+        every = [each for each in self.processes(node) if "migrator.engine" in command_of(each.pid)]
+        return [each for each in every if _name_of(each.pid).startswith("ferry-")] or every
 
     def qemus(self, node: str, domain: str) -> list[Process]:
         """The hypervisor processes of one domain: they name it."""

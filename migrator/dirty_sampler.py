@@ -1,0 +1,130 @@
+"""Samples the dirty rate of a running guest, by an engine process that connects nowhere.
+
+    agent ── Configure, SampleDirty ──► engine: registers, watches, answers
+          ◄─────────── DirtySampled ──┤
+          ── Stop ───────────────────►│ unregisters, ends
+
+The dirty log belongs to one engine at a time: whoever calls sees to it that no migration of the
+guest runs, and cancels a sampling for the sake of one. However it ends, the tracking is gone when
+`sample` is: by the engine's own hand; if it was killed, by another engine's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final, TypeVar
+
+from migrator import engine_messages as m
+from migrator.engine.client import EngineProcess
+from migrator.engine_driver import layout_of
+from migrator.errors import EngineError, FerryError
+from migrator.model import DomainName, Role
+from migrator.ports import GuestMemory
+
+T = TypeVar("T")
+OpenMemory = Callable[[DomainName], Awaitable[GuestMemory]]
+
+ENGINE_S: Final = 15.0
+"""What an engine may need beyond the sampling itself: its start, on a busy host."""
+STOP_S: Final = 2.0
+
+
+class DirtySampler:
+    """See the module. Any number of samplings at once, one a guest."""
+
+    def __init__(self, memory: OpenMemory, log_path: Path) -> None:
+        """`memory` opens a guest's memory; each engine appends its output to `log_path`."""
+        self._memory = memory
+        self._log_path = log_path
+
+    async def sample(self, domain: DomainName, seconds: float) -> m.DirtySampled:
+        """Watch for `seconds`. HypervisorError, EngineError; the guest is as it was, always."""
+        engine = await _Engine.spawn(self._log_path)
+        try:
+            async with asyncio.timeout(seconds + ENGINE_S):
+                await engine.configure(self._memory, domain)
+                engine.process.send(m.SampleDirty(seconds=seconds))
+                return await engine.answer(m.DirtySampled)
+        except TimeoutError as error:
+            raise EngineError(
+                f"sampling the dirty log of {domain} took longer than {seconds + ENGINE_S:g} s"
+            ) from error
+        finally:
+            await asyncio.shield(self._end(engine, domain))
+
+    async def _end(self, engine: _Engine, domain: DomainName) -> None:
+        await engine.process.stop(STOP_S)
+        if engine.killed:
+            await self._clear(domain)
+
+    async def _clear(self, domain: DomainName) -> None:
+        """Unregister what a killed engine has left. The guest may be gone, then that is too."""
+        with contextlib.suppress(FerryError, TimeoutError):
+            async with asyncio.timeout(ENGINE_S):
+                engine = await _Engine.spawn(self._log_path)
+                try:
+                    await engine.configure(self._memory, domain)
+                finally:
+                    await engine.process.stop(STOP_S)
+
+
+class _Engine:
+    """One engine process, and its first answer of a kind."""
+
+    def __init__(self) -> None:
+        self.process: EngineProcess
+        self.status: int | None = None
+        self._heard: asyncio.Queue[m.FromEngine | None] = asyncio.Queue(maxsize=64)
+
+    @classmethod
+    async def spawn(cls, log_path: Path) -> _Engine:
+        engine = cls()
+        engine.process = await EngineProcess.spawn(
+            log_path=log_path, on_message=engine._hear, on_exit=engine._end
+        )
+        return engine
+
+    @property
+    def killed(self) -> bool:
+        """By a signal that left it no time; otherwise it has unregistered its tracking."""
+        return self.status is not None and self.status < 0
+
+    async def configure(self, open_memory: OpenMemory, domain: DomainName) -> None:
+        """Give it the guest's memory; when this returns, it tracks. EngineError if it doesn't."""
+        memory = await open_memory(domain)
+        try:
+            message = m.Configure(
+                role=Role.SOURCE,
+                migration_id=f"dirty-rate-{domain}",
+                secret=secrets.token_bytes(32),
+                pid=memory.pid,
+                regions=layout_of(memory),
+            )
+            self.process.send(message, fds=memory.fds)
+        finally:
+            memory.close()
+        await self.answer(m.Configured)
+
+    async def answer(self, kind: type[T]) -> T:
+        """The next message of that kind. EngineError if it fails or ends instead."""
+        while True:
+            message = await self._heard.get()
+            if isinstance(message, kind):
+                return message
+            if isinstance(message, m.EngineFailed):
+                raise EngineError(message.reason)
+            if message is None:
+                raise EngineError(f"the engine ended with status {self.status}")
+
+    def _hear(self, message: m.FromEngine) -> None:
+        with contextlib.suppress(asyncio.QueueFull):  # It says three things at most.
+            self._heard.put_nowait(message)
+
+    def _end(self, status: int) -> None:
+        self.status = status
+        with contextlib.suppress(asyncio.QueueFull):
+            self._heard.put_nowait(None)

@@ -1,0 +1,112 @@
+"""How fast the link is, and whether it is what a stream waits for.
+
+The kernel knows both (TCP_INFO): how long the stream had data to send, for how much of that the
+destination's window held it up, and what was acknowledged meanwhile. A window of time in which
+there mostly was something to send, and the destination was ready to take it, gives the link's rate.
+
+    busy, destination ready      the link is the bottleneck: its rate is known
+    busy, destination not ready  the destination is: fewer bytes on the wire would not help it
+    not busy                     the source is, or a bandwidth cap: nothing is learnt
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Final
+
+import msgspec
+
+_WINDOW_S: Final = 0.02
+_WINDOW_BYTES_MIN: Final = 256 * 1024
+_BUSY_SHARE: Final = 0.5
+_RECEIVER_SHARE: Final = 0.1
+_IDLE_WINDOWS_MAX: Final = 16
+"""After so many windows in which the stream wasn't busy, the link may be faster than it was."""
+_SMOOTHING: Final = 0.5
+
+_TCP_INFO_BYTES: Final = 192
+# linux/tcp.h, struct tcp_info: bytes_acked, segments out and in, notsent_bytes; busy_time and
+# rwnd_limited, in microseconds.
+_BYTES: Final = struct.Struct("=Q16xI")
+_BYTES_OFFSET: Final = 120
+_TIMES: Final = struct.Struct("=QQ")
+_TIMES_OFFSET: Final = 168
+
+
+class TcpFigures(msgspec.Struct, frozen=True):
+    """What a connection did since it was made."""
+
+    acknowledged_bytes: int
+    queued_bytes: int
+    """Accepted by the kernel and not sent yet, now."""
+    busy_s: float
+    """With something to send."""
+    receiver_limited_s: float
+    """Of that, held up by the other side's window."""
+
+
+def tcp_figures(sock: socket.socket) -> TcpFigures | None:
+    """The kernel's figures; None where it keeps none (no TCP, Linux before 4.10)."""
+    try:
+        data = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+    except OSError:
+        return None
+    if len(data) < _TCP_INFO_BYTES:
+        return None
+    acknowledged, queued = _BYTES.unpack_from(data, _BYTES_OFFSET)
+    busy_us, receiver_us = _TIMES.unpack_from(data, _TIMES_OFFSET)
+    return TcpFigures(acknowledged, queued, busy_us / 1e6, receiver_us / 1e6)
+
+
+class LinkGauge:
+    """One stream's view of its link. Clockless: `now` is in seconds. Pure."""
+
+    def __init__(self) -> None:
+        self.bytes_per_s: float | None = None
+        """None: not known, or not what holds the stream up."""
+        self.queued_bytes = 0
+        self._since_s = 0.0
+        self._since: TcpFigures | None = None
+        self._idle_windows = 0
+        self.judged = False
+        """Whether there was a window at all."""
+
+    def restart(self) -> None:
+        """Forget the window, not the rate: the stream stood idle, or is a new connection."""
+        self._since = None
+
+    @property
+    def queued_s(self) -> float:
+        """For how long the link has enough to do; 0.0 if its rate isn't known."""
+        return self.queued_bytes / self.bytes_per_s if self.bytes_per_s else 0.0
+
+    def note(self, now: float, figures: TcpFigures | None) -> None:
+        """Look at the figures; cheap enough for every frame."""
+        since = self._since
+        self.queued_bytes = 0 if figures is None else figures.queued_bytes
+        if figures is None or since is None:
+            self._since_s, self._since = now, figures
+            return
+        seconds = now - self._since_s
+        count = figures.acknowledged_bytes - since.acknowledged_bytes
+        if seconds < _WINDOW_S or count < _WINDOW_BYTES_MIN:
+            return
+        self._since_s, self._since = now, figures
+        self.judged = True
+        busy_s = figures.busy_s - since.busy_s
+        if busy_s < _BUSY_SHARE * seconds:
+            self._idle_windows += 1
+            if self._idle_windows >= _IDLE_WINDOWS_MAX:
+                self._idle_windows = 0
+                self.bytes_per_s = None
+            return
+        self._idle_windows = 0
+        if figures.receiver_limited_s - since.receiver_limited_s > _RECEIVER_SHARE * busy_s:
+            self.bytes_per_s = None
+            return
+        rate = count / busy_s
+        if self.bytes_per_s is None:
+            self.bytes_per_s = rate
+        else:
+            self.bytes_per_s += _SMOOTHING * (rate - self.bytes_per_s)

@@ -1,0 +1,176 @@
+"""What a migration will cost, before it is begun: a pure function of measured figures.
+
+The prediction plays the migration: each iteration sends what is pending at the speed of the link,
+and meanwhile the guest dirties as many pages as its dirty curve has for so many seconds. After
+each iteration `policy.decide` is asked, as the session asks it. So prediction and migration can
+differ in their figures, never in their reasoning.
+
+What follows from that, and is tested: where the number of iterations stays the same, a faster link
+never takes longer and a guest that dirties more never needs fewer bytes. Where it changes that is
+not so, because the policy itself isn't: a guest that dirties faster is switched over earlier, if
+what is left fits into the downtime limit and a further iteration would not make it less.
+
+    curve      bytes dirtied         ___________ what the guest's memory has at most
+               within t          _.-'
+                              .-'    beyond the last point: its last slope
+                            /
+                           0 ─────────────────────────► t
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from migrator.figures import DirtyPoint, LinkOrigin, LinkSpeed, Prediction
+from migrator.model import PAGE_SIZE_BYTES, MigrationRequest, OnTimeout, PassKind, PassReport
+from migrator.policy import FIXED_BLACKOUT_MS, Decision, DecisionKind, decide, throughput
+from migrator.ports import Struct
+
+OVERHEAD_S: Final = 0.5
+"""Setting up the destination and cleaning up, where no migration has shown it: as measured with
+small guests on one machine (ARCHITECTURE: "Predictions")."""
+PASS_OVERHEAD_S: Final = 0.002
+"""Of each iteration: scan, acknowledgement, decision."""
+_PAGE_HEADER_BYTES: Final = 8
+"""What the stream adds to a page, at most (a range's header, for a scattered page)."""
+
+
+class Figures(Struct, frozen=True, kw_only=True):
+    """What a prediction is made from."""
+
+    memory_in_use_bytes: int
+    curve: tuple[DirtyPoint, ...]
+    """By growing seconds; empty: the guest doesn't write."""
+    link: LinkSpeed
+    zero_share: float = 0.0
+    """Of the memory in use: pages of zeros, which cost next to nothing."""
+    dirty_rate_origin: str = ""
+
+
+def dirtied_bytes(curve: Sequence[DirtyPoint], seconds: float, limit_bytes: int) -> int:
+    """What a guest dirties within `seconds`: never less in more time, at most `limit_bytes`."""
+    before = DirtyPoint(seconds=0.0, bytes=0)
+    slope = 0.0
+    for point in curve:
+        if point.seconds > before.seconds:
+            slope = max(0.0, (point.bytes - before.bytes) / (point.seconds - before.seconds))
+            if seconds <= point.seconds:
+                break
+            before = DirtyPoint(seconds=point.seconds, bytes=max(before.bytes, point.bytes))
+    found = before.bytes + slope * max(0.0, seconds - before.seconds)
+    pages = int(min(found, limit_bytes)) // PAGE_SIZE_BYTES
+    return pages * PAGE_SIZE_BYTES
+
+
+def speed(link: LinkSpeed, bandwidth_bytes_per_s: int | None) -> float:
+    """Bytes a second: the link's, or the cap's where that is lower."""
+    return min(link.bytes_per_s, bandwidth_bytes_per_s or link.bytes_per_s)
+
+
+def predict(figures: Figures, request: MigrationRequest) -> Prediction:
+    """How a pre-copy of a guest with these figures will go."""
+    memory_bytes = figures.memory_in_use_bytes
+    content_bytes = int(memory_bytes * (1.0 - figures.zero_share))
+    rate = max(1.0, speed(figures.link, request.bandwidth_bytes_per_s))
+
+    def dirtied(seconds: float) -> int:
+        return dirtied_bytes(figures.curve, seconds, memory_bytes)
+
+    passes, decision, in_time = _play(content_bytes, rate, dirtied, request)
+    link = figures.link
+    overhead_s = OVERHEAD_S if link.overhead_s is None else link.overhead_s
+    fixed_ms = FIXED_BLACKOUT_MS if link.fixed_blackout_ms is None else link.fixed_blackout_ms
+    last_bytes = decision.pending_bytes
+    # The last pages go without the cap: the guest stands still.
+    blackout_ms = fixed_ms + 1e3 * _wire_bytes(last_bytes) / max(1.0, link.bytes_per_s)
+    converges = in_time and decision.kind is DecisionKind.SWITCH_OVER
+    # A request that forces switches over all the same; the iteration under way ends first.
+    switches = converges or request.on_timeout is OnTimeout.FORCE
+    sent = sum(each.bytes_sent for each in passes)
+    seconds = sum(each.seconds for each in passes)
+    if not in_time and not switches:
+        seconds = request.timeout_s
+        sent = min(sent, int(rate * seconds))
+    return Prediction(
+        converges=converges,
+        reason=decision.reason if in_time else f"not done within {request.timeout_s:g} s",
+        iterations=len(passes) + (1 if switches else 0),
+        bytes_sent=sent + (_wire_bytes(last_bytes) if switches else 0),
+        total_s=overhead_s + seconds + (blackout_ms / 1e3 if switches else 0.0),
+        blackout_ms=blackout_ms,
+        memory_in_use_bytes=memory_bytes,
+        zero_share=figures.zero_share,
+        dirty_rate_bytes_per_s=dirtied(passes[0].seconds) / passes[0].seconds,
+        dirty_rate_origin=figures.dirty_rate_origin,
+        link=link,
+    )
+
+
+def _play(
+    content_bytes: int, rate: float, dirtied: Callable[[float], int], request: MigrationRequest
+) -> tuple[list[PassReport], Decision, bool]:
+    """The iterations, the decision after the last, and whether the request's time sufficed.
+
+    Bounded: `decide` ends every pre-copy within `policy.MAX_ITERATIONS`.
+    """
+    passes: list[PassReport] = []
+    pending_bytes = content_bytes
+    for number in itertools.count(1):
+        wire_bytes = _wire_bytes(pending_bytes)
+        seconds = wire_bytes / rate + PASS_OVERHEAD_S
+        pending_bytes = dirtied(seconds)
+        passes.append(
+            PassReport(
+                number=number,
+                kind=PassKind.FIRST if number == 1 else PassKind.DIRTY,
+                seconds=seconds,
+                pages=wire_bytes // PAGE_SIZE_BYTES,
+                bytes_sent=wire_bytes,
+                pending_pages=pending_bytes // PAGE_SIZE_BYTES,
+            )
+        )
+        decision = decide(passes, request.downtime_limit_ms, request.mode)
+        in_time = sum(each.seconds for each in passes) <= request.timeout_s
+        if decision.kind is not DecisionKind.ITERATE or not in_time:
+            return passes, decision, in_time
+    raise AssertionError("unreachable")
+
+
+def _wire_bytes(content_bytes: int) -> int:
+    return content_bytes + content_bytes // PAGE_SIZE_BYTES * _PAGE_HEADER_BYTES
+
+
+def curve_of_passes(passes: Sequence[PassReport]) -> tuple[DirtyPoint, ...]:
+    """The dirty curve that a migration's iterations have shown: each is one point of it."""
+    points: list[DirtyPoint] = []
+    running = [each for each in passes if each.kind is not PassKind.FINAL and each.seconds > 0.0]
+    for each in sorted(running, key=lambda one: one.seconds):
+        found = each.pending_pages * PAGE_SIZE_BYTES
+        most = points[-1].bytes if points else 0
+        points.append(DirtyPoint(seconds=each.seconds, bytes=max(most, found)))
+    return tuple(points)
+
+
+def zero_share_of_passes(passes: Sequence[PassReport]) -> float:
+    """The share of pages of zeros in a migration's first iteration. 0.0 where there was none."""
+    for each in passes:
+        found = each.pages + each.zero_pages
+        if each.kind is PassKind.FIRST and found:
+            return each.zero_pages / found
+    return 0.0
+
+
+def after_first_pass(first: PassReport, request: MigrationRequest) -> Prediction:
+    """The prediction of a migration of which nothing was known before its first iteration."""
+    pages = first.pages + first.zero_pages
+    link = LinkSpeed(bytes_per_s=throughput([first]), origin=LinkOrigin.FIRST_PASS)
+    figures = Figures(
+        memory_in_use_bytes=pages * PAGE_SIZE_BYTES,
+        curve=curve_of_passes([first]),
+        link=link,
+        zero_share=zero_share_of_passes([first]),
+        dirty_rate_origin="this migration's first iteration",
+    )
+    return predict(figures, request)

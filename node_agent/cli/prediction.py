@@ -1,0 +1,119 @@
+"""`ferry domain dirty-rate`; how predictions are shown, and one beside its outcome."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from migrator.figures import (
+    SAMPLE_S_MAX,
+    SAMPLE_S_MIN,
+    DirtyRate,
+    LinkOrigin,
+    LinkSpeed,
+    Prediction,
+)
+from migrator.model import Migration, MigrationState
+from node_agent.cli.domains import app, path_of
+from node_agent.cli.output import facts, settings, show, size, table
+from node_agent.resources import DryRun
+
+_ORIGINS = {
+    LinkOrigin.MIGRATIONS: "measured by migrations",
+    LinkOrigin.INTERFACE: "by its interface",
+    LinkOrigin.PROBE: "measured now",
+    LinkOrigin.FIRST_PASS: "measured by its first iteration",
+}
+
+
+@app.command("dirty-rate")
+def dirty_rate(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The domain.")],
+    seconds: Annotated[
+        float, typer.Option(min=SAMPLE_S_MIN, max=SAMPLE_S_MAX, help="How long to sample.")
+    ] = 1.0,
+) -> None:
+    """How fast a running domain dirties its memory, and how much of it."""
+    path = f"{path_of(name)}/dirty-rate?seconds={seconds:g}"
+    rate = settings.client().get(path, DirtyRate)
+    show(rate, dirty_rate_text(rate))
+
+
+def dirty_rate_text(rate: DirtyRate) -> str:
+    """For people: the rate, the working set and its curve."""
+    pairs = [
+        ("domain", f"{rate.domain} on {rate.node}"),
+        ("sampled", f"{rate.seconds:.1f} s"),
+        ("dirty rate", f"{rate.pages_per_s:.0f} pages/s, {size(rate.bytes_per_s)}/s"),
+        ("working set", f"{size(rate.working_set_bytes)} in {rate.seconds:.1f} s"),
+        ("memory in use", f"{size(rate.memory_in_use_bytes)}, {rate.zero_share:.0%} of it zeros"),
+    ]
+    rows = [(f"{point.seconds:.1f} s", size(point.bytes)) for point in rate.curve]
+    return facts(pairs) + "\n\n" + table(("WITHIN", "DIRTIED AT LEAST ONCE"), rows)
+
+
+def dry_run_text(name: str, result: DryRun) -> str:
+    """For people: the refusals, and the prediction."""
+    if result.refused:
+        refused = "\n".join(f"  - {reason}" for reason in result.refused)
+        text = f"domain {name} can't be migrated:\n{refused}"
+    else:
+        text = f"domain {name} can be migrated to {result.destination}"
+    if result.prediction is not None:
+        text += "\n\n" + prediction_text(result.prediction)
+    elif result.prediction_unknown:
+        text += f"\nit can't be predicted: {result.prediction_unknown}"
+    return text
+
+
+def prediction_text(prediction: Prediction) -> str:
+    """For people: what is expected, then what it was made from."""
+    verdict = "yes" if prediction.converges else "no"
+    pairs = [
+        ("converges", f"{verdict}: {prediction.reason}"),
+        ("total", f"{prediction.total_s:.2f} s"),
+        ("to send", f"{size(prediction.bytes_sent)} in {prediction.iterations} iterations"),
+        ("blackout", f"{prediction.blackout_ms:.1f} ms"),
+        *made_from(prediction),
+    ]
+    return facts(pairs)
+
+
+def made_from(prediction: Prediction) -> list[tuple[str, str]]:
+    """The figures behind a prediction."""
+    memory = f"{size(prediction.memory_in_use_bytes)}, {prediction.zero_share:.0%} of it zeros"
+    dirty = f"{size(prediction.dirty_rate_bytes_per_s)}/s, {prediction.dirty_rate_origin}"
+    return [
+        ("memory in use", memory),
+        ("dirty rate", dirty),
+        ("link", _link(prediction.link)),
+    ]
+
+
+def _link(link: LinkSpeed) -> str:
+    detail = f" ({link.detail})" if link.detail else ""
+    return f"{size(link.bytes_per_s)}/s, {_ORIGINS[link.origin]}{detail}"
+
+
+def comparison(migration: Migration, prediction: Prediction) -> str:
+    """A prediction beside what came of it."""
+    outcome = migration.state.value
+    if migration.ended:
+        outcome = "yes" if migration.state is MigrationState.COMPLETED else "no"
+    done = bool(migration.ended)
+    total, blackout = migration.total_s, migration.blackout_ms
+    sent = sum(each.bytes_sent for each in migration.iterations)
+    rows = [
+        ("converges", "yes" if prediction.converges else "no", outcome),
+        ("total", f"{prediction.total_s:.2f} s", "-" if total is None else f"{total:.2f} s"),
+        ("sent", size(prediction.bytes_sent), size(sent) if done else "-"),
+        ("iterations", str(prediction.iterations), str(len(migration.iterations)) if done else "-"),
+        (
+            "blackout",
+            f"{prediction.blackout_ms:.1f} ms",
+            "-" if blackout is None else f"{blackout:.1f} ms",
+        ),
+    ]
+    text = table(("FIGURE", "PREDICTED", "OUTCOME"), rows)
+    return text + "\n\nthe prediction was made from\n" + facts(made_from(prediction))

@@ -1,0 +1,174 @@
+"""Sampling the dirty log of a real address space: what it counts, and that it leaves nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from migrator.dirty_sampler import DirtySampler
+from migrator.engine_messages import Configured, DirtySampled, SampleDirty, Stop, Stopped
+from migrator.errors import EngineError, HypervisorError
+from migrator.model import DomainName, Role
+from migrator.ports import GuestMemory, MemoryRegion
+from tests.integration.cluster.world import eventually
+from tests.integration.engine_lab.lab import (
+    MIB,
+    PAGE,
+    Engine,
+    Guest,
+    compile_guest,
+    configuration,
+)
+
+SIZE = 128 * MIB
+WEB = DomainName("web")
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd needs root")
+
+
+@pytest.fixture(scope="module")
+def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_guest(tmp_path_factory.mktemp("guest"))
+
+
+@pytest.fixture
+async def guest(binary: Path) -> AsyncIterator[Guest]:
+    made = Guest(binary, SIZE)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+class Sampled:
+    """A sampler on the guest; it counts how often the memory was opened."""
+
+    def __init__(self, guest: Guest, folder: Path) -> None:
+        self.guest = guest
+        self.opened = 0
+        self.log = folder / "engines.log"
+        self.sampler = DirtySampler(self._memory, self.log)
+
+    async def _memory(self, domain: DomainName) -> GuestMemory:
+        self.opened += 1
+        layout = self.guest.layout
+        region = MemoryRegion(
+            name=layout.name,
+            fd=os.dup(self.guest.fd),
+            size_bytes=layout.size_bytes,
+            page_size_bytes=layout.page_size_bytes,
+            mappings=layout.mappings,
+        )
+        uffd, pagemap = os.dup(self.guest.uffd), os.dup(self.guest.pagemap)
+        return GuestMemory(pid=self.guest.pid, regions=(region,), uffd=uffd, pagemap_fd=pagemap)
+
+
+async def wait_tracked(guest: Guest) -> None:
+    await asyncio.to_thread(eventually, "the guest is tracked", guest.tracked, 20.0)
+
+
+def engines_of(guest: Guest) -> list[int]:
+    """Engine processes that have the guest's memory mapped."""
+    inode = str(os.fstat(guest.fd).st_ino)
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+                if b"migrator.engine" in command and inode in (entry / "maps").read_text():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+async def test_it_counts_what_is_written(guest: Guest, tmp_path: Path) -> None:
+    guest.tell(f"fill 0 {32 * MIB}")
+    guest.tell(f"zero 0 {8 * MIB}")
+    guest.tell(f"run 4000 {16 * MIB} {20 * MIB}")
+    sampled = await Sampled(guest, tmp_path).sampler.sample(WEB, 2.0)
+    written = guest.tell("pause")
+    assert written > 0
+    assert 2.0 <= sampled.seconds < 4.0
+    rate = sampled.fresh_bytes / PAGE / sampled.seconds
+    assert 1500 <= rate <= 4100  # A page that is written twice between two scans counts once.
+    assert sampled.memory_in_use_bytes == 32 * MIB
+    assert sampled.zero_share == pytest.approx(0.25, abs=0.01)
+    # The curve grows, and flattens at the 4 MiB that are written to.
+    sizes = [point.bytes for point in sampled.curve]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < 0.75 * sizes[-1]
+    assert 0.9 * 4 * MIB <= sizes[-1] <= 4 * MIB
+    assert sampled.curve[-1].seconds == sampled.seconds
+    assert not guest.tracked()
+    assert not engines_of(guest)
+
+
+async def test_a_guest_that_does_not_write_is_at_rest(guest: Guest, tmp_path: Path) -> None:
+    guest.tell(f"fill 0 {8 * MIB}")
+    in_use = guest.in_use_bytes()
+    sampled = await Sampled(guest, tmp_path).sampler.sample(WEB, 0.3)
+    assert (sampled.fresh_bytes, sampled.curve[-1].bytes) == (0, 0)
+    assert guest.in_use_bytes() == in_use
+
+
+async def test_a_cancelled_sampling_leaves_nothing(guest: Guest, tmp_path: Path) -> None:
+    sampling = asyncio.create_task(Sampled(guest, tmp_path).sampler.sample(WEB, 30.0))
+    await wait_tracked(guest)
+    sampling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sampling
+    assert not guest.tracked()
+    assert not engines_of(guest)
+
+
+async def test_a_killed_engine_is_cleaned_up_after(guest: Guest, tmp_path: Path) -> None:
+    made = Sampled(guest, tmp_path)
+    sampling = asyncio.create_task(made.sampler.sample(WEB, 30.0))
+    await wait_tracked(guest)
+    for pid in engines_of(guest):
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match="ended with status -9"):
+        await sampling
+    assert made.opened == 2
+    assert not guest.tracked()
+    assert not engines_of(guest)
+
+
+async def test_memory_that_cannot_be_opened_leaves_no_engine(guest: Guest, tmp_path: Path) -> None:
+    async def refuse(domain: DomainName) -> GuestMemory:
+        raise HypervisorError("there is no such process")
+
+    with pytest.raises(HypervisorError):
+        await DirtySampler(refuse, tmp_path / "log").sample(WEB, 1.0)
+
+
+async def test_an_engine_whose_agent_dies_unregisters(guest: Guest, tmp_path: Path) -> None:
+    engine = await Engine.spawn(tmp_path / "log")
+    engine.process.send(configuration(Role.SOURCE, guest), guest.fds)
+    await engine.expect(Configured)
+    engine.process.send(SampleDirty(seconds=30.0))
+    await asyncio.sleep(0.2)
+    assert guest.tracked()
+    engine.process._sock.shutdown(2)
+    assert await engine.exited() == 0
+    assert not guest.tracked()
+
+
+async def test_a_sampling_can_be_repeated_and_stopped(guest: Guest, tmp_path: Path) -> None:
+    engine = await Engine.spawn(tmp_path / "log")
+    engine.process.send(configuration(Role.SOURCE, guest), guest.fds)
+    await engine.expect(Configured)
+    for _ in range(2):
+        engine.process.send(SampleDirty(seconds=0.2))
+        assert (await engine.expect(DirtySampled)).seconds >= 0.2
+    engine.process.send(SampleDirty(seconds=30.0))
+    engine.process.send(Stop())
+    await engine.expect(Stopped)
+    assert await engine.exited() == 0
+    assert not guest.tracked()

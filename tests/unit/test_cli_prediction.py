@@ -1,0 +1,51 @@
+"""`ferry domain dirty-rate`, and predictions as the CLI shows them."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import pytest
+
+from migrator.model import MigrationState
+from node_agent.cli.errors import ExitCode
+from tests.unit.agent_world import World
+from tests.unit.test_cli import Ferry, define, ferry, world
+
+__all__ = ["ferry", "world"]
+
+pytestmark = pytest.mark.allow_blocking("the CLI is synchronous; it runs in a thread")
+
+
+async def test_a_dirty_rate_and_a_prediction(ferry: Ferry, world: World) -> None:
+    await define(ferry, "--start")
+    rate = (await ferry("domain", "dirty-rate", "web", "--seconds", "0.5")).out
+    assert "2000 pages/s, 7.8 MiB/s" in rate
+    assert "8.0 MiB in 0.5 s" in rate
+    parsed = json.loads((await ferry("domain", "dirty-rate", "web", "--json")).out)
+    assert parsed["memory_in_use_bytes"] == 100 * 1024**2
+    await ferry("domain", "dirty-rate", "web", "--seconds", "100", code=ExitCode.USAGE)
+    dry = (await ferry("migrate", "web", "--dry-run", "--sample-seconds", "2")).out
+    for part in ("converges:", "yes: ", "measured now (1.0 MB in 10 ms)", "sampled over 2.0 s"):
+        assert part in dry
+    world.a.migrations.unpredictable = "it is being sampled"
+    dry = (await ferry("migrate", "web", "--dry-run")).out
+    assert "can't be predicted: it is being sampled" in dry
+    await ferry("domain", "dirty-rate", "web", code=ExitCode.REFUSED)
+
+
+async def test_a_prediction_is_shown_beside_the_outcome(ferry: Ferry, world: World) -> None:
+    await define(ferry, "--start")
+    begun = json.loads((await ferry("migrate", "web", "--no-wait", "--json")).out)
+    assert "PREDICTED" not in (await ferry("migration", "show", begun["id"])).out
+    migration = world.migrations[begun["id"]]
+    world.a.migrations.known[migration.id] = msgspec.structs.replace(
+        migration, prediction=await world.a.migrations.predict("web", migration.request, 1.0)
+    )
+    assert "precopy" in (await ferry("migration", "show", begun["id"])).out
+    world.a.migrations.end(begun["id"], MigrationState.COMPLETED)
+    lines = (await ferry("migration", "show", begun["id"])).out.splitlines()
+    at = next(n for n, line in enumerate(lines) if line.startswith("FIGURE"))
+    assert lines[at].split() == ["FIGURE", "PREDICTED", "OUTCOME"]
+    assert lines[at + 1].split() == ["converges", "yes", "yes"]
+    assert lines[at + 5].split()[-2:] == ["7.5", "ms"]

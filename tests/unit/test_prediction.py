@@ -1,0 +1,236 @@
+"""Predictions: against a loop of their own around the policy, and their order under change."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from migrator.figures import DirtyPoint, LinkOrigin, LinkSpeed, Prediction
+from migrator.model import PAGE_SIZE_BYTES, MigrationRequest, OnTimeout, PassKind, PassReport
+from migrator.policy import MAX_ITERATIONS, DecisionKind, decide
+from migrator.prediction import (
+    PASS_OVERHEAD_S,
+    Figures,
+    after_first_pass,
+    curve_of_passes,
+    dirtied_bytes,
+    predict,
+    zero_share_of_passes,
+)
+
+MIB = 1024**2
+MEMORY = st.integers(min_value=PAGE_SIZE_BYTES, max_value=64 * 1024 * MIB)
+LINK = st.floats(min_value=1e5, max_value=1e10)
+RATE = st.floats(min_value=0.0, max_value=1e10)
+LIMIT_MS = st.integers(min_value=1, max_value=5000)
+CURVE = st.lists(
+    st.tuples(st.floats(min_value=0.01, max_value=10.0), st.integers(0, 2**34)), max_size=6
+)
+
+
+def request(**changes: object) -> MigrationRequest:
+    values: dict[str, object] = {"destination": "b", "timeout_s": 86_400.0}
+    return MigrationRequest(**(values | changes))  # type: ignore[arg-type]
+
+
+def steady(rate: float) -> tuple[DirtyPoint, ...]:
+    """A guest that writes to new pages all the time."""
+    return (DirtyPoint(seconds=100.0, bytes=int(100.0 * rate)),)
+
+
+def curve_of(raw: list[tuple[float, int]], factor: float = 1.0) -> tuple[DirtyPoint, ...]:
+    found = 0
+    points = []
+    for seconds, count in sorted(raw):
+        found = max(found, int(factor * count))
+        points.append(DirtyPoint(seconds=seconds, bytes=found))
+    return tuple(points)
+
+
+def figures(memory: int, curve: tuple[DirtyPoint, ...], link: float) -> Figures:
+    return Figures(
+        memory_in_use_bytes=memory,
+        curve=curve,
+        link=LinkSpeed(bytes_per_s=link, origin=LinkOrigin.PROBE),
+    )
+
+
+def play(memory: int, dirty_rate: float, link: float, limit_ms: int) -> tuple[bool, int, float]:
+    """The plainest pre-copy: whether it converges, the passes, and their seconds."""
+    pending = float(memory)
+    passes: list[PassReport] = []
+    while True:
+        seconds = pending / link + PASS_OVERHEAD_S
+        sent, pending = pending, min(memory, dirty_rate * seconds)
+        passes.append(
+            PassReport(
+                number=len(passes) + 1,
+                kind=PassKind.DIRTY,
+                seconds=seconds,
+                pages=0,
+                bytes_sent=int(sent),
+                pending_pages=int(pending) // PAGE_SIZE_BYTES,
+            )
+        )
+        decision = decide(passes, limit_ms)
+        if decision.kind is not DecisionKind.ITERATE:
+            converges = decision.kind is DecisionKind.SWITCH_OVER
+            return converges, len(passes), sum(each.seconds for each in passes)
+
+
+@pytest.mark.parametrize("memory_mib", [16, 200, 8192])
+@pytest.mark.parametrize("link", [12.5e6, 1e8, 1e9])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.6, 1.5])
+@pytest.mark.parametrize("limit_ms", [10, 50, 300])
+def test_it_agrees_with_a_plain_loop_around_the_policy(
+    memory_mib: int, link: float, share: float, limit_ms: int
+) -> None:
+    memory = memory_mib * MIB
+    converges, passes, seconds = play(memory, share * link, link, limit_ms)
+    found = predict(
+        figures(memory, steady(share * link), link), request(downtime_limit_ms=limit_ms)
+    )
+    assert found.converges is converges
+    assert abs(found.iterations - (passes + converges)) <= 1
+    assert found.total_s == pytest.approx(seconds, rel=0.1, abs=1.0)
+
+
+@given(memory=MEMORY, rate=RATE, slower=LINK, faster=LINK, limit_ms=LIMIT_MS)
+def test_a_faster_link_never_takes_longer(
+    memory: int, rate: float, slower: float, faster: float, limit_ms: int
+) -> None:
+    slower, faster = sorted((slower, faster))
+    one, other = (
+        predict(figures(memory, steady(rate), link), request(downtime_limit_ms=limit_ms))
+        for link in (slower, faster)
+    )
+    if _same_course(one, other):
+        assert other.total_s <= one.total_s * (1 + 1e-9)
+        assert other.bytes_sent <= one.bytes_sent
+
+
+@given(memory=MEMORY, raw=CURVE, factor=st.floats(1.0, 100.0), link=LINK, limit_ms=LIMIT_MS)
+def test_a_guest_that_dirties_more_never_needs_fewer_bytes(
+    memory: int, raw: list[tuple[float, int]], factor: float, link: float, limit_ms: int
+) -> None:
+    wanted = request(downtime_limit_ms=limit_ms)
+    less = predict(figures(memory, curve_of(raw), link), wanted)
+    more = predict(figures(memory, curve_of(raw, factor), link), wanted)
+    if _same_course(less, more):
+        assert more.bytes_sent >= less.bytes_sent
+        assert more.total_s >= less.total_s * (1 - 1e-9)
+        assert more.blackout_ms >= less.blackout_ms
+
+
+def _same_course(one: Prediction, other: Prediction) -> bool:
+    return (one.iterations, one.converges) == (other.iterations, other.converges)
+
+
+@given(memory=MEMORY, rate=RATE, slower=LINK, faster=LINK, limit_ms=LIMIT_MS)
+def test_what_converges_over_a_slow_link_converges_over_a_fast_one(
+    memory: int, rate: float, slower: float, faster: float, limit_ms: int
+) -> None:
+    slower, faster = sorted((slower, faster))
+    assume(faster > 1.05 * slower)  # Rounding to pages decides between equals.
+    wanted = request(downtime_limit_ms=limit_ms)
+    if predict(figures(memory, steady(rate), slower), wanted).converges:
+        assert predict(figures(memory, steady(rate), faster), wanted).converges
+
+
+def test_the_policy_itself_is_why_the_course_must_be_the_same() -> None:
+    """Dirtying a little faster: what fits is not made smaller any more, and fewer bytes go."""
+    wanted = request(downtime_limit_ms=5000)
+    calm, busy = (
+        predict(figures(400 * MIB, steady(share * 1e8), 1e8), wanted) for share in (0.83, 0.87)
+    )
+    assert calm.iterations > busy.iterations
+    assert calm.bytes_sent > busy.bytes_sent
+
+
+@given(memory=MEMORY, raw=CURVE, link=LINK, limit_ms=LIMIT_MS, timeout_s=st.floats(0.001, 100.0))
+def test_every_prediction_is_finite_and_bounded(
+    memory: int, raw: list[tuple[float, int]], link: float, limit_ms: int, timeout_s: float
+) -> None:
+    wanted = request(downtime_limit_ms=limit_ms, timeout_s=timeout_s)
+    found = predict(figures(memory, curve_of(raw), link), wanted)
+    assert 1 <= found.iterations <= MAX_ITERATIONS + 1
+    assert 0 <= found.bytes_sent <= (MAX_ITERATIONS + 1) * 1.01 * memory
+    assert 0.0 < found.total_s < float("inf")
+    assert found.reason
+
+
+def test_a_cap_counts_for_the_iterations_and_not_for_the_blackout() -> None:
+    free = predict(figures(100 * MIB, steady(1e6), 1e9), request())
+    capped = predict(figures(100 * MIB, steady(1e6), 1e9), request(bandwidth_bytes_per_s=10**7))
+    assert capped.total_s > 10.0 > free.total_s
+    assert capped.blackout_ms < 12.0
+
+
+def test_the_requests_time_is_a_limit() -> None:
+    found = predict(figures(1024 * MIB, steady(0), 1e7), request(timeout_s=5.0))
+    assert not found.converges
+    assert found.reason == "not done within 5 s"
+    assert found.total_s == pytest.approx(5.0, abs=1.0)
+    assert found.bytes_sent == 50_000_000
+    forced = predict(
+        figures(1024 * MIB, steady(0), 1e7), request(timeout_s=5.0, on_timeout=OnTimeout.FORCE)
+    )
+    assert not forced.converges
+    assert forced.bytes_sent >= 1024 * MIB
+    assert forced.total_s > 100.0
+
+
+def test_zero_pages_cost_nothing_and_figures_of_the_link_win_over_defaults() -> None:
+    known = LinkSpeed(
+        bytes_per_s=1e8, origin=LinkOrigin.MIGRATIONS, overhead_s=0.1, fixed_blackout_ms=20.0
+    )
+    found = predict(
+        Figures(memory_in_use_bytes=100_000_000, curve=(), link=known, zero_share=0.9), request()
+    )
+    assert found.bytes_sent == pytest.approx(10_000_000, rel=0.01)
+    assert found.total_s == pytest.approx(0.1 + 0.1 + 0.02, abs=0.01)
+    assert found.blackout_ms == 20.0
+
+
+@given(raw=CURVE, first=st.floats(0, 50), second=st.floats(0, 50), limit=MEMORY)
+def test_more_time_never_dirties_less(
+    raw: list[tuple[float, int]], first: float, second: float, limit: int
+) -> None:
+    curve = curve_of(raw)
+    shorter, longer = sorted((first, second))
+    assert dirtied_bytes(curve, shorter, limit) <= dirtied_bytes(curve, longer, limit) <= limit
+
+
+def test_the_curve_is_met_at_its_points_and_goes_on_with_its_last_slope() -> None:
+    page = PAGE_SIZE_BYTES
+    curve = (DirtyPoint(seconds=0.1, bytes=100 * page), DirtyPoint(seconds=1.0, bytes=190 * page))
+    found = [dirtied_bytes(curve, at, 2**40) // page for at in (0.0, 0.05, 0.1, 0.55, 1.0, 2.0)]
+    assert found == [0, 50, 100, 145, 190, 290]
+    assert dirtied_bytes(curve, 1e9, 200 * page) == 200 * page
+    assert dirtied_bytes((), 5.0, 2**40) == 0
+
+
+def test_iterations_tell_a_curve_and_a_share_of_zeros() -> None:
+    passes = [
+        PassReport(
+            number=1,
+            kind=PassKind.FIRST,
+            seconds=1.0,
+            pages=300,
+            bytes_sent=300 * PAGE_SIZE_BYTES,
+            zero_pages=100,
+            pending_pages=50,
+        ),
+        PassReport(
+            number=2, kind=PassKind.DIRTY, seconds=0.1, pages=50, bytes_sent=1, pending_pages=9
+        ),
+        PassReport(number=3, kind=PassKind.FINAL, seconds=0.01, pages=9, bytes_sent=1),
+    ]
+    points = [(each.seconds, each.bytes // PAGE_SIZE_BYTES) for each in curve_of_passes(passes)]
+    assert points == [(0.1, 9), (1.0, 50)]
+    assert zero_share_of_passes(passes) == 0.25
+    assert zero_share_of_passes(()) == 0.0
+    found = after_first_pass(passes[0], request())
+    assert found.memory_in_use_bytes == 400 * PAGE_SIZE_BYTES
+    assert found.link.origin is LinkOrigin.FIRST_PASS
