@@ -55,7 +55,11 @@ class EngineDriver:
         self._secret = secrets.token_bytes(32)
         self._process: EngineProcess | None = None
         self._stopping = False
+        self._generation = 0
+        """Counts engines: what a dead one had still to say is dropped."""
+        self._post_copy = False
         self._configured = False
+        self._configured_process: EngineProcess | None = None
         self._pages_in_use = 0
         self._round_trip_ms = 0.0
         self._tail: asyncio.Task[None] | None = None
@@ -63,7 +67,7 @@ class EngineDriver:
 
     def perform(
         self,
-        command: v.StartEngine | v.ConnectEngine | v.RunPass | v.StopEngine,
+        command: v.StartEngine | v.ConnectEngine | v.RunPass | v.PullPages | v.StopEngine,
         *,
         memory: HypervisorDriver,
     ) -> None:
@@ -71,11 +75,16 @@ class EngineDriver:
         match command:
             case v.RunPass():
                 self._send(m.RunPass(number=command.number, kind=command.kind))
+            case v.PullPages():
+                self._send(m.PullAll())
             case v.StopEngine():
                 self._stopping = True
                 self._queue(self._stop())
             case v.StartEngine():
-                self._queue(self._guarded("start", self._start(memory)))
+                if command.post_copy:
+                    self._generation += 1
+                    self._stopping = False
+                self._queue(self._guarded("start", self._start(memory, command.post_copy)))
             case v.ConnectEngine():
                 self._queue(self._guarded("connect", self._connect_source(command, memory)))
 
@@ -132,18 +141,30 @@ class EngineDriver:
         if self._stopping or self._process is not None:
             return
         settings = self._settings
+        generation = self._generation
+
+        def on_message(message: m.FromEngine) -> None:
+            self._on_message(message, generation)
+
+        def on_exit(status: int) -> None:
+            self._on_exit(status, generation)
+
         spare = settings.spares.take()
         if spare is not None:
-            spare.attach(self._on_message, self._on_exit)
+            spare.attach(on_message, on_exit)
             self._process = spare
         else:
             self._process = await EngineProcess.spawn(
-                log_path=settings.spares.log_path,
-                on_message=self._on_message,
-                on_exit=self._on_exit,
+                log_path=settings.spares.log_path, on_message=on_message, on_exit=on_exit
             )
 
-    async def _start(self, memory: HypervisorDriver) -> None:
+    async def _start(self, memory: HypervisorDriver, post_copy: bool) -> None:
+        self._post_copy = post_copy
+        if post_copy and self._process is not None:
+            # Its predecessor knows nothing that the memory and the other side don't.
+            process, self._process = self._process, None
+            process.kill()
+            await process.stop(STOP_S)
         await self._spawn()
         if self._session.role is Role.DESTINATION and not self._stopping:
             await self._configure(memory, self._secret)
@@ -151,8 +172,10 @@ class EngineDriver:
     async def _connect_source(self, command: v.ConnectEngine, memory: HypervisorDriver) -> None:
         if self._stopping:
             return
-        await self._configure(memory, command.secret)
-        self._send(m.Connect(host=command.host, port=command.port))
+        self._connect = command
+        if self._process is None or self._process is not self._configured_process:
+            await self._configure(memory, command.secret)
+        self._send(m.Connect(host=command.host, port=command.port, secret=command.secret))
 
     async def _configure(self, hypervisor: HypervisorDriver, secret: bytes) -> None:
         session = self._session
@@ -167,10 +190,12 @@ class EngineDriver:
                 streams=self._settings.streams,
                 bind_address=self._settings.bind_address,
                 bandwidth_bytes_per_s=session.request.bandwidth_bytes_per_s,
+                post_copy=self._post_copy,
             )
             if self._process is not None:
                 self._process.send(message, fds=memory.fds)
                 self._configured = True
+                self._configured_process = self._process
         finally:
             memory.close()
 
@@ -193,17 +218,20 @@ class EngineDriver:
 
     # --- what the engine says ---
 
-    def _on_message(self, message: m.FromEngine) -> None:
-        if self._stopping:
+    def _on_message(self, message: m.FromEngine, generation: int) -> None:
+        if self._stopping or generation != self._generation:
             return
         match message:
             case m.Listening():
-                self._send(m.OpenDeviceChannel(path=str(self._device_channel)))
+                if not self._post_copy:
+                    self._send(m.OpenDeviceChannel(path=str(self._device_channel)))
                 self._feed(
                     v.EngineListening(host=message.host, port=message.port, secret=self._secret)
                 )
             case m.Configured():
                 self._pages_in_use = message.pages_in_use
+            case m.Connected() if message.streams == 0:  # For the pages of a post-copy alone.
+                self._feed(v.EngineConnected(pages_in_use=self._pages_in_use, round_trip_ms=0.0))
             case m.Connected():
                 self._round_trip_ms = message.round_trip_ms
                 self._send(m.OpenDeviceChannel(path=str(self._device_channel)))
@@ -228,14 +256,26 @@ class EngineDriver:
             case m.ChannelRestored():
                 detail = f"after {message.broken_s:.2f} s"
                 self._feed(v.ChannelNoted(broken=False, detail=detail))
+            case m.PostCopyArmed():
+                self._feed(v.PagesMissing())
+            case m.PostCopyDone():
+                self._feed(
+                    v.PagesComplete(
+                        seconds=message.seconds,
+                        pages=message.pages,
+                        faults=message.faults,
+                        fault_ms_median=message.fault_ms_median,
+                        fault_ms_max=message.fault_ms_max,
+                    )
+                )
             case m.EngineFailed():
                 self._stopping = True  # Its exit follows and says nothing new.
                 self._feed(v.EngineLost(reason=message.reason))
             case _:
                 pass
 
-    def _on_exit(self, status: int) -> None:
-        if not self._stopping:
+    def _on_exit(self, status: int, generation: int) -> None:
+        if not self._stopping and generation == self._generation:
             self._stopping = True
             how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
             self._feed(v.EngineLost(reason=f"the engine {how}"))

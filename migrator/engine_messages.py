@@ -11,6 +11,8 @@
       │◄──────────────────────── PassDone ───┤                              │
       │  OpenDeviceChannel(path) ───────────►│ listens on path              │ connects to path
       │◄──────────────── DeviceChannelOpen ──┤                              │
+      │◄────────────────────────────────────────────────── PostCopyArmed ───┤ (if some are missing)
+      │◄─────────────────────────────────────────────────── PostCopyDone ───┤
       │  Stop ──────────────────────────────►│ unregisters, exits           │
 
 Without `Connect` a source's engine only watches: SampleDirty(seconds), answered by DirtySampled.
@@ -66,11 +68,19 @@ class Configure(Message, frozen=True, kw_only=True):
     broken."""
     device_connect_s: float = 10.0
     """Destination: how long the hypervisor's device channel may take to appear."""
+    post_copy: bool = False
+    """Take over from an engine that died in post-copy: no passes, no device channel."""
 
 
 class Connect(Message, frozen=True, kw_only=True):
+    """In post-copy also a second time: the destination's engine has a successor, which listens
+    there and has a secret of its own.
+    """
+
     host: str
     port: int
+    secret: bytes = b""
+    """"": that of the configuration."""
 
 
 class RunPass(Message, frozen=True, kw_only=True):
@@ -89,6 +99,10 @@ class OpenDeviceChannel(Message, frozen=True, kw_only=True):
     """
 
     path: str
+
+
+class PullAll(Message, frozen=True, kw_only=True):
+    """Destination in post-copy: the guest runs; get what nobody waits for yet, too."""
 
 
 class SampleDirty(Message, frozen=True, kw_only=True):
@@ -137,6 +151,20 @@ class PassDone(Message, frozen=True, kw_only=True):
     report: PassReport
 
 
+class PostCopyArmed(Message, frozen=True, kw_only=True):
+    """Destination: pages are missing from here on; whoever touches one waits for this engine."""
+
+
+class PostCopyDone(Message, frozen=True, kw_only=True):
+    """Destination: every page is in place, and the guest's memory is rid of the engine."""
+
+    seconds: float
+    pages: int
+    faults: int
+    fault_ms_median: float
+    fault_ms_max: float
+
+
 class DeviceChannelOpen(Message, frozen=True, kw_only=True):
     path: str
 
@@ -174,7 +202,9 @@ class Stopped(Message, frozen=True, kw_only=True):
     bytes_sent: int = 0
 
 
-ToEngine = Configure | Connect | RunPass | SetBandwidth | OpenDeviceChannel | SampleDirty | Stop
+ToEngine = (
+    Configure | Connect | RunPass | SetBandwidth | OpenDeviceChannel | SampleDirty | PullAll | Stop
+)
 FromEngine = (
     Configured
     | Listening
@@ -185,6 +215,8 @@ FromEngine = (
     | DirtySampled
     | ChannelBroken
     | ChannelRestored
+    | PostCopyArmed
+    | PostCopyDone
     | EngineFailed
     | Stopped
 )

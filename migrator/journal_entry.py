@@ -38,6 +38,9 @@ class JournalEntry(Struct, frozen=True, kw_only=True):
     """Destination: a resume was about to be issued, or was."""
     committed: bool = False
     """The source's device state is known to be out; at the destination: a Commit was heard."""
+    post_copy: bool = False
+    """Pages are missing at the destination, or may be; unless it is `complete`."""
+    complete: bool = False
     boot_id: str = ""
     """The host's boot that this was written in. `resuming` may be lost with the host."""
     ended_at_s: float | None = None
@@ -55,10 +58,12 @@ def entry_of(
     """The session as it stands, for the journal."""
     ended = session.state in ENDED
     last_word = session.last_word() if ended else None
+    complete = False
     if isinstance(session, SourceSession):
         committed = session.device_state_out
     else:
         committed = session.committed
+        complete = session.complete is not None
         resuming = resuming or session.may_have_run
     return JournalEntry(
         migration_id=session.migration_id,
@@ -73,6 +78,8 @@ def entry_of(
         detail=session.error or "",
         resuming=resuming,
         committed=committed,
+        post_copy=session.post_copy,
+        complete=complete,
         boot_id=boot_id,
         ended_at_s=session.ended_at_s,
         last_word=last_word,
@@ -98,6 +105,7 @@ def restore(
             timing=timing,
             switchover_begun=entry.state is not MigrationState.SETUP,
             device_state_out=entry.committed,
+            post_copy=entry.post_copy,
         )
     return DestinationSession(
         migration_id=entry.migration_id,
@@ -110,6 +118,8 @@ def restore(
         timing=timing,
         may_have_run=entry.resuming or entry.boot_id != boot_id,
         committed=entry.committed,
+        post_copy=entry.post_copy,
+        complete=entry.complete,
     )
 
 

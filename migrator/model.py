@@ -251,10 +251,22 @@ class OnTimeout(enum.StrEnum):
     """Pause the guest anyway, whatever the blackout."""
 
 
+class MigrationMode(enum.StrEnum):
+    """When the guest's memory travels."""
+
+    PRECOPY = "precopy"
+    """All of it while the guest runs at the source."""
+    POSTCOPY = "postcopy"
+    """All of it after the guest was resumed at the destination."""
+    HYBRID = "hybrid"
+    """Pre-copy while it pays; then post-copy, instead of giving up."""
+
+
 class MigrationRequest(Value, frozen=True, kw_only=True):
     """What a user asks for."""
 
     destination: Name
+    mode: MigrationMode = MigrationMode.PRECOPY
     downtime_limit_ms: Annotated[int, msgspec.Meta(ge=1, le=60_000)] = 50
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 600.0
     on_timeout: OnTimeout = OnTimeout.CANCEL
@@ -269,6 +281,7 @@ class MigrationState(enum.StrEnum):
     PRECOPY = "precopy"
     SWITCHOVER = "switchover"
     HANDOFF = "handoff"
+    POSTCOPY = "postcopy"
     COMPLETED = "completed"
     CANCELLING = "cancelling"
     CANCELLED = "cancelled"
@@ -290,6 +303,10 @@ class PassKind(enum.StrEnum):
     """What is pending: dirtied since it was last sent."""
     FINAL = "final"
     """The guest is paused: pending plus a last scan. Done only when the destination holds all."""
+    STALE = "stale"
+    """Before post-copy, the guest still runs: what is pending is dropped at the destination."""
+    MISSING = "missing"
+    """Post-copy, the guest is paused: what is pending after a last scan is told, not sent."""
 
 
 class PassReport(Value, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ import enum
 from collections.abc import Sequence
 from typing import Final
 
-from migrator.model import PAGE_SIZE_BYTES, PassReport
+from migrator.model import PAGE_SIZE_BYTES, MigrationMode, PassReport
 from migrator.ports import Struct
 
 FIXED_BLACKOUT_MS: Final = 8.0
@@ -26,6 +26,8 @@ SHRINK_FACTOR: Final = 0.85
 """A pass that leaves more than this share of the best before it did not shrink."""
 WINDOW: Final = 3
 MAX_ITERATIONS: Final = 30
+HYBRID_GAIN_SHARE: Final = 0.5
+"""Hybrid: a pass after which more than this share of what it sent is pending again doesn't pay."""
 DEFAULT_THROUGHPUT_BYTES_PER_S: Final = 100e6
 """Assumed until a pass was measured: a 1 Gbit/s link less its overhead."""
 
@@ -36,6 +38,8 @@ class DecisionKind(enum.Enum):
     SWITCH_OVER = 2
     GIVE_UP = 3
     """It doesn't converge. The request says whether that means cancel or force."""
+    POST_COPY = 4
+    """Hybrid: another pass costs more than it gains."""
 
 
 class Decision(Struct, frozen=True, kw_only=True):
@@ -72,7 +76,11 @@ def predicted_blackout_ms(pending_bytes: int, throughput_bytes_per_s: float) -> 
     return FIXED_BLACKOUT_MS + 1000.0 * pending_bytes / throughput_bytes_per_s
 
 
-def decide(passes: Sequence[PassReport], downtime_limit_ms: int) -> Decision:
+def decide(
+    passes: Sequence[PassReport],
+    downtime_limit_ms: int,
+    mode: MigrationMode = MigrationMode.PRECOPY,
+) -> Decision:
     """What to do after the last of `passes` (at least one)."""
     last = passes[-1]
     rate = throughput(passes)
@@ -94,6 +102,13 @@ def decide(passes: Sequence[PassReport], downtime_limit_ms: int) -> Decision:
 
     if last.pending_pages <= FLOOR_PAGES and fits:
         return decision(DecisionKind.SWITCH_OVER, f"{last.pending_pages} pages left")
+    if mode is MigrationMode.HYBRID and not fits and not _pays(last):
+        return decision(
+            DecisionKind.POST_COPY,
+            f"{pending_bytes / 1e6:.1f} MB are left of {last.bytes_sent / 1e6:.1f} MB sent: "
+            f"another iteration doesn't pay (the guest dirties {dirty_rate(last) / 1e6:.1f} MB/s, "
+            f"the link carries {rate / 1e6:.1f} MB/s)",
+        )
     shrinks = _shrinks(passes, window=1 if fits else WINDOW)
     if len(passes) >= MAX_ITERATIONS:
         shrinks = False
@@ -105,12 +120,17 @@ def decide(passes: Sequence[PassReport], downtime_limit_ms: int) -> Decision:
             f"{last.pending_pages} pages left, within {downtime_limit_ms} ms",
         )
     return decision(
-        DecisionKind.GIVE_UP,
+        DecisionKind.POST_COPY if mode is MigrationMode.HYBRID else DecisionKind.GIVE_UP,
         f"after {len(passes)} iterations {pending_bytes / 1e6:.1f} MB are left and don't shrink: "
         f"the guest dirties {dirty_rate(last) / 1e6:.1f} MB/s, the link carries "
         f"{rate / 1e6:.1f} MB/s; the blackout would be {blackout_ms:.0f} ms, "
         f"the limit is {downtime_limit_ms} ms",
     )
+
+
+def _pays(last: PassReport) -> bool:
+    """Whether the next pass would leave clearly less than this one did."""
+    return last.pending_pages * PAGE_SIZE_BYTES <= HYBRID_GAIN_SHARE * last.bytes_sent
 
 
 def _shrinks(passes: Sequence[PassReport], window: int) -> bool:

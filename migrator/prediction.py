@@ -131,7 +131,7 @@ def _play(
                 pending_pages=pending_bytes // PAGE_SIZE_BYTES,
             )
         )
-        decision = decide(passes, request.downtime_limit_ms)
+        decision = decide(passes, request.downtime_limit_ms, request.mode)
         in_time = sum(each.seconds for each in passes) <= request.timeout_s
         if decision.kind is not DecisionKind.ITERATE or not in_time:
             return passes, decision, in_time

@@ -29,7 +29,7 @@ from typing import Any, Final
 import msgspec
 
 from migrator.engine_driver import EngineDriver, EngineSettings
-from migrator.errors import FerryError, RefusedError
+from migrator.errors import FerryError, HypervisorError, RefusedError
 from migrator.hold_points import hold
 from migrator.journal import MigrationJournal
 from migrator.journal_entry import entry_of
@@ -262,7 +262,7 @@ class Runner:
                 timer = self._timers.pop(command.name, None)
                 if timer is not None:
                     timer.cancel()
-            case v.StartEngine() | v.ConnectEngine() | v.RunPass() | v.StopEngine():
+            case v.StartEngine() | v.ConnectEngine() | v.RunPass() | v.PullPages() | v.StopEngine():
                 self._engine.perform(command, memory=self._hypervisor)
             case v.SwapRecord() | v.ReadRecord():
                 self._record_lane.put(self._step(command, partial(self._on_record, command)))
@@ -368,6 +368,8 @@ class Runner:
                 self.feed(v.GuestDestroyed())
             case v.InspectGuest():
                 status = await driver.inspect(domain)
+                if status.state is DomainState.UNKNOWN:
+                    raise HypervisorError(f"{domain} doesn't say what it does: {status.reason}")
                 self.feed(v.GuestInspected(condition=_CONDITIONS[status.state]))
 
     async def _finish(self) -> None:
@@ -402,5 +404,4 @@ _CONDITIONS: Final = {
     DomainState.PAUSED: v.GuestCondition.STOPPED_OTHERWISE,
     DomainState.IO_ERROR: v.GuestCondition.STOPPED_OTHERWISE,
     DomainState.CRASHED: v.GuestCondition.STOPPED_OTHERWISE,
-    DomainState.UNKNOWN: v.GuestCondition.STOPPED_OTHERWISE,
 }

@@ -17,10 +17,12 @@ SOURCE: Final[dict[MigrationState, frozenset[MigrationState]]] = {
     _S.SETUP: frozenset({_S.PRECOPY, _S.CANCELLING}),
     _S.PRECOPY: frozenset({_S.SWITCHOVER, _S.CANCELLING}),
     _S.SWITCHOVER: frozenset({_S.HANDOFF, _S.CANCELLING}),
-    _S.HANDOFF: frozenset({_S.COMPLETED, _S.RECOVERING, _S.FAILED}),
+    _S.HANDOFF: frozenset({_S.POSTCOPY, _S.COMPLETED, _S.RECOVERING, _S.FAILED}),
+    # The guest runs at the destination, which gets the rest of its pages from here. No way back.
+    _S.POSTCOPY: frozenset({_S.COMPLETED, _S.FAILED}),
     # Too late to cancel where the device state went out first: then the record decides.
     _S.CANCELLING: frozenset({_S.CANCELLED, _S.FAILED, _S.RECOVERING}),
-    _S.RECOVERING: frozenset({_S.COMPLETED, _S.CANCELLED, _S.FAILED, _S.CANCELLING}),
+    _S.RECOVERING: frozenset({_S.POSTCOPY, _S.COMPLETED, _S.CANCELLED, _S.FAILED, _S.CANCELLING}),
     _S.COMPLETED: frozenset(),
     _S.CANCELLED: frozenset(),
     _S.FAILED: frozenset(),
@@ -33,8 +35,9 @@ DESTINATION: Final[dict[MigrationState, frozenset[MigrationState]]] = {
     # The device state is loaded, or the source allows the handoff; both are needed.
     # Loaded without a word from the source for long: the record decides, no timeout.
     _S.SWITCHOVER: frozenset({_S.HANDOFF, _S.CANCELLING, _S.RECOVERING}),
-    _S.HANDOFF: frozenset({_S.COMPLETED, _S.RECOVERING, _S.CANCELLING, _S.FAILED}),
-    _S.RECOVERING: frozenset({_S.COMPLETED, _S.HANDOFF, _S.CANCELLING, _S.FAILED}),
+    _S.HANDOFF: frozenset({_S.POSTCOPY, _S.COMPLETED, _S.RECOVERING, _S.CANCELLING, _S.FAILED}),
+    _S.POSTCOPY: frozenset({_S.COMPLETED, _S.FAILED}),
+    _S.RECOVERING: frozenset({_S.POSTCOPY, _S.COMPLETED, _S.HANDOFF, _S.CANCELLING, _S.FAILED}),
     _S.CANCELLING: frozenset({_S.CANCELLED, _S.FAILED}),
     _S.COMPLETED: frozenset(),
     _S.CANCELLED: frozenset(),

@@ -18,6 +18,7 @@ from migrator.model import (
     FileName,
     HypervisorCapabilities,
     Migration,
+    MigrationMode,
     MigrationRequest,
     Name,
     NodeState,
@@ -102,6 +103,7 @@ class MigrationCreate(Value, frozen=True, kw_only=True):
     """By default the ready node with the most free memory, other than the source."""
     downtime_limit_ms: Annotated[int, msgspec.Meta(ge=1, le=60_000)] = 50
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 600.0
+    mode: MigrationMode = MigrationMode.PRECOPY
     on_timeout: OnTimeout = OnTimeout.CANCEL
     bandwidth_bytes_per_s: Annotated[int, msgspec.Meta(ge=65_536)] | None = None
 
@@ -111,6 +113,7 @@ class MigrationCreate(Value, frozen=True, kw_only=True):
             destination=destination,
             downtime_limit_ms=self.downtime_limit_ms,
             timeout_s=self.timeout_s,
+            mode=self.mode,
             on_timeout=self.on_timeout,
             bandwidth_bytes_per_s=self.bandwidth_bytes_per_s,
         )

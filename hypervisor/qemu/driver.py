@@ -51,6 +51,9 @@ LAUNCH_TIMEOUT_S = 30.0
 """From spawning QEMU to its first answer: it opens its disks in between."""
 KILL_TIMEOUT_S = 30.0
 """From SIGKILL to the end: a process in an uninterruptible I/O is in no hurry."""
+ADOPT_TIMEOUT_S = 1.0
+"""For the first answer of a QEMU that is adopted. One that waits for a missing page of its guest
+(post-copy) answers only once the agent that adopts it has made an engine that fills it in."""
 TERMINATE_TIMEOUT_S = 5.0
 """From SIGTERM to the end: QEMU flushes its disks."""
 PAUSE_TIMEOUT_S = 30.0
@@ -120,7 +123,7 @@ class QemuDriver(HypervisorDriver):
             return
         guest = self._take(Launched(directory, process, record))
         try:
-            await guest.connect()
+            await guest.connect(answer_s=ADOPT_TIMEOUT_S)
             if not guest.record.has_run and guest.run_state_seen == "prelaunch":
                 await self._end(guest, "its start was cut short")
         except HypervisorError as error:

@@ -92,10 +92,17 @@ class Guest:
 
     # --- the monitor -----------------------------------------------------------------------
 
-    async def connect(self, *, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
-        """Connect to a free monitor, and learn the guest's state. Idempotent."""
+    async def connect(
+        self, *, timeout_s: float = CONNECT_TIMEOUT_S, answer_s: float = COMMAND_TIMEOUT_S
+    ) -> None:
+        """Connect to a free monitor, and learn the guest's state. Idempotent.
+
+        HypervisorError also if it doesn't answer within `answer_s`; it stays connected then.
+        """
         async with self._connecting:
             if self._monitor is not None and self._monitor.connected:
+                if not self.run_state_seen:
+                    await self.refresh(timeout_s=answer_s)
                 return
             failure: HypervisorError | None = None
             for index in range(MONITORS):
@@ -113,7 +120,7 @@ class Guest:
             else:
                 assert failure is not None
                 raise failure
-        await self.refresh()
+        await self.refresh(timeout_s=answer_s)
 
     async def refresh(self, *, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         """Ask QEMU for what the events would have told. Returns its run state."""

@@ -17,12 +17,14 @@ from migrator.engine.control import (
     POLL_IN,
     ChannelLostError,
     Control,
+    Signal,
     StoppedError,
     ThreadFaults,
     poll,
 )
 from migrator.engine.delivery import ChannelHealth
-from migrator.engine.frames import StreamHello
+from migrator.engine.filler import Filler
+from migrator.engine.frames import StreamHello, StreamKind
 from migrator.engine.memory import map_regions
 from migrator.engine.receiver import Connection, Memory
 from migrator.engine.relay import DestinationRelay
@@ -31,11 +33,15 @@ from migrator.engine_messages import (
     DeviceChannelOpen,
     Listening,
     OpenDeviceChannel,
+    PostCopyArmed,
+    PostCopyDone,
+    PullAll,
     Stop,
     Stopped,
     ToEngine,
 )
 from migrator.errors import EngineError, WrongStateError
+from migrator.ranges import Ranges
 
 _CONNECTIONS_MAX: Final = 2 * frames.STREAMS_MAX + 16
 """Every stream, its replacement, and some strangers."""
@@ -53,6 +59,9 @@ class DestinationEngine:
         self._memory = Memory(map_regions(configure, descriptors[2:]))
         self._health = ChannelHealth(control.send)
         self._faults = ThreadFaults()
+        self._uffd = descriptors[0]
+        self._filled = Signal()
+        self._filler: Filler | None = None
         self._lock = threading.Lock()
         self._connections: list[Connection] = []
         self._streams: dict[int, Connection] = {}
@@ -67,6 +76,8 @@ class DestinationEngine:
 
     def run(self) -> None:
         """Until told to stop (StoppedError), or until something can't be helped (any other)."""
+        if self._configure.post_copy:
+            self._the_filler().take_over()
         host, port = self._listener.getsockname()[:2]
         self._control.send(Listening(host=host, port=port))
         for message in self._control.pipelined:
@@ -75,6 +86,7 @@ class DestinationEngine:
             self._control.fileno(): POLL_IN,
             self._listener.fileno(): POLL_IN,
             self._faults.signal.fileno(): POLL_IN,
+            self._filled.fileno(): POLL_IN,
         }
         patience_s = self._configure.reconnect_s + _GRACE_S
         while True:
@@ -86,14 +98,21 @@ class DestinationEngine:
                 self._faults.raise_first()
             if self._listener.fileno() in happened:
                 self._accept()
+            if self._filled.fileno() in happened:
+                self._finish_filling()
             if self._health.broken_s > patience_s:
                 raise ChannelLostError(f"the source's engine stayed away for {patience_s:g} s")
 
     def close(self) -> None:
-        """Nothing writes to guest memory any more when this returns. Never fails."""
+        """Nothing writes to guest memory any more when this returns. Never fails.
+
+        Pages that are missing in post-copy stay missing: who touches one waits for a successor.
+        """
         self._closing = True
         self._listener.close()
         self._relay.close()
+        if self._filler is not None:
+            self._filler.close()
         for connection in self._connections:
             connection.revoke()
         for connection in self._connections:
@@ -109,10 +128,41 @@ class DestinationEngine:
             case OpenDeviceChannel():
                 path = Path(message.path)
                 threading.Thread(target=self._open_device, args=(path,), daemon=True).start()
+            case PullAll():
+                self._the_filler().pull_all()
             case Stop():
                 raise StoppedError("the agent said so")
             case _:
                 raise WrongStateError(type(message).__name__, "destination", "source")
+
+    def _the_filler(self) -> Filler:
+        """Made when the first page is missing, or its streams come: not every memory can have it.
+
+        EngineError for one that can't.
+        """
+        with self._lock:
+            if self._filler is None:
+                self._filler = Filler(
+                    self._uffd,
+                    self._memory.regions,
+                    silence_s=self._configure.silence_s,
+                    on_done=self._filled.set,
+                    fault=self._faults.report,
+                )
+            return self._filler
+
+    def _finish_filling(self) -> None:
+        self._filled.clear()
+        report = self._the_filler().finish()
+        self._control.send(
+            PostCopyDone(
+                seconds=report.seconds,
+                pages=report.pages,
+                faults=report.faults,
+                fault_ms_median=report.fault_ms_median,
+                fault_ms_max=report.fault_ms_max,
+            )
+        )
 
     def _open_device(self, path: Path) -> None:
         try:
@@ -162,6 +212,20 @@ class DestinationEngine:
     def device_stream(self, sock: socket.socket) -> None:
         """See `receiver.Host`."""
         self._relay.offer_peer(sock)
+
+    def post_copy_stream(self, kind: StreamKind, sock: socket.socket) -> None:
+        """See `receiver.Host`."""
+        self._the_filler().offer(kind, sock)
+
+    def missing(self, region: int, content: Ranges) -> None:
+        """See `receiver.Host`."""
+        self._the_filler().note(region, content)
+
+    def arm(self) -> None:
+        """See `receiver.Host`. The agent knows before the source does."""
+        self._memory.prefaulter.close()
+        self._the_filler().arm()
+        self._control.send(PostCopyArmed())
 
     def fault(self, error: BaseException) -> None:
         """See `receiver.Host`."""

@@ -9,7 +9,17 @@
       │  ZERO    ranges ─────────────────────────────────────────────────►│ punches out
       │  BARRIER ────────────────────────────────────────────────────────►│
       │◄────────────────────────────────── ACK (sequence: all up to it are in place)
+      │  MISSING ranges ─────────────────────────────────────────────────►│ punches out, notes
+      │  ARM ────────────────────────────────────────────────────────────►│ from now on faults
       │  BYE ────────────────────────────────────────────────────────────►│ an end in order
+
+On the two post-copy streams (FAULTS and BULK), which the source opens, the destination asks:
+
+      │◄───────────────────────────────── PULL ranges (sequence: pages that are missing still) │
+      │  PAGES, ZERO: each page that was asked for, once ────────────────►│ fills holes
+      │◄──────────────────────────────────────────────────────────── LIST │ after a restart
+      │  EXTENTS ranges ... BARRIER: what isn't a hole ──────────────────►│
+      │◄───────────────────────────────────────────────────────────── BYE │ nothing is missing
 
     byte   0       2         3      4         6        8       12         16          24         32
            ┌───────┬─────────┬──────┬─────────┬────────┬───────┬──────────┬───────────┬──────────┐
@@ -19,9 +29,9 @@
            `payload` bytes: the ranges' content, joined. Of PACKED: as one LZ4 block without its
            size, which is that of the ranges, at most PACKED_BYTES_MAX, and more than the payload.
 
-PAGES, PACKED, ZERO and BARRIER count up the sequence by one each, from 1 on every new connection,
-and are acknowledged. Kind 0 is invalid. Whatever is not as described is refused with
-RemoteProtocolError before a byte of guest memory is touched.
+PAGES, PACKED, ZERO, MISSING, ARM and BARRIER count up the sequence by one each, from 1 on every
+new connection, and are acknowledged. Kind 0 is invalid. Whatever is not as described is refused
+with RemoteProtocolError before a byte of guest memory is touched.
 """
 
 from __future__ import annotations
@@ -60,6 +70,10 @@ class StreamKind(enum.IntEnum):
     INVALID = 0
     PAGES = 1
     DEVICE = 2
+    FAULTS = 3
+    """Post-copy: pages that somebody waits for."""
+    BULK = 4
+    """Post-copy: all the others."""
 
 
 class StreamHello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -106,13 +120,29 @@ class FrameKind(enum.IntEnum):
     BARRIER = 4
     ACK = 5
     BYE = 6
+    MISSING = 7
+    ARM = 8
+    PULL = 9
+    LIST = 10
+    EXTENTS = 11
     PACKED = 12
     """PAGES, compressed."""
 
 
 _WITH_PAYLOAD: Final = frozenset({FrameKind.PAGES, FrameKind.PACKED})
-_WITH_RANGES: Final = _WITH_PAYLOAD | {FrameKind.EXPECT, FrameKind.ZERO}
-SEQUENCED: Final = _WITH_PAYLOAD | {FrameKind.ZERO, FrameKind.BARRIER}
+_WITH_RANGES: Final = _WITH_PAYLOAD | {
+    FrameKind.EXPECT,
+    FrameKind.ZERO,
+    FrameKind.MISSING,
+    FrameKind.PULL,
+    FrameKind.EXTENTS,
+}
+SEQUENCED: Final = _WITH_PAYLOAD | {
+    FrameKind.ZERO,
+    FrameKind.BARRIER,
+    FrameKind.MISSING,
+    FrameKind.ARM,
+}
 _KNOWN: Final = frozenset(FrameKind) - {FrameKind.INVALID}
 
 

@@ -35,6 +35,18 @@ _UFFD_API: Final = 0xAA
 _UFFDIO_API: Final = _ioc(3, 0xAA, 0x3F, 24)
 _UFFDIO_REGISTER: Final = _ioc(3, 0xAA, 0x00, 32)
 _UFFDIO_UNREGISTER: Final = _ioc(2, 0xAA, 0x01, 16)
+_UFFDIO_WAKE: Final = _ioc(2, 0xAA, 0x02, 16)
+_UFFDIO_COPY: Final = _ioc(3, 0xAA, 0x03, 40)
+_UFFDIO_ZEROPAGE: Final = _ioc(3, 0xAA, 0x04, 32)
+_UFFD_COPY_ARG: Final = struct.Struct("=QQQQq")
+_UFFD_ZEROPAGE_ARG: Final = struct.Struct("=QQQq")
+_UFFD_MSG_BYTES: Final = 32
+_UFFD_MSG_ADDRESS: Final = 16
+_UFFD_EVENT_PAGEFAULT: Final = 0x12
+_FAULTS_MAX: Final = 64
+"""Read at once. A thread of the hypervisor waits on one page at a time."""
+_FILL_TRIES: Final = 10_000
+_REGISTER_MODE_MISSING: Final = 1 << 0
 _REGISTER_MODE_WP: Final = 1 << 1
 _FEATURE_MISSING_HUGETLBFS: Final = 1 << 4
 _FEATURE_MISSING_SHMEM: Final = 1 << 5
@@ -103,6 +115,73 @@ def uffd_register_wp(uffd: int, address: int, length_bytes: int) -> None:
 def uffd_unregister(uffd: int, address: int, length_bytes: int) -> None:
     """Stop tracking a mapping; the kernel clears every mark. Idempotent."""
     fcntl.ioctl(uffd, _UFFDIO_UNREGISTER, struct.pack("=QQ", address, length_bytes))
+
+
+def uffd_register_missing(uffd: int, address: int, length_bytes: int) -> None:
+    """From here on, whoever touches a hole of a shared mapping waits until it is filled.
+
+    Idempotent. OSError(EBUSY) if another descriptor has the mapping.
+    """
+    argument = struct.pack("=QQQQ", address, length_bytes, _REGISTER_MODE_MISSING, 0)
+    fcntl.ioctl(uffd, _UFFDIO_REGISTER, argument)
+
+
+def uffd_wake(uffd: int, address: int, length_bytes: int) -> None:
+    """Let every thread that waits in [address, address + length_bytes) look again.
+
+    One whose page is still missing faults again: its fault can be read once more.
+    """
+    fcntl.ioctl(uffd, _UFFDIO_WAKE, struct.pack("=QQ", address, length_bytes))
+
+
+def uffd_copy(uffd: int, address: int, source: int, length_bytes: int) -> int:
+    """Fill holes with what is at our own address `source`, a page at a time, each atomically.
+
+    Returns how many bytes were filled before it met a page that isn't a hole; 0: the first isn't.
+    OSError(ESRCH or ENOENT): the process, or the registration, is gone.
+    """
+    argument = bytearray(_UFFD_COPY_ARG.pack(address, source, length_bytes, 0, 0))
+    return _fill(uffd, _UFFDIO_COPY, argument, _UFFD_COPY_ARG.size - 8)
+
+
+def uffd_zero(uffd: int, address: int, length_bytes: int) -> int:
+    """Fill holes with zeros. Otherwise as `uffd_copy`."""
+    argument = bytearray(_UFFD_ZEROPAGE_ARG.pack(address, length_bytes, 0, 0))
+    return _fill(uffd, _UFFDIO_ZEROPAGE, argument, _UFFD_ZEROPAGE_ARG.size - 8)
+
+
+def _fill(uffd: int, request: int, argument: bytearray, result_at: int) -> int:
+    for _ in range(_FILL_TRIES):
+        try:
+            fcntl.ioctl(uffd, request, argument)
+        except OSError as error:
+            (done,) = struct.unpack_from("=q", argument, result_at)
+            if error.errno == errno.EEXIST:
+                return 0
+            if error.errno != errno.EAGAIN:
+                raise
+            if done > 0:
+                return int(done)
+            continue  # The mapping is being changed.
+        (done,) = struct.unpack_from("=q", argument, result_at)
+        return int(done)
+    raise OSError(errno.EAGAIN, "the hypervisor's mappings never rest")
+
+
+def uffd_faults(uffd: int) -> list[int]:
+    """The addresses (of pages) that threads have begun to wait for; [] if there are none.
+
+    Each is told once: who reads it has to fill the page, or to wake it.
+    """
+    try:
+        data = os.read(uffd, _FAULTS_MAX * _UFFD_MSG_BYTES)
+    except BlockingIOError:
+        return []
+    return [
+        struct.unpack_from("=Q", data, at + _UFFD_MSG_ADDRESS)[0]
+        for at in range(0, len(data), _UFFD_MSG_BYTES)
+        if data[at] == _UFFD_EVENT_PAGEFAULT
+    ]
 
 
 class PagemapScanner:

@@ -34,6 +34,7 @@ class PassPlanner:
         self._sent_ever: list[Ranges] = [ranges.empty() for _ in regions]
         self._sent_last: list[Ranges] = list(self._sent_ever)
         """By final passes, which have no time to add it."""
+        self._begun = False
         self._holes_at_s = 0.0
         self._holes_cost_s = 0.0
 
@@ -44,6 +45,7 @@ class PassPlanner:
         """
         pieces: list[list[Piece]] = [[] for _ in range(streams)]
         if kind is PassKind.FIRST:
+            self._begun = True
             self._log.arm()
             for index, extents in enumerate(self.extents()):
                 self._sent_ever[index] = extents
@@ -73,6 +75,20 @@ class PassPlanner:
             self._share_out(pieces, index, ranges.subtract(pending, fresh))
             self._sent_ever[index] = ranges.union(known, fresh)
         return pieces
+
+    def missing(self) -> tuple[list[Ranges], list[Ranges]]:
+        """By region, after a scan: what the destination lacks, and what is to be a hole there.
+
+        The first is no longer pending. The second is empty unless nothing was ever sent.
+        """
+        if self._begun:
+            self._log.scan()
+            return self._log.take(), [ranges.empty() for _ in self._regions]
+        self._begun = True
+        self._log.arm()
+        extents = self.extents()
+        wholes = [ranges.from_pairs([(0, region.size_bytes)]) for region in self._regions]
+        return extents, list(map(ranges.subtract, wholes, extents))
 
     def _share_out(
         self,

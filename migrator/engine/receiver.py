@@ -3,6 +3,7 @@
     accepted ─► hello ─► refused, with the reason
                   └────► PAGES: frames into guest memory, each acknowledged, until BYE or a break
                   └────► DEVICE: handed over to the relay
+                  └────► FAULTS, BULK: handed over to the filler
 
 A page stream that replaces an earlier one of the same index is welcomed only after the earlier
 one's thread has ended: bytes that were still on their way in it are older, and must not land on
@@ -32,6 +33,7 @@ from migrator.errors import EngineError, RemoteProtocolError
 from migrator.ranges import Ranges
 
 _HELLO_TIMEOUT_S: Final = 5.0
+_FROM_SOURCE: Final = frames.SEQUENCED | {FrameKind.EXPECT, FrameKind.BYE}
 _hello_decoder: Final = msgspec.msgpack.Decoder(StreamHello)
 
 
@@ -62,6 +64,15 @@ class Host(Protocol):
 
     def device_stream(self, sock: socket.socket) -> None:
         """A device stream was let in; the socket's ownership passes."""
+
+    def post_copy_stream(self, kind: StreamKind, sock: socket.socket) -> None:
+        """A FAULTS or BULK stream was let in; the socket's ownership passes."""
+
+    def missing(self, region: int, content: Ranges) -> None:
+        """These pages won't be sent before the guest runs."""
+
+    def arm(self) -> None:
+        """All that are missing were told: wait for faults. EngineError."""
 
     def fault(self, error: BaseException) -> None:
         """This side can't go on."""
@@ -101,8 +112,8 @@ class Connection:
             hello = self._let_in()
             if hello is None:
                 return
-            if hello.kind is StreamKind.DEVICE:
-                self._hand_over()
+            if hello.kind is not StreamKind.PAGES:
+                self._hand_over(hello.kind)
                 return
             self._serve()
         except (ConnectionEndedError, RemoteProtocolError) as error:
@@ -155,9 +166,12 @@ class Connection:
         self._receive(memoryview(body), deadline=deadline)
         return wire.Frame(kind, bytes(body)).decode(_hello_decoder)
 
-    def _hand_over(self) -> None:
+    def _hand_over(self, kind: StreamKind) -> None:
         self._limit_waits(0)
-        self._host.device_stream(self._sock.dup())
+        if kind is StreamKind.DEVICE:
+            self._host.device_stream(self._sock.dup())
+        else:
+            self._host.post_copy_stream(kind, self._sock.dup())
 
     def _limit_waits(self, seconds: float) -> None:
         """Bound each blocking call in the kernel; 0 lifts it. Cheaper than a poll before each."""
@@ -179,8 +193,8 @@ class Connection:
             header = frames.parse_header(header_view)
             if header.kind is FrameKind.BYE:
                 return
-            if header.kind is FrameKind.ACK:
-                raise RemoteProtocolError("a source acknowledges nothing")
+            if header.kind not in _FROM_SOURCE:
+                raise RemoteProtocolError(f"a source sends no {header.kind.name}")
             if header.kind in frames.SEQUENCED:
                 self._sequence += 1
                 if header.sequence != self._sequence:
@@ -192,6 +206,8 @@ class Connection:
                 self._receive(encoded)
                 content = frames.parse_ranges(header, encoded, self._memory.shapes)
                 self._apply(header, content)
+            if header.kind is FrameKind.ARM:
+                self._host.arm()
             if header.kind in frames.SEQUENCED:
                 self._sock.sendall(frames.encode(FrameKind.ACK, sequence=self._sequence))
 
@@ -200,6 +216,8 @@ class Connection:
         match header.kind:
             case FrameKind.EXPECT:
                 self._memory.prefaulter.expect(header.region, content)
+            case FrameKind.MISSING:
+                self._host.missing(header.region, content)
             case FrameKind.PAGES if len(content) == 1:
                 start, end = content[0].tolist()
                 self._receive(region.view[start:end])

@@ -33,10 +33,11 @@ from migrator.engine.delivery import (
     reconnect,
 )
 from migrator.engine.dirty_log import DirtyLog
-from migrator.engine.frames import StreamHello, StreamKind
+from migrator.engine.frames import FrameKind, StreamHello, StreamKind
 from migrator.engine.helpers import run_in_threads
 from migrator.engine.memory import map_regions
 from migrator.engine.packing import IdleCores, PackingPolicy
+from migrator.engine.page_server import PageServer
 from migrator.engine.planner import PassPlanner
 from migrator.engine.relay import SourceRelay
 from migrator.engine.sampling import sample_dirty, zero_share
@@ -72,6 +73,7 @@ class SourceEngine:
     def __init__(self, configure: Configure, descriptors: list[int], control: Control) -> None:
         uffd, pagemap, *files = descriptors
         self._configure = configure
+        self._secret = configure.secret
         self._control = control
         self._regions = map_regions(configure, files)
         self._log = DirtyLog(uffd, pagemap, configure.regions)
@@ -81,6 +83,7 @@ class SourceEngine:
         self._streams: list[PageStream] = []
         self._health = ChannelHealth(control.send)
         self._relay: SourceRelay | None = None
+        self._server: PageServer | None = None
         self._endpoint: Endpoint | None = None
         self._faults = ThreadFaults()
         self._deferred: collections.deque[ToEngine] = collections.deque(control.pipelined)
@@ -93,7 +96,8 @@ class SourceEngine:
 
     def run(self) -> None:
         """Until told to stop (StoppedError), or until something can't be helped (any other)."""
-        self._log.register()
+        if not self._configure.post_copy:
+            self._log.register()
         in_use = sum(
             ranges.page_count(extents, region.page_size_bytes)
             for region, extents in zip(self._regions, self._planner.extents(), strict=True)
@@ -118,6 +122,8 @@ class SourceEngine:
     def close(self) -> None:
         """Unregister first, so that the guest is rid of us, then close. Never fails."""
         self._log.unregister()
+        if self._server is not None:
+            self._server.close()
         if self._relay is not None:
             self._relay.close()
         for stream in self._streams:
@@ -179,8 +185,12 @@ class SourceEngine:
                 raise WrongStateError("Configure", "configured", "new")
 
     def _connect(self, message: Connect) -> None:
-        if self._streams:
+        serving = self._server is not None and self._server.started
+        if (self._streams or self._server is not None) and not serving:
             raise WrongStateError("Connect", "connected", "configured")
+        if self._server is not None:
+            self._server.close()
+        self._secret = message.secret or self._secret
         configure = self._configure
         self._endpoint = Endpoint(
             host=message.host,
@@ -188,6 +198,20 @@ class SourceEngine:
             bind_address=configure.bind_address,
             silence_s=configure.silence_s,
         )
+        self._server = PageServer(
+            self._endpoint,
+            self._hello,
+            self._regions,
+            self._bucket,
+            self._health,
+            reconnect_s=configure.reconnect_s,
+            fault=self._faults.report,
+        )
+        if configure.post_copy or serving:
+            self._server.connect(self)
+            self._server.start()
+            self._control.send(Connected(streams=0, round_trip_ms=0.0))
+            return
         streams = max(1, min(configure.streams, frames.STREAMS_MAX))
         for index in range(streams):
             stream = PageStream(
@@ -205,7 +229,7 @@ class SourceEngine:
         return StreamHello(
             version=frames.STREAM_VERSION,
             migration_id=self._configure.migration_id,
-            secret=self._configure.secret,
+            secret=self._secret,
             kind=kind,
             index=index,
             streams=streams,
@@ -262,6 +286,9 @@ class SourceEngine:
         """Send what the pass's kind says; `PassDone` when all of it is acknowledged."""
         if not self._streams:
             raise WrongStateError("RunPass", "configured", "connected")
+        if message.kind in (PassKind.STALE, PassKind.MISSING):
+            self._tell_missing(message)
+            return
         began = time.monotonic()
         bytes_before = self._bytes_sent()
         pieces = self._planner.pieces(message.kind, len(self._streams))
@@ -303,6 +330,61 @@ class SourceEngine:
             scan_seconds=scan_seconds,
         )
         self._control.send(PassDone(report=report))
+
+    def _tell_missing(self, message: RunPass) -> None:
+        """STALE: drop what is pending. MISSING: the last of it, and the destination is armed.
+
+        Each is acknowledged: then the pages are holes there, and whoever touches them waits.
+        """
+        assert self._server is not None
+        final = message.kind is PassKind.MISSING
+        if not final:
+            self._server.connect(self)
+        began = time.monotonic()
+        found, holes = self._planner.missing()
+        scanned = time.monotonic()
+        pages = sum(
+            ranges.page_count(content, region.page_size_bytes)
+            for region, content in zip(self._regions, found, strict=True)
+        )
+        stream = self._streams[0]
+        before = stream.bytes_sent
+        if final:
+            self._server.start()
+        while True:
+            try:
+                for region, content, hole in zip(self._regions, found, holes, strict=True):
+                    stream.tell(FrameKind.ZERO, region, hole, self)
+                    stream.tell(FrameKind.MISSING, region, content, self)
+                if final:
+                    stream.tell(FrameKind.ARM, None, None, self)
+                stream.await_acknowledged(self)
+                break
+            except StreamBrokenError as error:  # All of it again: it is no different twice.
+                self._restore_idle(stream, error)
+        if not final:
+            self._log.scan()
+        self._control.send(
+            PassDone(
+                report=PassReport(
+                    number=message.number,
+                    kind=message.kind,
+                    seconds=time.monotonic() - scanned,
+                    pages=pages,
+                    bytes_sent=stream.bytes_sent - before,
+                    pending_pages=pages if final else self._log.pending_pages(),
+                    scan_seconds=scanned - began,
+                )
+            )
+        )
+        if final:
+            self._end_page_streams()
+
+    def _end_page_streams(self) -> None:
+        """All that they could carry has been told. Where one breaks, nobody shall mind."""
+        for stream in self._streams:
+            stream.bye()
+            stream.close()
 
     def _deliver(self) -> None:
         """Run the deliveries: here if they are short, else in a thread for each stream."""

@@ -270,6 +270,23 @@ class PageStream:
         self._unacknowledged.append(Sent(self._sequence, None))
         self._send_vector([frames.encode(FrameKind.BARRIER, sequence=self._sequence)], waiter)
 
+    def tell(
+        self, kind: FrameKind, region: MappedRegion | None, content: Ranges | None, waiter: Waiter
+    ) -> None:
+        """Frames without a payload: ZERO or MISSING for ranges, ARM. StreamBrokenError."""
+        index = 0 if region is None else region.index
+        parts: list[Ranges | None] = [None]
+        if content is not None:
+            parts = [
+                content[at : at + frames.FRAME_RANGES_MAX]
+                for at in range(0, len(content), frames.FRAME_RANGES_MAX)
+            ]
+        for part in parts:
+            self._sequence += 1
+            self._unacknowledged.append(Sent(self._sequence, None))
+            data = frames.encode(kind, sequence=self._sequence, region=index, content=part)
+            self._send_vector([data], waiter)
+
     def bye(self) -> None:
         """Say that the end is meant, unless a frame is half sent. Never fails."""
         if self._sock is not None and not self._mid_frame:

@@ -56,6 +56,8 @@ class Timing(Struct, frozen=True, kw_only=True):
     retry_s: float = 0.5
     """Between tries in recovery; doubles up to retry_s_max."""
     retry_s_max: float = 5.0
+    respawn_s: float = 0.1
+    """Before an engine that died in post-copy gets a successor: the guest may wait for it."""
     abandoned_s: float = 60.0
     """That a destination keeps its copy without any word from the source."""
 
@@ -94,6 +96,8 @@ class Session(abc.ABC):
         self._now = 0.0
         self._entered_at_s = 0.0
         self._retries = 0
+        self._respawns = 0
+        """Engines that died in post-copy since one was connected."""
         self._state_detail = ""
 
     # --- the machine ---
@@ -152,6 +156,12 @@ class Session(abc.ABC):
         gap = min(self.timing.retry_s * 2.0**self._retries, self.timing.retry_s_max)
         self._retries = min(self._retries + 1, 16)
         self._do(StartTimer(name=TimerName.RETRY, seconds=gap))
+
+    def _respawn_later(self) -> None:
+        """Start the ENGINE timer: soon after an engine that worked, ever later after others."""
+        gap = min(self.timing.respawn_s * 2.0**self._respawns, self.timing.retry_s_max)
+        self._respawns = min(self._respawns + 1, 16)
+        self._do(StartTimer(name=TimerName.ENGINE, seconds=gap))
 
     def _finish(self, state: MigrationState, error: str | None = None) -> None:
         self.error = error if error is not None else self.error

@@ -23,7 +23,8 @@ from migrator.model import (
     Role,
 )
 from migrator.ports import DomainEventKind
-from migrator.session.base import Session, Timing
+from migrator.session.base import Timing
+from migrator.session.destination_post_copy import DestinationPostCopy
 from migrator.session.messages import (
     Abort,
     Aborted,
@@ -32,7 +33,6 @@ from migrator.session.messages import (
     Inquire,
     Pending,
     Prepare,
-    Prepared,
     Refused,
     Running,
     SessionMessage,
@@ -55,6 +55,7 @@ from migrator.session.vocabulary import (
     IncomingReady,
     InspectGuest,
     Journal,
+    PagesComplete,
     PeerBack,
     PeerLost,
     PrepareIncoming,
@@ -77,7 +78,7 @@ _S = MigrationState
 _BEFORE_HANDOFF = (_S.SETUP, _S.PRECOPY, _S.SWITCHOVER)
 
 
-class DestinationSession(Session):
+class DestinationSession(DestinationPostCopy):
     """See the module. Public attributes are for reading; `handle` alone changes them."""
 
     role = Role.DESTINATION
@@ -95,10 +96,13 @@ class DestinationSession(Session):
         timing: Timing | None = None,
         may_have_run: bool = False,
         committed: bool = False,
+        post_copy: bool = False,
+        complete: bool = False,
     ) -> None:
         """`may_have_run`: restored from a journal that can't rule out an earlier resume.
 
-        `committed`: restored from a journal that knows of a Commit.
+        `committed`: restored from a journal that knows of a Commit. `post_copy`: of one with
+        pages missing; `complete`: none is missing any more.
         """
         super().__init__(
             migration_id=migration_id,
@@ -111,6 +115,8 @@ class DestinationSession(Session):
             timing=timing or Timing(),
         )
         self.spec = spec
+        self.post_copy = post_copy
+        self.complete = PagesComplete() if complete else None
         self._incoming_ready = False
         self._listening: EngineListening | None = None
         self._loaded_at_s = 0.0
@@ -139,6 +145,8 @@ class DestinationSession(Session):
                 self._give_up(f"the destination's hypervisor failed: {event.detail or event.kind}")
             case EngineLost() if self.state in _BEFORE_HANDOFF and not self._loaded_at_s:
                 self._give_up(f"the destination's engine: {event.reason}")
+            case _ if self._heard_of_pages(event):
+                pass
             case _:
                 self._handle_in_state(event)
 
@@ -150,6 +158,8 @@ class DestinationSession(Session):
                 self._before_handoff(event)
             case _S.HANDOFF | _S.RECOVERING:
                 self._in_handoff(event)
+            case _S.POSTCOPY:
+                self._in_post_copy(event)
             case _S.CANCELLING:
                 self._in_cancelling(event)
 
@@ -159,6 +169,8 @@ class DestinationSession(Session):
 
     def last_word(self) -> SessionMessage:
         """What the source is told when it asks after the end."""
+        if self._resume_issued and self.post_copy:
+            return self._filled_message(lost=self.error or "" if self.state is _S.FAILED else "")
         if self._resume_issued:
             return self._running()
         return Aborted(reason=self.error or self.state.value)
@@ -195,16 +207,23 @@ class DestinationSession(Session):
         match message:
             case Commit() if self.state in _BEFORE_HANDOFF:
                 self._commit = True
+                self.post_copy = self.post_copy or message.post_copy
                 self._try_commit()
             case Commit() if self.state is _S.RECOVERING and not self._commit:
                 self._commit = True
+                self.post_copy = self.post_copy or message.post_copy
+                self._start_successor()
                 self._do(InspectGuest())
+            case _ if self.state is _S.POSTCOPY:
+                self._hear_in_post_copy(message)
             case Abort() if self.state in _BEFORE_HANDOFF or self._may_discard:
                 self._give_up(message.reason)
             case Prepare() if self.state in _BEFORE_HANDOFF:
                 self._answer_ready()
             case Inquire():
                 self._send(Pending(state=self.state.value))
+                if self.pages_missing:
+                    self._answer_ready()
             case Farewell() if self.state in _BEFORE_HANDOFF:
                 self._give_up("the source ended the migration without us")
             case _:
@@ -224,6 +243,7 @@ class DestinationSession(Session):
             case Recover():
                 self._restored = True
                 self._enter(_S.RECOVERING, "the agent restarted")
+                self._start_successor()  # First: the hypervisor may wait for a page.
                 self._do(InspectGuest())
             case _:
                 pass
@@ -258,11 +278,6 @@ class DestinationSession(Session):
                 self._give_up(f"{event.command}: {event.error}")
             case _:
                 pass
-
-    def _answer_ready(self) -> None:
-        if self._listening is not None:
-            ready = self._listening
-            self._send(Prepared(host=ready.host, port=ready.port, secret=ready.secret))
 
     def _refuse(self, reasons: tuple[str, ...]) -> None:
         self._send(Refused(reasons=reasons))
@@ -343,8 +358,11 @@ class DestinationSession(Session):
         # The network first: until it knows, packets go to the source.
         self._do(Announce())
         self._send(self._running())
-        self._do(StopEngine())
         self.error = None
+        if self.post_copy:
+            self._begin_post_copy()
+            return
+        self._do(StopEngine())
         self._finish(_S.COMPLETED)
 
     def _died(self) -> None:

@@ -6,6 +6,10 @@
       │  ═══ pages, device state: engine to engine ══►│
       │  Commit ─────────────────────────────────────►│  one compare-and-set, fence, `cont`
       │◄──────────────────────── Running(resumed_at)  │
+      │  (post-copy only:)
+      │◄────────────────────── Prepared(host, port, secret)  of an engine that replaces a dead one
+      │◄──────────────────────────────────────── Filled│  holds every page
+      │  Lost(reason) ───────────────────────────────►│  the pages are gone, so is the guest
       │  Farewell ───────────────────────────────────►│  the source's copy is gone
       │
       │  Abort(reason) ──────────────────────────────►│  discards its copy, unless it won
@@ -49,7 +53,12 @@ class Refused(Message, frozen=True, kw_only=True):
 
 
 class Commit(Message, frozen=True, kw_only=True):
-    """The source's hypervisor has sent the device state and won't resume by itself any more."""
+    """The source's hypervisor has sent the device state and won't resume by itself any more.
+
+    `post_copy`: pages are missing at the destination still.
+    """
+
+    post_copy: bool = False
 
 
 class Running(Message, frozen=True, kw_only=True):
@@ -81,6 +90,27 @@ class Aborted(Message, frozen=True, kw_only=True):
     reason: str
 
 
+class Filled(Message, frozen=True, kw_only=True):
+    """Post-copy: the destination needs nothing from the source any more, whose copy may go.
+
+    `lost`: not because it holds every page, but because its guest has ended, and why.
+    """
+
+    token: int
+    lost: str = ""
+    seconds: float = 0.0
+    pages: int = 0
+    faults: int = 0
+    fault_ms_median: float = 0.0
+    fault_ms_max: float = 0.0
+
+
+class Lost(Message, frozen=True, kw_only=True):
+    """Post-copy: the source's pages are gone, and with them the guest."""
+
+    reason: str
+
+
 class Inquire(Message, frozen=True, kw_only=True):
     pass
 
@@ -90,5 +120,16 @@ class Farewell(Message, frozen=True, kw_only=True):
 
 
 SessionMessage = (
-    Prepare | Prepared | Refused | Commit | Running | Pending | Abort | Aborted | Inquire | Farewell
+    Prepare
+    | Prepared
+    | Refused
+    | Commit
+    | Running
+    | Pending
+    | Abort
+    | Aborted
+    | Filled
+    | Lost
+    | Inquire
+    | Farewell
 )

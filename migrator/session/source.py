@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from migrator.model import (
     PAGE_SIZE_BYTES,
+    MigrationMode,
     MigrationProgress,
     MigrationState,
     OnTimeout,
@@ -31,7 +32,9 @@ from migrator.session.messages import (
     Aborted,
     Commit,
     Farewell,
+    Filled,
     Inquire,
+    Lost,
     Pending,
     Prepare,
     Prepared,
@@ -39,7 +42,7 @@ from migrator.session.messages import (
     Running,
     SessionMessage,
 )
-from migrator.session.source_recovery import SourceRecovery
+from migrator.session.source_post_copy import SourcePostCopy
 from migrator.session.vocabulary import (
     AbortSwitchover,
     Begin,
@@ -77,7 +80,7 @@ from migrator.session.vocabulary import (
 _S = MigrationState
 
 
-class SourceSession(SourceRecovery):
+class SourceSession(SourcePostCopy):
     """See the module. Public attributes are for reading; `handle` alone changes them."""
 
     # --- dispatch ---
@@ -93,6 +96,12 @@ class SourceSession(SourceRecovery):
                 self._give_up(f"the guest ended by itself ({event.kind})")
             case EngineLost() if self.state in (_S.SETUP, _S.PRECOPY, _S.SWITCHOVER):
                 self._give_up(f"engine: {event.reason}")
+            case EngineLost() if self._must_serve:
+                self._engine_lost(event.reason)
+            case CommandFailed(command="StartEngine" | "ConnectEngine") if self._must_serve:
+                self._engine_lost(event.error)
+            case TimerFired(name=TimerName.ENGINE) if self._must_serve:
+                self._respawn()
             case Received(message=message):
                 self._hear(message)
             case GuestReported(kind=DomainEventKind.DEVICE_STATE_SENT):
@@ -115,6 +124,8 @@ class SourceSession(SourceRecovery):
                 self._in_switchover(event)
             case _S.HANDOFF:
                 self._in_handoff(event)
+            case _S.POSTCOPY:
+                self._in_post_copy(event)
             case _S.CANCELLING:
                 self._in_cancelling(event)
             case _S.RECOVERING:
@@ -128,16 +139,24 @@ class SourceSession(SourceRecovery):
         """What the destination is told when it asks after the end."""
         if self.state is _S.COMPLETED:
             return Farewell()
+        if self.post_copy and self._copy_gone:
+            return Lost(reason=self.error or self.state.value)
         return Abort(reason=self.error or self.state.value)
 
     def _hear(self, message: SessionMessage) -> None:
         match message:
             case Prepared() if self.state is _S.SETUP and not self._connecting:
                 self._connecting = True
+                self._prepared = message
+                self._engine_up = True
                 self._do(
                     StopTimer(name=TimerName.RETRY),
                     ConnectEngine(host=message.host, port=message.port, secret=message.secret),
                 )
+            case Prepared() if self._must_serve:
+                self._hear_prepared(message)
+            case Filled() if self.post_copy:
+                self._filled(message)
             case Refused() if self.state is _S.SETUP:
                 self._give_up("the destination refused: " + "; ".join(message.reasons))
             case Running():
@@ -146,7 +165,9 @@ class SourceSession(SourceRecovery):
                 self._destination_gave_up(message.reason)
             case Inquire():
                 self._send(
-                    Commit() if self.state in (_S.HANDOFF,) else Pending(state=self.state.value)
+                    Commit(post_copy=self.post_copy)
+                    if self.state is _S.HANDOFF
+                    else Pending(state=self.state.value)
                 )
             case _:
                 pass
@@ -186,7 +207,10 @@ class SourceSession(SourceRecovery):
                     StopTimer(name=TimerName.SETUP),
                     StartTimer(name=TimerName.RETRY, seconds=self.timing.peer_s),
                 )
-                self._run_pass(PassKind.FIRST)
+                if self.request.mode is MigrationMode.POSTCOPY:
+                    self._go_post_copy("asked for")
+                else:
+                    self._run_pass(PassKind.FIRST)
             case TimerFired(name=TimerName.RETRY):
                 self._send(self._prepare())
                 self._do(StartTimer(name=TimerName.RETRY, seconds=self.timing.resend_s))
@@ -219,6 +243,9 @@ class SourceSession(SourceRecovery):
         match event:
             case EngineReported():
                 self._note_progress(event)
+            case PassFinished() if self.post_copy:
+                self._note_pass(event.report)
+                self._switch_over("post-copy")
             case PassFinished():
                 self._note_pass(event.report)
                 self._decide()
@@ -237,7 +264,9 @@ class SourceSession(SourceRecovery):
             case TimerFired(name=TimerName.PEER):
                 self._give_up(f"the destination was unreachable for {self.timing.peer_s:g} s")
             case TimerFired(name=TimerName.TOTAL):
-                if self.request.on_timeout is OnTimeout.FORCE:
+                if self.request.mode is not MigrationMode.PRECOPY:
+                    self._forced = True
+                elif self.request.on_timeout is OnTimeout.FORCE:
                     self._forced = True  # The pass under way ends first: it is pages well spent.
                 else:
                     self._give_up(f"not converged within {self.request.timeout_s:g} s")
@@ -255,12 +284,17 @@ class SourceSession(SourceRecovery):
         )
 
     def _decide(self) -> None:
-        decision = decide(self.passes, self.request.downtime_limit_ms)
+        mode = self.request.mode
+        decision = decide(self.passes, self.request.downtime_limit_ms, mode)
         self.decisions.append(decision)
         self._note(f"decision: {decision.kind.name.lower()}", self._now, self._now, decision.reason)
         match decision.kind:
             case DecisionKind.ITERATE if not self._forced:
                 self._run_pass(PassKind.DIRTY)
+            case DecisionKind.POST_COPY:
+                self._go_post_copy(decision.reason)
+            case DecisionKind.ITERATE if mode is MigrationMode.HYBRID:
+                self._go_post_copy("its time for pre-copy is over")
             case DecisionKind.GIVE_UP if not self._forced:
                 if self.request.on_timeout is OnTimeout.FORCE:
                     self._switch_over(f"forced: {decision.reason}")
@@ -268,6 +302,12 @@ class SourceSession(SourceRecovery):
                     self._give_up(f"doesn't converge: {decision.reason}")
             case _:
                 self._switch_over("forced by timeout" if self._forced else decision.reason)
+
+    def _go_post_copy(self, reason: str) -> None:
+        """What is pending is dropped at the destination while the guest still runs."""
+        self.post_copy = True
+        self._note("post-copy", self._now, self._now, reason)
+        self._run_pass(PassKind.STALE)
 
     def _switch_over(self, detail: str) -> None:
         self._enter(_S.SWITCHOVER, detail)
@@ -283,7 +323,9 @@ class SourceSession(SourceRecovery):
 
     def _switchover_s(self) -> float:
         """A stalled switchover ends here. A forced one is given the time that it was predicted."""
-        predicted_s = self.decisions[-1].predicted_blackout_ms / 1000.0 if self.decisions else 0.0
+        if self.post_copy or not self.decisions:
+            return self.timing.switchover_s
+        predicted_s = self.decisions[-1].predicted_blackout_ms / 1000.0
         return self.timing.switchover_s + 3.0 * predicted_s
 
     def _in_switchover(self, event: Event) -> None:
@@ -294,8 +336,8 @@ class SourceSession(SourceRecovery):
             case GuestReported(kind=DomainEventKind.PRE_SWITCHOVER) if not self._pre_switchover:
                 self._pre_switchover = True
                 self._final_started_at_s = self._now
-                self._run_pass(PassKind.FINAL)
-            case PassFinished() if event.report.kind is PassKind.FINAL:
+                self._run_pass(PassKind.MISSING if self.post_copy else PassKind.FINAL)
+            case PassFinished() if event.report.kind in (PassKind.FINAL, PassKind.MISSING):
                 self._note_pass(event.report)
                 self._note(
                     "final pass",
@@ -328,7 +370,7 @@ class SourceSession(SourceRecovery):
     def _hand_off(self) -> None:
         self._sent_at_s = self._now
         # Commit goes first: the guest stands still, and every later step can be repeated.
-        self._send(Commit())
+        self._send(Commit(post_copy=self.post_copy))
         self._enter(_S.HANDOFF)
         self._do(
             StopTimer(name=TimerName.SWITCHOVER),

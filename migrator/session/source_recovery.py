@@ -160,7 +160,7 @@ class SourceRecovery(SourceView):
         elif self.device_state_out:
             # Only the destination has the guest's memory, and it can't have loaded the device state
             # before the last page was in place: what it has loaded is whole.
-            self._send(Commit())
+            self._send(Commit(post_copy=self.post_copy))
             self._retry_later()
         else:
             # Whether the device state went out, or the guest resumed here and ran on before it
@@ -187,11 +187,13 @@ class SourceRecovery(SourceView):
     # --- the ends ---
 
     def _destination_runs_now(self, message: Running) -> None:
+        if self.state is _S.POSTCOPY and not message.resumed_at_s:
+            self._discard("the destination's hypervisor died during post-copy")
+            return
         if self.state not in (_S.HANDOFF, _S.RECOVERING) or self._destination_runs:
             return
         if self._rollback_token is not None or message.token != self.next_token:
             return  # We hold a newer token, or it isn't about this handoff: the word is stale.
-        self._destination_runs = True
         if message.resumed_at_s:
             self._note_blackout(message.resumed_at_s)
         else:
@@ -199,7 +201,14 @@ class SourceRecovery(SourceView):
         if self._sent_at_s is not None and message.won_at_s:
             self._note("ownership record", self._sent_at_s, message.won_at_s)
             self._note("fence and resume", message.won_at_s, message.resumed_at_s)
+        if self.post_copy and message.resumed_at_s:
+            self._begin_post_copy()
+            return
+        self._destination_runs = True
         self._do(StopTimer(name=TimerName.HANDOFF), StopTimer(name=TimerName.RETRY), DestroyGuest())
+
+    def _begin_post_copy(self) -> None:
+        raise NotImplementedError  # In `source_post_copy`.
 
     def _note_blackout(self, resumed_at_s: float) -> None:
         """Pause to resume. Two hosts' clocks disagree, so ours gives the bounds."""
@@ -212,6 +221,7 @@ class SourceRecovery(SourceView):
 
     def _complete(self) -> None:
         """The guest lives elsewhere, or not at all; our copy is destroyed."""
+        self._copy_gone = True
         self._send(Farewell())
         self._do(StopEngine())
         if self._discard_error:

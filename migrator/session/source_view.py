@@ -16,6 +16,7 @@ from migrator.model import (
 )
 from migrator.policy import Decision, dirty_rate, predicted_blackout_ms, throughput
 from migrator.session.base import Session, Timing
+from migrator.session.messages import Prepared
 
 _S = MigrationState
 
@@ -38,9 +39,10 @@ class SourceView(Session):
         timing: Timing | None = None,
         switchover_begun: bool = False,
         device_state_out: bool = False,
+        post_copy: bool = False,
         prediction: Prediction | None = None,
     ) -> None:
-        """`switchover_begun`, `device_state_out`: restored from a journal that says so."""
+        """`switchover_begun`, `device_state_out`, `post_copy`: restored from a journal."""
         super().__init__(
             migration_id=migration_id,
             domain=spec.name,
@@ -70,6 +72,13 @@ class SourceView(Session):
         self._continued = False
         self.device_state_out = device_state_out
         """Known: the hypervisor won't resume the guest by itself any more (`postmigrate`)."""
+        self.post_copy = post_copy
+        """The destination lacks pages when the guest is resumed there: it gets them from here."""
+        self._engine_up = False
+        """It lives, and is connected or about to be."""
+        self._copy_gone = False
+        self._prepared: Prepared | None = None
+        """Where the destination's engine listens, as it last said."""
         self._cancelled = False
         self._rollback_token: int | None = None
         self._destination_runs = False

@@ -48,6 +48,8 @@ class TimerName(enum.StrEnum):
     HANDOFF = "handoff"
     RETRY = "retry"
     CANCELLING = "cancelling"
+    ENGINE = "engine"
+    FILLED = "filled"
 
 
 class TimerFired(Struct, frozen=True, kw_only=True):
@@ -80,6 +82,20 @@ class ChannelNoted(Struct, frozen=True, kw_only=True):
 
     broken: bool
     detail: str
+
+
+class PagesMissing(Struct, frozen=True, kw_only=True):
+    """Destination: post-copy has begun; from here on an engine must live for the guest to."""
+
+
+class PagesComplete(Struct, frozen=True, kw_only=True):
+    """Destination: post-copy is over, every page is here. Figures of the engine at the end."""
+
+    seconds: float = 0.0
+    pages: int = 0
+    faults: int = 0
+    fault_ms_median: float = 0.0
+    fault_ms_max: float = 0.0
 
 
 class EngineLost(Struct, frozen=True, kw_only=True):
@@ -170,6 +186,8 @@ Event = (
     | EngineReported
     | PassFinished
     | ChannelNoted
+    | PagesMissing
+    | PagesComplete
     | EngineLost
     | GuestReported
     | IncomingReady
@@ -220,15 +238,28 @@ class StopTimer(Struct, frozen=True, kw_only=True):
 
 
 class StartEngine(Struct, frozen=True, kw_only=True):
-    """Spawn this side's engine. Destination: EngineListening follows. Source: nothing yet."""
+    """Spawn this side's engine. Destination: EngineListening follows. Source: nothing yet.
+
+    `post_copy`: the successor of one that died in post-copy.
+    """
+
+    post_copy: bool = False
 
 
 class ConnectEngine(Struct, frozen=True, kw_only=True):
-    """Source: connect to the other engine and arm the dirty log; EngineConnected follows."""
+    """Source: connect to the other engine and arm the dirty log; EngineConnected follows.
+
+    `post_copy`: only serve the pages that it asks for; EngineConnected follows all the same.
+    """
 
     host: str
     port: int
     secret: bytes
+    post_copy: bool = False
+
+
+class PullPages(Struct, frozen=True, kw_only=True):
+    """Destination in post-copy: the guest runs, the engine may get all that is missing."""
 
 
 class StopEngine(Struct, frozen=True, kw_only=True):
@@ -307,6 +338,7 @@ Command = (
     | StopTimer
     | StartEngine
     | ConnectEngine
+    | PullPages
     | StopEngine
     | RunPass
     | PrepareSwitchover

@@ -9,7 +9,7 @@ import msgspec
 import typer
 
 from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN
-from migrator.model import Migration, OnTimeout, PassReport
+from migrator.model import Migration, MigrationMode, OnTimeout, PassReport
 from node_agent.cli.domains import path_of
 from node_agent.cli.errors import ExitCode
 from node_agent.cli.output import facts, moment, parse_size, settings, show, size, table
@@ -39,6 +39,13 @@ def migrate(
         int, typer.Option("--downtime-limit", min=1, help="Longest blackout, milliseconds.")
     ] = 50,
     timeout_s: Annotated[float, typer.Option("--timeout", help="Of the pre-copy, seconds.")] = 600,
+    mode: Annotated[
+        MigrationMode,
+        typer.Option(
+            help="When memory travels: all before the switchover, all after it, or as much "
+            "before it as pays and the rest after it."
+        ),
+    ] = MigrationMode.PRECOPY,
     on_timeout: Annotated[
         OnTimeout, typer.Option(help="What then: cancel, or pause the guest anyway.")
     ] = OnTimeout.CANCEL,
@@ -66,6 +73,7 @@ def migrate(
         destination=to,
         downtime_limit_ms=downtime_limit_ms,
         timeout_s=timeout_s,
+        mode=mode,
         on_timeout=on_timeout,
         bandwidth_bytes_per_s=parse_size(bandwidth) if bandwidth is not None else None,
     )
@@ -122,6 +130,7 @@ def show_migration(id: _IdArgument) -> None:
         ("blackout", f"{each.blackout_ms:.1f} ms" if each.blackout_ms is not None else ""),
         ("total", f"{each.total_s:.2f} s" if each.total_s is not None else ""),
         ("sent", size(each.progress.bytes_sent)),
+        ("mode", request.mode.value),
         ("downtime limit", f"{request.downtime_limit_ms} ms"),
         ("timeout", f"{request.timeout_s:g} s, then {request.on_timeout.value}"),
         ("created", moment(each.created_at_s)),

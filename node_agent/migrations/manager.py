@@ -146,6 +146,7 @@ class MigrationManager(MigrationService):
             published = await self._publisher.read(session.migration_id)
             session.timeline.extend(published.timeline)
             session.passes.extend(published.iterations)
+            session.blackout_ms = published.blackout_ms
             session.prediction = published.prediction
 
     async def open(self) -> None:

@@ -23,6 +23,7 @@ from migrator.engine.packing import PackingPolicy
 from migrator.engine.receiver import Connection, Memory
 from migrator.engine.stream import Endpoint, PageStream, Piece
 from migrator.engine_messages import RegionLayout
+from migrator.ranges import Ranges
 
 PAGE = 4096
 MIB = 1024**2
@@ -45,6 +46,15 @@ class _Host:
 
     def ended(self, connection: Connection, reason: str) -> None:
         self.reasons.append(reason)
+
+    def post_copy_stream(self, kind: StreamKind, sock: socket.socket) -> None:
+        raise AssertionError("no post-copy stream is opened")
+
+    def missing(self, region: int, content: Ranges) -> None:
+        raise AssertionError("no page is missing")
+
+    def arm(self) -> None:
+        raise AssertionError("no page is missing")
 
     def device_stream(self, sock: socket.socket) -> None:
         raise AssertionError

@@ -50,15 +50,29 @@ def check_resume(world: World, guest: Guest, token: int) -> None:
         raise InvariantViolation("2: resumed without device state")
     if guest.epoch != world.epoch:
         raise InvariantViolation(f"2: {guest.node} resumes a stale copy: the domain ran since")
-    if guest.state is G.LOADED and guest.memory != world.paused_memory:
+    if guest.state is G.LOADED and not _as_at_the_pause(world, guest):
         raise InvariantViolation("2: the destination's memory isn't the source's at the pause")
     if world.volume.fenced_token < token:
         raise InvariantViolation(f"3: resumed under token {token} before the volume was fenced")
 
 
+def _as_at_the_pause(world: World, guest: Guest) -> bool:
+    """Every page that isn't missing; and no missing page can be touched unawares."""
+    paused = world.paused_memory
+    if paused is None or (guest.missing and not guest.armed):
+        return False
+    return all(
+        own == then
+        for page, (own, then) in enumerate(zip(guest.memory, paused, strict=True))
+        if page not in guest.missing
+    )
+
+
 def whole_copies(world: World) -> list[Guest]:
     """Those that hold the domain's newest memory and device state."""
-    return [guest for guest in world.guests.values() if guest.epoch == world.epoch]
+    newest = [guest for guest in world.guests.values() if guest.epoch == world.epoch]
+    sources = [guest for guest in world.guests.values() if guest.state is G.POSTMIGRATE]
+    return [guest for guest in newest if not guest.missing or sources]
 
 
 def died(world: World, guest: Guest, why: str) -> None:
@@ -69,6 +83,8 @@ def died(world: World, guest: Guest, why: str) -> None:
 
 def check_destroy(world: World, guest: Guest, node: Node) -> None:
     """Invariant 4: a session destroyed `guest`, which is out of `world.guests`."""
+    if guest.doomed:
+        return
     if guest.state is G.RUNNING:
         raise InvariantViolation(f"4: {guest.node} destroyed the running guest")
     if guest.epoch != world.epoch or whole_copies(world) or world.memory_lost:
@@ -111,6 +127,9 @@ def check_end(world: World, nodes: list[Node]) -> str:
     copies = {guest.node: guest.state.value for guest in world.guests.values()}
     if not running and world.memory_lost is None:
         raise InvariantViolation(f"4: the domain runs nowhere: {copies}, {world.record}")
+    for each in world.guests.values():
+        if each.state is G.RUNNING and each.missing:
+            raise InvariantViolation(f"5: {each.node} lacks {sorted(each.missing)} for good")
     for node in nodes:
         left = [f"{entry.migration_id} {entry.state}" for entry in node.open_entries()]
         if left or node.session is not None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from migrator.model import PassKind, PassReport, Role
 from migrator.ports import AbortOutcome, DomainEventKind
 from migrator.session import vocabulary as v
-from tests.simulation import checkers
+from tests.simulation import checkers, post_copy
 from tests.simulation.guests import CONDITIONS, PAGES, G, Guest
 from tests.simulation.world import HANG_S, STALL_S, STORE_LATE_S
 
@@ -99,9 +99,9 @@ def _effect(node: Node, command: v.Command) -> Callable[[], list[v.Event]]:
             node.fence_token = command.token
             return partial(_fence, node, command.token)
         case v.StartEngine():
-            return partial(_start_engine, node)
+            return partial(_start_engine, node, command)
         case v.ConnectEngine():
-            return partial(_connect_engine, node)
+            return partial(_connect_engine, node, command)
         case v.StopEngine():
             return partial(_stop_engine, node)
         case v.RunPass():
@@ -120,7 +120,7 @@ def _effect(node: Node, command: v.Command) -> Callable[[], list[v.Event]]:
             return partial(_abort, node, guest)
         case v.InspectGuest():
             return partial(_inspect, node)
-        case v.PrepareSwitchover():
+        case v.PrepareSwitchover() | v.PullPages():
             return list
         case _:
             raise AssertionError(f"the simulation doesn't know {command}")
@@ -176,20 +176,25 @@ def _fence(node: Node, token: int) -> list[v.Event]:
 # --- engines ---
 
 
-def _start_engine(node: Node) -> list[v.Event]:
+def _start_engine(node: Node, command: v.StartEngine) -> list[v.Event]:
+    destination = node.session is not None and node.session.role is Role.DESTINATION
+    if command.post_copy and destination:
+        return post_copy.start_successor(node)
+    node.served = None  # Whatever an earlier engine had open goes with it.
     node.engine_serial += 1
     node.engine = node.engine_serial
-    if node.session is not None and node.session.role is Role.DESTINATION:
-        return [v.EngineListening(host="10.0.0.2", port=7000, secret=b"s" * 32)]
-    return []
+    return [post_copy.listening(node)] if destination else []
 
 
-def _connect_engine(node: Node) -> list[v.Event]:
+def _connect_engine(node: Node, command: v.ConnectEngine) -> list[v.Event]:
+    if command.post_copy:
+        return post_copy.connect_successor(node, command)
     guest = node.world.guests.get(node.name)
     if guest is None or not (node.engine and node.other.engine):
         return [v.EngineLost(reason="can't connect")]
     node.pending = set(range(PAGES))
     guest.dirty.clear()  # The dirty log begins.
+    node.linked, node.served = node.other.engine, guest
     return [v.EngineConnected(pages_in_use=PAGES, round_trip_ms=0.1)]
 
 
@@ -200,6 +205,9 @@ def _stop_engine(node: Node) -> list[v.Event]:
 
 def _run_pass(node: Node, command: v.RunPass) -> list[v.Event]:
     """Half of the pages now, half at the end; what is dirtied meanwhile waits for the next pass."""
+    if command.kind in (PassKind.STALE, PassKind.MISSING):
+        post_copy.tell_missing(node, command)
+        return []
     world = node.world
     source, destination = world.guests.get(node.name), world.guests.get(node.other.name)
     engines = (node.engine, node.other.engine)
@@ -264,6 +272,8 @@ def _destroy(node: Node) -> list[v.Event]:
     if guest is not None:
         node.world.log("{}: guest destroyed in {}", node.name, guest.state.value)
         checkers.check_destroy(node.world, guest, node)
+        if guest.state is G.POSTMIGRATE:
+            post_copy.check_source_destroyed(node.world, node)
         other = node.world.guests.get(node.other.name)
         if other is not None and guest.state in (G.INCOMING, G.LOADED):
             channel_broke(node.other, other)

@@ -51,9 +51,14 @@ class Guest:
     begun: bool = False
     """A switchover was accepted, the guest isn't paused yet."""
     dirty: set[int] = field(default_factory=set)
+    missing: set[int] = field(default_factory=set)
+    """Post-copy: what the destination doesn't have yet. Nobody can touch it."""
+    armed: bool = False
+    doomed: bool = False
+    """What is missing is nowhere any more."""
 
     def write(self, page: int) -> None:
-        if self.memory:
+        if self.memory and page not in self.missing:
             self.memory[page] += 1
             self.dirty.add(page)
 

@@ -178,6 +178,66 @@ class ForgetsThatItRan(Node):
         return super().restored(msgspec.structs.replace(entry, resuming=False, boot_id=boot_id))
 
 
+class DestroysWhatIsMissing(SourceSession):
+    """Post-copy: the guest runs at the destination, so the source's copy can go."""
+
+    found_as: ClassVar = ("4:",)
+
+    def _begin_post_copy(self) -> None:
+        super()._begin_post_copy()
+        self._discard("")
+
+
+class TellsNothingMissing(SourceSession):
+    """Post-copy: what was dirtied since the stale pages were told stays unsaid."""
+
+    found_as: ClassVar = ("2:",)
+
+    def _run_pass(self, kind: PassKind) -> None:
+        if kind is PassKind.MISSING:
+            self._continued = True
+            self._do(v.ContinueSwitchover())
+        else:
+            super()._run_pass(kind)
+
+
+class LeavesTheEngineDead(SourceSession):
+    """Post-copy: the source's engine is gone, and nobody makes another one."""
+
+    found_as: ClassVar = ("5:",)
+
+    def _serve(self) -> None:
+        pass
+
+
+class LeavesTheGuestWaiting(DestinationSession):
+    """Post-copy: the destination's engine is gone, and nobody makes another one."""
+
+    found_as: ClassVar = ("5:",)
+
+    def _start_successor(self) -> None:
+        pass
+
+
+class FilledTooEarly(DestinationSession):
+    """Post-copy: says that it holds every page when it doesn't."""
+
+    found_as: ClassVar = ("4:",)
+
+    def _begin_post_copy(self) -> None:
+        self.complete = self.complete or v.PagesComplete()
+        super()._begin_post_copy()
+
+
+class ForgetsThatItIsFull(Node):
+    """Post-copy: a restarted destination believes that the gone source has what it needs."""
+
+    found_as: ClassVar = ("4:", "5:")
+
+    def restored(self, entry: JournalEntry) -> NodeSession:
+        return super().restored(msgspec.structs.replace(entry, complete=False))
+
+
 SOURCES: tuple[type[SourceSession], ...] = (
     CommitsEarly,
     RollsBackWithoutTheRecord,
@@ -187,6 +247,9 @@ SOURCES: tuple[type[SourceSession], ...] = (
     CommitsWhatMayBeStale,
     NeverAsksAgain,
     CancelsSlowly,
+    DestroysWhatIsMissing,
+    TellsNothingMissing,
+    LeavesTheEngineDead,
 )
 DESTINATIONS: tuple[type[DestinationSession], ...] = (
     ResumesWithoutTheRecord,
@@ -195,6 +258,8 @@ DESTINATIONS: tuple[type[DestinationSession], ...] = (
     TakesWithoutCommit,
     DeniesThatItRan,
     GivesUpALoadedCopy,
+    LeavesTheGuestWaiting,
+    FilledTooEarly,
 )
 
 
@@ -229,4 +294,9 @@ def node_with(mutant: type[SourceSession | DestinationSession | Node]) -> type[N
 
 
 Mutant = SourceSession | DestinationSession | Node
-MUTANTS: tuple[type[Mutant], ...] = (*SOURCES, *DESTINATIONS, ForgetsThatItRan)
+MUTANTS: tuple[type[Mutant], ...] = (
+    *SOURCES,
+    *DESTINATIONS,
+    ForgetsThatItRan,
+    ForgetsThatItIsFull,
+)

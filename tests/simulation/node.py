@@ -12,8 +12,8 @@ from migrator.session import messages as m
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
-from tests.simulation import checkers, effects
-from tests.simulation.guests import G
+from tests.simulation import checkers, effects, post_copy
+from tests.simulation.guests import G, Guest
 from tests.simulation.world import AIM_S, LONG_DOWN_S, N1, N2, SPEC, STRAGGLER_S, World
 
 _K = DomainEventKind
@@ -56,6 +56,10 @@ class Node:
         self.engine = 0
         """Serial number of the engine process; 0: none."""
         self.engine_serial = 0
+        self.linked = 0
+        """Source: the engine that ours is connected to."""
+        self.served: Guest | None = None
+        """Source: the guest whose memory our engine has open."""
         self.pending: set[int] = set()
         self.timers: dict[v.TimerName, int] = {}
         self.fence_token = 0
@@ -139,10 +143,15 @@ class Node:
         if not self.engine:
             return
         self.engine = 0
+        self.served = None
         self.world.log("{}: engine gone ({})", self.name, why)
+        post_copy.note_loss(self.world, [self, self.other])
         if told:
             self.soon(v.EngineLost(reason=why))
-        if self.other.engine:
+        post_copy.peer_engine_gone(self.other)
+        own, its = self.world.guests.get(self.name), self.world.guests.get(self.other.name)
+        armed = any(guest is not None and guest.armed for guest in (own, its))
+        if self.other.engine and not armed:
             most_s = self.world.random.choice((0.3, 10.0))  # It tries to reconnect for a while.
             self.other.soon(v.EngineLost(reason="the other engine is gone"), most_s)
         for node in (self, self.other):
@@ -156,6 +165,7 @@ class Node:
             return
         self.world.log("{}: hypervisor gone in {} ({})", self.name, guest.state.value, why)
         checkers.died(self.world, guest, why)
+        post_copy.note_loss(self.world, [self, self.other])
         if told:
             self.guest_event(_K.EXITED)
         other = self.world.guests.get(self.other.name)

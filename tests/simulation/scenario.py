@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from functools import partial
 
-from migrator.model import MigrationRequest, MigrationState, OnTimeout
+from migrator.model import MigrationMode, MigrationRequest, MigrationState, OnTimeout
 from migrator.session import vocabulary as v
 from migrator.session.source import SourceSession
 from tests.simulation import checkers
@@ -135,6 +135,7 @@ class Scenario:
             request = MigrationRequest(
                 destination=node.other.name,
                 on_timeout=world.random.choice(list(OnTimeout)),
+                mode=self._mode(),
                 timeout_s=600.0 if calm else world.random.choice((0.05, 20.0, 600.0)),
             )
             node.begin_source(f"m{self.migrations}", request)
@@ -148,6 +149,12 @@ class Scenario:
             return
         if world.now_s - world.started_at_s < SECOND_BEFORE_S:
             world.after(0.2 + world.delay(1.0), self._next_migration)
+
+    def _mode(self) -> MigrationMode:
+        """Half of the seeds without post-copy, of the others each migration by a die of its own."""
+        if self.seed % 2 == 0:
+            return MigrationMode.PRECOPY
+        return random.Random(f"mode {self.seed} {self.migrations}").choice(list(MigrationMode))
 
     def _cancel(self, node: Node) -> None:
         """With nothing else broken, a cancel before HANDOFF ends within CANCEL_S."""

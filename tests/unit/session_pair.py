@@ -207,7 +207,7 @@ class SessionPair:
         return v.GuestCondition.SENT if role is Role.SOURCE else v.GuestCondition.LOADED
 
     def _report(self, command: v.RunPass) -> PassReport:
-        final = command.kind is PassKind.FINAL
+        final = command.kind in (PassKind.FINAL, PassKind.MISSING)
         return PassReport(
             number=command.number,
             kind=command.kind,

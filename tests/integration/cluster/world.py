@@ -33,6 +33,7 @@ from migrator.model import (
     DomainState,
     KernelBoot,
     Migration,
+    MigrationMode,
     MigrationState,
     NicSpec,
     OnTimeout,
@@ -81,6 +82,7 @@ class Load:
     memory_mib: int = 24
     disk: bool = False
     udp: bool = True
+    guest_memory_bytes: int = GUEST_MEMORY_BYTES
 
 
 class HoldPoint:
@@ -134,6 +136,7 @@ class Cluster:
         downtime_limit_ms: int = 50,
         timeout_s: float = 60.0,
         on_timeout: OnTimeout = OnTimeout.CANCEL,
+        mode: MigrationMode = MigrationMode.PRECOPY,
         bandwidth_bytes_per_s: int | None = None,
     ) -> Migration:
         """Begin a migration."""
@@ -142,6 +145,7 @@ class Cluster:
             downtime_limit_ms=downtime_limit_ms,
             timeout_s=timeout_s,
             on_timeout=on_timeout,
+            mode=mode,
             bandwidth_bytes_per_s=bandwidth_bytes_per_s,
         )
         return self.api(via).post(f"/v1/domains/{domain}/migrations", Migration, body)
@@ -256,7 +260,7 @@ class Guest:
         udp = f"{plan.client_guest_address}:{self.udp_port}" if load.udp else None
         return DomainSpec(
             name=self.name,
-            memory_bytes=GUEST_MEMORY_BYTES,
+            memory_bytes=load.guest_memory_bytes,
             disks=(DiskSpec(volume=self.name),) if load.disk else (),
             nics=(NicSpec(mac=self.mac, bridge=GUEST_BRIDGE, addresses=(self.address,)),),
             boot=KernelBoot(

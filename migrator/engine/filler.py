@@ -1,0 +1,366 @@
+"""Post-copy at the destination: gets the missing pages while the guest runs.
+
+    hypervisor ──fault──► fault thread ──PULL──► source      FAULTS stream: one page each, at once
+                              ▲ │                  │
+                              │ └──UFFDIO_COPY     ▼
+                              └───────────────── PAGES
+    bulk thread ──PULL──► source ──PAGES──► UFFDIO_COPY      BULK stream: what is left,
+                                                             from the last fault's page on
+
+The destination asks for everything, so a broken stream costs no more than its time: what
+was asked for and didn't come is asked for again. A page that comes twice is dropped the second
+time (it is no hole any more); both are the same, for the guest stands still at the source.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from migrator import ranges
+from migrator.engine import kernel
+from migrator.engine.control import POLL_IN, Signal, poll
+from migrator.engine.frames import FrameKind, Header, RegionShape, StreamKind
+from migrator.engine.memory import MappedRegion
+from migrator.engine.missing import MissingPages, Placer, holes_of
+from migrator.engine.page_socket import PageSocket, StreamEndedError
+from migrator.errors import EngineError, RemoteProtocolError
+from migrator.model import PAGE_SIZE_BYTES
+from migrator.ranges import Ranges
+
+CHUNK_PAGES: Final = 32
+"""Asked for at once: 128 KiB."""
+_WINDOW_S: Final = 0.02
+"""What is under way on the bulk stream takes so long to arrive: a fault's page waits behind it."""
+_WINDOW_BYTES_MIN: Final = 2 * CHUNK_PAGES * PAGE_SIZE_BYTES
+_WINDOW_BYTES_MAX: Final = 4 * 1024 * 1024
+_HANDOFF_S: Final = 2.0
+"""From the armed faults to a running guest, at most; then the rest is pulled all the same."""
+_YIELD_S: Final = 0.02
+_YIELD_STEP_S: Final = 0.002
+_POLL_S: Final = 0.5
+_REWAKE_S: Final = 1.0
+_JOIN_S: Final = 5.0
+_LATENCIES_MAX: Final = 100_000
+
+
+class FillReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a post-copy did. Latencies: from reading the fault to the filled page."""
+
+    seconds: float
+    pages: int
+    faults: int
+    fault_ms_median: float
+    fault_ms_max: float
+
+
+class Filler:
+    """Use: `note` what is missing, `arm`; or `take_over`. `offer` streams; `close`.
+
+    `on_done` is called once, from a helper thread, when nothing is missing; `finish` then.
+    """
+
+    def __init__(
+        self,
+        uffd: int,
+        regions: list[MappedRegion],
+        *,
+        silence_s: float,
+        on_done: Callable[[], None],
+        fault: Callable[[BaseException], None],
+    ) -> None:
+        self._uffd = uffd
+        self._regions = regions
+        self._shapes = [RegionShape(r.size_bytes, r.page_size_bytes) for r in regions]
+        self._silence_s = silence_s
+        self._on_done = on_done
+        self._fault = fault
+        self._missing = MissingPages(regions)
+        self._placer = Placer(uffd, regions)
+        self._unsure = False
+        """The source hasn't said yet what it has: every hole counts as missing."""
+        self._lock = threading.Lock()
+        self._offered: dict[StreamKind, PageSocket] = {}
+        self._news = {StreamKind.FAULTS: Signal(), StreamKind.BULK: Signal()}
+        self._waited_for: dict[tuple[int, int], float] = {}
+        self._latencies: collections.deque[float] = collections.deque(maxlen=_LATENCIES_MAX)
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+        self._done = False
+        self._guest_runs = threading.Event()
+        self._fault_settled = threading.Event()
+        self._armed_at_s = 0.0
+        self._pages = 0
+
+    # --- from the engine ---
+
+    def note(self, region: int, content: Ranges) -> None:
+        """These pages are stale or missing here: they become holes."""
+        fd = self._regions[region].fd
+        for start, end in content.tolist():
+            kernel.punch_hole(fd, start, end)
+        self._missing.add(region, content)
+
+    def arm(self) -> None:
+        """From here on whoever touches a hole waits for us. EngineError."""
+        self._placer.arm()
+        self._armed_at_s = time.monotonic()
+        for work in (self._serve_faults, self._pull_bulk):
+            thread = threading.Thread(target=self._guarded, args=(work,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def take_over(self) -> None:
+        """Go on where a dead engine stopped: any hole may be missing. EngineError."""
+        for region in self._regions:
+            self._missing.add(region.index, holes_of(region))
+        self._unsure = True
+        self._guest_runs.set()
+        self.arm()
+
+    def pull_all(self) -> None:
+        """The guest runs: get what nobody waits for, too."""
+        self._guest_runs.set()
+
+    def offer(self, kind: StreamKind, sock: socket.socket) -> None:
+        """A stream from the source; it replaces an earlier one of its kind."""
+        with self._lock:
+            earlier = self._offered.get(kind)
+            self._offered[kind] = PageSocket(sock, self._shapes, self._silence_s)
+        if earlier is not None:
+            earlier.shut_down()
+        self._news[kind].set()
+
+    def finish(self) -> FillReport:
+        """Nothing is missing: the hypervisor's memory is rid of us."""
+        self._placer.disarm()
+        seconds = time.monotonic() - self._armed_at_s
+        self.close()
+        found = np.array(self._latencies or [0.0]) * 1e3
+        return FillReport(
+            seconds=seconds,
+            pages=self._pages,
+            faults=len(self._latencies),
+            fault_ms_median=float(np.median(found)),
+            fault_ms_max=float(found.max()),
+        )
+
+    def close(self) -> None:
+        """End the threads. What is missing stays missing, and is waited for. Idempotent."""
+        self._closed = True
+        self._guest_runs.set()
+        for signal in self._news.values():
+            signal.set()
+        for sock in list(self._offered.values()):
+            with contextlib.suppress(StreamEndedError):
+                if self._done:
+                    sock.send(FrameKind.BYE)
+            sock.shut_down()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(_JOIN_S)
+
+    # --- threads ---
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except OSError as error:
+            if error.errno in (errno.ESRCH, errno.ENOENT) and (self._closed or self._done):
+                return
+            self._fault(EngineError(f"a missing page can't be filled: {error}"))
+        except BaseException as error:
+            self._fault(error)
+
+    def _current(self, kind: StreamKind, used: PageSocket | None) -> PageSocket | None:
+        """The newest stream of a kind; the one in use so far is closed if it isn't that."""
+        with self._lock:
+            newest = self._offered.get(kind)
+        if used is not None and used is not newest:
+            used.close()
+        return newest
+
+    def _check_done(self) -> None:
+        with self._lock:
+            if self._done or self._unsure or self._missing.left_pages:
+                return
+            self._done = True
+        self._on_done()
+
+    def _serve_faults(self) -> None:
+        """Faults out, pages in: one thread, so that nothing waits for Python's lock."""
+        sock: PageSocket | None = None
+        broken = True
+        woken_at_s = time.monotonic()
+        while not self._closed:
+            news = self._news[StreamKind.FAULTS]
+            watched = {self._uffd: POLL_IN, news.fileno(): POLL_IN}
+            if sock is not None and not broken:
+                watched[sock.fileno()] = POLL_IN
+            happened = poll(watched, _POLL_S)
+            try:
+                if news.fileno() in happened:
+                    news.clear()
+                    sock = self._current(StreamKind.FAULTS, sock)
+                    broken = sock is None
+                    if sock is not None:
+                        self._ask(sock, list(self._waited_for))
+                if self._uffd in happened:
+                    found = self._read_faults()
+                    if sock is not None and not broken:
+                        self._ask(sock, found)
+                if sock is not None and not broken and sock.fileno() in happened:
+                    self._take(sock)
+            except (StreamEndedError, RemoteProtocolError):
+                broken = True
+                if sock is not None:
+                    sock.shut_down()
+            if time.monotonic() - woken_at_s > _REWAKE_S:
+                woken_at_s = time.monotonic()
+                self._placer.wake_all()
+        if sock is not None:
+            sock.close()
+
+    def _read_faults(self) -> list[tuple[int, int]]:
+        """The pages to ask for. What the source has as a hole is filled with zeros at once."""
+        found: list[tuple[int, int]] = []
+        for address in kernel.uffd_faults(self._uffd):
+            page = self._placer.locate(address)
+            if page is None:
+                continue
+            if not self._missing.is_missing(*page):
+                self._placer.zero(page[0], page[1], page[1] + PAGE_SIZE_BYTES)
+            elif page not in self._waited_for:
+                self._waited_for[page] = time.monotonic()
+                self._missing.move_to(page[0], page[1] + PAGE_SIZE_BYTES)
+                found.append(page)
+        return found
+
+    def _ask(self, sock: PageSocket, pages: list[tuple[int, int]]) -> None:
+        for region, start in pages:
+            content = np.array([[start, start + PAGE_SIZE_BYTES]], dtype=np.int64)
+            sock.send(
+                FrameKind.PULL,
+                region=region,
+                content=content,
+                sequence=self._missing.left_pages,
+            )
+
+    def _pull_bulk(self) -> None:
+        """Keep enough under way to fill the link, and not more."""
+        news = self._news[StreamKind.BULK]
+        sock: PageSocket | None = None
+        # The handoff isn't over yet, and shouldn't have to share its processors.
+        self._guest_runs.wait(_HANDOFF_S)
+        while not self._closed:
+            if not poll({news.fileno(): POLL_IN}, _POLL_S):
+                self._check_done()
+                continue
+            news.clear()
+            sock = self._current(StreamKind.BULK, sock)
+            if sock is None or self._closed:
+                continue
+            self._missing.forget_asked()
+            try:
+                if self._unsure:
+                    self._learn(sock)
+                self._pull(sock)
+            except (StreamEndedError, RemoteProtocolError):
+                sock.shut_down()
+        if sock is not None:
+            sock.close()
+
+    def _learn(self, sock: PageSocket) -> None:
+        """What the source doesn't have isn't missing."""
+        found: list[list[Ranges]] = [[] for _ in self._regions]
+        sock.send(FrameKind.LIST)
+        while True:
+            header, content = sock.receive()
+            if header.kind is FrameKind.EXTENTS and content is not None:
+                found[header.region].append(content)
+            elif header.kind is FrameKind.BARRIER:
+                break
+            else:
+                raise RemoteProtocolError(f"{header.kind.name} came instead of EXTENTS")
+        for index, parts in enumerate(found):
+            self._missing.keep(index, ranges.union(*parts))
+        self._unsure = False
+
+    def _pull(self, sock: PageSocket) -> None:
+        """Until nothing is left to ask for and all has come. StreamEndedError."""
+        under_way = 0
+        window = _WINDOW_BYTES_MIN
+        began, came = time.monotonic(), 0
+        while not self._closed:
+            self._let_faults_pass()
+            while under_way < window:
+                asked = self._missing.ask(CHUNK_PAGES)
+                if asked is None:
+                    break
+                region, content = asked
+                left = self._missing.left_pages
+                sock.send(FrameKind.PULL, region=region, content=content, sequence=left)
+                under_way += ranges.byte_count(content)
+            if not under_way:
+                self._check_done()
+                return
+            count = self._take(sock)
+            under_way -= count
+            came += count
+            seconds = time.monotonic() - began
+            if seconds > _WINDOW_S:
+                fitting = int(came / seconds * _WINDOW_S)
+                window = max(_WINDOW_BYTES_MIN, min(fitting, _WINDOW_BYTES_MAX))
+                began, came = time.monotonic(), 0
+
+    def _let_faults_pass(self) -> None:
+        """Whoever waits for a page has the link and the processors first."""
+        until = time.monotonic() + _YIELD_S
+        while self._waited_for and time.monotonic() < until:
+            self._fault_settled.wait(_YIELD_STEP_S)
+            self._fault_settled.clear()
+
+    def _take(self, sock: PageSocket) -> int:
+        """Receive one answer and fill it in. Its bytes of guest memory."""
+        header, content = sock.receive()
+        if content is None or header.kind not in (FrameKind.PAGES, FrameKind.ZERO):
+            raise RemoteProtocolError(f"a source doesn't answer by {header.kind.name}")
+        self._place(sock, header, content)
+        return ranges.byte_count(content)
+
+    def _place(self, sock: PageSocket, header: Header, content: Ranges) -> None:
+        region = header.region
+        source = sock.payload_address
+        for start, end in content.tolist():
+            if header.kind is FrameKind.PAGES:
+                self._placer.copy(region, start, end, source)
+                source += end - start
+            self._missing.filled(region, start, end)  # A zero page may stay a hole.
+            self._pages += (end - start) // PAGE_SIZE_BYTES
+            if self._waited_for:
+                self._settle_waiting(region, start, end, zero=header.kind is FrameKind.ZERO)
+        self._check_done_after_fault(sock)
+
+    def _check_done_after_fault(self, sock: PageSocket) -> None:
+        if sock is self._offered.get(StreamKind.FAULTS):
+            self._check_done()
+
+    def _settle_waiting(self, region: int, start: int, end: int, *, zero: bool) -> None:
+        now = time.monotonic()
+        for offset in range(start, end, PAGE_SIZE_BYTES):
+            since = self._waited_for.pop((region, offset), None)
+            if since is None:
+                continue
+            self._latencies.append(now - since)
+            self._fault_settled.set()
+            if zero:
+                self._placer.zero(region, offset, offset + PAGE_SIZE_BYTES)

@@ -1,0 +1,176 @@
+"""Post-copy at the source: answers what the destination asks for, until it misses nothing.
+
+Two streams, a thread each: on FAULTS come pages that a vCPU waits for, answered at once; on BULK
+all the others, within the bandwidth cap. The server knows nothing of what the destination has:
+a broken stream, a dead engine on either side, is connected anew, and the destination asks again.
+The guest stands still here, for good unless the handoff fails: its memory doesn't change.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from migrator import ranges
+from migrator.engine import frames, kernel
+from migrator.engine.bandwidth import TokenBucket
+from migrator.engine.control import ChannelLostError, HelperWaiter, Signal, StoppedError, Waiter
+from migrator.engine.delivery import ChannelHealth
+from migrator.engine.frames import FrameKind, RegionShape, StreamHello, StreamKind
+from migrator.engine.memory import MappedRegion
+from migrator.engine.page_socket import PageSocket, StreamEndedError
+from migrator.engine.stream import Endpoint, StreamBrokenError, open_stream
+from migrator.engine.zeroes import split_zeroes
+from migrator.errors import RemoteProtocolError
+from migrator.model import PAGE_SIZE_BYTES
+from migrator.ranges import Ranges
+
+_BACKOFF_S: Final = 0.1
+_JOIN_S: Final = 2.0
+_KINDS: Final = (StreamKind.FAULTS, StreamKind.BULK)
+
+
+class PageServer:
+    """Use: `connect`, `start`, `close`. A thread's failure is reported by `fault`."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        hello: Callable[[StreamKind], StreamHello],
+        regions: list[MappedRegion],
+        bucket: TokenBucket,
+        health: ChannelHealth,
+        *,
+        reconnect_s: float,
+        fault: Callable[[BaseException], None],
+    ) -> None:
+        self._endpoint = endpoint
+        self._hello = hello
+        self._regions = regions
+        self._shapes = [RegionShape(r.size_bytes, r.page_size_bytes) for r in regions]
+        self._bucket = bucket
+        self._health = health
+        self._reconnect_s = reconnect_s
+        self._fault = fault
+        self._stop = Signal()
+        self._sockets: dict[StreamKind, PageSocket] = {}
+        self._threads: list[threading.Thread] = []
+        self.bytes_sent = 0
+        self.left_pages = 0
+        """As the destination last said."""
+        self.over = False
+        """The destination said that nothing is missing."""
+
+    def connect(self, waiter: Waiter) -> None:
+        """Open what isn't open. ChannelLostError if the destination can't be reached in time."""
+        for kind in _KINDS:
+            if kind not in self._sockets:
+                self._sockets[kind] = self._open(kind, waiter)
+
+    def start(self) -> None:
+        for kind in _KINDS:
+            thread = threading.Thread(target=self._run, args=(kind,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    @property
+    def started(self) -> bool:
+        return bool(self._threads)
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._stop.set()
+        for sock in list(self._sockets.values()):
+            sock.shut_down()
+        for thread in self._threads:
+            thread.join(_JOIN_S)
+        for sock in list(self._sockets.values()):
+            sock.close()
+
+    def _open(self, kind: StreamKind, waiter: Waiter) -> PageSocket:
+        deadline = time.monotonic() + self._reconnect_s
+        while True:
+            try:
+                sock: socket.socket = open_stream(self._endpoint, self._hello(kind), waiter)
+            except StreamBrokenError as error:
+                if time.monotonic() > deadline:
+                    raise ChannelLostError(
+                        f"the destination's engine could not be reached for "
+                        f"{self._reconnect_s:g} s: {error}"
+                    ) from error
+                waiter.wait(None, 0, _BACKOFF_S)
+            else:
+                return PageSocket(sock, self._shapes, self._endpoint.silence_s)
+
+    def _run(self, kind: StreamKind) -> None:
+        waiter = HelperWaiter(self._stop)
+        try:
+            while True:
+                try:
+                    self._serve(kind, self._sockets[kind], waiter)
+                    return
+                except (StreamEndedError, RemoteProtocolError) as error:
+                    waiter.tick()
+                    self._health.broke(-kind, str(error))
+                self._sockets[kind].close()
+                self._sockets[kind] = self._open(kind, waiter)
+                self._health.restored(-kind)
+        except StoppedError:
+            return
+        except BaseException as error:
+            self._fault(error)
+
+    def _serve(self, kind: StreamKind, sock: PageSocket, waiter: Waiter) -> None:
+        """Until BYE. StreamEndedError, RemoteProtocolError."""
+        while True:
+            header, content = sock.receive()
+            match header.kind:
+                case FrameKind.PULL if content is not None:
+                    self.left_pages = header.sequence
+                    self._answer(kind, sock, header.region, content, waiter)
+                case FrameKind.LIST:
+                    self._list(sock)
+                case FrameKind.BYE:
+                    self.over = True
+                    return
+                case _:
+                    raise RemoteProtocolError(f"a destination doesn't send {header.kind.name}")
+
+    def _answer(
+        self, kind: StreamKind, sock: PageSocket, index: int, content: Ranges, waiter: Waiter
+    ) -> None:
+        region = self._regions[index]
+        if kind is StreamKind.BULK:
+            content, zeroes = split_zeroes(region.words, content)
+            if len(zeroes):
+                sock.send(FrameKind.ZERO, region=index, content=zeroes)
+        count = 0
+        while len(content):
+            piece_bytes = frames.FRAME_BYTES_MAX
+            if kind is StreamKind.BULK:
+                while (wait_s := self._bucket.wait_s(time.monotonic())) > 0:
+                    waiter.wait(None, 0, min(wait_s, 0.1))
+                piece_bytes = self._bucket.piece_bytes(frames.FRAME_BYTES_MAX)
+                piece_bytes = max(PAGE_SIZE_BYTES, piece_bytes - piece_bytes % PAGE_SIZE_BYTES)
+            head, content = ranges.take(content, piece_bytes, frames.FRAME_RANGES_MAX)
+            vector: list[bytes | memoryview] = [
+                frames.encode(FrameKind.PAGES, region=index, content=head)
+            ]
+            vector += [region.view[start:end] for start, end in head.tolist()]
+            count = sum(map(len, vector))
+            sock.send_vector(vector)
+            self._bucket.spend(count, time.monotonic())
+            self.bytes_sent += count
+
+    def _list(self, sock: PageSocket) -> None:
+        """What isn't a hole here: all that the destination can miss."""
+        for region in self._regions:
+            found = kernel.populated_extents(region.fd, region.size_bytes)
+            extents = ranges.align_outward(found, PAGE_SIZE_BYTES)
+            for at in range(0, len(extents), frames.FRAME_RANGES_MAX):
+                part = extents[at : at + frames.FRAME_RANGES_MAX]
+                sock.send(FrameKind.EXTENTS, region=region.index, content=part)
+        sock.send(FrameKind.BARRIER)

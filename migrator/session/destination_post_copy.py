@@ -1,0 +1,166 @@
+"""Post-copy at the destination: the guest runs here, and lacks pages that only the source has.
+
+- From the moment that pages are missing an engine has to live: it answers whoever touches one. One
+  that dies has a successor, and the source is told where that listens.
+- That nothing is missing any more is journalled before it is said: the source destroys its copy
+  when it hears it, and a restarted agent mustn't look for missing pages again.
+"""
+
+from __future__ import annotations
+
+from migrator.model import DomainSpec, MigrationState
+from migrator.ports import DomainEventKind
+from migrator.session.base import Session
+from migrator.session.messages import (
+    Commit,
+    Farewell,
+    Filled,
+    Inquire,
+    Lost,
+    Prepared,
+    Running,
+    SessionMessage,
+)
+from migrator.session.vocabulary import (
+    CommandFailed,
+    DestroyGuest,
+    EngineListening,
+    EngineLost,
+    Event,
+    GuestReported,
+    Journal,
+    PagesComplete,
+    PagesMissing,
+    PullPages,
+    StartEngine,
+    StartTimer,
+    StopEngine,
+    TimerFired,
+    TimerName,
+)
+
+_S = MigrationState
+
+
+class DestinationPostCopy(Session):
+    """See the module. `DestinationSession` sets the attributes."""
+
+    spec: DomainSpec
+    post_copy: bool
+    """Pages are missing here, or may be."""
+    complete: PagesComplete | None
+    """None is missing any more, with the engine's figures."""
+    _listening: EngineListening | None
+
+    def _running(self) -> Running:
+        raise NotImplementedError  # In `destination`.
+
+    @property
+    def pages_missing(self) -> bool:
+        return self.post_copy and self.complete is None
+
+    # --- the engine ---
+
+    def _heard_of_pages(self, event: Event) -> bool:
+        """What is about missing pages and their engine, in whatever state. Whether that was all."""
+        alive = self.state in (_S.SWITCHOVER, _S.HANDOFF, _S.RECOVERING, _S.POSTCOPY)
+        match event:
+            case EngineLost() if self.pages_missing and alive:
+                self._revive_engine(event.reason)
+            case CommandFailed(command="StartEngine") if self.pages_missing and alive:
+                self._revive_engine(event.error)
+            case TimerFired(name=TimerName.ENGINE):
+                self._start_successor()
+            case EngineListening() if self.pages_missing:
+                self._listening = event
+                self._respawns = 0
+                self._answer_ready()
+            case PagesMissing():
+                self.post_copy = True
+            case PagesComplete():
+                self.complete = event
+                return False
+            case _:
+                return False
+        return True
+
+    def _revive_engine(self, reason: str) -> None:
+        self._listening = None
+        self._note("engine lost", self._now, self._now, reason)
+        self._respawn_later()
+
+    def _start_successor(self) -> None:
+        if self.pages_missing and self._listening is None:
+            self._do(StartEngine(post_copy=True))
+
+    def _answer_ready(self) -> None:
+        if self._listening is not None:
+            ready = self._listening
+            self._send(Prepared(host=ready.host, port=ready.port, secret=ready.secret))
+
+    # --- the state ---
+
+    def _begin_post_copy(self) -> None:
+        """The vCPUs run."""
+        self._enter(_S.POSTCOPY)
+        self._do(PullPages())
+        self._answer_ready()
+        self._retry_later()
+        self._journal_how_far()
+
+    def _in_post_copy(self, event: Event) -> None:
+        match event:
+            case PagesComplete() | TimerFired(name=TimerName.RETRY) if self.complete is not None:
+                self._journal_how_far()
+            case TimerFired(name=TimerName.FILLED):
+                self._send(self._filled_message())
+                self._do(StopEngine())
+                self.error = None
+                self._finish(_S.COMPLETED)
+            case TimerFired(name=TimerName.RETRY):
+                # The source may have restarted, and know neither us nor our engine.
+                self._send(self._running())
+                self._answer_ready()
+                self._retry_later()
+            case CommandFailed(command="Journal"):
+                self._retry_later()
+            case GuestReported(kind=DomainEventKind.EXITED):
+                self._lost(f"the guest ended during post-copy: {event.detail or event.kind}")
+            case _:
+                pass
+
+    def _journal_how_far(self) -> None:
+        """Behind a Journal that fails nothing is done: FILLED fires only once it is written."""
+        self._do(Journal(state=self.state, durable=False))
+        if self.complete is not None:
+            self._do(StartTimer(name=TimerName.FILLED, seconds=0.0))
+
+    def _filled_message(self, lost: str = "") -> Filled:
+        done = self.complete or PagesComplete()
+        return Filled(
+            token=self.next_token,
+            lost=lost,
+            seconds=done.seconds,
+            pages=done.pages,
+            faults=done.faults,
+            fault_ms_median=done.fault_ms_median,
+            fault_ms_max=done.fault_ms_max,
+        )
+
+    def _hear_in_post_copy(self, message: SessionMessage) -> None:
+        match message:
+            case Commit() | Inquire():
+                self._send(self._running())
+                self._answer_ready()
+            case Lost() if self.pages_missing:
+                self._lost(message.reason)
+            case Farewell() if self.pages_missing:
+                self._lost("the source's copy is gone, and pages are missing here")
+            case _:
+                pass
+
+    def _lost(self, reason: str) -> None:
+        """The guest can't go on: pages of it are nowhere."""
+        self._do(StopEngine(), DestroyGuest())
+        self._send(self._filled_message(lost=reason))
+        self._finish(_S.FAILED, reason)

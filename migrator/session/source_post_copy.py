@@ -1,0 +1,180 @@
+"""Post-copy at the source: the guest runs at the destination, and lacks pages that are only here.
+
+- The copy is kept, paused, until the destination says Filled; nothing else destroys it but a record
+  that has moved on past the destination: then nobody needs the pages any more.
+- The engine is kept alive. One that dies has a successor, which the destination asks again for what
+  it lacks; if the destination's engine has a successor, its Prepared says where.
+- A hypervisor that dies leaves its memory to the engine that has it open. Only when that dies, too,
+  the pages are lost, and the destination is told.
+"""
+
+from __future__ import annotations
+
+from migrator.model import MigrationState, OwnershipState
+from migrator.ports import DomainEventKind
+from migrator.session.messages import Filled, Inquire, Lost, Prepared
+from migrator.session.source_recovery import SourceRecovery
+from migrator.session.vocabulary import (
+    CommandFailed,
+    ConnectEngine,
+    DestroyGuest,
+    EngineConnected,
+    EngineReported,
+    Event,
+    GuestCondition,
+    GuestDestroyed,
+    GuestInspected,
+    GuestReported,
+    InspectGuest,
+    Journal,
+    ReadRecord,
+    RecordRead,
+    StartEngine,
+    StartTimer,
+    StopEngine,
+    StopTimer,
+    TimerFired,
+    TimerName,
+)
+
+_S = MigrationState
+_SERVING = (_S.HANDOFF, _S.RECOVERING, _S.POSTCOPY)
+
+
+class SourcePostCopy(SourceRecovery):
+    """See the module."""
+
+    @property
+    def _must_serve(self) -> bool:
+        return (
+            self.post_copy
+            and self.state in _SERVING
+            and not self._destination_runs
+            and self._rollback_token is None
+        )
+
+    # --- the engine ---
+
+    def _engine_lost(self, reason: str) -> None:
+        self._engine_up = False
+        self._note("engine lost", self._now, self._now, reason)
+        if self._gone and self.state is _S.POSTCOPY:
+            self._pages_lost()
+        else:
+            self._respawn_later()
+
+    def _hear_prepared(self, message: Prepared) -> None:
+        """The destination's engine may be another one than ours talks to."""
+        known, self._prepared = self._prepared, message
+        if not self._engine_up:
+            self._serve()
+        elif message != known:
+            # The living one goes there: it may be all that holds the pages.
+            self._connect(message)
+
+    def _connect(self, ready: Prepared) -> None:
+        self._do(
+            ConnectEngine(host=ready.host, port=ready.port, secret=ready.secret, post_copy=True)
+        )
+
+    def _serve(self) -> None:
+        ready = self._prepared
+        if ready is None or self._engine_up:
+            return
+        self._engine_up = True
+        self._do(StopTimer(name=TimerName.ENGINE), StartEngine(post_copy=True))
+        self._connect(ready)
+
+    # --- the state ---
+
+    def _begin_post_copy(self) -> None:
+        self._enter(_S.POSTCOPY)
+        self.error = None
+        self._do(
+            StopTimer(name=TimerName.HANDOFF),
+            StartTimer(name=TimerName.RETRY, seconds=self.timing.retry_s),
+            Journal(state=self.state, durable=False),
+        )
+
+    def _in_post_copy(self, event: Event) -> None:
+        match event:
+            case EngineReported():
+                self._note_progress(event)
+            case EngineConnected():
+                self._respawns = 0
+                self._note("engine connected again", self._now, self._now)
+            case TimerFired(name=TimerName.RETRY) if self._destination_runs:
+                self._do(DestroyGuest())
+            case TimerFired(name=TimerName.RETRY):
+                # A Filled may be lost, an engine be new, or the record have moved on.
+                self._send(Inquire())
+                self._do(ReadRecord())
+                self._retry_later()
+            case RecordRead() if not self._destination_runs:
+                self._look_at(event)
+            case GuestReported(kind=DomainEventKind.EXITED):
+                self._gone = True
+                if not self._engine_up:
+                    self._pages_lost()
+            case GuestInspected(condition=GuestCondition.GONE) if not self._engine_up:
+                self._gone = True
+                self._pages_lost()
+            case GuestDestroyed() if self._destination_runs:
+                self._complete()
+            case CommandFailed(command="DestroyGuest"):
+                self._retry_later()
+            case _:
+                pass
+
+    def _note_progress(self, event: EngineReported) -> None:
+        raise NotImplementedError  # In `source`.
+
+    def _respawn(self) -> None:
+        """The ENGINE timer. A hypervisor that is gone as well leaves nothing to be served."""
+        if self._prepared is None:
+            self._send(Inquire())
+            self._do(StartTimer(name=TimerName.ENGINE, seconds=self.timing.resend_s))
+        else:
+            self._serve()
+        if self.state is _S.POSTCOPY:
+            self._do(InspectGuest())
+
+    def _look_at(self, event: RecordRead) -> None:
+        record = event.record
+        if not event.known or (
+            record is not None
+            and record.owner == self.destination
+            and record.token == self.next_token
+            and record.state is OwnershipState.RUNNING
+        ):
+            return
+        if record is None or record.state is not OwnershipState.RUNNING:
+            self._discard("the domain was stopped or removed during post-copy")
+        else:
+            self._discard(f"{record.owner} took the domain over, with token {record.token}")
+
+    def _filled(self, message: Filled) -> None:
+        """The destination holds every page, or its guest has ended."""
+        if message.token != self.next_token or self._destination_runs:
+            return
+        if self.state not in _SERVING or self._rollback_token is not None:
+            return
+        if self.state is not _S.POSTCOPY:
+            self._begin_post_copy()
+        if not message.lost:
+            self._note(
+                "pages complete",
+                self._entered_at_s,
+                self._now,
+                f"{message.pages} pages in {message.seconds:.2f} s, {message.faults} faults: "
+                f"median {message.fault_ms_median:.2f} ms, longest {message.fault_ms_max:.1f} ms",
+            )
+        self._discard(message.lost)
+
+    def _pages_lost(self) -> None:
+        reason = "the source's hypervisor and engine ended before the destination held every page"
+        self.error = reason
+        self._copy_gone = True
+        self._send(Lost(reason=reason))
+        self._do(StopEngine())
+        self._finish(_S.FAILED)
