@@ -104,6 +104,9 @@ def booted(image: GuestImage, folder: Path, cmdline: str) -> Iterator[Guest]:
         disk.touch()
     os.truncate(disk, DISK_BYTES)
     size = f"{GUEST_MEMORY_BYTES >> 20}M"
+    # Memory on a disk's file system would be in the way of the guest's own direct I/O.
+    memory = Path("/dev/shm") / f"ferry-guest-{os.getpid()}-{http_port}"
+    (folder / "memory").symlink_to(memory)
     process = subprocess.Popen(
         [
             *("qemu-system-x86_64", "-accel", "tcg", "-cpu", "qemu64", "-m", size),
@@ -125,6 +128,7 @@ def booted(image: GuestImage, folder: Path, cmdline: str) -> Iterator[Guest]:
         process.kill()
         process.wait(WAIT_TIMEOUT_S)
         (folder / "memory").unlink(missing_ok=True)
+        memory.unlink(missing_ok=True)
 
 
 def earlier_records(count: int) -> bytes:
