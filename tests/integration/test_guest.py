@@ -106,6 +106,7 @@ def booted(image: GuestImage, folder: Path, cmdline: str) -> Iterator[Guest]:
     size = f"{GUEST_MEMORY_BYTES >> 20}M"
     # Memory on a disk's file system would be in the way of the guest's own direct I/O.
     memory = Path("/dev/shm") / f"ferry-guest-{os.getpid()}-{http_port}"
+    memory.touch()
     (folder / "memory").symlink_to(memory)
     process = subprocess.Popen(
         [
