@@ -31,6 +31,7 @@ SHELL = (
     "migrator/journal.py",
     "migrator/engine_driver.py",
     "migrator/dirty_sampler.py",
+    "migrator/tls.py",
     "migrator/hold_points.py",
 )
 """The parts of migrator/ that do I/O: paths, or folders that end in a slash."""

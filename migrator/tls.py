@@ -1,0 +1,74 @@
+"""Mutual TLS 1.3 between nodes: the agents' protocol and the engines' page streams.
+
+A node's certificate is signed by the cluster's authority and names the node as a DNS name in its
+subject alternative name (a node's name is a valid DNS label). Both ends check the other's chain;
+the end that dials also checks the name, by `server_hostname`. The end that listens asks
+`peer_node(...)` after the handshake whom it speaks to.
+
+The files are read when a context is made, so that a renewed certificate needs no restart: make a
+context for each new listener, and for each dial.
+"""
+
+from __future__ import annotations
+
+import ssl
+from typing import Protocol
+
+from migrator.errors import ConfigError, RemoteProtocolError
+from migrator.model import NodeName
+from migrator.ports import Struct
+
+
+class TlsFiles(Struct, frozen=True, kw_only=True):
+    """Absolute paths of PEM files of one node."""
+
+    authority_path: str
+    """Certificates of the authorities that are trusted."""
+    certificate_path: str
+    """This node's certificate, with its intermediates if it has any."""
+    key_path: str
+    """Its private key, unencrypted, readable by root alone."""
+
+
+class HasPeerCertificate(Protocol):
+    """An `ssl.SSLSocket` or `ssl.SSLObject`."""
+
+    def getpeercert(self) -> object: ...
+
+
+def server_context(files: TlsFiles) -> ssl.SSLContext:
+    """For the end that listens. ConfigError if the files can't be used."""
+    return _context(files, ssl.PROTOCOL_TLS_SERVER)
+
+
+def client_context(files: TlsFiles) -> ssl.SSLContext:
+    """For the end that dials; give the node's name as `server_hostname`.
+
+    ConfigError if the files can't be used.
+    """
+    return _context(files, ssl.PROTOCOL_TLS_CLIENT)
+
+
+def _context(files: TlsFiles, protocol: int) -> ssl.SSLContext:
+    context = ssl.SSLContext(protocol)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_verify_locations(cafile=files.authority_path)
+        context.load_cert_chain(files.certificate_path, files.key_path)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"tls: {files.authority_path}, {files.certificate_path} or {files.key_path} "
+            f"can't be used: {error}"
+        ) from error
+    return context
+
+
+def peer_node(connection: HasPeerCertificate) -> NodeName:
+    """The node that the peer's checked certificate names. RemoteProtocolError if it names none."""
+    certificate = connection.getpeercert()
+    names = certificate.get("subjectAltName", ()) if isinstance(certificate, dict) else ()
+    nodes = [value for kind, value in names if kind == "DNS"]
+    if len(nodes) != 1:
+        raise RemoteProtocolError(f"the peer's certificate names {len(nodes)} nodes, not one")
+    return NodeName(nodes[0])
