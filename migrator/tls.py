@@ -11,7 +11,9 @@ context for each new listener, and for each dial.
 
 from __future__ import annotations
 
+import enum
 import ssl
+from pathlib import Path
 from typing import Protocol
 
 from migrator.errors import ConfigError, RemoteProtocolError
@@ -28,6 +30,38 @@ class TlsFiles(Struct, frozen=True, kw_only=True):
     """This node's certificate, with its intermediates if it has any."""
     key_path: str
     """Its private key, unencrypted, readable by root alone."""
+
+
+class TlsMode(enum.StrEnum):
+    """What a node's configuration says of the connections between nodes (`tls.mode`)."""
+
+    AUTO = "auto"
+    """TLS where the node has its files, plain where it has none."""
+    REQUIRED = "required"
+    PLAIN = "plain"
+
+
+def files_of_node(state_directory: Path, mode: TlsMode = TlsMode.AUTO) -> TlsFiles | None:
+    """The node's files, STATE_DIRECTORY/tls/{authority,certificate,key}.pem; None: go plain.
+
+    Looks each time, for a node may join a cluster while its agent runs. ConfigError if a file is
+    missing and `mode` requires it, or others are there: half of them is no reason to go plain.
+    """
+    if mode is TlsMode.PLAIN:
+        return None
+    paths = [
+        state_directory / "tls" / f"{name}.pem" for name in ("authority", "certificate", "key")
+    ]
+    missing = [path for path in paths if not path.exists()]
+    if not missing:
+        authority, certificate, key = map(str, paths)
+        return TlsFiles(authority_path=authority, certificate_path=certificate, key_path=key)
+    if mode is TlsMode.AUTO and len(missing) == len(paths):
+        return None
+    raise ConfigError(
+        f'tls.mode is "{mode}" and {", ".join(map(str, missing))} '
+        f"{'is' if len(missing) == 1 else 'are'} missing"
+    )
 
 
 class HasPeerCertificate(Protocol):

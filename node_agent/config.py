@@ -27,6 +27,7 @@ import msgspec
 
 from migrator.errors import ConfigError
 from migrator.model import Name, NodeName
+from migrator.tls import TlsMode
 
 _GIB: Final = 1024**3
 
@@ -81,6 +82,13 @@ class MigrationTable(Table, frozen=True, kw_only=True):
     streams: Annotated[int, msgspec.Meta(ge=1, le=16, description="1 to 16 page streams")] = 1
 
 
+class TlsTable(Table, frozen=True, kw_only=True):
+    mode: Annotated[TlsMode, msgspec.Meta(description='"auto", "required" or "plain"')] = (
+        TlsMode.AUTO
+    )
+    """Between nodes. "auto": TLS if STATE_DIRECTORY/tls has the node's files, else plain."""
+
+
 class StoreTable(Table, frozen=True, kw_only=True):
     driver: Annotated[Literal["sqlite"], msgspec.Meta(description='"sqlite"')] = "sqlite"
     path: _AbsolutePath
@@ -133,6 +141,7 @@ class AgentConfig(Table, frozen=True, kw_only=True):
     store: StoreTable
     hypervisor: HypervisorTable
     fabric: FabricTable
+    tls: TlsTable = TlsTable()
     pools: tuple[PoolTable, ...] = ()
     peers: tuple[KnownPeer, ...] = ()
 

@@ -86,6 +86,7 @@ def test_render_escapes_what_toml_wants_escaped() -> None:
         ("10.77.0.11:7781", "0.0.0.0:7781", "migration.address: "),
         ("10.77.0.11:7781", "10.77.0.11:7780", "peer.listen: "),
         ("[store]", "[stoer]", "stoer: unknown key; did you mean store?"),
+        ("[store]", '[tls]\nmode = "maybe"\n[store]', 'tls.mode: "maybe" is wrong; must be "auto"'),
         ("[store]", '[peer.tls]\ncertificate = "x"\n[store]', "peer.tls: not supported yet"),
         ("[store]", '[store]\ndriver = "etcd"', 'store.driver: "etcd" is wrong; must be "sqlite"'),
         ("[store]", "[migration]\nstreams = 0\n[store]", "migration.streams: 0 is wrong"),

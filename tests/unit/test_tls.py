@@ -9,7 +9,14 @@ import pytest
 import trustme
 
 from migrator.errors import ConfigError, RemoteProtocolError
-from migrator.tls import TlsFiles, client_context, peer_node, server_context
+from migrator.tls import (
+    TlsFiles,
+    TlsMode,
+    client_context,
+    files_of_node,
+    peer_node,
+    server_context,
+)
 
 
 def files_of(folder: Path, authority: trustme.CA, *names: str) -> TlsFiles:
@@ -81,3 +88,21 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     files = TlsFiles(authority_path=lost, certificate_path=lost, key_path=lost)
     with pytest.raises(ConfigError, match=r"lost\.pem"):
         server_context(files)
+
+
+def test_a_node_without_files_goes_plain_unless_it_must_not(tmp_path: Path) -> None:
+    assert files_of_node(tmp_path) is None
+    with pytest.raises(ConfigError, match=r'"required" and .*authority\.pem.* are missing'):
+        files_of_node(tmp_path, TlsMode.REQUIRED)
+
+
+def test_half_of_the_files_is_an_error_and_all_of_them_are_used(tmp_path: Path) -> None:
+    (tmp_path / "tls").mkdir()
+    for name in ("authority", "certificate"):
+        (tmp_path / "tls" / f"{name}.pem").write_text("")
+    with pytest.raises(ConfigError, match=r"key\.pem is missing"):
+        files_of_node(tmp_path)
+    (tmp_path / "tls" / "key.pem").write_text("")
+    found = files_of_node(tmp_path)
+    assert found is not None and found.key_path == str(tmp_path / "tls" / "key.pem")
+    assert files_of_node(tmp_path, TlsMode.PLAIN) is None
