@@ -11,6 +11,7 @@
     │   └── RemoteProtocolError the other side did
     ├── PeerError               another agent can't be reached, or answered too late
     ├── HypervisorError         the hypervisor refused, failed or died
+    │   └── NotResumedError     a resume that is certain to have run no vCPU
     ├── StorageError            a volume or pool operation failed
     │   └── FenceError          a fence could not be set or confirmed
     ├── FabricError             a tap, bridge or announcement failed
@@ -98,6 +99,14 @@ class PeerError(FerryError):
 
 class HypervisorError(FerryError):
     code = "hypervisor"
+
+
+class NotResumedError(HypervisorError):
+    """It is certain that no vCPU ran by this resume: `cont` wasn't sent, was refused, or the
+    hypervisor's process died before it took effect. What memory it had is as it was before.
+    """
+
+    code = "hypervisor-not-resumed"
 
 
 class StorageError(FerryError):

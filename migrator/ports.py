@@ -178,6 +178,9 @@ class HypervisorDriver(abc.ABC):
         """Run the vCPUs (`cont`). Returns when they run; gives the wall-clock time of it (s).
 
         Idempotent. Never call it on INCOMING or POSTMIGRATE without holding the newest token.
+
+        NotResumedError, as NotFoundError: certainly no vCPU ran by this call. After any other
+        error one may have, and may have written; a driver that can't tell must not claim to.
         """
 
     @abc.abstractmethod

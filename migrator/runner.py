@@ -29,7 +29,13 @@ from typing import Any, Final
 import msgspec
 
 from migrator.engine_driver import EngineDriver, EngineSettings
-from migrator.errors import FerryError, HypervisorError, RefusedError
+from migrator.errors import (
+    FerryError,
+    HypervisorError,
+    NotFoundError,
+    NotResumedError,
+    RefusedError,
+)
 from migrator.hold_points import hold
 from migrator.journal import MigrationJournal
 from migrator.journal_entry import entry_of
@@ -296,6 +302,8 @@ class Runner:
                 await work()
         except RefusedError as error:
             self.feed(v.CommandFailed(command=name, error=str(error), reasons=error.reasons))
+        except NotResumedError as error:
+            self.feed(v.CommandFailed(command=name, error=str(error), without_effect=True))
         except FerryError as error:
             log.warning("migration %s: %s: %s", self.session.migration_id, name, error)
             self.feed(v.CommandFailed(command=name, error=str(error)))
@@ -362,7 +370,7 @@ class Runner:
                 await self._site.fence(self.session, FencingToken(command.token))
                 self.feed(v.Fenced(token=command.token))
             case v.ResumeGuest():
-                self.feed(v.GuestResumed(at_s=await driver.resume(domain)))
+                self.feed(v.GuestResumed(at_s=await self._resume()))
             case v.DestroyGuest():
                 await self._site.destroy(self.session)
                 self.feed(v.GuestDestroyed())
@@ -371,6 +379,12 @@ class Runner:
                 if status.state is DomainState.UNKNOWN:
                     raise HypervisorError(f"{domain} doesn't say what it does: {status.reason}")
                 self.feed(v.GuestInspected(condition=_CONDITIONS[status.state]))
+
+    async def _resume(self) -> float:
+        try:
+            return await self._hypervisor.resume(self.domain)
+        except NotFoundError as error:  # Its process was gone before: nothing was sent to it.
+            raise NotResumedError(f"{self.domain} was not resumed: {error}") from error
 
     async def _finish(self) -> None:
         """The last word: journalled, so that it can be said after a restart too.

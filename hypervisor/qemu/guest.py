@@ -24,10 +24,10 @@ from hypervisor.qemu import records
 from hypervisor.qemu.config import MONITORS, monitor_path
 from hypervisor.qemu.offload import offload
 from hypervisor.qemu.process import QemuProcess
-from hypervisor.qemu.qmp import Monitor, QmpCommandError, QmpDisconnected, QmpEvent
+from hypervisor.qemu.qmp import Monitor, QmpCommandError, QmpDisconnected, QmpEvent, QmpNotSent
 from hypervisor.qemu.records import ProcessRecord
 from hypervisor.qemu.status import MigrationStatus, domain_state
-from migrator.errors import HypervisorError
+from migrator.errors import HypervisorError, NotResumedError
 from migrator.model import DomainName, DomainState
 from migrator.ports import DomainEvent, DomainEventKind
 
@@ -40,6 +40,8 @@ CONT_TIMEOUT_S = 15.0
 CONNECT_TIMEOUT_S = 10.0
 UNFINALIZED_TIMEOUT_S = 2.0
 """QEMU reports `completed` a moment before it accepts `cont`."""
+EXIT_NOTICE_TIMEOUT_S = 0.5
+"""From a dying process's last word on its monitor to its end."""
 _RECONNECT_PAUSES_S = (0.1, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -72,6 +74,8 @@ class Guest:
         self._resumed_at_s = 0.0
         self._resumes = 0
         self._resets = 0
+        self._executed = 0
+        """Commands sent so far."""
         self._emit_event = emit
         self._on_gone = on_gone
         self._monitor: Monitor | None = None
@@ -154,9 +158,10 @@ class Guest:
     ) -> object:
         """Run a QMP command. HypervisorError (see qmp.py); says so if the process is gone."""
         if self.process.exited:
-            raise HypervisorError(f"{self.name}: QEMU has ended")
+            raise QmpNotSent(f"{self.name}: QEMU has ended")
         if self._monitor is None:
-            raise QmpDisconnected(f"{self.name}: not connected to its monitor")
+            raise QmpNotSent(f"{self.name}: not connected to its monitor")
+        self._executed += 1
         return await self._monitor.execute(command, arguments, timeout_s=timeout_s)
 
     async def yank_migration(self) -> None:
@@ -258,13 +263,11 @@ class Guest:
     async def cont(self) -> float:
         """Run the vCPUs; returns the wall-clock time (s) at which QEMU ran them. Idempotent.
 
-        HypervisorError if they don't run; the guest then stands as before. A destination that
-        isn't loaded is refused: QEMU would take `cont` as leave to run by itself later.
+        HypervisorError if they don't run; the guest then stands as before. NotResumedError: also
+        if QEMU is gone by now, it is certain that none ran. A destination that isn't loaded is
+        refused: QEMU would take `cont` as leave to run by itself later.
         """
-        if self.incoming and not self.loaded and await self.refresh() == "inmigrate":
-            raise HypervisorError(
-                f"{self.name}: can't be resumed: its state is incoming and not loaded yet"
-            )
+        await self._refuse_unloaded()
         before = self._resumes
         deadline = time.monotonic() + UNFINALIZED_TIMEOUT_S
         while True:  # Bounded by `deadline`.
@@ -273,7 +276,7 @@ class Guest:
                 break
             except QmpCommandError as error:
                 if "not finalized" not in str(error) or time.monotonic() > deadline:
-                    raise
+                    raise NotResumedError(str(error)) from error
                 await asyncio.sleep(0.002)
         if self._resumes > before:
             return self._resumed_at_s
@@ -282,20 +285,55 @@ class Guest:
             raise HypervisorError(f"{self.name}: doesn't run after cont: QEMU says {run_state}")
         return self._resumed_at_s or time.time()
 
+    async def _refuse_unloaded(self) -> None:
+        """NotResumedError if it is a destination that isn't loaded, or doesn't say."""
+        try:
+            if not self.incoming or self.loaded or await self.refresh() != "inmigrate":
+                return
+        except HypervisorError as error:
+            raise NotResumedError(f"{error}; cont was not sent") from error
+        raise NotResumedError(
+            f"{self.name}: can't be resumed: its state is incoming and not loaded yet"
+        )
+
     async def _cont_or_resumed(self, before: int) -> None:
         """Send `cont` and wait for its answer or for RESUME, which comes up to 3 ms earlier."""
         command = asyncio.create_task(self.execute("cont", timeout_s=CONT_TIMEOUT_S))
         resumed = asyncio.create_task(
             self.wait_until(lambda: self._resumes > before, timeout_s=CONT_TIMEOUT_S)
         )
+        await asyncio.sleep(0)  # Both begin.
+        number = self._executed
         try:
             await asyncio.wait((command, resumed), return_when=asyncio.FIRST_COMPLETED)
+            if self.process.exited and self._resumes == before:
+                await asyncio.wait([command])  # Until its connection is read to the end; bounded.
         finally:
             resumed.cancel()
             if not command.done():
                 self._keep(command)
-        if command.done():
+        if not command.done():
+            return
+        try:
             command.result()
+        except QmpNotSent as error:
+            raise NotResumedError(f"{error}; cont was not sent") from error
+        except QmpDisconnected as error:
+            if await self._never_ran(before, number):
+                raise NotResumedError(f"{error}; QEMU died before any vCPU ran") from error
+            raise
+
+    async def _never_ran(self, before: int, number: int) -> bool:
+        """Whether a `cont` whose connection broke is certain to have run no vCPU.
+
+        QEMU writes RESUME to its monitors before it lets a vCPU go (vm_prepare_start, then
+        resume_all_vcpus). So if its process is dead, and what it wrote was read to the end without
+        a RESUME, none ran. All of it was read unless the socket was reset, which Linux does if the
+        dead process left something unread: then that was the `cont`, because nothing was sent
+        after it.
+        """
+        dead = await self.process.wait(timeout_s=EXIT_NOTICE_TIMEOUT_S)
+        return dead and self._resumes == before and self._executed == number
 
     async def reset(self) -> None:
         """Reset the machine; returns when it is done. HypervisorError if that isn't heard."""

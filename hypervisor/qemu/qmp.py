@@ -52,6 +52,10 @@ class QmpDisconnected(HypervisorError):
     """There is no connection. If it broke with a command under way, its outcome is unknown."""
 
 
+class QmpNotSent(QmpDisconnected):
+    """There was no connection to begin with: QEMU never got the command."""
+
+
 class QmpEvent(msgspec.Struct, frozen=True, kw_only=True):
     """An asynchronous message from QEMU. `at_s`: QEMU's wall clock, microseconds precise."""
 
@@ -154,7 +158,7 @@ class Monitor:
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float
     ) -> object:
-        """Run a command and return QEMU's answer. Raises one of this module's three errors."""
+        """Run a command and return QEMU's answer. Raises one of this module's errors."""
         return await self._run(command, arguments, timeout_s, out_of_band=False)
 
     async def execute_out_of_band(
@@ -171,6 +175,8 @@ class Monitor:
         *,
         out_of_band: bool,
     ) -> object:
+        if not self.connected:
+            raise QmpNotSent(f"{self._name}: {command}: not connected")
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._client.execute(command, arguments, oob=out_of_band)

@@ -14,16 +14,12 @@ Its rules (DESIGN: "Handoff"):
 from __future__ import annotations
 
 from migrator.model import (
-    DomainSpec,
-    MigrationRequest,
+    ENDED,
     MigrationState,
-    NodeName,
     OwnershipRecord,
     OwnershipState,
-    Role,
 )
 from migrator.ports import DomainEventKind
-from migrator.session.base import Timing
 from migrator.session.destination_post_copy import DestinationPostCopy
 from migrator.session.messages import (
     Abort,
@@ -34,7 +30,6 @@ from migrator.session.messages import (
     Pending,
     Prepare,
     Refused,
-    Running,
     SessionMessage,
 )
 from migrator.session.vocabulary import (
@@ -55,7 +50,6 @@ from migrator.session.vocabulary import (
     IncomingReady,
     InspectGuest,
     Journal,
-    PagesComplete,
     PeerBack,
     PeerLost,
     PrepareIncoming,
@@ -80,55 +74,6 @@ _BEFORE_HANDOFF = (_S.SETUP, _S.PRECOPY, _S.SWITCHOVER)
 
 class DestinationSession(DestinationPostCopy):
     """See the module. Public attributes are for reading; `handle` alone changes them."""
-
-    role = Role.DESTINATION
-
-    def __init__(
-        self,
-        *,
-        migration_id: str,
-        spec: DomainSpec,
-        source: NodeName,
-        destination: NodeName,
-        token: int,
-        request: MigrationRequest,
-        created_at_s: float,
-        timing: Timing | None = None,
-        may_have_run: bool = False,
-        committed: bool = False,
-        post_copy: bool = False,
-        complete: bool = False,
-    ) -> None:
-        """`may_have_run`: restored from a journal that can't rule out an earlier resume.
-
-        `committed`: restored from a journal that knows of a Commit. `post_copy`: of one with
-        pages missing; `complete`: none is missing any more.
-        """
-        super().__init__(
-            migration_id=migration_id,
-            domain=spec.name,
-            source=source,
-            destination=destination,
-            token=token,
-            request=request,
-            created_at_s=created_at_s,
-            timing=timing or Timing(),
-        )
-        self.spec = spec
-        self.post_copy = post_copy
-        self.complete = PagesComplete() if complete else None
-        self._incoming_ready = False
-        self._listening: EngineListening | None = None
-        self._loaded_at_s = 0.0
-        self._commit = committed
-        self._won_at_s = 0.0
-        self._resume_issued = False
-        self._resume_issued_before = False
-        self._resume_pending = False
-        self._resumed_at_s = 0.0
-        self._dead = False
-        self._restored = False
-        self._may_have_run = may_have_run
 
     # --- dispatch ---
 
@@ -166,39 +111,6 @@ class DestinationSession(DestinationPostCopy):
     def _handle_after_end(self, event: Event) -> None:
         if isinstance(event, Received) and isinstance(event.message, Inquire | Commit | Prepare):
             self._send(self.last_word())
-
-    def last_word(self) -> SessionMessage:
-        """What the source is told when it asks after the end."""
-        if self._resume_issued and self.post_copy:
-            return self._filled_message(lost=self.error or "" if self.state is _S.FAILED else "")
-        if self._resume_issued:
-            return self._running()
-        return Aborted(reason=self.error or self.state.value)
-
-    @property
-    def may_have_run(self) -> bool:
-        """The vCPUs run here, did, or may have: the journal must not forget it."""
-        return self._may_have_run or self._resume_issued
-
-    @property
-    def committed(self) -> bool:
-        """The source said Commit: its own copy will never resume by itself."""
-        return self._commit
-
-    @property
-    def _may_discard(self) -> bool:
-        """In recovery: no compare-and-set of ours can be under way, none was won."""
-        return self.state is _S.RECOVERING and not (
-            self._commit or self._won_at_s or self._resume_issued
-        )
-
-    def _running(self) -> Running:
-        return Running(
-            token=self.next_token,
-            resumed_at_s=self._resumed_at_s,
-            won_at_s=self._won_at_s,
-            loaded_at_s=self._loaded_at_s,
-        )
 
     def _hear(self, message: SessionMessage) -> None:
         if self.state in _BEFORE_HANDOFF and not self._commit:
@@ -324,6 +236,11 @@ class DestinationSession(DestinationPostCopy):
                 # What stood behind it wasn't performed: no resume, or no compare-and-set.
                 self._resume_issued = self._resume_issued_before
                 self._resume_answered()
+            case CommandFailed(command="ResumeGuest", without_effect=True):
+                self._resume_issued = self._resume_issued_before
+                self._resume_answered()
+                if self.state not in ENDED:
+                    self._do(Journal(state=self.state, durable=False))  # Last: it may fail.
             case CommandFailed(command="ResumeGuest"):
                 self._resume_answered()
             case CommandFailed():

@@ -8,17 +8,15 @@
 
 from __future__ import annotations
 
-from migrator.model import DomainSpec, MigrationState
+from migrator.model import MigrationState
 from migrator.ports import DomainEventKind
-from migrator.session.base import Session
+from migrator.session.destination_view import DestinationView
 from migrator.session.messages import (
     Commit,
     Farewell,
-    Filled,
     Inquire,
     Lost,
     Prepared,
-    Running,
     SessionMessage,
 )
 from migrator.session.vocabulary import (
@@ -42,22 +40,8 @@ from migrator.session.vocabulary import (
 _S = MigrationState
 
 
-class DestinationPostCopy(Session):
+class DestinationPostCopy(DestinationView):
     """See the module. `DestinationSession` sets the attributes."""
-
-    spec: DomainSpec
-    post_copy: bool
-    """Pages are missing here, or may be."""
-    complete: PagesComplete | None
-    """None is missing any more, with the engine's figures."""
-    _listening: EngineListening | None
-
-    def _running(self) -> Running:
-        raise NotImplementedError  # In `destination`.
-
-    @property
-    def pages_missing(self) -> bool:
-        return self.post_copy and self.complete is None
 
     # --- the engine ---
 
@@ -134,18 +118,6 @@ class DestinationPostCopy(Session):
         self._do(Journal(state=self.state, durable=False))
         if self.complete is not None:
             self._do(StartTimer(name=TimerName.FILLED, seconds=0.0))
-
-    def _filled_message(self, lost: str = "") -> Filled:
-        done = self.complete or PagesComplete()
-        return Filled(
-            token=self.next_token,
-            lost=lost,
-            seconds=done.seconds,
-            pages=done.pages,
-            faults=done.faults,
-            fault_ms_median=done.fault_ms_median,
-            fault_ms_max=done.fault_ms_max,
-        )
 
     def _hear_in_post_copy(self, message: SessionMessage) -> None:
         match message:

@@ -171,6 +171,8 @@ class CommandFailed(Struct, frozen=True, kw_only=True):
     command: str
     error: str
     reasons: tuple[str, ...] = ()
+    without_effect: bool = False
+    """Of ResumeGuest: it is certain that no vCPU ran by it."""
 
 
 Event = (

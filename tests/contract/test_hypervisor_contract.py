@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from migrator.errors import HypervisorError, NotFoundError
+from migrator.errors import HypervisorError, NotFoundError, NotResumedError
 from migrator.model import PAGE_SIZE_BYTES, DomainState
 from migrator.ports import AbortOutcome, DomainEventKind
 from tests.contract.hypervisor_worlds import (
@@ -270,6 +270,22 @@ async def test_a_destination_that_is_not_loaded_cannot_be_resumed(world: World) 
     await world.b.driver.destroy(VM)
     await world.switch_over(world.a, world.b)
     assert await world.b.state() is DomainState.LOADED, "cont must not have been remembered"
+
+
+async def test_a_destination_that_died_right_before_its_resume_is_certain_not_to_have_run(
+    world: World,
+) -> None:
+    """Nobody has noticed yet that it died: the resume itself finds out."""
+    await world.a.driver.start(world.launch())
+    await world.switch_over(world.a, world.b)
+    await world.kill(world.b)
+    with pytest.raises((NotResumedError, NotFoundError)):
+        await world.b.driver.resume(VM)
+    await world.b.wait(DomainEventKind.EXITED)
+    with pytest.raises((NotResumedError, NotFoundError)):
+        await world.b.driver.resume(VM)
+    await world.a.driver.resume(VM)
+    assert await world.a.state() is DomainState.RUNNING
 
 
 @pytest.mark.parametrize("sent", [False, True])

@@ -83,12 +83,13 @@ def kill(scene: Scene, name: str) -> None:
     """Kill it; where an agent watches it, until that agent has seen its end."""
     cluster, began_s = scene.cluster, time.time()
     cluster.kill(scene.victim(name))
-    if name == "destination hypervisor":
+    if name.endswith("hypervisor"):
+        node = scene.source if name.startswith("source") else scene.destination
         eventually(
-            "the destination's agent notices",
+            f"the agent of {node} notices",
             lambda: any(
                 event.kind == EventKind.DOMAIN_EXITED
-                and event.node == scene.destination
+                and event.node == node
                 and event.at_s >= began_s
                 for event in cluster.events(WITNESS)
             ),
@@ -171,21 +172,31 @@ HANDOFFS = (
     # The device state is out, the destination hasn't been told that it may take the record.
     Handoff("source", "Commit", ("source agent",), "source", FAILED),
     Handoff("source", "Commit", BOTH_AGENTS, "source", FAILED),
+    Handoff("source", "Commit", ("destination hypervisor",), "source", FAILED),
+    # What the destination has loaded is whole: it needs neither the source nor the engines.
+    Handoff("source", "Commit", ("source hypervisor",), "destination", COMPLETED),
+    Handoff("source", "Commit", ("source engine",), "destination", COMPLETED),
+    Handoff("source", "Commit", ("destination engine",), "destination", COMPLETED),
     # It may, and hasn't.
     # The source waits a second before it takes the guest back; an agent that is up again by then,
     # and finds the guest loaded and the source willing, goes on. Either is right, if both agree.
     Handoff("destination", "SwapRecord", ("destination agent",), "either", None),
     Handoff("destination", "SwapRecord", ("destination hypervisor",), "source", FAILED),
+    Handoff("destination", "SwapRecord", ("source agent",), "destination", COMPLETED),
     # It has won the record; the guest has never run there.
     Handoff("destination", "Fence", ("destination agent",), "destination", COMPLETED),
     Handoff("destination", "Fence", ("source agent",), "destination", COMPLETED),
     Handoff("destination", "Fence", BOTH_AGENTS, "destination", COMPLETED),
     Handoff("destination", "Fence", ("destination hypervisor",), "source", FAILED),
+    Handoff("destination", "Fence", ("source hypervisor",), "destination", COMPLETED),
     # Its resume is journalled, and about to be issued.
+    Handoff("destination", "ResumeGuest", ("destination hypervisor",), "source", FAILED),
     Handoff("destination", "ResumeGuest", ("destination agent",), "destination", COMPLETED),
     # The guest runs there; the source still has its stale copy.
     Handoff("source", "DestroyGuest", ("source agent",), "destination", COMPLETED),
     Handoff("source", "DestroyGuest", BOTH_AGENTS, "destination", COMPLETED),
+    Handoff("source", "DestroyGuest", ("destination agent",), "destination", COMPLETED),
+    Handoff("source", "DestroyGuest", ("source hypervisor",), "destination", COMPLETED),
 )
 
 

@@ -70,8 +70,8 @@ def begin(node: Node, command: v.Command) -> None:
     world.after(due_s - world.now_s, act)
 
 
-def _failed(kind: type[object], error: str) -> v.CommandFailed:
-    return v.CommandFailed(command=kind.__name__, error=error)
+def _failed(kind: type[object], error: str, *, without_effect: bool = False) -> v.CommandFailed:
+    return v.CommandFailed(command=kind.__name__, error=error, without_effect=without_effect)
 
 
 def _fails(node: Node, command: v.Command) -> bool:
@@ -291,11 +291,13 @@ def _gone(node: Node, guest: Guest | None) -> bool:
 
 
 def _resume(node: Node, guest: Guest | None, token: int) -> list[v.Event]:
+    if node.world.chance(node.world.faults.death_before_resume):
+        node.kill_guest("right before cont")
     if guest is None or _gone(node, guest):
-        return [_failed(v.ResumeGuest, "no such domain")]
+        return [_failed(v.ResumeGuest, "no such domain", without_effect=True)]
     if guest.state is not G.RUNNING:
         if guest.state is G.PRE_SWITCHOVER or guest.state is G.SENDING:
-            return [_failed(v.ResumeGuest, "the migration is not finalized")]
+            return [_failed(v.ResumeGuest, "not finalized", without_effect=True)]
         token = max(token, guest.token)
         node.world.log("{}: cont under token {}", node.name, token)
         checkers.check_resume(node.world, guest, token)

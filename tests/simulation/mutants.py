@@ -156,6 +156,17 @@ class DeniesThatItRan(DestinationSession):
         self._commands = [each for each in self._commands if not isinstance(each, v.Send)]
 
 
+class TakesEveryFailedResumeForOne(DestinationSession):
+    """Its hypervisor died before `cont`, and yet it tells the source that the guest ran."""
+
+    found_as: ClassVar = ("4:",)
+
+    def _in_handoff(self, event: v.Event) -> None:
+        if isinstance(event, v.CommandFailed):
+            event = msgspec.structs.replace(event, without_effect=False)
+        super()._in_handoff(event)
+
+
 class GivesUpALoadedCopy(DestinationSession):
     """Discards the only copy because nobody called for a while."""
 
@@ -258,6 +269,7 @@ DESTINATIONS: tuple[type[DestinationSession], ...] = (
     TakesWithoutCommit,
     DeniesThatItRan,
     GivesUpALoadedCopy,
+    TakesEveryFailedResumeForOne,
     LeavesTheGuestWaiting,
     FilledTooEarly,
 )

@@ -298,7 +298,7 @@ class Node:
         failed = self.world.chance(self.world.faults.journal_failure)
         if failed and (not durable or self.world.random.random() < 0.5):
             return False
-        self.resume_noted |= entry.resuming
+        self.resume_noted = entry.resuming
         self.journal[entry.migration_id] = entry
         if durable and not failed:  # It may have failed in fsync: written, for the time being.
             self.durable[entry.migration_id] = entry

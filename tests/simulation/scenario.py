@@ -59,6 +59,7 @@ def faults_of(seed: int) -> Faults:
         journal_failure=rate(0.3, 0.3),
         fence_failure=rate(0.6, 0.2) or (1.0 if r.random() < 0.04 else 0.0),
         resume_failure=rate(0.6, 0.3),
+        death_before_resume=r.choice((0.0, 0.0, 0.0, 0.1, 0.5)),
         hang=rate(0.1, 0.3),
         stall=rate(0.1, 0.3),
         aimed=rate(0.7, 0.6),

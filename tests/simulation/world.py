@@ -66,6 +66,8 @@ class Faults:
     journal_failure: float = 0.0
     fence_failure: float = 0.0
     resume_failure: float = 0.0
+    death_before_resume: float = 0.0
+    """That a hypervisor dies right before its `cont`, which is then certain to have run nothing."""
     hang: float = 0.0
     """That a hypervisor's monitor is stuck for up to HANG_S before a command."""
     stall: float = 0.0

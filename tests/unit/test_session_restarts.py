@@ -1,0 +1,146 @@
+"""A pair of sessions joined directly: restarts from the journal, and words after the end."""
+
+from __future__ import annotations
+
+import pytest
+
+from migrator.journal_entry import answer_without_session, entry_of, restore
+from migrator.model import (
+    MigrationState,
+    NodeName,
+    OwnershipState,
+    Role,
+)
+from migrator.session import messages as m
+from migrator.session import vocabulary as v
+from migrator.session.destination import DestinationSession
+from migrator.session.source import SourceSession
+from tests.unit.session_pair import SessionPair
+
+_S = MigrationState
+SOURCE, DESTINATION = Role.SOURCE, Role.DESTINATION
+COMPLETED = (_S.COMPLETED, _S.COMPLETED)
+CANCELLED = (_S.CANCELLED, _S.CANCELLED)
+FAILED = (_S.FAILED, _S.CANCELLED)
+GONE = v.GuestInspected(condition=v.GuestCondition.GONE)
+
+
+# --- restart from the journal ---
+
+
+def _restored(pair: SessionPair, role: Role, *, boot_id: str = "boot") -> SessionPair:
+    entry = entry_of(pair.of(role), boot_id="boot")
+    session = restore(entry, boot_id=boot_id)
+    if isinstance(session, SourceSession):
+        pair.source = session
+    else:
+        pair.destination = session
+    pair._events.clear()
+    pair.timers.clear()
+    pair.given.clear()
+    pair.push(session, v.Recover())
+    return pair
+
+
+def test_a_source_restarted_in_precopy_aborts_in_any_case() -> None:
+    """A switchover that was begun before the restart may not show yet."""
+    pair = SessionPair()
+    pair.run_until_state(_S.PRECOPY)
+    assert _restored(pair, SOURCE).run() == FAILED
+    assert pair.commands(SOURCE)[:2] == ["InspectGuest", "AbortSwitchover"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_dead_source_commits_only_what_is_known_to_be_out(known: bool) -> None:
+    """Else the guest may have resumed by itself, and run on, after the destination had loaded."""
+    pair = SessionPair()
+    pair.silence(m.Commit)
+    pair.run_until_state(_S.HANDOFF if known else _S.SWITCHOVER)
+    pair = _restored(pair, SOURCE)
+    pair.silence(v.InspectGuest)
+    pair.run()
+    pair.push(pair.source, GONE)
+    pair.run()
+    assert ("Commit" in pair.messages(SOURCE)) is known
+    assert ("Abort" in pair.messages(SOURCE)) is not known
+
+
+def test_a_destination_restarted_in_the_handoff_goes_on_by_itself() -> None:
+    pair = SessionPair()
+    pair.silence(v.SwapRecord, m.Commit)
+    pair.run()
+    pair.push(pair.destination, v.Received(message=m.Commit()))
+    pair.run()
+    assert pair.destination.state is _S.HANDOFF
+    pair.silent.clear()
+    assert _restored(pair, DESTINATION).run() == COMPLETED
+    assert pair.resumed_on == [DESTINATION]
+
+
+@pytest.mark.parametrize(("boot_id", "word"), [("boot", m.Aborted), ("another", m.Running)])
+def test_after_a_reboot_an_owner_may_have_run(boot_id: str, word: type[object]) -> None:
+    pair = SessionPair()
+    pair.silence(v.Fence)
+    pair.run()
+    pair = _restored(pair, DESTINATION, boot_id=boot_id)
+    pair.silence(v.InspectGuest, m.Running, m.Aborted)
+    pair.run()
+    pair.push(pair.destination, GONE)
+    pair.run()
+    assert isinstance(pair.destination.last_word(), word)
+
+
+@pytest.mark.parametrize("owner", ["n1", "n3"])
+def test_a_copy_that_the_record_moved_past_is_discarded(owner: str) -> None:
+    pair = SessionPair()
+    pair.silence(m.Commit)
+    pair.run()
+    for _ in range(3):
+        pair.record = pair.record.passed_to(NodeName(owner))
+    pair.run(timers=1)
+    assert pair.source.state is _S.FAILED
+    assert pair.commands(SOURCE)[-3:] == ["DestroyGuest", "StopEngine", "Finish"]
+    assert pair.resumed_on == []
+
+
+def test_a_domain_that_was_stopped_meanwhile_is_not_continued() -> None:
+    pair = SessionPair()
+    pair.silence(m.Commit)
+    pair.run()
+    record = pair.record
+    pair.record = type(record)(domain="vm", token=1, owner="n1", state=OwnershipState.STOPPED)
+    pair.run(timers=1)
+    assert pair.source.state is _S.FAILED
+    assert pair.resumed_on == []
+
+
+def test_a_loaded_destination_never_gives_up_by_timeout() -> None:
+    pair = SessionPair()
+    pair.silence(m.Commit, m.Inquire, m.Abort, m.Pending)
+    pair.run()
+    pair.timers = {key: at for key, at in pair.timers.items() if key[0] is DESTINATION}
+    pair.run(timers=20)
+    assert pair.destination.state is _S.RECOVERING
+    assert "DestroyGuest" not in pair.commands(DESTINATION)
+
+
+# --- answers without a session ---
+
+
+def test_ended_sides_do_not_answer_each_other_for_ever() -> None:
+    pair = SessionPair()
+    pair.run()
+    entries = {role: entry_of(pair.of(role), boot_id="boot") for role in Role}
+    for role, other in ((SOURCE, DESTINATION), (DESTINATION, SOURCE)):
+        for message in (m.Inquire(), m.Commit(), m.Pending(state="x")):
+            answer = answer_without_session(role, entries[role], message)
+            if answer is not None:
+                assert answer_without_session(other, entries[other], answer) is None
+
+
+def test_an_unknown_migration_is_answered_so_that_the_other_side_can_end() -> None:
+    assert isinstance(answer_without_session(SOURCE, None, m.Inquire()), m.Abort)
+    assert isinstance(answer_without_session(DESTINATION, None, m.Commit()), m.Aborted)
+    session = SessionPair().destination
+    assert isinstance(session, DestinationSession)
+    assert answer_without_session(DESTINATION, entry_of(session, boot_id=""), m.Inquire()) is None
