@@ -26,6 +26,7 @@ from migrator.errors import ConfigError
 from migrator.journal import MigrationJournal
 from migrator.model import DomainSpec, NodeInfo, NodeName, PoolName
 from migrator.ports import FabricDriver, HypervisorDriver, VolumeDriver
+from migrator.tls import TlsFiles
 from netfabric.bridge import BridgeFabric
 from node_agent import loop_monitor
 from node_agent.api.server import ApiServer, create_app
@@ -45,7 +46,9 @@ from node_agent.migrations.publisher import Publisher
 from node_agent.migrations.site import NodeSite
 from node_agent.nodes import NodeRegistry
 from node_agent.peers.hub import PeerHub
+from node_agent.state.etcd import EtcdSettings, EtcdStore
 from node_agent.state.ownership import StoreOwnership
+from node_agent.state.port import StateStore
 from node_agent.state.sqlite import SqliteStore
 from node_agent.state.typed import TypedStore
 from node_agent.volumes import VolumeService
@@ -62,6 +65,22 @@ def version() -> str:
         return metadata.version("ferry")
     except metadata.PackageNotFoundError:
         return "0"
+
+
+def make_store(config: AgentConfig) -> StateStore:
+    table = config.store
+    if table.driver == SqliteStore.name:
+        return SqliteStore(Path(table.path))
+    tls = TlsFiles(
+        authority_path=table.tls_authority,
+        certificate_path=table.tls_certificate,
+        key_path=table.tls_key,
+    )
+    return EtcdStore(
+        EtcdSettings(
+            endpoints=table.members, prefix=table.prefix, tls=tls if table.tls_authority else None
+        )
+    )
 
 
 def make_hypervisor(config: AgentConfig) -> HypervisorDriver:
@@ -105,7 +124,7 @@ async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
     await asyncio.to_thread(prepare_folders, config)
     boot_id = (await asyncio.to_thread(BOOT_ID_PATH.read_text)).strip()
     async with contextlib.AsyncExitStack() as stack:
-        store = SqliteStore(Path(config.store.path))
+        store = make_store(config)
         await store.open()
         stack.push_async_callback(store.close)
         typed = TypedStore(store)

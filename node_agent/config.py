@@ -39,6 +39,10 @@ _AbsolutePath = Annotated[
     str, msgspec.Meta(description="an absolute path", pattern=r"^/", max_length=4096)
 ]
 
+_PathOrNone = Annotated[
+    str, msgspec.Meta(description="an absolute path", pattern=r"^(/|$)", max_length=4096)
+]
+
 
 class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of every table of the file."""
@@ -90,9 +94,28 @@ class TlsTable(Table, frozen=True, kw_only=True):
 
 
 class StoreTable(Table, frozen=True, kw_only=True):
-    driver: Annotated[Literal["sqlite"], msgspec.Meta(description='"sqlite"')] = "sqlite"
-    path: _AbsolutePath
-    """The one file that all agents on this machine share."""
+    driver: Annotated[Literal["sqlite", "etcd"], msgspec.Meta(description='"sqlite" or "etcd"')] = (
+        "sqlite"
+    )
+    path: _PathOrNone = ""
+    """sqlite: the one file that all agents on this machine share."""
+    endpoints: Annotated[
+        tuple[str, ...], msgspec.Meta(description='an array of the members\' "HOST:PORT"')
+    ] = ()
+    """etcd: where its members' clients connect. Name all of them."""
+    prefix: Annotated[
+        str, msgspec.Meta(pattern=r"^/[A-Za-z0-9._/-]*/$", description='"/ferry/", say')
+    ] = "/ferry/"
+    """etcd: all keys are below it. Clusters that share an etcd have different ones."""
+    tls_authority: _PathOrNone = ""
+    """etcd: PEM files for mutual TLS; all three or none."""
+    tls_certificate: _PathOrNone = ""
+    tls_key: _PathOrNone = ""
+
+    @property
+    def members(self) -> tuple[tuple[str, int], ...]:
+        """(host, port) of each of `endpoints`."""
+        return tuple(parse_endpoint(each) for each in self.endpoints)
 
 
 class HypervisorTable(Table, frozen=True, kw_only=True):
@@ -310,6 +333,7 @@ def _contradictions(config: AgentConfig) -> Iterator[str]:
         if peer.name in seen:
             yield f'peers[{index}].name: "{peer.name}" is taken by an earlier peer'
         seen.add(peer.name)
+    yield from _store_contradictions(config.store)
     if config.api.listen == config.peer.listen:
         yield f'peer.listen: "{config.peer.listen}" is api.listen too; must be another port'
     try:
@@ -320,6 +344,25 @@ def _contradictions(config: AgentConfig) -> Iterator[str]:
             )
     except ValueError:
         pass  # A host name.
+
+
+def _store_contradictions(store: StoreTable) -> Iterator[str]:
+    if store.driver == "sqlite" and not store.path:
+        yield "store.path: missing; must be an absolute path"
+    if store.driver == "etcd" and not store.endpoints:
+        yield 'store.endpoints: missing; must be an array of the members\' "HOST:PORT"'
+    for index, endpoint in enumerate(store.endpoints):
+        try:
+            parse_endpoint(endpoint)
+        except ConfigError as error:
+            yield f"store.endpoints[{index}]: {error}"
+    tls = {name: getattr(store, name) for name in ("tls_authority", "tls_certificate", "tls_key")}
+    if any(tls.values()):
+        yield from (
+            f"store.{name}: missing; mutual TLS takes all three files"
+            for name, path in tls.items()
+            if not path
+        )
 
 
 def render_config(config: AgentConfig) -> str:

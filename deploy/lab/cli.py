@@ -16,6 +16,7 @@ import msgspec
 import typer
 
 from deploy.lab import lab as labs
+from deploy.lab.plan import StoreKind
 from deploy.lab.preconditions import remarks, require_root
 from deploy.lab.record import DEFAULT_NAME
 from migrator.errors import FerryError, InvalidRequest, RefusedError
@@ -32,6 +33,11 @@ _FAILED = 1
 class AgentAction(StrEnum):
     START = "start"
     STOP = "stop"
+    KILL = "kill"
+
+
+class MemberAction(StrEnum):
+    START = "start"
     KILL = "kill"
 
 
@@ -72,6 +78,10 @@ def up(
         int | None,
         typer.Option("--link-mbit", min=0, help="Speed of each node's links, Mbit/s; 0: no limit."),
     ] = None,
+    store: Annotated[
+        StoreKind | None,
+        typer.Option("--store", help="Where the cluster's state is. New lab: sqlite, one file."),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say each step.")] = False,
 ) -> None:
     """Make the lab, or repair it and let it grow."""
@@ -81,6 +91,7 @@ def up(
             name,
             nodes=nodes,
             link_mbit=link_mbit,
+            store=store,
             report=print if verbose else lambda _line: None,
         )
     names = ", ".join(node.name for node in record.nodes)
@@ -154,7 +165,7 @@ def list_labs(
     "exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
 )
 def execute(
-    where: Annotated[str, typer.Argument(help="A node, client, storage or switch.")],
+    where: Annotated[str, typer.Argument(help="A node, client, storage, switch, etcd1 to 3.")],
     command: Annotated[list[str], typer.Argument(help="The command and its arguments.")],
     name: _Name = DEFAULT_NAME,
 ) -> None:
@@ -185,6 +196,21 @@ def agent(
         ended = labs.stop_agent(name, node, kill=action is AgentAction.KILL)
     word = "killed" if action is AgentAction.KILL else "stopped"
     print(f"The agent of {node} is {word}." if ended else f"The agent of {node} wasn't running.")
+
+
+@app.command("etcd")
+def etcd_member(
+    member: Annotated[str, typer.Argument(help="etcd1, etcd2 or etcd3.")],
+    action: Annotated[MemberAction, typer.Argument(help="kill: SIGKILL, as a crash would.")],
+    name: _Name = DEFAULT_NAME,
+) -> None:
+    """Start or kill one member of the lab's etcd (`up --store etcd`)."""
+    with _errors_as_sentences():
+        changed = labs.etcd_member(name, member, run=action is MemberAction.START)
+    if action is MemberAction.START:
+        print(f"{member} serves." if changed else f"{member} was running.")
+    else:
+        print(f"{member} is killed." if changed else f"{member} wasn't running.")
 
 
 if __name__ == "__main__":

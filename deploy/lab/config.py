@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from deploy.lab.plan import LabPlan, NodePlan
+from deploy.lab.plan import ETCD_CLIENT_PORT, LabPlan, NodePlan, StoreKind
 from node_agent.config import (
     AgentConfig,
     ApiTable,
@@ -37,7 +37,7 @@ def agent_config(plan: LabPlan, node: NodePlan) -> AgentConfig:
         ),
         peer=PeerTable(listen=format_endpoint(node.mgmt_address, PEER_PORT)),
         migration=MigrationTable(address=node.mgmt_address),
-        store=StoreTable(path=str(plan.store_path)),
+        store=store_table(plan),
         hypervisor=HypervisorTable(),
         fabric=FabricTable(),
         pools=(PoolTable(name="default", path=str(plan.volumes_path)),),
@@ -45,6 +45,18 @@ def agent_config(plan: LabPlan, node: NodePlan) -> AgentConfig:
             KnownPeer(name=other.name, address=format_endpoint(other.mgmt_address, PEER_PORT))
             for other in plan.nodes
             if other.name != node.name
+        ),
+    )
+
+
+def store_table(plan: LabPlan) -> StoreTable:
+    """Where the cluster's state is: one file, or the lab's etcd."""
+    if plan.store is StoreKind.SQLITE:
+        return StoreTable(path=str(plan.store_path))
+    return StoreTable(
+        driver="etcd",
+        endpoints=tuple(
+            format_endpoint(member.address, ETCD_CLIENT_PORT) for member in plan.etcd_members
         ),
     )
 

@@ -24,9 +24,16 @@ from typing import Final
 
 import msgspec
 
-from deploy.lab import namespaces, network, processes, registry
+from deploy.lab import etcd, namespaces, network, processes, registry
 from deploy.lab.config import agent_config_text
-from deploy.lab.plan import LabPlan, NodePlan, check_lab_name, lab_of_namespace, make_plan
+from deploy.lab.plan import (
+    LabPlan,
+    NodePlan,
+    StoreKind,
+    check_lab_name,
+    lab_of_namespace,
+    make_plan,
+)
 from deploy.lab.preconditions import check_machine, require_root
 from deploy.lab.processes import Process
 from deploy.lab.record import (
@@ -39,7 +46,7 @@ from deploy.lab.record import (
     write_record,
 )
 from deploy.lab.removal import interrupts_ignored, remove_everything, remove_traces
-from migrator.errors import ConflictError, FerryError
+from migrator.errors import ConflictError, FerryError, InvalidRequest
 
 DEFAULT_NODES: Final = 3
 AGENT_COMMAND: Final = (sys.executable, "-m", "node_agent")
@@ -78,14 +85,16 @@ def up(
     nodes: int | None = None,
     link_mbit: int | None = None,
     node_memory_bytes: int | None = None,
+    store: StoreKind | None = None,
     agent_command: Sequence[str] | None = None,
     ready_timeout_s: float = READY_TIMEOUT_S,
     report: Callable[[str], None] = lambda _line: None,
 ) -> LabRecord:
     """Make the lab, or repair it and let it grow; returns when every agent answers.
 
-    What isn't given stays as it is: 3 nodes, unshaped links (Mbit/s; 0 lifts a shaping) and 4 GiB
-    a node for a new lab. `agent_command` gets `--config PATH` appended. `report` hears each step.
+    What isn't given stays as it is: 3 nodes, unshaped links (Mbit/s; 0 lifts a shaping), 4 GiB
+    a node and the state in an SQLite file for a new lab. `agent_command` gets `--config PATH`
+    appended. `report` hears each step.
 
     Raises FerryError (RefusedError: the machine lacks something; InvalidRequest: a number is wrong;
     ConflictError: the lab is locked, lives elsewhere or would shrink). Then, as after a
@@ -103,7 +112,9 @@ def up(
                 undo.callback(remove_everything, name, folder, lock, ())
                 check_machine()
                 remove_traces(name, folder, ())
-            plan = _merge(name, index, present, nodes, link_mbit, node_memory_bytes)
+            plan = _merge(name, index, present, nodes, link_mbit, node_memory_bytes, store)
+            if plan.etcd_members:
+                etcd.check_installed()
             command = tuple(agent_command or (present.agent_command if present else AGENT_COMMAND))
             record = _make(plan, command, present, undo, report)
             for item, node in zip(record.nodes, plan.nodes, strict=True):
@@ -229,10 +240,37 @@ def kill_agent(lab: str, node: str) -> bool:
     return stop_agent(lab, node, kill=True)
 
 
+def etcd_member(lab: str, member: str, *, run: bool) -> bool:
+    """Start one member of the lab's etcd with what it has on its disk, or SIGKILL it.
+
+    False: it was so already. InvalidRequest: there is no such member.
+    """
+    require_root()
+    with registry.lab_lock(lab):
+        plan = load(lab).plan
+        found = next((each for each in plan.etcd_members if each.name == member), None)
+        if found is None:
+            names = (
+                ", ".join(each.name for each in plan.etcd_members) or "none: its store is a file"
+            )
+            raise InvalidRequest(
+                f"lab {lab} has no etcd member {member!r}; its members are {names}"
+            )
+        process = etcd.find_member(found)
+        if (process is not None) is run:
+            return False
+        if process is None:
+            etcd.wait_serving(found, etcd.start_member(plan, found))
+        else:
+            processes.send_signal(process, signal.SIGKILL)
+            processes.wait_ended([process], STOP_TIMEOUT_S)
+    return True
+
+
 def namespace_of(lab: str, where: str) -> str:
-    """The namespace of a node's name, `client`, `storage` or `switch`. Raises InvalidRequest."""
+    """The namespace of a node, an etcd member, `client`, `storage` or `switch`. InvalidRequest."""
     plan = load(lab).plan
-    if where in ("client", "storage", "switch"):
+    if where in ("client", "storage", "switch", *(each.name for each in plan.etcd_members)):
         return plan.namespace(where)
     return plan.node(where).namespace
 
@@ -267,8 +305,11 @@ def _merge(
     nodes: int | None,
     link_mbit: int | None,
     node_memory_bytes: int | None,
+    store: StoreKind | None,
 ) -> LabPlan:
-    """What is asked for over what there is. Raises ConflictError if the lab would shrink."""
+    """What is asked for over what there is. Raises ConflictError if the lab would shrink, or its
+    state would be left behind in another store.
+    """
     count, rate = DEFAULT_NODES, None
     extra: dict[str, int] = {}
     if present is not None:
@@ -278,6 +319,12 @@ def _merge(
             raise ConflictError(
                 f"lab {name} has {count} nodes and can't shrink to {nodes}; take it down first"
             )
+        if store not in (None, present.plan.store):
+            raise ConflictError(
+                f"lab {name} keeps its state in {present.plan.store}, which can't become {store}; "
+                "take it down first"
+            )
+        store = present.plan.store
     if node_memory_bytes is not None:
         extra["node_memory_bytes"] = node_memory_bytes
     if link_mbit is not None:
@@ -288,6 +335,7 @@ def _merge(
         node_count=count if nodes is None else nodes,
         labs_root=labs_root(),
         link_mbit=rate,
+        store=store or StoreKind.SQLITE,
         **extra,
     )
 
@@ -317,6 +365,7 @@ def _make(
             undo.callback(shutil.rmtree, node.folder, ignore_errors=True)
         node.state_path.mkdir(parents=True, exist_ok=True)
     network.ensure_network(plan, made)
+    etcd.ensure_members(plan, report)
     agents = {node.name: _ensure_agent(plan, node, command, undo, report) for node in plan.nodes}
     return write_record(plan, command, agents)
 

@@ -20,11 +20,13 @@ Rules:
 - 10.77.L.0/24 carries management, migrations and storage; 10.78.L.0/24 belongs to the guests.
   L is the lab's index on this machine, so that labs side by side never share an address.
 - `link_mbit` shapes both ends of both of a node's links.
+- With `store` etcd, its three members have hosts of their own: fy-LAB-etcd1 to 3, beside storage.
 - A namespace's name always ends in its role, so a name belongs to exactly one lab.
 """
 
 from __future__ import annotations
 
+import enum
 import re
 from pathlib import Path
 from typing import Final
@@ -45,6 +47,10 @@ SOCKET_PATH_BYTES_MAX: Final = 107
 _DEEPEST_SOCKET: Final = 48
 """Bytes to spare below a node's state folder for its drivers' sockets."""
 
+ETCD_MEMBERS: Final = 3
+ETCD_CLIENT_PORT: Final = 2379
+ETCD_PEER_PORT: Final = 2380
+
 GUEST_BRIDGE: Final = "br0"
 """The bridge in each node that a domain's `NicSpec.bridge` names."""
 NODE_UPLINK: Final = "uplink0"
@@ -55,7 +61,7 @@ SWITCH_MGMT_BRIDGE: Final = "mgmt"
 
 _LAB_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?")
 _NAMESPACE: Final = re.compile(
-    r"fy-(?P<lab>[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?)-(?P<role>n[0-9]+|switch|client|storage)"
+    r"fy-(?P<lab>[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?)-(?P<role>n[0-9]+|switch|client|storage|etcd[1-3])"
 )
 
 
@@ -102,6 +108,27 @@ class NodePlan(msgspec.Struct, frozen=True, kw_only=True):
         return self.folder / "api.sock"
 
 
+class StoreKind(enum.StrEnum):
+    """Where a lab's cluster state is."""
+
+    SQLITE = "sqlite"
+    ETCD = "etcd"
+    """A real etcd of three members, each on a host of its own."""
+
+
+class EtcdMemberPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One member of the lab's etcd: its host, and where it keeps things."""
+
+    name: str
+    namespace: str
+    address: str
+    folder: Path
+
+    @property
+    def log_path(self) -> Path:
+        return self.folder / "etcd.log"
+
+
 class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
     """A whole lab. Two plans with the same fields are the same lab. Make it with `make_plan`."""
 
@@ -113,6 +140,8 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
     link_mbit: int | None = None
     """Rate of each node's links in Mbit/s; None: not shaped."""
     node_memory_bytes: int = MEMORY_BYTES_DEFAULT
+    store: StoreKind = StoreKind.SQLITE
+    """Where the cluster's state is."""
 
     def namespace(self, role: str) -> str:
         return namespace_name(self.name, role)
@@ -128,6 +157,7 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
             self.switch,
             self.namespace("client"),
             self.namespace("storage"),
+            *(member.namespace for member in self.etcd_members),
             *(node.namespace for node in self.nodes),
         )
 
@@ -141,6 +171,21 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
                 folder=self.folder / f"n{number}",
             )
             for number in range(1, self.node_count + 1)
+        )
+
+    @property
+    def etcd_members(self) -> tuple[EtcdMemberPlan, ...]:
+        """None where the cluster's state is an SQLite file."""
+        if self.store is not StoreKind.ETCD:
+            return ()
+        return tuple(
+            EtcdMemberPlan(
+                name=f"etcd{number}",
+                namespace=self.namespace(f"etcd{number}"),
+                address=f"10.77.{self.index}.{251 + number}",
+                folder=self.folder / f"etcd{number}",
+            )
+            for number in range(1, ETCD_MEMBERS + 1)
         )
 
     def node(self, name: str) -> NodePlan:
@@ -219,6 +264,10 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
         )
         links.append(self._mgmt_link("client", client, self.client_mgmt_address))
         links.append(self._mgmt_link("storage", self.namespace("storage"), self.storage_address))
+        links += (
+            self._mgmt_link(member.name, member.namespace, member.address)
+            for member in self.etcd_members
+        )
         return tuple(links)
 
     @staticmethod
@@ -234,7 +283,7 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def namespace_name(lab: str, role: str) -> str:
-    """`role` is a node's name, `switch`, `client` or `storage`."""
+    """`role` is a node's name, `switch`, `client`, `storage` or an etcd member's name."""
     return f"fy-{lab}-{role}"
 
 
@@ -261,6 +310,7 @@ def make_plan(
     labs_root: Path,
     link_mbit: int | None = None,
     node_memory_bytes: int = MEMORY_BYTES_DEFAULT,
+    store: StoreKind = StoreKind.SQLITE,
 ) -> LabPlan:
     """Work out a lab; its folder is `labs_root`/`name`. Raises InvalidRequest, all faults at once.
 
@@ -292,4 +342,5 @@ def make_plan(
         folder=folder,
         link_mbit=link_mbit,
         node_memory_bytes=node_memory_bytes,
+        store=store,
     )

@@ -45,6 +45,7 @@ missing_packages() {
     has cpio || echo cpio
     has dpkg-deb || echo dpkg
     has ip || echo iproute2
+    has etcd || echo etcd-server
     has ping || echo iputils-ping
     [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
 }

@@ -8,7 +8,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -17,14 +18,23 @@ import pytest
 from migrator.errors import LocalProtocolError, StoreError
 from migrator.model import DomainName, NodeName, OwnershipRecord, OwnershipState
 from node_agent.state.drivers import DRIVERS
+from node_agent.state.etcd import EtcdSettings, EtcdStore
 from node_agent.state.memory import SimulatedData, SimulatedStore
 from node_agent.state.ownership import StoreOwnership, ownership_key
 from node_agent.state.port import Change, StateStore
 from node_agent.state.sqlite import SqliteStore
 from node_agent.state.typed import TypedStore
 from node_agent.state.watches import KEPT_CHANGES, QUEUE_LIMIT, StoreClosed
+from tests.contract.etcd_members import EtcdMember, running_members
 
 MakeStore = Callable[[], StateStore]
+
+
+@pytest.fixture(scope="module")
+def etcd() -> Iterator[EtcdMember]:
+    """One etcd server for all tests here; each has its own prefix."""
+    with running_members(1) as (member,):
+        yield member
 
 
 @pytest.fixture(params=sorted(DRIVERS))
@@ -32,6 +42,11 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> MakeStore:
     """Makes instances that share one state, as the agents of a cluster do."""
     if request.param == SqliteStore.name:
         return lambda: SqliteStore(tmp_path / "cluster.sqlite")
+    if request.param == EtcdStore.name:
+        member: EtcdMember = request.getfixturevalue("etcd")
+        prefix = f"/{uuid.uuid4().hex}/"
+        settings = EtcdSettings(endpoints=(member.endpoint,), prefix=prefix)
+        return lambda: EtcdStore(settings)
     data = SimulatedData()
     return lambda: SimulatedStore(data)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from deploy.lab.plan import (
     NODES_MAX,
     SOCKET_PATH_BYTES_MAX,
     LabPlan,
+    StoreKind,
     lab_of_namespace,
     make_plan,
 )
@@ -129,6 +131,18 @@ def test_the_agents_configuration_is_one_that_the_agent_reads() -> None:
         assert config.node.memory_bytes == 4 * 1024**3
     stores = {agent_config(plan, node).store.path for node in plan.nodes}
     assert stores == {str(plan.store_path)}
+
+
+def test_a_lab_with_etcd_has_three_members_on_hosts_of_their_own() -> None:
+    plan = msgspec.structs.replace(plan_of(), store=StoreKind.ETCD)
+    members = plan.etcd_members
+    assert len({member.address for member in members}) == len(members) == 3
+    assert {member.namespace for member in members} < set(plan.namespaces)
+    assert len(plan.links) == len(plan_of().links) + 3
+    assert all(lab_of_namespace(name) == plan.name for name in plan.namespaces)
+    for node in plan.nodes:
+        config = parse_config(agent_config_text(plan, node))
+        assert config.store.members == tuple((each.address, 2379) for each in members)
 
 
 @given(link_mbit=st.integers(1, LINK_MBIT_MAX))

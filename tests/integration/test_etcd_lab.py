@@ -1,0 +1,97 @@
+"""A lab whose state is in a real etcd of three members, which die while guests run and move."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from deploy import lab
+from deploy.guest.build import build_guest, default_cache_directory
+from deploy.lab.lab import etcd_member
+from deploy.lab.plan import StoreKind
+from migrator.model import MigrationState, NodeState
+from node_agent.cli.errors import ApiProblem
+from node_agent.resources import NodeList
+from tests.integration.cluster.world import Cluster, Guest, Load, eventually
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
+
+MEMBERS = ("etcd1", "etcd2", "etcd3")
+
+
+@pytest.fixture(scope="module")
+def etcd_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    name = f"e{os.getpid()}"
+    try:
+        lab.up(name, nodes=3, node_memory_bytes=1024**3, store=StoreKind.ETCD)
+        image = build_guest(default_cache_directory())
+        yield Cluster(lab.load(name).plan, image, tmp_path_factory.mktemp("holds"))
+    finally:
+        lab.down(name)
+
+
+@pytest.fixture(scope="module")
+def guest(etcd_cluster: Cluster) -> Iterator[Guest]:
+    with etcd_cluster.guest("web", load=Load(dirty_pages_per_s=500)) as guest:
+        yield guest
+
+
+@pytest.fixture
+def members(etcd_cluster: Cluster) -> Iterator[None]:
+    """All members run before and after."""
+    yield
+    for member in MEMBERS:
+        etcd_member(etcd_cluster.name, member, run=True)
+    eventually("the agents have a store again", lambda: _answers(etcd_cluster))
+
+
+def _answers(cluster: Cluster) -> bool:
+    try:
+        cluster.migrations_of("web")
+    except ApiProblem:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_any_one_member_may_die_in_a_migration(
+    etcd_cluster: Cluster, guest: Guest, members: None, member: str
+) -> None:
+    moving = etcd_cluster.migrate("web", guest.other_node(), bandwidth_bytes_per_s=40_000_000)
+    etcd_cluster.in_state(moving.id, MigrationState.PRECOPY)
+    assert etcd_member(etcd_cluster.name, member, run=False)
+    ended = etcd_cluster.ended(moving.id)
+    assert ended.state is MigrationState.COMPLETED, ended
+    assert guest.copies() == [ended.destination]
+    guest.verify()
+
+
+def test_without_a_majority_guests_go_on_and_agents_say_why(
+    etcd_cluster: Cluster, guest: Guest, members: None
+) -> None:
+    home, other = guest.node, guest.other_node()
+    before = guest.status()
+    for member in MEMBERS[:2]:
+        etcd_member(etcd_cluster.name, member, run=False)
+    with pytest.raises(ApiProblem, match="etcd"):
+        etcd_cluster.migrate("web", other)
+    with pytest.raises(ApiProblem, match=r"no leader|failed to connect|refused|no answer"):
+        etcd_cluster.migrate("web", other, via="n3")
+    assert guest.copies() == [home]
+    eventually(
+        "the guest works all the same",
+        lambda: guest.status().memory_checks > before.memory_checks,
+    )
+    for member in MEMBERS[:2]:
+        etcd_member(etcd_cluster.name, member, run=True)
+    eventually("the agents have a store again", lambda: _answers(etcd_cluster))
+    eventually("all nodes are seen again", lambda: _all_ready(etcd_cluster))
+    etcd_cluster.move("web", other)
+    guest.verify()
+
+
+def _all_ready(cluster: Cluster) -> bool:
+    nodes = cluster.api().get("/v1/nodes", NodeList).nodes
+    return all(node.state is NodeState.READY for node in nodes)
