@@ -52,6 +52,8 @@ class EventKind(enum.StrEnum):
     DOMAIN_ADOPTED = "domain-adopted"
     DOMAIN_DESTROYED = "domain-destroyed"
     """A guest that this node didn't own any more was ended."""
+    POOL_ADDED = "pool-added"
+    POOL_REMOVED = "pool-removed"
     MIGRATION_STARTED = "migration-started"
     MIGRATION_STATE = "migration-state"
     MIGRATION_COMPLETED = "migration-completed"
