@@ -52,6 +52,7 @@ from node_agent.cluster_calls import (
     START,
     STATUSES,
     STOP,
+    TAKE_OVER,
     ConsoleParams,
     DirtyRateParams,
     DomainParams,
@@ -64,6 +65,7 @@ from node_agent.cluster_calls import (
     Reasons,
     Statuses,
     StopParams,
+    TakeoverParams,
 )
 from node_agent.domain_records import DomainRecords
 from node_agent.domains import ConsoleChunk, DomainService
@@ -190,6 +192,15 @@ class ClusterService:
         await self._hub.call(
             node, START, DomainParams(domain=domain), OwnershipRecord, timeout_s=START_TIMEOUT_S
         )
+        return await self.get_domain(domain)
+
+    async def take_over(
+        self, domain: DomainName, node: NodeName, powered_off: NodeName | None = None
+    ) -> Domain:
+        """Start it from disk on `node`, with its silent owner shut out (`DomainTakeover`)."""
+        await self._nodes.get(node)
+        params = TakeoverParams(domain=domain, powered_off=powered_off)
+        await self._hub.call(node, TAKE_OVER, params, OwnershipRecord, timeout_s=START_TIMEOUT_S)
         return await self.get_domain(domain)
 
     async def stop(self, domain: DomainName, timeout_s: float) -> Domain:

@@ -2,6 +2,7 @@
 
 domain.start/stop/pause/resume/reset/console   to the node that owns the domain
 domain.dirty-rate                              likewise
+domain.take-over                               to the node that is to start it
 domain.statuses                                to every node that owns a running domain
 migration.create/check/predict/get/cancel      to the source
 """
@@ -20,11 +21,13 @@ from migrator.model import (
     OwnershipRecord,
 )
 from migrator.ports import Struct
+from node_agent.domain_takeover import DomainTakeover
 from node_agent.domains import ConsoleChunk, DomainService
 from node_agent.migrations.service import MigrationService
 from node_agent.peers.hub import PeerHub
 
 START: Final = "domain.start"
+TAKE_OVER: Final = "domain.take-over"
 STOP: Final = "domain.stop"
 PAUSE: Final = "domain.pause"
 RESUME: Final = "domain.resume"
@@ -50,6 +53,11 @@ class Done(Struct, frozen=True, kw_only=True):
 
 class DomainParams(Struct, frozen=True, kw_only=True):
     domain: DomainName
+
+
+class TakeoverParams(Struct, frozen=True, kw_only=True):
+    domain: DomainName
+    powered_off: NodeName | None
 
 
 class StopParams(Struct, frozen=True, kw_only=True):
@@ -99,13 +107,17 @@ class Reasons(Struct, frozen=True, kw_only=True):
 class ClusterCalls:
     """This node's answers to those calls. `register` once, before the hub starts."""
 
-    def __init__(self, domains: DomainService, migrations: MigrationService) -> None:
+    def __init__(
+        self, domains: DomainService, takeover: DomainTakeover, migrations: MigrationService
+    ) -> None:
         self._domains = domains
+        self._takeover = takeover
         self._migrations = migrations
 
     def register(self, hub: PeerHub) -> None:
         """Serve every method of this module."""
         hub.handle(START, DomainParams, self._start)
+        hub.handle(TAKE_OVER, TakeoverParams, self._take_over)
         hub.handle(STOP, StopParams, self._stop)
         hub.handle(PAUSE, DomainParams, self._pause)
         hub.handle(RESUME, DomainParams, self._resume)
@@ -122,6 +134,9 @@ class ClusterCalls:
 
     async def _start(self, _: NodeName, params: DomainParams) -> OwnershipRecord:
         return await self._domains.start(params.domain)
+
+    async def _take_over(self, _: NodeName, params: TakeoverParams) -> OwnershipRecord:
+        return await self._takeover.take_over(params.domain, params.powered_off)
 
     async def _stop(self, _: NodeName, params: StopParams) -> Done:
         await self._domains.stop(params.domain, timeout_s=params.timeout_s)

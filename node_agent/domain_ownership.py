@@ -4,20 +4,24 @@
     give_back ──► process gone, all closed ──► STOPPED  when none does
 
 A crash in between leaves at worst a RUNNING record without a process. `settle` notices, when a
-guest exits by itself and in a sweep every few seconds; `reconcile` compares everything once, when
-the agent starts.
+guest exits by itself and in a sweep every few seconds.
+
+A node that was cut off, or dead, may find that its domain was taken over meanwhile: its copy is
+stale, and is destroyed before anything else is done with the domain (`end_stale`). It looks when
+the agent starts (`reconcile`), in each sweep, which comes every second while the store can't be
+read, and before a domain is taken or comes in.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Sequence
-from typing import Final
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from typing import Any, Final
 
 import msgspec
 
-from migrator.errors import ConflictError, FerryError, WrongStateError
+from migrator.errors import ConflictError, FerryError, StoreError, WrongStateError
 from migrator.model import (
     DomainName,
     DomainSpec,
@@ -36,6 +40,9 @@ from node_agent.events import EventKind, EventLog
 log = logging.getLogger(__name__)
 
 SWEEP_S: Final = 10.0
+UNREAD_S: Final = 1.0
+"""Between tries to read the store, when it couldn't be: a stale copy must not live for long."""
+_NEVER_RAN: Final = (DomainState.INCOMING, DomainState.LOADED)
 
 
 class DomainOwnership:
@@ -94,6 +101,24 @@ class DomainOwnership:
                 )
             if (await self._hypervisor.inspect(domain)).state is not DomainState.STOPPED:
                 raise ConflictError(f"domain {domain} runs on {self.node} already")
+        else:
+            # First: once the record is ours, nothing tells a stale copy from the domain.
+            await self.end_stale(domain)
+        return await self._win(domain, spec, owned)
+
+    async def take_over(
+        self, domain: DomainName, spec: DomainSpec, owned: OwnershipRecord
+    ) -> OwnershipRecord:
+        """Win the record from another node, whose copy may still run: only a fence ends it.
+
+        ConflictError: the record isn't `owned` any more; nothing was changed.
+        """
+        await self.end_stale(domain)
+        return await self._win(domain, spec, owned)
+
+    async def _win(
+        self, domain: DomainName, spec: DomainSpec, owned: OwnershipRecord | None
+    ) -> OwnershipRecord:
         newest = max(owned.token if owned else 0, await self._launches.newest_fence(spec))
         new = OwnershipRecord(
             domain=domain, token=newest + 1, owner=self.node, state=OwnershipState.RUNNING
@@ -151,9 +176,20 @@ class DomainOwnership:
             if domain not in claimed:
                 await self._reconcile_guest(domain, records.get(domain))
         for domain, owned in records.items():
-            ours = owned.owner == self.node and owned.state is OwnershipState.RUNNING
-            if ours and domain not in claimed and domain not in adopted:
+            if self._ours(owned) and domain not in claimed and domain not in adopted:
                 await self.settle(domain)
+
+    async def end_stale(self, domain: DomainName) -> None:
+        """Destroy what runs here of a domain that isn't this node's. Idempotent.
+
+        Under the domain's lock, or a migration's claim that has made no process yet. StoreError,
+        HypervisorError: it may be there still.
+        """
+        if (await self._hypervisor.inspect(domain)).state is DomainState.STOPPED:
+            return
+        owned = await self._ownership.read(domain)
+        if owned is not None and not self._ours(owned):
+            await self._end_copy(domain, owned)
 
     async def settle(self, domain: DomainName) -> None:
         """If the record says that it runs here and it doesn't: close everything, STOPPED."""
@@ -176,9 +212,8 @@ class DomainOwnership:
         if owned is None:
             log.error("guest %s runs here but has no ownership record; left as it is", domain)
             return
-        ours = owned.owner == self.node and owned.state is OwnershipState.RUNNING
-        state = (await self._hypervisor.inspect(domain)).state
-        if ours and state not in (DomainState.INCOMING, DomainState.LOADED):
+        ours = self._ours(owned)
+        if ours and (await self._hypervisor.inspect(domain)).state not in _NEVER_RAN:
             self._events.emit(
                 EventKind.DOMAIN_ADOPTED,
                 f"domain {domain} was adopted by the restarted agent of {self.node}",
@@ -186,6 +221,11 @@ class DomainOwnership:
                 token=owned.token,
             )
             return
+        await self._end_copy(domain, owned)
+        if ours:
+            await self.settle(domain)
+
+    async def _end_copy(self, domain: DomainName, owned: OwnershipRecord) -> None:
         spec = await self._hypervisor.launched(domain)
         await self._hypervisor.destroy(domain)
         if spec is not None:
@@ -196,21 +236,41 @@ class DomainOwnership:
             f"to {owned.owner}, where the domain is {owned.state}",
             domain=domain,
         )
-        if ours:
-            await self.settle(domain)
+
+    def _ours(self, owned: OwnershipRecord) -> bool:
+        return owned.owner == self.node and owned.state is OwnershipState.RUNNING
 
     async def _sweep(self) -> None:
+        gap_s = self._sweep_s
         while True:
-            await asyncio.sleep(self._sweep_s)
+            await asyncio.sleep(gap_s)
+            gap_s = self._sweep_s
             try:
-                for domain, owned in (await self._records.list_ownership()).items():
-                    ours = owned.owner == self.node and owned.state is OwnershipState.RUNNING
-                    if ours and self._locks.migration_of(domain) is None:
-                        status = await self._hypervisor.inspect(domain)
-                        if status.state is DomainState.STOPPED:
-                            await self._settle_logged(domain)
+                await self._sweep_once()
+            except StoreError as error:
+                log.warning("whose this node's domains are can't be read now: %s", error)
+                gap_s = min(UNREAD_S, self._sweep_s)
             except FerryError as error:
                 log.warning("the sweep over this node's domains failed: %s", error)
+
+    async def _sweep_once(self) -> None:
+        records = await self._records.list_ownership()
+        here = {
+            DomainName(status.name)
+            for status in await self._hypervisor.list_domains()
+            if status.state is not DomainState.STOPPED
+        }
+        for domain in sorted(here):
+            owned = records.get(domain)
+            if owned is not None and not self._ours(owned):
+                await self._unless_busy(domain, self._end_stale_locked(domain))
+        for domain, owned in records.items():
+            if self._ours(owned) and domain not in here:
+                await self._unless_busy(domain, self.settle(domain))
+
+    async def _end_stale_locked(self, domain: DomainName) -> None:
+        async with self._locks.hold(domain, "clean-up"):
+            await self.end_stale(domain)
 
     def _on_hypervisor_event(self, event: DomainEvent) -> None:
         reported = {
@@ -234,10 +294,25 @@ class DomainOwnership:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _settle_logged(self, domain: DomainName) -> None:
+    async def _unless_busy(self, domain: DomainName, work: Coroutine[Any, Any, None]) -> None:
+        """Not while a migration has it; another operation may have it, too: the sweep comes again.
+
+        StoreError: as it stands.
+        """
+        if self._locks.migration_of(domain) is not None:
+            work.close()
+            return
         try:
-            await self.settle(domain)
+            await work
         except ConflictError:
             log.debug("domain %s is busy; the sweep comes again", domain)
+        except StoreError:
+            raise
         except FerryError as error:
+            log.warning("domain %s: could not be settled: %s", domain, error)
+
+    async def _settle_logged(self, domain: DomainName) -> None:
+        try:
+            await self._unless_busy(domain, self.settle(domain))
+        except StoreError as error:  # The sweep comes again.
             log.warning("domain %s: could not be settled: %s", domain, error)

@@ -155,17 +155,7 @@ class DomainService:
         async with self.locks.hold(domain, "start"):
             spec = (await self._records.get(domain)).spec
             owned = await self.ownership.take(domain, spec)
-            try:
-                await self._records.get(domain)  # Deleted elsewhere meanwhile? Then not.
-                await self._launch(spec, FencingToken(owned.token))
-            except BaseException as error:
-                await self._undo_start(owned, spec)
-                self._events.emit(
-                    EventKind.DOMAIN_START_FAILED,
-                    f"domain {domain} could not be started: {error}",
-                    domain=domain,
-                )
-                raise
+            await self.launch(owned, spec)
         self._events.emit(
             EventKind.DOMAIN_STARTED,
             f"domain {domain} was started on {self.node}",
@@ -251,13 +241,35 @@ class DomainService:
         """Unplug and close what a domain had open here, when its process is gone. Idempotent."""
         await self._launches.tear_down(spec, token)
 
-    async def _launch(self, spec: DomainSpec, token: FencingToken) -> None:
-        launch, undo = await self._launches.build(spec, token)
+    async def launch(
+        self,
+        owned: OwnershipRecord,
+        spec: DomainSpec,
+        confirm: Callable[[DomainSpec, FencingToken], Awaitable[None]] | None = None,
+    ) -> None:
+        """Run a domain whose record was just won, under its lock. On failure it is given back.
+
+        `confirm` is awaited between the fence and the first vCPU.
+        """
+        token = FencingToken(owned.token)
         try:
-            await self._launches.fence(spec, token)
-            await self._hypervisor.start(launch)
-        finally:
-            undo.release()  # `_give_back` does the rest where this failed.
+            await self._records.get(DomainName(spec.name))  # Deleted elsewhere meanwhile? Then not.
+            launch, undo = await self._launches.build(spec, token)
+            try:
+                await self._launches.fence(spec, token)
+                if confirm is not None:
+                    await confirm(spec, token)
+                await self._hypervisor.start(launch)
+            finally:
+                undo.release()  # `give_back` does the rest where this failed.
+        except BaseException as error:
+            await self._undo_start(owned, spec)
+            self._events.emit(
+                EventKind.DOMAIN_START_FAILED,
+                f"domain {spec.name} could not be started: {error}",
+                domain=spec.name,
+            )
+            raise
 
     async def _undo_start(self, owned: OwnershipRecord, spec: DomainSpec) -> None:
         try:

@@ -13,7 +13,7 @@ import typer
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import facts, note, settings, show, size, table
 from node_agent.cli.spec import load_spec, merge_spec
-from node_agent.resources import Domain, DomainList, StartRequest, StopRequest
+from node_agent.resources import Domain, DomainList, StartRequest, StopRequest, TakeoverRequest
 
 app = typer.Typer(
     help="Domains: define, start, stop, look at.", no_args_is_help=True, rich_markup_mode=None
@@ -82,6 +82,24 @@ def start(
     body = StartRequest(node=node)
     domain = settings.client().post(f"{path_of(name)}/start", Domain, body)
     show(domain, f"domain {name} runs on {domain.node}")
+
+
+@app.command()
+def takeover(
+    name: _NameArgument,
+    to: Annotated[str, typer.Option("--to", help="Where it is to be started, from disk.")],
+    powered_off: Annotated[
+        str | None,
+        typer.Option(help="Its node, where you have seen that it is powered off: no fence then."),
+    ] = None,
+) -> None:
+    """Start a domain elsewhere whose node is silent, once the storage has shut that node out.
+
+    What the guest had in memory, and not on disk, is lost.
+    """
+    body = TakeoverRequest(node=to, powered_off=powered_off)
+    domain = settings.client().post(f"{path_of(name)}/takeover", Domain, body)
+    show(domain, f"domain {name} was taken over; it runs on {domain.node}")
 
 
 @app.command()

@@ -49,6 +49,7 @@ class NodeSite(Site):
         spec, domain = session.spec, DomainName(session.domain)
         migration = MigrationId(session.migration_id)
         await self._domains.locks.claim_for_migration(domain, migration)
+        await self._domains.ownership.end_stale(domain)
         own = await self._hypervisor.capabilities()
         # The source compared its hypervisor when it asked; memory and bridges change by the second.
         reasons = await self._check.reasons(Inspection(spec=spec, source=own))

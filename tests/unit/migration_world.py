@@ -238,7 +238,7 @@ class MigratingNode:
         node.hub = PeerHub(node.name, address, peers, "test", timing=FAST)
         adopted = await node.hypervisor.open()
         self.manager = self._manager()
-        ClusterCalls(node.domains, node.migrations).register(node.hub)
+        ClusterCalls(node.domains, node.takeover, node.migrations).register(node.hub)
         claimed = await self.manager.restore()
         await node.domains.open(adopted, claimed)
         await node.hub.start()

@@ -1,0 +1,135 @@
+"""Taking over a domain whose node is silent: by an operator, and only behind a confirmed fence.
+
+    owner silent? ─► every volume can shut its node out? ─► record (token+1, this node)
+        ─► fence, then verify, each volume ─► start from disk
+
+A silent node may run its guest on. So the storage has to shut it out, and say so, before a vCPU
+runs here; where no volume driver can, the takeover is refused, unless the operator vouches that
+the node is powered off. What the silent node's guest had in
+memory and not on disk is lost. It computes on until it writes, or until its agent finds that the
+record has moved on (`DomainOwnership.end_stale`); none of its writes arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+from migrator.errors import FenceError, FerryError, RefusedError
+from migrator.model import (
+    DomainName,
+    DomainSpec,
+    FencingToken,
+    NodeName,
+    NodeState,
+    OwnershipRecord,
+    OwnershipState,
+    PoolName,
+    VolumeName,
+)
+from migrator.ports import OwnershipStore, VolumeDriver
+from node_agent.domain_records import DomainRecords
+from node_agent.domains import DomainService
+from node_agent.events import EventKind, EventLog
+from node_agent.nodes import NodeView
+
+
+class DomainTakeover:
+    """See the module. `nodes` reads every node's heartbeat."""
+
+    def __init__(
+        self,
+        node: NodeName,
+        *,
+        domains: DomainService,
+        pools: Mapping[PoolName, VolumeDriver],
+        ownership: OwnershipStore,
+        records: DomainRecords,
+        nodes: Callable[[], Awaitable[Mapping[NodeName, NodeView]]],
+        events: EventLog,
+    ) -> None:
+        self.node = node
+        self._domains = domains
+        self._pools = pools
+        self._ownership = ownership
+        self._records = records
+        self._nodes = nodes
+        self._events = events
+
+    async def take_over(
+        self, domain: DomainName, powered_off: NodeName | None = None
+    ) -> OwnershipRecord:
+        """Start the domain here, from disk, with its silent owner shut out.
+
+        `powered_off`: the node that the operator vouches for to be off; then it needn't be shut
+        out by the storage. It must be the owner.
+
+        RefusedError with every reason: nothing was changed. ConflictError: its owner was faster.
+        FenceError: a volume doesn't confirm its fence; the domain is stopped, and this node's.
+        """
+        async with self._domains.locks.hold(domain, "takeover"):
+            spec = (await self._records.get(domain)).spec
+            owned = await self._ownership.read(domain)
+            reasons = await self._reasons(spec, owned, powered_off)
+            if reasons or owned is None:
+                raise RefusedError(f"domain {domain} was not taken over: {reasons[0]}", reasons)
+            record = await self._domains.ownership.take_over(domain, spec, owned)
+            await self._domains.launch(record, spec, self._confirm)
+        self._events.emit(
+            EventKind.DOMAIN_TAKEN_OVER,
+            f"domain {domain} was taken over from {owned.owner}, which is silent, and started "
+            f"on {self.node} from disk",
+            domain=domain,
+            token=record.token,
+            vouched_for=powered_off,
+        )
+        return record
+
+    async def _reasons(
+        self, spec: DomainSpec, owned: OwnershipRecord | None, powered_off: NodeName | None
+    ) -> Sequence[str]:
+        if owned is None or owned.state is not OwnershipState.RUNNING:
+            return ["it doesn't run: start it"]
+        if owned.owner == self.node:
+            return [f"it is {self.node}'s own: stop and start it"]
+        reasons: list[str] = []
+        view = (await self._nodes()).get(NodeName(owned.owner))
+        if view is not None and view.state is not NodeState.UNREACHABLE:
+            reasons.append(f"its node {owned.owner} is {view.state}: stop or migrate it")
+        if powered_off is not None and powered_off != owned.owner:
+            reasons.append(f"its node is {owned.owner}, not {powered_off}")
+        return reasons if powered_off is not None else reasons + self._unfenced(spec, owned.owner)
+
+    def _unfenced(self, spec: DomainSpec, owner: str) -> list[str]:
+        """Why the storage can't shut the owner out."""
+        reasons: list[str] = []
+        writable = [disk for disk in spec.disks if not disk.read_only]
+        if not writable:
+            reasons.append(f"it has no volume to shut {owner} out of, where it may still run")
+        for disk in writable:
+            pool = self._pools.get(PoolName(disk.pool))
+            if pool is None:
+                reasons.append(f"{self.node} has no pool {disk.pool}")
+            elif not pool.fences_remote_writers:
+                reasons.append(
+                    f"pool {disk.pool} ({pool.name}) can't shut {owner} out of volume "
+                    f"{disk.volume}, which may still write"
+                )
+        return reasons
+
+    async def _confirm(self, spec: DomainSpec, token: FencingToken) -> None:
+        """FenceError unless every writable volume says that the token is its newest."""
+        for disk in spec.disks:
+            if disk.read_only:
+                continue
+            pool = self._pools[PoolName(disk.pool)]
+            try:
+                newest = await pool.verify(VolumeName(disk.volume))
+            except FerryError as error:
+                raise FenceError(
+                    f"volume {disk.pool}/{disk.volume} doesn't confirm its fence: {error}"
+                ) from error
+            if newest != token:
+                raise FenceError(
+                    f"volume {disk.pool}/{disk.volume} says that token {newest} fenced it last, "
+                    f"not {token}; the domain was not started"
+                )

@@ -1,0 +1,223 @@
+"""A silent node's domain, taken over behind a fence; a node that comes back ends its stale copy."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from hypervisor.simulated.driver import SimulatedHypervisor
+from migrator.errors import (
+    ConflictError,
+    FenceError,
+    NotFoundError,
+    RefusedError,
+    StorageError,
+    StoreError,
+)
+from migrator.model import (
+    DomainName,
+    DomainState,
+    FencingToken,
+    NodeName,
+    OwnershipState,
+    VolumeName,
+)
+from migrator.ports import Launch
+from node_agent.domain_ownership import DomainOwnership
+from node_agent.events import EventKind
+from storage.simulated import SimulatedPool
+from tests.unit.agent_world import SimulatedNode, World, open_world, spec_of
+from tests.unit.test_domains import eventually
+
+WEB = DomainName("web")
+ROOT = VolumeName("root")
+A = NodeName("a")
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    """`web` runs on `a`, whose agent is silent then; its process lives on."""
+    async with open_world(tmp_path) as opened:
+        await opened.a.domains.define(spec_of())
+        await opened.a.domains.start(WEB)
+        yield opened
+
+
+async def silence(world: World) -> None:
+    """`a` says nothing any more, and neither reads nor writes the store."""
+    await world.a.domains.close()
+    await world.a.registry.close()
+    world.a.store.faults.unavailable = True
+    world.b.registry._unreachable_after_s = 0.0
+
+
+async def owner(node: SimulatedNode) -> tuple[int, str, OwnershipState]:
+    record = await node.ownership.read(WEB)
+    assert record is not None
+    return record.token, record.owner, record.state
+
+
+async def state(node: SimulatedNode) -> DomainState:
+    return (await node.domains.status(WEB)).state
+
+
+async def test_a_silent_nodes_domain_starts_from_disk_behind_a_fence(world: World) -> None:
+    await silence(world)
+    record = await world.b.takeover.take_over(WEB)
+    assert (record.token, record.owner) == (2, "b")
+    assert await state(world.b) is DomainState.RUNNING
+    assert await world.b.pool.verify(ROOT) == 2
+    with pytest.raises(StorageError):
+        world.a.pool.write(ROOT, FencingToken(1))
+    assert not world.volumes.stale_writes()
+
+
+async def test_the_record_is_won_and_the_fence_confirmed_before_it_starts(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await silence(world)
+    seen: list[object] = []
+    start = SimulatedHypervisor.start
+
+    async def spy(driver: SimulatedHypervisor, launch: Launch) -> None:
+        seen.extend([await owner(world.b), await world.b.pool.verify(ROOT)])
+        await start(driver, launch)
+
+    monkeypatch.setattr(SimulatedHypervisor, "start", spy)
+    await world.b.takeover.take_over(WEB)
+    assert seen == [(2, "b", OwnershipState.RUNNING), 2]
+
+
+async def test_a_storage_that_cannot_fence_refuses_and_says_so(world: World) -> None:
+    world.volumes.enforces = False
+    await silence(world)
+    with pytest.raises(RefusedError, match="can't shut a out of volume root"):
+        await world.b.takeover.take_over(WEB)
+    assert await owner(world.b) == (1, "a", OwnershipState.RUNNING)
+    with pytest.raises(RefusedError, match="its node is a, not b"):
+        await world.b.takeover.take_over(WEB, NodeName("b"))
+    record = await world.b.takeover.take_over(WEB, A)
+    assert (record.token, record.owner) == (2, "b")
+
+
+async def test_a_domain_without_a_volume_is_refused(world: World) -> None:
+    nics = [{"mac": "52:54:00:00:00:02", "bridge": "br0"}]
+    await world.a.domains.define(spec_of("bare", disks=[], nics=nics))
+    await world.a.domains.start(DomainName("bare"))
+    await silence(world)
+    with pytest.raises(RefusedError, match="no volume to shut a out of"):
+        await world.b.takeover.take_over(DomainName("bare"))
+
+
+async def test_all_reasons_at_once(world: World) -> None:
+    world.volumes.enforces = False
+    with pytest.raises(RefusedError) as refused:
+        await world.b.takeover.take_over(WEB)
+    alive, unfenced = refused.value.reasons
+    assert "its node a is ready: stop or migrate it" in alive
+    assert "pool default (simulated) can't" in unfenced
+    with pytest.raises(RefusedError, match="it is a's own"):
+        await world.a.takeover.take_over(WEB)
+    await world.a.domains.stop(WEB)
+    with pytest.raises(RefusedError, match="it doesn't run: start it"):
+        await world.b.takeover.take_over(WEB)
+    with pytest.raises(NotFoundError):
+        await world.b.takeover.take_over(DomainName("nobody"))
+
+
+async def test_an_unconfirmed_fence_starts_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def accepts(_pool: SimulatedPool, _volume: VolumeName, _token: FencingToken) -> None:
+        """Says that it fenced, and didn't."""
+
+    await silence(world)
+    monkeypatch.setattr(SimulatedPool, "fence", accepts)
+    with pytest.raises(FenceError, match="token 1 fenced it last, not 2"):
+        await world.b.takeover.take_over(WEB)
+    assert await state(world.b) is DomainState.STOPPED
+    assert await owner(world.b) == (2, "b", OwnershipState.STOPPED)
+
+
+async def test_of_two_takeovers_one_wins(world: World) -> None:
+    await silence(world)
+    await world.b.takeover.take_over(WEB)
+    with pytest.raises(RefusedError, match="it is b's own"):
+        await world.b.takeover.take_over(WEB)
+    assert await owner(world.b) == (2, "b", OwnershipState.RUNNING)
+
+
+async def test_by_the_cluster_from_any_node(world: World) -> None:
+    await silence(world)
+    domain = await world.b.cluster.take_over(WEB, NodeName("b"))
+    assert domain.node == "b"
+    with pytest.raises(NotFoundError, match="there is no node c"):
+        await world.b.cluster.take_over(WEB, NodeName("c"))
+
+
+# --- the node that comes back ---
+
+
+def ownership_of(node: SimulatedNode) -> DomainOwnership:
+    """A node's ownership code anew, as after a restart, with a quick sweep."""
+    ownership = node.domains.ownership
+    ownership._sweep_s = 0.02
+    return ownership
+
+
+async def test_a_node_that_comes_back_after_a_partition_ends_its_stale_copy(world: World) -> None:
+    await silence(world)
+    await world.b.takeover.take_over(WEB)
+    assert await state(world.a) is DomainState.RUNNING
+    ownership = ownership_of(world.a)
+    await ownership.open()
+    with pytest.raises(StoreError):
+        await ownership._sweep_once()
+    assert await state(world.a) is DomainState.RUNNING
+    world.a.store.faults.unavailable = False
+
+    async def ended() -> bool:
+        return await state(world.a) is DomainState.STOPPED
+
+    await eventually(ended)
+    assert await state(world.b) is DomainState.RUNNING
+    assert await owner(world.b) == (2, "b", OwnershipState.RUNNING)
+    assert not world.a.fabric.plugged
+
+    async def told() -> bool:
+        events = await world.b.events.read(limit=50)
+        return any(event.kind == EventKind.DOMAIN_DESTROYED for event in events)
+
+    await eventually(told)
+
+
+async def test_a_node_that_reboots_into_another_owner_ends_its_stale_copy_first(
+    world: World,
+) -> None:
+    await silence(world)
+    await world.b.takeover.take_over(WEB)
+    world.a.store.faults.unavailable = False
+    await world.a.domains.ownership.reconcile([WEB])
+    assert await state(world.a) is DomainState.STOPPED
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+async def test_a_start_ends_a_stale_copy_before_it_takes_the_record(
+    world: World, stopped: bool
+) -> None:
+    """Also if the agent dies right after: the stale copy must not be taken for the domain."""
+    await silence(world)
+    await world.b.takeover.take_over(WEB)
+    if stopped:
+        await world.b.domains.stop(WEB)
+    world.a.store.faults.unavailable = False
+    stale = (await world.a.domains.status(WEB)).pid
+    if stopped:
+        await world.a.domains.start(WEB)
+        assert (await world.a.domains.status(WEB)).pid not in (None, stale)
+    else:
+        with pytest.raises(ConflictError, match="runs on b"):
+            await world.a.domains.start(WEB)
+    assert not world.volumes.stale_writes()
