@@ -15,6 +15,17 @@ from typing import Annotated, NewType
 
 import msgspec
 
+from migrator.disks import BlockDeviceSource as BlockDeviceSource
+from migrator.disks import BlockSource as BlockSource
+from migrator.disks import DiskFormat as DiskFormat
+from migrator.disks import Fencing as Fencing
+from migrator.disks import FileSource as FileSource
+from migrator.disks import IscsiSource as IscsiSource
+from migrator.disks import NbdSource as NbdSource
+from migrator.disks import NfsSource as NfsSource
+from migrator.disks import PoolHealth as PoolHealth
+from migrator.disks import TlsPsk as TlsPsk
+from migrator.disks import VolumeInfo as VolumeInfo
 from migrator.figures import Prediction
 
 NodeName = NewType("NodeName", str)
@@ -58,13 +69,6 @@ class Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 # --- domains ---------------------------------------------------------------------------------
-
-
-class DiskFormat(enum.StrEnum):
-    """How a volume's bytes are laid out. Always explicit: probing a format is a security hole."""
-
-    RAW = "raw"
-    QCOW2 = "qcow2"
 
 
 class DiskSpec(Value, frozen=True, kw_only=True):
@@ -172,31 +176,6 @@ class OwnershipRecord(Value, frozen=True, kw_only=True):
         return OwnershipRecord(
             domain=self.domain, token=self.token + 1, owner=owner, state=OwnershipState.RUNNING
         )
-
-
-# --- storage ---------------------------------------------------------------------------------
-
-
-class VolumeInfo(Value, frozen=True, kw_only=True):
-    """One volume of a pool, as its driver reports it."""
-
-    pool: str
-    name: str
-    format: DiskFormat
-    capacity_bytes: int
-    allocated_bytes: int
-
-
-class FileSource(Value, frozen=True, kw_only=True, tag="file", tag_field="kind"):
-    """A disk's bytes are a local or host-mounted file."""
-
-    path: str
-    format: DiskFormat
-    read_only: bool = False
-
-
-BlockSource = FileSource
-"""How a hypervisor opens a disk. A union that grows by one member a storage client."""
 
 
 # --- nodes -----------------------------------------------------------------------------------

@@ -26,11 +26,13 @@ from migrator.model import (
     DomainName,
     DomainSpec,
     DomainStatus,
+    Fencing,
     FencingToken,
     HypervisorCapabilities,
     NicSpec,
     NodeName,
     OwnershipRecord,
+    PoolHealth,
     VolumeInfo,
     VolumeName,
 )
@@ -236,7 +238,23 @@ class HypervisorDriver(abc.ABC):
 
 
 class VolumeDriver(abc.ABC):
-    """One pool's volumes. Errors: StorageError, NotFoundError, ConflictError."""
+    """One node's view of one pool. Errors: StorageError, NotFoundError, ConflictError.
+
+    InvalidRequest names the wrong field: a name that leaves the pool, a size, an image.
+
+    Who may write. `open` gives each (node, token) an identity of its own at the storage, where it
+    can: a uid, an initiator name, a reservation key, an export. `fence(volume, token)`, called on
+    the winner's node, leaves the writing to **what this node has opened last, whatever token it
+    was opened under**, and shuts out everybody else, whatever token they have:
+
+        start      a.open(1)  a.fence(1)                           a writes
+        handoff    b.open(2)  b.fence(2)                           b writes, a doesn't
+        rollback   b.open(2)  a.fence(2)                           a writes, b doesn't
+        give-back  b.open(2)  b.fence(2)  a.fence(3)               a writes again, b doesn't
+
+    In a rollback the source's hypervisor still is what was opened under the old token. What a node
+    has opened must be known after its agent's restart too.
+    """
 
     name: ClassVar[str]
 
@@ -262,7 +280,38 @@ class VolumeDriver(abc.ABC):
 
     @abc.abstractmethod
     async def delete(self, volume: VolumeName) -> None:
-        """Delete; NotFoundError if it isn't there."""
+        """Delete; NotFoundError if it isn't there. ConflictError while it is seen to be in use."""
+
+    @abc.abstractmethod
+    async def resize(self, volume: VolumeName, capacity_bytes: int) -> VolumeInfo:
+        """Grow a volume that no hypervisor uses. InvalidRequest if it would shrink.
+
+        The caller sees to it that no domain has it open; ConflictError where the driver sees one.
+        """
+
+    @abc.abstractmethod
+    async def clone(
+        self, volume: VolumeName, new: VolumeName, *, linked: bool = False
+    ) -> VolumeInfo:
+        """Make `new` with what `volume` holds. On failure nothing is left.
+
+        `linked`: a qcow2 overlay that leans on `volume`, which from then on is only read.
+        InvalidRequest where the driver can't. The caller sees to it that nobody writes meanwhile.
+        """
+
+    @abc.abstractmethod
+    async def health(self) -> PoolHealth:
+        """Try the storage. Never raises; bounded by a few seconds, also with a hung server."""
+
+    @property
+    @abc.abstractmethod
+    def fencing(self) -> Fencing:
+        """What `fence` can do on this pool."""
+
+    @property
+    def fences_remote_writers(self) -> bool:
+        """Whether `fence` stops a writer on another, silent node. HA takeover needs it."""
+        return self.fencing.remote_writers
 
     @abc.abstractmethod
     async def open(
@@ -275,23 +324,26 @@ class VolumeDriver(abc.ABC):
 
     @abc.abstractmethod
     async def close(self, volume: VolumeName, token: FencingToken) -> None:
-        """Undo `open`. Idempotent."""
+        """Undo `open`, of this token or an older one. Idempotent.
+
+        After a rollback the token is newer than the one that the volume was opened under.
+        """
 
     @abc.abstractmethod
     async def fence(self, volume: VolumeName, token: FencingToken) -> None:
-        """Shut out every writer under an older token. Idempotent. FenceError if unconfirmed.
+        """Shut out every writer but this node's (see the class). FenceError if unconfirmed.
 
-        A FencingToken older than one that already fenced raises FenceError and changes nothing.
+        Idempotent: repeating the newest token, on any node, completes that fence and changes
+        nothing else. A token older than one that already fenced raises FenceError and changes
+        nothing. It is part of the blackout: no more round trips than it must have.
         """
 
     @abc.abstractmethod
     async def verify(self, volume: VolumeName) -> FencingToken | None:
         """The newest token that fenced this volume; None if none did."""
 
-    @property
-    @abc.abstractmethod
-    def fences_remote_writers(self) -> bool:
-        """Whether `fence` stops a writer on another, silent node. HA takeover needs it."""
+    async def shut_down(self) -> None:  # noqa: B027 - Most drivers have nothing to let go of.
+        """Let go of the driver's own threads and connections. What is open stays open."""
 
 
 # --- network ---------------------------------------------------------------------------------

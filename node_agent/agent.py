@@ -47,13 +47,15 @@ from node_agent.migrations.publisher import Publisher
 from node_agent.migrations.site import NodeSite
 from node_agent.nodes import NodeRegistry
 from node_agent.peers.hub import PeerHub
+from node_agent.pools import PoolSet
 from node_agent.state.etcd import EtcdSettings, EtcdStore
 from node_agent.state.ownership import StoreOwnership
 from node_agent.state.port import StateStore
 from node_agent.state.sqlite import SqliteStore
 from node_agent.state.typed import TypedStore
 from node_agent.volumes import VolumeService
-from storage.directory import DirectoryPool
+from storage.drivers import make_pool
+from storage.settings import DirectorySettings
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +95,9 @@ def make_hypervisor(config: AgentConfig) -> HypervisorDriver:
     )
 
 
-def make_pools(config: AgentConfig) -> Mapping[PoolName, VolumeDriver]:
-    return {
-        PoolName(pool.name): DirectoryPool(PoolName(pool.name), Path(pool.path))
-        for pool in config.pools
-    }
+def make_pools(config: AgentConfig, store: TypedStore) -> PoolSet:
+    node, state = NodeName(config.node.name), Path(config.node.state_directory) / "storage"
+    return PoolSet(config.pools, lambda settings: make_pool(settings, node, state), store)
 
 
 def make_fabric(config: AgentConfig) -> FabricDriver:
@@ -113,7 +113,7 @@ def prepare_folders(config: AgentConfig) -> None:
     except OSError as error:
         raise ConfigError(f"node.state_directory: {state} can't be used: {error}") from error
     for index, pool in enumerate(config.pools):
-        if not Path(pool.path).is_dir():
+        if isinstance(pool, DirectorySettings) and not Path(pool.path).is_dir():
             # It may be mounted later: no reason to leave the node's guests without an agent.
             log.warning("pools[%d].path: there is no folder %s (now)", index, pool.path)
 
@@ -137,7 +137,9 @@ async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
         stack.push_async_callback(hypervisor.close)
         fabric = make_fabric(config)
         stack.push_async_callback(fabric.close)
-        pools = make_pools(config)
+        pools = make_pools(config, typed)
+        await pools.open()
+        stack.push_async_callback(pools.close)
         hub = PeerHub(node, config.peer.listen_address, config.peer_addresses, version())
         nodes = NodeRegistry(typed, lambda: describe(config, hypervisor))
         records, ownership = DomainRecords(typed), StoreOwnership(store)
@@ -196,7 +198,7 @@ async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
             ownership=ownership,
             migrations=migrations,
             nodes=nodes,
-            volumes=VolumeService(pools, records),
+            volumes=VolumeService(pools, records, events),
             events=events,
         )
         api = ApiServer(

@@ -28,6 +28,7 @@ import msgspec
 from migrator.errors import ConfigError
 from migrator.model import Name, NodeName
 from migrator.tls import TlsMode
+from storage.settings import BY_DRIVER, DEFAULT_DRIVER, PoolSettings
 
 _GIB: Final = 1024**3
 
@@ -136,14 +137,6 @@ class FabricTable(Table, frozen=True, kw_only=True):
     ] = "bridge"
 
 
-class PoolTable(Table, frozen=True, kw_only=True):
-    name: Name
-    driver: Annotated[
-        Literal["directory", "simulated"], msgspec.Meta(description='"directory" or "simulated"')
-    ] = "directory"
-    path: _AbsolutePath
-
-
 class KnownPeer(Table, frozen=True, kw_only=True):
     name: Name
     address: _Endpoint
@@ -152,6 +145,10 @@ class KnownPeer(Table, frozen=True, kw_only=True):
     def endpoint(self) -> tuple[str, int]:
         """(host, port) of `address`."""
         return parse_endpoint(self.address)
+
+
+class _AnyPool(Table, frozen=True, kw_only=True):
+    """Stands for the struct of `storage.settings` that a pool's driver asks for."""
 
 
 class AgentConfig(Table, frozen=True, kw_only=True):
@@ -165,7 +162,7 @@ class AgentConfig(Table, frozen=True, kw_only=True):
     hypervisor: HypervisorTable
     fabric: FabricTable
     tls: TlsTable = TlsTable()
-    pools: tuple[PoolTable, ...] = ()
+    pools: tuple[PoolSettings, ...] = ()
     peers: tuple[KnownPeer, ...] = ()
 
     @property
@@ -255,6 +252,11 @@ def _fill_derived(raw: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(api, dict):
         directory = node.get("state_directory") if isinstance(node, dict) else None
         api.setdefault("socket", f"{directory or '/'}/api.sock".replace("//", "/"))
+    pools = tables.get("pools")
+    if isinstance(pools, list):
+        tables["pools"] = [
+            {"driver": DEFAULT_DRIVER, **pool} if isinstance(pool, dict) else pool for pool in pools
+        ]
     if isinstance(migration, dict) and "address" not in migration:
         try:
             migration["address"] = parse_endpoint(str((peer or {})["listen"]))[0]
@@ -269,6 +271,14 @@ def _problems(kind: type[msgspec.Struct], table: Any, path: str) -> Iterator[str
         yield f"{path}: must be a table"
         return
     prefix = f"{path}." if path else ""
+    if kind is _AnyPool:
+        driver = table["driver"]
+        if not isinstance(driver, str) or driver not in BY_DRIVER:
+            known = ", ".join(BY_DRIVER)
+            yield f"{prefix}driver: {json.dumps(driver, default=str)} is wrong; one of {known}"
+            return
+        kind = BY_DRIVER[driver]
+        table = {key: value for key, value in table.items() if key != "driver"}
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
     for key in sorted(table.keys() - fields.keys()):
         close = difflib.get_close_matches(key, fields, n=1)
@@ -306,6 +316,8 @@ def _table_type(kind: Any) -> tuple[type[msgspec.Struct] | None, bool]:
     if isinstance(kind, type) and issubclass(kind, Table):
         return kind, False
     arguments = typing.get_args(kind)
+    if kind == tuple[PoolSettings, ...]:
+        return _AnyPool, True
     if typing.get_origin(kind) is tuple and issubclass(arguments[0], Table):
         return arguments[0], True
     return None, False
@@ -371,7 +383,7 @@ def render_config(config: AgentConfig) -> str:
     for name, value in msgspec.to_builtins(config).items():
         for table in value if isinstance(value, list | tuple) else [value]:
             lines.append(f"[[{name}]]" if isinstance(value, list | tuple) else f"[{name}]")
-            lines += [f"{key} = {_toml(item)}" for key, item in table.items()]
+            lines += [f"{key} = {_toml(item)}" for key, item in table.items() if item is not None]
             lines.append("")
     return "\n".join(lines)
 

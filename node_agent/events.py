@@ -54,6 +54,8 @@ class EventKind(enum.StrEnum):
     """A guest that this node didn't own any more was ended."""
     DOMAIN_TAKEN_OVER = "domain-taken-over"
     """Its node is silent, and shut out of its volumes."""
+    POOL_ADDED = "pool-added"
+    POOL_REMOVED = "pool-removed"
     MIGRATION_STARTED = "migration-started"
     MIGRATION_STATE = "migration-state"
     MIGRATION_COMPLETED = "migration-completed"

@@ -6,6 +6,7 @@ what they refuse and what the documentation says can't differ.
 
 from __future__ import annotations
 
+import enum
 from typing import Annotated, Final
 
 import msgspec
@@ -15,6 +16,7 @@ from migrator.model import (
     DiskFormat,
     DomainSpec,
     DomainState,
+    Fencing,
     FileName,
     HypervisorCapabilities,
     Migration,
@@ -23,14 +25,19 @@ from migrator.model import (
     Name,
     NodeState,
     OnTimeout,
+    PoolHealth,
     Value,
     VolumeInfo,
 )
+from storage.settings import PoolSettings
 
 DOMAINS: Final = "domains/"
 NODES: Final = "nodes/"
 MIGRATIONS: Final = "migrations/"
 EVENTS: Final = "events/"
+POOLS: Final = "pools/"
+
+CapacityBytes = Annotated[int, msgspec.Meta(ge=512, le=1 << 50)]
 
 
 class DomainRecord(Value, frozen=True, kw_only=True):
@@ -145,23 +152,55 @@ class DryRun(Value, frozen=True, kw_only=True):
     """Why there is no prediction, where there is none and nothing else says so."""
 
 
+class PoolRecord(Value, frozen=True, kw_only=True):
+    """`pools/NAME` in the store."""
+
+    settings: PoolSettings
+    added_at_s: float
+
+
+class PoolOrigin(enum.StrEnum):
+    """Where a pool is written down."""
+
+    CONFIGURATION = "configuration"
+    """In the agent's file: changed there, with a restart."""
+    CLUSTER = "cluster"
+    """In the state store: every agent has it; `pool add` and `pool rm` change it."""
+
+
+class Pool(Value, frozen=True, kw_only=True):
+    """The pool resource, as the agent that answers sees it."""
+
+    name: str
+    driver: str
+    origin: PoolOrigin
+    settings: PoolSettings
+    fencing: Fencing
+    health: PoolHealth
+
+
 class VolumeCreate(Value, frozen=True, kw_only=True):
     """Body of a new volume."""
 
     name: FileName
-    capacity_bytes: Annotated[int, msgspec.Meta(ge=512, le=1 << 50)]
+    capacity_bytes: CapacityBytes
     format: DiskFormat = DiskFormat.RAW
     image: str | None = None
     """Absolute path, on the agent that is asked, of an image in `format` to copy."""
 
 
-class Pool(Value, frozen=True, kw_only=True):
-    """The pool resource."""
+class VolumeResize(Value, frozen=True, kw_only=True):
+    """Body of a resize. A volume only grows."""
 
-    name: str
-    driver: str
-    fences_remote_writers: bool
-    """Whether a takeover from a silent node is possible on this pool."""
+    capacity_bytes: CapacityBytes
+
+
+class VolumeClone(Value, frozen=True, kw_only=True):
+    """Body of a clone, into the same pool."""
+
+    name: FileName
+    linked: bool = False
+    """An overlay that leans on the volume, which may only be read from then on."""
 
 
 class DomainList(Value, frozen=True, kw_only=True):

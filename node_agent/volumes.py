@@ -1,38 +1,100 @@
-"""The pools of this node, which all nodes of a cluster are expected to share, and their volumes."""
+"""What users do with pools and volumes. What is in use is refused, and by whom it is used is said.
+
+Every agent has the same pools (`pools`), so the agent that is asked does the work itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
-from migrator.errors import ConflictError, InvalidRequest, NotFoundError
-from migrator.model import PoolName, VolumeInfo, VolumeName
+from migrator.errors import ConflictError, FerryError, InvalidRequest, StorageError
+from migrator.model import (
+    DomainName,
+    OwnershipState,
+    PoolHealth,
+    PoolName,
+    VolumeInfo,
+    VolumeName,
+)
 from migrator.ports import VolumeDriver
 from node_agent.domain_records import DomainRecords
-from node_agent.resources import Pool, VolumeCreate
+from node_agent.events import EventKind, EventLog
+from node_agent.pools import PoolEntry, PoolSet
+from node_agent.resources import (
+    DomainRecord,
+    Pool,
+    VolumeClone,
+    VolumeCreate,
+    VolumeResize,
+)
+from storage.settings import PoolSettings
+
+HEALTH_S: Final = 10.0
+"""Beyond what any driver allows itself."""
+SAID_AT_MOST: Final = 5
 
 
 class VolumeService:
-    """Errors: NotFoundError (pool or volume), ConflictError, StorageError."""
+    """Errors: NotFoundError (pool or volume), ConflictError (in use), StorageError."""
 
-    def __init__(self, pools: Mapping[PoolName, VolumeDriver], records: DomainRecords) -> None:
+    def __init__(self, pools: PoolSet, records: DomainRecords, events: EventLog) -> None:
         self._pools = pools
         self._records = records
+        self._events = events
+
+    # --- pools -------------------------------------------------------------------------------
 
     async def list_pools(self) -> Sequence[Pool]:
-        """By name."""
-        return [
-            Pool(name=name, driver=pool.name, fences_remote_writers=pool.fences_remote_writers)
-            for name, pool in sorted(self._pools.items())
-        ]
+        """By name, each tried now."""
+        entries = [self._pools.entry(name) for name in self._pools]
+        return await asyncio.gather(*(_resource(entry) for entry in entries))
+
+    async def get_pool(self, pool: PoolName) -> Pool:
+        """One, tried now."""
+        return await _resource(self._pools.entry(pool))
+
+    async def add_pool(self, settings: PoolSettings) -> Pool:
+        """ConflictError: the name is taken; StorageError: it doesn't work. Nothing was changed."""
+        async with self._pools.trial(settings) as driver:
+            health = await _health(driver)
+        if not health.reachable:
+            raise StorageError(
+                f"pool {settings.name} was not added: this node can't use it: {health.reason}"
+            )
+        entry = await self._pools.add(settings)
+        self._events.emit(
+            EventKind.POOL_ADDED, f"pool {settings.name} was added ({entry.driver.name})"
+        )
+        return await _resource(entry)
+
+    async def remove_pool(self, pool: PoolName) -> None:
+        """The volumes stay on the storage. ConflictError says which domains have disks on it."""
+        self._pools.entry(pool)
+        await self._refuse_used_pool(pool)
+        removed = await self._pools.remove(pool)
+        try:  # A domain may have been defined between the look and the removal.
+            await self._refuse_used_pool(pool)
+        except FerryError:
+            await self._pools.put_back(removed)
+            raise
+        self._events.emit(EventKind.POOL_REMOVED, f"pool {pool} was removed; its volumes stay")
+
+    # --- volumes -----------------------------------------------------------------------------
 
     async def list_volumes(self, pool: PoolName) -> Sequence[VolumeInfo]:
         """Every volume of one pool."""
-        return await self._pool(pool).list_volumes()
+        return await self._driver(pool).list_volumes()
+
+    async def get_volume(self, pool: PoolName, volume: VolumeName) -> VolumeInfo:
+        """One."""
+        return await self._driver(pool).inspect(volume)
 
     async def create(self, pool: PoolName, request: VolumeCreate) -> VolumeInfo:
         """ConflictError if it exists. On failure nothing is left."""
-        driver = self._pool(pool)
+        driver = self._driver(pool)
         image = None if request.image is None else Path(request.image)
         if image is not None and not image.is_absolute():
             right = "an absolute path on the node"
@@ -44,18 +106,104 @@ class VolumeService:
             image=image,
         )
 
+    async def resize(self, pool: PoolName, volume: VolumeName, request: VolumeResize) -> VolumeInfo:
+        """Grow. ConflictError while a domain that has it runs; InvalidRequest if it'd shrink."""
+        driver = self._driver(pool)
+        await self._refuse_running(pool, volume, "resized")
+        return await driver.resize(volume, request.capacity_bytes)
+
+    async def clone(self, pool: PoolName, volume: VolumeName, request: VolumeClone) -> VolumeInfo:
+        """ConflictError while a domain that writes to it runs; linked: if any may write to it."""
+        driver = self._driver(pool)
+        if request.linked:
+            users = await self._users(pool, volume, writers_only=True)
+            self._refuse(pool, volume, "the base of a linked clone", users)
+        else:
+            await self._refuse_running(pool, volume, "cloned", writers_only=True)
+        return await driver.clone(volume, VolumeName(request.name), linked=request.linked)
+
     async def delete(self, pool: PoolName, volume: VolumeName) -> None:
         """ConflictError while it is a disk of a defined domain; nothing was deleted."""
-        driver = self._pool(pool)
-        for name, record in (await self._records.list_records()).items():
-            if any((disk.pool, disk.volume) == (pool, volume) for disk in record.spec.disks):
-                raise ConflictError(
-                    f"volume {pool}/{volume} is a disk of domain {name}; it was not deleted"
-                )
+        driver = self._driver(pool)
+        self._refuse(pool, volume, "deleted", await self._users(pool, volume))
         await driver.delete(volume)
 
-    def _pool(self, pool: PoolName) -> VolumeDriver:
-        driver = self._pools.get(pool)
-        if driver is None:
-            raise NotFoundError(f"there is no pool {pool}")
-        return driver
+    # --- who uses what -----------------------------------------------------------------------
+
+    def _driver(self, pool: PoolName) -> VolumeDriver:
+        return self._pools.entry(pool).driver
+
+    async def _users(
+        self, pool: PoolName, volume: VolumeName, *, writers_only: bool = False
+    ) -> list[DomainName]:
+        records = await self._records.list_records()
+        return [
+            name
+            for name, only_reads in _having(records, pool, volume)
+            if not (only_reads and writers_only)
+        ]
+
+    async def _refuse_running(
+        self, pool: PoolName, volume: VolumeName, what: str, *, writers_only: bool = False
+    ) -> None:
+        owned = await self._records.list_ownership()
+        running = []
+        for name in await self._users(pool, volume, writers_only=writers_only):
+            record = owned.get(name)
+            if record is not None and record.state is OwnershipState.RUNNING:
+                running.append(f"{name}, which runs on {record.owner}")
+        self._refuse(pool, volume, what, running)
+
+    @staticmethod
+    def _refuse(pool: PoolName, volume: VolumeName, what: str, users: Sequence[str]) -> None:
+        if users:
+            raise ConflictError(
+                f"volume {pool}/{volume} is a disk of domain {_listed(users)}; it was not {what}"
+            )
+
+    async def _refuse_used_pool(self, pool: PoolName) -> None:
+        records = await self._records.list_records()
+        users = sorted(
+            name
+            for name, record in records.items()
+            if any(disk.pool == pool for disk in record.spec.disks)
+        )
+        if users:
+            raise ConflictError(
+                f"pool {pool} has disks of domain {_listed(users)}; it was not removed"
+            )
+
+
+def _having(
+    records: Mapping[DomainName, DomainRecord], pool: PoolName, volume: VolumeName
+) -> Iterator[tuple[DomainName, bool]]:
+    """The domains that have the volume, and whether they only read it."""
+    for name, record in sorted(records.items()):
+        for disk in record.spec.disks:
+            if (disk.pool, disk.volume) == (pool, volume):
+                yield name, disk.read_only
+
+
+def _listed(users: Sequence[str]) -> str:
+    more = len(users) - SAID_AT_MOST
+    said = ", ".join(users[:SAID_AT_MOST])
+    return f"{said} and {more} more" if more > 0 else said
+
+
+async def _resource(entry: PoolEntry) -> Pool:
+    return Pool(
+        name=entry.settings.name,
+        driver=entry.driver.name,
+        origin=entry.origin,
+        settings=entry.settings,
+        fencing=entry.driver.fencing,
+        health=await _health(entry.driver),
+    )
+
+
+async def _health(driver: VolumeDriver) -> PoolHealth:
+    try:
+        async with asyncio.timeout(HEALTH_S):
+            return await driver.health()
+    except TimeoutError:
+        return PoolHealth(reachable=False, reason=f"no answer in {HEALTH_S:.0f} s")

@@ -1,15 +1,28 @@
-"""Every storage driver by the name that the configuration gives it."""
+"""Every storage driver by the name that a pool's settings give it, and how a pool gets one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
 
+from migrator.model import NodeName, PoolName
 from migrator.ports import VolumeDriver
 from storage.directory import DirectoryPool
+from storage.settings import DirectorySettings, PoolSettings, SimulatedSettings
 from storage.simulated import SimulatedPool
 
 DRIVERS: Final[Mapping[str, type[VolumeDriver]]] = {
     "directory": DirectoryPool,
     "simulated": SimulatedPool,
 }
+
+_MAKERS: Final[Mapping[type[Any], Callable[[Any, NodeName, Path], VolumeDriver]]] = {
+    DirectorySettings: lambda it, node, _: DirectoryPool(PoolName(it.name), Path(it.path)),
+    SimulatedSettings: lambda it, node, _: SimulatedPool(PoolName(it.name), node=node),
+}
+
+
+def make_pool(settings: PoolSettings, node: NodeName, state_directory: Path) -> VolumeDriver:
+    """The driver of one pool on `node`. It may keep files below `state_directory`. No I/O."""
+    return _MAKERS[type(settings)](settings, node, state_directory)

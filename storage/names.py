@@ -40,3 +40,22 @@ def capacity_below_image(
         f"volume {volume}: capacity_bytes is {capacity_bytes}, the image holds {image_bytes}",
         {"capacity_bytes": f"at least {image_bytes}"},
     )
+
+
+def check_growth(volume: VolumeName, present_bytes: int, capacity_bytes: int) -> None:
+    """InvalidRequest unless the capacity is right and not less than what the volume has."""
+    check_capacity(volume, capacity_bytes)
+    if capacity_bytes >= present_bytes:
+        return
+    raise InvalidRequest(
+        f"volume {volume} holds {present_bytes} bytes; it was not cut to {capacity_bytes}",
+        {"capacity_bytes": f"at least {present_bytes}: a volume only grows"},
+    )
+
+
+def linked_unsupported(driver: str) -> InvalidRequest:
+    """The error for a linked clone where a pool has none."""
+    return InvalidRequest(
+        f"a pool of driver {driver} has no linked clones; nothing was made",
+        {"linked": "false: a full copy"},
+    )

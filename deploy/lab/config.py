@@ -14,11 +14,11 @@ from node_agent.config import (
     MigrationTable,
     NodeTable,
     PeerTable,
-    PoolTable,
     StoreTable,
     format_endpoint,
     render_config,
 )
+from storage.settings import DirectorySettings
 
 API_PORT: Final = 7780
 PEER_PORT: Final = 7781
@@ -40,7 +40,7 @@ def agent_config(plan: LabPlan, node: NodePlan) -> AgentConfig:
         store=store_table(plan),
         hypervisor=HypervisorTable(),
         fabric=FabricTable(),
-        pools=(PoolTable(name="default", path=str(plan.volumes_path)),),
+        pools=(DirectorySettings(name="default", path=str(plan.volumes_path)),),
         peers=tuple(
             KnownPeer(name=other.name, address=format_endpoint(other.mgmt_address, PEER_PORT))
             for other in plan.nodes

@@ -21,9 +21,10 @@ from pathlib import Path
 import msgspec
 
 from hypervisor.machine_types import FAMILIES, family
+from hypervisor.qemu.block_nodes import block_nodes
 from hypervisor.qemu.config import MONITORS
 from migrator.errors import HypervisorError
-from migrator.model import DomainSpec, FileSource, KernelBoot, NicSpec
+from migrator.model import BlockSource, DomainSpec, KernelBoot, NicSpec
 from migrator.ports import Launch
 
 RAM_FD = 100
@@ -204,42 +205,18 @@ def _nic(index: int, nic: NicSpec, bus: str, accelerator: str) -> list[str]:
     ]
 
 
-def _disk(index: int, source: FileSource, bus: str, host_devices: frozenset[str]) -> list[str]:
-    name = f"disk{index}"
-    cache = {"direct": True, "no-flush": False}
-    file_node: dict[str, object] = {
-        "node-name": f"{name}-file",
-        "driver": "host_device" if source.path in host_devices else "file",
-        "filename": source.path,
-        "read-only": source.read_only,
-        "auto-read-only": False,
-        "cache": cache,
-        "discard": "unmap",
-    }
-    format_node: dict[str, object] = {
-        "node-name": name,
-        "driver": source.format.value,
-        "file": f"{name}-file",
-        "read-only": source.read_only,
-        "auto-read-only": False,
-        "cache": cache,
-        "discard": "unmap",
-    }
+def _disk(index: int, source: BlockSource, bus: str, host_devices: frozenset[str]) -> list[str]:
     device: dict[str, object] = {
         "driver": "virtio-blk-pci",
         "id": f"virtio-disk{index}",
-        "drive": name,
+        "drive": f"disk{index}",
         "bus": bus,
         "addr": f"{DISK_SLOTS[index]:#x}",
         "bootindex": index + 1,
         "werror": "stop",
         "rerror": "stop",
     }
-    return [
-        *("-blockdev", _json(file_node)),
-        *("-blockdev", _json(format_node)),
-        *("-device", _json(device)),
-    ]
+    return [*block_nodes(f"disk{index}", source, host_devices), "-device", _json(device)]
 
 
 def _boot(spec: DomainSpec) -> list[str]:

@@ -35,6 +35,7 @@ from migrator.model import (
     DomainState,
     DomainStatus,
     FencingToken,
+    FileSource,
     HypervisorCapabilities,
 )
 from migrator.ports import (
@@ -412,6 +413,8 @@ def _ready_logs(config: QemuConfig, domain: str) -> int:
 def _host_devices(launch: Launch) -> frozenset[str]:
     found = set()
     for source in launch.disks:
+        if not isinstance(source, FileSource):
+            continue
         with contextlib.suppress(OSError):
             if stat.S_ISBLK(Path(source.path).stat().st_mode):
                 found.add(source.path)

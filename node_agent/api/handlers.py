@@ -12,11 +12,9 @@ from node_agent.api.requests import (
     domain_of,
     flag,
     migration_of,
-    pool_of,
     read_body,
     reply,
     seconds_of,
-    volume_of,
 )
 from node_agent.resources import (
     DomainList,
@@ -24,12 +22,9 @@ from node_agent.resources import (
     MigrationCreate,
     MigrationList,
     NodeList,
-    PoolList,
     StartRequest,
     StopRequest,
     TakeoverRequest,
-    VolumeCreate,
-    VolumeList,
 )
 
 DEFAULT_SAMPLE_S: Final = 1.0
@@ -142,30 +137,6 @@ async def cancel_migration(request: web.Request) -> web.StreamResponse:
 async def list_nodes(request: web.Request) -> web.StreamResponse:
     """By name."""
     return reply(NodeList(nodes=tuple(await request.app[CLUSTER].list_nodes())))
-
-
-async def list_pools(request: web.Request) -> web.StreamResponse:
-    """By name."""
-    return reply(PoolList(pools=tuple(await request.app[CLUSTER].volumes.list_pools())))
-
-
-async def list_volumes(request: web.Request) -> web.StreamResponse:
-    """Of one pool."""
-    volumes = await request.app[CLUSTER].volumes.list_volumes(pool_of(request))
-    return reply(VolumeList(volumes=tuple(volumes)))
-
-
-async def create_volume(request: web.Request) -> web.StreamResponse:
-    """201."""
-    pool = pool_of(request)
-    body = await read_body(request, VolumeCreate)
-    return reply(await request.app[CLUSTER].volumes.create(pool, body), status=201)
-
-
-async def delete_volume(request: web.Request) -> web.StreamResponse:
-    """204."""
-    await request.app[CLUSTER].volumes.delete(pool_of(request), volume_of(request))
-    return web.Response(status=204)
 
 
 async def get_health(request: web.Request) -> web.StreamResponse:

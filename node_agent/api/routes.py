@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from migrator.figures import DirtyRate, SampleSeconds
-from migrator.model import DomainSpec, Migration, VolumeInfo
-from node_agent.api import handlers, streams
+from migrator.model import DomainSpec, Migration
+from node_agent.api import handlers, storage, streams
 from node_agent.api.route import Query, Route
 from node_agent.events import EventList
 from node_agent.resources import (
@@ -18,16 +18,12 @@ from node_agent.resources import (
     MigrationCreate,
     MigrationList,
     NodeList,
-    PoolList,
     StartRequest,
     StopRequest,
     TakeoverRequest,
-    VolumeCreate,
-    VolumeList,
 )
 
 _DOMAIN: Final = "/v1/domains/{name}"
-_VOLUMES: Final = "/v1/pools/{pool}/volumes"
 
 _DOMAINS: Final = (
     Route(
@@ -230,39 +226,6 @@ _REST: Final = (
     ),
     Route(
         method="GET",
-        path="/v1/pools",
-        handler=handlers.list_pools,
-        summary="The pools",
-        result=PoolList,
-    ),
-    Route(
-        method="GET",
-        path=_VOLUMES,
-        handler=handlers.list_volumes,
-        summary="The volumes of a pool",
-        result=VolumeList,
-        errors=(404,),
-    ),
-    Route(
-        method="POST",
-        path=_VOLUMES,
-        handler=handlers.create_volume,
-        summary="Create a volume, empty or as a copy of an image",
-        body=VolumeCreate,
-        status=201,
-        result=VolumeInfo,
-        errors=(404, 409),
-    ),
-    Route(
-        method="DELETE",
-        path=f"{_VOLUMES}/{{volume}}",
-        handler=handlers.delete_volume,
-        summary="Delete a volume that no domain has",
-        status=204,
-        errors=(404, 409),
-    ),
-    Route(
-        method="GET",
         path="/healthz",
         handler=handlers.get_health,
         summary="Whether this agent serves and its store answers",
@@ -271,4 +234,4 @@ _REST: Final = (
     ),
 )
 
-ROUTES: Final = (*_DOMAINS, *_MIGRATIONS, *_REST)
+ROUTES: Final = (*_DOMAINS, *_MIGRATIONS, *storage.ROUTES, *_REST)

@@ -18,7 +18,7 @@ from typing import Annotated, Final
 import msgspec
 import typer
 
-from node_agent.cli import cluster, domains, migrations
+from node_agent.cli import cluster, domains, migrations, storage
 from node_agent.cli.errors import EXIT_CODES_HELP, ApiProblem, CliError, ExitCode
 from node_agent.cli.output import settings
 
@@ -55,8 +55,8 @@ def build_app(mounted: str | None = None) -> typer.Typer:
     app.command("migrate")(migrations.migrate)
     app.add_typer(migrations.app, name="migration")
     app.add_typer(cluster.nodes, name="node")
-    app.add_typer(cluster.volumes, name="volume")
-    app.add_typer(cluster.pools, name="pool")
+    app.add_typer(storage.volumes, name="volume")
+    app.add_typer(storage.pools, name="pool")
     app.command("events")(cluster.events)
     app.command("agent")(agent)
     for name, (module, help_text) in _MOUNTED.items():

@@ -12,40 +12,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import ClassVar, Final, TypeVar
 
-from migrator.errors import FenceError, InvalidRequest, StorageError
+from migrator.errors import ConflictError, FenceError, StorageError
 from migrator.model import (
     BlockSource,
     DiskFormat,
+    Fencing,
     FencingToken,
-    FileSource,
+    PoolHealth,
     PoolName,
     VolumeInfo,
     VolumeName,
 )
 from migrator.ports import VolumeDriver
-from storage.directory.copying import CopyCancelled, copy_image
+from storage.bounded import CALL_TIMEOUT_S, bounded, run_program
+from storage.copying import CopyCancelled, copy_image
 from storage.directory.files import PoolFolder
-from storage.directory.qcow2 import HEADER_BYTES, is_qcow2, parse_header
-from storage.names import capacity_below_image, check_capacity, check_volume_name
+from storage.images import image_capacity
+from storage.names import capacity_below_image, check_capacity, check_growth, check_volume_name
 
-CALL_TIMEOUT_S: Final = 30.0
-"""For a call on a few small files. A file server that takes longer is down."""
-TOOL_TIMEOUT_S: Final = 60.0
 COPY_TIMEOUT_S: Final = 3600.0
-GIVE_UP_WAIT_S: Final = 5.0
+HEALTH_TIMEOUT_S: Final = 3.0
 FENCE_WAIT_S: Final = 1.0
 """A source that is letting go of its image takes milliseconds."""
 _FENCE_POLL_S: Final = 0.01
 
-_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -73,8 +69,18 @@ class DirectoryPool(VolumeDriver):
         self._copy_timeout_s = copy_timeout_s
 
     @property
-    def fences_remote_writers(self) -> bool:
-        return False
+    def fencing(self) -> Fencing:
+        return Fencing(
+            remote_writers=False,
+            method="image locks: sees and refuses a second writer on the same host only; a silent "
+            "node's writes can't be stopped",
+        )
+
+    async def health(self) -> PoolHealth:
+        try:
+            return await self._call(self._folder.health, timeout_s=HEALTH_TIMEOUT_S)
+        except StorageError as error:
+            return PoolHealth(reachable=False, reason=str(error))
 
     async def create(
         self,
@@ -92,24 +98,16 @@ class DirectoryPool(VolumeDriver):
         check_volume_name(volume)
         check_capacity(volume, capacity_bytes)
         await self._call(lambda: self._folder.refuse_existing(volume))
-        temporary = await self._call(
-            lambda: self._folder.make_temporary(volume, format), undo=_remove
-        )
-        try:
+        async with self._made(volume, format) as making:
             if image is not None:
-                await self._fill_from(image, temporary, volume, capacity_bytes, format)
+                await self._fill_from(image, making.path, volume, capacity_bytes, format)
             elif format is DiskFormat.QCOW2:
-                await self._run_tool("create", "-q", "-f", "qcow2", str(temporary), capacity_bytes)
+                await self._run_tool(
+                    "create", "-q", "-f", "qcow2", str(making.path), capacity_bytes
+                )
             else:
-                await self._call(lambda: os.truncate(temporary, capacity_bytes))
-            return await self._call(
-                lambda: self._folder.publish(temporary, volume, format),
-                timeout_s=self._copy_timeout_s,
-                undo=lambda _: self._folder.remove(volume),
-            )
-        except BaseException:
-            await asyncio.shield(asyncio.to_thread(_remove, temporary))
-            raise
+                await self._call(lambda: os.truncate(making.path, capacity_bytes))
+        return making.info
 
     async def inspect(self, volume: VolumeName) -> VolumeInfo:
         check_volume_name(volume)
@@ -119,14 +117,55 @@ class DirectoryPool(VolumeDriver):
         return await self._call(self._folder.describe_all)
 
     async def delete(self, volume: VolumeName) -> None:
-        """Delete. ConflictError while a hypervisor of this host has the image open and active."""
+        """Delete. ConflictError while a hypervisor of this host has the image open and active.
+
+        Also while a linked clone leans on it.
+        """
         check_volume_name(volume)
         await self._call(lambda: self._folder.remove(volume))
+
+    async def resize(self, volume: VolumeName, capacity_bytes: int) -> VolumeInfo:
+        """Grow. ConflictError: a hypervisor of this host uses it, or a linked clone leans on it."""
+        check_volume_name(volume)
+        present = await self._call(lambda: self._folder.unused(volume))
+        check_growth(volume, present.capacity_bytes, capacity_bytes)
+        image = self._folder.image(volume, present.format)
+        if present.format is DiskFormat.RAW:
+            await self._call(lambda: os.truncate(image, capacity_bytes))
+        elif capacity_bytes > present.capacity_bytes:
+            await self._run_tool("resize", "-q", "-f", "qcow2", str(image), capacity_bytes)
+        return await self.inspect(volume)
+
+    async def clone(
+        self, volume: VolumeName, new: VolumeName, *, linked: bool = False
+    ) -> VolumeInfo:
+        """A copy (shared blocks where the file system can), or a qcow2 overlay.
+
+        An overlay's base is only read from then on: `open` refuses it to writers.
+        """
+        check_volume_name(volume)
+        check_volume_name(new)
+        present = await self._call(lambda: self._folder.unused(volume, by_writers=True))
+        await self._call(lambda: self._folder.refuse_existing(new))
+        image = self._folder.image(volume, present.format)
+        kind = DiskFormat.QCOW2 if linked else present.format
+        async with self._made(new, kind) as making:
+            if linked:
+                base = ("-b", image.name, "-F", present.format.value)
+                await self._run_tool("create", "-q", "-f", "qcow2", *base, str(making.path))
+                await self._call(lambda: self._folder.keep_for_reading(volume))
+            else:
+                await self._copy(image, making.path)
+        return making.info
 
     async def open(
         self, volume: VolumeName, token: FencingToken, *, read_only: bool
     ) -> BlockSource:
-        """Where the image is. FenceError if a newer token has fenced it. Takes no resource."""
+        """Where the image is. FenceError if a newer token has fenced it. Takes no resource.
+
+        ConflictError: a writer, but linked clones lean on it. StorageError: its chain of backing
+        files leaves the pool or is a loop.
+        """
         check_volume_name(volume)
 
         def find() -> BlockSource:
@@ -136,7 +175,12 @@ class DirectoryPool(VolumeDriver):
                 raise FenceError(
                     f"volume {volume} is fenced by token {newest}, not opened: {token}"
                 )
-            return FileSource(path=str(image), format=kind, read_only=read_only)
+            if not read_only and self._folder.is_base(image):
+                raise ConflictError(
+                    f"pool {self._pool}: linked clones lean on volume {volume}; "
+                    "it can only be opened to read"
+                )
+            return self._folder.source(image, kind, read_only=read_only)
 
         return await self._call(find)
 
@@ -172,6 +216,32 @@ class DirectoryPool(VolumeDriver):
 
     # --- parts of create ---------------------------------------------------------------------
 
+    @contextlib.asynccontextmanager
+    async def _made(self, volume: VolumeName, format: DiskFormat) -> AsyncIterator[_Making]:
+        """A file that becomes the volume when the body is through, and nothing when it fails."""
+        temporary = await self._call(
+            lambda: self._folder.make_temporary(volume, format), undo=_remove
+        )
+        try:
+            making = _Making(temporary)
+            yield making
+            making.published = await self._call(
+                lambda: self._folder.publish(temporary, volume, format),
+                timeout_s=self._copy_timeout_s,
+                undo=lambda _: self._folder.remove(volume),
+            )
+        except BaseException:
+            await asyncio.shield(asyncio.to_thread(_remove, temporary))
+            raise
+
+    async def _copy(self, image: Path, temporary: Path) -> None:
+        given_up = threading.Event()
+        await self._call(
+            lambda: _copy(image, temporary, given_up),
+            timeout_s=self._copy_timeout_s,
+            given_up=given_up,
+        )
+
     async def _fill_from(
         self,
         image: Path,
@@ -181,15 +251,10 @@ class DirectoryPool(VolumeDriver):
         format: DiskFormat,
     ) -> None:
         """Copy the image and grow it to the capacity."""
-        image_bytes = await self._call(lambda: _image_capacity(image, format))
+        image_bytes = await self._call(lambda: image_capacity(image, format))
         if capacity_bytes < image_bytes:
             raise capacity_below_image(volume, capacity_bytes, image_bytes)
-        given_up = threading.Event()
-        await self._call(
-            lambda: _copy(image, temporary, given_up),
-            timeout_s=self._copy_timeout_s,
-            given_up=given_up,
-        )
+        await self._copy(image, temporary)
         if format is DiskFormat.RAW:
             await self._call(lambda: os.truncate(temporary, capacity_bytes))
         elif capacity_bytes > image_bytes:
@@ -197,30 +262,7 @@ class DirectoryPool(VolumeDriver):
 
     async def _run_tool(self, *arguments: str | int) -> None:
         """Run qemu-img to its end, bounded; it is dead when this returns or raises."""
-        try:
-            process = await asyncio.create_subprocess_exec(
-                self._qemu_img,
-                *map(str, arguments),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-            )
-        except OSError as error:
-            raise StorageError(f"can't run {self._qemu_img}: {error.strerror}") from error
-        try:
-            async with asyncio.timeout(TOOL_TIMEOUT_S):
-                _, complaint = await process.communicate()
-        except TimeoutError as error:
-            raise StorageError(
-                f"pool {self._pool}: qemu-img {arguments[0]} took over {TOOL_TIMEOUT_S:.0f} s"
-            ) from error
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await asyncio.shield(process.wait())
-        if process.returncode != 0:
-            detail = complaint.decode(errors="replace").strip() or f"status {process.returncode}"
-            raise StorageError(f"pool {self._pool}: qemu-img {arguments[0]} failed: {detail}")
+        await run_program(f"pool {self._pool}", [self._qemu_img, *map(str, arguments)])
 
     async def _call(
         self,
@@ -230,86 +272,28 @@ class DirectoryPool(VolumeDriver):
         undo: Callable[[_T], None] | None = None,
         given_up: threading.Event | None = None,
     ) -> _T:
-        """Run `work` in a thread, bounded; StorageError for what the file system refuses.
-
-        Cancelled or late: `given_up` is set, and a result that comes nevertheless is undone. It
-        is waited for, but not for ever: the thread may hang with its file server.
-        """
-        given_up = given_up or threading.Event()
-        order = threading.Lock()
-        results: list[_T] = []
-
-        def run() -> _T:
-            result = work()
-            with order:
-                results.append(result)
-                late = given_up.is_set()
-            if late and undo is not None:
-                undo(result)
-            return result
-
-        task = asyncio.ensure_future(asyncio.to_thread(run))
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await asyncio.shield(task)
-        except (asyncio.CancelledError, TimeoutError) as error:
-            with order:
-                in_time = list(results)
-                given_up.set()
-            task.add_done_callback(_log_late)
-            if in_time and undo is not None:
-                await asyncio.shield(asyncio.to_thread(undo, in_time[0]))
-            await asyncio.wait({task}, timeout=GIVE_UP_WAIT_S)
-            if isinstance(error, asyncio.CancelledError):
-                raise
-            raise StorageError(f"pool {self._pool}: no answer in {timeout_s:.0f} s") from error
-        except OSError as error:
-            raise self._explained(error) from error
-
-    def _explained(self, error: OSError) -> StorageError:
-        where = f"pool {self._pool}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return StorageError(f"{where} is full: {error.strerror}")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return StorageError(f"{where}: this agent may not: {error}")
-        return StorageError(f"{where}: {error}")
+        """`bounded`, with the pool's name in its messages."""
+        return await bounded(
+            work, f"pool {self._pool}", timeout_s=timeout_s, undo=undo, given_up=given_up
+        )
 
 
-def _log_late(task: asyncio.Future[_T]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        _log.info("a storage call that was given up failed: %s", error)
+class _Making:
+    """A volume on its way: the file to fill, and in the end what became of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.published: VolumeInfo | None = None
+
+    @property
+    def info(self) -> VolumeInfo:
+        assert self.published is not None
+        return self.published
 
 
 def _remove(temporary: Path) -> None:
     with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)
-
-
-def _image_capacity(image: Path, format: DiskFormat) -> int:
-    """The image's size as a guest sees it (bytes). InvalidRequest if it isn't what was said."""
-    try:
-        fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise InvalidRequest(f"there is no image {image}", {"image": "an existing file"}) from error
-    try:
-        head = os.pread(fd, HEADER_BYTES, 0)
-        size_bytes = os.fstat(fd).st_size
-    finally:
-        os.close(fd)
-    if format is DiskFormat.RAW:
-        if is_qcow2(head):
-            raise InvalidRequest(f"image {image} is qcow2, not raw", {"format": "qcow2"})
-        return size_bytes
-    try:
-        header = parse_header(head)
-    except StorageError as error:
-        raise InvalidRequest(f"image {image}: {error}", {"image": "a qcow2 image"}) from error
-    if header.backing_file or header.external_data:
-        raise InvalidRequest(
-            f"image {image} leans on another file: flatten it first (qemu-img convert)",
-            {"image": "a qcow2 image without a backing file or external data"},
-        )
-    return header.capacity_bytes
 
 
 def _copy(image: Path, temporary: Path, cancelled: threading.Event) -> None:

@@ -21,12 +21,26 @@ from pathlib import Path
 from typing import Final
 
 from migrator.errors import ConflictError, FenceError, NotFoundError, StorageError
-from migrator.model import DiskFormat, FencingToken, PoolName, VolumeInfo, VolumeName
+from migrator.model import (
+    DiskFormat,
+    FencingToken,
+    FileSource,
+    PoolHealth,
+    PoolName,
+    VolumeInfo,
+    VolumeName,
+)
 from storage.directory.locks import image_in_use, image_written, pool_lock
-from storage.directory.qcow2 import HEADER_BYTES, parse_header
+from storage.qcow2 import HEADER_BYTES, parse_header, read_backing_name
 
 ABANDONED_AFTER_S: Final = 86_400.0
 """A half-made volume that nobody has written to for a day belongs to an agent that died."""
+
+CHAIN_MAX: Final = 16
+"""Linked clones of linked clones: each costs a lookup on every first read of a cluster."""
+
+_WRITABLE: Final = 0o660
+_READ_ONLY: Final = 0o440
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +96,7 @@ class PoolFolder:
                 if time.time() - left.stat().st_mtime > ABANDONED_AFTER_S:
                     left.unlink()
         temporary = self.path / f".{volume}.{format.value}.{uuid.uuid4().hex}.tmp"
-        os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o660))
+        os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _WRITABLE))
         return temporary
 
     def publish(self, temporary: Path, volume: VolumeName, format: DiskFormat) -> VolumeInfo:
@@ -98,14 +112,114 @@ class PoolFolder:
     def remove(self, volume: VolumeName) -> None:
         """ConflictError, and nothing removed, while a hypervisor of this host uses it."""
         with pool_lock(self.path):
-            image, _ = self.find(volume)
+            image, kind = self.find(volume)
             if image_in_use(image):
                 raise ConflictError(
                     f"pool {self.pool}: a hypervisor uses volume {volume}; it was not deleted"
                 )
+            if self.kept_for_reading(image) and (leaning := self._leaning_on(image)):
+                raise ConflictError(
+                    f"pool {self.pool}: {', '.join(leaning)} lean on volume {volume}; "
+                    "it was not deleted"
+                )
+            base = self._base_of(image) if kind is DiskFormat.QCOW2 else None
             image.unlink()
             self._token_file(volume).unlink(missing_ok=True)
+            if base is not None and _is_file(base) and not self._leaning_on(base):
+                base.chmod(_WRITABLE)
         _sync(self.path)
+
+    def unused(self, volume: VolumeName, *, by_writers: bool = False) -> VolumeInfo:
+        """The volume. ConflictError while a hypervisor of this host uses it (or writes to it).
+
+        Unless only writers matter, also while linked clones lean on it.
+        """
+        image, kind = self.find(volume)
+        if image_written(image) if by_writers else image_in_use(image):
+            raise ConflictError(f"pool {self.pool}: a hypervisor uses volume {volume}")
+        if not by_writers and self.is_base(image):
+            raise ConflictError(f"pool {self.pool}: linked clones lean on volume {volume}")
+        return self._describe(volume, image, kind)
+
+    def health(self) -> PoolHealth:
+        """Whether the folder is there, and the file system's room."""
+        if not self.path.is_dir():
+            return PoolHealth(
+                reachable=False, reason=f"folder {self.path} is missing: is it mounted?"
+            )
+        if not os.access(self.path, os.W_OK | os.X_OK):
+            return PoolHealth(reachable=False, reason=f"folder {self.path} can't be written to")
+        room = os.statvfs(self.path)
+        return PoolHealth(
+            reachable=True,
+            capacity_bytes=room.f_blocks * room.f_frsize,
+            free_bytes=room.f_bavail * room.f_frsize,
+        )
+
+    # --- linked clones -----------------------------------------------------------------------
+
+    def keep_for_reading(self, volume: VolumeName) -> None:
+        """Mark a volume as the base of others: its file's write permission goes."""
+        with pool_lock(self.path):
+            image, _ = self.find(volume)
+            image.chmod(_READ_ONLY)
+
+    def is_base(self, image: Path) -> bool:
+        """Whether others lean on it. Where none does any more, it may be written again."""
+        if not self.kept_for_reading(image):
+            return False
+        with pool_lock(self.path):
+            if self._leaning_on(image):
+                return True
+            image.chmod(_WRITABLE)
+        return False
+
+    def kept_for_reading(self, image: Path) -> bool:
+        return not image.stat().st_mode & stat.S_IWUSR
+
+    def source(self, image: Path, format: DiskFormat, *, read_only: bool) -> FileSource:
+        """How to open an image and all that it leans on. StorageError: the chain is not sound."""
+        chain = [(image, format)]
+        while chain[-1][1] is DiskFormat.QCOW2 and (base := self._base_of(chain[-1][0])):
+            if any(base == known for known, _ in chain) or len(chain) >= CHAIN_MAX:
+                raise StorageError(
+                    f"pool {self.pool}: the backing files of {image.name} are a loop, or over "
+                    f"{CHAIN_MAX}"
+                )
+            chain.append((base, DiskFormat(base.suffix[1:])))
+        found: FileSource | None = None
+        for position, (path, kind) in reversed(list(enumerate(chain))):
+            found = FileSource(
+                path=str(path), format=kind, read_only=read_only or position > 0, backing=found
+            )
+        assert found is not None
+        return found
+
+    def _base_of(self, image: Path) -> Path | None:
+        """The file that a qcow2 image leans on: a volume of this pool, or StorageError."""
+        with image.open("rb") as file:
+            header = parse_header(file.read(HEADER_BYTES))
+            name = read_backing_name(file, header)
+        if header.external_data:
+            raise StorageError(f"pool {self.pool}: {image.name} keeps its data in another file")
+        if name is None:
+            return None
+        base = self.path / name
+        known = {f".{kind.value}" for kind in DiskFormat}
+        if "/" in name or name.startswith(".") or base.suffix not in known or not _is_file(base):
+            raise StorageError(
+                f"pool {self.pool}: {image.name} leans on {name!r}, which is no volume of the pool"
+            )
+        return base
+
+    def _leaning_on(self, base: Path) -> list[str]:
+        """The names of the volumes that lean on a file."""
+        found = []
+        for image in sorted(self.path.glob("*.qcow2")):
+            with contextlib.suppress(StorageError, OSError):
+                if self._base_of(image) == base:
+                    found.append(image.stem)
+        return found
 
     def token(self, volume: VolumeName) -> FencingToken | None:
         """The newest token that fenced the volume. Empty after a power loss: as if none had."""
@@ -156,9 +270,12 @@ class PoolFolder:
         fd = os.open(image, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             status = os.fstat(fd)
-            capacity_bytes = status.st_size
+            capacity_bytes, base = status.st_size, None
             if format is DiskFormat.QCOW2:
-                capacity_bytes = parse_header(os.pread(fd, HEADER_BYTES, 0)).capacity_bytes
+                header = parse_header(os.pread(fd, HEADER_BYTES, 0))
+                capacity_bytes = header.capacity_bytes
+                with os.fdopen(os.dup(fd), "rb") as file:
+                    base = read_backing_name(file, header)
         finally:
             os.close(fd)
         return VolumeInfo(
@@ -167,6 +284,7 @@ class PoolFolder:
             format=format,
             capacity_bytes=capacity_bytes,
             allocated_bytes=status.st_blocks * 512,
+            backing=None if base is None else base.rpartition(".")[0] or base,
         )
 
 

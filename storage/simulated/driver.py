@@ -18,19 +18,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Final
 
+import msgspec
+
 from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundError, StorageError
 from migrator.model import (
     BlockSource,
     DiskFormat,
+    Fencing,
     FencingToken,
     FileSource,
     NodeName,
+    PoolHealth,
     PoolName,
     VolumeInfo,
     VolumeName,
 )
 from migrator.ports import VolumeDriver
-from storage.names import capacity_below_image, check_capacity, check_volume_name
+from storage.names import (
+    capacity_below_image,
+    check_capacity,
+    check_growth,
+    check_volume_name,
+    linked_unsupported,
+)
 
 _STALL_POLL_S: Final = 0.01
 
@@ -113,8 +123,18 @@ class SimulatedPool(VolumeDriver):
         self._timeout_s = timeout_s
 
     @property
-    def fences_remote_writers(self) -> bool:
-        return self.shared.enforces
+    def fencing(self) -> Fencing:
+        if self.shared.enforces:
+            return Fencing(remote_writers=True, method="simulated: refuses writes of old tokens")
+        return Fencing(remote_writers=False, method="simulated: takes every write")
+
+    async def health(self) -> PoolHealth:
+        try:
+            await self._reach()
+        except StorageError as error:
+            return PoolHealth(reachable=False, reason=str(error))
+        total = self.shared.capacity_bytes
+        return PoolHealth(reachable=True, capacity_bytes=total, free_bytes=total - self._used())
 
     async def create(
         self,
@@ -132,9 +152,7 @@ class SimulatedPool(VolumeDriver):
         allocated_bytes = await asyncio.to_thread(_size_bytes, image) if image else 0
         if allocated_bytes > capacity_bytes:
             raise capacity_below_image(volume, capacity_bytes, allocated_bytes)
-        used = sum(one.info.capacity_bytes for one in self.shared.volumes.values())
-        if self.faults.full or used + capacity_bytes > self.shared.capacity_bytes:
-            raise StorageError(f"pool {self.pool} is full")
+        self._refuse_if_full(capacity_bytes)
         info = VolumeInfo(
             pool=self.pool,
             name=volume,
@@ -160,6 +178,21 @@ class SimulatedPool(VolumeDriver):
             raise ConflictError(f"pool {self.pool}: volume {volume} is open; it was not deleted")
         del self.shared.volumes[volume]
 
+    async def resize(self, volume: VolumeName, capacity_bytes: int) -> VolumeInfo:
+        found = await self._find(volume)
+        check_growth(volume, found.info.capacity_bytes, capacity_bytes)
+        self._refuse_if_full(capacity_bytes - found.info.capacity_bytes)
+        found.info = msgspec.structs.replace(found.info, capacity_bytes=capacity_bytes)
+        return found.info
+
+    async def clone(
+        self, volume: VolumeName, new: VolumeName, *, linked: bool = False
+    ) -> VolumeInfo:
+        if linked:
+            raise linked_unsupported(self.name)
+        info = (await self._find(volume)).info
+        return await self.create(new, capacity_bytes=info.capacity_bytes, format=info.format)
+
     async def open(
         self, volume: VolumeName, token: FencingToken, *, read_only: bool
     ) -> BlockSource:
@@ -174,7 +207,8 @@ class SimulatedPool(VolumeDriver):
     async def close(self, volume: VolumeName, token: FencingToken) -> None:
         await self._reach()
         if volume in self.shared.volumes:
-            self.shared.volumes[volume].opened.discard((self.node, token))
+            opened = self.shared.volumes[volume].opened
+            opened -= {(node, old) for node, old in opened if node == self.node and old <= token}
 
     async def fence(self, volume: VolumeName, token: FencingToken) -> None:
         try:
@@ -200,6 +234,13 @@ class SimulatedPool(VolumeDriver):
         self.shared.writes.append(WriteRecord(self.node, volume, token, newest, reached))
         if not reached:
             raise StorageError(f"simulated: write to {volume} under token {token} was refused")
+
+    def _used(self) -> int:
+        return sum(one.info.capacity_bytes for one in self.shared.volumes.values())
+
+    def _refuse_if_full(self, more_bytes: int) -> None:
+        if self.faults.full or self._used() + more_bytes > self.shared.capacity_bytes:
+            raise StorageError(f"pool {self.pool} is full")
 
     async def _find(self, volume: VolumeName) -> _Volume:
         check_volume_name(volume)

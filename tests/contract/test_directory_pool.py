@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundError, StorageError
-from migrator.model import DiskFormat, FencingToken, PoolName, VolumeName
-from storage.directory import DirectoryPool, copying, driver, files
-from storage.directory.copying import CopyCancelled, copy_image
+from migrator.model import DiskFormat, FencingToken, FileSource, PoolName, VolumeName
+from storage import copying
+from storage.copying import CopyCancelled, copy_image
+from storage.directory import DirectoryPool, driver, files
 from storage.directory.locks import image_in_use, image_written, pool_lock
-from storage.directory.qcow2 import HEADER_BYTES, parse_header
+from storage.qcow2 import HEADER_BYTES, parse_header
 
 POOL = PoolName("default")
 DISK = VolumeName("web-1.disk_0")
@@ -230,6 +231,81 @@ def test_copying_by_hand_where_the_kernel_cannot(
     with (tmp_path / "a").open("rb") as source, (tmp_path / "b").open("w+b") as destination:
         copy_image(source.fileno(), destination.fileno(), threading.Event())
     assert (tmp_path / "b").read_bytes() == content
+
+
+# --- linked clones ---------------------------------------------------------------------------
+
+
+@needs_qemu_img
+@pytest.mark.parametrize("kind", BOTH)
+async def test_a_linked_clone_leans_on_its_base_which_is_only_read(
+    folder: Path, kind: DiskFormat
+) -> None:
+    pool, clone = DirectoryPool(POOL, folder), VolumeName("clone")
+    await pool.create(DISK, capacity_bytes=8 * MIB, format=kind)
+    made = await pool.clone(DISK, clone, linked=True)
+    assert (made.backing, made.format, made.capacity_bytes) == (DISK, DiskFormat.QCOW2, 8 * MIB)
+    opened = await pool.open(clone, t(1), read_only=False)
+    assert isinstance(opened, FileSource) and opened.backing is not None
+    assert (opened.read_only, opened.backing.read_only) == (False, True)
+    assert (opened.backing.path, opened.backing.format) == (f"{folder}/{DISK}.{kind.value}", kind)
+    with pytest.raises(ConflictError, match="lean"):
+        await pool.open(DISK, t(1), read_only=False)
+    with pytest.raises(ConflictError, match="lean"):
+        await pool.delete(DISK)
+    with pytest.raises(ConflictError, match="lean"):
+        await pool.resize(DISK, 16 * MIB)
+    await pool.open(DISK, t(1), read_only=True)
+    await pool.clone(clone, VolumeName("third"), linked=True)
+    with pytest.raises(ConflictError):
+        await pool.delete(clone)
+    await pool.delete(VolumeName("third"))
+    await pool.delete(clone)
+    await pool.open(DISK, t(2), read_only=False)
+    await pool.delete(DISK)
+    assert leftovers(folder) == []
+
+
+@needs_qemu_img
+async def test_a_chain_that_leaves_the_pool_or_loops_is_not_opened(
+    folder: Path, tmp_path: Path
+) -> None:
+    create = ("create", "-q", "-f", "qcow2")
+    rebase = ("rebase", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b")
+    for name in "ab":
+        await asyncio.to_thread(qemu_img, *create, folder / f"{name}.qcow2", "8M")
+    await asyncio.to_thread(qemu_img, *create, tmp_path / "secret.qcow2", "8M")
+    pool, a = DirectoryPool(POOL, folder), VolumeName("a")
+    for bad in (
+        "../secret.qcow2",
+        str(tmp_path / "secret.qcow2"),
+        "none.qcow2",
+        ".b.qcow2",
+        "nbd:x",
+    ):
+        await asyncio.to_thread(qemu_img, *rebase, bad, folder / "a.qcow2")
+        with pytest.raises(StorageError, match="no volume of the pool"):
+            await pool.open(a, t(1), read_only=False)
+    await asyncio.to_thread(qemu_img, *rebase, "b.qcow2", folder / "a.qcow2")
+    await pool.open(a, t(1), read_only=False)
+    await asyncio.to_thread(qemu_img, *rebase, "a.qcow2", folder / "b.qcow2")
+    with pytest.raises(StorageError, match="loop"):
+        await pool.open(a, t(1), read_only=False)
+
+
+async def test_an_image_that_is_no_file_is_refused(folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    pool = DirectoryPool(POOL, folder)
+    for image in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(InvalidRequest, match="no file"):
+            await pool.create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW, image=image)
+    assert leftovers(folder) == []
+
+
+async def test_a_missing_folder_is_told_by_its_health(folder: Path) -> None:
+    health = await DirectoryPool(POOL, folder / "gone").health()
+    assert not health.reachable
+    assert "mounted" in (health.reason or "")
 
 
 # --- a hypervisor that holds the image -------------------------------------------------------

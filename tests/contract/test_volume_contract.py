@@ -172,6 +172,57 @@ async def test_an_image_that_is_missing_or_too_large_is_refused(
     assert list(await pool.list_volumes()) == []
 
 
+@needs_qemu_img
+@pytest.mark.parametrize("format", BOTH)
+async def test_a_volume_only_grows(
+    nodes: tuple[VolumeDriver, VolumeDriver], format: DiskFormat
+) -> None:
+    await nodes[0].create(DISK, capacity_bytes=2 * MIB, format=format)
+    for wrong in (0, MIB, 2 * MIB + 1):
+        with pytest.raises(InvalidRequest) as raised:
+            await nodes[1].resize(DISK, wrong)
+        assert "capacity_bytes" in raised.value.fields
+    for capacity_bytes in (2 * MIB, 8 * MIB):
+        grown = await nodes[1].resize(DISK, capacity_bytes)
+        assert grown == await nodes[0].inspect(DISK)
+        assert (grown.capacity_bytes, grown.format) == (capacity_bytes, format)
+    with pytest.raises(NotFoundError):
+        await nodes[0].resize(VolumeName("none"), 8 * MIB)
+
+
+@needs_qemu_img
+@pytest.mark.parametrize("format", BOTH)
+async def test_a_clone_is_a_volume_of_its_own(
+    nodes: tuple[VolumeDriver, VolumeDriver], format: DiskFormat
+) -> None:
+    copy = VolumeName("copy")
+    await nodes[0].create(DISK, capacity_bytes=2 * MIB, format=format)
+    await nodes[0].fence(DISK, t(5))
+    made = await nodes[1].clone(DISK, copy)
+    assert (made.name, made.capacity_bytes, made.format) == (copy, 2 * MIB, format)
+    assert made.backing is None
+    assert await nodes[0].verify(copy) is None
+    with pytest.raises(ConflictError):
+        await nodes[0].clone(DISK, copy)
+    with pytest.raises(NotFoundError):
+        await nodes[0].clone(VolumeName("none"), VolumeName("other"))
+    for wrong in ("../x", ""):
+        with pytest.raises(InvalidRequest):
+            await nodes[0].clone(DISK, VolumeName(wrong))
+    await nodes[0].delete(DISK)
+    assert await nodes[0].inspect(copy) == made
+
+
+async def test_health_and_fencing_are_told(pool: VolumeDriver) -> None:
+    health = await pool.health()
+    assert health.reachable
+    assert health.reason is None
+    if health.capacity_bytes is not None and health.free_bytes is not None:
+        assert 0 <= health.free_bytes <= health.capacity_bytes
+    assert pool.fencing.method
+    assert pool.fences_remote_writers is pool.fencing.remote_writers
+
+
 # --- simulated -------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ PACKAGES = ("node_agent", "migrator", "hypervisor", "storage", "netfabric", "dep
 DRIVER_PACKAGES = ("hypervisor", "storage", "netfabric")
 DRIVERS_MAY_IMPORT = ("migrator.model", "migrator.errors", "migrator.ports")
 COMPOSITION_ROOT = "node_agent/agent.py"
-NOT_DRIVERS = ("hypervisor.machine_types",)
+NOT_DRIVERS = ("hypervisor.machine_types", "storage.settings")
 """Pure modules beside the drivers, which all of node_agent/ may use."""
 
 SHELL = (

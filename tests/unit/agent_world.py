@@ -37,10 +37,12 @@ from node_agent.machines import MachinePinner
 from node_agent.migrations.service import MigrationService
 from node_agent.nodes import NodeRegistry
 from node_agent.peers.hub import PeerHub
+from node_agent.pools import PoolSet
 from node_agent.state.memory import SimulatedData, SimulatedStore
 from node_agent.state.ownership import StoreOwnership
 from node_agent.state.typed import TypedStore
 from node_agent.volumes import VolumeService
+from storage.settings import PoolSettings, SimulatedSettings
 from storage.simulated import SharedVolumes, SimulatedPool
 
 MAC = "52:54:00:00:00:01"
@@ -144,10 +146,12 @@ class SimulatedNode:
         self.memory_bytes = memory_bytes
         self.host = SimulatedHost(world.channels, time.time)
         self.hypervisor = SimulatedHypervisor(self.host, consoles / name)
-        self.pool = SimulatedPool(PoolName("default"), world.volumes, self.name)
+        self.world = world
+        self.pool = self._make_pool(SimulatedSettings(name="default"))
         self.fabric = SimulatedFabric(self.name, world.network)
         self.store = SimulatedStore(world.data)
         self.typed = TypedStore(self.store)
+        self.pools = PoolSet([SimulatedSettings(name="default")], self._make_pool, self.typed)
         self.ownership = StoreOwnership(self.store)
         self.records = DomainRecords(self.typed)
         self.events = EventLog(self.typed, name)
@@ -155,7 +159,7 @@ class SimulatedNode:
         self.domains = DomainService(
             self.name,
             hypervisor=self.hypervisor,
-            pools={PoolName("default"): self.pool},
+            pools=self.pools,
             fabric=self.fabric,
             ownership=self.ownership,
             records=self.records,
@@ -182,9 +186,13 @@ class SimulatedNode:
             ownership=self.ownership,
             migrations=self.migrations,
             nodes=self.registry,
-            volumes=VolumeService({PoolName("default"): self.pool}, self.records),
+            volumes=VolumeService(self.pools, self.records, self.events),
             events=self.events,
         )
+
+    def _make_pool(self, settings: PoolSettings) -> SimulatedPool:
+        shared = self.world.shared_volumes.setdefault(settings.name, SharedVolumes())
+        return SimulatedPool(PoolName(settings.name), shared, self.name)
 
     async def _describe(self) -> NodeInfo:
         return NodeInfo(
@@ -201,6 +209,7 @@ class SimulatedNode:
 
     async def open(self) -> None:
         await self.store.open()
+        await self.pools.open()
         await self.events.open()
         await self.registry.open()
         await self.hub.start()
@@ -215,6 +224,7 @@ class SimulatedNode:
         await self.fabric.close()
         for domain in tuple(self.host.guests):
             self.host.kill(domain)
+        await self.pools.close()
         await self.store.close()
 
 
@@ -224,6 +234,7 @@ class World:
     def __init__(self, consoles: Path) -> None:
         self.channels = SimulatedChannels()
         self.volumes = SharedVolumes()
+        self.shared_volumes = {"default": self.volumes}
         self.network = SimulatedNetwork()
         self.data = SimulatedData()
         self.migrations: dict[str, Migration] = {}

@@ -237,27 +237,7 @@ async def test_a_wrong_migration_names_the_field(
     assert field in problem["detail"]
 
 
-# --- volumes, nodes, health ----------------------------------------------------------------------
-
-
-async def test_volumes(client: Client) -> None:
-    pools = await ask(client, "GET", "/v1/pools", status=200)
-    assert [pool["name"] for pool in pools["pools"]] == ["default"]
-    volumes = "/v1/pools/default/volumes"
-    made = await ask(client, "POST", volumes, {"name": "v", "capacity_bytes": 4096}, status=201)
-    assert (made["name"], made["format"]) == ("v", "raw")
-    await ask(client, "POST", volumes, {"name": "v", "capacity_bytes": 4096}, status=409)
-    await ask(client, "POST", volumes, {"name": "v", "capacity_bytes": 1}, status=400)
-    wrong = {"name": "w", "capacity_bytes": 4096, "image": "here"}
-    assert "image" in (await ask(client, "POST", volumes, wrong, status=400))["fields"]
-    listed = await ask(client, "GET", volumes, status=200)
-    assert sorted(each["name"] for each in listed["volumes"]) == ["root", "v"]
-    await ask(client, "DELETE", f"{volumes}/v", status=204)
-    await ask(client, "DELETE", f"{volumes}/v", status=404)
-    await ask(client, "GET", "/v1/pools/nowhere/volumes", status=404)
-    await ask(client, "POST", "/v1/domains", SPEC, status=201)
-    problem = await ask(client, "DELETE", f"{volumes}/root", status=409)
-    assert "web" in problem["detail"]
+# --- nodes, health -------------------------------------------------------------------------------
 
 
 async def test_health_follows_the_store(client: Client, world: World) -> None:

@@ -119,11 +119,29 @@ async def test_a_definition_from_a_file_and_options_win(ferry: Ferry, tmp_path: 
     await ferry("domain", "define", code=ExitCode.USAGE)
 
 
+async def test_pools(ferry: Ferry) -> None:
+    assert "simulated" in (await ferry("pool", "ls")).out
+    assert "every node" in (await ferry("pool", "add", "fast", "simulated")).out
+    shown = (await ferry("pool", "show", "fast")).out
+    assert "fence:" in shown and "takeover from a dead node:" in shown
+    await ferry("pool", "add", "fast", "simulated", code=ExitCode.REFUSED)
+    await ferry("pool", "add", "slow", "floppy", code=ExitCode.USAGE)
+    wrong = await ferry("pool", "add", "slow", "nfs", "sever=x", code=ExitCode.USAGE)
+    assert "server=" in wrong.err
+    assert "reconnect_delay_s" in (await ferry("pool", "drivers")).out
+    await ferry("pool", "rm", "fast")
+    await ferry("pool", "rm", "fast", code=ExitCode.NOT_FOUND)
+
+
 async def test_volumes_and_events(ferry: Ferry) -> None:
     await ferry("volume", "create", "data", "--size", "1M")
     assert "data" in (await ferry("volume", "ls")).out
     await ferry("volume", "create", "data", "--size", "1M", code=ExitCode.REFUSED)
     await ferry("volume", "create", "more", "--size", "lots", code=ExitCode.USAGE)
+    assert "2.0 MiB" in (await ferry("volume", "resize", "data", "--size", "2M")).out
+    assert "shrink" not in (await ferry("volume", "clone", "data", "copy")).out
+    await ferry("volume", "resize", "data", "--size", "1M", code=ExitCode.USAGE)
+    await ferry("volume", "rm", "copy")
     await ferry("volume", "rm", "data")
     await ferry("volume", "rm", "data", code=ExitCode.NOT_FOUND)
     await define(ferry)

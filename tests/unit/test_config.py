@@ -55,7 +55,12 @@ def test_memory_default_leaves_a_gibibyte_but_takes_at_least_half() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [MINIMAL, MINIMAL + PEER + POOL, MINIMAL.replace("10.77.0.11", "[fd00::1]") + POOL],
+    [
+        MINIMAL,
+        MINIMAL + PEER + POOL,
+        MINIMAL + '[[pools]]\nname = "x"\ndriver = "nbd"\nhook = "/bin/x"\nreconnect_delay_s = 9\n',
+        MINIMAL.replace("10.77.0.11", "[fd00::1]") + POOL,
+    ],
 )
 def test_render_round_trips(text: str, tmp_path: Path) -> None:
     config = parse_config(text)
@@ -104,6 +109,10 @@ def test_render_escapes_what_toml_wants_escaped() -> None:
         ("[store]", PEER * 2 + "[store]", 'peers[1].name: "n2" is taken'),
         ("[store]", PEER.replace("n2", "n1") + "[store]", 'peers[0].name: "n1" is this node'),
         ("[store]", POOL * 2 + "[store]", 'pools[1].name: "default" is taken'),
+        ("[store]", POOL + 'driver = "nsf"\n[store]', 'pools[0].driver: "nsf" is wrong; one of'),
+        ("[store]", POOL + 'driver = "nfs"\n[store]', "pools[0].server: missing"),
+        ("[store]", POOL.replace("/pool", "pool") + "[store]", "pools[0].path: "),
+        ("[store]", POOL + "size = 3\n[store]", "pools[0].size: unknown key"),
         ("[store]", "[store", "not valid TOML"),
     ],
 )

@@ -1,0 +1,176 @@
+"""The pools of this node: those of its configuration, and those that the cluster keeps.
+
+    agent.toml ─────► configured, for the agent's life ─┐
+                                                        ├─► {name: driver}
+    pools/NAME ─────► followed: there within 100 ms ────┘
+
+A pool of the configuration hides one of the same name in the store, on this node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Final
+
+from migrator.errors import ConflictError, FerryError, NotFoundError
+from migrator.model import PoolName
+from migrator.ports import Struct, VolumeDriver
+from node_agent.resources import POOLS, PoolOrigin, PoolRecord
+from node_agent.state.typed import TypedStore
+from storage.settings import PoolSettings
+
+log = logging.getLogger(__name__)
+
+SHUT_DOWN_S: Final = 5.0
+
+
+class PoolEntry(Struct, frozen=True, kw_only=True):
+    """One pool of this node."""
+
+    settings: PoolSettings
+    origin: PoolOrigin
+    driver: VolumeDriver
+
+
+class PoolSet(Mapping[PoolName, VolumeDriver]):
+    """See the module. A mapping whose content changes; `open` and `close` it."""
+
+    def __init__(
+        self,
+        configured: Sequence[PoolSettings],
+        make: Callable[[PoolSettings], VolumeDriver],
+        store: TypedStore,
+    ) -> None:
+        self._make = make
+        self._store = store
+        self._entries = {
+            PoolName(settings.name): PoolEntry(
+                settings=settings, origin=PoolOrigin.CONFIGURATION, driver=make(settings)
+            )
+            for settings in configured
+        }
+        self._following: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
+
+    def __getitem__(self, name: PoolName) -> VolumeDriver:
+        return self._entries[name].driver
+
+    def __iter__(self) -> Iterator[PoolName]:
+        return iter(sorted(self._entries))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def entry(self, name: PoolName) -> PoolEntry:
+        """NotFoundError names the pools that there are."""
+        found = self._entries.get(name)
+        if found is None:
+            known = ", ".join(self) or "none"
+            raise NotFoundError(f"there is no pool {name}; known: {known}")
+        return found
+
+    async def open(self) -> None:
+        """Take what the store has, and follow it. StoreError: nothing was begun."""
+        for entry in await self._store.list_prefix(POOLS, PoolRecord):
+            self._take(PoolName(entry.key.removeprefix(POOLS)), entry.value)
+        self._following = asyncio.create_task(self._follow(), name="pools")
+
+    async def close(self) -> None:
+        """Let go of every driver. Idempotent."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        for name in tuple(self._entries):
+            self._drop(name)
+        await asyncio.gather(*self._ending, return_exceptions=True)
+
+    async def add(self, settings: PoolSettings) -> PoolEntry:
+        """Write the pool down for the cluster. ConflictError: the name is taken."""
+        name = PoolName(settings.name)
+        if name in self._entries:
+            raise ConflictError(f"there is a pool {name} already")
+        record = PoolRecord(settings=settings, added_at_s=time.time())
+        revision = await self._store.put_if(f"{POOLS}{name}", record, None)
+        if revision is None:
+            raise ConflictError(f"there is a pool {name} already")
+        return self._take(name, record)
+
+    def trial(self, settings: PoolSettings) -> contextlib.AbstractAsyncContextManager[VolumeDriver]:
+        """A driver of a pool that isn't there yet, to try it."""
+        return _trial(self._make(settings))
+
+    async def remove(self, name: PoolName) -> PoolRecord:
+        """Remove it from the cluster; its volumes stay. Returns what was removed.
+
+        ConflictError: it is a pool of the configuration, or was changed meanwhile.
+        """
+        if self.entry(name).origin is PoolOrigin.CONFIGURATION:
+            raise ConflictError(
+                f"pool {name} is in this node's configuration file; remove it there, on every node"
+            )
+        found = await self._store.get(f"{POOLS}{name}", PoolRecord)
+        if found is None:
+            raise NotFoundError(f"there is no pool {name}")
+        if not await self._store.delete_if(found.key, found.revision):
+            raise ConflictError(f"pool {name} was just changed; it was not removed")
+        self._drop(name)
+        return found.value
+
+    async def put_back(self, record: PoolRecord) -> None:
+        """Undo `remove`."""
+        await self._store.put_if(f"{POOLS}{record.settings.name}", record, None)
+        self._take(PoolName(record.settings.name), record)
+
+    async def _follow(self) -> None:
+        async for change in self._store.follow(POOLS, PoolRecord):
+            name = PoolName(change.key.removeprefix(POOLS))
+            try:
+                if change.value is None:
+                    self._drop_stored(name)
+                else:
+                    self._take(name, change.value)
+            except FerryError as error:
+                log.error("pool %s can't be used here: %s", name, error)
+
+    def _take(self, name: PoolName, record: PoolRecord) -> PoolEntry:
+        present = self._entries.get(name)
+        if present is not None:
+            if present.origin is PoolOrigin.CONFIGURATION or present.settings == record.settings:
+                return present
+            self._drop(name)
+        driver = self._make(record.settings)
+        entry = PoolEntry(settings=record.settings, origin=PoolOrigin.CLUSTER, driver=driver)
+        self._entries[name] = entry
+        return entry
+
+    def _drop_stored(self, name: PoolName) -> None:
+        present = self._entries.get(name)
+        if present is not None and present.origin is PoolOrigin.CLUSTER:
+            self._drop(name)
+
+    def _drop(self, name: PoolName) -> None:
+        entry = self._entries.pop(name, None)
+        if entry is not None:
+            task = asyncio.create_task(_shut_down(name, entry.driver), name=f"end-pool-{name}")
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+
+
+@contextlib.asynccontextmanager
+async def _trial(driver: VolumeDriver) -> AsyncIterator[VolumeDriver]:
+    try:
+        yield driver
+    finally:
+        await _shut_down(PoolName("trial"), driver)
+
+
+async def _shut_down(name: PoolName, driver: VolumeDriver) -> None:
+    try:
+        async with asyncio.timeout(SHUT_DOWN_S):
+            await driver.shut_down()
+    except (FerryError, TimeoutError) as error:
+        log.warning("pool %s: its driver didn't end: %s", name, error)

@@ -1,0 +1,83 @@
+"""What each kind of pool is told: one struct for agent.toml, the API and the state store.
+
+Told apart by `driver`. Pure, so that all of node_agent/ may use it. No secret stands in here: what
+is secret is a file on the nodes, under the same path on each; the pool is told its path.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import msgspec
+
+from migrator.model import Name, Value
+
+AbsolutePath = Annotated[
+    str, msgspec.Meta(description="an absolute path", pattern=r"^/[^\x00-\x1f]*$", max_length=1024)
+]
+Host = Annotated[
+    str,
+    msgspec.Meta(
+        description="an address or host name, IPv6 without brackets",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_-]{0,252}$",
+    ),
+]
+Endpoint = Annotated[
+    str,
+    msgspec.Meta(
+        description='"HOST:PORT", IPv6 in brackets',
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,252}|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$",
+    ),
+]
+
+
+class PoolBase(Value, frozen=True, kw_only=True):
+    """What every pool has."""
+
+    name: Name
+
+
+class DirectorySettings(PoolBase, frozen=True, kw_only=True, tag_field="driver", tag="directory"):
+    """A folder that every node sees under the same path."""
+
+    path: AbsolutePath
+
+
+class NfsSettings(PoolBase, frozen=True, kw_only=True, tag_field="driver", tag="nfs"):
+    """An NFSv3 export, used without mounting it. The server trusts the nodes (no_root_squash)."""
+
+    server: Host
+    export: AbsolutePath
+    """The exported path; the pool's volumes lie directly below it."""
+
+
+class NbdSettings(PoolBase, frozen=True, kw_only=True, tag_field="driver", tag="nbd"):
+    """Exports of an NBD server, made and ended by a provisioner beside it.
+
+    Exactly one of `provisioner` and `hook`.
+    """
+
+    provisioner: Endpoint | None = None
+    """Where `python -m storage.nbd.provisioner` listens on the storage server."""
+    hook: AbsolutePath | None = None
+    """A program on the nodes that answers the same requests, one a run, on its standard output."""
+    tls_directory: AbsolutePath | None = None
+    """A folder on the nodes with keys.psk; then every connection is encrypted."""
+    tls_username: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "ferry"
+    reconnect_delay_s: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 60
+
+
+class SimulatedSettings(PoolBase, frozen=True, kw_only=True, tag_field="driver", tag="simulated"):
+    """In the agent's memory, for tests."""
+
+
+PoolSettings = DirectorySettings | NfsSettings | NbdSettings | SimulatedSettings
+
+BY_DRIVER: Final[dict[str, type[PoolBase]]] = {
+    "directory": DirectorySettings,
+    "nfs": NfsSettings,
+    "nbd": NbdSettings,
+    "simulated": SimulatedSettings,
+}
+DEFAULT_DRIVER: Final = "directory"
+"""Of a pool in agent.toml that names none."""

@@ -1,0 +1,122 @@
+"""Pools and volumes over HTTP: who uses what, what grows, and what another agent sees of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+
+from node_agent.api.server import create_app
+from tests.unit.agent_world import World, open_world
+from tests.unit.test_api import SPEC, Client, ask, running
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    async with open_world(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def client(world: World) -> AsyncIterator[Client]:
+    async with TestClient(TestServer(create_app(world.a.cluster))) as opened:
+        yield opened
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - Another node's view has no event to wait for.
+            await asyncio.sleep(0.01)
+
+
+async def test_volumes(client: Client) -> None:
+    pools = await ask(client, "GET", "/v1/pools", status=200)
+    assert [pool["name"] for pool in pools["pools"]] == ["default"]
+    volumes = "/v1/pools/default/volumes"
+    made = await ask(client, "POST", volumes, {"name": "v", "capacity_bytes": 4096}, status=201)
+    assert (made["name"], made["format"]) == ("v", "raw")
+    await ask(client, "POST", volumes, {"name": "v", "capacity_bytes": 4096}, status=409)
+    await ask(client, "POST", volumes, {"name": "v", "capacity_bytes": 1}, status=400)
+    wrong = {"name": "w", "capacity_bytes": 4096, "image": "here"}
+    assert "image" in (await ask(client, "POST", volumes, wrong, status=400))["fields"]
+    listed = await ask(client, "GET", volumes, status=200)
+    assert sorted(each["name"] for each in listed["volumes"]) == ["root", "v"]
+    await ask(client, "DELETE", f"{volumes}/v", status=204)
+    await ask(client, "DELETE", f"{volumes}/v", status=404)
+    await ask(client, "GET", "/v1/pools/nowhere/volumes", status=404)
+    await ask(client, "POST", "/v1/domains", SPEC, status=201)
+    problem = await ask(client, "DELETE", f"{volumes}/root", status=409)
+    assert "web" in problem["detail"]
+
+
+async def test_volumes_grow_and_are_cloned(client: Client) -> None:
+    volumes = "/v1/pools/default/volumes"
+    grown = await ask(
+        client, "POST", f"{volumes}/root/resize", {"capacity_bytes": 2 * 1024**2}, status=200
+    )
+    assert grown["capacity_bytes"] == 2 * 1024**2
+    for wrong in ({"capacity_bytes": 1024**2}, {"capacity_bytes": 0}, {"capacity_bytes": 1 << 60}):
+        problem = await ask(client, "POST", f"{volumes}/root/resize", wrong, status=400)
+        assert "capacity_bytes" in problem["fields"]
+    made = await ask(client, "POST", f"{volumes}/root/clone", {"name": "copy"}, status=201)
+    assert made["capacity_bytes"] == 2 * 1024**2
+    await ask(client, "POST", f"{volumes}/root/clone", {"name": "copy"}, status=409)
+    await ask(client, "POST", f"{volumes}/none/clone", {"name": "other"}, status=404)
+    linked = {"name": "other", "linked": True}
+    problem = await ask(client, "POST", f"{volumes}/root/clone", linked, status=400)
+    assert "linked" in problem["fields"]
+    await running(client)
+    for path, body in (("resize", {"capacity_bytes": 4 * 1024**2}), ("clone", {"name": "other"})):
+        problem = await ask(client, "POST", f"{volumes}/root/{path}", body, status=409)
+        assert "web" in problem["detail"] and "runs on a" in problem["detail"]
+
+
+async def test_pools_are_added_for_every_node_and_removed(client: Client, world: World) -> None:
+    fast = {"name": "fast", "driver": "simulated"}
+    made = await ask(client, "POST", "/v1/pools", fast, status=201)
+    assert (made["origin"], made["health"]["reachable"]) == ("cluster", True)
+    await until(lambda: "fast" in world.b.pools)
+    await ask(client, "POST", "/v1/pools", fast, status=409)
+    shown = await ask(client, "GET", "/v1/pools/fast", status=200)
+    assert shown["fencing"]["remote_writers"] is True
+    problem = await ask(client, "DELETE", "/v1/pools/default", status=409)
+    assert "configuration" in problem["detail"]
+    body = {"name": "v", "capacity_bytes": 4096}
+    await ask(client, "POST", "/v1/pools/fast/volumes", body, status=201)
+    two = {**SPEC, "disks": [{"volume": "root"}, {"volume": "v", "pool": "fast"}]}
+    await ask(client, "POST", "/v1/domains", two, status=201)
+    problem = await ask(client, "DELETE", "/v1/pools/fast", status=409)
+    assert "web" in problem["detail"]
+    await ask(client, "POST", "/v1/domains/web/start", {"node": "b"}, status=200)
+    await ask(client, "POST", "/v1/domains/web/stop", {"timeout_s": 0}, status=200)
+    await ask(client, "DELETE", "/v1/domains/web", status=204)
+    await ask(client, "DELETE", "/v1/pools/fast", status=204)
+    await ask(client, "GET", "/v1/pools/fast", status=404)
+    await until(lambda: "fast" not in world.b.pools)
+    await ask(client, "POST", "/v1/pools", fast, status=201)
+    kept = await ask(client, "GET", "/v1/pools/fast/volumes", status=200)
+    assert [volume["name"] for volume in kept["volumes"]] == ["v"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"name": "x"}, "driver"),
+        ({"name": "x", "driver": "floppy"}, "driver"),
+        ({"name": "x/../y", "driver": "simulated"}, "name"),
+        ({"name": "x", "driver": "directory", "path": "here"}, "path"),
+        ({"name": "x", "driver": "nfs", "export": "/x"}, "server"),
+        ({"name": "x", "driver": "nfs", "server": "a b", "export": "/x"}, "server"),
+        ({"name": "x", "driver": "nbd", "reconnect_delay_s": 0}, "reconnect_delay_s"),
+        ({"name": "x", "driver": "simulated", "password": "x"}, "password"),
+    ],
+)
+async def test_a_wrong_pool_names_the_field(
+    client: Client, settings: dict[str, Any], field: str
+) -> None:
+    problem = await ask(client, "POST", "/v1/pools", settings, status=400)
+    assert problem["fields"][field]
