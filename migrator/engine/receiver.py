@@ -169,7 +169,7 @@ class Connection:
             self._host.admit(self)
             self.admitted = True
         self._answer(refusal)
-        limit_waits(self._sock, self._silence_s)
+        limit_waits(self._sock, self._silence_s, one_thread=True)
         return None if refusal else hello
 
     def _answer(self, refusal: str) -> None:

@@ -12,14 +12,15 @@ and one that doesn't tell each other so, before anything else is said.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import ssl
 import struct
 import threading
 import time
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Callable, Iterable
+from typing import Final, cast
 
 import msgspec
 
@@ -68,7 +69,7 @@ class SecureSocket:
         """The node that the other end's certificate names."""
         self._blocking = False
         self._limit_s: float | None = None
-        self._lock = threading.Lock()
+        self._lock: contextlib.AbstractContextManager[object] = threading.Lock()
         """OpenSSL's state is one for both directions."""
         self._writing = threading.Lock()
         self._unsent: _ReadableBuffer | None = None
@@ -89,8 +90,13 @@ class SecureSocket:
     def setblocking(self, blocking: bool) -> None:
         self._blocking = blocking
 
-    def limit_waits(self, seconds: float) -> None:
+    def limit_waits(self, seconds: float, *, one_thread: bool) -> None:
+        """`one_thread`: nobody else reads or writes, so that OpenSSL may wait by itself. That
+        spares an exception and a poll for most records.
+        """
         self._limit_s = seconds or None
+        self._sock.settimeout(self._limit_s if one_thread else 0.0)
+        self._lock = contextlib.nullcontext() if one_thread else threading.Lock()
 
     def getsockopt(self, level: int, name: int, size: int) -> bytes:
         return self._sock.getsockopt(level, name, size)
@@ -130,10 +136,12 @@ class SecureSocket:
                     with self._lock:
                         count = self._sock.write(self._unsent)
                     break
-                except ssl.SSLWantWriteError:
-                    self._wait(POLL_OUT)
-                except ssl.SSLWantReadError:
-                    self._wait(POLL_IN)
+                except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+                    wanted = POLL_IN if isinstance(error, ssl.SSLWantReadError) else POLL_OUT
+                    if not self._ready(wanted):
+                        raise BlockingIOError("nothing can be sent now") from None
+                except TimeoutError:
+                    raise BlockingIOError("nothing could be sent in time") from None
             self._unsent = None
         return count
 
@@ -146,26 +154,26 @@ class SecureSocket:
     def recv_into(self, buffer: bytearray | memoryview, count: int = 0, flags: int = 0) -> int:
         """At least a byte; with MSG_WAITALL all of `buffer`, or what came before a silence."""
         view = memoryview(buffer)
-        got = 0
-        while got < len(view):
+        size, got, whole = len(view), 0, bool(flags & socket.MSG_WAITALL)
+        read = cast(Callable[[int, memoryview], int], self._sock.read)  # With a buffer it counts.
+        while got < size:
             try:
                 with self._lock:
-                    # With a buffer `read` returns a count, which typeshed doesn't know.
-                    received: int = self._sock.read(len(view) - got, view[got:])  # type: ignore[assignment]
+                    while got < size:
+                        received = read(size - got, view[got:])
+                        got += received
+                        if not received or not whole:
+                            return got
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
                 wanted = POLL_IN if isinstance(error, ssl.SSLWantReadError) else POLL_OUT
-                try:
-                    self._wait(wanted)
-                except BlockingIOError:
-                    if got:
-                        break
-                    raise
-                continue
-            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-                received = 0
-            got += received
-            if not received or not flags & socket.MSG_WAITALL:
+                if not self._ready(wanted):
+                    break
+            except TimeoutError:
                 break
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                return got
+        if not got:
+            raise BlockingIOError("nothing came")
         return got
 
     def recvmsg_into(
@@ -185,11 +193,10 @@ class SecureSocket:
                 break
         return got, [], 0, None
 
-    def _wait(self, events: int) -> None:
-        """Until the socket is ready. BlockingIOError where that isn't waited for, or too long."""
+    def _ready(self, events: int) -> bool:
+        """Wait until the socket is ready. False: that isn't waited for, or it took too long."""
         timeout_ms = None if self._limit_s is None else int(self._limit_s * 1e3)
-        if not self._blocking or not self._polls[events].poll(timeout_ms):
-            raise BlockingIOError("the connection isn't ready")
+        return self._blocking and bool(self._polls[events].poll(timeout_ms))
 
 
 StreamSocket = socket.socket | SecureSocket
@@ -218,11 +225,11 @@ def wire_bytes(sock: StreamSocket, count: int) -> int:
     return count
 
 
-def limit_waits(sock: StreamSocket, seconds: float) -> None:
-    """Make `sock` blocking, each wait bounded; 0 lifts the bound."""
+def limit_waits(sock: StreamSocket, seconds: float, *, one_thread: bool = False) -> None:
+    """Make `sock` blocking, each wait bounded; 0: unbounded. `one_thread`: that alone uses it."""
     if isinstance(sock, SecureSocket):
         sock.setblocking(True)
-        sock.limit_waits(seconds)
+        sock.limit_waits(seconds, one_thread=one_thread)
         return
     whole = int(seconds)
     limit = struct.pack("@ll", whole, int((seconds - whole) * 1e6))
