@@ -103,6 +103,51 @@ class DiskBoot(Value, frozen=True, kw_only=True, tag="disk", tag_field="kind"):
 Boot = KernelBoot | DiskBoot
 
 
+class MaintenancePolicy(enum.StrEnum):
+    """What may be done to a domain so that its node can be emptied."""
+
+    LIVE = "live"
+    """It is migrated."""
+    STOP = "stop"
+    """It is powered off, and started again elsewhere (`maintenance_restart`)."""
+    NEVER = "never"
+    """Nothing: its node can't be drained while it runs there."""
+
+
+LabelKey = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^[a-z0-9]([a-z0-9./-]{0,61}[a-z0-9])?$",
+        description="1 to 63 lower-case letters, digits, '.', '/' and '-'",
+    ),
+]
+LabelValue = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^[A-Za-z0-9._-]{0,63}$",
+        description="at most 63 letters, digits, '.', '_' and '-'",
+    ),
+]
+DomainSelector = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^[a-z0-9][a-z0-9./-]{0,62}(=[A-Za-z0-9._-]{0,63})?$",
+        description="the name of a domain, or a label: KEY=VALUE",
+    ),
+]
+
+
+class PlacementRules(Value, frozen=True, kw_only=True):
+    """Where a domain may run beside other domains. Hard: no drain or balancing breaks them."""
+
+    affinity: tuple[DomainSelector, ...] = ()
+    """On the same node as each of these that runs."""
+    anti_affinity: tuple[DomainSelector, ...] = ()
+    """Never on the same node as any of these."""
+    pinned: tuple[Name, ...] = ()
+    """Only on these nodes; empty: on any."""
+
+
 class DomainSpec(Value, frozen=True, kw_only=True):
     """What a user defines: a virtual machine, independent of where it runs."""
 
@@ -115,6 +160,15 @@ class DomainSpec(Value, frozen=True, kw_only=True):
     disks: tuple[DiskSpec, ...] = ()
     nics: tuple[NicSpec, ...] = ()
     boot: Boot = msgspec.field(default_factory=DiskBoot)
+    labels: dict[LabelKey, LabelValue] = msgspec.field(default_factory=dict)
+    priority: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 500
+    """Of two domains that leave a node, the one with the higher priority leaves first."""
+    maintenance: MaintenancePolicy = MaintenancePolicy.LIVE
+    maintenance_restart: bool = True
+    """With `stop`: whether it is started again on another node, or stays off until the undrain."""
+    placement: PlacementRules = PlacementRules()
+    hook_deadline_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] | None = None
+    """How long each hook of this domain may take; None: as the hook itself says."""
 
 
 class DomainState(enum.StrEnum):
@@ -197,8 +251,23 @@ class HypervisorCapabilities(Value, frozen=True, kw_only=True):
 
 
 class NodeState(enum.StrEnum):
+    """What a node may be used for. Silence hides the rest: an unreachable node may be cordoned."""
+
     READY = "ready"
+    CORDONED = "cordoned"
+    """No domain starts or moves there; those that run there go on."""
+    DRAINING = "draining"
+    """Cordoned, and its domains are leaving."""
+    DRAINED = "drained"
+    """Cordoned, and empty."""
+    RESTORING = "restoring"
+    """Open again; the domains that a drain took away are coming back."""
     UNREACHABLE = "unreachable"
+
+    @property
+    def admits(self) -> bool:
+        """Whether domains may start or move there."""
+        return self in (NodeState.READY, NodeState.RESTORING)
 
 
 class NodeInfo(Value, frozen=True, kw_only=True):
@@ -217,6 +286,11 @@ class NodeInfo(Value, frozen=True, kw_only=True):
     capabilities: HypervisorCapabilities
     heartbeat_at_s: float
     agent_version: str
+    boot_id: str = ""
+    """Of the host: another one after a reboot."""
+    pools: tuple[str, ...] = ()
+    link_bytes_per_s: float | None = None
+    """Of the interface of `migration_address`, where it says so; each way."""
 
 
 # --- migrations ------------------------------------------------------------------------------

@@ -68,6 +68,13 @@ class Site(abc.ABC):
         """
 
     @abc.abstractmethod
+    async def leave(self, session: SourceSession) -> str:
+        """Wait until the guest may be paused, for as long as it takes; says what was done for it.
+
+        RefusedError: it must not be paused.
+        """
+
+    @abc.abstractmethod
     async def destroy(self, session: Session) -> None:
         """End this node's copy and release what it held. Idempotent."""
 
@@ -167,6 +174,7 @@ class Runner:
         self._record_lane = Lane(f"migration-{session.migration_id}-record")
         self._sends = Lane(f"migration-{session.migration_id}-send")
         self._aside: set[asyncio.Task[None]] = set()
+        self._leave: asyncio.Task[None] | None = None
         self._closed = False
         self.device_channel = engine.run_directory / f"{session.migration_id}.dev"
         self._engine = EngineDriver(
@@ -220,6 +228,7 @@ class Runner:
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
+        self._stop_asking()
         if self._journalling is not None:
             self._journalling.cancel()
         await self._sends.close()
@@ -276,7 +285,10 @@ class Runner:
                 self._engine.warm_up()
                 self._record_lane.put(self._look_at_record())
                 self._guest_lane.put(self._step(command, partial(self._on_guest, command)))
+            case v.AskLeave() if isinstance(self.session, SourceSession):
+                self._leave = self._do_aside(self._ask_leave(self.session))
             case v.AbortSwitchover() | v.DestroyGuest():
+                self._stop_asking()
                 self._guest_lane.clear()
                 self._guest_lane.put(self._step(command, partial(self._on_guest, command)))
             case v.Announce():
@@ -286,10 +298,23 @@ class Runner:
             case _:
                 self._guest_lane.put(self._step(command, partial(self._on_guest, command)))
 
-    def _do_aside(self, work: Coroutine[Any, Any, None]) -> None:
+    def _do_aside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._aside.add(task)
         task.add_done_callback(self._aside.discard)
+        return task
+
+    async def _ask_leave(self, session: SourceSession) -> None:
+        """Not a step: hooks may take minutes. The session's own timers bound it."""
+        try:
+            await hold(session.role, "AskLeave")
+            self.feed(v.LeaveGiven(detail=await self._site.leave(session)))
+        except FerryError as error:
+            self.feed(v.LeaveRefused(reason=str(error)))
+
+    def _stop_asking(self) -> None:
+        if self._leave is not None:
+            self._leave.cancel()
 
     async def _step(
         self, command: v.Command, work: Callable[[], Coroutine[Any, Any, None]]

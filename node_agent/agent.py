@@ -26,7 +26,7 @@ from migrator.errors import ConfigError
 from migrator.journal import MigrationJournal
 from migrator.model import DomainSpec, NodeInfo, NodeName, PoolName
 from migrator.ports import FabricDriver, HypervisorDriver, VolumeDriver
-from migrator.tls import TlsFiles, files_of_node
+from migrator.tls import TlsFiles
 from netfabric.bridge import BridgeFabric
 from node_agent import loop_monitor
 from node_agent.api.server import ApiServer, create_app
@@ -37,12 +37,14 @@ from node_agent.domain_records import DomainRecords
 from node_agent.domain_takeover import DomainTakeover
 from node_agent.domains import DomainService
 from node_agent.events import EventKind, EventLog
+from node_agent.hooks.service import HookService
 from node_agent.machines import MachinePinner
 from node_agent.migrations import link_speed
 from node_agent.migrations.checks import DestinationCheck
 from node_agent.migrations.forecast import Forecaster
 from node_agent.migrations.link_probe import LinkProbe
 from node_agent.migrations.manager import MigrationManager
+from node_agent.migrations.moments import MigrationMoments
 from node_agent.migrations.publisher import Publisher
 from node_agent.migrations.site import NodeSite
 from node_agent.nodes import NodeRegistry
@@ -143,6 +145,7 @@ async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
         hub = PeerHub(node, config.peer.listen_address, config.peer_addresses, version())
         nodes = NodeRegistry(typed, lambda: describe(config, hypervisor))
         records, ownership = DomainRecords(typed), StoreOwnership(store)
+        hooks = HookService(typed, events)
         domains = DomainService(
             node,
             hypervisor=hypervisor,
@@ -169,6 +172,7 @@ async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
             nodes=nodes,
             events=events,
             typed=typed,
+            hooks=hooks,
             boot_id=boot_id,
         )
         claimed = await migrations.restore()
@@ -200,6 +204,7 @@ async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
             nodes=nodes,
             volumes=VolumeService(pools, records, events),
             events=events,
+            hooks=hooks,
         )
         api = ApiServer(
             create_app(cluster, version=version()),
@@ -226,24 +231,21 @@ def make_migrations(
     nodes: NodeRegistry,
     events: EventLog,
     typed: TypedStore,
+    hooks: HookService,
     boot_id: str,
 ) -> MigrationManager:
     """The migration service of this node."""
     state = Path(config.node.state_directory)
     incoming: list[Callable[[], Iterable[DomainSpec]]] = []
-
-    def tls() -> TlsFiles | None:
-        return files_of_node(state, config.tls.mode)
-
     check = DestinationCheck(
         memory_bytes=config.node.memory_bytes,
         hypervisor=hypervisor,
         pools=pools,
         fabric=fabric,
         incoming=lambda: [spec for each in incoming for spec in each()],
-        tls=tls,
     )
     publisher = Publisher(typed, events)
+    moments = MigrationMoments(hooks)
     spares = EngineSpares(state / "logs" / "engines.log")
     forecaster = Forecaster(
         NodeName(config.node.name),
@@ -266,13 +268,21 @@ def make_migrations(
         events=events,
         publisher=publisher,
         check=check,
-        site=NodeSite(hub=hub, hypervisor=hypervisor, fabric=fabric, domains=domains, check=check),
+        site=NodeSite(
+            hub=hub,
+            hypervisor=hypervisor,
+            fabric=fabric,
+            domains=domains,
+            check=check,
+            moments=moments,
+            ownership=ownership,
+        ),
+        moments=moments,
         engine=EngineSettings(
             run_directory=state / "run",
             spares=spares,
             bind_address=config.migration.address,
             streams=config.migration.streams,
-            tls=tls,
         ),
         forecaster=forecaster,
         boot_id=boot_id,

@@ -27,7 +27,6 @@ from migrator.figures import DirtyRate, Prediction
 from migrator.model import (
     DomainName,
     DomainSpec,
-    DomainState,
     DomainStatus,
     Migration,
     NodeName,
@@ -35,7 +34,7 @@ from migrator.model import (
     OwnershipRecord,
     OwnershipState,
 )
-from migrator.ports import OwnershipStore, Struct
+from migrator.ports import OwnershipStore
 from node_agent import loop_monitor
 from node_agent.cluster_calls import (
     CONSOLE,
@@ -67,15 +66,16 @@ from node_agent.cluster_calls import (
     StopParams,
     TakeoverParams,
 )
+from node_agent.cluster_views import Snapshot, domain_view, node_view
 from node_agent.domain_records import DomainRecords
 from node_agent.domains import ConsoleChunk, DomainService
 from node_agent.events import EventLog
+from node_agent.hooks.service import HookService
 from node_agent.migrations.service import MigrationService
-from node_agent.nodes import NodeRegistry, NodeView
+from node_agent.nodes import NodeRegistry
 from node_agent.peers.hub import PeerHub
 from node_agent.resources import (
     Domain,
-    DomainRecord,
     DryRun,
     Health,
     MigrationCreate,
@@ -86,14 +86,6 @@ from node_agent.volumes import VolumeService
 STATUS_TIMEOUT_S: Final = 2.0
 OPERATION_TIMEOUT_S: Final = 30.0
 START_TIMEOUT_S: Final = 60.0
-
-
-class _Snapshot(Struct, frozen=True, kw_only=True):
-    """What the owners answered about the domains that run."""
-
-    statuses: Mapping[DomainName, DomainStatus]
-    silent: Mapping[NodeName, str]
-    """Owners that didn't answer, and why."""
 
 
 class ClusterService:
@@ -111,9 +103,11 @@ class ClusterService:
         nodes: NodeRegistry,
         volumes: VolumeService,
         events: EventLog,
+        hooks: HookService,
     ) -> None:
         self.node = node
         self.events = events
+        self.hooks = hooks
         self.volumes = volumes
         self._hub = hub
         self._domains = domains
@@ -129,7 +123,7 @@ class ClusterService:
         views = await self._nodes.read()
         records = await self._records.list_records()
         owned = await self._records.list_ownership()
-        return [_node(view, records, owned) for _, view in sorted(views.items())]
+        return [node_view(view, records, owned) for _, view in sorted(views.items())]
 
     async def health(self) -> Health:
         """StoreError if the store doesn't answer."""
@@ -164,7 +158,7 @@ class ClusterService:
             {record for name, record in owned.items() if name in records}
         )
         return [
-            _domain(record, owned.get(name), snapshot, migrating.get(name))
+            domain_view(record, owned.get(name), snapshot, migrating.get(name))
             for name, record in sorted(records.items())
         ]
 
@@ -173,7 +167,7 @@ class ClusterService:
         record = await self._records.get(domain)
         owned = await self._ownership.read(domain)
         snapshot = await self._ask_owners({owned} if owned else set())
-        return _domain(record, owned, snapshot, (await self._migrating()).get(domain))
+        return domain_view(record, owned, snapshot, (await self._migrating()).get(domain))
 
     async def start(self, domain: DomainName, node: NodeName | None = None) -> Domain:
         """Start it on `node`; by default where it ran last, else here."""
@@ -359,7 +353,7 @@ class ClusterService:
         migrations = await self._migrations.list_migrations()
         return {DomainName(each.domain): each.id for each in migrations if not each.ended}
 
-    async def _ask_owners(self, owned: set[OwnershipRecord]) -> _Snapshot:
+    async def _ask_owners(self, owned: set[OwnershipRecord]) -> Snapshot:
         """Each owner of a running domain once, all at the same time."""
         owners = {
             NodeName(record.owner) for record in owned if record.state is OwnershipState.RUNNING
@@ -383,7 +377,7 @@ class ClusterService:
                 for status in answer.statuses
                 if status.name in owned_here
             }
-        return _Snapshot(statuses=statuses, silent=silent)
+        return Snapshot(statuses=statuses, silent=silent)
 
     async def _ask(self, node: NodeName) -> Statuses | FerryError:
         try:
@@ -392,58 +386,3 @@ class ClusterService:
             )
         except FerryError as error:
             return error
-
-
-def _domain(
-    record: DomainRecord,
-    owned: OwnershipRecord | None,
-    snapshot: _Snapshot,
-    migration: str | None,
-) -> Domain:
-    spec = record.spec
-    status = snapshot.statuses.get(DomainName(spec.name))
-    if owned is None or owned.state is OwnershipState.STOPPED:
-        status = DomainStatus(name=spec.name, state=DomainState.STOPPED)
-    elif status is None:
-        reason = snapshot.silent.get(NodeName(owned.owner))
-        reason = reason or f"node {owned.owner} has no process of it now"
-        status = DomainStatus(name=spec.name, state=DomainState.UNKNOWN, reason=reason)
-    return Domain(
-        name=spec.name,
-        spec=spec,
-        state=status.state,
-        node=owned.owner if owned else None,
-        token=owned.token if owned else 0,
-        pid=status.pid,
-        reason=status.reason,
-        memory_in_use_bytes=status.memory_in_use_bytes,
-        migration=migration,
-        defined_at_s=record.defined_at_s,
-    )
-
-
-def _node(
-    view: NodeView,
-    records: Mapping[DomainName, DomainRecord],
-    owned: Mapping[DomainName, OwnershipRecord],
-) -> Node:
-    info = view.info
-    running = sorted(
-        name
-        for name, record in owned.items()
-        if record.owner == info.name and record.state is OwnershipState.RUNNING and name in records
-    )
-    return Node(
-        name=info.name,
-        state=view.state,
-        heartbeat_age_s=view.heartbeat_age_s,
-        api_address=info.api_address,
-        peer_address=info.peer_address,
-        migration_address=info.migration_address,
-        cpus=info.cpus,
-        memory_bytes=info.memory_bytes,
-        memory_committed_bytes=sum(records[name].spec.memory_bytes for name in running),
-        domains=tuple(running),
-        capabilities=info.capabilities,
-        agent_version=info.agent_version,
-    )

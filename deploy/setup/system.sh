@@ -46,6 +46,7 @@ missing_packages() {
     has dpkg-deb || echo dpkg
     has ip || echo iproute2
     has etcd || echo etcd-server
+    has haproxy || echo haproxy
     has ping || echo iputils-ping
     [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
 }
@@ -70,6 +71,15 @@ install() {
     apt-get install -y -q --no-install-recommends \
         -o Acquire::Retries=3 -o DPkg::Lock::Timeout=120 $packages </dev/null
 }
+
+# Debian starts and enables what it installs. Ferry wants programs, not services: for a while,
+# somebody says no to that (see invoke-rc.d(8)), and where a policy is there already, it stays.
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+    trap 'rm -f "$policy"' EXIT INT TERM
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod 755 "$policy"
+fi
 
 echo "ferry: installing $packages"
 # The lists on a fresh machine are missing or old; then, and only then, they're fetched.

@@ -42,7 +42,7 @@ from migrator.session.messages import (
     Running,
     SessionMessage,
 )
-from migrator.session.source_post_copy import SourcePostCopy
+from migrator.session.source_leave import SourceLeave
 from migrator.session.vocabulary import (
     AbortSwitchover,
     Begin,
@@ -61,6 +61,7 @@ from migrator.session.vocabulary import (
     GuestReported,
     InspectGuest,
     Journal,
+    LeaveRefused,
     PassFinished,
     PeerBack,
     PeerLost,
@@ -80,7 +81,7 @@ from migrator.session.vocabulary import (
 _S = MigrationState
 
 
-class SourceSession(SourcePostCopy):
+class SourceSession(SourceLeave):
     """See the module. Public attributes are for reading; `handle` alone changes them."""
 
     # --- dispatch ---
@@ -190,8 +191,8 @@ class SourceSession(SourcePostCopy):
             case Recover():
                 self._enter(_S.RECOVERING, "the agent restarted")
                 self._do(InspectGuest())
-            case _:
-                pass
+            case LeaveRefused():
+                self._give_up(event.reason)
 
     def _prepare(self) -> Prepare:
         return Prepare(spec=self.spec, source=self.source, token=self.token, request=self.request)
@@ -208,7 +209,7 @@ class SourceSession(SourcePostCopy):
                     StartTimer(name=TimerName.RETRY, seconds=self.timing.peer_s),
                 )
                 if self.request.mode is MigrationMode.POSTCOPY:
-                    self._go_post_copy("asked for")
+                    self._ask_leave("asked for", post_copy=True)
                 else:
                     self._run_pass(PassKind.FIRST)
             case TimerFired(name=TimerName.RETRY):
@@ -273,7 +274,7 @@ class SourceSession(SourcePostCopy):
             case CommandFailed():
                 self._give_up(f"{event.command}: {event.error}")
             case _:
-                pass
+                self._heard_of_leave(event)
 
     def _note_progress(self, event: EngineReported) -> None:
         self._live = MigrationProgress(
@@ -292,16 +293,16 @@ class SourceSession(SourcePostCopy):
             case DecisionKind.ITERATE if not self._forced:
                 self._run_pass(PassKind.DIRTY)
             case DecisionKind.POST_COPY:
-                self._go_post_copy(decision.reason)
+                self._ask_leave(decision.reason, post_copy=True)
             case DecisionKind.ITERATE if mode is MigrationMode.HYBRID:
-                self._go_post_copy("its time for pre-copy is over")
+                self._ask_leave("its time for pre-copy is over", post_copy=True)
             case DecisionKind.GIVE_UP if not self._forced:
                 if self.request.on_timeout is OnTimeout.FORCE:
-                    self._switch_over(f"forced: {decision.reason}")
+                    self._ask_leave(f"forced: {decision.reason}")
                 else:
                     self._give_up(f"doesn't converge: {decision.reason}")
             case _:
-                self._switch_over("forced by timeout" if self._forced else decision.reason)
+                self._ask_leave("forced by timeout" if self._forced else decision.reason)
 
     def _go_post_copy(self, reason: str) -> None:
         """What is pending is dropped at the destination while the guest still runs."""

@@ -62,6 +62,10 @@ class SourceView(Session):
         self._live = MigrationProgress(state=self.state)
         self._forced = False
         self._pass_running = False
+        self._leaving: tuple[str, bool] | None = None
+        """Leave to switch over was asked for: why, and whether to post-copy."""
+        self._leave_asked_at_s = 0.0
+        self._leave_given = False
         self._paused_at_s: float | None = None
         self._pre_switchover = False
         self._final_started_at_s = 0.0
@@ -88,6 +92,11 @@ class SourceView(Session):
         self._discard_error = ""
 
     # --- what others see ---
+
+    @property
+    def destination_runs(self) -> bool:
+        """The destination has said that the guest runs there."""
+        return self._destination_runs
 
     def view(self) -> Migration:
         """The migration resource as of now."""

@@ -175,6 +175,18 @@ class CommandFailed(Struct, frozen=True, kw_only=True):
     """Of ResumeGuest: it is certain that no vCPU ran by it."""
 
 
+class LeaveGiven(Struct, frozen=True, kw_only=True):
+    """The guest may be paused. `detail` says what was done for it, if anything."""
+
+    detail: str = ""
+
+
+class LeaveRefused(Struct, frozen=True, kw_only=True):
+    """The guest must not be paused, or not even begin to move: a hook forbids it."""
+
+    reason: str
+
+
 Event = (
     Begin
     | Recover
@@ -200,6 +212,8 @@ Event = (
     | GuestDestroyed
     | SwitchoverAborted
     | GuestInspected
+    | LeaveGiven
+    | LeaveRefused
     | CommandFailed
 )
 
@@ -273,6 +287,10 @@ class RunPass(Struct, frozen=True, kw_only=True):
     kind: PassKind
 
 
+class AskLeave(Struct, frozen=True, kw_only=True):
+    """Source: may the guest be paused now? LeaveGiven or LeaveRefused follows, in its own time."""
+
+
 class PrepareSwitchover(Struct, frozen=True, kw_only=True):
     """Source: what can be set up beforehand, device channel included."""
 
@@ -343,6 +361,7 @@ Command = (
     | PullPages
     | StopEngine
     | RunPass
+    | AskLeave
     | PrepareSwitchover
     | BeginSwitchover
     | ContinueSwitchover

@@ -18,7 +18,7 @@ from typing import Annotated, Final
 import msgspec
 import typer
 
-from node_agent.cli import cluster, domains, migrations, storage
+from node_agent.cli import cluster, domains, hooks, migrations, storage
 from node_agent.cli.errors import EXIT_CODES_HELP, ApiProblem, CliError, ExitCode
 from node_agent.cli.output import settings
 
@@ -57,6 +57,7 @@ def build_app(mounted: str | None = None) -> typer.Typer:
     app.add_typer(cluster.nodes, name="node")
     app.add_typer(storage.volumes, name="volume")
     app.add_typer(storage.pools, name="pool")
+    app.add_typer(hooks.app, name="hook")
     app.command("events")(cluster.events)
     app.command("agent")(agent)
     for name, (module, help_text) in _MOUNTED.items():

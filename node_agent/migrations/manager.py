@@ -19,6 +19,7 @@ from migrator.engine_driver import EngineSettings
 from migrator.errors import (
     ConflictError,
     FerryError,
+    NotFoundError,
     RefusedError,
     WrongStateError,
 )
@@ -55,6 +56,7 @@ from node_agent.migrations.checks import (
     state_reasons,
 )
 from node_agent.migrations.forecast import Forecaster
+from node_agent.migrations.moments import MigrationMoments
 from node_agent.migrations.publisher import Publisher
 from node_agent.migrations.service import MigrationService
 from node_agent.migrations.site import MESSAGE, SEND_S, Envelope, NodeSite
@@ -90,6 +92,7 @@ class MigrationManager(MigrationService):
         site: NodeSite,
         engine: EngineSettings,
         forecaster: Forecaster,
+        moments: MigrationMoments,
         boot_id: str,
     ) -> None:
         self.node = node
@@ -106,6 +109,7 @@ class MigrationManager(MigrationService):
         self._site = site
         self._engine = engine
         self._forecaster = forecaster
+        self._moments = moments
         self._boot_id = boot_id
         self._runners: dict[str, Runner] = {}
         self._restored: list[Runner] = []
@@ -173,6 +177,10 @@ class MigrationManager(MigrationService):
                 state, at_s = MigrationState.FAILED, None
                 error = "the agent ended before the migration began; nothing was changed"
             await self._publisher.end_without_session(migration, state, error, at_s or time.time())
+            with contextlib.suppress(NotFoundError):
+                spec = (await self._records.get(DomainName(migration.domain))).spec
+                ended = await self._publisher.read(migration.id)
+                await self._moments.at_unseen_end(ended, spec)
 
     async def close(self) -> None:
         """Let go: engines end, guests go on, the journal tells the next agent."""
@@ -182,7 +190,9 @@ class MigrationManager(MigrationService):
         for runner in list(self._runners.values()):
             await runner.close()
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_CLOSE_S)
+            _, late = await asyncio.wait(self._tasks, timeout=_CLOSE_S)
+            for task in late:  # Hooks that take longer: they come again with the next agent.
+                task.cancel()
         await self._engine.spares.close()
         await self._publisher.close()
         await self._journal.close()
@@ -220,10 +230,17 @@ class MigrationManager(MigrationService):
             domain=domain,
             migration=migration,
         )
-        runner = self._make_runner(session)
-        runner.feed(v.Begin())
-        self._own(self._site.silence(session))
+        self._own(self._begin(self._make_runner(session), session))
         return session.view()
+
+    async def _begin(self, runner: Runner, session: SourceSession) -> None:
+        """Let it begin, unless a hook forbids it, or it was cancelled while they took time."""
+        reason = await self._moments.before_migration(session)
+        if reason is not None:
+            runner.feed(v.LeaveRefused(reason=reason))
+        elif session.state is MigrationState.CREATED:
+            runner.feed(v.Begin())
+            await self._site.silence(session)
 
     async def _owned(self, domain: DomainName) -> OwnershipRecord:
         """Under the claim: nobody starts or stops it any more."""
@@ -248,11 +265,7 @@ class MigrationManager(MigrationService):
         no_place = node_reasons(self.node, destination, await self._nodes.read())
         if no_place:
             return reasons + no_place
-        try:
-            tls = await asyncio.to_thread(self._engine.tls) is not None
-        except FerryError as error:
-            return [*reasons, f"{self.node} can't send memory: {error}"]
-        inspection = Inspection(spec=spec, source=own, tls=tls)
+        inspection = Inspection(spec=spec, source=own)
         try:
             answer = await self._hub.call(
                 destination, INSPECT, inspection, Reasons, timeout_s=INSPECT_S
@@ -322,6 +335,8 @@ class MigrationManager(MigrationService):
             )
         if isinstance(runner.session, SourceSession):
             self._publisher.changed(runner.session)
+            if self._moments.newly_resumed(runner.session):
+                self._own(self._moments.after_resume(runner.session))
 
     def _on_finish(self, runner: Runner) -> None:
         self._own(self._end(runner))
@@ -334,6 +349,7 @@ class MigrationManager(MigrationService):
             if isinstance(session, SourceSession):
                 await self._publisher.end(session)
                 self._forecaster.ended(session.view())
+                self._own(self._after_end(session))
             if not self._runners:
                 self._engine.spares.refill()
         finally:
@@ -341,6 +357,10 @@ class MigrationManager(MigrationService):
             self._domains.locks.release_from_migration(
                 DomainName(session.domain), MigrationId(session.migration_id)
             )
+
+    async def _after_end(self, session: SourceSession) -> None:
+        if await self._moments.at_end(session):
+            await self._publisher.write(session.view())  # With what the hooks did.
 
     def _own(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(self._logged(work))

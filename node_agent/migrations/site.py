@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from pathlib import Path
 from typing import Final
 
-from migrator.errors import RefusedError
+from migrator.errors import RefusedError, StoreError
 from migrator.model import DomainName, FencingToken, MigrationId, NodeName, Role
-from migrator.ports import FabricDriver, HypervisorDriver, Struct
+from migrator.ports import FabricDriver, HypervisorDriver, OwnershipStore, Struct
 from migrator.runner import Session, Site
 from migrator.session.destination import DestinationSession
 from migrator.session.messages import SessionMessage
+from migrator.session.source import SourceSession
 from node_agent.domains import DomainService
 from node_agent.migrations.checks import DestinationCheck, Inspection
+from node_agent.migrations.moments import MigrationMoments
 from node_agent.peers.hub import PeerHub
+
+log = logging.getLogger(__name__)
 
 MESSAGE = "migration.message"
 SEND_S: Final = 2.0
+STORE_GAP_S: Final = 0.5
+"""Between looks whether the store answers again."""
 
 
 class Envelope(Struct, frozen=True, kw_only=True):
@@ -38,12 +46,16 @@ class NodeSite(Site):
         fabric: FabricDriver,
         domains: DomainService,
         check: DestinationCheck,
+        moments: MigrationMoments,
+        ownership: OwnershipStore,
     ) -> None:
         self._hub = hub
         self._hypervisor = hypervisor
         self._fabric = fabric
         self._domains = domains
         self._check = check
+        self._moments = moments
+        self._ownership = ownership
 
     async def prepare_incoming(self, session: DestinationSession, device_channel: Path) -> None:
         spec, domain = session.spec, DomainName(session.domain)
@@ -64,6 +76,33 @@ class NodeSite(Site):
             await self._hypervisor.destroy(domain)
             await undo()
             raise
+
+    async def leave(self, session: SourceSession) -> str:
+        report = await self._moments.before_switchover(session)
+        if report.forbidden is not None:
+            raise RefusedError(report.forbidden, [report.forbidden])
+        await self._record_readable(session)
+        return report.sentence
+
+    async def _record_readable(self, session: SourceSession) -> None:
+        """The handoff is one write to the store: while it doesn't answer, the guest runs on here.
+
+        RefusedError: the record names somebody else.
+        """
+        said = False
+        while True:
+            try:
+                record = await self._ownership.read(DomainName(session.domain))
+            except StoreError as error:
+                if not said:
+                    log.warning("migration %s waits: %s", session.migration_id, error)
+                said = True
+                await asyncio.sleep(STORE_GAP_S)
+                continue
+            if record != session.record_before:
+                reason = f"domain {session.domain} is not {session.source}'s any more: {record}"
+                raise RefusedError(reason, [reason])
+            return
 
     async def destroy(self, session: Session) -> None:
         domain = DomainName(session.domain)

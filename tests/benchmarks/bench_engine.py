@@ -19,10 +19,8 @@ import threading
 import time
 from pathlib import Path
 
-import trustme
-
 from migrator.model import PassKind
-from tests.integration.engine_lab.lab import MIB, PAGE, compile_guest, pair_of, tls_files
+from tests.integration.engine_lab.lab import MIB, PAGE, compile_guest, pair_of
 
 SIZE = 1024 * MIB
 ROUNDS = 9
@@ -61,19 +59,13 @@ def plain_gb_per_s(source_fd: int, size: int) -> float:
     return size / seconds / 1e9
 
 
-async def engine_runs(
-    binary: Path, folder: Path, *, streams: int, warm: bool, tls: bool = False
-) -> None:
+async def engine_runs(binary: Path, folder: Path, *, streams: int, warm: bool) -> None:
     async with pair_of(binary, folder, SIZE) as pair:
-        if tls:
-            authority = trustme.CA()
-            for role, name in pair.names.items():
-                pair.tls[role] = tls_files(folder, authority, name)
         guest = pair.source_guest
         guest.tell(f"fill 0 {SIZE}")
         if warm:
             pair.destination_guest.tell(f"fill 0 {SIZE}")
-        label = f"{'prefaulted' if warm else 'cold'}, {streams} stream(s){', TLS' if tls else ''}"
+        label = f"{'prefaulted' if warm else 'cold'}, {streams} stream(s)"
         if warm:
             print(f"plain sendfile      {plain_gb_per_s(guest.fd, SIZE):5.2f} GB/s")
         await pair.start(streams=streams)
@@ -120,9 +112,7 @@ async def main() -> None:
         await guest_costs(binary, folder)
         for streams in (1, 2):
             await engine_runs(binary, folder, streams=streams, warm=True)
-        for streams in (1, 2, 3):
-            for tls in (False, True):
-                await engine_runs(binary, folder, streams=streams, warm=False, tls=tls)
+        await engine_runs(binary, folder, streams=1, warm=False)
 
 
 if __name__ == "__main__":

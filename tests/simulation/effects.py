@@ -120,10 +120,19 @@ def _effect(node: Node, command: v.Command) -> Callable[[], list[v.Event]]:
             return partial(_abort, node, guest)
         case v.InspectGuest():
             return partial(_inspect, node)
+        case v.AskLeave():
+            return partial(_leave, node)
         case v.PrepareSwitchover() | v.PullPages():
             return list
         case _:
             raise AssertionError(f"the simulation doesn't know {command}")
+
+
+def _leave(node: Node) -> list[v.Event]:
+    """Without the store nobody may leave."""
+    if node.world.store_down:
+        return [v.LeaveRefused(reason="the store is down")]
+    return [v.LeaveGiven()]
 
 
 # --- the store and the volume ---

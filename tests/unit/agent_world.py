@@ -33,6 +33,7 @@ from node_agent.domain_records import DomainRecords
 from node_agent.domain_takeover import DomainTakeover
 from node_agent.domains import DomainService
 from node_agent.events import EventLog
+from node_agent.hooks.service import HookService
 from node_agent.machines import MachinePinner
 from node_agent.migrations.service import MigrationService
 from node_agent.nodes import NodeRegistry
@@ -188,6 +189,7 @@ class SimulatedNode:
             nodes=self.registry,
             volumes=VolumeService(self.pools, self.records, self.events),
             events=self.events,
+            hooks=HookService(self.typed, self.events),
         )
 
     def _make_pool(self, settings: PoolSettings) -> SimulatedPool:

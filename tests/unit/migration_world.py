@@ -38,9 +38,11 @@ from migrator.ports import HypervisorDriver
 from migrator.runner import Session
 from migrator.session import vocabulary as v
 from node_agent.cluster_calls import ClusterCalls
+from node_agent.hooks.service import HookService
 from node_agent.migrations.checks import DestinationCheck
 from node_agent.migrations.forecast import Forecaster
 from node_agent.migrations.manager import MigrationManager
+from node_agent.migrations.moments import MigrationMoments
 from node_agent.migrations.publisher import Publisher
 from node_agent.migrations.site import NodeSite
 from node_agent.peers.connection import Timing
@@ -172,7 +174,6 @@ class MigratingNode:
         node = self.node
         pools = {PoolName("default"): node.pool}
         check = DestinationCheck(
-            tls=lambda: None,
             memory_bytes=node.memory_bytes,
             hypervisor=node.hypervisor,
             pools=pools,
@@ -189,6 +190,7 @@ class MigratingNode:
             interface=_interface,
             probe=_probe,
         )
+        moments = MigrationMoments(HookService(node.typed, node.events))
         return MigrationManager(
             node.name,
             hub=node.hub,
@@ -207,7 +209,10 @@ class MigratingNode:
                 fabric=node.fabric,
                 domains=node.domains,
                 check=check,
+                moments=moments,
+                ownership=node.ownership,
             ),
+            moments=moments,
             engine=EngineSettings(
                 run_directory=self.folder,
                 spares=NoSpares(self.folder / "engines.log"),

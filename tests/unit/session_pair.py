@@ -174,6 +174,8 @@ class SessionPair:
                 return [v.EngineConnected(pages_in_use=1000, round_trip_ms=0.1)]
             case v.RunPass():
                 return [v.PassFinished(report=self._report(command))]
+            case v.AskLeave():
+                return [v.LeaveGiven()]
             case v.BeginSwitchover():
                 return [self._guest(_K.PAUSED), self._guest(_K.PRE_SWITCHOVER)]
             case v.ContinueSwitchover():

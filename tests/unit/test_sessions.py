@@ -43,7 +43,7 @@ def test_the_happy_path_gives_each_command_once_and_in_order() -> None:
     assert pair.run() == COMPLETED
     assert pair.commands(SOURCE) == [
         *("Journal", "StartEngine", "PrepareSwitchover", "ConnectEngine", "RunPass"),
-        *("Journal", "BeginSwitchover", "RunPass", "ContinueSwitchover", "Journal"),
+        *("AskLeave", "Journal", "BeginSwitchover", "RunPass", "ContinueSwitchover", "Journal"),
         *("DestroyGuest", "StopEngine", "Finish"),
     ]
     assert pair.commands(DESTINATION) == [

@@ -1,0 +1,66 @@
+"""Leave to switch over: asked once, while the guest still runs and can stay.
+
+The node says whether the guest may be paused now: load balancers have been told and have agreed,
+and the ownership record can be read. That may take its time. The guest runs on and dirties pages
+meanwhile, so an answer that came late is followed by another pass before the pause.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Final
+
+from migrator.model import MigrationState, PassKind
+from migrator.session.source_post_copy import SourcePostCopy
+from migrator.session.vocabulary import AskLeave, Event, LeaveGiven, LeaveRefused
+
+_FRESH_S: Final = 0.1
+"""An answer within so long is as good as none: next to nothing was dirtied."""
+
+
+class SourceLeave(SourcePostCopy):
+    """See the module."""
+
+    def _ask_leave(self, detail: str, *, post_copy: bool = False) -> None:
+        """Go on to the switchover, or to post-copy, once that is allowed."""
+        if self._leave_given:
+            self._take_leave(detail, post_copy)
+            return
+        self._leaving = (detail, post_copy)
+        self._leave_asked_at_s = self._now
+        self._do(AskLeave())
+
+    def _heard_of_leave(self, event: Event) -> None:
+        if self._leaving is None or self.state is not MigrationState.PRECOPY:
+            return
+        (detail, post_copy), asked_at_s = self._leaving, self._leave_asked_at_s
+        match event:
+            case LeaveGiven():
+                self._leaving, self._leave_given = None, True
+                if event.detail:
+                    self._note("leave", asked_at_s, self._now, event.detail)
+                if post_copy or self._now - asked_at_s < _FRESH_S:
+                    self._take_leave(detail, post_copy)
+                else:
+                    self._run_pass(PassKind.DIRTY)
+            case LeaveRefused():
+                self._note("leave", asked_at_s, self._now, event.reason)
+                self._give_up(event.reason)
+
+    def _take_leave(self, detail: str, post_copy: bool) -> None:
+        if post_copy:
+            self._go_post_copy(detail)
+        else:
+            self._switch_over(detail)
+
+    @abc.abstractmethod
+    def _run_pass(self, kind: PassKind) -> None: ...
+
+    @abc.abstractmethod
+    def _go_post_copy(self, reason: str) -> None: ...
+
+    @abc.abstractmethod
+    def _switch_over(self, detail: str) -> None: ...
+
+    @abc.abstractmethod
+    def _give_up(self, reason: str) -> None: ...
