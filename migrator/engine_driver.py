@@ -22,6 +22,7 @@ from migrator.ports import GuestMemory, HypervisorDriver, Struct
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
+from migrator.tls import TlsFiles
 
 log = logging.getLogger(__name__)
 STOP_S: Final = 2.0
@@ -35,6 +36,8 @@ class EngineSettings(Struct, frozen=True, kw_only=True):
     spares: EngineSpares
     bind_address: str
     streams: int = 1
+    tls: Callable[[], TlsFiles | None] = lambda: None
+    """Asked for each engine, in a thread. ConfigError if the node's files are no good."""
 
 
 class EngineDriver:
@@ -179,6 +182,8 @@ class EngineDriver:
 
     async def _configure(self, hypervisor: HypervisorDriver, secret: bytes) -> None:
         session = self._session
+        source = session.role is Role.SOURCE
+        tls = await asyncio.to_thread(self._settings.tls)
         memory = await hypervisor.memory(DomainName(session.domain))
         try:
             message = m.Configure(
@@ -191,6 +196,8 @@ class EngineDriver:
                 bind_address=self._settings.bind_address,
                 bandwidth_bytes_per_s=session.request.bandwidth_bytes_per_s,
                 post_copy=self._post_copy,
+                tls=tls,
+                peer=session.destination if source else session.source,
             )
             if self._process is not None:
                 self._process.send(message, fds=memory.fds)

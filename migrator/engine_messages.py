@@ -32,6 +32,7 @@ import msgspec
 from migrator.figures import DirtyPoint
 from migrator.model import PassKind, PassReport, Role
 from migrator.ports import RegionMapping
+from migrator.tls import TlsFiles
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=str.lower):
@@ -70,6 +71,10 @@ class Configure(Message, frozen=True, kw_only=True):
     """Destination: how long the hypervisor's device channel may take to appear."""
     post_copy: bool = False
     """Take over from an engine that died in post-copy: no passes, no device channel."""
+    tls: TlsFiles | None = None
+    """Every connection between the engines is TLS, by these files; None: plain."""
+    peer: str = ""
+    """The node at the other end, whose name its certificate must have."""
 
 
 class Connect(Message, frozen=True, kw_only=True):

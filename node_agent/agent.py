@@ -26,7 +26,7 @@ from migrator.errors import ConfigError
 from migrator.journal import MigrationJournal
 from migrator.model import DomainSpec, NodeInfo, NodeName, PoolName
 from migrator.ports import FabricDriver, HypervisorDriver, VolumeDriver
-from migrator.tls import TlsFiles
+from migrator.tls import TlsFiles, files_of_node
 from netfabric.bridge import BridgeFabric
 from node_agent import loop_monitor
 from node_agent.api.server import ApiServer, create_app
@@ -237,12 +237,17 @@ def make_migrations(
     """The migration service of this node."""
     state = Path(config.node.state_directory)
     incoming: list[Callable[[], Iterable[DomainSpec]]] = []
+
+    def tls() -> TlsFiles | None:
+        return files_of_node(state, config.tls.mode)
+
     check = DestinationCheck(
         memory_bytes=config.node.memory_bytes,
         hypervisor=hypervisor,
         pools=pools,
         fabric=fabric,
         incoming=lambda: [spec for each in incoming for spec in each()],
+        tls=tls,
     )
     publisher = Publisher(typed, events)
     moments = MigrationMoments(hooks)
@@ -283,6 +288,7 @@ def make_migrations(
             spares=spares,
             bind_address=config.migration.address,
             streams=config.migration.streams,
+            tls=tls,
         ),
         forecaster=forecaster,
         boot_id=boot_id,

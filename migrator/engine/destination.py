@@ -28,6 +28,7 @@ from migrator.engine.frames import StreamHello, StreamKind
 from migrator.engine.memory import map_regions
 from migrator.engine.receiver import Connection, Memory
 from migrator.engine.relay import DestinationRelay
+from migrator.engine.transport import StreamSocket, make_server_context
 from migrator.engine_messages import (
     Configure,
     DeviceChannelOpen,
@@ -66,6 +67,8 @@ class DestinationEngine:
         self._connections: list[Connection] = []
         self._streams: dict[int, Connection] = {}
         self._closing = False
+        self.tls = make_server_context(configure.tls) if configure.tls is not None else None
+        """See `receiver.Host`."""
         self._relay = DestinationRelay(configure.device_connect_s, self._device_open)
         try:
             self._listener = _listen(configure.bind_address)
@@ -188,8 +191,10 @@ class DestinationEngine:
 
     # --- Host: called from the connections' threads ---
 
-    def refusal_of(self, hello: StreamHello) -> str:
+    def refusal_of(self, hello: StreamHello, peer: str | None) -> str:
         """See `receiver.Host`."""
+        if peer is not None and peer != self._configure.peer:
+            return f"node {peer} dialled in a migration with node {self._configure.peer}"
         return frames.refusal_of(hello, self._configure.migration_id, self._configure.secret)
 
     def admit(self, connection: Connection) -> None:
@@ -209,11 +214,11 @@ class DestinationEngine:
             with contextlib.suppress(Exception):
                 self._health.broke(connection.index, reason)
 
-    def device_stream(self, sock: socket.socket) -> None:
+    def device_stream(self, sock: StreamSocket) -> None:
         """See `receiver.Host`."""
         self._relay.offer_peer(sock)
 
-    def post_copy_stream(self, kind: StreamKind, sock: socket.socket) -> None:
+    def post_copy_stream(self, kind: StreamKind, sock: StreamSocket) -> None:
         """See `receiver.Host`."""
         self._the_filler().offer(kind, sock)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import errno
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from migrator.engine.frames import FrameKind, Header, RegionShape, StreamKind
 from migrator.engine.memory import MappedRegion
 from migrator.engine.missing import MissingPages, Placer, holes_of
 from migrator.engine.page_socket import PageSocket, StreamEndedError
+from migrator.engine.transport import StreamSocket
 from migrator.errors import EngineError, RemoteProtocolError
 from migrator.model import PAGE_SIZE_BYTES
 from migrator.ranges import Ranges
@@ -131,7 +131,7 @@ class Filler:
         """The guest runs: get what nobody waits for, too."""
         self._guest_runs.set()
 
-    def offer(self, kind: StreamKind, sock: socket.socket) -> None:
+    def offer(self, kind: StreamKind, sock: StreamSocket) -> None:
         """A stream from the source; it replaces an earlier one of its kind."""
         with self._lock:
             earlier = self._offered.get(kind)
@@ -206,7 +206,10 @@ class Filler:
             watched = {self._uffd: POLL_IN, news.fileno(): POLL_IN}
             if sock is not None and not broken:
                 watched[sock.fileno()] = POLL_IN
-            happened = poll(watched, _POLL_S)
+            waiting = sock is not None and not broken and sock.buffered
+            happened = poll(watched, 0 if waiting else _POLL_S)
+            if waiting and sock is not None:
+                happened[sock.fileno()] = POLL_IN
             try:
                 if news.fileno() in happened:
                     news.clear()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -46,7 +46,13 @@ class TcpFigures(msgspec.Struct, frozen=True):
     """Of that, held up by the other side's window."""
 
 
-def tcp_figures(sock: socket.socket) -> TcpFigures | None:
+class HasOptions(Protocol):
+    """A TCP socket, or what is made of one."""
+
+    def getsockopt(self, level: int, name: int, size: int, /) -> bytes: ...
+
+
+def tcp_figures(sock: HasOptions) -> TcpFigures | None:
     """The kernel's figures; None where it keeps none (no TCP, Linux before 4.10)."""
     try:
         data = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)

@@ -8,7 +8,6 @@ The guest stands still here, for good unless the handoff fails: its memory doesn
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -94,7 +93,7 @@ class PageServer:
         deadline = time.monotonic() + self._reconnect_s
         while True:
             try:
-                sock: socket.socket = open_stream(self._endpoint, self._hello(kind), waiter)
+                sock = open_stream(self._endpoint, self._hello(kind), waiter)
             except StreamBrokenError as error:
                 if time.monotonic() > deadline:
                     raise ChannelLostError(

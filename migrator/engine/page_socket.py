@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import socket
-import struct
 from collections.abc import Sequence
 from typing import Final
 
 from migrator.engine import frames
 from migrator.engine.frames import FrameKind, Header, RegionShape
+from migrator.engine.transport import StreamSocket, is_buffered, limit_waits
 from migrator.errors import RemoteProtocolError
 from migrator.ranges import Ranges
 
@@ -24,16 +24,10 @@ class StreamEndedError(Exception):
 class PageSocket:
     """Owns its socket. One thread reads; one thread writes (another one, or the same)."""
 
-    def __init__(
-        self, sock: socket.socket, shapes: Sequence[RegionShape], silence_s: float
-    ) -> None:
+    def __init__(self, sock: StreamSocket, shapes: Sequence[RegionShape], silence_s: float) -> None:
         self._sock = sock
         self._shapes = shapes
-        sock.setblocking(True)
-        seconds = int(silence_s)
-        limit = struct.pack("@ll", seconds, int((silence_s - seconds) * 1e6))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        limit_waits(sock, silence_s)
         self._header = memoryview(bytearray(frames.HEADER_BYTES))
         self._ranges = memoryview(bytearray(frames.FRAME_RANGES_MAX * frames.RANGE_BYTES))
         self._payload = bytearray(frames.FRAME_BYTES_MAX)
@@ -43,6 +37,11 @@ class PageSocket:
 
     def fileno(self) -> int:
         return self._sock.fileno()
+
+    @property
+    def buffered(self) -> bool:
+        """There is something to receive that poll(2) doesn't know of."""
+        return is_buffered(self._sock)
 
     def shut_down(self) -> None:
         """End it from another thread: whoever reads or writes gets StreamEndedError."""

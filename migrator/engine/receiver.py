@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-import struct
+import ssl
 import threading
 import time
 from typing import Final, Protocol
@@ -29,6 +29,13 @@ from migrator.engine.frames import FrameKind, RegionShape, StreamHello, StreamKi
 from migrator.engine.memory import MappedRegion
 from migrator.engine.prefault import Prefaulter
 from migrator.engine.stream import tune
+from migrator.engine.transport import (
+    SecureSocket,
+    StreamSocket,
+    TlsRefusedError,
+    limit_waits,
+    secure_incoming,
+)
 from migrator.errors import EngineError, RemoteProtocolError
 from migrator.ranges import Ranges
 
@@ -53,8 +60,12 @@ class Memory:
 class Host(Protocol):
     """What a connection asks of its engine. Called from the connection's thread."""
 
-    def refusal_of(self, hello: StreamHello) -> str:
-        """Why it isn't let in; "" if it is."""
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """None: connections are plain."""
+
+    def refusal_of(self, hello: StreamHello, peer: str | None) -> str:
+        """Why it isn't let in; "" if it is. `peer`: the node that its certificate names."""
 
     def admit(self, connection: Connection) -> None:
         """Take the place of an earlier stream. EngineError if that one doesn't end."""
@@ -62,10 +73,10 @@ class Host(Protocol):
     def ended(self, connection: Connection, reason: str) -> None:
         """An admitted page stream ended: "" if it was meant."""
 
-    def device_stream(self, sock: socket.socket) -> None:
+    def device_stream(self, sock: StreamSocket) -> None:
         """A device stream was let in; the socket's ownership passes."""
 
-    def post_copy_stream(self, kind: StreamKind, sock: socket.socket) -> None:
+    def post_copy_stream(self, kind: StreamKind, sock: StreamSocket) -> None:
         """A FAULTS or BULK stream was let in; the socket's ownership passes."""
 
     def missing(self, region: int, content: Ranges) -> None:
@@ -82,7 +93,9 @@ class Connection:
     """Owns its socket and thread. `revoke` ends both; join by `join`."""
 
     def __init__(self, sock: socket.socket, memory: Memory, host: Host, silence_s: float) -> None:
-        self._sock = sock
+        self._accepted = sock
+        self._sock: StreamSocket = sock
+        self._handed_over = False
         self._memory = memory
         self._host = host
         self._silence_s = silence_s
@@ -99,6 +112,8 @@ class Connection:
     def revoke(self) -> None:
         """Nothing is written to guest memory any more once the thread has ended."""
         self._revoked = True
+        if self._handed_over:
+            return
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
@@ -126,7 +141,8 @@ class Connection:
             self._host.fault(error)
             reason = str(error)
         finally:
-            self._sock.close()
+            if not self._handed_over:
+                self._sock.close()
             if self.admitted:
                 self._host.ended(self, "" if self._revoked else reason)
 
@@ -134,11 +150,17 @@ class Connection:
 
     def _let_in(self) -> StreamHello | None:
         """The hello, answered. None: it was refused, and the answer says why."""
-        tune(self._sock, self._silence_s)
-        self._limit_waits(_HELLO_TIMEOUT_S)
+        tune(self._accepted, self._silence_s)
+        try:
+            self._sock = secure_incoming(self._accepted, self._host.tls, _HELLO_TIMEOUT_S)
+        except TlsRefusedError as error:
+            self._answer(str(error))
+            return None
+        limit_waits(self._sock, _HELLO_TIMEOUT_S)
         try:
             hello = self._read_hello()
-            refusal = self._host.refusal_of(hello)
+            peer = self._sock.peer if isinstance(self._sock, SecureSocket) else None
+            refusal = self._host.refusal_of(hello, peer)
         except RemoteProtocolError as error:
             self._answer(f"the hello is malformed: {error}")
             raise
@@ -147,7 +169,7 @@ class Connection:
             self._host.admit(self)
             self.admitted = True
         self._answer(refusal)
-        self._limit_waits(self._silence_s)
+        limit_waits(self._sock, self._silence_s, one_thread=True)
         return None if refusal else hello
 
     def _answer(self, refusal: str) -> None:
@@ -167,19 +189,12 @@ class Connection:
         return wire.Frame(kind, bytes(body)).decode(_hello_decoder)
 
     def _hand_over(self, kind: StreamKind) -> None:
-        self._limit_waits(0)
+        limit_waits(self._sock, 0)
+        self._handed_over = True
         if kind is StreamKind.DEVICE:
-            self._host.device_stream(self._sock.dup())
+            self._host.device_stream(self._sock)
         else:
-            self._host.post_copy_stream(kind, self._sock.dup())
-
-    def _limit_waits(self, seconds: float) -> None:
-        """Bound each blocking call in the kernel; 0 lifts it. Cheaper than a poll before each."""
-        whole = int(seconds)
-        limit = struct.pack("@ll", whole, int((seconds - whole) * 1e6))
-        self._sock.settimeout(None)
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            self._host.post_copy_stream(kind, self._sock)
 
     # --- page frames ---
 

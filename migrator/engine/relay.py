@@ -29,6 +29,7 @@ from typing import Final
 from migrator.engine.control import POLL_IN, ChannelLostError, Signal, Waiter, poll
 from migrator.engine.frames import StreamHello
 from migrator.engine.stream import Endpoint, StreamBrokenError, open_stream
+from migrator.engine.transport import StreamSocket, is_alive, limit_waits
 from migrator.errors import EngineError, RemoteProtocolError
 
 _DATA, _END, _GONE = 1, 2, 3
@@ -43,9 +44,9 @@ class Pumps:
     Owns both sockets. `close` at any time, from any thread; idempotent.
     """
 
-    def __init__(self, hypervisor: socket.socket, peer: socket.socket, *, at_source: bool) -> None:
-        for sock in (hypervisor, peer):
-            sock.setblocking(True)
+    def __init__(self, hypervisor: socket.socket, peer: StreamSocket, *, at_source: bool) -> None:
+        hypervisor.setblocking(True)
+        limit_waits(peer, 0)
         self._hypervisor = hypervisor
         self._peer = peer
         self._at_source = at_source
@@ -64,9 +65,9 @@ class Pumps:
         self._peer.close()
 
     def close(self) -> None:
-        for sock in (self._hypervisor, self._peer):
+        for end in (self._hypervisor, self._peer):
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+                end.shutdown(socket.SHUT_RDWR)
 
     def _guarded(self, pump: Callable[[], None]) -> None:
         try:
@@ -130,7 +131,7 @@ class SourceRelay:
         self._endpoint = endpoint
         self._hello = hello
         self._patience_s = patience_s
-        self._peer: socket.socket | None = None
+        self._peer: StreamSocket | None = None
         self._listener: socket.socket | None = None
         self._path: Path | None = None
         self._pumps: Pumps | None = None
@@ -140,7 +141,7 @@ class SourceRelay:
     def prepare(self, waiter: Waiter) -> None:
         """Have a fresh, live TCP stream. Ends an earlier relay. ChannelLostError if it can't."""
         self._end()
-        if self._peer is not None and self._alive(self._peer):
+        if self._peer is not None and is_alive(self._peer):
             return
         deadline = time.monotonic() + self._patience_s
         while True:
@@ -210,15 +211,6 @@ class SourceRelay:
             self._path.unlink(missing_ok=True)
             self._path = None
 
-    @staticmethod
-    def _alive(peer: socket.socket) -> bool:
-        try:
-            return peer.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-
 
 class DestinationRelay:
     """The destination's side: waits for a TCP stream and a path, in any order, and joins them."""
@@ -228,12 +220,12 @@ class DestinationRelay:
         self._connect_s = connect_s
         self._opened = opened
         self._lock = threading.Lock()
-        self._peer: socket.socket | None = None
+        self._peer: StreamSocket | None = None
         self._hypervisor: socket.socket | None = None
         self._pumps: Pumps | None = None
         self._closed = threading.Event()
 
-    def offer_peer(self, peer: socket.socket) -> None:
+    def offer_peer(self, peer: StreamSocket) -> None:
         """A stream from the source's engine; it replaces one that waits or is in use."""
         with self._lock:
             if self._pumps is not None:
@@ -273,9 +265,9 @@ class DestinationRelay:
         with self._lock:
             if self._pumps is not None:
                 self._pumps.close()
-            for sock in (self._peer, self._hypervisor):
-                if sock is not None:
-                    sock.close()
+            for end in (self._peer, self._hypervisor):
+                if end is not None:
+                    end.close()
             self._peer = self._hypervisor = None
 
     def _join_up(self) -> None:

@@ -42,6 +42,7 @@ from migrator.engine.planner import PassPlanner
 from migrator.engine.relay import SourceRelay
 from migrator.engine.sampling import sample_dirty, zero_share
 from migrator.engine.stream import Endpoint, PageStream, StreamBrokenError
+from migrator.engine.transport import TlsPeer
 from migrator.engine_messages import (
     Configure,
     Configured,
@@ -192,11 +193,15 @@ class SourceEngine:
             self._server.close()
         self._secret = message.secret or self._secret
         configure = self._configure
+        tls = None
+        if configure.tls is not None:
+            tls = TlsPeer(files=configure.tls, node=configure.peer)
         self._endpoint = Endpoint(
             host=message.host,
             port=message.port,
             bind_address=configure.bind_address,
             silence_s=configure.silence_s,
+            tls=tls,
         )
         self._server = PageServer(
             self._endpoint,

@@ -6,7 +6,8 @@
 
 Single-threaded: whoever delivers on a stream owns it. Its socket never blocks; waiting is the
 waiter's. Pages leave without a copy in user space: long ranges by sendfile from the memory file,
-short ones by a vectored send from our mapping of it.
+short ones by a vectored send from our mapping of it. With TLS all go from the mapping, encrypted
+where they lie.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import errno
 import os
 import socket
+import ssl
 import time
 from typing import Final
 
@@ -28,6 +30,15 @@ from migrator.engine.control import POLL_IN, POLL_OUT, Waiter
 from migrator.engine.frames import FrameKind, StreamHello, StreamWelcome
 from migrator.engine.link import LinkGauge, tcp_figures
 from migrator.engine.memory import MappedRegion
+from migrator.engine.transport import (
+    SecureSocket,
+    StreamSocket,
+    TlsPeer,
+    TlsRefusedError,
+    refusal_of,
+    secure_outgoing,
+    wire_bytes,
+)
 from migrator.errors import EngineError, RemoteProtocolError
 from migrator.ranges import Ranges
 
@@ -55,6 +66,8 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     port: int
     bind_address: str = ""
     silence_s: float = 5.0
+    tls: TlsPeer | None = None
+    """None: plain."""
 
 
 class Piece(msgspec.Struct):
@@ -92,8 +105,40 @@ def tune(sock: socket.socket, silence_s: float) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))
 
 
-def open_stream(endpoint: Endpoint, hello: StreamHello, waiter: Waiter) -> socket.socket:
+def open_stream(endpoint: Endpoint, hello: StreamHello, waiter: Waiter) -> StreamSocket:
     """Connect and be let in; a non-blocking socket. StreamBrokenError, StreamRefusedError."""
+    sock: StreamSocket | None = None
+    try:
+        sock = _dial(endpoint, waiter)
+        if endpoint.tls is not None:
+            plain, sock = sock, None
+            sock = secure_outgoing(plain, endpoint.tls, waiter, endpoint.silence_s)
+        sock.send(wire.encode_frame(wire.FrameKind.HELLO, hello))
+        _await_welcome(sock, endpoint, waiter)
+    except (TlsRefusedError, ssl.SSLError) as error:
+        if sock is not None:
+            sock.close()
+        if isinstance(error, ssl.SSLError) and endpoint.tls is not None:
+            meant = refusal_of(error, endpoint.tls.node)
+            if not isinstance(meant, TlsRefusedError):
+                raise StreamBrokenError(str(meant)) from error
+            error = meant
+        raise StreamRefusedError(f"the destination refused a stream: {error}") from error
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        raise StreamBrokenError(
+            f"connecting to {endpoint.host}:{endpoint.port}: {error}"
+        ) from error
+    except BaseException:
+        if sock is not None:
+            sock.close()
+        raise
+    return sock
+
+
+def _dial(endpoint: Endpoint, waiter: Waiter) -> socket.socket:
+    """A connected, non-blocking socket. StreamBrokenError, OSError."""
     sock: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -110,14 +155,6 @@ def open_stream(endpoint: Endpoint, hello: StreamHello, waiter: Waiter) -> socke
         number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if number:
             raise OSError(number, os.strerror(number))
-        sock.send(wire.encode_frame(wire.FrameKind.HELLO, hello))
-        _await_welcome(sock, endpoint, waiter)
-    except OSError as error:
-        if sock is not None:
-            sock.close()
-        raise StreamBrokenError(
-            f"connecting to {endpoint.host}:{endpoint.port}: {error}"
-        ) from error
     except BaseException:
         if sock is not None:
             sock.close()
@@ -125,7 +162,7 @@ def open_stream(endpoint: Endpoint, hello: StreamHello, waiter: Waiter) -> socke
     return sock
 
 
-def _await_welcome(sock: socket.socket, endpoint: Endpoint, waiter: Waiter) -> None:
+def _await_welcome(sock: StreamSocket, endpoint: Endpoint, waiter: Waiter) -> None:
     decoder = wire.FrameDecoder()
     deadline = time.monotonic() + endpoint.silence_s
     while True:
@@ -158,7 +195,7 @@ class PageStream:
         self._endpoint = endpoint
         self._hello = hello
         self._bucket = bucket
-        self._sock: socket.socket | None = None
+        self._sock: StreamSocket | None = None
         self._sequence = 0
         self._unacknowledged: collections.deque[Sent] = collections.deque()
         self._incoming = bytearray()
@@ -173,7 +210,7 @@ class PageStream:
         return self._hello.index
 
     @property
-    def sock(self) -> socket.socket | None:
+    def sock(self) -> StreamSocket | None:
         return self._sock
 
     def connect(self, waiter: Waiter) -> None:
@@ -218,8 +255,9 @@ class PageStream:
             )
         ]
         if piece.kind is FrameKind.PAGES:
+            by_file = region.can_sendfile and not isinstance(self._sock, SecureSocket)
             for start, end in piece.content.tolist():
-                if region.can_sendfile and end - start >= SENDFILE_BYTES_MIN:
+                if by_file and end - start >= SENDFILE_BYTES_MIN:
                     if vector:
                         self._send_vector(vector, waiter, more=True)
                         vector = []
@@ -322,7 +360,7 @@ class PageStream:
         del self._incoming[:whole]
         return True
 
-    def _connected(self) -> socket.socket:
+    def _connected(self) -> StreamSocket:
         if self._sock is None:
             raise StreamBrokenError("the stream isn't connected")
         return self._sock
@@ -349,7 +387,7 @@ class PageStream:
                 continue
             except OSError as error:
                 raise _broken(error) from error
-            self.bytes_sent += count
+            self.bytes_sent += wire_bytes(sock, count)
             while done < len(vector) and count >= len(vector[done]):
                 count -= len(vector[done])
                 done += 1
@@ -371,7 +409,7 @@ class PageStream:
             self.bytes_sent += count
             start += count
 
-    def _await_writable(self, sock: socket.socket, waiter: Waiter) -> None:
+    def _await_writable(self, sock: StreamSocket, waiter: Waiter) -> None:
         if not waiter.wait(sock, POLL_OUT, self._endpoint.silence_s):
             raise StreamBrokenError(
                 f"the destination took nothing for {self._endpoint.silence_s:g} s"

@@ -23,6 +23,7 @@ from migrator.model import (
     VolumeName,
 )
 from migrator.ports import FabricDriver, HypervisorDriver, Struct, VolumeDriver
+from migrator.tls import TlsFiles
 from node_agent.nodes import NodeView
 
 
@@ -31,6 +32,8 @@ class Inspection(Struct, frozen=True, kw_only=True):
 
     spec: DomainSpec
     source: HypervisorCapabilities
+    tls: bool | None = None
+    """Whether the source's engine speaks TLS; None: nobody asks."""
 
 
 def node_reasons(
@@ -68,13 +71,18 @@ class DestinationCheck:
         pools: Mapping[PoolName, VolumeDriver],
         fabric: FabricDriver,
         incoming: Callable[[], Iterable[DomainSpec]],
+        tls: Callable[[], TlsFiles | None],
     ) -> None:
-        """`incoming`: the domains on their way here, which have no process yet or one."""
+        """`incoming`: the domains on their way here, which have no process yet or one.
+
+        `tls`: what this node's engines will use; called in a thread.
+        """
         self._memory_bytes = memory_bytes
         self._hypervisor = hypervisor
         self._pools = pools
         self._fabric = fabric
         self._incoming = incoming
+        self._tls = tls
 
     async def reasons(self, inspection: Inspection) -> Sequence[str]:
         """Why this node can't take the domain; empty if it can."""
@@ -86,6 +94,7 @@ class DestinationCheck:
             self._disks(spec),
             self._nics(spec),
             self._boot(spec),
+            self._encryption(inspection.tls),
         ]
         found: list[str] = []
         for check in checks:
@@ -94,6 +103,15 @@ class DestinationCheck:
             except FerryError as error:
                 found.append(str(error))
         return found
+
+    async def _encryption(self, source: bool | None) -> list[str]:
+        own = await asyncio.to_thread(self._tls) is not None
+        if source is None or source == own:
+            return []
+        there, here = ("with", "without") if source else ("without", "with")
+        return [
+            f"its pages travel {here} TLS, the source's {there}: tls.mode and the keys must agree"
+        ]
 
     async def _here(self, spec: DomainSpec) -> list[str]:
         status = await self._hypervisor.inspect(DomainName(spec.name))

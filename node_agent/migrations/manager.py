@@ -265,7 +265,11 @@ class MigrationManager(MigrationService):
         no_place = node_reasons(self.node, destination, await self._nodes.read())
         if no_place:
             return reasons + no_place
-        inspection = Inspection(spec=spec, source=own)
+        try:
+            tls = await asyncio.to_thread(self._engine.tls) is not None
+        except FerryError as error:
+            return [*reasons, f"{self.node} can't send memory: {error}"]
+        inspection = Inspection(spec=spec, source=own, tls=tls)
         try:
             answer = await self._hub.call(
                 destination, INSPECT, inspection, Reasons, timeout_s=INSPECT_S

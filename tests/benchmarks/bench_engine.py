@@ -19,8 +19,10 @@ import threading
 import time
 from pathlib import Path
 
+import trustme
+
 from migrator.model import PassKind
-from tests.integration.engine_lab.lab import MIB, PAGE, compile_guest, pair_of
+from tests.integration.engine_lab.lab import MIB, PAGE, compile_guest, pair_of, tls_files
 
 SIZE = 1024 * MIB
 ROUNDS = 9
@@ -59,13 +61,19 @@ def plain_gb_per_s(source_fd: int, size: int) -> float:
     return size / seconds / 1e9
 
 
-async def engine_runs(binary: Path, folder: Path, *, streams: int, warm: bool) -> None:
+async def engine_runs(
+    binary: Path, folder: Path, *, streams: int, warm: bool, tls: bool = False
+) -> None:
     async with pair_of(binary, folder, SIZE) as pair:
+        if tls:
+            authority = trustme.CA()
+            for role, name in pair.names.items():
+                pair.tls[role] = tls_files(folder, authority, name)
         guest = pair.source_guest
         guest.tell(f"fill 0 {SIZE}")
         if warm:
             pair.destination_guest.tell(f"fill 0 {SIZE}")
-        label = f"{'prefaulted' if warm else 'cold'}, {streams} stream(s)"
+        label = f"{'prefaulted' if warm else 'cold'}, {streams} stream(s){', TLS' if tls else ''}"
         if warm:
             print(f"plain sendfile      {plain_gb_per_s(guest.fd, SIZE):5.2f} GB/s")
         await pair.start(streams=streams)
@@ -112,7 +120,9 @@ async def main() -> None:
         await guest_costs(binary, folder)
         for streams in (1, 2):
             await engine_runs(binary, folder, streams=streams, warm=True)
-        await engine_runs(binary, folder, streams=1, warm=False)
+        for streams in (1, 2, 3):
+            for tls in (False, True):
+                await engine_runs(binary, folder, streams=streams, warm=False, tls=tls)
 
 
 if __name__ == "__main__":

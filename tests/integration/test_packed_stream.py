@@ -22,6 +22,7 @@ from migrator.engine.memory import MappedRegion
 from migrator.engine.packing import PackingPolicy
 from migrator.engine.receiver import Connection, Memory
 from migrator.engine.stream import Endpoint, PageStream, Piece
+from migrator.engine.transport import StreamSocket
 from migrator.engine_messages import RegionLayout
 from migrator.ranges import Ranges
 
@@ -38,7 +39,9 @@ class _Host:
         self.reasons: list[str] = []
         self.faults: list[BaseException] = []
 
-    def refusal_of(self, hello: StreamHello) -> str:
+    tls = None
+
+    def refusal_of(self, hello: StreamHello, peer: str | None) -> str:
         return ""
 
     def admit(self, connection: Connection) -> None:
@@ -47,7 +50,7 @@ class _Host:
     def ended(self, connection: Connection, reason: str) -> None:
         self.reasons.append(reason)
 
-    def post_copy_stream(self, kind: StreamKind, sock: socket.socket) -> None:
+    def post_copy_stream(self, kind: StreamKind, sock: StreamSocket) -> None:
         raise AssertionError("no post-copy stream is opened")
 
     def missing(self, region: int, content: Ranges) -> None:
@@ -56,7 +59,7 @@ class _Host:
     def arm(self) -> None:
         raise AssertionError("no page is missing")
 
-    def device_stream(self, sock: socket.socket) -> None:
+    def device_stream(self, sock: StreamSocket) -> None:
         raise AssertionError
 
     def fault(self, error: BaseException) -> None:

@@ -174,6 +174,7 @@ class MigratingNode:
         node = self.node
         pools = {PoolName("default"): node.pool}
         check = DestinationCheck(
+            tls=lambda: None,
             memory_bytes=node.memory_bytes,
             hypervisor=node.hypervisor,
             pools=pools,

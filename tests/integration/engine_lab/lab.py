@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+import trustme
 
 from migrator.engine.client import EngineProcess
 from migrator.engine_messages import (
@@ -30,6 +31,7 @@ from migrator.engine_messages import (
 )
 from migrator.model import PassKind, PassReport, Role
 from migrator.ports import RegionMapping
+from migrator.tls import TlsFiles
 
 SHIM = Path(__file__).parents[3] / "hypervisor" / "qemu" / "uffd_shim.so"
 UFFD_FD = 200
@@ -37,6 +39,7 @@ PAGE = 4096
 MIB = 1024 * 1024
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_SAMPLE_BYTES = 128 * 1024 * 1024
 _PIDFD_GETFD = 438  # asm/unistd_64.h
 T = TypeVar("T")
 
@@ -202,14 +205,29 @@ class Pair:
         self.source: Engine
         self.destination: Engine
         self._passes = 0
+        self.tls: dict[Role, TlsFiles] = {}
+        """Of the roles whose engines shall speak TLS."""
+        self.names = {Role.SOURCE: "n1", Role.DESTINATION: "n2"}
 
     async def configure(self, **changes: object) -> Listening:
         """Both engines are up; the destination listens. `secret` is the source's only."""
         self.source = await Engine.spawn(self.folder / "source.log")
         self.destination = await Engine.spawn(self.folder / "destination.log")
-        source = configuration(Role.SOURCE, self.source_guest, **changes)
         common = {key: value for key, value in changes.items() if key != "secret"}
-        destination = configuration(Role.DESTINATION, self.destination_guest, **common)
+        source = configuration(
+            Role.SOURCE,
+            self.source_guest,
+            **changes,
+            tls=self.tls.get(Role.SOURCE),
+            peer=self.names[Role.DESTINATION],
+        )
+        destination = configuration(
+            Role.DESTINATION,
+            self.destination_guest,
+            **common,
+            tls=self.tls.get(Role.DESTINATION),
+            peer=self.names[Role.SOURCE],
+        )
         self.source.process.send(source, self.source_guest.fds)
         self.destination.process.send(destination, self.destination_guest.fds)
         await self.source.expect(Configured)
@@ -263,6 +281,8 @@ class Proxy:
         self._writers: list[asyncio.StreamWriter] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self.carried_bytes = 0
+        self.sample = bytearray()
+        """What was carried, up to a bound."""
         self.cut_after_bytes: int | None = None
         self.refuse = False
         self.port = 0
@@ -287,6 +307,8 @@ class Proxy:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
                 self.carried_bytes += len(data)
+                if len(self.sample) < _SAMPLE_BYTES:
+                    self.sample += data
                 if self.cut_after_bytes is not None and self.carried_bytes > self.cut_after_bytes:
                     self.cut_after_bytes = None
                     self.cut()
@@ -307,6 +329,20 @@ class Proxy:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def tls_files(folder: Path, authority: trustme.CA, name: str) -> TlsFiles:
+    """PEM files of a node's certificate, in a folder of their own."""
+    home = folder / "tls" / name
+    home.mkdir(parents=True, exist_ok=True)
+    issued = authority.issue_cert(name)
+    authority.cert_pem.write_to_path(home / "authority.pem")
+    issued.private_key_and_cert_chain_pem.write_to_path(home / "certificate.pem")
+    return TlsFiles(
+        authority_path=str(home / "authority.pem"),
+        certificate_path=str(home / "certificate.pem"),
+        key_path=str(home / "certificate.pem"),
+    )
 
 
 def free_huge_pages() -> int:
