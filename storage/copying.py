@@ -41,7 +41,7 @@ def copy_image(source: int, destination: int, cancelled: threading.Event) -> Non
     size_bytes = os.fstat(source).st_size
     os.ftruncate(destination, size_bytes)
     in_kernel = True
-    for start, end in _extents(source, size_bytes):
+    for start, end in extents(source, size_bytes):
         offset = start
         while offset < end:
             if cancelled.is_set():
@@ -56,7 +56,7 @@ def copy_image(source: int, destination: int, cancelled: threading.Event) -> Non
             offset += copied
 
 
-def _extents(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+def extents(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
     """The parts of a file that hold data. All of it, where holes can't be asked for."""
     offset = 0
     while offset < size_bytes:

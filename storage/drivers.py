@@ -9,16 +9,19 @@ from typing import Any, Final
 from migrator.model import NodeName, PoolName
 from migrator.ports import VolumeDriver
 from storage.directory import DirectoryPool
-from storage.settings import DirectorySettings, PoolSettings, SimulatedSettings
+from storage.nfs import NfsPool
+from storage.settings import DirectorySettings, NfsSettings, PoolSettings, SimulatedSettings
 from storage.simulated import SimulatedPool
 
 DRIVERS: Final[Mapping[str, type[VolumeDriver]]] = {
     "directory": DirectoryPool,
+    "nfs": NfsPool,
     "simulated": SimulatedPool,
 }
 
 _MAKERS: Final[Mapping[type[Any], Callable[[Any, NodeName, Path], VolumeDriver]]] = {
     DirectorySettings: lambda it, node, _: DirectoryPool(PoolName(it.name), Path(it.path)),
+    NfsSettings: lambda it, node, _: NfsPool(it, node),
     SimulatedSettings: lambda it, node, _: SimulatedPool(PoolName(it.name), node=node),
 }
 

@@ -1,0 +1,295 @@
+"""Volumes on an NFSv3 export, used by QEMU's libnfs client and by Ferry through the same library.
+
+    open    open.NODE.TOKEN.rw made; group := id(node, token)      both ends can write
+    fence   fence.OLD -> fence.TOKEN (rename), owner and group := id(winner)
+            NFSv3 checks the permission on each call: every other identity is refused from then on
+
+The identities are uids, one for each node and token, that nobody else uses. AUTH_SYS trusts the
+nodes to say theirs, so the export is for the nodes alone, and doesn't squash root. A refused writer
+sees EACCES on its next write; QEMU pauses its guest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import ClassVar, Final, TypeVar
+
+from migrator.errors import ConflictError, FenceError, NotFoundError, StorageError
+from migrator.model import (
+    BlockSource,
+    DiskFormat,
+    Fencing,
+    FencingToken,
+    NfsSource,
+    NodeName,
+    PoolHealth,
+    PoolName,
+    VolumeInfo,
+    VolumeName,
+)
+from migrator.ports import VolumeDriver
+from storage.names import check_growth, check_volume_name, linked_unsupported
+from storage.nfs import files, making
+from storage.nfs.connection import Connection
+from storage.nfs.layout import READER_ID, Contents, Fence, Opening, identity
+from storage.nfs.libnfs import Export, NfsError
+from storage.settings import NfsSettings
+
+CALL_TIMEOUT_S: Final = 12.0
+"""For a few round trips. A server that takes longer is away, or hangs."""
+ANSWER_TIMEOUT_S: Final = 5.0
+"""For one round trip: libnfs's own limit, so that its threads end."""
+HEALTH_TIMEOUT_S: Final = 4.0
+FENCE_TRIES: Final = 4
+"""Each lost race means that another token was set meanwhile."""
+
+_T = TypeVar("_T")
+
+
+class NfsPool(VolumeDriver):
+    """One export, as one node uses it."""
+
+    name: ClassVar[str] = "nfs"
+
+    def __init__(
+        self, settings: NfsSettings, node: NodeName, *, qemu_img: str = "qemu-img"
+    ) -> None:
+        self._settings = settings
+        self._pool = PoolName(settings.name)
+        self._node = node
+        self._qemu_img = qemu_img
+        self._where = f"pool {settings.name}"
+        self._control = Connection(self._where, self._connect)
+        self._known: dict[VolumeName, Contents] = {}
+        """What this node has open, so that a fence needs no look first. The server decides."""
+
+    def _connect(self) -> Export:
+        return Export(self._settings.server, self._settings.export, timeout_s=ANSWER_TIMEOUT_S)
+
+    async def shut_down(self) -> None:
+        self._control.close()
+
+    @property
+    def fencing(self) -> Fencing:
+        return Fencing(
+            remote_writers=True,
+            method="ownership of the file: each node and token writes under a uid of its own, and "
+            "the server refuses every other one on each call",
+        )
+
+    async def health(self) -> PoolHealth:
+        """Also whether the server lets the nodes give files away, as the fence must."""
+        async with self._connection() as connection:
+            try:
+                capacity, free = await connection.call(files.try_out, timeout_s=HEALTH_TIMEOUT_S)
+            except StorageError as error:
+                return PoolHealth(reachable=False, reason=str(error))
+        return PoolHealth(reachable=True, capacity_bytes=capacity, free_bytes=free)
+
+    # --- volumes -----------------------------------------------------------------------------
+
+    async def create(
+        self,
+        volume: VolumeName,
+        *,
+        capacity_bytes: int,
+        format: DiskFormat,
+        image: Path | None = None,
+    ) -> VolumeInfo:
+        async with self._connection() as connection:
+            await self._maker(connection).create(volume, capacity_bytes, format, image)
+            return await self._describe(connection, volume)
+
+    async def inspect(self, volume: VolumeName) -> VolumeInfo:
+        check_volume_name(volume)
+        async with self._connection() as connection:
+            return await self._describe(connection, volume)
+
+    async def list_volumes(self) -> Sequence[VolumeInfo]:
+        async with self._connection() as connection:
+            names = await connection.call(files.volumes, timeout_s=CALL_TIMEOUT_S)
+            found = []
+            for name in names:
+                with contextlib.suppress(NotFoundError):
+                    found.append(await self._describe(connection, VolumeName(name)))
+            return found
+
+    async def delete(self, volume: VolumeName) -> None:
+        """ConflictError while a node has it open, and was not shut out by a newer fence."""
+        check_volume_name(volume)
+        async with self._connection() as connection:
+            await self._unused(connection, volume, "deleted")
+            await connection.call(
+                lambda export: files.delete(export, volume), timeout_s=CALL_TIMEOUT_S
+            )
+        self._known.pop(volume, None)
+
+    async def resize(self, volume: VolumeName, capacity_bytes: int) -> VolumeInfo:
+        check_volume_name(volume)
+        async with self._connection() as connection:
+            contents = await self._unused(connection, volume, "resized")
+            present = await self._describe(connection, volume)
+            check_growth(volume, present.capacity_bytes, capacity_bytes)
+            await self._maker(connection).grow(
+                f"/{volume}/{contents.disk}", present, capacity_bytes
+            )
+            return await self._describe(connection, volume)
+
+    async def clone(
+        self, volume: VolumeName, new: VolumeName, *, linked: bool = False
+    ) -> VolumeInfo:
+        """A full copy, through this node: NFSv3 knows no other."""
+        check_volume_name(volume)
+        if linked:
+            raise linked_unsupported(self.name)
+        async with self._connection() as connection:
+            present = await self._describe(connection, volume)
+            await self._maker(connection).clone(volume, new, present.format)
+            return await self._describe(connection, new)
+
+    # --- who may write -----------------------------------------------------------------------
+
+    async def open(
+        self, volume: VolumeName, token: FencingToken, *, read_only: bool
+    ) -> BlockSource:
+        check_volume_name(volume)
+        opening = Opening(self._node, token, read_only)
+
+        def work(export: Export) -> Contents:
+            contents = self._contents(export, volume)
+            if token < contents.fence.token:
+                raise FenceError(
+                    f"volume {volume} is fenced by token {contents.fence.token}, "
+                    f"not opened: {token}"
+                )
+            if opening not in contents.openings:
+                files.touch(export, f"/{volume}/{opening.name}")
+            if not read_only:
+                export.chown(f"/{volume}/{contents.disk}", gid=identity(self._node, token))
+            return self._contents(export, volume)
+
+        contents = await self._do(volume, work)
+        self._known[volume] = contents
+        user = READER_ID if read_only else identity(self._node, token)
+        return NfsSource(
+            server=self._settings.server,
+            path=f"{self._settings.export.rstrip('/')}/{volume}/{contents.disk}",
+            user=user,
+            group=user,
+            format=contents.format,
+            read_only=read_only,
+        )
+
+    async def close(self, volume: VolumeName, token: FencingToken) -> None:
+        """Also takes the group back that a destination got which never became the owner."""
+        check_volume_name(volume)
+        self._known.pop(volume, None)
+
+        def work(export: Export) -> None:
+            contents = self._contents(export, volume)
+            closing = [
+                each
+                for each in contents.openings
+                if each.node == self._node and each.token <= token
+            ]
+            mine = {identity(self._node, each.token) for each in closing}
+            disk = f"/{volume}/{contents.disk}"
+            status = export.status(disk)
+            if status.gid in mine and status.uid not in mine:
+                export.chown(disk, gid=status.uid)
+            for each in closing:
+                files.unlink(export, f"/{volume}/{each.name}")
+
+        with contextlib.suppress(NotFoundError):
+            await self._do(volume, work)
+
+    async def fence(self, volume: VolumeName, token: FencingToken) -> None:
+        check_volume_name(volume)
+        if token <= 0:
+            raise FenceError(f"volume {volume}: {token} is no fencing token")
+        try:
+            await self._do(volume, lambda export: self._fence(export, volume, token))
+        except (FenceError, NotFoundError):
+            raise
+        except StorageError as error:
+            raise FenceError(f"volume {volume}: fence {token} is unconfirmed: {error}") from error
+
+    def _fence(self, export: Export, volume: VolumeName, token: FencingToken) -> None:
+        """At most four round trips where this node has it open: rename, chown, look back."""
+        known = self._known.get(volume)
+        for _ in range(FENCE_TRIES):
+            if known is None or token <= known.fence.token:
+                known = self._contents(export, volume)
+            contents, known = known, None
+            if token < contents.fence.token:
+                raise FenceError(
+                    f"volume {volume} is fenced by token {contents.fence.token}; {token} is older "
+                    "and was refused"
+                )
+            fence = contents.fence
+            if token > fence.token:
+                opened = contents.opened_by(self._node) or token
+                fence = Fence(token, identity(self._node, opened))
+                try:
+                    export.rename(f"/{volume}/{contents.fence.name}", f"/{volume}/{fence.name}")
+                except NfsError as error:
+                    if error.errno == errno.ENOENT:
+                        continue  # Another fence, or ours at a try whose answer was lost.
+                    raise
+            export.chown(f"/{volume}/{contents.disk}", fence.owner, fence.owner)
+            if files.exists(export, f"/{volume}/{fence.name}"):
+                self._known[volume] = Contents(contents.format, fence, contents.openings)
+                return
+            # A newer fence overtook us: the next turn gives the disk back to it, or refuses us.
+            self._complete(export, volume)
+        raise FenceError(f"volume {volume}: other fences were set all the time; {token} was not")
+
+    def _complete(self, export: Export, volume: VolumeName) -> None:
+        """Give the disk to whom the newest fence says."""
+        contents = self._contents(export, volume)
+        export.chown(f"/{volume}/{contents.disk}", contents.fence.owner, contents.fence.owner)
+
+    async def verify(self, volume: VolumeName) -> FencingToken | None:
+        check_volume_name(volume)
+        contents = await self._do(volume, lambda export: self._contents(export, volume))
+        return contents.fence.token or None
+
+    # --- parts -------------------------------------------------------------------------------
+
+    async def _do(self, volume: VolumeName, work: Callable[[Export], _T]) -> _T:
+        """On the connection that is always there. `work` may be repeated."""
+        return await self._control.call(work, timeout_s=CALL_TIMEOUT_S, tries=2)
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Connection]:
+        """One for a single operation, so that no fence waits behind a copy."""
+        connection = Connection(self._where, self._connect)
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+    def _maker(self, connection: Connection) -> making.Maker:
+        return making.Maker(self._settings, connection, self._qemu_img)
+
+    def _contents(self, export: Export, volume: VolumeName) -> Contents:
+        return files.contents(export, self._pool, volume)
+
+    async def _describe(self, connection: Connection, volume: VolumeName) -> VolumeInfo:
+        return await connection.call(
+            lambda export: files.describe(export, self._pool, volume), timeout_s=CALL_TIMEOUT_S
+        )
+
+    async def _unused(self, connection: Connection, volume: VolumeName, what: str) -> Contents:
+        contents = await connection.call(
+            lambda export: self._contents(export, volume), timeout_s=CALL_TIMEOUT_S
+        )
+        if users := contents.in_use():
+            raise ConflictError(
+                f"{self._where}: node {users[0].node} has volume {volume} open (token "
+                f"{users[0].token}); it was not {what}"
+            )
+        return contents

@@ -1,0 +1,148 @@
+"""What the driver does on the server, call by call. Synchronous; NfsError and FerryErrors go up."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+import uuid
+from typing import Final
+
+from migrator.errors import NotFoundError, StorageError
+from migrator.model import DiskFormat, PoolName, VolumeInfo, VolumeName
+from storage.nfs.layout import FOLDER_MODE, NOBODY_ID, Contents, read_contents
+from storage.nfs.libnfs import Export, NfsError
+from storage.qcow2 import HEADER_BYTES, parse_header
+
+ABANDONED_AFTER_S: Final = 86_400.0
+"""A half-made volume that nobody has written to for a day belongs to an agent that died."""
+
+
+def contents(export: Export, pool: PoolName, volume: VolumeName) -> Contents:
+    """NotFoundError: there is no such volume."""
+    try:
+        found = read_contents(export.names(f"/{volume}"))
+    except NfsError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise
+        found = None
+    except StorageError as error:
+        raise StorageError(f"pool {pool}: the folder of volume {volume}: {error}") from error
+    if found is None:
+        raise NotFoundError(f"pool {pool} has no volume {volume}")
+    return found
+
+
+def describe(export: Export, pool: PoolName, volume: VolumeName) -> VolumeInfo:
+    """NotFoundError; StorageError for a qcow2 header that is none."""
+    found = contents(export, pool, volume)
+    path = f"/{volume}/{found.disk}"
+    status = export.status(path)
+    capacity_bytes = status.size_bytes
+    if found.format is DiskFormat.QCOW2:
+        with export.opened(path, os.O_RDONLY) as handle:
+            header = parse_header(export.read(handle, 0, HEADER_BYTES))
+        if header.backing_file or header.external_data:
+            raise StorageError(f"pool {pool}: volume {volume} leans on another file")
+        capacity_bytes = header.capacity_bytes
+    return VolumeInfo(
+        pool=pool,
+        name=volume,
+        format=found.format,
+        capacity_bytes=capacity_bytes,
+        allocated_bytes=status.used_bytes,
+    )
+
+
+def volumes(export: Export) -> list[str]:
+    """The names of all folders that are volumes."""
+    found = []
+    for name in export.names("/"):
+        if name.startswith("."):
+            continue
+        with contextlib.suppress(NfsError, StorageError):
+            if read_contents(export.names(f"/{name}")) is not None:
+                found.append(name)
+    return found
+
+
+def try_out(export: Export) -> tuple[int, int]:
+    """Capacity and free bytes. StorageError where files can't be made or given away."""
+    folder = temporary(VolumeName("try"))
+    export.make_folder(folder, FOLDER_MODE)
+    try:
+        export.chown(folder, NOBODY_ID, NOBODY_ID)
+        if export.status(folder).uid != NOBODY_ID:
+            raise StorageError("the server ignores a change of ownership: no fence would work")
+    except NfsError as error:
+        if error.errno in (errno.EPERM, errno.EACCES):
+            raise StorageError(
+                "the server doesn't let root give files away: export it with no_root_squash"
+            ) from error
+        raise
+    finally:
+        export.remove_folder(folder)
+    return export.room()
+
+
+def temporary(volume: VolumeName) -> str:
+    """A folder for a volume on its way in or out."""
+    return f"/.{volume}.{uuid.uuid4().hex}.tmp"
+
+
+def delete(export: Export, volume: VolumeName) -> None:
+    """The name goes first, at once; then the rest."""
+    gone = temporary(volume)
+    export.rename(f"/{volume}", gone)
+    remove_tree(export, gone)
+
+
+def remove_tree(export: Export, folder: str) -> None:
+    """A volume's folder, whole or half. Idempotent."""
+    try:
+        names = export.names(folder)
+    except NfsError as error:
+        if error.errno == errno.ENOENT:
+            return
+        raise
+    for name in names:
+        unlink(export, f"{folder}/{name}")
+    export.remove_folder(folder)
+
+
+def remove_abandoned(export: Export) -> None:
+    """What agents that died left half made."""
+    for name in export.names("/"):
+        if name.startswith(".") and name.endswith(".tmp"):
+            with contextlib.suppress(NfsError):
+                if time.time() - export.status(f"/{name}").changed_at_s > ABANDONED_AFTER_S:
+                    remove_tree(export, f"/{name}")
+
+
+def touch(export: Export, path: str) -> None:
+    """Idempotent."""
+    try:
+        export.touch(path)
+    except NfsError as error:
+        if error.errno != errno.EEXIST:
+            raise
+
+
+def unlink(export: Export, path: str) -> None:
+    """Idempotent."""
+    try:
+        export.unlink(path)
+    except NfsError as error:
+        if error.errno != errno.ENOENT:
+            raise
+
+
+def exists(export: Export, path: str) -> bool:
+    try:
+        export.status(path)
+    except NfsError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return False
+    return True

@@ -1,0 +1,104 @@
+"""Real storage servers for the contract suite, in a network namespace that the tests enter.
+
+The test's thread is in the namespace while the servers are there, and so are the threads and
+programs that it starts. All is on loopback. Nothing is left: the servers end with the fixture, the
+namespace with the last of its processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from pyroute2 import IPRoute
+
+from deploy.lab import nfs_server
+
+_CLONE_NEWNET: Final = 0x40000000
+ADDRESS: Final = "127.0.0.1"
+READY_S: Final = 60.0
+
+
+class Server:
+    """One process, whose port is awaited."""
+
+    def __init__(self, command: Sequence[str], port: int, log: Path) -> None:
+        self._command, self._port, self._log = command, port, log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        deadline_s = time.monotonic() + READY_S
+        while not listens(self._port):
+            assert self._process.poll() is None, self._log.read_text()
+            assert time.monotonic() < deadline_s, self._log.read_text()
+            time.sleep(0.02)
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """Idempotent."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(30)
+            self._process = None
+
+
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((ADDRESS, port), timeout=1):
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def in_new_namespace() -> Iterator[None]:
+    """The calling thread's network is a new one, with loopback up."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if libc.unshare(_CLONE_NEWNET) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        with IPRoute() as route:
+            route.link("set", index=1, state="up")
+        yield
+    finally:
+        assert libc.setns(before, _CLONE_NEWNET) == 0
+        os.close(before)
+
+
+class NfsServer:
+    """rpcbind and nfs-ganesha."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` must not be below /run."""
+        commands = nfs_server.prepare(folder)
+        self.export = str(nfs_server.export_path(folder))
+        self.rpcbind = Server(commands["rpcbind"], 111, folder / "rpcbind.log")
+        self.nfs = Server(commands["nfs"], nfs_server.PORT, folder / "nfs.log")
+
+    def __enter__(self) -> NfsServer:
+        self.rpcbind.start()
+        try:
+            self.nfs.start()
+        except BaseException:
+            self.rpcbind.kill()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.nfs.kill()
+        self.rpcbind.kill()

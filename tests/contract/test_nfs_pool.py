@@ -1,0 +1,218 @@
+"""The NFS driver on a real server: the contract, fences against real writers, a hanging server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundError, StorageError
+from migrator.model import DiskFormat, FencingToken, NfsSource, NodeName, VolumeName
+from storage.nfs import NfsPool
+from storage.nfs.layout import READER_ID
+from storage.settings import NfsSettings
+from tests.contract.storage_servers import ADDRESS, NfsServer, in_new_namespace
+from tests.contract.volume_contract import FenceContract, VolumeContract
+from tests.contract.writers import Writer
+
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.allow_blocking("qemu-io and the servers are driven by plain pipes"),
+]
+DISK = VolumeName("web-1.disk_0")
+MIB = 1024**2
+
+
+def t(number: int) -> FencingToken:
+    return FencingToken(number)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NfsServer]:
+    with in_new_namespace(), NfsServer(tmp_path_factory.mktemp("nfs")) as running:
+        yield running
+
+
+@pytest.fixture
+async def nodes(
+    server: NfsServer, request: pytest.FixtureRequest
+) -> AsyncIterator[tuple[NfsPool, NfsPool]]:
+    """The pool as two nodes see it; emptied first."""
+    settings = NfsSettings(name="default", server=ADDRESS, export=server.export)
+    made = NfsPool(settings, NodeName("a")), NfsPool(settings, NodeName("b"))
+    yield made
+    for volume in await made[0].list_volumes():
+        name = VolumeName(volume.name)
+        for node in made:
+            await node.close(name, t(1 << 40))
+        await made[0].delete(name)
+    assert os.listdir(server.export) == []  # noqa: PTH208 - Names are what it is about.
+    for node in made:
+        await node.shut_down()
+
+
+class TestContract(VolumeContract):
+    """What every driver keeps to."""
+
+
+class TestFences(FenceContract):
+    """The server refuses every other uid."""
+
+
+async def test_a_missing_export_and_an_absent_server_are_told(server: NfsServer) -> None:
+    for settings in (
+        NfsSettings(name="p", server=ADDRESS, export="/nowhere"),
+        NfsSettings(name="p", server="192.0.2.1", export="/nowhere"),
+    ):
+        pool = NfsPool(settings, NodeName("a"))
+        health = await pool.health()
+        assert not health.reachable
+        assert settings.server in (health.reason or "")
+        with pytest.raises(StorageError):
+            await pool.list_volumes()
+        with pytest.raises(FenceError, match="unconfirmed"):
+            await pool.fence(DISK, t(1))
+        await pool.shut_down()
+
+
+async def test_a_server_that_hangs_holds_nobody_up_for_ever(
+    server: NfsServer, nodes: tuple[NfsPool, NfsPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.nfs.driver.CALL_TIMEOUT_S", 2.0)
+    monkeypatch.setattr("storage.nfs.driver.ANSWER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("storage.nfs.driver.HEALTH_TIMEOUT_S", 1.0)
+    settings = NfsSettings(name="default", server=ADDRESS, export=server.export)
+    pool = NfsPool(settings, NodeName("a"))
+    await pool.create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW)
+    await pool.open(DISK, t(1), read_only=False)
+    await pool.fence(DISK, t(1))
+    server.nfs.signal(signal.SIGSTOP)
+    try:
+        health = await pool.health()
+        assert not health.reachable and "no answer" in (health.reason or "")
+        with pytest.raises(FenceError, match="unconfirmed"):
+            await pool.fence(DISK, t(2))
+        with pytest.raises(StorageError, match="no answer"):
+            await pool.list_volumes()
+        waiting = asyncio.create_task(pool.inspect(DISK))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+    finally:
+        server.nfs.signal(signal.SIGCONT)
+    await pool.fence(DISK, t(2))
+    assert await pool.verify(DISK) == 2
+    await pool.close(DISK, t(2))
+    await pool.shut_down()
+
+
+async def test_a_server_that_was_restarted_is_used_again(
+    server: NfsServer, nodes: tuple[NfsPool, NfsPool]
+) -> None:
+    a, b = nodes
+    await a.create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW)
+    await a.open(DISK, t(1), read_only=False)
+    await a.fence(DISK, t(1))
+    server.nfs.kill()
+    with pytest.raises(FenceError, match="unconfirmed"):
+        await a.fence(DISK, t(2))
+    server.nfs.start()
+    await a.fence(DISK, t(2))
+    assert await b.verify(DISK) == 2
+
+
+async def test_what_is_open_is_known_after_a_restart_and_not_deleted(
+    nodes: tuple[NfsPool, NfsPool], server: NfsServer
+) -> None:
+    a, b = nodes
+    await a.create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW)
+    opened = await a.open(DISK, t(1), read_only=False)
+    await a.fence(DISK, t(1))
+    assert isinstance(opened, NfsSource)
+    await b.open(DISK, t(2), read_only=False)
+    await b.fence(DISK, t(2))
+    restarted = NfsPool(
+        NfsSettings(name="default", server=ADDRESS, export=server.export), NodeName("a")
+    )
+    await restarted.fence(DISK, t(3))
+    status = (Path(server.export) / DISK / "disk.raw").stat()
+    assert (status.st_uid, status.st_gid) == (opened.user, opened.group)
+    await b.close(DISK, t(2))
+    with pytest.raises(ConflictError, match="node a has"):
+        await restarted.delete(DISK)
+    with pytest.raises(ConflictError, match="node a has"):
+        await restarted.resize(DISK, 2 * MIB)
+    await restarted.close(DISK, t(3))
+    assert (await restarted.resize(DISK, 2 * MIB)).capacity_bytes == 2 * MIB
+    await restarted.delete(DISK)
+    await restarted.shut_down()
+
+
+async def test_readers_are_neither_owner_nor_group(nodes: tuple[NfsPool, NfsPool]) -> None:
+    a, b = nodes
+    await a.create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW)
+    reading = await b.open(DISK, t(1), read_only=True)
+    assert isinstance(reading, NfsSource)
+    assert (reading.user, reading.group, reading.read_only) == (READER_ID, READER_ID, True)
+    reader = await asyncio.to_thread(Writer, reading, 1)
+    assert reader.reads(0)
+    reader.end()
+    with pytest.raises(ConflictError, match="node b has"):
+        await a.delete(DISK)
+
+
+async def test_a_closed_destination_loses_what_it_was_given(
+    nodes: tuple[NfsPool, NfsPool],
+) -> None:
+    a, b = nodes
+    await a.create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW)
+    await a.open(DISK, t(1), read_only=False)
+    await a.fence(DISK, t(1))
+    stale = await asyncio.to_thread(Writer, await b.open(DISK, t(2), read_only=False), 0xB2)
+    assert stale.write(), "both ends may, until the fence"
+    await b.close(DISK, t(2))
+    assert not stale.write(within_s=1.5)
+    stale.end()
+
+
+async def test_an_image_is_copied_with_its_holes_and_a_failed_copy_leaves_nothing(
+    nodes: tuple[NfsPool, NfsPool], server: NfsServer, tmp_path: Path
+) -> None:
+    a, _ = nodes
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.write(b"begin")
+        file.seek(40 * MIB)
+        file.write(b"end" * 30_000)
+        file.truncate(50 * MIB)
+    made = await a.create(DISK, capacity_bytes=60 * MIB, format=DiskFormat.RAW, image=image)
+    assert made.capacity_bytes == 60 * MIB
+    assert made.allocated_bytes < 2 * MIB
+    copied = (Path(server.export) / DISK / "disk.raw").read_bytes()
+    assert copied == image.read_bytes() + bytes(10 * MIB)
+    clone = await a.clone(DISK, VolumeName("clone"))
+    assert clone.allocated_bytes < 2 * MIB
+    assert (Path(server.export) / "clone" / "disk.raw").read_bytes() == copied
+    creating = asyncio.create_task(
+        a.create(VolumeName("late"), capacity_bytes=60 * MIB, format=DiskFormat.RAW, image=image)
+    )
+    await asyncio.sleep(0.02)
+    creating.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await creating
+    deadline_s = time.monotonic() + 10
+    while set(os.listdir(server.export)) != {DISK, "clone"}:  # noqa: PTH208
+        assert time.monotonic() < deadline_s
+        await asyncio.sleep(0.01)
+    qcow2 = tmp_path / "not.qcow2"
+    qcow2.write_bytes(bytes(MIB))
+    with pytest.raises(InvalidRequest, match="not a qcow2 image"):
+        await a.create(VolumeName("late"), capacity_bytes=MIB, format=DiskFormat.QCOW2, image=qcow2)
+    with pytest.raises(NotFoundError):
+        await a.inspect(VolumeName("late"))
