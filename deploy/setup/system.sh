@@ -48,6 +48,10 @@ missing_packages() {
     has etcd || echo etcd-server
     has haproxy || echo haproxy
     has ping || echo iputils-ping
+    has rpcbind || echo rpcbind
+    has ganesha.nfsd || echo nfs-ganesha
+    [ -n "$(find /usr/lib -name libfsalvfs.so -print -quit 2>/dev/null)" ] || echo nfs-ganesha-vfs
+    [ -n "$(find /usr/lib -path '*qemu/block-nfs.so' -print -quit 2>/dev/null)" ] || echo qemu-block-extra
     [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
 }
 
