@@ -27,6 +27,15 @@ from migrator.disks import PoolHealth as PoolHealth
 from migrator.disks import TlsPsk as TlsPsk
 from migrator.disks import VolumeInfo as VolumeInfo
 from migrator.figures import Prediction
+from migrator.names import FileName as FileName
+from migrator.names import MacAddress as MacAddress
+from migrator.names import Name as Name
+from migrator.names import Value as Value
+from migrator.placement import DomainSelector as DomainSelector
+from migrator.placement import LabelKey as LabelKey
+from migrator.placement import LabelValue as LabelValue
+from migrator.placement import MaintenancePolicy as MaintenancePolicy
+from migrator.placement import PlacementRules as PlacementRules
 
 NodeName = NewType("NodeName", str)
 DomainName = NewType("DomainName", str)
@@ -39,34 +48,6 @@ FencingToken = NewType("FencingToken", int)
 PAGE_SIZE_BYTES = 4096
 STRIPE_BYTES = 2 * 1024 * 1024
 """A page's stream is its stripe's number modulo the stream count (DESIGN: "The page engine", 4)."""
-
-_NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
-_VOLUME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,126}$"
-_MAC_PATTERN = r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$"
-
-Name = Annotated[
-    str,
-    msgspec.Meta(
-        pattern=_NAME_PATTERN,
-        description="1 to 40 lower-case letters, digits and hyphens; no hyphen at either end",
-    ),
-]
-FileName = Annotated[
-    str,
-    msgspec.Meta(
-        pattern=_VOLUME_PATTERN,
-        description="1 to 127 letters, digits, '.', '_' and '-'; begins with a letter or digit",
-    ),
-]
-MacAddress = Annotated[
-    str,
-    msgspec.Meta(pattern=_MAC_PATTERN, description="six lower-case hexadecimal bytes, aa:bb:..."),
-]
-
-
-class Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every immutable value that a user may write: an unknown field is an error."""
-
 
 # --- domains ---------------------------------------------------------------------------------
 
@@ -101,51 +82,6 @@ class DiskBoot(Value, frozen=True, kw_only=True, tag="disk", tag_field="kind"):
 
 
 Boot = KernelBoot | DiskBoot
-
-
-class MaintenancePolicy(enum.StrEnum):
-    """What may be done to a domain so that its node can be emptied."""
-
-    LIVE = "live"
-    """It is migrated."""
-    STOP = "stop"
-    """It is powered off, and started again elsewhere (`maintenance_restart`)."""
-    NEVER = "never"
-    """Nothing: its node can't be drained while it runs there."""
-
-
-LabelKey = Annotated[
-    str,
-    msgspec.Meta(
-        pattern=r"^[a-z0-9]([a-z0-9./-]{0,61}[a-z0-9])?$",
-        description="1 to 63 lower-case letters, digits, '.', '/' and '-'",
-    ),
-]
-LabelValue = Annotated[
-    str,
-    msgspec.Meta(
-        pattern=r"^[A-Za-z0-9._-]{0,63}$",
-        description="at most 63 letters, digits, '.', '_' and '-'",
-    ),
-]
-DomainSelector = Annotated[
-    str,
-    msgspec.Meta(
-        pattern=r"^[a-z0-9][a-z0-9./-]{0,62}(=[A-Za-z0-9._-]{0,63})?$",
-        description="the name of a domain, or a label: KEY=VALUE",
-    ),
-]
-
-
-class PlacementRules(Value, frozen=True, kw_only=True):
-    """Where a domain may run beside other domains. Hard: no drain or balancing breaks them."""
-
-    affinity: tuple[DomainSelector, ...] = ()
-    """On the same node as each of these that runs."""
-    anti_affinity: tuple[DomainSelector, ...] = ()
-    """Never on the same node as any of these."""
-    pinned: tuple[Name, ...] = ()
-    """Only on these nodes; empty: on any."""
 
 
 class DomainSpec(Value, frozen=True, kw_only=True):

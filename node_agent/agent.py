@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Final
@@ -23,6 +23,7 @@ from migrator.dirty_sampler import DirtySampler
 from migrator.engine.spares import EngineSpares
 from migrator.engine_driver import EngineSettings
 from migrator.errors import ConfigError
+from migrator.figures import LinkSpeed
 from migrator.journal import MigrationJournal
 from migrator.model import DomainSpec, NodeInfo, NodeName, PoolName
 from migrator.ports import FabricDriver, HypervisorDriver, VolumeDriver
@@ -36,11 +37,16 @@ from node_agent.config import AgentConfig, format_endpoint
 from node_agent.domain_records import DomainRecords
 from node_agent.domain_takeover import DomainTakeover
 from node_agent.domains import DomainService
+from node_agent.drain.cordons import Cordons
+from node_agent.drain.figures import FiguresService
+from node_agent.drain.hooks import ClusterHooks
+from node_agent.drain.service import DrainService
+from node_agent.drain.world import DrainWorld
 from node_agent.events import EventKind, EventLog
 from node_agent.hooks.service import HookService
 from node_agent.machines import MachinePinner
 from node_agent.migrations import link_speed
-from node_agent.migrations.checks import DestinationCheck
+from node_agent.migrations.checks import DestinationCheck, cordon_reasons
 from node_agent.migrations.forecast import Forecaster
 from node_agent.migrations.link_probe import LinkProbe
 from node_agent.migrations.manager import MigrationManager
@@ -143,7 +149,12 @@ async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
         await pools.open()
         stack.push_async_callback(pools.close)
         hub = PeerHub(node, config.peer.listen_address, config.peer_addresses, version())
-        nodes = NodeRegistry(typed, lambda: describe(config, hypervisor))
+        nodes = NodeRegistry(typed, lambda: describe(config, hypervisor, pools, boot_id))
+        cordons = Cordons(typed)
+
+        async def cordon() -> list[str]:
+            return cordon_reasons(node, await cordons.state(node))
+
         records, ownership = DomainRecords(typed), StoreOwnership(store)
         hooks = HookService(typed, events)
         domains = DomainService(
@@ -155,6 +166,7 @@ async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
             records=records,
             events=events,
             pin_machine=MachinePinner(nodes),
+            cordon=cordon,
         )
         link = LinkProbe(hub, config.migration.address)
         link.register()
@@ -174,6 +186,7 @@ async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
             typed=typed,
             hooks=hooks,
             boot_id=boot_id,
+            cordon=cordon,
         )
         claimed = await migrations.restore()
         stack.push_async_callback(migrations.close)
@@ -206,8 +219,17 @@ async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
             events=events,
             hooks=hooks,
         )
+        drains = DrainService(
+            node,
+            store=typed,
+            world=DrainWorld(cluster, hub=hub, nodes=nodes, records=records, ownership=ownership),
+            events=events,
+            hooks=ClusterHooks(hooks),
+        )
+        await drains.open()
+        stack.push_async_callback(drains.close)
         api = ApiServer(
-            create_app(cluster, version=version()),
+            create_app(cluster, drains=drains, version=version()),
             listen=config.api.listen_address,
             socket_path=Path(config.api.socket),
         )
@@ -233,6 +255,7 @@ def make_migrations(
     typed: TypedStore,
     hooks: HookService,
     boot_id: str,
+    cordon: Callable[[], Awaitable[list[str]]],
 ) -> MigrationManager:
     """The migration service of this node."""
     state = Path(config.node.state_directory)
@@ -248,9 +271,14 @@ def make_migrations(
         fabric=fabric,
         incoming=lambda: [spec for each in incoming for spec in each()],
         tls=tls,
+        cordon=cordon,
     )
     publisher = Publisher(typed, events)
     moments = MigrationMoments(hooks)
+
+    async def interface() -> LinkSpeed | None:
+        return await link_speed.of_interface(config.migration.address)
+
     spares = EngineSpares(state / "logs" / "engines.log")
     forecaster = Forecaster(
         NodeName(config.node.name),
@@ -258,9 +286,10 @@ def make_migrations(
         locks=domains.locks,
         sample=DirtySampler(hypervisor.memory, spares.log_path).sample,
         history=publisher.read_all,
-        interface=lambda: link_speed.of_interface(config.migration.address),
+        interface=interface,
         probe=link.measure,
     )
+    FiguresService(forecaster, interface, link.measure).register(hub)
     manager = MigrationManager(
         NodeName(config.node.name),
         hub=hub,
@@ -297,8 +326,14 @@ def make_migrations(
     return manager
 
 
-async def describe(config: AgentConfig, hypervisor: HypervisorDriver) -> NodeInfo:
+async def describe(
+    config: AgentConfig,
+    hypervisor: HypervisorDriver,
+    pools: Iterable[PoolName],
+    boot_id: str,
+) -> NodeInfo:
     """What this node tells the others of itself with each heartbeat."""
+    link = await link_speed.of_interface(config.migration.address)
     return NodeInfo(
         name=config.node.name,
         api_address=format_endpoint(*config.api.listen_address),
@@ -309,6 +344,9 @@ async def describe(config: AgentConfig, hypervisor: HypervisorDriver) -> NodeInf
         capabilities=await hypervisor.capabilities(),
         heartbeat_at_s=time.time(),
         agent_version=version(),
+        boot_id=boot_id,
+        pools=tuple(pools),
+        link_bytes_per_s=None if link is None else link.bytes_per_s,
     )
 
 

@@ -70,6 +70,7 @@ from node_agent.cluster_views import Snapshot, domain_view, node_view
 from node_agent.domain_records import DomainRecords
 from node_agent.domains import ConsoleChunk, DomainService
 from node_agent.events import EventLog
+from node_agent.homes import choose_home
 from node_agent.hooks.service import HookService
 from node_agent.migrations.service import MigrationService
 from node_agent.nodes import NodeRegistry
@@ -180,7 +181,8 @@ class ClusterService:
                 )
             node = NodeName(owned.owner)  # Which says that it runs, or that it doesn't any more.
         if node is None:
-            node = NodeName(owned.owner) if owned is not None else self.node
+            last = NodeName(owned.owner) if owned is not None else self.node
+            node = await choose_home(last, await self._nodes.read(), self.list_nodes)
         elif node != self.node:
             await self._nodes.get(node)
         await self._hub.call(
@@ -340,9 +342,7 @@ class ClusterService:
         if body.destination is not None:
             return NodeName(body.destination)
         ready = [
-            node
-            for node in await self.list_nodes()
-            if node.state is NodeState.READY and node.name != source
+            node for node in await self.list_nodes() if node.state.admits and node.name != source
         ]
         if not ready:
             reason = f"no node but {source} is ready"

@@ -20,7 +20,7 @@ from typing import Final
 
 import msgspec
 
-from migrator.errors import FerryError, WrongStateError
+from migrator.errors import FerryError, RefusedError, WrongStateError
 from migrator.model import (
     DomainName,
     DomainSpec,
@@ -85,9 +85,12 @@ class DomainService:
         events: EventLog,
         pin_machine: Callable[[str], Awaitable[str]],
         locks: DomainLocks | None = None,
+        cordon: Callable[[], Awaitable[list[str]]] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`cordon`: why nothing may start here now; None: something always may."""
         self.node = node
+        self._cordon = cordon
         self.locks = locks or DomainLocks()
         self._hypervisor = hypervisor
         self._pools = pools
@@ -150,8 +153,10 @@ class DomainService:
     async def start(self, domain: DomainName) -> OwnershipRecord:
         """Take ownership and run the domain here. On failure nothing runs and nothing is left.
 
-        ConflictError says who runs it, where it runs already.
+        ConflictError says who runs it, where it runs already; RefusedError: the node is kept free.
         """
+        if self._cordon is not None and (reasons := await self._cordon()):
+            raise RefusedError(f"domain {domain} was not started: {reasons[0]}", reasons)
         async with self.locks.hold(domain, "start"):
             spec = (await self._records.get(domain)).spec
             owned = await self.ownership.take(domain, spec)

@@ -64,6 +64,10 @@ class EventKind(enum.StrEnum):
     MIGRATION_COMPLETED = "migration-completed"
     MIGRATION_CANCELLED = "migration-cancelled"
     MIGRATION_FAILED = "migration-failed"
+    NODE_CORDONED = "node-cordoned"
+    NODE_UNCORDONED = "node-uncordoned"
+    DRAIN = "drain"
+    """A step of a drain, an undrain or a balancing; `data.drain` is its id."""
 
 
 class ClusterEvent(Value, frozen=True, kw_only=True):

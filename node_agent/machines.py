@@ -19,19 +19,19 @@ class MachinePinner:
         self._nodes = nodes
 
     async def __call__(self, machine: str) -> str:
-        """Over the ready nodes. InvalidRequest (field `machine`) if they have none in common.
+        """Over the nodes that speak. InvalidRequest (field `machine`) if they have none in common.
 
-        ConflictError if no node is ready: then nobody knows what they have.
+        ConflictError if no node speaks: then nobody knows what they have.
         """
         views = (await self._nodes.read()).values()
         offers = [
             frozenset(view.info.capabilities.machine_types)
             for view in views
-            if view.state is NodeState.READY
+            if view.state is not NodeState.UNREACHABLE
         ]
         if not offers:
             raise ConflictError(
-                "no node is ready, so which machine types they have is unknown: "
+                "no node speaks, so which machine types they have is unknown: "
                 "their heartbeats don't reach the cluster's store"
             )
         return pin_machine(machine, frozenset.intersection(*offers))

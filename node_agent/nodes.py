@@ -22,6 +22,7 @@ import msgspec
 from migrator.errors import FerryError, NotFoundError
 from migrator.model import NodeInfo, NodeName, NodeState
 from migrator.ports import Struct
+from node_agent.drain.cordons import read_cordons
 from node_agent.resources import NODES
 from node_agent.state.typed import TypedStore
 
@@ -92,6 +93,7 @@ class NodeRegistry:
     async def read(self) -> Mapping[NodeName, NodeView]:
         """Every node ever seen, by name."""
         views: dict[NodeName, NodeView] = {}
+        cordons = await read_cordons(self._store)
         now = self._monotonic()
         for entry in await self._store.list_prefix(NODES, NodeInfo):
             info = entry.value
@@ -104,9 +106,11 @@ class NodeRegistry:
             self._seen[info.name] = seen
             age_s = now - seen.at_monotonic_s
             silent = age_s > self._unreachable_after_s
+            cordon = cordons.get(NodeName(info.name))
+            intended = NodeState.READY if cordon is None else cordon.state
             views[NodeName(info.name)] = NodeView(
                 info=info,
-                state=NodeState.UNREACHABLE if silent else NodeState.READY,
+                state=NodeState.UNREACHABLE if silent else intended,
                 heartbeat_age_s=round(age_s, 3),
             )
         return views

@@ -9,7 +9,7 @@ from aiohttp import hdrs, web
 
 from migrator.errors import InvalidRequest, NotFoundError
 from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN
-from migrator.model import DomainName, FileName, Name, PoolName, VolumeName
+from migrator.model import DomainName, FileName, Name, NodeName, PoolName, VolumeName
 from node_agent.api.validation import decode_body
 from node_agent.cluster import ClusterService
 
@@ -63,6 +63,16 @@ def volume_of(request: web.Request) -> VolumeName:
 def migration_of(request: web.Request) -> str:
     """As `domain_of`."""
     return _parameter(request, "id", FileName, "migration")
+
+
+def drain_of(request: web.Request) -> str:
+    """As `domain_of`."""
+    return _parameter(request, "id", FileName, "drain")
+
+
+def node_of(request: web.Request) -> NodeName:
+    """As `domain_of`."""
+    return NodeName(_parameter(request, "node", Name, "node"))
 
 
 def number(

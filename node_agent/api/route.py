@@ -57,4 +57,10 @@ class Route(Struct, frozen=True, kw_only=True):
         return [part[1:-1] for part in self.path.split("/") if part.startswith("{")]
 
 
-PARAMETER_TYPES: Mapping[str, Any] = {"name": Name, "pool": Name, "id": str, "volume": str}
+PARAMETER_TYPES: Mapping[str, Any] = {
+    "name": Name,
+    "node": Name,
+    "pool": Name,
+    "id": str,
+    "volume": str,
+}

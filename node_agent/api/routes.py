@@ -7,6 +7,7 @@ from typing import Final
 from migrator.figures import DirtyRate, SampleSeconds
 from migrator.model import DomainSpec, Migration
 from node_agent.api import handlers, hooks, storage, streams
+from node_agent.api.drain_routes import DRAIN_ROUTES
 from node_agent.api.route import Query, Route
 from node_agent.events import EventList
 from node_agent.resources import (
@@ -234,4 +235,11 @@ _REST: Final = (
     ),
 )
 
-ROUTES: Final = (*_DOMAINS, *_MIGRATIONS, *hooks.ROUTES, *storage.ROUTES, *_REST)
+ROUTES: Final = (
+    *_DOMAINS,
+    *_MIGRATIONS,
+    *DRAIN_ROUTES,
+    *hooks.ROUTES,
+    *storage.ROUTES,
+    *_REST,
+)

@@ -22,12 +22,14 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from migrator.errors import ConfigError
+from node_agent.api.drain_handlers import DRAIN_SERVICE
 from node_agent.api.openapi import document
 from node_agent.api.problems import problems
 from node_agent.api.requests import BODY_CAP_BYTES, CLUSTER
 from node_agent.api.routes import ROUTES
 from node_agent.api.streams import HEARTBEAT_S, STREAMS, Streams
 from node_agent.cluster import ClusterService
+from node_agent.drain.service import DrainService
 
 SHUTDOWN_S: Final = 2.0
 BACKLOG: Final = 128
@@ -36,6 +38,7 @@ BACKLOG: Final = 128
 def create_app(
     cluster: ClusterService,
     *,
+    drains: DrainService | None = None,
     version: str = "",
     middlewares: Sequence[Middleware] = (),
     heartbeat_s: float = HEARTBEAT_S,
@@ -43,6 +46,8 @@ def create_app(
     """The application. `middlewares` come after `problems`: what they raise is answered as such."""
     app = web.Application(middlewares=[problems, *middlewares], client_max_size=BODY_CAP_BYTES)
     app[CLUSTER] = cluster
+    if drains is not None:
+        app[DRAIN_SERVICE] = drains
     app[STREAMS] = Streams(heartbeat_s)
     for route in ROUTES:
         app.router.add_route(route.method, route.path, route.handler)

@@ -18,6 +18,8 @@ class ExitCode(enum.IntEnum):
     UNREACHABLE = 5
     MIGRATION_FAILED = 6
     MIGRATION_CANCELLED = 7
+    DRAIN_PARTIAL = 8
+    DRAIN_CANCELLED = 9
     INTERRUPTED = 130
 
 
@@ -31,7 +33,9 @@ Exit codes:
   5    the agent can't be reached
   6    the migration failed; its error says what that means for the domain
   7    the migration was cancelled; the domain runs on its source
-  130  interrupted; a migration that was being watched goes on"""
+  8    the drain, undrain or balancing is over, but left something; it names each domain and why
+  9    the drain was cancelled
+  130  interrupted; a migration or drain that was being watched goes on"""
 
 
 class CliError(Exception):

@@ -18,7 +18,7 @@ from typing import Annotated, Final
 import msgspec
 import typer
 
-from node_agent.cli import cluster, domains, hooks, migrations, storage
+from node_agent.cli import cluster, domains, drain, hooks, migrations, storage
 from node_agent.cli.errors import EXIT_CODES_HELP, ApiProblem, CliError, ExitCode
 from node_agent.cli.output import settings
 
@@ -54,6 +54,11 @@ def build_app(mounted: str | None = None) -> typer.Typer:
     app.add_typer(domains.app, name="domain")
     app.command("migrate")(migrations.migrate)
     app.add_typer(migrations.app, name="migration")
+    app.command("drain")(drain.drain)
+    app.command("undrain")(drain.undrain)
+    app.command("cordon")(drain.cordon)
+    app.command("uncordon")(drain.uncordon)
+    app.add_typer(drain.drains, name="drains")
     app.add_typer(cluster.nodes, name="node")
     app.add_typer(storage.volumes, name="volume")
     app.add_typer(storage.pools, name="pool")

@@ -46,11 +46,19 @@ def node_reasons(
     if view is None:
         known = ", ".join(sorted(name for name in views if name != source)) or "none"
         return [f"there is no node {destination}; known: {known}"]
-    if view.state is not NodeState.READY:
+    if view.state is NodeState.UNREACHABLE:
         return [
             f"node {destination} is {view.state}: no heartbeat for {view.heartbeat_age_s:.0f} s"
         ]
-    return []
+    return cordon_reasons(destination, view.state)
+
+
+def cordon_reasons(node: NodeName, state: NodeState) -> list[str]:
+    """Why nothing may start or move there while it is kept free."""
+    if state.admits:
+        return []
+    how = "undrain" if state in (NodeState.DRAINING, NodeState.DRAINED) else "uncordon"
+    return [f"node {node} is {state}: nothing may come there (`ferry {how} {node}` opens it)"]
 
 
 def state_reasons(domain: DomainName, state: DomainState) -> list[str]:
@@ -72,10 +80,12 @@ class DestinationCheck:
         fabric: FabricDriver,
         incoming: Callable[[], Iterable[DomainSpec]],
         tls: Callable[[], TlsFiles | None],
+        cordon: Callable[[], Awaitable[list[str]]] | None = None,
     ) -> None:
         """`incoming`: the domains on their way here, which have no process yet or one.
 
         `tls`: what this node's engines will use; called in a thread.
+        `cordon`: why nothing may come here now, read anew each time.
         """
         self._memory_bytes = memory_bytes
         self._hypervisor = hypervisor
@@ -83,11 +93,13 @@ class DestinationCheck:
         self._fabric = fabric
         self._incoming = incoming
         self._tls = tls
+        self._cordon = cordon
 
     async def reasons(self, inspection: Inspection) -> Sequence[str]:
         """Why this node can't take the domain; empty if it can."""
         spec = inspection.spec
         checks: list[Awaitable[list[str]]] = [
+            *([] if self._cordon is None else [self._cordon()]),
             self._here(spec),
             self._memory(spec),
             self._machine(spec, inspection.source),

@@ -180,26 +180,31 @@ class Forecaster:
     ) -> Prediction | None:
         if self._history is None:
             self._history = list(await self._read_history())[:_HISTORY_MAX]
-        in_use = (await self._hypervisor.inspect(domain)).memory_in_use_bytes
         link = await self._known_link(NodeName(request.destination))
-        if not in_use or link is None:
+        figures = None if link is None else await self.known_figures(domain, link)
+        return None if figures is None else predict(figures, request)
+
+    async def known_figures(self, domain: DomainName, link: LinkSpeed) -> Figures | None:
+        """What is known of a domain that runs here, without looking; None: too little, too old."""
+        if self._history is None:
+            self._history = list(await self._read_history())[:_HISTORY_MAX]
+        in_use = (await self._hypervisor.inspect(domain)).memory_in_use_bytes
+        if not in_use:
             return None
         rate = self._rates.get(domain)
         age_s = self._clock() - rate.sampled_at_s if rate is not None else 0.0
         last = self._last_migration(domain)
         if rate is not None and age_s <= KNOWN_FOR_S and not _newer(last, rate):
-            figures = _figures_of(rate, link, f"sampled {age_s:.0f} s before", in_use)
-        elif last is not None:
-            figures = Figures(
+            return _figures_of(rate, link, f"sampled {age_s:.0f} s before", in_use)
+        if last is not None:
+            return Figures(
                 memory_in_use_bytes=in_use,
                 curve=curve_of_passes(last.iterations),
                 link=link,
                 zero_share=zero_share_of_passes(last.iterations),
                 dirty_rate_origin=f"the iterations of migration {last.id}",
             )
-        else:
-            return None
-        return predict(figures, request)
+        return None
 
     def _last_migration(self, domain: DomainName) -> Migration | None:
         oldest_s = self._clock() - KNOWN_FOR_S
@@ -212,6 +217,12 @@ class Forecaster:
             ):
                 return each
         return None
+
+    async def known_link(self, destination: NodeName) -> LinkSpeed | None:
+        """How fast the way to another node is, without measuring it; None: not known."""
+        if self._history is None:
+            self._history = list(await self._read_history())[:_HISTORY_MAX]
+        return await self._known_link(destination)
 
     async def _known_link(self, destination: NodeName) -> LinkSpeed | None:
         measured = link_speed.of_migrations(self._history or (), self._node, destination)

@@ -1,0 +1,202 @@
+"""`ferry cordon`, `uncordon`, `drain`, `undrain` and `ferry drains ...`"""
+
+from __future__ import annotations
+
+from typing import Annotated
+from urllib.parse import quote
+
+import msgspec
+import typer
+
+from node_agent.cli.drain_text import details, plan_text
+from node_agent.cli.drain_view import watch_drain
+from node_agent.cli.errors import CliError, ExitCode
+from node_agent.cli.output import moment, settings, show, table
+from node_agent.drain.resources import (
+    Drain,
+    DrainList,
+    DrainPlan,
+    DrainPolicy,
+    DrainRequest,
+    UndrainRequest,
+)
+from node_agent.resources import Node
+
+drains = typer.Typer(
+    help="Drains and undrains: list, look at, watch.", no_args_is_help=True, rich_markup_mode=None
+)
+_NodeArgument = Annotated[str, typer.Argument(metavar="NODE", help="The node.")]
+_IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The drain.")]
+_NoWait = Annotated[bool, typer.Option("--no-wait", help="Don't wait for its end.")]
+
+
+def cordon(node: _NodeArgument) -> None:
+    """Let no domain start on a node or move there; what runs there goes on."""
+    found = settings.client().post(f"{_path(node)}/cordon", Node)
+    show(found, f"node {node} is {found.state.value}; {len(found.domains)} domains run on it")
+
+
+def uncordon(node: _NodeArgument) -> None:
+    """Open a cordoned or drained node again. `undrain` brings its domains back, too."""
+    found = settings.client().post(f"{_path(node)}/uncordon", Node)
+    show(found, f"node {node} is {found.state.value}")
+
+
+def drain(
+    node: _NodeArgument,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print the plan, its times and its blockers.")
+    ] = False,
+    parallel: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, help="Moves at once; by default what the links need."),
+    ] = None,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", min=1, help="Seconds after which no move begins any more.")
+    ] = 3600.0,
+    policy: Annotated[
+        DrainPolicy,
+        typer.Option(help="Each as its own policy says (auto), all live, or all stopped."),
+    ] = DrainPolicy.AUTO,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="A domain that stays there; repeatable, or with commas."),
+    ] = None,
+    reboot_hint: Annotated[
+        bool,
+        typer.Option(
+            "--reboot-hint", help="The node will be rebooted: when it is back, so are its domains."
+        ),
+    ] = False,
+    cancel: Annotated[
+        bool,
+        typer.Option("--cancel", help="Cancel the node's drain: no move begins any more; open it."),
+    ] = False,
+    abort_moves: Annotated[
+        bool,
+        typer.Option("--abort-moves", help="With --cancel: cancel the migrations under way, too."),
+    ] = False,
+    no_wait: _NoWait = False,
+) -> None:
+    """Empty a node for maintenance: cordon it, and move everything away.
+
+    Ctrl-C detaches; the drain goes on. It is done when the node is empty, and not before.
+    """
+    client = settings.client()
+    if cancel:
+        query = "?abort_moves=true" if abort_moves else ""
+        answer = client.delete(f"{_path(node)}/drain{query}")
+        asked = msgspec.json.decode(answer, type=Drain)
+        if no_wait:
+            show(asked, f"{asked.operation} {asked.id} of node {node} is being cancelled")
+            return
+        raise typer.Exit(watch_drain(asked))
+    if abort_moves:
+        raise CliError("--abort-moves belongs to --cancel", ExitCode.USAGE)
+    body = DrainRequest(
+        parallel=parallel,
+        timeout_s=timeout_s,
+        policy=policy,
+        exclude=tuple(name for each in exclude or () for name in each.split(",") if name),
+        reboot_hint=reboot_hint,
+    )
+    if dry_run:
+        plan = client.post(f"{_path(node)}/drain?dry_run=true", DrainPlan, body)
+        show(plan, plan_text(plan))
+        raise typer.Exit(ExitCode.REFUSED if plan.blockers else ExitCode.OK)
+    begun = client.post(f"{_path(node)}/drain", Drain, body)
+    if no_wait:
+        show(begun, f"drain {begun.id} of node {node} has begun")
+        return
+    raise typer.Exit(watch_drain(begun))
+
+
+def undrain(
+    node: _NodeArgument,
+    no_restore: Annotated[
+        bool, typer.Option("--no-restore", help="Only open it; what it lost stays where it is.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print what would come back, and what not.")
+    ] = False,
+    no_wait: _NoWait = False,
+) -> None:
+    """Open a drained node again, and bring back the domains that the drain took away."""
+    client = settings.client()
+    if dry_run:
+        plan = client.post(f"{_path(node)}/undrain?dry_run=true", DrainPlan)
+        show(plan, plan_text(plan))
+        return
+    body = UndrainRequest(restore=not no_restore)
+    begun = client.post(f"{_path(node)}/undrain", Drain, body)
+    if no_wait:
+        show(begun, f"undrain {begun.id} of node {node} has begun")
+        return
+    raise typer.Exit(watch_drain(begun))
+
+
+@drains.command("ls")
+def list_drains() -> None:
+    """All drains and undrains, newest first."""
+    found = settings.client().get("/v1/drains", DrainList).drains
+    rows = [
+        (
+            each.id,
+            each.operation.value,
+            each.node or "-",
+            each.state.value,
+            f"{sum(move.state.ended for move in each.moves)} of {len(each.moves)}",
+            f"{each.planned_s:.1f} s",
+            f"{each.ended_at_s - each.started_at_s:.1f} s" if each.ended_at_s else "-",
+            each.coordinator,
+            moment(each.created_at_s),
+        )
+        for each in found
+    ]
+    headings = (
+        "ID",
+        "KIND",
+        "NODE",
+        "STATE",
+        "DOMAINS",
+        "PLANNED",
+        "TOOK",
+        "COORDINATOR",
+        "CREATED",
+    )
+    show(found, table(headings, rows))
+
+
+@drains.command("show")
+def show_drain(id: _IdArgument) -> None:
+    """One drain, domain by domain: planned and actual times, and its history."""
+    found = settings.client().get(_drain_path(id), Drain)
+    show(found, details(found))
+
+
+@drains.command("watch")
+def watch(id: _IdArgument) -> None:
+    """Show how a drain goes, until it ends."""
+    raise typer.Exit(watch_drain(settings.client().get(_drain_path(id), Drain)))
+
+
+@drains.command("cancel")
+def cancel_drain(
+    id: _IdArgument,
+    abort_moves: Annotated[
+        bool, typer.Option("--abort-moves", help="Cancel the migrations under way, too.")
+    ] = False,
+) -> None:
+    """Begin no move of it any more, and open the node."""
+    query = "?abort_moves=true" if abort_moves else ""
+    answer = settings.client().delete(f"{_drain_path(id)}{query}")
+    found = msgspec.json.decode(answer, type=Drain)
+    show(found, f"{found.operation} {id} is being cancelled")
+
+
+def _path(node: str) -> str:
+    return f"/v1/nodes/{quote(node, safe='')}"
+
+
+def _drain_path(id: str) -> str:
+    return f"/v1/drains/{quote(id, safe='')}"

@@ -1,0 +1,125 @@
+"""Drains and their plans in words."""
+
+from __future__ import annotations
+
+from node_agent.cli.output import facts, moment, size, table
+from node_agent.drain.resources import Drain, DrainPlan, DrainState, Move, MoveState, Operation
+
+
+def plan_text(plan: DrainPlan) -> str:
+    """A plan: a line a move, what stands in the way, and the whole."""
+    parts: list[str] = []
+    if plan.moves:
+        rows = [
+            (
+                each.domain,
+                f"{each.source or '-'} -> {each.destination or 'off'}",
+                each.policy.value,
+                size(each.wire_bytes) if each.wire_bytes else "-",
+                f"{size(each.bandwidth_bytes_per_s)}/s" if each.bandwidth_bytes_per_s else "-",
+                f"{each.start_s:.1f} s",
+                f"{each.seconds:.1f} s",
+                f"{each.start_s + each.seconds:.1f} s",
+            )
+            for each in plan.moves
+        ]
+        headings = ("DOMAIN", "MOVE", "HOW", "TO SEND", "SHARE", "START", "TAKES", "END")
+        parts.append(table(headings, rows))
+        over = plan.planned_s / plan.lower_bound_s if plan.lower_bound_s else 1.0
+        parts.append(
+            f"{len(plan.moves)} domains, {plan.parallel} at once, {plan.planned_s:.1f} s in all "
+            f"({over:.2f} times the shortest possible); link {plan.link}"
+        )
+    elif not plan.blockers and not plan.left:
+        parts.append(f"nothing has to move; node {plan.node} can be emptied at once")
+    if plan.left:
+        lines = [f"  {each.domain}: {each.reason}" for each in plan.left]
+        parts.append("\n".join(["These stay where they are:", *lines]))
+    if plan.blockers:
+        lines = [
+            f"  {each.domain}: {each.reason}\n    what would help: {each.remedy}"
+            for each in plan.blockers
+        ]
+        parts.append("\n".join(["BLOCKED: these domains can't leave:", *lines]))
+    return "\n\n".join(parts)
+
+
+def details(drain: Drain) -> str:
+    """Everything about one drain."""
+    took = drain.ended_at_s - drain.started_at_s if drain.ended_at_s else None
+    pairs = [
+        (drain.operation.value, drain.id),
+        ("node", drain.node),
+        ("state", drain.state.value),
+        ("error", drain.error or ""),
+        ("coordinator", drain.coordinator + (f" (term {drain.term})" if drain.term > 1 else "")),
+        ("planned", f"{drain.planned_s:.1f} s, {drain.parallel} at once"),
+        ("took", f"{took:.1f} s" if took is not None else ""),
+        ("created", moment(drain.created_at_s)),
+        ("restores", drain.restores or ""),
+        ("restored by", drain.restored_by or ""),
+    ]
+    rows = [
+        (
+            move.domain,
+            f"{move.source or '-'} -> {move.destination or 'off'}",
+            move.state.value,
+            f"{move.planned_start_s:.1f} + {move.planned_s:.1f} s",
+            _actual(drain, move),
+            size(move.bytes_sent) if move.bytes_sent else "-",
+            f"{move.blackout_ms:.1f} ms" if move.blackout_ms is not None else "-",
+            move.migration or "-",
+            move.error or "",
+        )
+        for move in drain.moves
+    ]
+    headings = ("DOMAIN", "MOVE", "STATE", "PLANNED", "ACTUAL", "SENT", "BLACKOUT", "MIGRATION", "")
+    text = facts(pairs) + "\n\n" + table(headings, rows)
+    lines = [f"{moment(each.at_s)}  {each.text}" for each in drain.history]
+    return text + "\n\n" + "\n".join(lines)
+
+
+def _actual(drain: Drain, move: Move) -> str:
+    if move.started_at_s is None:
+        return "-"
+    start = move.started_at_s - drain.started_at_s
+    if move.ended_at_s is None:
+        return f"{start:.1f} s"
+    return f"{start:.1f} + {move.ended_at_s - move.started_at_s:.1f} s"
+
+
+def sentence(move: Move) -> str:
+    """One move that has changed."""
+    where = f"{move.source or 'off'} -> {move.destination or 'off'}"
+    text = f"{move.domain}: {where}: {move.state.value}"
+    if move.state is MoveState.MOVED and move.blackout_ms is not None:
+        text += f", blackout {move.blackout_ms:.1f} ms"
+    if move.error and move.state is not MoveState.MOVED:
+        text += f": {move.error}"
+    return text
+
+
+def outcome(drain: Drain) -> str:
+    """The end, in a sentence, and each domain that was left."""
+    took = (drain.ended_at_s or drain.started_at_s) - drain.started_at_s
+    moved = sum(move.state in (MoveState.MOVED, MoveState.STOPPED) for move in drain.moves)
+    dark = [move.blackout_ms for move in drain.moves if move.blackout_ms is not None]
+    text = f"{moved} of {len(drain.moves)} domains in {took:.1f} s (planned {drain.planned_s:.1f})"
+    if dark:
+        text += f", longest blackout {max(dark):.1f} ms"
+    if drain.operation is Operation.DRAIN and drain.state is DrainState.DONE:
+        head = f"node {drain.node} is empty: "
+    elif drain.operation is Operation.UNDRAIN and drain.state is DrainState.DONE:
+        head = f"node {drain.node} is open, its domains are back: "
+    else:
+        node = f" of node {drain.node}" if drain.node else ""
+        head = f"{drain.operation.value}{node} is {drain.state.value}: "
+    lines = [head + text]
+    if drain.error:
+        lines.append(f"  {drain.error}")
+    lines += [
+        f"  {move.domain} ({move.state.value}): {move.error}"
+        for move in drain.moves
+        if move.state in (MoveState.LEFT, MoveState.FAILED)
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,166 @@
+"""Watching a drain: a live table on a terminal, plain lines elsewhere. Ctrl-C detaches.
+
+An agent that dies is no reason to stop watching: another is asked, if the settings name one.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
+
+from node_agent.cli.drain_text import outcome, sentence
+from node_agent.cli.errors import ApiProblem, CliError, ExitCode, Unreachable
+from node_agent.cli.output import note, settings, show, size
+from node_agent.drain.resources import Drain, DrainState, Move, MoveState
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+POLL_S: Final = 0.3
+LINE_S: Final = 5.0
+SILENCE_S: Final = 60.0
+_EXIT: Final = {
+    DrainState.DONE: ExitCode.OK,
+    DrainState.PARTIAL: ExitCode.DRAIN_PARTIAL,
+    DrainState.CANCELLED: ExitCode.DRAIN_CANCELLED,
+}
+_SHOWN_MAX: Final = 30
+_BAR: Final = 30
+
+
+def watch_drain(drain: Drain) -> ExitCode:
+    """Show it until it has ended. The exit code says how; INTERRUPTED: the user detached."""
+    live = sys.stdout.isatty() and not settings.json
+    try:
+        drain = _watch_live(drain) if live else _watch_lines(drain)
+    except KeyboardInterrupt:
+        note(
+            f"{drain.operation} {drain.id} goes on; `ferry drains watch {drain.id}` looks at it "
+            f"again, `ferry drain {drain.node} --cancel` cancels it"
+        )
+        return ExitCode.INTERRUPTED
+    show(drain, outcome(drain))
+    if settings.json and drain.state is not DrainState.DONE:
+        print(f"ferry: {outcome(drain)}", file=sys.stderr)
+    return _EXIT[drain.state]
+
+
+def _until_ended(drain: Drain, saw: Callable[[Drain], None]) -> Drain:
+    path = f"/v1/drains/{quote(drain.id, safe='')}"
+    answered_at = time.monotonic()
+    client = settings.client()
+    while not drain.ended:
+        saw(drain)
+        time.sleep(POLL_S)
+        try:
+            drain = client.get(path, Drain)
+            answered_at = time.monotonic()
+        except (Unreachable, ApiProblem) as error:
+            if isinstance(error, ApiProblem) and error.problem.status < 500:
+                raise
+            if time.monotonic() - answered_at > SILENCE_S:
+                raise CliError(
+                    f"{error}; whether {drain.operation} {drain.id} goes on is unknown",
+                    ExitCode.UNREACHABLE,
+                ) from error
+            try:
+                client = settings.client()
+            except CliError:
+                continue
+    saw(drain)
+    return drain
+
+
+def _watch_lines(drain: Drain) -> Drain:
+    states: dict[str, tuple[MoveState, int]] = {}
+    printed_at = 0.0
+
+    def saw(now: Drain) -> None:
+        nonlocal printed_at
+        for move in now.moves:
+            mark = (move.state, move.attempts)
+            if states.get(move.domain) != mark and move.state is not MoveState.WAITING:
+                states[move.domain] = mark
+                note(sentence(move))
+        if not now.ended and time.monotonic() - printed_at > LINE_S:
+            printed_at = time.monotonic()
+            note(_whole(now))
+
+    return _until_ended(drain, saw)
+
+
+def _watch_live(drain: Drain) -> Drain:
+    from rich.live import Live
+
+    with Live(_picture(drain), transient=True, refresh_per_second=4) as live:
+        return _until_ended(drain, lambda now: live.update(_picture(now)))
+
+
+def _picture(drain: Drain) -> RenderableType:
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = Table(box=None, pad_edge=False)
+    for heading in ("DOMAIN", "MOVE", "STATE", "", "SENT", "SHARE", "LEFT"):
+        rows.add_column(heading, no_wrap=True)
+    shown = sorted(drain.moves, key=_interest)[:_SHOWN_MAX]
+    for move in shown:
+        share = move.bandwidth_bytes_per_s if move.state is MoveState.MOVING else None
+        eta = f"{move.eta_s:.0f} s" if move.eta_s is not None and not move.state.ended else ""
+        rows.add_row(
+            move.domain,
+            f"{move.source or '-'} -> {move.destination or 'off'}",
+            move.state.value,
+            ProgressBar(total=100, completed=100 * _done(move), width=_BAR),
+            size(move.bytes_sent) if move.bytes_sent else "",
+            f"{size(share)}/s" if share else "",
+            eta if not move.error else move.error[:60],
+        )
+    if len(drain.moves) > len(shown):
+        rows.add_row(f"and {len(drain.moves) - len(shown)} more", "", "", "", "", "", "")
+    bar = ProgressBar(total=100, completed=100 * _done_whole(drain), width=60)
+    return Group(rows, Text(_whole(drain)), bar)
+
+
+def _interest(move: Move) -> tuple[int, float]:
+    if move.state.active or move.state is MoveState.SEEKING:
+        return (0, move.started_at_s or 0.0)
+    if move.state in (MoveState.FAILED, MoveState.LEFT):
+        return (1, 0.0)
+    if move.state is MoveState.WAITING:
+        return (2, move.planned_start_s)
+    return (3, -(move.ended_at_s or 0.0))
+
+
+def _done(move: Move) -> float:
+    """0 to 1; never 1 before the move has ended."""
+    if move.state.ended:
+        return 1.0
+    if move.remaining_bytes is None:
+        return 0.0
+    return min(0.99, move.bytes_sent / max(move.bytes_sent + move.remaining_bytes, 1))
+
+
+def _done_whole(drain: Drain) -> float:
+    total = sum(max(move.wire_bytes, 1) for move in drain.moves)
+    done = sum(max(move.wire_bytes, 1) * _done(move) for move in drain.moves)
+    return 1.0 if drain.ended else min(0.99, done / max(total, 1))
+
+
+def _whole(drain: Drain) -> str:
+    """One line about the whole."""
+    ended = sum(move.state.ended for move in drain.moves)
+    elapsed = time.time() - drain.started_at_s
+    done = _done_whole(drain)
+    left = elapsed * (1 - done) / done if done > 0.1 else drain.planned_s - elapsed
+    node = f" {drain.node}" if drain.node else ""
+    text = f"{drain.operation.value}{node}: {drain.state.value}, {ended} of {len(drain.moves)} over"
+    if drain.state is DrainState.CHECKING:
+        return f"{text}; looking whether the node is empty"
+    text += f", {elapsed:.0f} s gone, ~{max(left, 0.0):.0f} s left"
+    return f"{text} (plan: {drain.planned_s:.1f} s)"

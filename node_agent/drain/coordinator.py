@@ -1,0 +1,330 @@
+"""Carries one drain out: saves what its machine decides, then performs it.
+
+    event ─► machine ─► record saved (compare-and-set) ─► commands performed, each in a task
+      ▲                                                          │
+      └───────────────────── what came of it ◄───────────────────┘
+
+The record is written at least once a second, which is the coordinator's heartbeat. Nothing is done
+that isn't in the record first; so whoever takes over knows what may have been done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final
+
+import msgspec
+
+from migrator.errors import ConflictError, FerryError, PeerError, RefusedError, StoreError
+from migrator.model import DomainName, NodeName, NodeState, OnTimeout
+from node_agent.drain import vocabulary as v
+from node_agent.drain.hooks import NodeHooks
+from node_agent.drain.machine import DrainMachine
+from node_agent.drain.records import DrainRecords, LostError
+from node_agent.drain.resources import CancelMode, Drain
+from node_agent.drain.world import DrainWorld
+from node_agent.events import EventKind, EventLog
+from node_agent.resources import MigrationCreate
+from node_agent.state.typed import Versioned
+
+log = logging.getLogger(__name__)
+
+TICK_S: Final = 0.5
+SAVE_S: Final = 1.0
+POLL_S: Final = 0.15
+LOOK_S: Final = 5.0
+"""How often a migration that doesn't change is held against the ownership record."""
+RETRY_S: Final = 1.0
+STOP_S: Final = 60.0
+HOOK_S: Final = 3600.0
+_EVENTS_MAX: Final = 10_000
+
+
+class Coordinator:
+    """See the module. `run` once; cancelling it leaves the record to the next coordinator."""
+
+    def __init__(
+        self,
+        entry: Versioned[Drain],
+        *,
+        records: DrainRecords,
+        world: DrainWorld,
+        events: EventLog,
+        hooks: NodeHooks,
+        settle: Callable[[Drain, NodeState], Awaitable[None]],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`settle` sets the cordon of the drain's node."""
+        self._machine = DrainMachine(entry.value)
+        self._revision = entry.revision
+        self._records = records
+        self._world = world
+        self._events = events
+        self._hooks = hooks
+        self._settle = settle
+        self._clock = clock
+        self._heard: asyncio.Queue[v.Event] = asyncio.Queue(_EVENTS_MAX)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._followed: dict[str, asyncio.Task[None]] = {}
+        self._saved_changes = -1
+        self._saved_at = 0.0
+        self._beat = entry.value.beat
+
+    @property
+    def drain(self) -> Drain:
+        return self._machine.drain
+
+    async def run(self) -> None:
+        """Until the drain has ended. LostError: another agent has taken it over."""
+        self._hear(v.Took())
+        if self.drain.cancel is not CancelMode.NO:
+            self._hear(v.CancelAsked(mode=self.drain.cancel))
+        ticker = asyncio.create_task(self._tick(), name=f"drain-{self.drain.id}-tick")
+        self._tasks.add(ticker)
+        try:
+            while not self.drain.ended:
+                event = await self._heard.get()
+                commands = self._machine.handle(event, self._clock())
+                await self._save_if_due()
+                for command in commands:
+                    await self._perform(command)
+        finally:
+            tasks = [*self._tasks, *self._followed.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _hear(self, event: v.Event) -> None:
+        with contextlib.suppress(asyncio.QueueFull):  # Then the next tick looks again.
+            self._heard.put_nowait(event)
+
+    async def _tick(self) -> None:
+        while True:
+            unreachable: frozenset[str] = frozenset()
+            with contextlib.suppress(FerryError):
+                unreachable = await self._world.unreachable()
+            self._hear(v.Tick(unreachable=unreachable))
+            await asyncio.sleep(TICK_S)
+
+    # --- the record --------------------------------------------------------------------------
+
+    async def _save_if_due(self) -> None:
+        decided = self._machine.changes != self._saved_changes
+        if not decided and time.monotonic() - self._saved_at < SAVE_S:
+            return
+        while True:
+            self._beat += 1
+            drain = msgspec.structs.replace(self.drain, beat=self._beat)
+            try:
+                self._revision, wish = await self._records.save(drain, self._revision)
+                break
+            except LostError:
+                raise
+            except (StoreError, ConflictError) as error:
+                # Until it is saved nothing may be done; the moves under way go on by themselves.
+                log.warning("drain %s: %s; trying again", drain.id, error)
+                await asyncio.sleep(RETRY_S)
+        self._saved_changes, self._saved_at = self._machine.changes, time.monotonic()
+        if wish is not drain.cancel:
+            self._hear(v.CancelAsked(mode=wish))
+
+    # --- commands ----------------------------------------------------------------------------
+
+    async def _perform(self, command: v.Command) -> None:
+        match command:
+            case v.Tell(text=text, domain=domain):
+                self._events.emit(EventKind.DRAIN, text, domain=domain, drain=self.drain.id)
+            case v.SetCordon(state=state):
+                await self._settled(state)
+            case v.Follow(domain=domain, migration=migration):
+                self._follow(domain, migration)
+            case v.Begin():
+                self._own(self._begin(command), command.domain)
+            case v.Look():
+                self._own(self._look(command), command.domain)
+            case v.Seek():
+                self._own(self._seek(command), command.domain)
+            case v.PowerOff(domain=domain):
+                self._own(self._power_off(domain), domain)
+            case v.Boot():
+                self._own(self._boot(command), command.domain)
+            case v.Limit():
+                self._own(self._limit(command), "")
+            case v.CancelMigration(migration=migration):
+                self._own(self._cancel(migration), "")
+            case v.Check():
+                self._own(self._check(), "")
+            case v.RunHook(point=point):
+                self._own(self._hook(point), "")
+            case _:
+                raise AssertionError(f"nobody performs {command}")
+
+    def _own(self, work: Coroutine[Any, Any, None], domain: str) -> None:
+        """Run it in a task; what it doesn't expect makes its domain be looked at again."""
+
+        async def guarded() -> None:
+            try:
+                await work
+            except FerryError as error:
+                log.warning("drain %s: %s", self.drain.id, error)
+                if domain:
+                    await asyncio.sleep(RETRY_S)
+                    self._hear(v.Unclear(domain=domain, reason=str(error)))
+            except Exception:
+                log.exception("drain %s: a command failed", self.drain.id)
+                if domain:
+                    await asyncio.sleep(RETRY_S)
+                    self._hear(v.Unclear(domain=domain, reason="an error inside the agent"))
+
+        task = asyncio.create_task(guarded(), name=f"drain-{self.drain.id}-{domain}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _settled(self, state: NodeState) -> None:
+        try:
+            await self._settle(self.drain, state)
+        except FerryError as error:  # Whoever looks at the ended drain next sets it.
+            log.warning("the cordon of %s was not set: %s", self.drain.node, error)
+
+    async def _begin(self, command: v.Begin) -> None:
+        left_s = self.drain.started_at_s + self.drain.timeout_s - self._clock()
+        body = MigrationCreate(
+            destination=command.destination,
+            timeout_s=min(600.0, max(left_s, 30.0)),
+            on_timeout=OnTimeout.CANCEL,
+            bandwidth_bytes_per_s=command.bandwidth_bytes_per_s,
+        )
+        domain = command.domain
+        try:
+            migration = await self._world.cluster.migrate(DomainName(domain), body)
+        except RefusedError as error:
+            if any("is being migrated already" in reason for reason in error.reasons):
+                self._hear(v.Unclear(domain=domain, reason=str(error)))
+                return
+            mark = f"node {command.destination}"
+            elsewhere = all(reason.startswith(mark) for reason in error.reasons)
+            self._hear(v.Refused(domain=domain, reason=str(error), elsewhere=elsewhere))
+            return
+        self._hear(v.Accepted(domain=domain, migration=migration))
+        self._follow(domain, migration.id)
+
+    def _follow(self, domain: str, migration: str) -> None:
+        if domain in self._followed:
+            self._followed[domain].cancel()
+        task = asyncio.create_task(
+            self._watch(domain, migration), name=f"drain-{self.drain.id}-{migration}"
+        )
+        self._followed[domain] = task
+
+    async def _watch(self, domain: str, migration: str) -> None:
+        looked_at = time.monotonic()
+        last: object = None
+        while True:
+            with contextlib.suppress(FerryError):
+                seen = await self._world.cluster.get_migration(migration)
+                if seen != last:
+                    last, looked_at = seen, time.monotonic()
+                    self._hear(v.Seen(domain=domain, migration=seen))
+                if seen.ended:
+                    return
+                if time.monotonic() - looked_at > LOOK_S:  # Its source is silent, perhaps.
+                    looked_at = time.monotonic()
+                    owner = await self._world.owner(domain)
+                    if owner is not None and owner != seen.source:
+                        self._hear(v.Looked(domain=domain, owner=owner))
+                        return
+            await asyncio.sleep(POLL_S)
+
+    async def _look(self, command: v.Look) -> None:
+        migration = await self._world.migration_of(command.domain, command.migration)
+        owner = await self._world.owner(command.domain)
+        self._hear(v.Looked(domain=command.domain, owner=owner, migration=migration))
+
+    async def _seek(self, command: v.Seek) -> None:
+        domain, drain = command.domain, self.drain
+        owner = await self._world.owner(domain)
+        if owner != drain.node:
+            self._hear(v.Looked(domain=domain, owner=owner))
+            return
+        places = {
+            move.domain: move.destination
+            for move in drain.moves
+            if move.destination and not move.state.ended and move.domain != domain
+        }
+        survey = await self._world.survey(
+            {drain.node: [domain]}, sample_s=0.0, closed=(drain.node,), places=places
+        )
+        forbidden = frozenset((domain, node) for node in command.tried)
+        plan = await self._world.plan(survey, [domain], survey.options(forbidden=forbidden))
+        if plan.moves and plan.moves[0].destination:
+            found = plan.moves[0]
+            self._hear(
+                v.Found(
+                    domain=domain,
+                    destination=found.destination or "",
+                    wire_bytes=found.wire_bytes,
+                )
+            )
+        else:
+            reason = plan.blockers[0].reason if plan.blockers else "no node can take it"
+            self._hear(v.NoPlace(domain=domain, reason=reason))
+
+    async def _power_off(self, domain: str) -> None:
+        if await self._world.owner(domain) is None:
+            self._hear(v.PoweredOff(domain=domain))
+            return
+        try:
+            await self._world.cluster.stop(DomainName(domain), STOP_S)
+        except PeerError:
+            raise
+        except FerryError as error:
+            self._hear(v.Failed(domain=domain, error=str(error)))
+            return
+        self._hear(v.PoweredOff(domain=domain))
+
+    async def _boot(self, command: v.Boot) -> None:
+        try:
+            await self._world.cluster.start(DomainName(command.domain), NodeName(command.node))
+        except PeerError:
+            raise
+        except FerryError as error:
+            self._hear(v.Failed(domain=command.domain, error=str(error)))
+            return
+        self._hear(v.Booted(domain=command.domain, node=command.node))
+
+    async def _limit(self, command: v.Limit) -> None:
+        with contextlib.suppress(ConflictError):  # It has ended.
+            await self._world.cluster.limit_migration(
+                command.migration, command.bandwidth_bytes_per_s
+            )
+
+    async def _cancel(self, migration: str) -> None:
+        with contextlib.suppress(ConflictError):  # Too late: then it completes.
+            await self._world.cluster.cancel_migration(migration)
+
+    async def _check(self) -> None:
+        node = self.drain.node
+        try:
+            owned = await self._world.owned_by(node)
+            processes = await self._world.processes(node)
+            view = (await self._world.views()).get(node)
+        except FerryError as error:
+            self._hear(v.CheckFailed(reason=str(error)))
+            return
+        boot_id = "" if view is None else view.info.boot_id
+        self._hear(v.Checked(owned=owned, processes=processes, boot_id=boot_id))
+
+    async def _hook(self, point: v.HookPoint) -> None:
+        error: str | None = None
+        try:
+            async with asyncio.timeout(HOOK_S):
+                await self._hooks.run(point, self.drain)
+        except FerryError as failure:
+            error = str(failure)
+        except TimeoutError:
+            error = f"no answer within {HOOK_S:g} s"
+        self._hear(v.HookDone(point=point, error=error))

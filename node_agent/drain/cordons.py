@@ -1,0 +1,64 @@
+"""Which nodes are kept free: `cordons/NODE` in the state store. A node without a record is open.
+
+Every check of a place to go reads it anew, last of all the destination itself when a domain
+arrives. What slipped in between is found when the drain looks whether its node is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from migrator.errors import ConflictError
+from migrator.model import NodeName, NodeState, Value
+from node_agent.state.typed import TypedStore
+
+CORDONS: Final = "cordons/"
+_TRIES: Final = 10
+"""Of a change that others keep getting in before; each try means that somebody else succeeded."""
+
+
+class Cordon(Value, frozen=True, kw_only=True):
+    """`state` is never `unreachable`: that is no intention."""
+
+    node: str
+    state: NodeState
+    drain: str | None = None
+    """The drain, or the undrain, that set it; None: an operator did."""
+    since_s: float
+
+
+async def read_cordons(store: TypedStore) -> Mapping[NodeName, Cordon]:
+    """Of every node that has a record. StoreError."""
+    entries = await store.list_prefix(CORDONS, Cordon)
+    return {NodeName(entry.value.node): entry.value for entry in entries}
+
+
+class Cordons:
+    """Reads and changes them. StoreError: the outcome is unknown."""
+
+    def __init__(self, store: TypedStore) -> None:
+        self._store = store
+
+    async def state(self, node: NodeName) -> NodeState:
+        """READY if there is no record."""
+        entry = await self._store.get(f"{CORDONS}{node}", Cordon)
+        return NodeState.READY if entry is None else entry.value.state
+
+    async def change(self, new: Cordon, allowed: frozenset[NodeState]) -> Cordon | None:
+        """Set it, and return what was before. ConflictError: its state is none of `allowed`."""
+        key = f"{CORDONS}{new.node}"
+        for _ in range(_TRIES):
+            entry = await self._store.get(key, Cordon)
+            state = NodeState.READY if entry is None else entry.value.state
+            if state not in allowed:
+                because = f" (drain {entry.value.drain})" if entry and entry.value.drain else ""
+                right = ", ".join(sorted(allowed))
+                raise ConflictError(f"node {new.node} is {state}{because}; it must be {right}")
+            revision = None if entry is None else entry.revision
+            if new.state is NodeState.READY:
+                if entry is None or await self._store.delete_if(key, entry.revision):
+                    return None if entry is None else entry.value
+            elif await self._store.put_if(key, new, revision) is not None:
+                return None if entry is None else entry.value
+        raise ConflictError(f"the cordon of node {new.node} keeps changing; it was left as it is")

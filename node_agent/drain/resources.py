@@ -1,0 +1,246 @@
+"""The drain resource, `drains/ID` in the store, and the bodies of its API.
+
+One resource for everything that moves several domains by a plan: a drain, an undrain, a balancing.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Final
+
+import msgspec
+
+from migrator.model import MaintenancePolicy, Name, Value
+
+DRAINS: Final = "drains/"
+HISTORY_MAX: Final = 500
+
+
+class DrainPolicy(enum.StrEnum):
+    """What is done to the domains of a node that is drained."""
+
+    AUTO = "auto"
+    """Each as its own policy says."""
+    LIVE = "live"
+    """All are migrated, but those whose own policy is never."""
+    STOP = "stop"
+    """All are powered off, but those whose own policy is never."""
+
+
+class Operation(enum.StrEnum):
+    DRAIN = "drain"
+    UNDRAIN = "undrain"
+    BALANCE = "balance"
+
+
+class DrainState(enum.StrEnum):
+    """Where the whole stands."""
+
+    RUNNING = "running"
+    CHECKING = "checking"
+    """No move is left; the node is looked at: is it empty?"""
+    CANCELLING = "cancelling"
+    """No move begins any more; those under way end, or are cancelled."""
+    DONE = "done"
+    """All is where it should be; after a drain the node is empty, by its record and its processes.
+    """
+    PARTIAL = "partial"
+    """Something was left; each move says why."""
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        return self in (DrainState.DONE, DrainState.PARTIAL, DrainState.CANCELLED)
+
+
+class MoveState(enum.StrEnum):
+    """Where one domain's move stands."""
+
+    WAITING = "waiting"
+    SEEKING = "seeking"
+    """It failed, or was refused; another destination is being looked for."""
+    STARTING = "starting"
+    """A migration has been asked for."""
+    MOVING = "moving"
+    STOPPING = "stopping"
+    BOOTING = "booting"
+    """Powered off; it is being started on its destination."""
+    MOVED = "moved"
+    STOPPED = "stopped"
+    """Powered off, and stays off until the undrain."""
+    GONE = "gone"
+    """Somebody else stopped, moved or deleted it meanwhile: nothing is left to do."""
+    FAILED = "failed"
+    LEFT = "left"
+    """On purpose; `error` says why."""
+
+    @property
+    def ended(self) -> bool:
+        return self in _ENDED
+
+    @property
+    def active(self) -> bool:
+        """Whether something is being done to the domain."""
+        return self in _ACTIVE
+
+
+_ENDED: Final = frozenset(
+    {MoveState.MOVED, MoveState.STOPPED, MoveState.GONE, MoveState.FAILED, MoveState.LEFT}
+)
+_ACTIVE: Final = frozenset(
+    {MoveState.STARTING, MoveState.MOVING, MoveState.STOPPING, MoveState.BOOTING}
+)
+
+
+class Move(Value, frozen=True, kw_only=True):
+    """One domain of a drain. Planned times are seconds after `Drain.started_at_s`."""
+
+    domain: str
+    source: str
+    destination: str | None
+    """None: it is powered off and stays off."""
+    policy: MaintenancePolicy = MaintenancePolicy.LIVE
+    state: MoveState = MoveState.WAITING
+    priority: int = 500
+    wire_bytes: int = 0
+    """What the plan expects it to send."""
+    planned_start_s: float = 0.0
+    planned_s: float = 0.0
+    attempts: int = 0
+    failures: int = 0
+    tried: tuple[str, ...] = ()
+    """Destinations that refused it or where it failed."""
+    migration: str | None = None
+    bandwidth_bytes_per_s: int | None = None
+    """Its share of the links now."""
+    started_at_s: float | None = None
+    ended_at_s: float | None = None
+    bytes_sent: int = 0
+    remaining_bytes: int | None = None
+    eta_s: float | None = None
+    blackout_ms: float | None = None
+    error: str | None = None
+
+
+class CancelMode(enum.StrEnum):
+    NO = "no"
+    LET_END = "let-end"
+    """Moves under way end; no other begins."""
+    ABORT = "abort"
+    """Moves under way are cancelled."""
+
+
+class Note(Value, frozen=True, kw_only=True):
+    """One entry of a drain's history."""
+
+    at_s: float
+    text: str
+    domain: str | None = None
+
+
+class Drain(Value, frozen=True, kw_only=True):
+    """The resource. One agent coordinates it; if that falls silent, another takes over."""
+
+    id: str
+    operation: Operation
+    node: str
+    """The node that is emptied or comes back; "" for a balancing."""
+    state: DrainState
+    created_at_s: float
+    started_at_s: float
+    ended_at_s: float | None = None
+    coordinator: str = ""
+    term: int = 0
+    """Grows with each coordinator: who writes under an older one has lost it."""
+    beat: int = 0
+    """Changes with each heartbeat of the coordinator."""
+    cancel: CancelMode = CancelMode.NO
+    moves: tuple[Move, ...] = ()
+    parallel: int = 1
+    links: dict[str, float] = msgspec.field(default_factory=dict)
+    """Bytes a second that page streams may use, of each node's link."""
+    planned_s: float = 0.0
+    lower_bound_s: float = 0.0
+    timeout_s: float = 3600.0
+    """After it no move begins any more."""
+    exclude: tuple[str, ...] = ()
+    """Domains that stay there."""
+    hooked: bool = False
+    """Whether the hooks of `node-draining` have been run."""
+    reboot_hint: bool = False
+    """The node is going to be rebooted: when it comes back, its domains do."""
+    boot_id: str = ""
+    """Of the node, when it was drained."""
+    restores: str | None = None
+    """Undrain: the drain that it undoes."""
+    restored_by: str | None = None
+    """Drain: the undrain that undid it."""
+    error: str | None = None
+    history: tuple[Note, ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        return self.state.ended
+
+
+class DrainList(Value, frozen=True, kw_only=True):
+    drains: tuple[Drain, ...]
+
+
+class DrainRequest(Value, frozen=True, kw_only=True):
+    """Body of a drain; may be left out."""
+
+    parallel: Annotated[int, msgspec.Meta(ge=1, le=64)] | None = None
+    """Moves at once; by default as many as the links need."""
+    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=604_800)] = 3600.0
+    """After it no move begins any more."""
+    policy: DrainPolicy = DrainPolicy.AUTO
+    exclude: tuple[Name, ...] = ()
+    """Domains that stay there; the node isn't empty then."""
+    reboot_hint: bool = False
+    """The node is going to be rebooted: when it comes back, its domains do."""
+
+
+class UndrainRequest(Value, frozen=True, kw_only=True):
+    """Body of an undrain; may be left out."""
+
+    restore: bool = True
+    """Whether the domains that the drain took away are brought back."""
+
+
+class PlanMove(Value, frozen=True, kw_only=True):
+    """A move that would be made. Seconds after the beginning."""
+
+    domain: str
+    source: str
+    destination: str | None
+    policy: MaintenancePolicy
+    wire_bytes: int
+    bandwidth_bytes_per_s: float
+    start_s: float
+    seconds: float
+    gain: float | None = None
+    """Balancing: how much evener it makes the nodes, for each second that it costs."""
+
+
+class PlanBlocker(Value, frozen=True, kw_only=True):
+    """A domain that can't leave, why, and what would help."""
+
+    domain: str
+    reason: str
+    remedy: str
+
+
+class DrainPlan(Value, frozen=True, kw_only=True):
+    """What a dry run answers."""
+
+    node: str
+    moves: tuple[PlanMove, ...]
+    blockers: tuple[PlanBlocker, ...] = ()
+    left: tuple[PlanBlocker, ...] = ()
+    """Undrain: domains that would stay where they are, and why."""
+    parallel: int = 1
+    planned_s: float = 0.0
+    lower_bound_s: float = 0.0
+    link: str = ""
+    """How fast the node's link is, and how that is known."""

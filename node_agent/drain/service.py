@@ -1,0 +1,356 @@
+"""Drains, undrains and cordons, as the API has them. Whichever agent is asked coordinates.
+
+What becomes of a drain whose agent dies: `watch`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from migrator.errors import (
+    ConflictError,
+    FerryError,
+    NotFoundError,
+    RefusedError,
+    WrongStateError,
+)
+from migrator.model import NodeName, NodeState
+from node_agent.drain import undrain
+from node_agent.drain.coordinator import Coordinator
+from node_agent.drain.cordons import Cordon, Cordons
+from node_agent.drain.hooks import NodeHooks, NoHooks
+from node_agent.drain.records import DrainRecords, LostError
+from node_agent.drain.resources import (
+    CancelMode,
+    Drain,
+    DrainPlan,
+    DrainRequest,
+    DrainState,
+    Operation,
+    PlanBlocker,
+    UndrainRequest,
+)
+from node_agent.drain.survey import Survey, moves_of, shown, with_policy
+from node_agent.drain.watch import LOOK_S, SILENT_S, DrainWatch
+from node_agent.drain.world import DrainWorld
+from node_agent.events import EventKind, EventLog
+from node_agent.planner.model import Plan, PlanOptions
+from node_agent.state.typed import TypedStore, Versioned
+
+log = logging.getLogger(__name__)
+
+DRY_RUN_SAMPLE_S: Final = 0.5
+SAMPLE_S: Final = 0.25
+_CORDONABLE: Final = frozenset({NodeState.READY, NodeState.CORDONED, NodeState.RESTORING})
+_UNCORDONABLE: Final = frozenset({NodeState.READY, NodeState.CORDONED, NodeState.DRAINED})
+_DRAINABLE: Final = frozenset({NodeState.READY, NodeState.CORDONED, NodeState.DRAINED})
+_RESTORABLE: Final = frozenset({NodeState.READY, NodeState.CORDONED, NodeState.DRAINED})
+
+
+class DrainService:
+    """See the module. `close` leaves the drains of this agent to others.
+
+    `open` makes it look after the drains of agents that have fallen silent.
+    """
+
+    def __init__(
+        self,
+        node: NodeName,
+        *,
+        store: TypedStore,
+        world: DrainWorld,
+        events: EventLog,
+        hooks: NodeHooks | None = None,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        silent_s: float = SILENT_S,
+        look_s: float = LOOK_S,
+    ) -> None:
+        self.node = node
+        self.world = world
+        self.events = events
+        self._hooks = hooks or NoHooks()
+        self._clock = clock
+        self._cordons = Cordons(store)
+        self._records = DrainRecords(store)
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._coordinators: dict[str, Coordinator] = {}
+        self._watch = DrainWatch(self, store, self._records, monotonic, silent_s, look_s)
+
+    async def open(self) -> None:
+        self._watch.open()
+
+    async def close(self) -> None:
+        await self._watch.close()
+        tasks = list(self._running.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- cordons -----------------------------------------------------------------------------
+
+    async def cordon(self, node: NodeName) -> None:
+        """Let nothing start or move there from now on. Idempotent.
+
+        NotFoundError: no such node; ConflictError: it is draining or drained already.
+        """
+        await self._must_exist(node)
+        cordon = Cordon(node=node, state=NodeState.CORDONED, since_s=self._clock())
+        await self._cordons.change(cordon, _CORDONABLE)
+        self.events.emit(EventKind.NODE_CORDONED, f"node {node} is cordoned")
+
+    async def uncordon(self, node: NodeName) -> None:
+        """Open it again; what a drain took away stays away. ConflictError while it is draining."""
+        await self._must_exist(node)
+        await self.set_cordon(node, NodeState.READY, None, _UNCORDONABLE)
+        self.events.emit(EventKind.NODE_UNCORDONED, f"node {node} takes domains again")
+
+    async def set_cordon(
+        self, node: str, state: NodeState, drain: str | None, allowed: frozenset[NodeState]
+    ) -> Cordon | None:
+        """Set it, and return what was before. ConflictError: its state is none of `allowed`."""
+        cordon = Cordon(node=node, state=state, drain=drain, since_s=self._clock())
+        return await self._cordons.change(cordon, allowed)
+
+    # --- drains ------------------------------------------------------------------------------
+
+    async def plan(self, node: NodeName, request: DrainRequest) -> DrainPlan:
+        """What `drain` would do, and what stands in its way. Changes nothing."""
+        await self._must_speak(node)
+        survey, plan = await self._plan(node, request, DRY_RUN_SAMPLE_S)
+        return _shown_plan(node, survey, plan)
+
+    async def drain(self, node: NodeName, request: DrainRequest) -> Drain:
+        """Cordon the node and begin to empty it. RefusedError names every blocker: then nothing
+        was changed."""
+        await self._must_speak(node)
+        await self._refuse_second(node)
+        name = secrets.token_hex(6)
+        before = await self.set_cordon(node, NodeState.DRAINING, name, _DRAINABLE)
+        try:
+            survey, plan = await self._plan(node, request, SAMPLE_S)
+            if plan.blockers:
+                reasons = [
+                    f"{each.domain}: {each.reason}; what would help: {each.remedy}"
+                    for each in plan.blockers
+                ]
+                raise RefusedError(
+                    f"node {node} can't be drained: {len(reasons)} of its domains can't leave; "
+                    f"nothing was moved",
+                    reasons,
+                )
+            drain = self._made(name, Operation.DRAIN, node, survey, plan, request)
+            entry = await self._records.add(drain)
+        except BaseException:
+            state = NodeState.READY if before is None else before.state
+            await asyncio.shield(
+                self.set_cordon(
+                    node,
+                    state,
+                    None if before is None else before.drain,
+                    frozenset({NodeState.DRAINING}),
+                )
+            )
+            raise
+        self.begin(entry)
+        return drain
+
+    async def undrain(self, node: NodeName, request: UndrainRequest) -> Drain:
+        """Open the node again, and bring back what its last drain took away."""
+        await self._must_speak(node)
+        await self._refuse_second(node)
+        drained = await self._to_undo(node)
+        name = secrets.token_hex(6)
+        await self.set_cordon(node, NodeState.RESTORING, name, _RESTORABLE)
+        try:
+            survey, plan, left = await undrain.plan(
+                self.world, node, drained if request.restore else None, SAMPLE_S
+            )
+            drain = self._made(name, Operation.UNDRAIN, node, survey, plan, None)
+            drain = undrain.complete(drain, drained, left)
+            entry = await self._records.add(drain)
+            if drained is not None and request.restore:
+                await self._records.mark_restored(drained.id, name)
+        except BaseException:
+            allowed = frozenset({NodeState.RESTORING})
+            state = NodeState.DRAINED if drained is not None else NodeState.CORDONED
+            await asyncio.shield(
+                self.set_cordon(node, state, None if drained is None else drained.id, allowed)
+            )
+            raise
+        self.begin(entry)
+        return drain
+
+    async def plan_undrain(self, node: NodeName) -> DrainPlan:
+        """What `undrain` would bring back, and what it would leave. Changes nothing."""
+        await self._must_exist(node)
+        drained = await self._to_undo(node)
+        survey, plan, left = await undrain.plan(self.world, node, drained, 0.0, ask=False)
+        return _shown_plan(node, survey, plan, left)
+
+    async def _to_undo(self, node: NodeName) -> Drain | None:
+        """The newest drain of the node, if nothing has undone it."""
+        for drain in await self._records.list_drains():
+            if drain.node == node and drain.operation is Operation.DRAIN and drain.ended:
+                return drain if drain.restored_by is None else None
+        return None
+
+    async def cancel(self, id: str, mode: CancelMode) -> Drain:
+        """Begin no more moves, and let those under way end, or cancel them. WrongStateError."""
+        return await self._records.ask_cancel(id, mode)
+
+    async def cancel_of(self, node: NodeName, mode: CancelMode) -> Drain:
+        """The same, of the drain or undrain of a node that is under way."""
+        await self._must_exist(node)
+        for drain in await self._records.list_drains():
+            if drain.node == node and not drain.ended:
+                return await self.cancel(drain.id, mode)
+        raise WrongStateError(f"node {node}", "without a drain under way", "draining")
+
+    async def get(self, id: str) -> Drain:
+        """As its coordinator sees it, if that is this agent; else as it was saved last."""
+        stored = (await self._records.get(id)).value
+        coordinator = self._coordinators.get(id)
+        return coordinator.drain if coordinator and not stored.ended else stored
+
+    async def list_drains(self) -> Sequence[Drain]:
+        """Newest first."""
+        return await self._records.list_drains()
+
+    # --- inside ------------------------------------------------------------------------------
+
+    async def _plan(
+        self, node: NodeName, request: DrainRequest, sample_s: float
+    ) -> tuple[Survey, Plan]:
+        owned = await self.world.owned_by(node)
+        unknown = sorted(set(request.exclude) - set(owned))
+        if unknown:
+            raise NotFoundError(f"exclude: no domain {', '.join(unknown)} runs on node {node}")
+        leaving = [name for name in owned if name not in request.exclude]
+        survey = await self.world.survey({node: leaving}, sample_s=sample_s, closed=(node,))
+        domains = with_policy(survey.domains, node, request.policy)
+        survey = Survey(
+            nodes=survey.nodes,
+            domains=domains,
+            links=survey.links,
+            link=survey.link,
+            overhead_s=survey.overhead_s,
+        )
+        options: PlanOptions = survey.options(parallel=request.parallel)
+        return survey, await self.world.plan(survey, leaving, options)
+
+    def _made(
+        self,
+        id: str,
+        operation: Operation,
+        node: str,
+        survey: Survey,
+        plan: Plan,
+        request: DrainRequest | None,
+    ) -> Drain:
+        now = self._clock()
+        request = request or DrainRequest()
+        return Drain(
+            id=id,
+            operation=operation,
+            node=node,
+            state=DrainState.RUNNING,
+            created_at_s=now,
+            started_at_s=now,
+            coordinator=self.node,
+            term=1,
+            moves=moves_of(plan, {each.name: each.priority for each in survey.domains}),
+            parallel=request.parallel or plan.parallel,
+            links=survey.shares(PlanOptions()),
+            planned_s=plan.makespan_s,
+            lower_bound_s=plan.lower_bound_s,
+            timeout_s=request.timeout_s,
+            exclude=request.exclude,
+            reboot_hint=request.reboot_hint,
+        )
+
+    async def _must_exist(self, node: NodeName) -> None:
+        views = await self.world.views()
+        if node not in views:
+            known = ", ".join(sorted(views)) or "none"
+            raise NotFoundError(f"there is no node {node}; known: {known}")
+
+    async def _must_speak(self, node: NodeName) -> None:
+        await self._must_exist(node)
+        if node in await self.world.unreachable():
+            raise ConflictError(
+                f"node {node} is unreachable: its domains can't be moved from outside"
+            )
+
+    async def _refuse_second(self, node: NodeName) -> None:
+        for drain in await self._records.list_drains():
+            if drain.node == node and not drain.ended:
+                raise ConflictError(
+                    f"{drain.operation} {drain.id} of node {node} is under way: wait for it "
+                    f"(`ferry drains watch {drain.id}`), or `ferry drain {node} --cancel`"
+                )
+
+    def coordinates(self, name: str) -> bool:
+        """Whether this agent coordinates that drain."""
+        return name in self._running
+
+    def begin(self, entry: Versioned[Drain]) -> None:
+        """Coordinate a drain whose record names this agent."""
+        name = entry.value.id
+        if name in self._running:
+            return
+        task = asyncio.create_task(self._coordinate(entry), name=f"drain-{name}")
+        self._running[name] = task
+        task.add_done_callback(lambda _: self._running.pop(name, None))
+
+    async def _coordinate(self, entry: Versioned[Drain]) -> None:
+        coordinator = Coordinator(
+            entry,
+            records=self._records,
+            world=self.world,
+            events=self.events,
+            hooks=self._hooks,
+            settle=self.settle,
+            clock=self._clock,
+        )
+        self._coordinators[entry.value.id] = coordinator
+        try:
+            await coordinator.run()
+        except LostError as error:
+            log.warning("%s", error)
+        except FerryError as error:
+            log.error("drain %s: %s; it will be taken over", entry.value.id, error)
+        except Exception:
+            log.exception("drain %s: its coordinator failed", entry.value.id)
+        finally:
+            self._coordinators.pop(entry.value.id, None)
+
+    async def settle(self, drain: Drain, state: NodeState) -> None:
+        """The cordon after a drain's end, unless an operator has changed it meanwhile."""
+        allowed = frozenset({NodeState.DRAINING, NodeState.RESTORING})
+        with contextlib.suppress(ConflictError):
+            await self.set_cordon(drain.node, state, drain.id, allowed)
+
+
+def _shown_plan(
+    node: str, survey: Survey, plan: Plan, left: Sequence[PlanBlocker] = ()
+) -> DrainPlan:
+    return DrainPlan(
+        node=node,
+        moves=tuple(shown(move) for move in plan.moves),
+        blockers=tuple(
+            PlanBlocker(domain=each.domain, reason=each.reason, remedy=each.remedy)
+            for each in plan.blockers
+        ),
+        left=tuple(left),
+        parallel=plan.parallel,
+        planned_s=plan.makespan_s,
+        lower_bound_s=plan.lower_bound_s,
+        link=survey.link,
+    )

@@ -1,0 +1,208 @@
+"""From the cluster as it is to what the planner is told, and from its plan to a drain's moves."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from migrator.model import DomainState, MaintenancePolicy, NodeInfo, NodeState
+from migrator.ports import Struct
+from node_agent.drain.figures import DomainFigures, NodeFigures
+from node_agent.drain.resources import DrainPolicy, Move, PlanMove
+from node_agent.nodes import NodeView
+from node_agent.planner.model import (
+    DEFAULT_LINK_BYTES_PER_S,
+    DomainFacts,
+    NodeFacts,
+    Plan,
+    PlannedMove,
+    PlanOptions,
+)
+from node_agent.resources import Domain
+
+_SETUP_SHARE: Final = 0.7
+"""Of a migration's overhead: before its first page."""
+_OVERHEAD_S_MIN: Final = 0.2
+_MOVABLE: Final = frozenset({DomainState.RUNNING})
+
+
+class Survey(Struct, frozen=True, kw_only=True):
+    """The facts of one moment."""
+
+    nodes: tuple[NodeFacts, ...]
+    domains: tuple[DomainFacts, ...]
+    links: Mapping[str, float]
+    link: str
+    """How fast the first source's link is, and how that is known."""
+    overhead_s: float | None = None
+
+    def options(self, **changes: object) -> PlanOptions:
+        options = PlanOptions()
+        if self.overhead_s is not None:
+            overhead_s = max(self.overhead_s, _OVERHEAD_S_MIN)
+            options = msgspec.structs.replace(
+                options,
+                setup_s=overhead_s * _SETUP_SHARE,
+                finish_s=overhead_s * (1 - _SETUP_SHARE),
+            )
+        return msgspec.structs.replace(options, **changes)
+
+    def shares(self, options: PlanOptions) -> dict[str, float]:
+        """What page streams may use of each link."""
+        return {name: speed * options.link_share for name, speed in self.links.items()}
+
+
+def make_survey(
+    views: Mapping[str, NodeView],
+    domains: Sequence[Domain],
+    figures: Mapping[str, NodeFigures],
+    *,
+    closed: Collection[str] = (),
+    places: Mapping[str, str] | None = None,
+) -> Survey:
+    """`figures` by source. `closed`: nodes that are to take nothing, whatever their state.
+
+    `places`: where domains are going; they count there, not where they still are.
+    """
+    probed = [each.link_bytes_per_s for each in figures.values() if each.link_bytes_per_s]
+    default = probed[0] if probed else DEFAULT_LINK_BYTES_PER_S
+    nodes = tuple(
+        _node(view, default, figures.get(name), name in closed)
+        for name, view in sorted(views.items())
+    )
+    known = {each.domain: each for one in figures.values() for each in one.domains}
+    facts = tuple(
+        _domain(each, known.get(each.name), views, places or {})
+        for each in domains
+        if each.node is not None and each.state is not DomainState.STOPPED
+    )
+    told = next((each.link_known_by for each in figures.values() if each.link_known_by), "")
+    overheads = [each.overhead_s for each in figures.values() if each.overhead_s is not None]
+    return Survey(
+        nodes=nodes,
+        domains=facts,
+        links={node.name: node.link_bytes_per_s for node in nodes},
+        link=f"{default * 8 / 1e6:.0f} Mbit/s ({told or 'assumed'})",
+        overhead_s=max(overheads) if overheads else None,
+    )
+
+
+def _node(view: NodeView, default: float, figures: NodeFigures | None, closed: bool) -> NodeFacts:
+    info = view.info
+    own = figures.link_bytes_per_s if figures is not None else None
+    why_not = ""
+    if view.state is NodeState.UNREACHABLE:
+        why_not = f"it is unreachable: no heartbeat for {view.heartbeat_age_s:.0f} s"
+    elif not view.state.admits or closed:
+        why_not = f"it is {NodeState.DRAINING if closed else view.state}"
+    return NodeFacts(
+        name=info.name,
+        memory_bytes=info.memory_bytes,
+        admits=not why_not,
+        why_not=why_not,
+        cpus=info.cpus,
+        link_bytes_per_s=info.link_bytes_per_s or own or default,
+        kinds=_kinds(info),
+    )
+
+
+def _kinds(info: NodeInfo) -> frozenset[str]:
+    has = info.capabilities
+    return frozenset(
+        {
+            f"hypervisor:{has.driver}/{has.accelerator}",
+            *(f"machine:{each}" for each in has.machine_types),
+            *(f"cpu:{each}" for each in has.cpu_models),
+            *(f"feature:{each}" for each in has.cpu_features),
+            *(f"pool:{each}" for each in info.pools),
+        }
+    )
+
+
+def _domain(
+    domain: Domain,
+    figures: DomainFigures | None,
+    views: Mapping[str, NodeView],
+    places: Mapping[str, str],
+) -> DomainFacts:
+    spec, rules = domain.spec, domain.spec.placement
+    node = domain.node or ""
+    model = spec.cpu_model.partition(",")[0]
+    needs = {f"machine:{spec.machine}", f"cpu:{model}", *(f"pool:{d.pool}" for d in spec.disks)}
+    if (view := views.get(node)) is not None:
+        has = view.info.capabilities
+        needs.add(f"hypervisor:{has.driver}/{has.accelerator}")
+        if model in ("host", "max"):
+            needs |= {f"feature:{each}" for each in has.cpu_features}
+    obstacle = ""
+    if domain.state not in _MOVABLE:
+        obstacle = f"it is {domain.state}, and only a running domain migrates"
+        obstacle += f" ({domain.reason})" if domain.reason else ""
+    in_use = domain.memory_in_use_bytes or spec.memory_bytes
+    return DomainFacts(
+        name=domain.name,
+        node=places.get(domain.name, node),
+        memory_bytes=spec.memory_bytes,
+        content_bytes=figures.content_bytes if figures is not None else in_use,
+        dirty_bytes_per_s=figures.dirty_bytes_per_s if figures is not None else 0.0,
+        working_set_bytes=figures.working_set_bytes if figures is not None else 0,
+        priority=spec.priority,
+        vcpus=spec.vcpus,
+        policy=spec.maintenance,
+        restart=spec.maintenance_restart,
+        labels=frozenset(f"{key}={value}" for key, value in spec.labels.items()),
+        affinity=rules.affinity,
+        anti_affinity=rules.anti_affinity,
+        pinned=rules.pinned,
+        needs=frozenset(needs),
+        obstacle=obstacle,
+    )
+
+
+def with_policy(
+    domains: Iterable[DomainFacts], node: str, policy: DrainPolicy
+) -> tuple[DomainFacts, ...]:
+    """The policy that a drain's user asks for, in the place of the domains' own (never stays)."""
+    if policy is DrainPolicy.AUTO:
+        return tuple(domains)
+    asked = MaintenancePolicy(policy.value)
+    return tuple(
+        msgspec.structs.replace(each, policy=asked)
+        if each.node == node and each.policy is not MaintenancePolicy.NEVER
+        else each
+        for each in domains
+    )
+
+
+def moves_of(plan: Plan, priorities: Mapping[str, int]) -> tuple[Move, ...]:
+    """What a drain keeps of its plan."""
+    return tuple(
+        Move(
+            domain=each.domain,
+            source=each.source,
+            destination=each.destination,
+            policy=each.policy,
+            priority=priorities.get(each.domain, 500),
+            wire_bytes=each.wire_bytes,
+            planned_start_s=round(each.start_s, 3),
+            planned_s=round(each.seconds, 3),
+        )
+        for each in plan.moves
+    )
+
+
+def shown(move: PlannedMove) -> PlanMove:
+    """A planned move, as a dry run tells of it."""
+    sending_s = max(move.end_s - move.rates[0].at_s, 1e-9) if move.rates else 0.0
+    return PlanMove(
+        domain=move.domain,
+        source=move.source,
+        destination=move.destination,
+        policy=move.policy,
+        wire_bytes=move.wire_bytes,
+        bandwidth_bytes_per_s=move.wire_bytes / sending_s if sending_s else 0.0,
+        start_s=move.start_s,
+        seconds=move.seconds,
+    )

@@ -1,0 +1,146 @@
+"""Which domains an undrain brings back, and which it leaves where they are, and why."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Final
+
+import msgspec
+
+from migrator.errors import NotFoundError
+from migrator.model import DomainName, DomainState, MaintenancePolicy
+from node_agent.drain.resources import Drain, Move, MoveState, PlanBlocker
+from node_agent.drain.survey import Survey
+from node_agent.drain.world import DrainWorld
+from node_agent.planner.model import Blocker, DomainFacts, Plan
+
+_AWAY: Final = frozenset({MoveState.MOVED, MoveState.STOPPED})
+_BLANK: Final = Plan(moves=())
+
+
+async def plan(
+    world: DrainWorld, node: str, drained: Drain | None, sample_s: float, *, ask: bool = True
+) -> tuple[Survey, Plan, tuple[PlanBlocker, ...]]:
+    """The moves back to `node` of what `drained` took away. None: nothing comes back.
+
+    `ask`: whether the node is asked about each, which it refuses while it is kept free.
+    """
+    away = [move for move in drained.moves if move.state in _AWAY] if drained is not None else []
+    left: list[PlanBlocker] = []
+    coming: dict[str, list[str]] = defaultdict(list)
+    off: list[str] = []
+    for move in away:
+        reason = await _changed(world, node, move)
+        if reason:
+            left.append(_left(move.domain, reason))
+        elif move.state is MoveState.STOPPED:
+            off.append(move.domain)
+        else:
+            coming[move.destination or ""].append(move.domain)
+    survey = await world.survey(coming, sample_s=sample_s)
+    survey = _as_it_left(survey, away, off, node, await _stopped(world, off, node))
+    names = [name for each in coming.values() for name in each] + off
+    if not names:
+        return survey, _BLANK, tuple(left)
+    wanted = tuple((name, node) for name in names)
+    found = await world.plan(survey, names, survey.options(wanted=wanted), ask=ask)
+    left += [_left_by(each) for each in found.blockers]
+    return survey, msgspec.structs.replace(found, blockers=()), tuple(left)
+
+
+def complete(drain: Drain, drained: Drain | None, left: tuple[PlanBlocker, ...]) -> Drain:
+    """The undrain, with what it leaves among its moves."""
+    stays = tuple(
+        Move(
+            domain=each.domain,
+            source="",
+            destination=drain.node,
+            state=MoveState.LEFT,
+            error=each.reason,
+            ended_at_s=drain.created_at_s,
+        )
+        for each in left
+    )
+    return msgspec.structs.replace(
+        drain,
+        moves=drain.moves + stays,
+        restores=None if drained is None else drained.id,
+    )
+
+
+async def _changed(world: DrainWorld, node: str, move: Move) -> str:
+    """Why it isn't brought back, whatever the node is like; "": it might be."""
+    try:
+        domain = await world.cluster.get_domain(DomainName(move.domain))
+    except NotFoundError:
+        return "it isn't defined any more"
+    stopped = domain.state is DomainState.STOPPED
+    if move.state is MoveState.STOPPED:
+        return "" if stopped else f"it has been started on {domain.node} meanwhile"
+    if stopped:
+        return "it has been stopped meanwhile"
+    if domain.node == node:
+        return "it is there already"
+    if domain.node != move.destination:
+        return f"it was moved on to {domain.node} meanwhile"
+    if move.policy is not MaintenancePolicy.LIVE:
+        return (
+            f"it would have to be powered off again; it runs on {domain.node}, and goes back by "
+            f"`ferry migrate` or by a stop and a start"
+        )
+    if domain.spec.maintenance is MaintenancePolicy.NEVER:
+        return "its maintenance policy is never now"
+    return ""
+
+
+async def _stopped(world: DrainWorld, off: list[str], node: str) -> tuple[DomainFacts, ...]:
+    """The facts of domains that the drain powered off: they wait to be started again."""
+    found = []
+    for name in off:
+        spec = (await world.cluster.get_domain(DomainName(name))).spec
+        found.append(
+            DomainFacts(
+                name=name,
+                node="",
+                memory_bytes=spec.memory_bytes,
+                content_bytes=0,
+                priority=spec.priority,
+                policy=MaintenancePolicy.STOP,
+                pinned=spec.placement.pinned,
+                affinity=spec.placement.affinity,
+                anti_affinity=spec.placement.anti_affinity,
+                labels=frozenset(f"{key}={value}" for key, value in spec.labels.items()),
+            )
+        )
+    return tuple(found)
+
+
+def _as_it_left(
+    survey: Survey,
+    away: list[Move],
+    off: list[str],
+    node: str,
+    stopped: tuple[DomainFacts, ...],
+) -> Survey:
+    """With the policies that the drain used, and the node open whatever its cordon says now."""
+    policies = {move.domain: move.policy for move in away}
+    domains = tuple(
+        msgspec.structs.replace(each, policy=policies.get(each.name, each.policy))
+        for each in survey.domains
+        if each.name not in off
+    )
+    nodes = tuple(
+        msgspec.structs.replace(each, admits=True, why_not="")
+        if each.name == node and not each.why_not.startswith("it is unreachable")
+        else each
+        for each in survey.nodes
+    )
+    return msgspec.structs.replace(survey, domains=domains + stopped, nodes=nodes)
+
+
+def _left(domain: str, reason: str) -> PlanBlocker:
+    return PlanBlocker(domain=domain, reason=reason, remedy="")
+
+
+def _left_by(blocker: Blocker) -> PlanBlocker:
+    return PlanBlocker(domain=blocker.domain, reason=blocker.reason, remedy=blocker.remedy)

@@ -1,0 +1,193 @@
+"""What a drain's machine hears (events), and what it asks for (commands). Values only."""
+
+from __future__ import annotations
+
+from migrator.model import Migration, NodeState
+from migrator.ports import Struct
+from node_agent.drain.resources import CancelMode
+from node_agent.hooks.model import HookPoint
+
+# --- events --------------------------------------------------------------------------------------
+
+
+class Event(Struct, frozen=True, kw_only=True):
+    pass
+
+
+class Took(Event, frozen=True, kw_only=True):
+    """This agent coordinates now: it made the drain, or took it over from a silent one."""
+
+
+class Tick(Event, frozen=True, kw_only=True):
+    """Time has passed. `unreachable`: the nodes that are silent now."""
+
+    unreachable: frozenset[str] = frozenset()
+
+
+class HookDone(Event, frozen=True, kw_only=True):
+    point: HookPoint
+    error: str | None = None
+    """Why the drain must not go on."""
+
+
+class Looked(Event, frozen=True, kw_only=True):
+    """Where a domain is, and the migration that has hold of it, or that the move knows."""
+
+    domain: str
+    owner: str | None
+    """None: it doesn't run, or isn't defined any more."""
+    migration: Migration | None = None
+
+
+class Accepted(Event, frozen=True, kw_only=True):
+    """A migration has begun."""
+
+    domain: str
+    migration: Migration
+
+
+class Refused(Event, frozen=True, kw_only=True):
+    """It was not begun, and nothing was changed."""
+
+    domain: str
+    reason: str
+    elsewhere: bool
+    """Another destination might take it; else the domain itself is the reason."""
+
+
+class Unclear(Event, frozen=True, kw_only=True):
+    """Whether what was asked for was done is unknown: it must be looked at."""
+
+    domain: str
+    reason: str
+
+
+class Seen(Event, frozen=True, kw_only=True):
+    """A move's migration, as it stands."""
+
+    domain: str
+    migration: Migration
+
+
+class PoweredOff(Event, frozen=True, kw_only=True):
+    domain: str
+
+
+class Booted(Event, frozen=True, kw_only=True):
+    domain: str
+    node: str
+
+
+class Failed(Event, frozen=True, kw_only=True):
+    """A stop or a start came to nothing."""
+
+    domain: str
+    error: str
+
+
+class Found(Event, frozen=True, kw_only=True):
+    """A destination for a domain whose first one came to nothing, or that came late."""
+
+    domain: str
+    destination: str
+    wire_bytes: int
+
+
+class NoPlace(Event, frozen=True, kw_only=True):
+    domain: str
+    reason: str
+
+
+class CancelAsked(Event, frozen=True, kw_only=True):
+    mode: CancelMode
+
+
+class Checked(Event, frozen=True, kw_only=True):
+    """What is on the node: by the ownership records, and by its own list of processes."""
+
+    owned: tuple[str, ...]
+    processes: tuple[str, ...]
+    boot_id: str = ""
+
+
+class CheckFailed(Event, frozen=True, kw_only=True):
+    """The node, or the store, can't be asked now."""
+
+    reason: str
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+class Command(Struct, frozen=True, kw_only=True):
+    pass
+
+
+class RunHook(Command, frozen=True, kw_only=True):
+    point: HookPoint
+
+
+class Look(Command, frozen=True, kw_only=True):
+    """Find out where it is; answered by Looked."""
+
+    domain: str
+    migration: str | None
+
+
+class Begin(Command, frozen=True, kw_only=True):
+    """Migrate; answered by Accepted, Refused or Unclear, then Seen again and again."""
+
+    domain: str
+    destination: str
+    bandwidth_bytes_per_s: int | None
+
+
+class Follow(Command, frozen=True, kw_only=True):
+    """Report this migration by Seen until it ends."""
+
+    domain: str
+    migration: str
+
+
+class Limit(Command, frozen=True, kw_only=True):
+    migration: str
+    bandwidth_bytes_per_s: int | None
+
+
+class CancelMigration(Command, frozen=True, kw_only=True):
+    migration: str
+
+
+class PowerOff(Command, frozen=True, kw_only=True):
+    """Answered by PoweredOff or Failed."""
+
+    domain: str
+
+
+class Boot(Command, frozen=True, kw_only=True):
+    """Start; answered by Booted or Failed."""
+
+    domain: str
+    node: str
+
+
+class Seek(Command, frozen=True, kw_only=True):
+    """Another destination than `tried`; answered by Found, NoPlace or Looked."""
+
+    domain: str
+    tried: tuple[str, ...]
+
+
+class Check(Command, frozen=True, kw_only=True):
+    """What is on the node; answered by Checked or CheckFailed."""
+
+
+class SetCordon(Command, frozen=True, kw_only=True):
+    state: NodeState
+
+
+class Tell(Command, frozen=True, kw_only=True):
+    """An entry for the cluster's event log."""
+
+    text: str
+    domain: str | None = None

@@ -1,0 +1,156 @@
+"""Each agent's watch over the cluster's drains.
+
+It follows `drains/`. A drain whose record hasn't changed for `SILENT_S` of this agent's own
+monotonic clock has lost its coordinator: it is taken over, by one compare-and-set. Likewise are set
+right: cordons whose drain has ended or never began, and nodes that a reboot brought back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from migrator.errors import ConflictError, FerryError
+from migrator.model import NodeName, NodeState
+from migrator.ports import Struct
+from node_agent.drain.cordons import read_cordons
+from node_agent.drain.records import DrainRecords
+from node_agent.drain.resources import DRAINS, Drain, DrainState, Operation, UndrainRequest
+from node_agent.events import EventKind
+from node_agent.state.typed import TypedStore, Versioned
+
+if TYPE_CHECKING:
+    from node_agent.drain.service import DrainService
+
+log = logging.getLogger(__name__)
+
+SILENT_S: Final = 5.0
+LOOK_S: Final = 1.0
+ORPHAN_S: Final = 120.0
+"""A cordon whose drain was never recorded is set right after so long: a plan takes its time."""
+_SETTLED: Final = {
+    DrainState.DONE: NodeState.DRAINED,
+    DrainState.PARTIAL: NodeState.CORDONED,
+    DrainState.CANCELLED: NodeState.READY,
+}
+
+
+class _Known(Struct, frozen=True, kw_only=True):
+    drain: Drain
+    key: str
+    revision: int
+    changed_at: float
+    """This agent's monotonic clock."""
+
+
+class DrainWatch:
+    """See the module."""
+
+    def __init__(
+        self,
+        service: DrainService,
+        store: TypedStore,
+        records: DrainRecords,
+        monotonic: Callable[[], float],
+        silent_s: float,
+        look_s: float,
+    ) -> None:
+        self._service = service
+        self._store = store
+        self._records = records
+        self._monotonic = monotonic
+        self._silent_s = silent_s
+        self._look_s = look_s
+        self._known: dict[str, _Known] = {}
+        self._orphans: dict[str, float] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def open(self) -> None:
+        self._tasks = [
+            asyncio.create_task(self._follow(), name="drains-follow"),
+            asyncio.create_task(self._watch(), name="drains-watch"),
+        ]
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _follow(self) -> None:
+        async for change in self._store.follow(DRAINS, Drain):
+            name = change.key.removeprefix(DRAINS)
+            if change.value is None:
+                self._known.pop(name, None)
+                continue
+            self._known[name] = _Known(
+                drain=change.value,
+                key=change.key,
+                revision=change.revision,
+                changed_at=self._monotonic(),
+            )
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._look_s)
+            try:
+                await self._take_over_silent()
+                await self._set_right()
+            except FerryError as error:
+                log.warning("drains can't be looked after now: %s", error)
+            except Exception:
+                log.exception("looking after drains failed")
+
+    async def _take_over_silent(self) -> None:
+        own_name = self._service.node
+        for name, known in list(self._known.items()):
+            drain = known.drain
+            if drain.ended or self._service.coordinates(name):
+                continue
+            own = drain.coordinator == own_name  # An earlier agent of this node.
+            silent_s = self._monotonic() - known.changed_at
+            if silent_s <= (self._look_s if own else self._silent_s):
+                continue
+            entry = Versioned(known.key, drain, known.revision)
+            taken = await self._records.take(entry, own_name)
+            if taken is not None:
+                why = "was restarted" if own else f"has been silent for {silent_s:.0f} s"
+                text = f"drain {name}: {drain.coordinator} {why}; {own_name} goes on"
+                self._service.events.emit(EventKind.DRAIN, text, drain=name)
+                self._service.begin(taken)
+
+    async def _set_right(self) -> None:
+        for node, cordon in (await read_cordons(self._store)).items():
+            if cordon.drain is None:
+                continue
+            known = self._known.get(cordon.drain)
+            passing = cordon.state in (NodeState.DRAINING, NodeState.RESTORING)
+            if known is None:
+                since = self._orphans.setdefault(cordon.drain, self._monotonic())
+                if passing and self._monotonic() - since > ORPHAN_S:
+                    drained = cordon.state is NodeState.DRAINING
+                    state = NodeState.CORDONED if drained else NodeState.READY
+                    only = frozenset({cordon.state})
+                    await self._service.set_cordon(node, state, None, only)
+                continue
+            self._orphans.pop(cordon.drain, None)
+            drain = known.drain
+            if passing and drain.ended:
+                back = drain.operation is not Operation.DRAIN
+                state = NodeState.READY if back else _SETTLED[drain.state]
+                await self._service.settle(drain, state)
+            elif cordon.state is NodeState.DRAINED and drain.reboot_hint:
+                await self._restore_rebooted(node, drain)
+
+    async def _restore_rebooted(self, node: NodeName, drain: Drain) -> None:
+        """The node was drained for a reboot: has it come back from it?"""
+        view = (await self._service.world.views()).get(node)
+        if view is None or view.state is NodeState.UNREACHABLE or drain.restored_by is not None:
+            return
+        if drain.boot_id and view.info.boot_id and view.info.boot_id != drain.boot_id:
+            with contextlib.suppress(ConflictError):  # Another agent was faster.
+                await self._service.undrain(node, UndrainRequest())
+                text = f"node {node} was rebooted; its domains come back"
+                self._service.events.emit(EventKind.DRAIN, text, drain=drain.id)

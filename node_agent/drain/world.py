@@ -1,0 +1,187 @@
+"""What drains do to the cluster and ask of it, through the services that any agent has."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from migrator.errors import FerryError, NotFoundError
+from migrator.model import (
+    DomainName,
+    Migration,
+    NodeName,
+    NodeState,
+    OwnershipState,
+)
+from migrator.ports import OwnershipStore
+from node_agent.cluster import ClusterService
+from node_agent.cluster_calls import (
+    MIGRATION_CHECK,
+    STATUSES,
+    MigrationParams,
+    Nothing,
+    Reasons,
+    Statuses,
+)
+from node_agent.domain_records import DomainRecords
+from node_agent.drain.figures import FIGURES, FIGURES_S, FiguresParams, NodeFigures
+from node_agent.drain.survey import Survey, make_survey
+from node_agent.nodes import NodeRegistry, NodeView
+from node_agent.peers.hub import PeerHub
+from node_agent.planner.model import Plan, PlanOptions
+from node_agent.planner.plan import plan_moves
+from node_agent.resources import Domain, MigrationCreate
+
+CALL_S: Final = 10.0
+_REPLANS_MAX: Final = 5
+_CHECKED_MAX: Final = 64
+"""Planned moves that are put to their nodes before a drain begins; the others are checked when
+they do, as every migration is."""
+
+
+class DrainWorld:
+    """Errors of every method: FerryError."""
+
+    def __init__(
+        self,
+        cluster: ClusterService,
+        *,
+        hub: PeerHub,
+        nodes: NodeRegistry,
+        records: DomainRecords,
+        ownership: OwnershipStore,
+    ) -> None:
+        self.cluster = cluster
+        self._hub = hub
+        self._nodes = nodes
+        self._records = records
+        self._ownership = ownership
+
+    # --- looking -----------------------------------------------------------------------------
+
+    async def views(self) -> Mapping[str, NodeView]:
+        return {str(name): view for name, view in (await self._nodes.read()).items()}
+
+    async def unreachable(self) -> frozenset[str]:
+        views = await self.views()
+        return frozenset(
+            name for name, view in views.items() if view.state is NodeState.UNREACHABLE
+        )
+
+    async def owner(self, domain: str) -> str | None:
+        """The node that runs it; None: nobody does, or it isn't defined any more."""
+        try:
+            await self._records.get(DomainName(domain))
+        except NotFoundError:
+            return None
+        owned = await self._ownership.read(DomainName(domain))
+        if owned is None or owned.state is not OwnershipState.RUNNING:
+            return None
+        return owned.owner
+
+    async def owned_by(self, node: str) -> tuple[str, ...]:
+        """The domains whose record says that they run there."""
+        records = await self._records.list_records()
+        owned = await self._records.list_ownership()
+        return tuple(
+            sorted(
+                name
+                for name, record in owned.items()
+                if record.owner == node
+                and record.state is OwnershipState.RUNNING
+                and name in records
+            )
+        )
+
+    async def processes(self, node: str) -> tuple[str, ...]:
+        """The domains that have a process there, whoever owns them. PeerError: it is silent."""
+        answer = await self._hub.call(
+            NodeName(node), STATUSES, Nothing(), Statuses, timeout_s=CALL_S
+        )
+        return tuple(sorted(status.name for status in answer.statuses))
+
+    async def migration_of(self, domain: str, known: str | None) -> Migration | None:
+        """The one that has hold of the domain now; else the known one; else None."""
+        migrations = await self.cluster.list_migrations()
+        for each in migrations:
+            if each.domain == domain and not each.ended:
+                return await self.cluster.get_migration(each.id)
+        return next((each for each in migrations if each.id == known), None)
+
+    # --- planning ----------------------------------------------------------------------------
+
+    async def survey(
+        self,
+        sources: Mapping[str, Collection[str]],
+        *,
+        sample_s: float,
+        closed: Collection[str] = (),
+        places: Mapping[str, str] | None = None,
+    ) -> Survey:
+        """The facts, with figures of the domains that each source has to send."""
+        views = await self.views()
+        domains: Sequence[Domain] = await self.cluster.list_domains()
+
+        async def ask(source: str, names: Collection[str]) -> NodeFigures | None:
+            towards = next(
+                (name for name, v in views.items() if v.state.admits and name != source), None
+            )
+            params = FiguresParams(domains=tuple(names), sample_s=sample_s, towards=towards)
+            try:
+                return await self._hub.call(
+                    NodeName(source), FIGURES, params, NodeFigures, timeout_s=FIGURES_S
+                )
+            except FerryError:  # The plan assumes what it isn't told.
+                return None
+
+        answers = await asyncio.gather(*(ask(*each) for each in sources.items()))
+        figures = {
+            source: answer
+            for source, answer in zip(sources, answers, strict=True)
+            if answer is not None
+        }
+        return make_survey(views, domains, figures, closed=closed, places=places)
+
+    async def plan(
+        self, survey: Survey, leaving: Collection[str], options: PlanOptions, *, ask: bool = True
+    ) -> Plan:
+        """A plan whose moves their nodes have agreed to: who refuses one is left out of the next.
+
+        Without `ask` by what is known alone: a dry run for a node that is still kept free.
+
+        In a thread of its own: of a large cluster it takes some seconds.
+        """
+        forbidden = set(options.forbidden)
+        for _ in range(_REPLANS_MAX):
+            asked = msgspec.structs.replace(options, forbidden=frozenset(forbidden))
+            plan = await asyncio.to_thread(plan_moves, survey.nodes, survey.domains, leaving, asked)
+            refused = await self._refused(plan) if ask else set()
+            if not refused - forbidden:
+                break
+            forbidden |= refused
+        return plan
+
+    async def _refused(self, plan: Plan) -> set[tuple[str, str]]:
+        """(domain, node) of the moves that their nodes refuse now."""
+
+        async def ask(domain: str, source: str, destination: str) -> tuple[str, str] | None:
+            body = MigrationCreate(destination=destination).towards(destination)
+            params = MigrationParams(domain=DomainName(domain), request=body)
+            try:
+                answer = await self._hub.call(
+                    NodeName(source), MIGRATION_CHECK, params, Reasons, timeout_s=CALL_S
+                )
+            except FerryError:
+                return None
+            mark = f"node {destination}"
+            theirs = any(reason.startswith(mark) for reason in answer.reasons)
+            return (domain, destination) if theirs else None
+
+        moves = [move for move in plan.moves if move.destination and move.rates][:_CHECKED_MAX]
+        answers = await asyncio.gather(
+            *(ask(move.domain, move.source, move.destination or "") for move in moves)
+        )
+        return {answer for answer in answers if answer is not None}

@@ -1,0 +1,234 @@
+"""The plan of a drain: `plan_moves`.
+
+How many moves at once is no guess: the schedule is played with 1, 2, 3 ... at once from a node, and
+the fewest that are within 2 % of the fastest are taken. More would only make each guest's
+pre-copy longer, and with it what it dirties meanwhile. A guest that writes fast needs a share of
+the link of twice its dirty rate, which bounds the number too.
+
+The lower bound, `Plan.lower_bound_s`: no plan of these moves is over before
+- each source has sent all of its bytes at the full speed of its link, and one setup and one finish;
+- nodes that alone can take some moves have received them;
+- the longest single move is over.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from typing import Final
+
+import numpy as np
+
+from migrator.model import MaintenancePolicy
+from node_agent.planner import schedule
+from node_agent.planner.model import (
+    ENGINE_BYTES_PER_S,
+    Blocker,
+    DomainFacts,
+    NodeFacts,
+    Plan,
+    PlannedMove,
+    PlanOptions,
+    wire_bytes,
+)
+from node_agent.planner.placement import Placement, place
+from node_agent.planner.schedule import Job
+
+PARALLEL_MAX: Final = 8
+"""Tried; each move costs its nodes a page engine's share of a core."""
+_GOOD_ENOUGH: Final = 1.02
+_STOPS_AT_ONCE: Final = 4
+
+
+def plan_moves(
+    nodes: Sequence[NodeFacts],
+    domains: Sequence[DomainFacts],
+    leaving: Collection[str],
+    options: PlanOptions | None = None,
+) -> Plan:
+    """Move the domains named in `leaving` away from where they are.
+
+    Those that can't be moved are blockers; the plan is of the others.
+    """
+    options = options or PlanOptions()
+    wanted = frozenset(leaving)
+    chosen = [each for each in domains if each.name in wanted]
+    blockers = [blocker for each in chosen if (blocker := _own_obstacle(each))]
+    blocked = {each.domain for each in blockers}
+    movable = [each for each in chosen if each.name not in blocked]
+    placement = place(nodes, domains, movable, options)
+    blockers += placement.blockers
+    blocked |= {each.domain for each in placement.blockers}
+    movable = [each for each in movable if each.name not in blocked]
+    live = [each for each in movable if each.policy is MaintenancePolicy.LIVE]
+    moves, parallel = _schedule(nodes, live, placement, options)
+    stops = _stops([each for each in movable if each not in live], placement, options)
+    moves = sorted([*moves, *stops], key=lambda move: (move.start_s, move.domain))
+    return Plan(
+        moves=tuple(moves),
+        blockers=tuple(sorted(blockers, key=lambda each: each.domain)),
+        parallel=parallel,
+        makespan_s=max((move.end_s for move in moves), default=0.0),
+        lower_bound_s=_lower_bound(nodes, live, stops, placement, options),
+    )
+
+
+def _own_obstacle(domain: DomainFacts) -> Blocker | None:
+    """What is the domain's own, whatever the nodes are like."""
+    leave = f"leave it there (--exclude {domain.name})"
+    if domain.policy is MaintenancePolicy.NEVER:
+        return Blocker(
+            domain=domain.name,
+            reason="its maintenance policy is never",
+            remedy=f"stop it, or change the policy, or {leave}",
+        )
+    if domain.obstacle and domain.policy is MaintenancePolicy.LIVE:
+        return Blocker(
+            domain=domain.name,
+            reason=domain.obstacle,
+            remedy=f"put that right, or power it off (--policy stop), or {leave}",
+        )
+    return None
+
+
+# --- the schedule --------------------------------------------------------------------------------
+
+
+def _schedule(
+    nodes: Sequence[NodeFacts],
+    live: Sequence[DomainFacts],
+    placement: Placement,
+    options: PlanOptions,
+) -> tuple[list[PlannedMove], int]:
+    """The best of what is tried, and its number of moves at once."""
+    if not live:
+        return [], options.parallel or 1
+    index = {node.name: at for at, node in enumerate(nodes)}
+    speeds = np.array([node.link_bytes_per_s for node in nodes]) * options.link_share
+    bounds = _parallel_bounds(index, speeds, live, options)
+    most = max(bounds)
+    tried: list[tuple[float, int, list[Job]]] = []
+    for number in range(1, most + 1) if options.parallel is None else (most,):
+        limits = [min(number, bound) for bound in bounds]
+        jobs = _jobs(index, speeds, live, placement, limits)
+        tried.append((schedule.run(jobs, speeds, speeds, limits, options), number, jobs))
+    fastest = min(seconds for seconds, _, _ in tried)
+    _, number, jobs = next(one for one in tried if one[0] <= fastest * _GOOD_ENOUGH)
+    facts = {each.name: each for each in live}
+    return [_planned(job, facts[job.key], nodes) for job in jobs], number
+
+
+def _parallel_bounds(
+    index: dict[str, int],
+    speeds: np.ndarray[tuple[int], np.dtype[np.float64]],
+    live: Sequence[DomainFacts],
+    options: PlanOptions,
+) -> list[int]:
+    """For each node how many may leave it at once."""
+    fastest_writer: dict[int, float] = defaultdict(float)
+    for domain in live:
+        at = index[domain.node]
+        fastest_writer[at] = max(fastest_writer[at], domain.dirty_bytes_per_s)
+    bounds = [1] * len(index)
+    for at, dirty in fastest_writer.items():
+        bounds[at] = options.parallel or PARALLEL_MAX
+        if options.parallel is None and dirty > 0.0:
+            bounds[at] = max(1, min(bounds[at], int(float(speeds[at]) / (2.0 * dirty))))
+    return bounds
+
+
+def _jobs(
+    index: dict[str, int],
+    speeds: np.ndarray[tuple[int], np.dtype[np.float64]],
+    live: Sequence[DomainFacts],
+    placement: Placement,
+    limits: Sequence[int],
+) -> list[Job]:
+    """The largest first: what is left at the end is small, so that all sources end alike."""
+    jobs = []
+    for domain in live:
+        source = index[domain.node]
+        rate = min(float(speeds[source]) / limits[source], ENGINE_BYTES_PER_S)
+        jobs.append(
+            Job(
+                domain.name,
+                source,
+                index[placement.destinations[domain.name]],
+                max(wire_bytes(domain, rate), 1),
+                domain.priority,
+            )
+        )
+    return sorted(jobs, key=lambda job: -job.wire)
+
+
+def _planned(job: Job, domain: DomainFacts, nodes: Sequence[NodeFacts]) -> PlannedMove:
+    return PlannedMove(
+        domain=job.key,
+        source=domain.node,
+        destination=nodes[job.destination].name,
+        policy=domain.policy,
+        memory_bytes=domain.memory_bytes,
+        wire_bytes=job.wire,
+        start_s=job.start_s,
+        seconds=job.end_s - job.start_s,
+        rates=tuple(job.rates),
+    )
+
+
+def _stops(
+    stopping: Sequence[DomainFacts], placement: Placement, options: PlanOptions
+) -> list[PlannedMove]:
+    """Powering off and starting elsewhere costs no bandwidth: a few at once, from the start."""
+    moves = []
+    lanes: dict[str, list[float]] = {}
+    for domain in sorted(stopping, key=lambda each: -each.priority):
+        ends = lanes.setdefault(domain.node, [0.0] * _STOPS_AT_ONCE)
+        lane = ends.index(min(ends))
+        moves.append(
+            PlannedMove(
+                domain=domain.name,
+                source=domain.node,
+                destination=placement.destinations.get(domain.name),
+                policy=domain.policy,
+                memory_bytes=domain.memory_bytes,
+                wire_bytes=0,
+                start_s=ends[lane],
+                seconds=options.stop_s,
+            )
+        )
+        ends[lane] += options.stop_s
+    return moves
+
+
+# --- the bound -----------------------------------------------------------------------------------
+
+
+def _lower_bound(
+    nodes: Sequence[NodeFacts],
+    live: Sequence[DomainFacts],
+    stops: Sequence[PlannedMove],
+    placement: Placement,
+    options: PlanOptions,
+) -> float:
+    bound = max((move.seconds for move in stops), default=0.0)
+    if not live:
+        return bound
+    speed = {node.name: node.link_bytes_per_s * options.link_share for node in nodes}
+    speeds = np.array([speed[node.name] for node in nodes])
+    overhead_s = options.setup_s + options.finish_s
+    leaving: dict[str, float] = defaultdict(float)
+    arriving: dict[bytes, float] = defaultdict(float)
+    capacity: dict[bytes, float] = {}
+    for domain in live:
+        rate = min(speed[domain.node], ENGINE_BYTES_PER_S)
+        sent = float(wire_bytes(domain, rate))
+        leaving[domain.node] += sent
+        mask = placement.candidates[domain.name]
+        key = mask.tobytes()
+        arriving[key] += sent
+        if key not in capacity:
+            capacity[key] = float(speeds[mask].sum())
+        best = min(rate, float(speeds[mask].max()))
+        bound = max(bound, overhead_s + sent / best)
+    bound = max(bound, *(overhead_s + sent / speed[name] for name, sent in leaving.items()))
+    return max(bound, *(overhead_s + sent / capacity[key] for key, sent in arriving.items()))
