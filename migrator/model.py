@@ -251,6 +251,17 @@ class MigrationMode(enum.StrEnum):
     """Pre-copy while it pays; then post-copy, instead of giving up."""
 
 
+class EngineKind(enum.StrEnum):
+    """Who moves the guest's memory."""
+
+    AUTO = "auto"
+    """Paged where the kernels and the domain allow it, else native; the migration says which."""
+    PAGED = "paged"
+    """Ferry's page engine."""
+    NATIVE = "native"
+    """The hypervisor's own migration, under Ferry's handoff. It has no post-copy."""
+
+
 class MigrationRequest(Value, frozen=True, kw_only=True):
     """What a user asks for."""
 
@@ -260,6 +271,8 @@ class MigrationRequest(Value, frozen=True, kw_only=True):
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 600.0
     on_timeout: OnTimeout = OnTimeout.CANCEL
     bandwidth_bytes_per_s: Annotated[int, msgspec.Meta(ge=65_536)] | None = None
+    engine: EngineKind = EngineKind.AUTO
+    """A migration that has begun says here which it was: paged or native."""
 
 
 class MigrationState(enum.StrEnum):

@@ -16,7 +16,7 @@ import abc
 import enum
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
@@ -36,6 +36,9 @@ from migrator.model import (
     VolumeInfo,
     VolumeName,
 )
+
+if TYPE_CHECKING:
+    from migrator.native_port import NativeMigration
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,6 +111,8 @@ class DomainEventKind(enum.StrEnum):
     DEVICE_STATE_LOADED = "device-state-loaded"
     """The destination is loaded and paused."""
     MIGRATION_FAILED = "migration-failed"
+    PASS_BEGAN = "pass-began"
+    """Of a hypervisor's own migration: it looked again for dirtied pages. `detail`: the number."""
     IO_ERROR = "io-error"
     PANICKED = "panicked"
     EXITED = "exited"
@@ -232,6 +237,11 @@ class HypervisorDriver(abc.ABC):
     @abc.abstractmethod
     async def receive_device_state(self, domain: DomainName, device_channel: Path) -> None:
         """Destination: listen on the unix socket. DEVICE_STATE_LOADED follows, or a failure."""
+
+    @property
+    def native(self) -> NativeMigration | None:
+        """Its own migration, which needs no page engine; None: Ferry can't drive one."""
+        return None
 
 
 # --- storage ---------------------------------------------------------------------------------

@@ -61,10 +61,10 @@ from node_agent.cluster_calls import (
     MigrationRef,
     Nothing,
     PredictParams,
-    Reasons,
     Statuses,
     StopParams,
     TakeoverParams,
+    Verdict,
 )
 from node_agent.cluster_views import Snapshot, domain_view, node_view
 from node_agent.domain_records import DomainRecords
@@ -262,10 +262,15 @@ class ClusterService:
             return DryRun(destination=body.destination or "", refused=(str(error),))
         request = body.towards(destination)
         params = MigrationParams(domain=domain, request=request)
-        reasons = await self._hub.call(
-            source, MIGRATION_CHECK, params, Reasons, timeout_s=OPERATION_TIMEOUT_S
+        verdict = await self._hub.call(
+            source, MIGRATION_CHECK, params, Verdict, timeout_s=OPERATION_TIMEOUT_S
         )
-        result = DryRun(destination=destination, refused=reasons.reasons)
+        result = DryRun(
+            destination=destination,
+            refused=verdict.reasons,
+            engine=verdict.engine,
+            engine_reason=verdict.engine_reason,
+        )
         wanted = PredictParams(domain=domain, request=request, sample_seconds=sample_seconds)
         wait_s = sample_seconds + OPERATION_TIMEOUT_S
         try:

@@ -15,6 +15,7 @@ from migrator.figures import DirtyRate, Prediction, SampleSeconds
 from migrator.model import (
     DomainName,
     DomainStatus,
+    EngineKind,
     Migration,
     MigrationRequest,
     NodeName,
@@ -104,6 +105,13 @@ class Reasons(Struct, frozen=True, kw_only=True):
     reasons: tuple[str, ...]
 
 
+class Verdict(Reasons, frozen=True, kw_only=True):
+    """What speaks against a migration, and which engine it would take."""
+
+    engine: EngineKind
+    engine_reason: str
+
+
 class ClusterCalls:
     """This node's answers to those calls. `register` once, before the hub starts."""
 
@@ -165,8 +173,10 @@ class ClusterCalls:
     async def _create(self, _: NodeName, params: MigrationParams) -> Migration:
         return await self._migrations.create(params.domain, params.request)
 
-    async def _check(self, _: NodeName, params: MigrationParams) -> Reasons:
-        return Reasons(reasons=tuple(await self._migrations.check(params.domain, params.request)))
+    async def _check(self, _: NodeName, params: MigrationParams) -> Verdict:
+        reasons = await self._migrations.check(params.domain, params.request)
+        choice = await self._migrations.choose_engine(params.domain, params.request)
+        return Verdict(reasons=tuple(reasons), engine=choice.engine, engine_reason=choice.reason)
 
     async def _dirty_rate(self, _: NodeName, params: DirtyRateParams) -> DirtyRate:
         return await self._migrations.dirty_rate(params.domain, params.seconds)

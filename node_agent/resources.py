@@ -16,6 +16,7 @@ from migrator.model import (
     DiskFormat,
     DomainSpec,
     DomainState,
+    EngineKind,
     Fencing,
     FileName,
     HypervisorCapabilities,
@@ -122,6 +123,7 @@ class MigrationCreate(Value, frozen=True, kw_only=True):
     mode: MigrationMode = MigrationMode.PRECOPY
     on_timeout: OnTimeout = OnTimeout.CANCEL
     bandwidth_bytes_per_s: Annotated[int, msgspec.Meta(ge=65_536)] | None = None
+    engine: EngineKind = EngineKind.AUTO
 
     def towards(self, destination: str) -> MigrationRequest:
         """The request with its destination decided."""
@@ -132,6 +134,7 @@ class MigrationCreate(Value, frozen=True, kw_only=True):
             mode=self.mode,
             on_timeout=self.on_timeout,
             bandwidth_bytes_per_s=self.bandwidth_bytes_per_s,
+            engine=self.engine,
         )
 
 
@@ -147,6 +150,10 @@ class DryRun(Value, frozen=True, kw_only=True):
 
     destination: str
     refused: tuple[str, ...]
+    engine: EngineKind | None = None
+    """Which one it would take: paged or native; null where that can't be said."""
+    engine_reason: str = ""
+    """Why that one, where it isn't the usual one."""
     prediction: Prediction | None = None
     prediction_unknown: str = ""
     """Why there is no prediction, where there is none and nothing else says so."""

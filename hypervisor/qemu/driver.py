@@ -24,6 +24,7 @@ from hypervisor.qemu.guest import COMMAND_TIMEOUT_S, Guest
 from hypervisor.qemu.host import HostProbe
 from hypervisor.qemu.launcher import Launched
 from hypervisor.qemu.memory import memory_in_use_bytes, open_memory
+from hypervisor.qemu.native import QemuNative
 from hypervisor.qemu.offload import offload
 from hypervisor.qemu.process import QemuProcess
 from hypervisor.qemu.qmp import Monitor, QmpDisconnected, QmpEvent
@@ -38,6 +39,7 @@ from migrator.model import (
     FileSource,
     HypervisorCapabilities,
 )
+from migrator.native_port import NativeMigration
 from migrator.ports import (
     AbortOutcome,
     DomainEvent,
@@ -85,6 +87,7 @@ class QemuDriver(HypervisorDriver):
         self._launching: set[str] = set()
         self._subscribers: list[Callable[[DomainEvent], None]] = []
         self._lock: int | None = None
+        self._native = QemuNative(self._guest)
 
     # --- the driver's life -----------------------------------------------------------------
 
@@ -369,6 +372,10 @@ class QemuDriver(HypervisorDriver):
 
     async def receive_device_state(self, domain: DomainName, device_channel: Path) -> None:
         await switchover.receive(self._guest(domain), device_channel)
+
+    @property
+    def native(self) -> NativeMigration:
+        return self._native
 
 
 def _ignore_event(_event: QmpEvent) -> None:

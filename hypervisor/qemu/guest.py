@@ -204,6 +204,9 @@ class Guest:
                 self._on_resume(event.at_s)
             case "MIGRATION":
                 self._on_migration(MigrationStatus.parse(event.data.get("status")), event.at_s)
+            case "MIGRATION_PASS":
+                number = str(event.data.get("pass", ""))
+                self._emit(DomainEventKind.PASS_BEGAN, event.at_s, number)
             case "BLOCK_IO_ERROR":
                 self.io_error = _describe_io_error(event.data)
                 self._emit(DomainEventKind.IO_ERROR, event.at_s, self.io_error)

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from hypervisor.qemu.guest import Guest
 from hypervisor.qemu.qmp import QmpCommandError, QmpDisconnected, QmpTimeout
@@ -24,10 +26,22 @@ from migrator.errors import HypervisorError
 from migrator.model import DomainState
 from migrator.ports import AbortOutcome
 
-_CAPABILITIES = ("x-ignore-shared", "pause-before-switchover", "late-block-activate", "events")
+HANDOFF_CAPABILITIES: Final = {
+    "pause-before-switchover": True,
+    "late-block-activate": True,
+    "events": True,
+}
+_CAPABILITIES: Final = {**HANDOFF_CAPABILITIES, "x-ignore-shared": True, "multifd": False}
+"""All that an earlier migration of the same process, of either engine, may have set otherwise."""
 
-_PARAMETERS = {"max-bandwidth": 1 << 40, "downtime-limit": 2_000_000}
-"""Bytes/s and ms, QEMU's largest: so that it goes to the switchover at once and isn't throttled."""
+UNLIMITED_BYTES_PER_S: Final = 1 << 40
+DOWNTIME_MS_MAX: Final = 2_000_000
+_PARAMETERS: Final = {
+    "max-bandwidth": UNLIMITED_BYTES_PER_S,
+    "downtime-limit": DOWNTIME_MS_MAX,
+    "tls-creds": "",
+}
+"""QEMU's largest: so that it goes to the switchover at once and isn't throttled."""
 
 CANCEL_TIMEOUT_S = 0.3
 """QEMU answers in ms. If it doesn't, its migration hangs in its socket and holds the main loop's
@@ -41,7 +55,7 @@ _SETTLE_PAUSE_S = 0.003
 
 async def prepare(guest: Guest) -> None:
     """Set all that can be set while the guest runs. Idempotent."""
-    await _set_capabilities(guest)
+    await set_capabilities(guest, _CAPABILITIES)
     await guest.execute("migrate-set-parameters", _PARAMETERS)
     guest.prepared = True
 
@@ -55,11 +69,16 @@ async def begin(guest: Guest, device_channel: Path) -> None:
     """
     if not guest.prepared:
         await prepare(guest)
+    await start(guest, f"unix:{device_channel}")
+
+
+async def start(guest: Guest, uri: str) -> None:
+    """QEMU's `migrate`. HypervisorError if QEMU refuses; the guest then runs on."""
     before = guest.migration
     guest.migration = MigrationStatus.SETUP
     guest.awaits_pause = True
     try:
-        await guest.execute("migrate", {"uri": f"unix:{device_channel}"})
+        await guest.execute("migrate", {"uri": uri})
     except QmpCommandError:
         guest.migration = before
         guest.awaits_pause = False
@@ -73,12 +92,12 @@ async def proceed(guest: Guest) -> None:
 
 async def receive(guest: Guest, device_channel: Path) -> None:
     """Destination: listen on a unix socket for the device state. HypervisorError if it can't."""
-    await _set_capabilities(guest)
+    await set_capabilities(guest, _CAPABILITIES)
     await guest.execute("migrate-incoming", {"uri": f"unix:{device_channel}"})
 
 
-async def _set_capabilities(guest: Guest) -> None:
-    states = [{"capability": name, "state": True} for name in _CAPABILITIES]
+async def set_capabilities(guest: Guest, wanted: Mapping[str, bool]) -> None:
+    states = [{"capability": name, "state": state} for name, state in wanted.items()]
     await guest.execute("migrate-set-capabilities", {"capabilities": states})
 
 

@@ -15,6 +15,7 @@ from typing import ClassVar
 import msgspec
 
 from hypervisor.simulated.host import DeviceState, SimulatedGuest, SimulatedHost
+from hypervisor.simulated.native import SimulatedNative
 from migrator.errors import HypervisorError, NotFoundError
 from migrator.model import (
     PAGE_SIZE_BYTES,
@@ -52,6 +53,7 @@ class SimulatedHypervisor(HypervisorDriver):
         self._directory = directory
         self._subscribers: list[Callable[[DomainEvent], None]] = []
         self._open = False
+        self._native = SimulatedNative(host, self._receive)
 
     # --- the driver's life -----------------------------------------------------------------
 
@@ -65,6 +67,8 @@ class SimulatedHypervisor(HypervisorDriver):
         if self._open:
             self._open = False
             self.host.listener = None
+            for domain in self._native.under_way():
+                self._cancel(self.host.guests[domain])
 
     def _deliver(self, event: DomainEvent) -> None:
         """Events come from the event loop, not from inside the call that caused them."""
@@ -234,7 +238,10 @@ class SimulatedHypervisor(HypervisorDriver):
         spec = guest.launch.spec
         payload = msgspec.json.encode(
             DeviceState(
-                domain=spec.name, machine=spec.machine, ran_s=guest.ran_s(self.host.clock())
+                domain=spec.name,
+                machine=spec.machine,
+                ran_s=guest.ran_s(self.host.clock()),
+                memory=self._native.memory_of(guest),
             )
         )
         path, guest.device_channel = guest.device_channel, None
@@ -251,10 +258,18 @@ class SimulatedHypervisor(HypervisorDriver):
             return AbortOutcome.GONE
         if guest.state is DomainState.POSTMIGRATE:
             return AbortOutcome.SENT
+        self._cancel(guest)
+        return AbortOutcome.RESUMED
+
+    def _cancel(self, guest: SimulatedGuest) -> None:
+        """End what was begun of a migration, if anything was."""
         if guest.state is DomainState.PRE_SWITCHOVER:
             self.host.close_channel(guest)
             self._give_up(guest, "cancelled")
-        return AbortOutcome.RESUMED
+        elif guest.device_channel is not None and not guest.incoming:
+            self.host.close_channel(guest)
+            name = guest.launch.spec.name
+            self.host.emit(name, DomainEventKind.MIGRATION_FAILED, "cancelled")
 
     def _give_up(self, guest: SimulatedGuest, detail: str) -> None:
         """The source is as it was before its switchover."""
@@ -269,8 +284,15 @@ class SimulatedHypervisor(HypervisorDriver):
         await self.host.faults.strike("receive_device_state")
         if guest.state is not DomainState.INCOMING or guest.loaded:
             raise HypervisorError(f"{domain}: can't receive: its state is {guest.state}")
+        self._receive(domain, device_channel)
+
+    @property
+    def native(self) -> SimulatedNative:
+        return self._native
+
+    def _receive(self, domain: DomainName, device_channel: Path) -> None:
+        guest, host = self._guest(domain), self.host
         guest.device_channel = device_channel
-        host = self.host
 
         def deliver(payload: bytes | None) -> None:
             guest.device_channel = None

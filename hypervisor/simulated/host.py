@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,8 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
     domain: str
     machine: str
     ran_s: float
+    memory: dict[str, bytes] = {}
+    """Populated extents by their offset, where the hypervisor moves the memory itself."""
 
 
 class SimulatedGuest:
@@ -130,6 +133,8 @@ class SimulatedGuest:
 
     def load(self, device_state: DeviceState) -> None:
         self._ran_s = device_state.ran_s
+        for offset, data in device_state.memory.items():
+            os.pwrite(self.memory_fd, data, int(offset))
         self.loaded = True
         self.state = DomainState.LOADED
 
@@ -141,6 +146,19 @@ class SimulatedGuest:
 
     def read_memory(self, offset_bytes: int, length_bytes: int) -> bytes:
         return os.pread(self.memory_fd, length_bytes, offset_bytes)
+
+    def populated(self) -> dict[str, bytes]:
+        """Every populated extent by its offset."""
+        found: dict[str, bytes] = {}
+        offset = 0
+        while offset < self.launch.spec.memory_bytes:
+            try:
+                start = os.lseek(self.memory_fd, offset, os.SEEK_DATA)
+            except OSError:  # None is left.
+                break
+            offset = os.lseek(self.memory_fd, start, os.SEEK_HOLE)
+            found[str(start)] = self.read_memory(start, offset - start)
+        return found
 
     @property
     def memory_in_use_bytes(self) -> int:
@@ -155,6 +173,8 @@ class SimulatedHost:
         self.clock = clock
         self.faults = SimulatedFaults()
         self.guests: dict[str, SimulatedGuest] = {}
+        self.native_pending: deque[int] = deque()
+        """Pages that are dirty again at the end of each pass of the hypervisor's own migration."""
         self.listener: Callable[[DomainEvent], None] | None = None
         self._next_pid = 1000
 

@@ -20,11 +20,7 @@ from migrator.model import (
     PassKind,
     PassReport,
 )
-from migrator.policy import (
-    DecisionKind,
-    decide,
-    throughput,
-)
+from migrator.policy import DecisionKind, decide, throughput
 from migrator.ports import AbortOutcome, DomainEventKind
 from migrator.prediction import after_first_pass
 from migrator.session.messages import (
@@ -384,6 +380,8 @@ class SourceSession(SourceLeave):
         match event:
             case TimerFired(name=TimerName.HANDOFF):
                 self._recover(f"no word from the destination within {self.timing.commit_s:g} s")
+            case EngineReported():
+                self._note_progress(event)  # A native engine's last pages.
             case PeerLost():
                 pass  # It may have won all the same: the timer asks the record.
             case GuestDestroyed() if self._destination_runs:

@@ -9,7 +9,7 @@ import msgspec
 import typer
 
 from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN
-from migrator.model import Migration, MigrationMode, OnTimeout, PassReport
+from migrator.model import EngineKind, Migration, MigrationMode, OnTimeout, PassReport
 from node_agent.cli.domains import path_of
 from node_agent.cli.errors import ExitCode
 from node_agent.cli.output import facts, moment, parse_size, settings, show, size, table
@@ -52,6 +52,13 @@ def migrate(
     bandwidth: Annotated[
         str | None, typer.Option(help="Bytes a second at most, like 100M.")
     ] = None,
+    engine: Annotated[
+        EngineKind,
+        typer.Option(
+            help="Who moves the memory: Ferry's page engine, the hypervisor itself, or (auto) "
+            "the page engine where it can be used."
+        ),
+    ] = EngineKind.AUTO,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Don't wait for its end.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what is against it, and predict it.")
@@ -76,6 +83,7 @@ def migrate(
         mode=mode,
         on_timeout=on_timeout,
         bandwidth_bytes_per_s=parse_size(bandwidth) if bandwidth is not None else None,
+        engine=engine,
     )
     client = settings.client()
     path = f"{path_of(name)}/migrations"
@@ -130,6 +138,7 @@ def show_migration(id: _IdArgument) -> None:
         ("blackout", f"{each.blackout_ms:.1f} ms" if each.blackout_ms is not None else ""),
         ("total", f"{each.total_s:.2f} s" if each.total_s is not None else ""),
         ("sent", size(each.progress.bytes_sent)),
+        ("engine", request.engine.value),
         ("mode", request.mode.value),
         ("downtime limit", f"{request.downtime_limit_ms} ms"),
         ("timeout", f"{request.timeout_s:g} s, then {request.on_timeout.value}"),

@@ -60,6 +60,9 @@ def dry_run_text(name: str, result: DryRun) -> str:
         text = f"domain {name} can't be migrated:\n{refused}"
     else:
         text = f"domain {name} can be migrated to {result.destination}"
+    if result.engine is not None:
+        why = f" ({result.engine_reason})" if result.engine_reason else ""
+        text += f"\nengine: {result.engine}{why}"
     if result.prediction is not None:
         text += "\n\n" + prediction_text(result.prediction)
     elif result.prediction_unknown:

@@ -15,6 +15,7 @@ from migrator.model import (
     DomainName,
     DomainSpec,
     DomainState,
+    EngineKind,
     HypervisorCapabilities,
     KernelBoot,
     NodeName,
@@ -34,6 +35,7 @@ class Inspection(Struct, frozen=True, kw_only=True):
     source: HypervisorCapabilities
     tls: bool | None = None
     """Whether the source's engine speaks TLS; None: nobody asks."""
+    engine: EngineKind = EngineKind.PAGED
 
 
 def node_reasons(
@@ -102,7 +104,7 @@ class DestinationCheck:
             *([] if self._cordon is None else [self._cordon()]),
             self._here(spec),
             self._memory(spec),
-            self._machine(spec, inspection.source),
+            self._machine(spec, inspection.source, inspection.engine),
             self._disks(spec),
             self._nics(spec),
             self._boot(spec),
@@ -150,7 +152,9 @@ class DestinationCheck:
             f"{max(free, 0) / 2**20:.0f} MiB free (incoming domains counted)"
         ]
 
-    async def _machine(self, spec: DomainSpec, source: HypervisorCapabilities) -> list[str]:
+    async def _machine(
+        self, spec: DomainSpec, source: HypervisorCapabilities, engine: EngineKind
+    ) -> list[str]:
         own = await self._hypervisor.capabilities()
         found: list[str] = []
         if own.driver != source.driver:
@@ -165,7 +169,7 @@ class DestinationCheck:
         missing = sorted(set(source.cpu_features) - set(own.cpu_features))
         if missing and model in ("host", "max"):
             found.append(f"its CPU lacks {', '.join(missing)}, which the guest may use ({model})")
-        if not own.paged_engine:
+        if engine is not EngineKind.NATIVE and not own.paged_engine:
             found.append(f"it can't receive memory: {own.paged_engine_reason}")
         return found
 

@@ -55,6 +55,7 @@ from node_agent.migrations.checks import (
     node_reasons,
     state_reasons,
 )
+from node_agent.migrations.engine_choice import EngineChoice, EngineChooser
 from node_agent.migrations.forecast import Forecaster
 from node_agent.migrations.moments import MigrationMoments
 from node_agent.migrations.publisher import Publisher
@@ -110,6 +111,7 @@ class MigrationManager(MigrationService):
         self._engine = engine
         self._forecaster = forecaster
         self._moments = moments
+        self._chooser = EngineChooser(node, hypervisor=hypervisor, nodes=nodes)
         self._boot_id = boot_id
         self._runners: dict[str, Runner] = {}
         self._restored: list[Runner] = []
@@ -204,6 +206,8 @@ class MigrationManager(MigrationService):
         reasons = await self.check(domain, request)
         if reasons:
             raise RefusedError(f"domain {domain} was not migrated: {reasons[0]}", reasons)
+        choice = await self._chooser.choose(name, request)
+        request = choice.apply_to(request)
         migration = MigrationId(secrets.token_hex(6))
         await self._domains.locks.claim_for_migration(name, migration)
         try:
@@ -220,6 +224,7 @@ class MigrationManager(MigrationService):
                 created_at_s=time.time(),
                 prediction=await self._forecaster.at_start(name, request),
             )
+            choice.note_in(session)
             await self._publisher.write(session.view())
         except BaseException:
             self._domains.locks.release_from_migration(name, migration)
@@ -260,8 +265,8 @@ class MigrationManager(MigrationService):
         else:
             reasons += state_reasons(name, (await self._hypervisor.inspect(name)).state)
         own = await self._hypervisor.capabilities()
-        if not own.paged_engine:
-            reasons.append(f"{self.node} can't send memory: {own.paged_engine_reason}")
+        choice = await self._chooser.choose(name, request)
+        reasons += choice.refused
         no_place = node_reasons(self.node, destination, await self._nodes.read())
         if no_place:
             return reasons + no_place
@@ -269,7 +274,7 @@ class MigrationManager(MigrationService):
             tls = await asyncio.to_thread(self._engine.tls) is not None
         except FerryError as error:
             return [*reasons, f"{self.node} can't send memory: {error}"]
-        inspection = Inspection(spec=spec, source=own, tls=tls)
+        inspection = Inspection(spec=spec, source=own, engine=choice.engine, tls=tls)
         try:
             answer = await self._hub.call(
                 destination, INSPECT, inspection, Reasons, timeout_s=INSPECT_S
@@ -277,6 +282,9 @@ class MigrationManager(MigrationService):
         except FerryError as error:
             return [*reasons, f"node {destination} doesn't answer: {error}"]
         return reasons + [f"node {destination}: {reason}" for reason in answer.reasons]
+
+    async def choose_engine(self, domain: str, request: MigrationRequest) -> EngineChoice:
+        return await self._chooser.choose(DomainName(domain), request)
 
     async def dirty_rate(self, domain: str, seconds: float) -> DirtyRate:
         return await self._forecaster.dirty_rate(DomainName(domain), seconds)

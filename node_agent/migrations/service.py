@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from migrator.figures import DirtyRate, Prediction
 from migrator.model import Migration, MigrationRequest
+from node_agent.migrations.engine_choice import EngineChoice
 
 
 class MigrationService(abc.ABC):
@@ -27,6 +28,10 @@ class MigrationService(abc.ABC):
     @abc.abstractmethod
     async def check(self, domain: str, request: MigrationRequest) -> Sequence[str]:
         """Why `create` would refuse; empty if it would accept. Changes nothing."""
+
+    @abc.abstractmethod
+    async def choose_engine(self, domain: str, request: MigrationRequest) -> EngineChoice:
+        """Which engine `create` would take, and why. Changes nothing."""
 
     @abc.abstractmethod
     async def dirty_rate(self, domain: str, seconds: float) -> DirtyRate:

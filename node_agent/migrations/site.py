@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from migrator.errors import RefusedError, StoreError
-from migrator.model import DomainName, FencingToken, MigrationId, NodeName, Role
+from migrator.model import DomainName, EngineKind, FencingToken, MigrationId, NodeName, Role
 from migrator.ports import FabricDriver, HypervisorDriver, OwnershipStore, Struct
 from migrator.runner import Session, Site
 from migrator.session.destination import DestinationSession
@@ -64,14 +64,17 @@ class NodeSite(Site):
         await self._domains.ownership.end_stale(domain)
         own = await self._hypervisor.capabilities()
         # The source compared its hypervisor when it asked; memory and bridges change by the second.
-        reasons = await self._check.reasons(Inspection(spec=spec, source=own))
+        reasons = await self._check.reasons(
+            Inspection(spec=spec, source=own, engine=session.request.engine)
+        )
         if reasons:
             raise RefusedError(f"{session.destination} can't take domain {domain}", reasons)
         launch, undo = await self._domains.build_launch(spec, FencingToken(session.next_token))
         try:
             await self._hypervisor.start_incoming(launch)
             undo.release()
-            await self._hypervisor.receive_device_state(domain, device_channel)
+            if session.request.engine is not EngineKind.NATIVE:
+                await self._hypervisor.receive_device_state(domain, device_channel)
         except BaseException:
             await self._hypervisor.destroy(domain)
             await undo()

@@ -16,6 +16,7 @@ from migrator.figures import DirtyPoint, DirtyRate, LinkOrigin, LinkSpeed, Predi
 from migrator.model import (
     DiskFormat,
     DomainSpec,
+    EngineKind,
     Migration,
     MigrationProgress,
     MigrationRequest,
@@ -35,6 +36,7 @@ from node_agent.domains import DomainService
 from node_agent.events import EventLog
 from node_agent.hooks.service import HookService
 from node_agent.machines import MachinePinner
+from node_agent.migrations.engine_choice import EngineChoice
 from node_agent.migrations.service import MigrationService
 from node_agent.nodes import NodeRegistry
 from node_agent.peers.hub import PeerHub
@@ -76,6 +78,9 @@ class FakeMigrations(MigrationService):
 
     async def check(self, domain: str, request: MigrationRequest) -> Sequence[str]:
         return self.reasons
+
+    async def choose_engine(self, domain: str, request: MigrationRequest) -> EngineChoice:
+        return EngineChoice(engine=EngineKind.PAGED, mode=request.mode)
 
     async def dirty_rate(self, domain: str, seconds: float) -> DirtyRate:
         if self.unpredictable is not None:

@@ -1,0 +1,309 @@
+"""Drives a hypervisor's own migration for a session, with the same messages as the page engine.
+
+    session                          native driver                 hypervisor
+      │ StartEngine (destination) ───────► receive ────────────────────►│
+      │◄──────────── EngineListening(host, port) ──────────────────────┤
+      │ ConnectEngine (source) ──────────► prepare                      │
+      │◄──────────── EngineConnected                                    │
+      │ RunPass(FIRST) ──────────────────► begin ══════════════════════►│ iterates by itself
+      │◄──────────── PassFinished ◄─────── PASS_BEGAN(2) ───────────────┤
+      │ RunPass(DIRTY): the one that is under way                       │
+      │◄──────────── PassFinished ◄─────── PASS_BEGAN(3) ───────────────┤
+      │ BeginSwitchover ─────────────────► switch_over ────────────────►│
+      │◄──────────── PAUSED, PRE_SWITCHOVER ────────────────────────────┤
+      │ RunPass(FINAL): nothing to do; the last pages go with the device state
+      │ ContinueSwitchover ────────────────────────────────────────────►│
+
+A hypervisor doesn't wait for the session between two passes; one that ends before the session has
+asked for it is told when it does. Where next to nothing is left, the hypervisor may stop the guest
+before it was told to: the pass under way is over then, and the switchover's events are told
+again once the session has begun one.
+
+It has no post-copy: see `NO_POST_COPY`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+from migrator.engine_driver import EngineSettings
+from migrator.errors import FerryError, HypervisorError
+from migrator.model import PAGE_SIZE_BYTES, DomainName, PassKind, PassReport, Role
+from migrator.native_port import NativeFigures, NativeMigration, NativeSettings
+from migrator.ports import DomainEvent, DomainEventKind, HypervisorDriver
+from migrator.session import vocabulary as v
+from migrator.session.destination import DestinationSession
+from migrator.session.source import SourceSession
+
+NO_POST_COPY: Final = (
+    "the native engine has no post-copy: once the hypervisor's own has begun, a link or a process "
+    "that fails leaves neither side with the whole memory, and cancelling it would resume the "
+    "source beside a destination that runs"
+)
+REPORT_S: Final = 0.5
+"""Between two looks at how far a pass is: the hypervisor has no event for that."""
+STOP_S: Final = 2.0
+_SWITCHING: Final = (DomainEventKind.PAUSED, DomainEventKind.PRE_SWITCHOVER)
+_OVER: Final = (
+    DomainEventKind.DEVICE_STATE_SENT,
+    DomainEventKind.MIGRATION_FAILED,
+    DomainEventKind.EXITED,
+)
+
+
+class NativeDriver:
+    """See the module. `feed` takes events; every task is owned here and ended by `close`."""
+
+    def __init__(
+        self,
+        session: SourceSession | DestinationSession,
+        *,
+        settings: EngineSettings,
+        hypervisor: HypervisorDriver,
+        feed: Callable[[v.Event], None],
+    ) -> None:
+        self._session = session
+        self._domain = DomainName(session.domain)
+        self._hypervisor = hypervisor
+        self._feed = feed
+        self._settings = settings
+        self._target: tuple[str, int] | None = None
+        self._pass: v.RunPass | None = None
+        """Which the session waits for."""
+        self._begun = False
+        self._sent = NativeFigures()
+        """As of the end of the last pass that was told."""
+        self._pass_began_at_s = 0.0
+        self._ended_at_s: list[float] = []
+        """The ends of passes that were not told yet."""
+        self._switching: list[DomainEvent] = []
+        """What the hypervisor said of a switchover, to be told again once one was begun."""
+        self._stopped = False
+        self._tail: asyncio.Task[None] | None = None
+        self._reporter: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._unsubscribe = hypervisor.subscribe(self._on_domain_event)
+
+    @property
+    def _native(self) -> NativeMigration:
+        native = self._hypervisor.native
+        if native is None:
+            raise HypervisorError(f"{self._hypervisor.name} has no migration that Ferry can drive")
+        return native
+
+    async def _native_settings(self) -> NativeSettings:
+        """ConfigError if the node's TLS files can't be used."""
+        settings, session = self._settings, self._session
+        return NativeSettings(
+            bind_address=settings.bind_address,
+            destination=session.destination,
+            channels=settings.streams,
+            bandwidth_bytes_per_s=session.request.bandwidth_bytes_per_s,
+            tls=await asyncio.to_thread(settings.tls),
+        )
+
+    # --- what the runner asks of an engine ---
+
+    def perform(
+        self,
+        command: v.StartEngine | v.ConnectEngine | v.RunPass | v.PullPages | v.StopEngine,
+        *,
+        memory: HypervisorDriver,
+    ) -> None:
+        """Begin a command; what is asked of the hypervisor goes in order, in the background."""
+        match command:
+            case v.StartEngine() if self._session.role is Role.DESTINATION:
+                self._queue("receive", self._receive())
+            case v.ConnectEngine():
+                self._target = (command.host, command.port)
+                self._queue("prepare", self._prepare())
+            case v.RunPass(kind=PassKind.FIRST):
+                self._pass = command
+                self._queue("begin", self._begin())
+            case v.RunPass(kind=PassKind.DIRTY):
+                self._pass = command
+                self._tell_later()
+            case v.RunPass(kind=PassKind.FINAL):
+                report = PassReport(
+                    number=command.number, kind=command.kind, seconds=0.0, pages=0, bytes_sent=0
+                )
+                asyncio.get_running_loop().call_soon(self._feed, v.PassFinished(report=report))
+            case v.RunPass() | v.PullPages():
+                self._lost(NO_POST_COPY)
+            case v.StopEngine():
+                self._stop()
+            case _:
+                pass
+
+    def warm_up(self) -> None:
+        """Nothing to warm up: the hypervisor is the engine."""
+
+    def limit_bandwidth(self, bandwidth_bytes_per_s: int | None) -> None:
+        if self._target is not None and not self._stopped:
+            self._queue("limit", self._limit(bandwidth_bytes_per_s))
+
+    async def drained(self) -> None:
+        """Wait until every command begun has ended; bounded by the hypervisor's own bounds."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=STOP_S)
+
+    async def close(self) -> None:
+        self._stop()
+        for task in tuple(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=STOP_S)
+
+    # --- in the hypervisor's place for a switchover ---
+
+    async def prepare_switchover(self, domain: DomainName) -> None:
+        """All is prepared before the first pass."""
+
+    async def begin_switchover(self, domain: DomainName, device_channel: Path) -> None:
+        self._pass = None
+        if not self._switching:
+            await self._native.switch_over(domain)
+        for event in tuple(self._switching):
+            self._feed(v.GuestReported(kind=event.kind, at_s=event.at_s, detail=event.detail))
+
+    # --- in order, in the background ---
+
+    def _queue(self, what: str, work: Coroutine[Any, Any, None]) -> None:
+        before = self._tail
+
+        async def in_turn() -> None:
+            try:
+                if before is not None and not before.done():
+                    await asyncio.wait([before])
+            except BaseException:
+                work.close()
+                raise
+            try:
+                await work
+            except FerryError as error:
+                self._lost(f"{what}: {error}")
+
+        self._tail = self._own(in_turn())
+
+    def _own(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        name = f"migration-{self._session.migration_id}-native"
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _lost(self, reason: str) -> None:
+        if not self._stopped:
+            self._feed(v.EngineLost(reason=reason))
+
+    def _stop(self) -> None:
+        self._stopped = True
+        self._unsubscribe()
+        if self._reporter is not None:
+            self._reporter.cancel()
+
+    async def _receive(self) -> None:
+        host, port = await self._native.receive(self._domain, await self._native_settings())
+        self._feed(v.EngineListening(host=host, port=port, secret=b""))
+
+    async def _prepare(self) -> None:
+        await self._native.prepare(self._domain, await self._native_settings())
+        status = await self._hypervisor.inspect(self._domain)
+        pages = (status.memory_in_use_bytes or 0) // PAGE_SIZE_BYTES
+        self._feed(v.EngineConnected(pages_in_use=pages, round_trip_ms=0.0))
+
+    async def _begin(self) -> None:
+        assert self._target is not None
+        self._pass_began_at_s = time.time()
+        self._begun = True
+        await self._native.begin(self._domain, *self._target)
+        if not self._stopped:
+            self._reporter = self._own(self._report())
+
+    async def _limit(self, bandwidth_bytes_per_s: int | None) -> None:
+        await self._native.limit_bandwidth(self._domain, bandwidth_bytes_per_s)
+
+    # --- what the hypervisor says ---
+
+    def _on_domain_event(self, event: DomainEvent) -> None:
+        if event.domain != self._domain or not self._begun:
+            return
+        if event.kind is DomainEventKind.PASS_BEGAN and not self._switching:
+            if event.detail != "1":
+                self._ended_at_s.append(event.at_s)
+                self._tell_later()
+        elif event.kind in _SWITCHING:
+            self._switching.append(event)
+            self._ended_at_s.append(event.at_s)
+            self._tell_later()
+        elif event.kind in _OVER:
+            if self._reporter is not None:
+                self._reporter.cancel()
+            if event.kind is DomainEventKind.DEVICE_STATE_SENT:
+                self._own(self._tell_the_end())
+
+    def _tell_later(self) -> None:
+        """Tell the pass that the session waits for, if it is over."""
+        if self._ended_at_s and self._pass is not None and not self._stopped:
+            self._queue("figures", self._tell_pass())
+
+    async def _tell_pass(self) -> None:
+        if self._pass is None or not self._ended_at_s:
+            return  # Told already, together with one before.
+        figures = await self._native.figures(self._domain)
+        command = self._pass
+        if command is None or not self._ended_at_s or self._stopped:
+            return
+        ended_at_s = self._ended_at_s[-1]
+        self._ended_at_s.clear()
+        self._pass = None
+        before, self._sent = self._sent, figures
+        # A guest that stands still dirties nothing: what is left goes with its device state.
+        left = 0 if self._switching else figures.remaining_bytes
+        report = PassReport(
+            number=command.number,
+            kind=command.kind,
+            seconds=max(ended_at_s - self._pass_began_at_s, 0.0),
+            pages=max(figures.pages - before.pages, 0),
+            bytes_sent=max(figures.bytes_sent - before.bytes_sent, 0),
+            zero_pages=max(figures.zero_pages - before.zero_pages, 0),
+            pending_pages=left // PAGE_SIZE_BYTES,
+            payload_bytes=max(figures.pages - before.pages, 0) * PAGE_SIZE_BYTES,
+        )
+        self._pass_began_at_s = ended_at_s
+        self._feed(v.PassFinished(report=report))
+
+    async def _report(self) -> None:
+        """Until the migration is over: how far it is."""
+        last, last_at_s = NativeFigures(), time.monotonic()
+        while not self._stopped:
+            await asyncio.sleep(REPORT_S)
+            try:
+                figures = await self._native.figures(self._domain)
+            except FerryError:
+                continue  # What ended it is told by its event.
+            now = time.monotonic()
+            rate = max(figures.bytes_sent - last.bytes_sent, 0) / (now - last_at_s)
+            last, last_at_s = figures, now
+            self._tell_figures(figures, rate)
+
+    async def _tell_the_end(self) -> None:
+        """The last pages are known only now. The handoff doesn't wait for this."""
+        try:
+            figures = await self._native.figures(self._domain)
+        except FerryError:
+            return
+        self._tell_figures(figures, 0.0)
+
+    def _tell_figures(self, figures: NativeFigures, rate: float) -> None:
+        self._feed(
+            v.EngineReported(
+                bytes_sent=figures.bytes_sent,
+                remaining_bytes=figures.remaining_bytes,
+                throughput_bytes_per_s=rate,
+            )
+        )
