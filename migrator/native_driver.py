@@ -95,13 +95,13 @@ class NativeDriver:
             raise HypervisorError(f"{self._hypervisor.name} has no migration that Ferry can drive")
         return native
 
-    async def _native_settings(self) -> NativeSettings:
+    async def _native_settings(self, channels: int) -> NativeSettings:
         """ConfigError if the node's TLS files can't be used."""
         settings, session = self._settings, self._session
         return NativeSettings(
             bind_address=settings.bind_address,
             destination=session.destination,
-            channels=settings.streams,
+            channels=channels,
             bandwidth_bytes_per_s=session.request.bandwidth_bytes_per_s,
             tls=await asyncio.to_thread(settings.tls),
         )
@@ -120,7 +120,7 @@ class NativeDriver:
                 self._queue("receive", self._receive())
             case v.ConnectEngine():
                 self._target = (command.host, command.port)
-                self._queue("prepare", self._prepare())
+                self._queue("prepare", self._prepare(max(command.secret[:1], default=1)))
             case v.RunPass(kind=PassKind.FIRST):
                 self._pass = command
                 self._queue("begin", self._begin())
@@ -207,11 +207,14 @@ class NativeDriver:
             self._reporter.cancel()
 
     async def _receive(self) -> None:
-        host, port = await self._native.receive(self._domain, await self._native_settings())
-        self._feed(v.EngineListening(host=host, port=port, secret=b""))
+        # Both ends must have as many connections: the secret's place, which is free, tells it.
+        channels = self._settings.streams
+        settings = await self._native_settings(channels)
+        host, port = await self._native.receive(self._domain, settings)
+        self._feed(v.EngineListening(host=host, port=port, secret=bytes([channels])))
 
-    async def _prepare(self) -> None:
-        await self._native.prepare(self._domain, await self._native_settings())
+    async def _prepare(self, channels: int) -> None:
+        await self._native.prepare(self._domain, await self._native_settings(channels))
         status = await self._hypervisor.inspect(self._domain)
         pages = (status.memory_in_use_bytes or 0) // PAGE_SIZE_BYTES
         self._feed(v.EngineConnected(pages_in_use=pages, round_trip_ms=0.0))
