@@ -32,7 +32,7 @@ from typing import Any, Final
 
 from migrator.engine_driver import EngineSettings
 from migrator.errors import FerryError, HypervisorError
-from migrator.model import PAGE_SIZE_BYTES, DomainName, PassKind, PassReport, Role
+from migrator.model import PAGE_SIZE_BYTES, DomainName, EngineKind, PassKind, PassReport, Role
 from migrator.native_port import NativeFigures, NativeMigration, NativeSettings
 from migrator.ports import DomainEvent, DomainEventKind, HypervisorDriver
 from migrator.session import vocabulary as v
@@ -87,6 +87,19 @@ class NativeDriver:
         self._reporter: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._unsubscribe = hypervisor.subscribe(self._on_domain_event)
+
+    @classmethod
+    def wanted(
+        cls,
+        session: SourceSession | DestinationSession,
+        settings: EngineSettings,
+        hypervisor: HypervisorDriver,
+        feed: Callable[[v.Event], None],
+    ) -> NativeDriver | None:
+        """One for a session whose request names this engine; None for the others."""
+        if session.request.engine is not EngineKind.NATIVE:
+            return None
+        return cls(session, settings=settings, hypervisor=hypervisor, feed=feed)
 
     @property
     def _native(self) -> NativeMigration:

@@ -39,7 +39,7 @@ from migrator.errors import (
 from migrator.hold_points import hold
 from migrator.journal import MigrationJournal
 from migrator.journal_entry import entry_of
-from migrator.model import DomainName, DomainState, EngineKind, FencingToken, NodeName, Role
+from migrator.model import DomainName, DomainState, FencingToken, NodeName, Role
 from migrator.native_driver import NativeDriver
 from migrator.ports import DomainEvent, HypervisorDriver, OwnershipStore
 from migrator.session import vocabulary as v
@@ -178,17 +178,11 @@ class Runner:
         self._leave: asyncio.Task[None] | None = None
         self._closed = False
         self.device_channel = engine.run_directory / f"{session.migration_id}.dev"
-        self._engine: EngineDriver | NativeDriver
-        self._switchover: HypervisorDriver | NativeDriver = hypervisor
-        """Who stops the guest for the last pages."""
-        if session.request.engine is EngineKind.NATIVE:
-            self._engine = self._switchover = NativeDriver(
-                session, settings=engine, hypervisor=hypervisor, feed=self.feed
-            )
-        else:
-            self._engine = EngineDriver(
-                session, settings=engine, device_channel=self.device_channel, feed=self.feed
-            )
+        native = NativeDriver.wanted(session, engine, hypervisor, self.feed)
+        self._engine = native or EngineDriver(
+            session, settings=engine, device_channel=self.device_channel, feed=self.feed
+        )
+        self._switchover = native or hypervisor
         self._unsubscribe = hypervisor.subscribe(self._on_domain_event)
 
     @property
