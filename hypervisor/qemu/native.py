@@ -27,7 +27,6 @@ from hypervisor.qemu.status import IDLE
 from migrator.errors import HypervisorError
 from migrator.model import DomainName
 from migrator.native_port import NativeFigures, NativeMigration, NativeSettings
-from migrator.tls import TlsFiles
 
 GUARD: Final = Path(__file__).with_name("guard.py")
 DOWNTIME_MS_MIN: Final = 1
@@ -46,7 +45,7 @@ class QemuNative(NativeMigration):
     async def receive(self, domain: DomainName, settings: NativeSettings) -> tuple[str, int]:
         guest = self._find(domain)
         await switchover.set_capabilities(guest, _capabilities(settings))
-        await _set_tls(guest, settings.tls, endpoint="server")
+        await _set_tls(guest, settings, endpoint="server")
         await guest.execute("migrate-set-parameters", _channel_parameters(settings))
         address = _address(settings.bind_address)
         await guest.execute("migrate-incoming", {"uri": f"tcp:{address}:0"})
@@ -57,7 +56,7 @@ class QemuNative(NativeMigration):
         guest = self._find(domain)
         guest.prepared = False  # For the page engine.
         await switchover.set_capabilities(guest, _capabilities(settings))
-        await _set_tls(guest, settings.tls, endpoint="client")
+        await _set_tls(guest, settings, endpoint="client")
         parameters = {
             **_channel_parameters(settings),
             "tls-hostname": settings.destination if settings.tls is not None else "",
@@ -137,14 +136,22 @@ def _channel_parameters(settings: NativeSettings) -> dict[str, object]:
 # --- TLS -------------------------------------------------------------------------------------
 
 
-async def _set_tls(guest: Guest, files: TlsFiles | None, *, endpoint: str) -> None:
+async def _set_tls(guest: Guest, settings: NativeSettings, *, endpoint: str) -> None:
     """Make QEMU's credentials anew from the node's files: they may have been renewed."""
     with contextlib.suppress(HypervisorError):  # There are none yet.
         await guest.execute("object-del", {"id": _TLS_ID})
+    files = settings.tls
     if files is None:
         return
     folder = guest.directory / "tls"
-    await offload(lambda: _link(folder, files))
+    names = {
+        "ca-cert.pem": files.authority_path,
+        "server-cert.pem": files.certificate_path,
+        "server-key.pem": files.key_path,
+        "client-cert.pem": files.certificate_path,
+        "client-key.pem": files.key_path,
+    }
+    await offload(lambda: _link(folder, names))
     await guest.execute(
         "object-add",
         {
@@ -162,15 +169,8 @@ async def _set_tls(guest: Guest, files: TlsFiles | None, *, endpoint: str) -> No
     )
 
 
-def _link(folder: Path, files: TlsFiles) -> None:
-    """The names that QEMU wants. HypervisorError if they can't be made."""
-    names = {
-        "ca-cert.pem": files.authority_path,
-        "server-cert.pem": files.certificate_path,
-        "server-key.pem": files.key_path,
-        "client-cert.pem": files.certificate_path,
-        "client-key.pem": files.key_path,
-    }
+def _link(folder: Path, names: Mapping[str, str]) -> None:
+    """The names that QEMU wants, as links. HypervisorError if they can't be made."""
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
