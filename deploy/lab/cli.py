@@ -82,6 +82,10 @@ def up(
         StoreKind | None,
         typer.Option("--store", help="Where the cluster's state is. New lab: sqlite, one file."),
     ] = None,
+    storage: Annotated[
+        str,
+        typer.Option("--storage", help="Storage servers to add, with a pool each: nfs,nbd"),
+    ] = "",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say each step.")] = False,
 ) -> None:
     """Make the lab, or repair it and let it grow."""
@@ -92,6 +96,7 @@ def up(
             nodes=nodes,
             link_mbit=link_mbit,
             store=store,
+            storage_kinds=[kind for kind in storage.split(",") if kind],
             report=print if verbose else lambda _line: None,
         )
     names = ", ".join(node.name for node in record.nodes)
@@ -196,6 +201,21 @@ def agent(
         ended = labs.stop_agent(name, node, kill=action is AgentAction.KILL)
     word = "killed" if action is AgentAction.KILL else "stopped"
     print(f"The agent of {node} is {word}." if ended else f"The agent of {node} wasn't running.")
+
+
+@app.command("storage")
+def storage_server(
+    kind: Annotated[str, typer.Argument(help="nfs, nbd, ...: one that the lab has.")],
+    action: Annotated[MemberAction, typer.Argument(help="kill: SIGKILL, as a crash would.")],
+    name: _Name = DEFAULT_NAME,
+) -> None:
+    """Start or kill one of the lab's storage servers (`up --storage nfs`)."""
+    with _errors_as_sentences():
+        changed = labs.storage_server(name, kind, run=action is MemberAction.START)
+    if action is MemberAction.START:
+        print(f"{kind} serves." if changed else f"{kind} was running.")
+    else:
+        print(f"{kind} is killed." if changed else f"{kind} wasn't running.")
 
 
 @app.command("etcd")

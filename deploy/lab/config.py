@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from deploy.lab import storage
 from deploy.lab.plan import ETCD_CLIENT_PORT, LabPlan, NodePlan, StoreKind
 from node_agent.config import (
     AgentConfig,
@@ -40,7 +41,10 @@ def agent_config(plan: LabPlan, node: NodePlan) -> AgentConfig:
         store=store_table(plan),
         hypervisor=HypervisorTable(),
         fabric=FabricTable(),
-        pools=(DirectorySettings(name="default", path=str(plan.volumes_path)),),
+        pools=(
+            DirectorySettings(name="default", path=str(plan.volumes_path)),
+            *storage.pools(plan),
+        ),
         peers=tuple(
             KnownPeer(name=other.name, address=format_endpoint(other.mgmt_address, PEER_PORT))
             for other in plan.nodes

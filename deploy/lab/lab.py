@@ -24,7 +24,7 @@ from typing import Final
 
 import msgspec
 
-from deploy.lab import etcd, namespaces, network, processes, registry
+from deploy.lab import etcd, namespaces, network, processes, registry, storage
 from deploy.lab.config import agent_config_text
 from deploy.lab.plan import (
     LabPlan,
@@ -86,6 +86,7 @@ def up(
     link_mbit: int | None = None,
     node_memory_bytes: int | None = None,
     store: StoreKind | None = None,
+    storage_kinds: Sequence[str] = (),
     agent_command: Sequence[str] | None = None,
     ready_timeout_s: float = READY_TIMEOUT_S,
     report: Callable[[str], None] = lambda _line: None,
@@ -93,8 +94,8 @@ def up(
     """Make the lab, or repair it and let it grow; returns when every agent answers.
 
     What isn't given stays as it is: 3 nodes, unshaped links (Mbit/s; 0 lifts a shaping), 4 GiB
-    a node and the state in an SQLite file for a new lab. `agent_command` gets `--config PATH`
-    appended. `report` hears each step.
+    a node and the state in an SQLite file for a new lab. `storage_kinds` are added to those that
+    it has. `agent_command` gets `--config PATH` appended. `report` hears each step.
 
     Raises FerryError (RefusedError: the machine lacks something; InvalidRequest: a number is wrong;
     ConflictError: the lab is locked, lives elsewhere or would shrink). Then, as after a
@@ -113,6 +114,9 @@ def up(
                 check_machine()
                 remove_traces(name, folder, ())
             plan = _merge(name, index, present, nodes, link_mbit, node_memory_bytes, store)
+            kinds = storage.check_kinds([*plan.storage, *storage_kinds])
+            storage.check_installed(kinds)
+            plan = msgspec.structs.replace(plan, storage=kinds)
             if plan.etcd_members:
                 etcd.check_installed()
             command = tuple(agent_command or (present.agent_command if present else AGENT_COMMAND))
@@ -267,6 +271,20 @@ def etcd_member(lab: str, member: str, *, run: bool) -> bool:
     return True
 
 
+def storage_server(lab: str, kind: str, *, run: bool) -> bool:
+    """Start the lab's storage server of a kind with what it has on its disk, or SIGKILL it.
+
+    False: it was so already. InvalidRequest: it has no such server.
+    """
+    require_root()
+    with registry.lab_lock(lab):
+        plan = load(lab).plan
+        if kind not in plan.storage:
+            names = ", ".join(plan.storage) or "none"
+            raise InvalidRequest(f"lab {lab} has no storage server {kind!r}; it has {names}")
+        return storage.start(plan, kind) if run else storage.kill(plan, kind)
+
+
 def namespace_of(lab: str, where: str) -> str:
     """The namespace of a node, an etcd member, `client`, `storage` or `switch`. InvalidRequest."""
     plan = load(lab).plan
@@ -312,6 +330,7 @@ def _merge(
     """
     count, rate = DEFAULT_NODES, None
     extra: dict[str, int] = {}
+    extra_storage: tuple[str, ...] = ()
     if present is not None:
         count, rate = present.plan.node_count, present.plan.link_mbit
         extra["node_memory_bytes"] = present.plan.node_memory_bytes
@@ -325,6 +344,7 @@ def _merge(
                 "take it down first"
             )
         store = present.plan.store
+        extra_storage = present.plan.storage
     if node_memory_bytes is not None:
         extra["node_memory_bytes"] = node_memory_bytes
     if link_mbit is not None:
@@ -336,6 +356,7 @@ def _merge(
         labs_root=labs_root(),
         link_mbit=rate,
         store=store or StoreKind.SQLITE,
+        storage=extra_storage,
         **extra,
     )
 
@@ -366,6 +387,7 @@ def _make(
         node.state_path.mkdir(parents=True, exist_ok=True)
     network.ensure_network(plan, made)
     etcd.ensure_members(plan, report)
+    storage.ensure_servers(plan, report)
     agents = {node.name: _ensure_agent(plan, node, command, undo, report) for node in plan.nodes}
     return write_record(plan, command, agents)
 

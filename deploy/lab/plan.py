@@ -142,6 +142,8 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
     node_memory_bytes: int = MEMORY_BYTES_DEFAULT
     store: StoreKind = StoreKind.SQLITE
     """Where the cluster's state is."""
+    storage: tuple[str, ...] = ()
+    """Its storage servers beside the folder of volumes: `deploy.lab.storage` knows them."""
 
     def namespace(self, role: str) -> str:
         return namespace_name(self.name, role)
@@ -311,6 +313,7 @@ def make_plan(
     link_mbit: int | None = None,
     node_memory_bytes: int = MEMORY_BYTES_DEFAULT,
     store: StoreKind = StoreKind.SQLITE,
+    storage: tuple[str, ...] = (),
 ) -> LabPlan:
     """Work out a lab; its folder is `labs_root`/`name`. Raises InvalidRequest, all faults at once.
 
@@ -343,4 +346,5 @@ def make_plan(
         link_mbit=link_mbit,
         node_memory_bytes=node_memory_bytes,
         store=store,
+        storage=storage,
     )
