@@ -30,7 +30,8 @@ system:
 	@deploy/setup/system.sh
 
 # An editable install: only what packages and the C shim are made of makes it stale.
-$(INSTALLED): pyproject.toml setup.py hypervisor/qemu/uffd_shim.c | system
+$(INSTALLED): pyproject.toml setup.py hypervisor/qemu/uffd_shim.c hypervisor/qemu/iscsi_shim.c \
+	hypervisor/qemu/shim.h | system
 	@python=$$(deploy/setup/system.sh python); \
 	$(BIN)/python -c 'import pip' 2>/dev/null || "$$python" -m venv --clear $(VENV)
 	$(PIP) install --quiet --retries 3 --timeout 60 -e '.[test,demo]'

@@ -8,20 +8,33 @@ from typing import Any, Final
 
 from migrator.model import NodeName, PoolName
 from migrator.ports import VolumeDriver
+from storage.block import BlockPool, make_block_pool
 from storage.directory import DirectoryPool
+from storage.iscsi import IscsiPool, make_iscsi_pool
 from storage.nfs import NfsPool
-from storage.settings import DirectorySettings, NfsSettings, PoolSettings, SimulatedSettings
+from storage.settings import (
+    BlockSettings,
+    DirectorySettings,
+    IscsiSettings,
+    NfsSettings,
+    PoolSettings,
+    SimulatedSettings,
+)
 from storage.simulated import SimulatedPool
 
 DRIVERS: Final[Mapping[str, type[VolumeDriver]]] = {
     "directory": DirectoryPool,
     "nfs": NfsPool,
+    "iscsi": IscsiPool,
+    "block": BlockPool,
     "simulated": SimulatedPool,
 }
 
 _MAKERS: Final[Mapping[type[Any], Callable[[Any, NodeName, Path], VolumeDriver]]] = {
     DirectorySettings: lambda it, node, _: DirectoryPool(PoolName(it.name), Path(it.path)),
     NfsSettings: lambda it, node, _: NfsPool(it, node),
+    IscsiSettings: lambda it, node, _: make_iscsi_pool(it, node),
+    BlockSettings: make_block_pool,
     SimulatedSettings: lambda it, node, _: SimulatedPool(PoolName(it.name), node=node),
 }
 

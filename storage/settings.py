@@ -67,16 +67,61 @@ class NbdSettings(PoolBase, frozen=True, kw_only=True, tag_field="driver", tag="
     reconnect_delay_s: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 60
 
 
+class IscsiSettings(PoolBase, frozen=True, kw_only=True, tag_field="driver", tag="iscsi"):
+    """LUNs, one a volume, used by QEMU's own iSCSI client.
+
+    Who makes them: `tgt_folder`, `tgt_socket` and `portal` together (tgtd), or `hook`.
+    """
+
+    portal: Endpoint | None = None
+    """Where the nodes reach tgtd."""
+    tgt_folder: AbsolutePath | None = None
+    """The folder of tgtd's volumes; tgtd and every agent must see it."""
+    tgt_socket: AbsolutePath | None = None
+    """tgtd's management socket: its $TGT_IPC_SOCKET, a dot, and its -C number."""
+    hook: AbsolutePath | None = None
+    """A program on the nodes that makes LUNs; docs/storage-iscsi.md says how it is asked."""
+    hook_fences: bool = False
+    """The hook also has grant, fence and token."""
+    chap_user: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._:@-]{1,63}$")] | None = None
+    chap_secret_file: AbsolutePath | None = None
+    """A file on the nodes, mode 0600, that holds the CHAP secret and nothing else."""
+    initiator_prefix: Annotated[
+        str, msgspec.Meta(pattern=r"^iqn\.[0-9]{4}-[0-9]{2}\.[a-z0-9.:-]{1,120}$")
+    ] = "iqn.2026-11.io.ferry:node"
+    """A node's initiator name is this, a colon and the node's name."""
+
+
+class BlockSettings(PoolBase, frozen=True, kw_only=True, tag_field="driver", tag="block"):
+    """Block devices that every node sees in a folder, under the same names. A device a volume."""
+
+    path: AbsolutePath
+    """Like /dev/disk/by-id, /dev/mapper, or a volume group's folder."""
+    hook: AbsolutePath | None = None
+    """A program that makes, grows and deletes devices. Without it the devices are the site's."""
+    fence_hook: AbsolutePath | None = None
+    """A program that fences a device by persistent reservations. Without it nothing fences."""
+
+
 class SimulatedSettings(PoolBase, frozen=True, kw_only=True, tag_field="driver", tag="simulated"):
     """In the agent's memory, for tests."""
 
 
-PoolSettings = DirectorySettings | NfsSettings | NbdSettings | SimulatedSettings
+PoolSettings = (
+    DirectorySettings
+    | NfsSettings
+    | NbdSettings
+    | IscsiSettings
+    | BlockSettings
+    | SimulatedSettings
+)
 
 BY_DRIVER: Final[dict[str, type[PoolBase]]] = {
     "directory": DirectorySettings,
     "nfs": NfsSettings,
     "nbd": NbdSettings,
+    "iscsi": IscsiSettings,
+    "block": BlockSettings,
     "simulated": SimulatedSettings,
 }
 DEFAULT_DRIVER: Final = "directory"

@@ -35,6 +35,10 @@ has_static_busybox() { # It's the demo guest's user space, where there are no li
     has busybox && ! ldd "$(command -v busybox)" >/dev/null 2>&1
 }
 
+has_qemu_iscsi() { # A module of QEMU's in Debian, and with it libiscsi.
+    ls /usr/lib/*/qemu/block-iscsi.so >/dev/null 2>&1
+}
+
 missing_packages() {
     find_python >/dev/null || echo python3 python3-venv
     has cc || echo gcc
@@ -42,6 +46,8 @@ missing_packages() {
     has qemu-system-x86_64 || echo qemu-system-x86
     has qemu-img || echo qemu-utils
     has_static_busybox || echo busybox-static
+    has_qemu_iscsi || echo qemu-block-extra
+    has tgtd || echo tgt
     has cpio || echo cpio
     has dpkg-deb || echo dpkg
     has ip || echo iproute2

@@ -31,6 +31,7 @@ from hypervisor.qemu.process import ProcessIdentity, QemuProcess, Spawn, identif
 from hypervisor.qemu.qmp import short_path
 from hypervisor.qemu.records import ProcessRecord
 from migrator.errors import HypervisorError
+from migrator.model import IscsiSource
 
 _KEPT_ENVIRONMENT = ("PATH", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "FERRY_TEST_SESSION")
 """QEMU inherits no more of the agent's environment, which may hold secrets. The last one is the
@@ -74,7 +75,7 @@ def launch_process(request: QemuLaunch, directory: Path, log: Path) -> Launched:
             pid = spawn(
                 Spawn(
                     arguments=arguments,
-                    environment=_environment(request.binary),
+                    environment=_environment(request.binary, _reservation_key(request)),
                     descriptors=descriptors,
                     log=log,
                 )
@@ -120,7 +121,26 @@ def _listen(path: Path) -> socket.socket:
     return listener
 
 
-def _environment(binary: str) -> dict[str, str]:
+def _reservation_key(request: QemuLaunch) -> int | None:
+    """The key that its iSCSI sessions register. One process has one: a domain has one token."""
+    keys = {
+        source.reservation_key
+        for source in request.launch.disks
+        if isinstance(source, IscsiSource) and source.reservation_key is not None
+    }
+    if not keys:
+        return None
+    name = request.launch.spec.name
+    if len(keys) > 1:
+        raise HypervisorError(f"{name}: its iSCSI disks have different reservation keys")
+    if not SHIM.exists():
+        raise HypervisorError(
+            f"{name}: the shim {SHIM.name} was not built: its iSCSI disks can't be fenced"
+        )
+    return keys.pop()
+
+
+def _environment(binary: str, reservation_key: int | None) -> dict[str, str]:
     environment = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
     if SHIM.exists():
         environment |= {
@@ -128,4 +148,6 @@ def _environment(binary: str) -> dict[str, str]:
             "FERRY_UFFD_FD": str(UFFD_FD),
             "FERRY_QEMU": binary,
         }
+    if reservation_key is not None:
+        environment["FERRY_ISCSI_KEY"] = f"{reservation_key:#x}"
     return environment

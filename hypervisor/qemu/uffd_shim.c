@@ -5,7 +5,9 @@
  *
  * A wrapper that execs QEMU (a shell, prlimit) must not act: its address space dies with the exec.
  * $FERRY_QEMU names the binary that is meant. In it, the environment is cleaned, so that nothing
- * that QEMU starts is preloaded. */
+ * that QEMU starts is preloaded.
+ *
+ * The other part of the shim, which registers QEMU's iSCSI sessions, is iscsi_shim.c. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <limits.h>
@@ -15,14 +17,18 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "shim.h"
+
 __attribute__((constructor)) static void park_userfaultfd(void) {
   const char *number = getenv("FERRY_UFFD_FD");
+  const char *iscsi_key = getenv("FERRY_ISCSI_KEY");
   const char *binary = getenv("FERRY_QEMU");
   char self[PATH_MAX], wanted[PATH_MAX];
   ssize_t length = readlink("/proc/self/exe", self, sizeof self - 1);
   if (!number || !binary || length < 0) return;
   self[length] = 0;
   if (!realpath(binary, wanted) || strcmp(self, wanted) != 0) return;
+  shim_iscsi_init(iscsi_key);
   int want = atoi(number);
   int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
   if (fd < 0) {
@@ -34,4 +40,5 @@ __attribute__((constructor)) static void park_userfaultfd(void) {
   unsetenv("LD_PRELOAD");
   unsetenv("FERRY_UFFD_FD");
   unsetenv("FERRY_QEMU");
+  unsetenv("FERRY_ISCSI_KEY");
 }

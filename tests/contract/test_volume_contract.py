@@ -49,7 +49,7 @@ class TestContract(VolumeContract):
 
 
 def test_every_driver_has_settings_and_a_suite() -> None:
-    suites = {"simulated", "directory", "nfs"}
+    suites = {"simulated", "directory", "nfs", "iscsi", "block"}
     assert set(DRIVERS) == suites
     assert suites <= set(BY_DRIVER)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import subprocess
 import time
 from typing import Any, Final
 
 from hypervisor.qemu.block_nodes import block_nodes
-from migrator.model import BlockSource
+from hypervisor.qemu.kernel import SHIM
+from migrator.model import BlockSource, IscsiSource
 
 ANSWER_S: Final = 30.0
 _PROMPT: Final = b"qemu-io> "
@@ -34,6 +36,7 @@ class Writer:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             bufsize=0,
+            env=_environment(source),
         )
         try:
             self._until_prompt(ANSWER_S)
@@ -85,6 +88,16 @@ class Writer:
                 raise AssertionError(f"qemu-io ended: {said.decode(errors='replace')}")
             said += piece
         return said.removesuffix(_PROMPT).decode(errors="replace")
+
+
+def _environment(source: BlockSource) -> dict[str, str]:
+    """With the shim, where the hypervisor has it: it registers iSCSI sessions."""
+    key = source.reservation_key if isinstance(source, IscsiSource) else None
+    if key is None:
+        return dict(os.environ)
+    program = shutil.which("qemu-io") or "qemu-io"
+    mine = {"LD_PRELOAD": str(SHIM), "FERRY_UFFD_FD": "200", "FERRY_QEMU": program}
+    return {**os.environ, **mine, "FERRY_ISCSI_KEY": f"{key:#x}"}
 
 
 def _options(source: BlockSource) -> tuple[list[dict[str, Any]], dict[str, Any]]:
