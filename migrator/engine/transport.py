@@ -13,6 +13,7 @@ and one that doesn't tell each other so, before anything else is said.
 from __future__ import annotations
 
 import contextlib
+import errno
 import select
 import socket
 import ssl
@@ -142,6 +143,8 @@ class SecureSocket:
                         raise BlockingIOError("nothing can be sent now") from None
                 except TimeoutError:
                     raise BlockingIOError("nothing could be sent in time") from None
+                except ValueError as error:
+                    raise _closed() from error
             self._unsent = None
         return count
 
@@ -172,6 +175,8 @@ class SecureSocket:
                 break
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 return got
+            except ValueError as error:
+                raise _closed() from error
         if not got:
             raise BlockingIOError("nothing came")
         return got
@@ -200,6 +205,11 @@ class SecureSocket:
 
 
 StreamSocket = socket.socket | SecureSocket
+
+
+def _closed() -> OSError:
+    """What a plain socket says of a use after `close`; an SSLSocket raises ValueError."""
+    return OSError(errno.EBADF, "the connection was closed here")
 
 
 def _next_write(buffers: Iterable[_ReadableBuffer]) -> _ReadableBuffer:
