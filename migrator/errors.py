@@ -3,6 +3,8 @@
     FerryError
     ├── InvalidRequest          the caller's fault: a field is wrong; names each one
     │   └── RefusedError        valid, but refused before anything moved; carries all reasons
+    ├── UnauthenticatedError    nobody knows who asks: no token, or a wrong, old or revoked one
+    ├── ForbiddenError          it is known who asks, and that they may not
     ├── NotFoundError           no such domain, node, migration, volume
     ├── ConflictError           the object's state forbids it, or somebody else was faster
     │   └── WrongStateError     a call in the wrong state; says actual and required
@@ -56,6 +58,16 @@ class RefusedError(InvalidRequest):
     def __init__(self, message: str, reasons: Sequence[str]) -> None:
         super().__init__(message)
         self.reasons = tuple(reasons)
+
+
+class UnauthenticatedError(FerryError):
+    code = "unauthenticated"
+    http_status = 401
+
+
+class ForbiddenError(FerryError):
+    code = "forbidden"
+    http_status = 403
 
 
 class NotFoundError(FerryError):

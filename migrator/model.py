@@ -227,6 +227,8 @@ class NodeInfo(Value, frozen=True, kw_only=True):
     pools: tuple[str, ...] = ()
     link_bytes_per_s: float | None = None
     """Of the interface of `migration_address`, where it says so; each way."""
+    round_trips_ms: dict[str, float] = msgspec.field(default_factory=dict)
+    """The last measured round trip to each node that it keeps a connection to."""
 
 
 # --- migrations ------------------------------------------------------------------------------

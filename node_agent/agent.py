@@ -33,7 +33,7 @@ from node_agent import loop_monitor
 from node_agent.api.server import ApiServer, create_app
 from node_agent.cluster import ClusterService
 from node_agent.cluster_calls import ClusterCalls
-from node_agent.config import AgentConfig, format_endpoint
+from node_agent.config import AgentConfig, advertised
 from node_agent.domain_records import DomainRecords
 from node_agent.domain_takeover import DomainTakeover
 from node_agent.domains import DomainService
@@ -61,6 +61,9 @@ from node_agent.state.ownership import StoreOwnership
 from node_agent.state.port import StateStore
 from node_agent.state.sqlite import SqliteStore
 from node_agent.state.typed import TypedStore
+from node_agent.trust.members import Membership
+from node_agent.trust.opening import open_trust, wait_for_membership
+from node_agent.trust.removal import NodeRemoval
 from node_agent.volumes import VolumeService
 from storage.drivers import make_pool
 from storage.settings import DirectorySettings
@@ -127,8 +130,13 @@ def prepare_folders(config: AgentConfig) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
-    """A whole agent while the body runs. Errors of the start leave nothing behind but logs."""
+async def running_agent(
+    config: AgentConfig, on_removed: Callable[[], None] = lambda: None
+) -> AsyncIterator[None]:
+    """A whole agent while the body runs. Errors of the start leave nothing behind but logs.
+
+    `on_removed` is called when the node was removed from the cluster: the body should end.
+    """
     node = NodeName(config.node.name)
     await asyncio.to_thread(prepare_folders, config)
     boot_id = (await asyncio.to_thread(BOOT_ID_PATH.read_text)).strip()
@@ -140,6 +148,13 @@ async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
         events = EventLog(typed, node)
         await events.open()
         stack.push_async_callback(events.close)
+        members = Membership(
+            node,
+            typed,
+            static=config.peer_addresses,
+            on_removed=on_removed,
+        )
+        trust = await open_trust(config, typed, events, members)
         hypervisor = make_hypervisor(config)
         adopted = await hypervisor.open()
         stack.push_async_callback(hypervisor.close)
@@ -148,8 +163,16 @@ async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
         pools = make_pools(config, typed)
         await pools.open()
         stack.push_async_callback(pools.close)
-        hub = PeerHub(node, config.peer.listen_address, config.peer_addresses, version())
-        nodes = NodeRegistry(typed, lambda: describe(config, hypervisor, pools, boot_id))
+        hub = PeerHub(
+            node,
+            config.peer.listen_address,
+            {},
+            version(),
+            ssl_contexts=None if trust is None else trust.contexts.peers,
+            admit=members.admit,
+        )
+        nodes = NodeRegistry(typed, lambda: describe(config, hypervisor, pools, boot_id, members))
+        nodes.on_read = members.saw
         cordons = Cordons(typed)
 
         async def cordon() -> list[str]:
@@ -202,10 +225,14 @@ async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
             events=events,
         )
         ClusterCalls(domains, takeover, migrations).register(hub)
+        if trust is not None:
+            trust.attach(hub)
         await hub.start()
         stack.push_async_callback(hub.close)
         await nodes.open()
         stack.push_async_callback(nodes.close)
+        members.open(hub)
+        stack.push_async_callback(members.close)
         await migrations.open()
         cluster = ClusterService(
             node,
@@ -228,13 +255,25 @@ async def running_agent(config: AgentConfig) -> AsyncIterator[None]:
         )
         await drains.open()
         stack.push_async_callback(drains.close)
+        removal = NodeRemoval(
+            node,
+            typed,
+            nodes=nodes,
+            records=records,
+            migrations=migrations,
+            secured=trust is not None,
+        )
         api = ApiServer(
-            create_app(cluster, drains=drains, version=version()),
+            create_app(cluster, drains=drains, version=version(), trust=trust, removal=removal),
             listen=config.api.listen_address,
             socket_path=Path(config.api.socket),
+            ssl_context=None if trust is None else trust.contexts.api,
         )
         await api.start()
         stack.push_async_callback(api.close)
+        if trust is not None:
+            await trust.start()
+            stack.push_async_callback(trust.close)
         events.emit(EventKind.AGENT_STARTED, f"the agent of {node} is up", adopted=len(adopted))
         yield
 
@@ -331,13 +370,15 @@ async def describe(
     hypervisor: HypervisorDriver,
     pools: Iterable[PoolName],
     boot_id: str,
+    members: Membership,
 ) -> NodeInfo:
     """What this node tells the others of itself with each heartbeat."""
     link = await link_speed.of_interface(config.migration.address)
+    peer_address, api_address = advertised(config)
     return NodeInfo(
         name=config.node.name,
-        api_address=format_endpoint(*config.api.listen_address),
-        peer_address=format_endpoint(*config.peer.listen_address),
+        api_address=api_address,
+        peer_address=peer_address,
         migration_address=config.migration.address,
         memory_bytes=config.node.memory_bytes,
         cpus=os.cpu_count() or 1,
@@ -347,6 +388,7 @@ async def describe(
         boot_id=boot_id,
         pools=tuple(pools),
         link_bytes_per_s=None if link is None else link.bytes_per_s,
+        round_trips_ms=members.round_trips_ms(),
     )
 
 
@@ -356,7 +398,9 @@ async def serve(config: AgentConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with running_agent(config):
+    if not await wait_for_membership(config, stop):
+        return
+    async with running_agent(config, on_removed=stop.set):
         if (monitor := loop_monitor.current()) is not None:
             monitor.reset()  # The start may block: nobody is served yet.
         log.info("agent %s of node %s is ready", version(), config.node.name)

@@ -124,7 +124,10 @@ class ClusterService:
         views = await self._nodes.read()
         records = await self._records.list_records()
         owned = await self._records.list_ownership()
-        return [node_view(view, records, owned) for _, view in sorted(views.items())]
+        return [
+            node_view(view, records, owned, self._hub.round_trip_ms(name))
+            for name, view in sorted(views.items())
+        ]
 
     async def health(self) -> Health:
         """StoreError if the store doesn't answer."""

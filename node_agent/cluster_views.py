@@ -58,6 +58,7 @@ def node_view(
     view: NodeView,
     records: Mapping[DomainName, DomainRecord],
     owned: Mapping[DomainName, OwnershipRecord],
+    round_trip_ms: float | None,
 ) -> Node:
     """The node resource, with the domains that run on it."""
     info = view.info
@@ -79,4 +80,6 @@ def node_view(
         domains=tuple(running),
         capabilities=info.capabilities,
         agent_version=info.agent_version,
+        round_trip_ms=round_trip_ms,
+        round_trips_ms=info.round_trips_ms,
     )

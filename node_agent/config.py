@@ -88,10 +88,18 @@ class MigrationTable(Table, frozen=True, kw_only=True):
 
 
 class TlsTable(Table, frozen=True, kw_only=True):
-    mode: Annotated[TlsMode, msgspec.Meta(description='"auto", "required" or "plain"')] = (
-        TlsMode.AUTO
+    mode: Annotated[TlsMode, msgspec.Meta(description='"required", "auto" or "plain"')] = (
+        TlsMode.REQUIRED
     )
-    """Between nodes. "auto": TLS if STATE_DIRECTORY/tls has the node's files, else plain."""
+    """`required`: the agent serves nobody before `ferry cluster init` or `join`; from then on it's
+    mutual TLS between nodes, HTTPS and users. `plain`: no TLS and no authentication, for a lab on
+    one machine. `auto`: plain as long as STATE_DIRECTORY/tls has no files."""
+    certificate_hours: Annotated[
+        float, msgspec.Meta(ge=1, le=87_600, description="hours, from 1 to 87600")
+    ] = 720.0
+    """How long the certificates hold that this node signs, if it does."""
+    announce: Annotated[bool, msgspec.Meta(description="true or false")] = True
+    """Whether a joining node may find this one by zeroconf."""
 
 
 class StoreTable(Table, frozen=True, kw_only=True):
@@ -196,6 +204,20 @@ def format_endpoint(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def advertised(config: AgentConfig) -> tuple[str, str]:
+    """The addresses (peer, API) that others reach this node at: never an unspecified one."""
+
+    def reachable(host: str) -> str:
+        try:
+            unspecified = ipaddress.ip_address(host).is_unspecified
+        except ValueError:
+            return host  # A host name.
+        return config.migration.address if unspecified else host
+
+    (peer, peer_port), (api, api_port) = config.peer.listen_address, config.api.listen_address
+    return format_endpoint(reachable(peer), peer_port), format_endpoint(reachable(api), api_port)
+
+
 def default_memory_bytes(host_bytes: int | None = None) -> int:
     """Host memory less 1 GiB for the host itself, but at least half of it."""
     total = host_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -224,7 +246,7 @@ def parse_config(text: str) -> AgentConfig:
     derived = _fill_derived(raw)
     peer = derived.get("peer")
     if isinstance(peer, dict) and peer.pop("tls", None) is not None:
-        problems.append("peer.tls: not supported yet; remove the table")
+        problems.append("peer.tls: there is no such table; see tls.mode")
     problems += _problems(AgentConfig, derived, "")
     if not problems:
         config = msgspec.convert(derived, AgentConfig)
@@ -388,6 +410,6 @@ def render_config(config: AgentConfig) -> str:
     return "\n".join(lines)
 
 
-def _toml(value: str | int) -> str:
+def _toml(value: str | float) -> str:
     # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

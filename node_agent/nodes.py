@@ -69,11 +69,13 @@ class NodeRegistry:
         self._monotonic = monotonic
         self._seen: dict[str, _Seen] = {}
         self._task: asyncio.Task[None] | None = None
+        self.on_read: Callable[[Mapping[NodeName, NodeView]], None] = lambda views: None
+        """Hears every node with each heartbeat."""
 
     async def open(self) -> None:
         """Write the first heartbeat and go on in the background. StoreError: nothing runs."""
         await self.beat()
-        await self.read()
+        self.on_read(await self.read())
         self._task = asyncio.create_task(self._run(), name="node-heartbeat")
 
     async def close(self) -> None:
@@ -127,7 +129,7 @@ class NodeRegistry:
             await asyncio.sleep(self._interval_s)
             try:
                 await self.beat()
-                await self.read()
+                self.on_read(await self.read())
             except FerryError as error:
                 log.warning("heartbeat failed, trying again in %g s: %s", self._interval_s, error)
             except Exception:

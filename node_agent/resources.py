@@ -84,6 +84,10 @@ class Node(Value, frozen=True, kw_only=True):
     """The domains that run on it."""
     capabilities: HypervisorCapabilities
     agent_version: str
+    round_trip_ms: float | None = None
+    """Between the agent that was asked and this node; None: they have no connection."""
+    round_trips_ms: dict[str, float] = msgspec.field(default_factory=dict)
+    """What this node last measured to its neighbours."""
 
     @property
     def memory_free_bytes(self) -> int:
@@ -216,6 +220,14 @@ class DomainList(Value, frozen=True, kw_only=True):
 
 class MigrationList(Value, frozen=True, kw_only=True):
     migrations: tuple[Migration, ...]
+
+
+class NodeRemoved(Value, frozen=True, kw_only=True):
+    """A node is out."""
+
+    name: str
+    domains: tuple[str, ...]
+    """Those that are recorded there still: nobody else may run them before a takeover."""
 
 
 class NodeList(Value, frozen=True, kw_only=True):

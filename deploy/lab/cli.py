@@ -86,6 +86,13 @@ def up(
         str,
         typer.Option("--storage", help="Storage servers to add, with a pool each: nfs,nbd"),
     ] = "",
+    tls: Annotated[
+        bool | None,
+        typer.Option(
+            "--tls/--plain",
+            help="Found a cluster and join its nodes: mutual TLS, HTTPS, users. New lab: plain.",
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say each step.")] = False,
 ) -> None:
     """Make the lab, or repair it and let it grow."""
@@ -97,6 +104,7 @@ def up(
             link_mbit=link_mbit,
             store=store,
             storage_kinds=[kind for kind in storage.split(",") if kind],
+            tls=tls,
             report=print if verbose else lambda _line: None,
         )
     names = ", ".join(node.name for node in record.nodes)

@@ -6,6 +6,7 @@ from typing import Final
 
 from deploy.lab import storage
 from deploy.lab.plan import ETCD_CLIENT_PORT, LabPlan, NodePlan, StoreKind
+from migrator.tls import TlsMode
 from node_agent.config import (
     AgentConfig,
     ApiTable,
@@ -16,6 +17,7 @@ from node_agent.config import (
     NodeTable,
     PeerTable,
     StoreTable,
+    TlsTable,
     format_endpoint,
     render_config,
 )
@@ -45,10 +47,11 @@ def agent_config(plan: LabPlan, node: NodePlan) -> AgentConfig:
             DirectorySettings(name="default", path=str(plan.volumes_path)),
             *storage.pools(plan),
         ),
+        tls=TlsTable(mode=TlsMode.REQUIRED if plan.tls else TlsMode.PLAIN),
         peers=tuple(
             KnownPeer(name=other.name, address=format_endpoint(other.mgmt_address, PEER_PORT))
             for other in plan.nodes
-            if other.name != node.name
+            if other.name != node.name and not plan.tls  # Members are in the store.
         ),
     )
 

@@ -24,7 +24,7 @@ from typing import Final
 
 import msgspec
 
-from deploy.lab import etcd, namespaces, network, processes, registry, storage
+from deploy.lab import etcd, membership, namespaces, network, processes, registry, storage
 from deploy.lab.config import agent_config_text
 from deploy.lab.plan import (
     LabPlan,
@@ -87,6 +87,7 @@ def up(
     node_memory_bytes: int | None = None,
     store: StoreKind | None = None,
     storage_kinds: Sequence[str] = (),
+    tls: bool | None = None,
     agent_command: Sequence[str] | None = None,
     ready_timeout_s: float = READY_TIMEOUT_S,
     report: Callable[[str], None] = lambda _line: None,
@@ -94,8 +95,8 @@ def up(
     """Make the lab, or repair it and let it grow; returns when every agent answers.
 
     What isn't given stays as it is: 3 nodes, unshaped links (Mbit/s; 0 lifts a shaping), 4 GiB
-    a node and the state in an SQLite file for a new lab. `storage_kinds` are added to those that
-    it has. `agent_command` gets `--config PATH` appended. `report` hears each step.
+    a node, the state in an SQLite file and no TLS for a new lab. `storage_kinds` are added to those
+    that it has. `agent_command` gets `--config PATH` appended. `report` hears each step.
 
     Raises FerryError (RefusedError: the machine lacks something; InvalidRequest: a number is wrong;
     ConflictError: the lab is locked, lives elsewhere or would shrink). Then, as after a
@@ -113,7 +114,7 @@ def up(
                 undo.callback(remove_everything, name, folder, lock, ())
                 check_machine()
                 remove_traces(name, folder, ())
-            plan = _merge(name, index, present, nodes, link_mbit, node_memory_bytes, store)
+            plan = _merge(name, index, present, nodes, link_mbit, node_memory_bytes, store, tls)
             kinds = storage.check_kinds([*plan.storage, *storage_kinds])
             storage.check_installed(kinds)
             plan = msgspec.structs.replace(plan, storage=kinds)
@@ -121,6 +122,8 @@ def up(
                 etcd.check_installed()
             command = tuple(agent_command or (present.agent_command if present else AGENT_COMMAND))
             record = _make(plan, command, present, undo, report)
+            if plan.tls:
+                membership.ensure(plan, record, ready_timeout_s, report)
             for item, node in zip(record.nodes, plan.nodes, strict=True):
                 assert item.agent is not None
                 processes.wait_healthy(
@@ -324,6 +327,7 @@ def _merge(
     link_mbit: int | None,
     node_memory_bytes: int | None,
     store: StoreKind | None,
+    tls: bool | None,
 ) -> LabPlan:
     """What is asked for over what there is. Raises ConflictError if the lab would shrink, or its
     state would be left behind in another store.
@@ -345,6 +349,12 @@ def _merge(
             )
         store = present.plan.store
         extra_storage = present.plan.storage
+        if tls not in (None, present.plan.tls):
+            raise ConflictError(
+                f"lab {name} was made {'with' if present.plan.tls else 'without'} TLS; take it "
+                "down first"
+            )
+        tls = present.plan.tls
     if node_memory_bytes is not None:
         extra["node_memory_bytes"] = node_memory_bytes
     if link_mbit is not None:
@@ -357,6 +367,7 @@ def _merge(
         link_mbit=rate,
         store=store or StoreKind.SQLITE,
         storage=extra_storage,
+        tls=bool(tls),
         **extra,
     )
 

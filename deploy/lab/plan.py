@@ -144,6 +144,8 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Where the cluster's state is."""
     storage: tuple[str, ...] = ()
     """Its storage servers beside the folder of volumes: `deploy.lab.storage` knows them."""
+    tls: bool = False
+    """Whether its agents were joined by `ferry cluster init`, `token` and `join`; else plain."""
 
     def namespace(self, role: str) -> str:
         return namespace_name(self.name, role)
@@ -314,6 +316,7 @@ def make_plan(
     node_memory_bytes: int = MEMORY_BYTES_DEFAULT,
     store: StoreKind = StoreKind.SQLITE,
     storage: tuple[str, ...] = (),
+    tls: bool = False,
 ) -> LabPlan:
     """Work out a lab; its folder is `labs_root`/`name`. Raises InvalidRequest, all faults at once.
 
@@ -347,4 +350,5 @@ def make_plan(
         node_memory_bytes=node_memory_bytes,
         store=store,
         storage=storage,
+        tls=tls,
     )

@@ -10,6 +10,7 @@ from migrator.model import DomainName
 from node_agent.api.requests import CLUSTER, domain_of, read_body, reply
 from node_agent.api.route import Route
 from node_agent.hooks.model import HookCall, HookList, HookSpec, HookTest, HookTestResult
+from node_agent.trust.records import Role
 
 _HOOK: Final = "/v1/hooks/{name}"
 
@@ -60,6 +61,7 @@ ROUTES: Final = (
         method="POST",
         path="/v1/hooks",
         handler=add_hook,
+        role=Role.ADMIN,
         summary="Add a hook",
         body=HookSpec,
         status=201,
@@ -86,6 +88,7 @@ ROUTES: Final = (
         method="DELETE",
         path=_HOOK,
         handler=remove_hook,
+        role=Role.ADMIN,
         summary="Remove a hook",
         status=204,
         errors=(404,),

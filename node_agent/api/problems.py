@@ -9,9 +9,9 @@ from http import HTTPStatus
 from typing import Final
 
 import msgspec
-from aiohttp import web
+from aiohttp import hdrs, web
 
-from migrator.errors import FerryError, InvalidRequest, RefusedError
+from migrator.errors import FerryError, InvalidRequest, RefusedError, UnauthenticatedError
 from node_agent.resources import Problem
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
     except FerryError as error:
         if error.http_status >= 500:
             log.warning("%s %s: %s", request.method, request.path, error)
-        return respond(problem_of(error, request.rel_url.raw_path))
+        return respond(problem_of(error, request.rel_url.raw_path), _headers(error))
     except web.HTTPException as error:
         return _http_problem(request, error)
     except asyncio.CancelledError:
@@ -69,6 +69,11 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
         log.exception("%s %s failed", request.method, request.path)
         internal = FerryError("an error inside the agent; its log has the details")
         return respond(problem_of(internal, request.rel_url.raw_path))
+
+
+def _headers(error: FerryError) -> Mapping[str, str] | None:
+    asks = isinstance(error, UnauthenticatedError)
+    return {hdrs.WWW_AUTHENTICATE: 'Bearer realm="ferry"'} if asks else None
 
 
 def _http_problem(request: web.Request, error: web.HTTPException) -> web.Response:

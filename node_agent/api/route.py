@@ -9,6 +9,7 @@ from aiohttp import web
 
 from migrator.model import Name
 from migrator.ports import Struct
+from node_agent.trust.records import Role
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -45,6 +46,17 @@ class Route(Struct, frozen=True, kw_only=True):
     """Whether the response has a Location."""
     errors: tuple[int, ...] = ()
     """Statuses of the problem documents that are special to it."""
+    role: Role | None = None
+    """What a caller must be at least; None: viewer to read (GET), operator for all else."""
+    public: bool = False
+    """Whether it is served without a token."""
+
+    @property
+    def needed_role(self) -> Role:
+        """See `role`."""
+        if self.role is not None:
+            return self.role
+        return Role.VIEWER if self.method == "GET" else Role.OPERATOR
 
     @property
     def operation_id(self) -> str:

@@ -9,6 +9,7 @@ from migrator.model import DomainSpec, Migration
 from node_agent.api import handlers, hooks, storage, streams
 from node_agent.api.drain_routes import DRAIN_ROUTES
 from node_agent.api.route import Query, Route
+from node_agent.api.trust_routes import TRUST_ROUTES
 from node_agent.events import EventList
 from node_agent.resources import (
     Domain,
@@ -232,6 +233,7 @@ _REST: Final = (
         summary="Whether this agent serves and its store answers",
         result=Health,
         errors=(503,),
+        public=True,
     ),
 )
 
@@ -242,4 +244,5 @@ ROUTES: Final = (
     *hooks.ROUTES,
     *storage.ROUTES,
     *_REST,
+    *TRUST_ROUTES,
 )

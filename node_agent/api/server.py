@@ -1,9 +1,9 @@
 """The HTTP server: the route table as an aiohttp application, on TCP and on a unix socket.
 
-    request ──► problems ──► middlewares (authentication goes here) ──► handler ──► ClusterService
+    request ──► problems ──► middlewares (`auth`) ──► handler ──► ClusterService, Trust
 
-There is no authentication yet. The unix socket is its owner's alone (mode 0600); whoever reaches
-the TCP port may do everything, so it belongs on a management network.
+The unix socket is its owner's alone (mode 0600): who reaches it is admin. TCP is HTTPS with users
+and roles, or, where the configuration says "plain", open to whoever reaches it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import ssl
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +23,18 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from migrator.errors import ConfigError
+from node_agent.api.auth import authentication
 from node_agent.api.drain_handlers import DRAIN_SERVICE
 from node_agent.api.openapi import document
 from node_agent.api.problems import problems
 from node_agent.api.requests import BODY_CAP_BYTES, CLUSTER
 from node_agent.api.routes import ROUTES
 from node_agent.api.streams import HEARTBEAT_S, STREAMS, Streams
+from node_agent.api.trust_handlers import REMOVAL, TRUST
 from node_agent.cluster import ClusterService
 from node_agent.drain.service import DrainService
+from node_agent.trust.removal import NodeRemoval
+from node_agent.trust.service import Trust
 
 SHUTDOWN_S: Final = 2.0
 BACKLOG: Final = 128
@@ -42,13 +47,24 @@ def create_app(
     version: str = "",
     middlewares: Sequence[Middleware] = (),
     heartbeat_s: float = HEARTBEAT_S,
+    trust: Trust | None = None,
+    removal: NodeRemoval | None = None,
 ) -> web.Application:
-    """The application. `middlewares` come after `problems`: what they raise is answered as such."""
+    """The application. `middlewares` come after `problems`: what they raise is answered as such.
+
+    `trust`: None in plain mode; then nobody is asked who they are.
+    """
+    if trust is not None:
+        middlewares = (authentication(trust.users, trust.node, ROUTES), *middlewares)
     app = web.Application(middlewares=[problems, *middlewares], client_max_size=BODY_CAP_BYTES)
     app[CLUSTER] = cluster
     if drains is not None:
         app[DRAIN_SERVICE] = drains
     app[STREAMS] = Streams(heartbeat_s)
+    if trust is not None:
+        app[TRUST] = trust
+    if removal is not None:
+        app[REMOVAL] = removal
     for route in ROUTES:
         app.router.add_route(route.method, route.path, route.handler)
     described = msgspec.json.encode(document(ROUTES, version))
@@ -69,10 +85,16 @@ class ApiServer:
     """Serves an application. `listen` is (host, port), port 0 for any; None: no TCP."""
 
     def __init__(
-        self, app: web.Application, *, listen: tuple[str, int] | None, socket_path: Path | None
+        self,
+        app: web.Application,
+        *,
+        listen: tuple[str, int] | None,
+        socket_path: Path | None,
+        ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
         self._listen = listen
+        self._ssl_context = ssl_context
         self._socket_path = socket_path
         self._bound = False
         self._address: tuple[str, int] | None = None
@@ -104,7 +126,7 @@ class ApiServer:
             await asyncio.to_thread(self._socket_path.unlink, missing_ok=True)
 
     async def _start_tcp(self, host: str, port: int) -> None:
-        site = web.TCPSite(self._runner, host, port, backlog=BACKLOG)
+        site = web.TCPSite(self._runner, host, port, backlog=BACKLOG, ssl_context=self._ssl_context)
         try:
             await site.start()
         except OSError as error:

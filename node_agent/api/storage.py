@@ -17,6 +17,7 @@ from node_agent.resources import (
     VolumeList,
     VolumeResize,
 )
+from node_agent.trust.records import Role
 from storage.settings import PoolSettings
 
 _POOL: Final = "/v1/pools/{pool}"
@@ -100,6 +101,7 @@ ROUTES: Final = (
         method="POST",
         path="/v1/pools",
         handler=add_pool,
+        role=Role.ADMIN,
         summary="Add a pool to the cluster; refused where this agent can't use it",
         body=PoolSettings,
         status=201,
@@ -119,6 +121,7 @@ ROUTES: Final = (
         method="DELETE",
         path=_POOL,
         handler=remove_pool,
+        role=Role.ADMIN,
         summary="Remove a pool that no domain has a disk on; its volumes stay",
         status=204,
         errors=(404, 409),

@@ -10,8 +10,10 @@ import http.client
 import importlib
 import os
 import socket
+import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
@@ -85,6 +87,18 @@ def _listens(address: str) -> bool:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How an agent is spoken to over the network."""
+
+    token: str | None = None
+    """A bearer token."""
+    tls: ssl.SSLContext | None = None
+    """None: the system's authorities, for https."""
+    server_name: str | None = None
+    """The name that the agent's certificate must have; None: the host that was dialed."""
+
+
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: str, timeout: float) -> None:
         super().__init__("ferry", timeout=timeout)
@@ -107,23 +121,49 @@ class _TcpConnection(http.client.HTTPConnection):
         self.sock.settimeout(self.timeout)
 
 
+class _TlsConnection(_TcpConnection):
+    def __init__(self, host: str, port: int, timeout: float, access: Access) -> None:
+        super().__init__(host, port, timeout=timeout)
+        self._access = access
+
+    def connect(self) -> None:
+        super().connect()
+        context = self._access.tls or ssl.create_default_context()
+        name = self._access.server_name or self.host
+        try:
+            self.sock = context.wrap_socket(self.sock, server_hostname=name)
+        except BaseException:
+            self.sock.close()
+            raise
+
+
 class ApiClient:
     """One agent's API. Each request has its own connection.
 
     Errors: ApiProblem (the agent refused), Unreachable (it can't be asked, or doesn't answer).
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, access: Access | None = None) -> None:
         self.address = address
+        self._access = access or Access()
+        self._secure = False
         if not address.startswith("unix:"):
             parts = urlsplit(address if "//" in address else f"http://{address}")
+            self._secure = parts.scheme == "https"
             try:
-                self._host, self._port = parts.hostname or "", parts.port or 80
+                self._host = parts.hostname or ""
+                self._port = parts.port or (443 if self._secure else 80)
             except ValueError:
                 self._host = ""
-            if parts.scheme != "http" or not self._host:
+            if parts.scheme not in ("http", "https") or not self._host:
                 raise CliError(
-                    f"{address} is not an API address: unix:/PATH or http://HOST:PORT",
+                    f"{address} is not an API address: unix:/PATH, https://HOST:PORT or "
+                    "http://HOST:PORT",
+                    ExitCode.USAGE,
+                )
+            if self._access.token is not None and not self._secure:
+                raise CliError(
+                    f"a token is never sent in clear text: {address} must be https://HOST:PORT",
                     ExitCode.USAGE,
                 )
 
@@ -156,7 +196,7 @@ class ApiClient:
         """A stream's bytes as they come. The server says something every few seconds or ends."""
         with closing(self._connection(ANSWER_TIMEOUT_S)) as connection:
             try:
-                connection.request("GET", path, headers=dict(headers or {}))
+                connection.request("GET", path, headers={**self._authorization, **(headers or {})})
                 response = connection.getresponse()
                 if response.status >= 300:
                     self._raise_problem(response.status, response.read(ANSWER_CAP_BYTES))
@@ -170,7 +210,7 @@ class ApiClient:
         self, method: str, path: str, body: object = None, timeout_s: float = ANSWER_TIMEOUT_S
     ) -> bytes:
         data = None if body is None else msgspec.json.encode(body)
-        headers = {"Accept": "application/json"}
+        headers = {"Accept": "application/json", **self._authorization}
         if data is not None:
             headers["Content-Type"] = "application/json"
         with closing(self._connection(timeout_s)) as connection:
@@ -187,7 +227,14 @@ class ApiClient:
     def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
         if self.address.startswith("unix:"):
             return _UnixConnection(self.address.removeprefix("unix:"), timeout_s)
+        if self._secure:
+            return _TlsConnection(self._host, self._port, timeout_s, self._access)
         return _TcpConnection(self._host, self._port, timeout=timeout_s)
+
+    @property
+    def _authorization(self) -> dict[str, str]:
+        token = self._access.token
+        return {} if token is None else {"Authorization": f"Bearer {token}"}
 
     def _raise_problem(self, status: int, body: bytes) -> None:
         try:
@@ -206,7 +253,9 @@ class ApiClient:
             ) from error
 
     def _unreachable(self, error: Exception) -> Unreachable:
-        if isinstance(error, TimeoutError):
+        if isinstance(error, ssl.SSLCertVerificationError):
+            why = f"its certificate is not accepted: {error.verify_message}"
+        elif isinstance(error, TimeoutError):
             why = "it doesn't answer in time"
         elif isinstance(error, OSError):
             why = error.strerror or str(error)

@@ -7,11 +7,16 @@ from typing import Annotated
 import msgspec
 import typer
 
+from node_agent.cli.nodes import remove_node, round_trip, show_node
 from node_agent.cli.output import moment, settings, show, size, table
 from node_agent.events import ClusterEvent, EventList
 from node_agent.resources import NodeList
 
 nodes = typer.Typer(help="Nodes.", no_args_is_help=True, rich_markup_mode=None)
+
+
+nodes.command("show")(show_node)
+nodes.command("rm")(remove_node)
 
 
 @nodes.command("ls")
@@ -28,10 +33,20 @@ def list_nodes() -> None:
             f"{node.capabilities.driver} {node.capabilities.version} "
             f"({node.capabilities.accelerator})",
             f"{node.heartbeat_age_s:.1f} s ago",
+            round_trip(node.round_trip_ms),
         )
         for node in found
     ]
-    headings = ("NAME", "STATE", "DOMAINS", "MEMORY", "CPUS", "HYPERVISOR", "HEARTBEAT")
+    headings = (
+        "NAME",
+        "STATE",
+        "DOMAINS",
+        "MEMORY",
+        "CPUS",
+        "HYPERVISOR",
+        "HEARTBEAT",
+        "ROUND TRIP",
+    )
     show(found, table(headings, rows))
 
 

@@ -1,8 +1,8 @@
 """`ferry`: the command line. Everything goes through the HTTP API of one agent.
 
-`--api`, `--lab` and `--json` may stand anywhere. Results go to stdout, errors to stderr as one
-sentence; `ExitCode` lists the exit codes. Nothing heavy is imported until a command needs it, and
-`lab` and `demo`, which bring their own options, are mounted only when they are called.
+`--api`, `--context`, `--lab` and `--json` may stand anywhere. Results go to stdout, errors to
+stderr as one sentence; `ExitCode` lists the exit codes. Nothing heavy is imported until a command
+needs it, and `lab` and `demo`, which bring their own options, are mounted only when called.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ from typing import Annotated, Final
 import msgspec
 import typer
 
-from node_agent.cli import cluster, domains, drain, hooks, migrations, storage
+from node_agent.cli import (
+    cluster,
+    contexts,
+    domains,
+    drain,
+    hooks,
+    migrations,
+    storage,
+    trust,
+    users,
+)
 from node_agent.cli.errors import EXIT_CODES_HELP, ApiProblem, CliError, ExitCode
 from node_agent.cli.output import settings
 
@@ -32,10 +42,11 @@ These options may stand anywhere:
 
 \b
   --api ADDRESS  the agent: unix:/PATH or http://HOST:PORT ($FERRY_API)
+  --context NAME a cluster of `ferry context` ($FERRY_CONTEXT)
   --lab NAME     the first agent of this lab that answers ($FERRY_LAB)
   --json         machine-readable output, to stdout only
 
-Without them: /run/ferry/api.sock, or else the only lab of this machine.
+Without them: the current context, /run/ferry/api.sock, or the only lab of this machine.
 
 {EXIT_CODES_HELP}
 """
@@ -60,6 +71,9 @@ def build_app(mounted: str | None = None) -> typer.Typer:
     app.command("uncordon")(drain.uncordon)
     app.add_typer(drain.drains, name="drains")
     app.add_typer(cluster.nodes, name="node")
+    app.add_typer(trust.app, name="cluster")
+    app.add_typer(users.app, name="user")
+    app.add_typer(contexts.app, name="context")
     app.add_typer(storage.volumes, name="volume")
     app.add_typer(storage.pools, name="pool")
     app.add_typer(hooks.app, name="hook")
@@ -98,7 +112,7 @@ def take_settings(arguments: Sequence[str]) -> list[str]:
 
     CliError if one lacks its value. After `--` nothing is taken.
     """
-    settings.api, settings.lab, settings.json = None, None, False
+    settings.api, settings.lab, settings.json, settings.context = None, None, False, None
     rest: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:
@@ -107,12 +121,14 @@ def take_settings(arguments: Sequence[str]) -> list[str]:
             return [*rest, argument, *remaining]
         if argument == "--json":
             settings.json = True
-        elif name in {"--api", "--lab"}:
+        elif name in {"--api", "--lab", "--context"}:
             found = value if separator else next(remaining, None)
             if not found:
                 raise CliError(f"{name} needs a value", ExitCode.USAGE)
             if name == "--api":
                 settings.api = found
+            elif name == "--context":
+                settings.context = found
             else:
                 settings.lab = found
         else:
@@ -128,7 +144,7 @@ def take_leading(arguments: Sequence[str]) -> list[str]:
     """
     first = 0
     while first < len(arguments) and arguments[first].startswith("--"):
-        first += 2 if arguments[first] in {"--api", "--lab"} else 1
+        first += 2 if arguments[first] in {"--api", "--lab", "--context"} else 1
     if first >= len(arguments) or arguments[first] not in _MOUNTED:
         return []
     take_settings(arguments[:first])

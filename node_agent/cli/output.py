@@ -1,12 +1,13 @@
 """What the CLI prints: tables for people, JSON for programs, sizes both ways.
 
-The options `--api`, `--lab` and `--json` may stand anywhere on the command line; `main` takes them
-out and puts them into `settings`.
+The options `--api`, `--context`, `--lab` and `--json` may stand anywhere on the command line;
+`main` takes them out and puts them into `settings`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import sys
 import time
@@ -28,10 +29,20 @@ class Settings:
 
     api: str | None = None
     lab: str | None = None
+    context: str | None = None
     json: bool = False
 
     def client(self) -> ApiClient:
-        """The agent that those options, or the environment, choose."""
+        """The agent that those options, the environment, or the current context choose."""
+        if self.api is None and self.lab is None:
+            variables = {"FERRY_API", "FERRY_LAB"} & os.environ.keys()
+            name = self.context or (None if variables else os.environ.get("FERRY_CONTEXT"))
+            if name is not None or not variables:
+                from node_agent.cli.contexts import chosen
+
+                context = chosen(name)
+                if context is not None:
+                    return context.client()
         return ApiClient(find_address(self.api, self.lab))
 
 

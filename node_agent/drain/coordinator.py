@@ -28,6 +28,7 @@ from node_agent.drain.records import DrainRecords, LostError
 from node_agent.drain.resources import CancelMode, Drain
 from node_agent.drain.world import DrainWorld
 from node_agent.events import EventKind, EventLog
+from node_agent.hooks.model import HookPoint
 from node_agent.resources import MigrationCreate
 from node_agent.state.typed import Versioned
 
@@ -318,7 +319,7 @@ class Coordinator:
         boot_id = "" if view is None else view.info.boot_id
         self._hear(v.Checked(owned=owned, processes=processes, boot_id=boot_id))
 
-    async def _hook(self, point: v.HookPoint) -> None:
+    async def _hook(self, point: HookPoint) -> None:
         error: str | None = None
         try:
             async with asyncio.timeout(HOOK_S):

@@ -21,11 +21,13 @@ import enum
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from migrator.errors import PeerError, RemoteProtocolError
+from migrator.model import NodeName
+from migrator.tls import peer_node
 from migrator.wire import Frame, FrameDecoder, FrameKind, encode_frame
 from node_agent.peers import messages
 from node_agent.peers.messages import Hello, Notice, Request, Response, Side
@@ -48,6 +50,15 @@ class Timing:
     dial_s: float = 5.0
     backoff_first_s: float = 0.05
     backoff_longest_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class PeerCertificate:
+    """The certificate that the other side showed; its chain was checked by TLS."""
+
+    node: NodeName
+    serial: str
+    """Hexadecimal."""
 
 
 class State(enum.Enum):
@@ -95,6 +106,10 @@ class Connection(asyncio.Protocol):
         self._reason = "closed by the other side"
         self.state = State.GREETING
         self.round_trip_ms: float | None = None
+        self.certificate: PeerCertificate | None = None
+        """None without TLS."""
+        self.address: str = ""
+        """The other side's host, for the log."""
 
     @property
     def unsent_bytes(self) -> int:
@@ -141,10 +156,19 @@ class Connection(asyncio.Protocol):
         raw = transport.get_extra_info("socket")
         if raw is not None:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        name = transport.get_extra_info("peername")
+        self.address = str(name[0]) if name else ""
         self._owner.made(self)
         self._received_at_s = self._loop.time()
         hello_s = self._timing.hello_s
         self._set_timer(hello_s, lambda: self.refuse(f"no HELLO within {hello_s:g} s"))
+        secured = transport.get_extra_info("ssl_object")
+        if secured is not None:
+            try:
+                self.certificate = _certificate(secured)
+            except RemoteProtocolError as error:
+                self.refuse(str(error))
+                return
         if self._side is Side.DIALING:
             self._write(encode_frame(FrameKind.HELLO, self._hello))
 
@@ -165,6 +189,11 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         if error is not None and self.state is not State.REFUSING:
             self._reason = str(error)
+        if self.state is State.GREETING and self._side is Side.DIALING and self.certificate:
+            # TLS 1.3: our handshake is over before the other side has looked at our certificate.
+            self._reason += (
+                ", before it greeted; if it doesn't accept our certificate, its log says"
+            )
         self.state = State.CLOSED
         self._transport = None
         if self._timer is not None:
@@ -267,3 +296,11 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._loop.call_later(delay_s, callback)
+
+
+def _certificate(secured: Any) -> PeerCertificate:
+    """RemoteProtocolError if it names no node, or several."""
+    details = secured.getpeercert() or {}
+    return PeerCertificate(
+        node=peer_node(secured), serial=str(details.get("serialNumber", "")).upper()
+    )

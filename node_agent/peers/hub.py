@@ -7,8 +7,9 @@
 Each node dials those that it calls: a pair has up to two connections, one a direction. Frames and
 messages are in `messages.py`, greeting and keepalive in `connection.py`.
 
-A peer is who its HELLO says, if that name is known: without TLS the network must be trusted.
-`ssl_contexts` is the place where TLS comes in.
+With `ssl_contexts` every connection is mutual TLS 1.3, and a peer is who its certificate says: its
+HELLO must say the same. `admit` may refuse a certificate all the same (revoked). Without, a peer is
+who its HELLO says, if that name is known: the network must be trusted.
 """
 
 from __future__ import annotations
@@ -22,15 +23,19 @@ from typing import Final, TypeVar
 from migrator.errors import FerryError, PeerError
 from migrator.model import NodeName
 from node_agent.peers import messages
+from node_agent.peers.acceptor import Acceptor
 from node_agent.peers.connection import Connection, Timing
 from node_agent.peers.link import Link
 from node_agent.peers.messages import Hello, Side
+from node_agent.peers.refusals import RefusalLog
 from node_agent.peers.service import Inbound, Methods
 
 P = TypeVar("P")
 R = TypeVar("R")
 Address = tuple[str, int]
 SslContexts = Callable[[Side], ssl.SSLContext]
+Admit = Callable[[str, str], str | None]
+"""Why a node with a certificate of this serial number isn't served; None if it is."""
 
 INBOUND_LIMIT: Final = 256
 """Connections from peers at once; more are refused at their HELLO."""
@@ -52,6 +57,7 @@ class PeerHub:
         agent_version: str,
         *,
         ssl_contexts: SslContexts | None = None,
+        admit: Admit = lambda node, serial: None,
         timing: Timing | None = None,
     ) -> None:
         self.node = node
@@ -60,6 +66,9 @@ class PeerHub:
             version=messages.PROTOCOL_VERSION, node=node, agent_version=agent_version
         )
         self._ssl_contexts = ssl_contexts
+        self._admit = admit
+        self.refusals = RefusalLog(_log, node)
+        self._acceptor: Acceptor | None = None
         self._timing = timing or Timing()
         self._methods = Methods(node)
         self._server: asyncio.Server | None = None
@@ -72,9 +81,15 @@ class PeerHub:
     async def start(self) -> None:
         """Listen. PeerError if the address can't be bound; then nothing is left."""
         host, port = self._listen
+        contexts = self._ssl_contexts
+        accept: Callable[[], asyncio.Protocol] = self._accept
+        if contexts is not None:
+            self._acceptor = accept = Acceptor(
+                lambda: contexts(Side.LISTENING), self._accept, self.refusals.note
+            )
         try:
             self._server = await asyncio.get_running_loop().create_server(
-                self._accept, host, port, ssl=self._tls(Side.LISTENING), backlog=128
+                accept, host, port, backlog=128
             )
         except OSError as error:
             raise PeerError(f"{self.node} can't listen on {host} port {port}: {error}") from error
@@ -84,6 +99,8 @@ class PeerHub:
         self._closed = True
         if self._server is not None:
             self._server.close()
+        if self._acceptor is not None:
+            await self._acceptor.close()
         tasks = [task for inbound in self._inbound for task in inbound.tasks]
         for inbound in list(self._inbound):
             if inbound.connection is not None:
@@ -122,8 +139,9 @@ class PeerHub:
                     address,
                     self._hello,
                     self._timing,
-                    lambda: self._tls(Side.DIALING),
+                    self._dialing_context,
                     self._changed,
+                    self._admit,
                 )
 
     def handle(
@@ -216,15 +234,34 @@ class PeerHub:
             raise PeerError(f"{node} is not a known peer of {self.node}; nothing was sent")
         return link
 
-    def _tls(self, side: Side) -> ssl.SSLContext | None:
-        return None if self._ssl_contexts is None else self._ssl_contexts(side)
+    def _dialing_context(self) -> ssl.SSLContext | None:
+        return None if self._ssl_contexts is None else self._ssl_contexts(Side.DIALING)
+
+    def recheck(self) -> None:
+        """Ask `admit` again about every connection, and close those that it refuses now."""
+        for inbound in list(self._inbound):
+            connection = inbound.connection
+            if connection is not None and connection.certificate is not None and inbound.node:
+                reason = self._admit(inbound.node, connection.certificate.serial)
+                if reason is not None:
+                    self.refusals.note(inbound.node, reason)
+                    connection.refuse(reason)
+        for link in self._links.values():
+            link.recheck()
 
     def _accept(self) -> Connection:
-        inbound = Inbound(self._methods, self._inbound, self._refusal)
+        inbound = Inbound(self._methods, self._inbound, self._refusal, self.refusals)
         return Connection(Side.LISTENING, inbound, self._hello, self._timing)
 
-    def _refusal(self, node: str) -> str | None:
+    def _refusal(self, node: str, connection: Connection) -> str | None:
         """Why a peer of this name isn't served; None if it is."""
+        certificate = connection.certificate
+        if certificate is not None:
+            if certificate.node != node:
+                return f"its certificate is of {certificate.node}, but it says that it is {node!r}"
+            refused = self._admit(node, certificate.serial)
+            if refused is not None:
+                return refused
         if self._closed:
             return "the agent is shutting down"
         if len(self._inbound) > INBOUND_LIMIT:

@@ -16,6 +16,7 @@ from migrator.errors import PeerError, RemoteProtocolError
 from migrator.model import NodeName
 from migrator.wire import Frame, FrameKind
 from node_agent.peers import messages
+from node_agent.peers.acceptor import explain
 from node_agent.peers.connection import Connection, Owner, State, Timing
 from node_agent.peers.messages import CancelParams, Hello, Notice, Request, Side
 
@@ -36,6 +37,7 @@ class Link(Owner):
         timing: Timing,
         tls: Callable[[], ssl.SSLContext | None],
         changed: Callable[[NodeName, bool], None],
+        admit: Callable[[str, str], str | None],
     ) -> None:
         self.node = node
         self.address = address
@@ -43,6 +45,7 @@ class Link(Owner):
         self._timing = timing
         self._tls = tls
         self._changed = changed
+        self._admit = admit
         self._connection: Connection | None = None
         self._attempt: Connection | None = None
         self._greeting: asyncio.Future[None] | None = None
@@ -108,6 +111,17 @@ class Link(Owner):
         if self._connection is not None:
             self._connection.abort(reason)
 
+    def recheck(self) -> None:
+        """Close the connection if the peer's certificate isn't accepted any more."""
+        if self._connection is not None:
+            refused = self._refusal(self._connection)
+            if refused is not None:
+                self._connection.abort(refused)
+
+    def _refusal(self, connection: Connection) -> str | None:
+        certificate = connection.certificate
+        return None if certificate is None else self._admit(self.node, certificate.serial)
+
     def _send(
         self, connection: Connection, method: str, params: bytes, deadline_s: float
     ) -> tuple[int, asyncio.Future[bytes]]:
@@ -165,7 +179,13 @@ class Link(Owner):
         self._greeting = loop.create_future()
         try:
             async with asyncio.timeout(self._timing.dial_s):
-                await loop.create_connection(lambda: connection, *self.address, ssl=self._tls())
+                context = self._tls()
+                await loop.create_connection(
+                    lambda: connection,
+                    *self.address,
+                    ssl=context,
+                    server_hostname=None if context is None else self.node,
+                )
                 await self._greeting
         except BaseException as error:
             connection.abort("gave up")
@@ -175,6 +195,8 @@ class Link(Owner):
             if not isinstance(error, OSError | PeerError):  # A TimeoutError is an OSError.
                 raise
             why = "no answer" if isinstance(error, TimeoutError) else str(error)
+            if isinstance(error, ssl.SSLError):
+                why = explain(error)
             host, port = self.address
             raise PeerError(
                 f"{self.node} can't be reached at {host} port {port}: {why}; nothing was sent"
@@ -191,6 +213,9 @@ class Link(Owner):
             raise RemoteProtocolError(f"{hello.node} is at the address that {self.node} should be")
         if self._greeting is None or connection is not self._attempt:
             raise RemoteProtocolError("too late")
+        refused = self._refusal(connection)
+        if refused is not None:
+            raise RemoteProtocolError(refused)
         self._connection = connection
         self._greeting.set_result(None)
         self._changed(self.node, True)

@@ -26,6 +26,7 @@ from migrator.wire import BODY_CAP_BYTES, Frame, FrameKind
 from node_agent.peers import messages
 from node_agent.peers.connection import Connection, Owner, State
 from node_agent.peers.messages import CancelParams, Hello, Notice, Request, Response
+from node_agent.peers.refusals import RefusalLog
 
 HANDLERS_LIMIT: Final = 64
 _TIMEOUT_LONGEST_S: Final = 3600.0
@@ -84,13 +85,15 @@ class Inbound(Owner):
         self,
         methods: Methods,
         connections: set[Inbound],
-        refusal: Callable[[str], str | None],
+        refusal: Callable[[str, Connection], str | None],
+        refusals: RefusalLog,
     ) -> None:
         self.node = NodeName("")
         self.connection: Connection | None = None
         self._methods = methods
         self._connections = connections
         self._refusal = refusal
+        self._refusals = refusals
         self._requests: dict[int, asyncio.Task[None]] = {}
         self._notices: set[asyncio.Task[None]] = set()
 
@@ -104,8 +107,9 @@ class Inbound(Owner):
         self._connections.add(self)
 
     def greeted(self, connection: Connection, hello: Hello) -> None:
-        reason = self._refusal(hello.node)
+        reason = self._refusal(hello.node, connection)
         if reason is not None:
+            self._refusals.note(connection.address or repr(hello.node), reason)
             raise RemoteProtocolError(reason)
         self.node = NodeName(hello.node)
 

@@ -7,10 +7,10 @@
             the target admits this node alone   and stays out, though a restarted target may
                                                 have forgotten every reservation
 
-QEMU registers its own sessions (`hypervisor/qemu/iscsi_shim.c`) by the key that `open` gives it. The
-reservation's holder is the winner's mark; it needs no open session. What this node opened last is
-what its hypervisor runs: a key names the node beside the token, so a fence leaves the own node in,
-whatever token it was opened under.
+QEMU registers its own sessions (`hypervisor/qemu/iscsi_shim.c`) by the key that `open` gives it.
+The reservation's holder is the winner's mark; it needs no open session. What this node opened last
+is what its hypervisor runs: a key names the node beside the token, so a fence leaves the own node
+in, whatever token it was opened under.
 
 A node that didn't win a token can't complete the winner's fence: the target doesn't admit it.
 """

@@ -94,7 +94,7 @@ async def world(timing: Timing = FAST) -> AsyncIterator[World]:
         assert not one._inbound and not two._inbound
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - what is awaited has no event of its own
             await asyncio.sleep(0.005)

@@ -1,0 +1,160 @@
+"""`ferry cluster`: found a cluster, let nodes in, see who is in. Init and join need no agent."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from migrator.errors import FerryError
+from node_agent.cli.errors import CliError, ExitCode
+from node_agent.cli.output import facts, moment, note, settings, show, table
+from node_agent.trust.records import (
+    TOKEN_TTL_S,
+    ClusterView,
+    JoinTokenCreate,
+    JoinTokenMade,
+)
+
+app = typer.Typer(
+    help="The cluster: found it, join it.", no_args_is_help=True, rich_markup_mode=None
+)
+
+DEFAULT_CONFIG: Final = Path("/etc/ferry/agent.toml")
+_DURATION: Final = re.compile(r"^(\d+(?:\.\d+)?)\s*([smhd]?)$")
+_SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+_Config = Annotated[
+    Path, typer.Option("--config", "-c", help="This node's configuration; made if it isn't there.")
+]
+_Name = Annotated[
+    str | None, typer.Option("--name", help="This node's name, for a new configuration.")
+]
+_Host = Annotated[
+    str | None,
+    typer.Option("--listen", help="This node's own IP address, for a new configuration."),
+]
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of "90", "15m", "1.5h", "30d". CliError (usage) otherwise."""
+    matched = _DURATION.match(text.strip().lower())
+    if matched is None:
+        raise CliError(f"{text} is not a duration: 90s, 15m, 1.5h, 30d", ExitCode.USAGE)
+    return float(matched[1]) * _SECONDS[matched[2]]
+
+
+def refused(error: FerryError) -> CliError:
+    """An error of the tree, as the command line says it."""
+    codes = {400: ExitCode.USAGE, 404: ExitCode.NOT_FOUND, 409: ExitCode.REFUSED}
+    return CliError(str(error), codes.get(error.http_status, ExitCode.FAILED))
+
+
+@app.command()
+def init(
+    cluster: Annotated[str, typer.Option("--cluster", help="The cluster's name.")] = "ferry",
+    config: _Config = DEFAULT_CONFIG,
+    name: _Name = None,
+    listen: _Host = None,
+) -> None:
+    """Found a cluster on this node: its authority, and this node's certificate. As root."""
+    from node_agent.cli.new_config import load_or_make, main_address, write_config
+    from node_agent.trust.founding import found_cluster
+
+    try:
+        loaded, new = load_or_make(config, name, lambda: listen or main_address())
+        identity = found_cluster(loaded, cluster)
+        if new:
+            write_config(config, loaded)
+            note(f"wrote {config}; look at it before other nodes join (store, pools)")
+    except FerryError as error:
+        raise refused(error) from error
+    show(
+        {"cluster": cluster, "node": loaded.node.name, "fingerprint": identity.fingerprint},
+        f"node {loaded.node.name} founded the cluster {cluster}\n"
+        f"fingerprint: {identity.fingerprint}\n"
+        f"the authority's key is in {loaded.node.state_directory}/tls/authority-key.pem: back it "
+        "up\n\nnext: systemctl enable --now ferry-agent, then `ferry cluster token`",
+    )
+
+
+@app.command()
+def token(
+    ttl: Annotated[
+        str, typer.Option("--ttl", help="How long it can be used: 15m, 1h, at most 7d.")
+    ] = f"{TOKEN_TTL_S / 3600:g}h",
+) -> None:
+    """Make a join token, which lets one node in. Treat it as a password."""
+    body = JoinTokenCreate(ttl_s=parse_duration(ttl))
+    made = settings.client().post("/v1/cluster/tokens", JoinTokenMade, body)
+    note(f"for one node, until {moment(made.expires_at_s)}; on that node: ferry cluster join TOKEN")
+    show(made, made.token)
+
+
+@app.command()
+def join(
+    join_token: Annotated[str, typer.Argument(metavar="TOKEN", help='From a member; "-": stdin.')],
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="HOST:PORT of a member's API; by default by zeroconf."),
+    ] = None,
+    interface: Annotated[
+        list[str] | None,
+        typer.Option("--interface", help="Look for members on this own IP address; repeatable."),
+    ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Replace the certificate that the node has.")
+    ] = False,
+    config: _Config = DEFAULT_CONFIG,
+    name: _Name = None,
+    listen: _Host = None,
+) -> None:
+    """Let this node join a cluster, with a token of `ferry cluster token`. As root."""
+    from node_agent.cli import joining
+    from node_agent.cli.new_config import load_or_make, store_problem, with_store, write_config
+    from node_agent.trust.join_token import parse_token
+
+    text = typer.get_text_stream("stdin").readline() if join_token == "-" else join_token
+    try:
+        parsed = parse_token(text)
+        addresses = joining.find_members(parsed, address, interface or ())
+        loaded, new = load_or_make(config, name, lambda: listen or joining.own_host(addresses[0]))
+        joining.check_free(loaded, again)
+        answer = joining.join_any(loaded, parsed, addresses)
+        if new:
+            loaded = with_store(loaded, answer.store)
+            write_config(config, loaded)
+            note(f"wrote {config}")
+        problem = store_problem(loaded, answer.store)
+    except FerryError as error:
+        raise refused(error) from error
+    show(
+        {"cluster": answer.cluster, "node": loaded.node.name, "members": answer.members},
+        f"node {loaded.node.name} joined the cluster {answer.cluster}, with "
+        f"{', '.join(sorted(answer.members)) or 'nobody else'}\n\nnext: "
+        + ("systemctl restart ferry-agent" if again else "systemctl enable --now ferry-agent"),
+    )
+    if problem:
+        raise CliError(f"joined, but the agent can't work with {config} yet: {problem}")
+
+
+@app.command("show")
+def show_cluster() -> None:
+    """The cluster and its members, removed ones too."""
+    view = settings.client().get("/v1/cluster", ClusterView)
+    rows = [
+        (
+            each.name,
+            "removed" if each.removed_at_s is not None else "member",
+            "yes" if each.authority else "no",
+            each.peer_address,
+            moment(each.joined_at_s)[:16],
+            moment(each.certificate_expires_at_s)[:16] if each.certificate_expires_at_s else "-",
+        )
+        for each in view.members
+    ]
+    headings = ("NAME", "STATE", "SIGNS", "ADDRESS", "JOINED", "CERTIFICATE UNTIL")
+    head = facts((("cluster", view.name), ("fingerprint", view.fingerprint)))
+    show(view, f"{head}\n\n{table(headings, rows)}")

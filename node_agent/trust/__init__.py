@@ -1,0 +1,1 @@
+"""Who belongs to the cluster, and who may do what: certificates, membership, users."""

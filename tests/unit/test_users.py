@@ -1,0 +1,241 @@
+"""Users, roles and tokens: every route of the table, over real HTTPS and the unix socket."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from aiohttp import ClientSession, TCPConnector, UnixConnector
+
+from migrator.errors import ConflictError, NotFoundError, UnauthenticatedError
+from node_agent.api.routes import ROUTES
+from node_agent.resources import Problem
+from node_agent.state.memory import SimulatedStore
+from node_agent.state.typed import TypedStore
+from node_agent.trust.records import (
+    API_TOKENS,
+    ApiTokenCreate,
+    ApiTokenRecord,
+    Role,
+    UserCreate,
+)
+from node_agent.trust.users import TOKENS_MAX, Users
+from tests.unit.trust_world import Clock, TrustWorld, trust_world
+
+pytestmark = pytest.mark.allow_blocking("what the command line does runs in a thread")
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[TrustWorld]:
+    async with trust_world(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def session(world: TrustWorld) -> AsyncIterator[ClientSession]:
+    """Towards n1's HTTPS, with the cluster's authority as the only one."""
+    context = ssl.create_default_context(cafile=world.one.folder.files.authority_path)
+    async with ClientSession(
+        f"https://{world.server}", connector=TCPConnector(ssl=context)
+    ) as opened:
+        yield opened
+
+
+async def token_of(world: TrustWorld, name: str, role: Role) -> str:
+    users = world.one.trust.users
+    await users.create(UserCreate(name=name, role=role))
+    return (await users.issue(name, ApiTokenCreate())).token
+
+
+async def ask(
+    session: ClientSession, method: str, path: str, token: str | None, body: Any = None
+) -> tuple[int, Problem | None]:
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    async with session.request(method, path, headers=headers, json=body) as response:
+        if response.status == 401:
+            assert response.headers["WWW-Authenticate"].startswith("Bearer")
+        if response.status < 400:
+            return response.status, None
+        assert response.content_type == "application/problem+json"
+        return response.status, msgspec.json.decode(await response.read(), type=Problem)
+
+
+def path_of(route: Any) -> str:
+    """A path that leads to this route and to nothing that exists."""
+    for name in route.parameters:
+        route = msgspec.structs.replace(route, path=route.path.replace(f"{{{name}}}", "nobody"))
+    return str(route.path)
+
+
+async def test_every_route_asks_for_its_role(world: TrustWorld, session: ClientSession) -> None:
+    tokens = {role: await token_of(world, role.value, role) for role in Role}
+    refused = 0
+    for route in ROUTES:
+        path = path_of(route)
+        if route.public:
+            status, _ = await ask(session, route.method, path, None)
+            assert status not in (401, 403), path
+            continue
+        if route.streams:  # It would not end by itself.
+            path += "?limit=1&after=x"
+        status, problem = await ask(session, route.method, path, None)
+        assert status == 401, path
+        assert problem is not None and f"role {route.needed_role} is needed" in problem.detail
+        for role, token in tokens.items():
+            if not role.allows(route.needed_role):
+                status, problem = await ask(session, route.method, path, token)
+                assert (status, problem and problem.code) == (403, "forbidden"), (path, role)
+                assert problem is not None
+                assert problem.detail == (
+                    f"the role {route.needed_role} is needed; user {role} has the role {role}"
+                )
+                refused += 1
+    assert refused > len(ROUTES) / 2
+
+
+def test_who_may_what() -> None:
+    needed = {(route.method, route.path): route.needed_role for route in ROUTES}
+    assert needed["GET", "/v1/domains"] is Role.VIEWER
+    assert needed["POST", "/v1/domains/{name}/migrations"] is Role.OPERATOR
+    for method, path in needed:
+        about_trust = path.startswith(("/v1/users", "/v1/cluster/tokens"))
+        if about_trust or (method, path) == ("DELETE", "/v1/nodes/{name}"):
+            assert needed[method, path] is Role.ADMIN
+    public = {route.path for route in ROUTES if route.public}
+    assert public == {"/healthz", "/v1/cluster/authority", "/v1/cluster/join"}
+
+
+async def test_each_role_may_what_it_may(world: TrustWorld, session: ClientSession) -> None:
+    tokens = {role: await token_of(world, role.value, role) for role in Role}
+    assert (await ask(session, "GET", "/v1/domains", tokens[Role.VIEWER]))[0] == 200
+    stop = "/v1/domains/nobody/stop"
+    assert (await ask(session, "POST", stop, tokens[Role.OPERATOR]))[0] == 404
+    body = {"name": "new", "role": "viewer"}
+    assert (await ask(session, "POST", "/v1/users", tokens[Role.OPERATOR], body))[0] == 403
+    assert (await ask(session, "POST", "/v1/users", tokens[Role.ADMIN], body))[0] == 201
+    assert (await ask(session, "POST", "/v1/cluster/tokens", tokens[Role.ADMIN]))[0] == 201
+    async with session.get("/openapi.json") as response:
+        assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ("Basic dXNlcjpwdw==", "must be: Bearer TOKEN"),
+        ("Bearer nonsense", "not a token of Ferry's API"),
+        (f"Bearer ferryapi-{'0' * 16}-{'0' * 64}", "wrong, or was removed"),
+        ("Bearer ferry1-AAAA", "not a token of Ferry's API"),
+    ],
+)
+async def test_a_wrong_header_is_refused_with_a_reason_and_logged(
+    session: ClientSession, header: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with session.get("/v1/nodes", headers={"Authorization": header}) as response:
+        assert response.status == 401
+        assert reason in (await response.json())["detail"]
+    assert "n1 refused 127.0.0.1: GET /v1/nodes: " in caplog.text
+    assert reason in caplog.text
+
+
+async def test_a_removed_token_and_a_removed_user_are_refused_at_once(
+    world: TrustWorld, session: ClientSession
+) -> None:
+    users = world.one.trust.users
+    first = await token_of(world, "bob", Role.VIEWER)
+    second = (await users.issue("bob", ApiTokenCreate(label="laptop"))).token
+    await users.revoke("bob", first.split("-")[1])
+    assert (await ask(session, "GET", "/v1/nodes", first))[0] == 401
+    assert (await ask(session, "GET", "/v1/nodes", second))[0] == 200
+    await users.remove("bob")
+    assert (await ask(session, "GET", "/v1/nodes", second))[0] == 401
+    await users.create(UserCreate(name="bob", role=Role.ADMIN))
+    assert (await ask(session, "GET", "/v1/nodes", second))[0] == 401
+
+
+async def test_the_local_root_is_admin(world: TrustWorld) -> None:
+    connector = UnixConnector(path=str(world.folder / "api.sock"))
+    async with ClientSession("http://ferry", connector=connector) as session:
+        async with session.get("/v1/whoami") as response:
+            assert (await response.json())["role"] == "admin"
+        assert (await ask(session, "GET", "/v1/users", None))[0] == 200
+
+
+async def test_plain_http_is_not_answered(world: TrustWorld) -> None:
+    reader, writer = await asyncio.open_connection(*world.server.split(":"))
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: n1\r\n\r\n")
+    async with asyncio.timeout(30):
+        assert b"200" not in await reader.read()
+    writer.close()
+
+
+async def test_a_store_that_is_away_is_no_open_door(
+    world: TrustWorld, session: ClientSession
+) -> None:
+    token = await token_of(world, "bob", Role.ADMIN)
+    world.one.store.faults.unavailable = True
+    assert (await ask(session, "GET", "/v1/nodes", token))[0] == 503
+    world.one.store.faults.unavailable = False
+    assert (await ask(session, "GET", "/v1/nodes", token))[0] == 200
+
+
+# --- the users themselves --------------------------------------------------------------------
+
+
+@pytest.fixture
+async def users() -> AsyncIterator[tuple[Users, TypedStore, Clock]]:
+    store = SimulatedStore()
+    await store.open()
+    typed, clock = TypedStore(store), Clock()
+    yield Users(typed, clock=clock), typed, clock
+    await store.close()
+
+
+async def test_tokens_are_kept_as_hashes_and_shown_once(
+    users: tuple[Users, TypedStore, Clock],
+) -> None:
+    service, store, _ = users
+    await service.create(UserCreate(name="bob", role=Role.OPERATOR))
+    made = await service.issue("bob", ApiTokenCreate(label="ci"))
+    assert (await service.authenticate(made.token)).role is Role.OPERATOR
+    entries = await store.list_prefix(API_TOKENS, ApiTokenRecord)
+    secret = made.token.rpartition("-")[2]
+    assert secret.encode() not in b"".join(
+        entry.value for entry in await store.store.list_prefix("")
+    )
+    assert len(entries[0].value.hash) == 32
+    [user] = await service.list_users()
+    assert [each.label for each in user.tokens] == ["ci"]
+    tampered = made.token[:-1] + ("0" if made.token[-1] != "0" else "1")
+    with pytest.raises(UnauthenticatedError, match="wrong"):
+        await service.authenticate(tampered)
+
+
+async def test_a_token_expires(users: tuple[Users, TypedStore, Clock]) -> None:
+    service, _, clock = users
+    await service.create(UserCreate(name="bob"))
+    made = await service.issue("bob", ApiTokenCreate(ttl_s=60))
+    await service.authenticate(made.token)
+    clock.ahead_s = 61
+    with pytest.raises(UnauthenticatedError, match="has expired"):
+        await service.authenticate(made.token)
+
+
+async def test_what_is_not_there_and_what_is_there_already(
+    users: tuple[Users, TypedStore, Clock],
+) -> None:
+    service, _, _ = users
+    await service.create(UserCreate(name="bob"))
+    with pytest.raises(ConflictError, match="there is a user bob already"):
+        await service.create(UserCreate(name="bob"))
+    for missing in (service.get("eve"), service.remove("eve"), service.revoke("bob", "00")):
+        with pytest.raises(NotFoundError):
+            await missing
+    for _ in range(TOKENS_MAX):
+        await service.issue("bob", ApiTokenCreate())
+    with pytest.raises(ConflictError, match="remove one first"):
+        await service.issue("bob", ApiTokenCreate())
