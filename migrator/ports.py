@@ -18,8 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import msgspec
-
+from migrator.fabric_port import FabricDriver as FabricDriver
+from migrator.fabric_port import FirstFrames as FirstFrames
+from migrator.fabric_port import ProbeReport as ProbeReport
+from migrator.fabric_port import Tunnel as Tunnel
 from migrator.model import (
     BlockSource,
     DiskFormat,
@@ -29,21 +31,16 @@ from migrator.model import (
     Fencing,
     FencingToken,
     HypervisorCapabilities,
-    NicSpec,
     NodeName,
     OwnershipRecord,
     PoolHealth,
     VolumeInfo,
     VolumeName,
 )
+from migrator.struct import Struct as Struct
 
 if TYPE_CHECKING:
     from migrator.native_port import NativeMigration
-
-
-class Struct(msgspec.Struct, frozen=True, kw_only=True):
-    """Base of immutable values inside the program."""
-
 
 # --- hypervisor ------------------------------------------------------------------------------
 
@@ -354,41 +351,6 @@ class VolumeDriver(abc.ABC):
 
     async def shut_down(self) -> None:  # noqa: B027 - Most drivers have nothing to let go of.
         """Let go of the driver's own threads and connections. What is open stays open."""
-
-
-# --- network ---------------------------------------------------------------------------------
-
-
-class FabricDriver(abc.ABC):
-    """One node's guest network. Errors: FabricError."""
-
-    name: ClassVar[str]
-
-    @abc.abstractmethod
-    async def check(self, nic: NicSpec) -> Sequence[str]:
-        """Why this NIC can't be plugged here (missing bridge, MTU); empty if it can."""
-
-    @abc.abstractmethod
-    async def plug(self, domain: DomainName, index: int, nic: NicSpec) -> int:
-        """Make a tap on the NIC's bridge and return its descriptor (the caller closes it).
-
-        The tap lives as long as a descriptor to it is open: a dead hypervisor leaves none behind.
-        """
-
-    @abc.abstractmethod
-    async def unplug(self, domain: DomainName, index: int) -> None:
-        """Remove the tap. Idempotent."""
-
-    @abc.abstractmethod
-    async def announce(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
-        """Tell the network where the NICs are now; the first frames are out when this returns.
-
-        Repeats with growing gaps go on in the background, owned and ended by the driver.
-        """
-
-    @abc.abstractmethod
-    async def close(self) -> None:
-        """End the background announcements. Taps stay: their hypervisors hold them."""
 
 
 # --- ownership -------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ ends them all, and leaves the guest and the record as they are.
 
 from __future__ import annotations
 
-import abc
 import asyncio
 import contextlib
 import logging
@@ -23,7 +22,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -39,57 +37,23 @@ from migrator.errors import (
 from migrator.hold_points import hold
 from migrator.journal import MigrationJournal
 from migrator.journal_entry import entry_of
-from migrator.model import DomainName, DomainState, FencingToken, NodeName, Role
+from migrator.model import DomainName, DomainState, FencingToken, Role
 from migrator.native_driver import NativeDriver
 from migrator.ports import DomainEvent, HypervisorDriver, OwnershipStore
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.messages import SessionMessage
 from migrator.session.source import SourceSession
+from migrator.site import Session as Session
+from migrator.site import Site as Site
 
 log = logging.getLogger(__name__)
-
-Session = SourceSession | DestinationSession
 
 STEP_S: Final = 30.0
 """No single command takes longer; then it failed with an unknown outcome."""
 FINISH_GAP_S: Final = 10.0
 """The longest pause between tries to journal a migration's end (a full disk, say)."""
 _CLOSE_S: Final = 3.0
-
-
-class Site(abc.ABC):
-    """What a node does for a migration beyond its drivers. Errors: FerryError."""
-
-    @abc.abstractmethod
-    async def prepare_incoming(self, session: DestinationSession, device_channel: Path) -> None:
-        """Volumes, taps, the paused hypervisor that listens on `device_channel`; all or nothing.
-
-        RefusedError with every reason if this node can't take the domain.
-        """
-
-    @abc.abstractmethod
-    async def leave(self, session: SourceSession) -> str:
-        """Wait until the guest may be paused, for as long as it takes; says what was done for it.
-
-        RefusedError: it must not be paused.
-        """
-
-    @abc.abstractmethod
-    async def destroy(self, session: Session) -> None:
-        """End this node's copy and release what it held. Idempotent."""
-
-    @abc.abstractmethod
-    async def fence(self, session: Session, token: FencingToken) -> None: ...
-
-    @abc.abstractmethod
-    async def announce(self, session: Session) -> None: ...
-
-    @abc.abstractmethod
-    async def send(
-        self, node: NodeName, migration_id: str, to: Role, message: SessionMessage
-    ) -> None:
-        """Deliver to the session of role `to`, or not, within a few seconds; never an answer."""
 
 
 class Lane:
@@ -388,7 +352,9 @@ class Runner:
                 self.feed(v.IncomingReady())
             case v.PrepareSwitchover():
                 await self._switchover.prepare_switchover(domain)
+                await self._site.prepare_departure(self.session)
             case v.BeginSwitchover():
+                await self._site.depart(self.session)
                 await self._switchover.begin_switchover(domain, self.device_channel)
             case v.ContinueSwitchover():
                 await driver.continue_switchover(domain)

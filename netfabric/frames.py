@@ -35,14 +35,18 @@ ALL_NODES: Final = ipaddress.IPv6Address("ff02::1")
 ETHERTYPE_ARP: Final = 0x0806
 ETHERTYPE_RARP: Final = 0x8035
 ETHERTYPE_IPV6: Final = 0x86DD
+ETHERTYPE_EXPERIMENTAL: Final = 0x88B5
+"""For whoever likes, by IEEE 802: nobody else listens to it."""
 
 _ARP_REQUEST: Final = 1
 _ARP_REPLY: Final = 2
 _RARP_REQUEST: Final = 3
 _ICMPV6: Final = 58
+_NEIGHBOUR_SOLICITATION: Final = 135
 _NEIGHBOUR_ADVERTISEMENT: Final = 136
 _FLAG_ROUTER: Final = 0x8000_0000
 _FLAG_OVERRIDE: Final = 0x2000_0000
+_OPTION_SOURCE_LINK_ADDRESS: Final = 1
 _OPTION_TARGET_LINK_ADDRESS: Final = 2
 
 
@@ -117,12 +121,42 @@ def neighbour_advertisement(
     option = struct.pack("!BB6s", _OPTION_TARGET_LINK_ADDRESS, 1, mac)
     message = struct.pack("!BBHI16s", _NEIGHBOUR_ADVERTISEMENT, 0, 0, flags, address.packed)
     message += option
-    checksum = icmpv6_checksum(address, ALL_NODES, message)
+    return ethernet(ALL_NODES_MAC, mac, ETHERTYPE_IPV6, _icmpv6(address, ALL_NODES, message))
+
+
+def arp_probe(own_mac: bytes, mac: bytes, address: ipaddress.IPv4Address) -> bytes:
+    """RFC 5227's ARP probe, sent to one MAC: who has ADDRESS? It names no address of the sender.
+
+    So it changes no table of its receiver, and a switch must know where the MAC is to deliver it.
+    """
+    body = _arp(_ARP_REQUEST, own_mac, bytes(4), bytes(6), address.packed)
+    return ethernet(mac, own_mac, ETHERTYPE_ARP, body)
+
+
+def neighbour_solicitation(own_mac: bytes, mac: bytes, address: ipaddress.IPv6Address) -> bytes:
+    """RFC 4861 section 4.3, sent to one MAC, from the link-local address made of the sender's."""
+    own = link_local(own_mac)
+    message = struct.pack("!BBHI16s", _NEIGHBOUR_SOLICITATION, 0, 0, 0, address.packed)
+    message += struct.pack("!BB6s", _OPTION_SOURCE_LINK_ADDRESS, 1, own_mac)
+    return ethernet(mac, own_mac, ETHERTYPE_IPV6, _icmpv6(own, address, message))
+
+
+def link_local(mac: bytes) -> ipaddress.IPv6Address:
+    """RFC 4291 appendix A: fe80:: and the modified EUI-64 of the MAC."""
+    identifier = bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]
+    return ipaddress.IPv6Address(b"\xfe\x80" + bytes(6) + identifier)
+
+
+def _icmpv6(
+    source: ipaddress.IPv6Address, destination: ipaddress.IPv6Address, message: bytes
+) -> bytes:
+    """An IPv6 packet of neighbour discovery: hop limit 255, checksum filled in."""
+    checksum = icmpv6_checksum(source, destination, message)
     message = message[:2] + checksum.to_bytes(2, "big") + message[4:]
     header = struct.pack(
-        "!IHBB16s16s", 6 << 28, len(message), _ICMPV6, 255, address.packed, ALL_NODES.packed
+        "!IHBB16s16s", 6 << 28, len(message), _ICMPV6, 255, source.packed, destination.packed
     )
-    return ethernet(ALL_NODES_MAC, mac, ETHERTYPE_IPV6, header + message)
+    return header + message
 
 
 def ethernet(destination: bytes, source: bytes, ethertype: int, payload: bytes) -> bytes:

@@ -47,6 +47,7 @@ from node_agent.hooks.service import HookService
 from node_agent.machines import MachinePinner
 from node_agent.migrations import link_speed
 from node_agent.migrations.checks import DestinationCheck, cordon_reasons
+from node_agent.migrations.cutover import CutoverService, CutoverSettings
 from node_agent.migrations.forecast import Forecaster
 from node_agent.migrations.link_probe import LinkProbe
 from node_agent.migrations.manager import MigrationManager
@@ -163,6 +164,7 @@ async def running_agent(
         pools = make_pools(config, typed)
         await pools.open()
         stack.push_async_callback(pools.close)
+        await fabric.open()
         hub = PeerHub(
             node,
             config.peer.listen_address,
@@ -298,6 +300,7 @@ def make_migrations(
 ) -> MigrationManager:
     """The migration service of this node."""
     state = Path(config.node.state_directory)
+    publisher = Publisher(typed, events)
     incoming: list[Callable[[], Iterable[DomainSpec]]] = []
 
     def tls() -> TlsFiles | None:
@@ -312,7 +315,6 @@ def make_migrations(
         tls=tls,
         cordon=cordon,
     )
-    publisher = Publisher(typed, events)
     moments = MigrationMoments(hooks)
 
     async def interface() -> LinkSpeed | None:
@@ -329,6 +331,16 @@ def make_migrations(
         probe=link.measure,
     )
     FiguresService(forecaster, interface, link.measure).register(hub)
+    cutover = CutoverService(
+        NodeName(config.node.name),
+        hub=hub,
+        hypervisor=hypervisor,
+        fabric=fabric,
+        nodes=nodes,
+        events=events,
+        publisher=publisher,
+        settings=CutoverSettings(address=config.migration.address),
+    )
     manager = MigrationManager(
         NodeName(config.node.name),
         hub=hub,
@@ -349,6 +361,7 @@ def make_migrations(
             check=check,
             moments=moments,
             ownership=ownership,
+            cutover=cutover,
         ),
         moments=moments,
         engine=EngineSettings(

@@ -76,6 +76,8 @@ class EventKind(enum.StrEnum):
     NODE_UNCORDONED = "node-uncordoned"
     DRAIN = "drain"
     """A step of a drain, an undrain or a balancing; `data.drain` is its id."""
+    NETWORK_NOT_VERIFIED = "network-not-verified"
+    """A migrated guest runs, but the network wasn't seen to follow; the message names a suspect."""
 
 
 class ClusterEvent(Value, frozen=True, kw_only=True):

@@ -34,31 +34,27 @@ to give a guest away must not go on announcing it: `announce(domain, ())` ends t
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import errno
-import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final, TypeVar
+from typing import ClassVar
 
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
-from migrator.ports import FabricDriver
+from migrator.ports import FabricDriver, FirstFrames, ProbeReport, Tunnel
 from netfabric.announcer import GAPS_S, Announcer
-from netfabric.bridge.links import Exit, Exits, Link, find_exits, learn, netlink
+from netfabric.bridge import announcing, moving, tunnels
+from netfabric.bridge.announcing import Announced
+from netfabric.bridge.links import Exits, Link, find_exits, netlink
 from netfabric.bridge.taps import TAP_NAME, host_side_mac, open_tap, tap_name
 from netfabric.checks import mtu_reason, nic_reasons
-from netfabric.frames import announcements, parse_mac, tagged
-
-KERNEL_TIMEOUT_S: Final = 10.0
-"""For one conversation with the kernel: milliseconds, unless something else holds its lock."""
-
-_log = logging.getLogger(__name__)
-_T = TypeVar("_T")
+from netfabric.exits import Exit
+from netfabric.first_frames import watch_first_frames
+from netfabric.frames import announcements, parse_mac
+from netfabric.threads import in_thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +63,6 @@ class Tap:
 
     name: str
     bridge: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Announced:
-    """One NIC of an announcement: its tap, its MAC, its frames of one round."""
-
-    tap: str
-    mac: bytes
-    frames: tuple[bytes, ...]
 
 
 class BridgeFabric(FabricDriver):
@@ -92,10 +79,16 @@ class BridgeFabric(FabricDriver):
         self._ended: dict[DomainName, threading.Event] = {}
         self._exits: dict[str, Exits] = {}
         self._socket: socket.socket | None = None
+        self._departures: dict[DomainName, tuple[moving.Departure, ...]] = {}
+        self._arrivals: dict[DomainName, tuple[moving.Arrival, ...]] = {}
+
+    async def open(self) -> None:
+        """Remove the tunnels that an earlier agent left."""
+        await in_thread(tunnels.remove_leftovers)
 
     async def check(self, nic: NicSpec) -> Sequence[str]:
         """Why this NIC can't be plugged here; empty if it can. Changes nothing."""
-        return await _in_thread(lambda: _reasons(nic))
+        return await in_thread(lambda: _reasons(nic))
 
     async def plug(self, domain: DomainName, index: int, nic: NicSpec) -> int:
         """Make the NIC's tap, a port of its bridge, up. The caller owns the descriptor.
@@ -104,16 +97,21 @@ class BridgeFabric(FabricDriver):
         On failure and on cancellation no tap is left.
         """
         tap = tap_name(domain, index)
-        fd, exits = await _in_thread(lambda: _plug(tap, nic), _close_plugged)
+        fd, exits = await in_thread(lambda: _plug(tap, nic), _close_plugged)
         self._exits[tap] = exits
         return fd
 
     async def unplug(self, domain: DomainName, index: int) -> None:
-        """Remove the tap, also from under a hypervisor that holds it. Ends announcements."""
+        """Remove the tap, also from under a hypervisor that holds it. Ends announcements.
+
+        A tunnel that still leads from this node to the domain's new one stays, for its time.
+        """
         tap = tap_name(domain, index)
         await self._silence(domain)
         self._exits.pop(tap, None)
-        await _in_thread(lambda: _unplug(tap))
+        arrivals = self._arrivals.pop(domain, ())
+        await in_thread(lambda: _unplug(tap))
+        await in_thread(lambda: moving.close_tunnels(arrivals))
 
     async def announce(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
         """Say where the NICs are. On return a first round is out and the bridge knows the taps.
@@ -124,7 +122,7 @@ class BridgeFabric(FabricDriver):
         """
         await self._silence(domain)
         announced = [
-            _Announced(
+            Announced(
                 tap=tap_name(domain, index), mac=parse_mac(nic.mac), frames=announcements(nic)
             )
             for index, nic in enumerate(nics)
@@ -137,14 +135,14 @@ class BridgeFabric(FabricDriver):
         sent: dict[str, tuple[Exit, ...]] = {}
         for one in announced:
             if one.tap in known:
-                sent[one.tap] = _send(sender, known[one.tap].uplinks, one.frames)
+                sent[one.tap] = announcing.send(sender, known[one.tap].uplinks, one.frames)
 
         async def repeat() -> None:
-            await _in_thread(lambda: _repeat(sender, announced, ended))
+            await in_thread(lambda: announcing.repeat(sender, announced, ended))
 
         failure: FabricError | None = None
         try:
-            await _in_thread(lambda: _first_round(sender, announced, known, sent, ended))
+            await in_thread(lambda: announcing.first_round(sender, announced, known, sent, ended))
         except FabricError as error:
             failure = error
         except BaseException:
@@ -165,6 +163,79 @@ class BridgeFabric(FabricDriver):
             self._socket.close()
             self._socket = None
 
+    # --- a domain that moves ---
+
+    async def prepare_departure(
+        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
+    ) -> None:
+        """FabricError: some NIC can't be forwarded for. It departs all the same."""
+        earlier = self._arrivals.pop(domain, ())
+        await in_thread(lambda: moving.discard(earlier))
+        departures, failures = await in_thread(
+            lambda: moving.prepare_departure(domain, nics, tunnel),
+            lambda made: moving.discard(made[0]),
+        )
+        self._departures[domain] = departures
+        if failures:
+            raise FabricError("; ".join(failures))
+
+    async def divert(self, domain: DomainName) -> None:
+        departures = self._departures.get(domain, ())
+        await in_thread(lambda: moving.divert(departures))
+
+    async def shut(self, domain: DomainName) -> None:
+        departures = self._departures.get(domain, ())
+        await in_thread(lambda: moving.shut(departures))
+
+    async def reopen(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
+        self._departures.pop(domain, None)
+        await in_thread(lambda: moving.reopen(domain, nics))
+
+    async def end_departure(self, domain: DomainName) -> int:
+        departures = self._departures.pop(domain, ())
+        return (await in_thread(lambda: moving.close_tunnels(departures)))[1]
+
+    async def prepare_arrival(
+        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
+    ) -> None:
+        """FabricError: some NIC can't be forwarded to. It arrives all the same."""
+        earlier = self._departures.pop(domain, ())
+        await in_thread(lambda: moving.discard(earlier))
+        known = [self._exits.get(tap_name(domain, index)) for index in range(len(nics))]
+        arrivals, failures = await in_thread(
+            lambda: moving.prepare_arrival(domain, nics, tunnel, known),
+            lambda made: moving.discard(made[0]),
+        )
+        self._arrivals[domain] = arrivals
+        self._packet_socket()
+        if failures:
+            raise FabricError("; ".join(failures))
+
+    async def open_arrival(self, domain: DomainName) -> None:
+        arrivals = self._arrivals.get(domain, ())
+        await in_thread(lambda: moving.open_arrival(arrivals))
+
+    def announce_now(self, domain: DomainName) -> float | None:
+        at_s: float | None = None
+        if self._socket is not None:
+            for arrival in self._arrivals.get(domain, ()):
+                if announcing.send(self._socket, arrival.exits.uplinks, arrival.frames):
+                    at_s = at_s or time.time()
+        return at_s
+
+    async def end_arrival(self, domain: DomainName) -> int:
+        arrivals = self._arrivals.pop(domain, ())
+        return (await in_thread(lambda: moving.close_tunnels(arrivals)))[0]
+
+    async def first_frames(self, domain: DomainName, timeout_s: float) -> FirstFrames:
+        taps = [arrival.tap for arrival in self._arrivals.get(domain, ())]
+        return await watch_first_frames(taps, timeout_s)
+
+    async def probe(self, nic: NicSpec, timeout_s: float) -> ProbeReport:
+        return await in_thread(lambda: moving.probe_from_bridge(nic, timeout_s))
+
+    # --- inside ---
+
     async def _silence(self, domain: DomainName) -> None:
         ended = self._ended.pop(domain, None)
         if ended is not None:
@@ -184,32 +255,10 @@ class BridgeFabric(FabricDriver):
 
 async def list_taps() -> Sequence[Tap]:
     """Every tap of this namespace that is named as ours are: what runs, or what was left over."""
-    return await _in_thread(_list_taps)
+    return await in_thread(_list_taps)
 
 
 # --- what runs in threads --------------------------------------------------------------------
-
-
-async def _in_thread(call: Callable[[], _T], undo: Callable[[_T], None] | None = None) -> _T:
-    """Run `call` in a thread, bounded. Whoever gives up waiting gets its result undone."""
-    task = asyncio.ensure_future(asyncio.to_thread(call))
-    try:
-        async with asyncio.timeout(KERNEL_TIMEOUT_S):
-            return await asyncio.shield(task)
-    except (asyncio.CancelledError, TimeoutError) as error:
-        task.add_done_callback(lambda done: _abandoned(done, undo))
-        if isinstance(error, asyncio.CancelledError):
-            raise
-        raise FabricError(f"the kernel took over {KERNEL_TIMEOUT_S:.0f} s") from error
-
-
-def _abandoned(task: asyncio.Future[_T], undo: Callable[[_T], None] | None) -> None:
-    if task.cancelled():
-        return
-    if (error := task.exception()) is not None:
-        _log.info("a network call that was given up failed: %s", error)
-    elif undo is not None:
-        undo(task.result())
 
 
 def _reasons(nic: NicSpec) -> list[str]:
@@ -270,67 +319,3 @@ def _list_taps() -> list[Tap]:
         for link in links
         if link.kind == "tun" and TAP_NAME.fullmatch(link.name)
     ]
-
-
-def _first_round(
-    sender: socket.socket,
-    announced: Sequence[_Announced],
-    known: Mapping[str, Exits],
-    sent: Mapping[str, tuple[Exit, ...]],
-    ended: threading.Event,
-) -> None:
-    """Set the bridges' tables, and send to every port that the event loop hasn't sent to."""
-    for one in announced:
-        with contextlib.suppress(FabricError):  # a tap made anew since: below
-            if one.tap in known:
-                learn(known[one.tap].tap_index, one.mac)
-    failures: list[str] = []
-    with netlink("can't announce") as kernel:
-        for one in announced:
-            exits = find_exits(kernel, one.tap)
-            if exits is None:
-                failures.append(f"NIC {one.mac.hex(':')} has no tap on a bridge here")
-                continue
-            if one.tap not in known or known[one.tap].tap_index != exits.tap_index:
-                learn(exits.tap_index, one.mac)
-            if ended.is_set():
-                return
-            done = sent.get(one.tap, ())
-            missing = [way for way in (*exits.uplinks, *exits.guests) if way not in done]
-            if missing and not _send(sender, missing, one.frames) and not done:
-                failures.append(f"NIC {one.mac.hex(':')}: no port of its bridge takes a frame")
-    if failures:
-        raise FabricError("; ".join(failures))
-
-
-def _repeat(sender: socket.socket, announced: Sequence[_Announced], ended: threading.Event) -> None:
-    """One more round. The ports may have changed; the bridge's table is the guest's by now."""
-    with netlink("can't announce") as kernel:
-        for one in announced:
-            exits = find_exits(kernel, one.tap)
-            if exits is not None and not ended.is_set():
-                _send(sender, (*exits.uplinks, *exits.guests), one.frames)
-
-
-def _send(
-    sender: socket.socket, exits: Iterable[Exit], frames: Sequence[bytes]
-) -> tuple[Exit, ...]:
-    """Send each frame out of each port; the ports that took them all. The others are passed over.
-
-    A port may be going, or full: the next round finds it again.
-    """
-    done: list[Exit] = []
-    for way in exits:
-        try:
-            for frame in frames:
-                if way.vlan_id is None:
-                    sender.sendto(frame, (way.port, 0))
-                else:
-                    sender.sendto(tagged(frame, way.vlan_id, way.vlan_ethertype), (way.port, 0))
-        except OSError as error:
-            if error.errno == errno.EBADF:
-                break  # the driver was closed meanwhile
-            _log.warning("announcement not sent on %s: %s", way.port, error)
-        else:
-            done.append(way)
-    return tuple(done)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import socket
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,20 +17,11 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
 
 from migrator.errors import FabricError
-from netfabric.bridge.taps import TAP_MTU_BYTES_MAX, TAP_NAME
+from netfabric.bridge.taps import TAP_MTU_BYTES_MAX, TAP_NAME, TUNNEL_NAME
+from netfabric.exits import Exit
 
 _IFF_UP: Final = 0x1
 _PORT_FORWARDING: Final = 3
-_NUD_REACHABLE: Final = 0x02
-_NTF_MASTER: Final = 0x04
-_AF_BRIDGE: Final = 7
-_NDA_LLADDR: Final = 2
-_RTM_NEWNEIGH: Final = 28
-_NLM_F_REQUEST: Final = 0x1
-_NLM_F_ACK: Final = 0x4
-_NLM_F_REPLACE: Final = 0x100
-_NLM_F_CREATE: Final = 0x400
-_LEARN_TIMEOUT_S: Final = 5.0
 _ADDRESS_GENERATION_NONE: Final = 1
 _VLAN_PVID: Final = 0x2
 _VLAN_UNTAGGED: Final = 0x4
@@ -53,6 +42,9 @@ class Link:
     """A bridge port that is up and not blocked by the spanning tree."""
     vlan_filtering: bool
     vlan_ethertype: int
+    floods: bool = True
+    """A bridge port that broadcasts go out of."""
+    mac: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +99,8 @@ class Netlink:
             )
         return found
 
-    def attach(self, port: Link, bridge: Link, mac: bytes) -> None:
-        """Make a tap a port of the bridge, with the bridge's MTU, and bring it up.
+    def attach(self, port: Link, bridge: Link, mac: bytes, *, open_now: bool = True) -> None:
+        """Make a tap a port of the bridge, with the bridge's MTU, and bring it up (`open_now`).
 
         Its MTU is the bridge's and not the NIC's (which is no larger): a bridge that nobody gave
         an MTU takes its ports' smallest, so a small NIC would shrink it for everybody.
@@ -125,7 +117,41 @@ class Netlink:
             address=mac.hex(":"),
             mtu=min(bridge.mtu_bytes, TAP_MTU_BYTES_MAX),
         )
-        self._route.link("set", index=port.index, master=bridge.index, state="up")
+        self._route.link("set", index=port.index, master=bridge.index)
+        if open_now:
+            self.raise_up(port)
+
+    def raise_up(self, link: Link) -> None:
+        self._route.link("set", index=link.index, state="up")
+
+    def add(self, name: str, kind: str, **options: Any) -> Link:
+        """Make a link; its kind's options are named as pyroute2 names them."""
+        self._route.link("add", ifname=name, kind=kind, **options)
+        found = self.find(name)
+        if found is None:
+            raise FabricError(f"{name} was removed by somebody else")
+        return found
+
+    def counters(self, name: str) -> tuple[int, int]:
+        """Frames received and sent by the link of that name; zeros if there is none."""
+        try:
+            messages = list(self._route.link("get", ifname=name))
+        except NetlinkError:
+            return 0, 0
+        statistics = messages[0].get_attr("IFLA_STATS64")
+        return statistics["rx_packets"], statistics["tx_packets"]
+
+    def set_queue(self, index: int, frames: int) -> None:
+        """How many frames may wait in an interface for whoever reads them."""
+        self._route.link("set", index=index, txqlen=frames)
+
+    def learnt_at(self, bridge: Link, mac: str) -> str:
+        """The port at which the bridge has the MAC; "" if it has none."""
+        names = {link.index: link.name for link in self.links()}
+        for entry in self._route.fdb("dump"):
+            if entry.get_attr("NDA_LLADDR") == mac and entry.get_attr("NDA_MASTER") == bridge.index:
+                return names.get(entry["ifindex"], "")
+        return ""
 
     def delete(self, link: Link) -> None:
         """Remove a link; no error if it is gone already."""
@@ -151,41 +177,6 @@ def netlink(what: str) -> Iterator[Netlink]:
         raise FabricError(f"{what}: {error.strerror or error}") from error
 
 
-def learn(port_index: int, mac: bytes) -> None:
-    """Tell the port's bridge that the MAC is behind the port, as if it had learnt it.
-
-    The entry ages and moves as a learnt one does. Under VLAN filtering the kernel makes one for
-    each VLAN of the port. FabricError if the port is gone.
-
-    Until this is done the bridge drops what comes in for the guest, so the message is written by
-    hand (0.1 ms; a conversation of pyroute2's takes 3 ms): nlmsghdr, ndmsg, one NDA_LLADDR.
-    """
-    attribute = struct.pack("=HH6s2x", 10, _NDA_LLADDR, mac)
-    neighbour = struct.pack("=BxxxiHBB", _AF_BRIDGE, port_index, _NUD_REACHABLE, _NTF_MASTER, 0)
-    flags = _NLM_F_REQUEST | _NLM_F_ACK | _NLM_F_REPLACE | _NLM_F_CREATE
-    length = 16 + len(neighbour) + len(attribute)
-    header = struct.pack("=IHHII", length, _RTM_NEWNEIGH, flags, 1, 0)
-    try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as kernel:
-            kernel.settimeout(_LEARN_TIMEOUT_S)
-            kernel.sendto(header + neighbour + attribute, (0, 0))
-            answer = kernel.recv(4096)
-    except OSError as error:
-        raise FabricError(f"can't set the bridge's table: {error.strerror or error}") from error
-    code = -struct.unpack_from("=i", answer, 16)[0]
-    if code:
-        raise FabricError(f"can't set the bridge's table: {os.strerror(code)}")
-
-
-@dataclass(frozen=True, slots=True)
-class Exit:
-    """A port through which an announcement leaves, and the VLAN tag it needs there, if any."""
-
-    port: str
-    vlan_id: int | None = None
-    vlan_ethertype: int = 0x8100
-
-
 @dataclass(frozen=True, slots=True)
 class Exits:
     """Where a tap's frames would be flooded to: the uplinks, and other guests' taps."""
@@ -193,6 +184,34 @@ class Exits:
     tap_index: int
     uplinks: tuple[Exit, ...]
     guests: tuple[Exit, ...]
+    tap_closed: bool = False
+    """The bridge floods nothing to the tap: it was made for a guest that was to come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Uplink:
+    """A way out of a node's bridge, and the MAC of its port."""
+
+    exit: Exit
+    mac: str
+
+
+def bridge_uplinks(kernel: Netlink, bridge: Link, vlan_id: int | None = None) -> list[Uplink]:
+    """The bridge's forwarding ports that are neither guests' taps nor our tunnels.
+
+    Under VLAN filtering those in `vlan_id` (None: in the VLAN of the bridge's untagged frames).
+    """
+    vlans = kernel.vlans() if bridge.vlan_filtering else None
+    if vlans is not None and vlan_id is None:
+        vlan_id = next((vlan.id for vlan in vlans.get(bridge.index, ()) if vlan.pvid), None)
+    found: list[Uplink] = []
+    for link in kernel.links():
+        ours = TAP_NAME.fullmatch(link.name) or TUNNEL_NAME.fullmatch(link.name)
+        if link.master == bridge.index and link.forwarding and not ours:
+            way = _exit_in(link, bridge, vlan_id, vlans)
+            if way is not None:
+                found.append(Uplink(way, link.mac))
+    return found
 
 
 def find_exits(kernel: Netlink, tap: str) -> Exits | None:
@@ -208,7 +227,10 @@ def find_exits(kernel: Netlink, tap: str) -> Exits | None:
     others = [
         link
         for link in links
-        if link.master == bridge.index and link.index != own.index and link.forwarding
+        if link.master == bridge.index
+        and link.index != own.index
+        and link.forwarding
+        and not TUNNEL_NAME.fullmatch(link.name)
     ]
     vlans = kernel.vlans() if bridge.vlan_filtering else None
     uplinks: list[Exit] = []
@@ -217,7 +239,7 @@ def find_exits(kernel: Netlink, tap: str) -> Exits | None:
         way = _exit(link, own, bridge, vlans)
         if way is not None:
             (guests if TAP_NAME.fullmatch(link.name) else uplinks).append(way)
-    return Exits(tap_index=own.index, uplinks=tuple(uplinks), guests=tuple(guests))
+    return Exits(own.index, tuple(uplinks), tuple(guests), tap_closed=not own.floods)
 
 
 def _exit(
@@ -226,6 +248,15 @@ def _exit(
     if vlans is None:
         return Exit(link.name)
     vlan_id = next((vlan.id for vlan in vlans.get(own.index, ()) if vlan.pvid), None)
+    return _exit_in(link, bridge, vlan_id, vlans)
+
+
+def _exit_in(
+    link: Link, bridge: Link, vlan_id: int | None, vlans: dict[int, tuple[Vlan, ...]] | None
+) -> Exit | None:
+    """The way out by `link` for frames of a VLAN; None if it isn't in it."""
+    if vlans is None:
+        return Exit(link.name)
     member = next((vlan for vlan in vlans.get(link.index, ()) if vlan.id == vlan_id), None)
     if member is None:
         return None
@@ -257,4 +288,6 @@ def _link(message: Any) -> Link:
         and port.get_attr("IFLA_BRPORT_STATE") == _PORT_FORWARDING,
         vlan_filtering=data is not None and bool(data.get_attr("IFLA_BR_VLAN_FILTERING")),
         vlan_ethertype=ethertype or 0x8100,
+        floods=port is None or bool(port.get_attr("IFLA_BRPORT_BCAST_FLOOD")),
+        mac=message.get_attr("IFLA_ADDRESS") or "",
     )

@@ -25,6 +25,8 @@ from migrator.errors import FabricError
 from migrator.model import DomainName
 
 TAP_NAME: Final = re.compile(r"fy[0-9a-f]{10}n[0-9]{1,2}")
+TUNNEL_NAME: Final = re.compile(r"fx[0-9a-f]{10}n[0-9]{1,2}")
+"""The ends of our own tunnels (`tunnels`): ports of a bridge, but no way to anybody."""
 NICS_MAX: Final = 100
 TAP_MTU_BYTES_MAX: Final = 65521
 VNET_HEADER_BYTES: Final = 10

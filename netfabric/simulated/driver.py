@@ -11,13 +11,14 @@ event counter, which carries no frames), so that leaks of descriptors show here 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Final
 
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec, NodeName
-from migrator.ports import FabricDriver
+from migrator.ports import FabricDriver, FirstFrames, ProbeReport, Tunnel
 from netfabric.announcer import GAPS_S, Announcer
 from netfabric.checks import mtu_reason, nic_reasons
 from netfabric.frames import announcements
@@ -75,11 +76,19 @@ class SimulatedFabric(FabricDriver):
         self.faults = faults or FabricFaults()
         self._announcer = Announcer(gaps_s)
         self._plugged: dict[tuple[DomainName, int], NicSpec] = {}
+        self.closed: set[DomainName] = set()
+        """Domains whose ports take or give nothing: on their way here, or away."""
+        self.diverted: set[DomainName] = set()
+        """Domains whose frames take the tunnel away from here."""
+        self._arriving: dict[DomainName, tuple[NicSpec, ...]] = {}
 
     @property
     def plugged(self) -> frozenset[tuple[DomainName, int]]:
         """The NICs that were plugged and not unplugged. The simulation ends those of the dead."""
         return frozenset(self._plugged)
+
+    async def open(self) -> None:
+        self.diverted.clear()
 
     async def check(self, nic: NicSpec) -> Sequence[str]:
         return self._reasons(nic)
@@ -124,6 +133,59 @@ class SimulatedFabric(FabricDriver):
 
     async def close(self) -> None:
         await self._announcer.close()
+
+    # --- a domain that moves ---
+
+    async def prepare_departure(
+        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
+    ) -> None:
+        self.diverted.discard(domain)
+
+    async def divert(self, domain: DomainName) -> None:
+        self.diverted.add(domain)
+
+    async def shut(self, domain: DomainName) -> None:
+        self.closed.add(domain)
+
+    async def reopen(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
+        self.closed.discard(domain)
+        self.diverted.discard(domain)
+
+    async def end_departure(self, domain: DomainName) -> int:
+        self.closed.discard(domain)
+        self.diverted.discard(domain)
+        return 0
+
+    async def prepare_arrival(
+        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
+    ) -> None:
+        self.closed.add(domain)
+        self._arriving[domain] = tuple(nics)
+
+    async def open_arrival(self, domain: DomainName) -> None:
+        self.closed.discard(domain)
+
+    def announce_now(self, domain: DomainName) -> float | None:
+        try:
+            self._send(domain, self._arriving.get(domain, ()))
+        except FabricError:
+            return None
+        return time.time() if domain in self._arriving else None
+
+    async def end_arrival(self, domain: DomainName) -> int:
+        self._arriving.pop(domain, None)
+        return 0
+
+    async def first_frames(self, domain: DomainName, timeout_s: float) -> FirstFrames:
+        return FirstFrames()
+
+    async def probe(self, nic: NicSpec, timeout_s: float) -> ProbeReport:
+        where = self.network.where.get(nic.mac)
+        if nic.bridge not in self.network.bridges:
+            return ProbeReport(able=False, detail=f"there is no bridge {nic.bridge} here")
+        if where is None or where == self.node:
+            return ProbeReport(able=True)
+        return ProbeReport(able=True, answered=nic.addresses, heard=("arp",), learnt_at="uplink")
 
     def forget(self, domain: DomainName) -> None:
         """The domain's hypervisor died, so its taps are gone (as the kernel does it)."""

@@ -10,6 +10,7 @@ import typer
 
 from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN
 from migrator.model import EngineKind, Migration, MigrationMode, OnTimeout, PassReport
+from node_agent.cli.cutover import cutover_text
 from node_agent.cli.domains import path_of
 from node_agent.cli.errors import ExitCode
 from node_agent.cli.output import facts, moment, parse_size, settings, show, size, table
@@ -150,6 +151,8 @@ def show_migration(id: _IdArgument) -> None:
     if each.timeline:
         rows = [(phase.name, f"{phase.seconds:.3f} s", phase.detail) for phase in each.timeline]
         text += "\n\n" + table(("PHASE", "TIME", "DETAIL"), rows)
+    if each.cutover is not None:
+        text += "\n\n" + cutover_text(each.cutover)
     if each.iterations:
         passes = [
             (

@@ -160,6 +160,7 @@ class MigrationManager(MigrationService):
         self._hub.handle(MESSAGE, Envelope, self._on_message)
         self._hub.handle(INSPECT, Inspection, self._on_inspect)
         self._hub.on_peer_change(self._on_peer_change)
+        self._site.open()
         self._publisher.open()
         self._engine.spares.refill()
         restored, self._restored = self._restored, []
@@ -195,6 +196,7 @@ class MigrationManager(MigrationService):
             _, late = await asyncio.wait(self._tasks, timeout=_CLOSE_S)
             for task in late:  # Hooks that take longer: they come again with the next agent.
                 task.cancel()
+        await self._site.close()
         await self._engine.spares.close()
         await self._publisher.close()
         await self._journal.close()
@@ -360,6 +362,7 @@ class MigrationManager(MigrationService):
             self._runners.pop(session.migration_id, None)
             if isinstance(session, SourceSession):
                 await self._publisher.end(session)
+                await self._site.settle(session)
                 self._forecaster.ended(session.view())
                 self._own(self._after_end(session))
             if not self._runners:

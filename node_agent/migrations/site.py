@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Final
 
 from migrator.errors import RefusedError, StoreError
-from migrator.model import DomainName, EngineKind, FencingToken, MigrationId, NodeName, Role
+from migrator.model import (
+    DomainName,
+    EngineKind,
+    FencingToken,
+    MigrationId,
+    MigrationState,
+    NodeName,
+    Role,
+)
 from migrator.ports import FabricDriver, HypervisorDriver, OwnershipStore, Struct
 from migrator.runner import Session, Site
 from migrator.session.destination import DestinationSession
@@ -16,7 +24,9 @@ from migrator.session.messages import SessionMessage
 from migrator.session.source import SourceSession
 from node_agent.domains import DomainService
 from node_agent.migrations.checks import DestinationCheck, Inspection
+from node_agent.migrations.cutover import CutoverService
 from node_agent.migrations.moments import MigrationMoments
+from node_agent.migrations.witnesses import Move
 from node_agent.peers.hub import PeerHub
 
 log = logging.getLogger(__name__)
@@ -48,6 +58,7 @@ class NodeSite(Site):
         check: DestinationCheck,
         moments: MigrationMoments,
         ownership: OwnershipStore,
+        cutover: CutoverService,
     ) -> None:
         self._hub = hub
         self._hypervisor = hypervisor
@@ -56,6 +67,15 @@ class NodeSite(Site):
         self._check = check
         self._moments = moments
         self._ownership = ownership
+        self._cutover = cutover
+
+    def open(self) -> None:
+        """Serve other nodes' questions about the network."""
+        self._cutover.register()
+
+    async def close(self) -> None:
+        """End what follows migrations that are over."""
+        await self._cutover.close()
 
     async def prepare_incoming(self, session: DestinationSession, device_channel: Path) -> None:
         spec, domain = session.spec, DomainName(session.domain)
@@ -71,6 +91,7 @@ class NodeSite(Site):
             raise RefusedError(f"{session.destination} can't take domain {domain}", reasons)
         launch, undo = await self._domains.build_launch(spec, FencingToken(session.next_token))
         try:
+            await self._cutover.prepare_arrival(_move(session))
             await self._hypervisor.start_incoming(launch)
             undo.release()
             if session.request.engine is not EngineKind.NATIVE:
@@ -113,6 +134,7 @@ class NodeSite(Site):
             claim = self._domains.locks.migration_of(domain)
             if claim != session.migration_id:
                 return  # Refused before it began: what is here isn't this migration's.
+            self._cutover.gone(_move(session))
         token = session.token if session.role is Role.SOURCE else session.next_token
         await self._hypervisor.destroy(domain)
         await self._domains.tear_down(session.spec, FencingToken(token))
@@ -121,7 +143,24 @@ class NodeSite(Site):
         await self._domains.fence(session.spec, token)
 
     async def announce(self, session: Session) -> None:
-        await self._fabric.announce(DomainName(session.domain), session.spec.nics)
+        """Also where a rollback resumed the guest at the source."""
+        if session.role is Role.SOURCE:
+            await self._fabric.announce(DomainName(session.domain), session.spec.nics)
+        else:
+            await self._cutover.announce(_move(session))
+
+    async def prepare_departure(self, session: Session) -> None:
+        await self._cutover.prepare_departure(_move(session))
+
+    async def depart(self, session: Session) -> None:
+        await self._cutover.depart(_move(session))
+
+    async def settle(self, session: Session) -> None:
+        """After a source's end is published: the network's last part, here or towards there."""
+        if session.state is MigrationState.COMPLETED:
+            self._cutover.left(_move(session))
+        else:
+            await self._cutover.stays(_move(session))
 
     async def silence(self, session: Session) -> None:
         """End a source's own announcements, so that none contradicts the destination's."""
@@ -132,3 +171,13 @@ class NodeSite(Site):
     ) -> None:
         envelope = Envelope(migration_id=migration_id, to=to, message=message)
         await self._hub.notify(node, MESSAGE, envelope, timeout_s=SEND_S)
+
+
+def _move(session: Session) -> Move:
+    return Move(
+        migration_id=session.migration_id,
+        domain=DomainName(session.domain),
+        source=session.source,
+        destination=session.destination,
+        nics=session.spec.nics,
+    )

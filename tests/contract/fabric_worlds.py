@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
+import ipaddress
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -17,10 +18,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from blockbuster import blockbuster_ctx
 from pyroute2 import IPRoute
 
-from migrator.model import DomainName, NodeName
+from migrator.model import DomainName, NicSpec, NodeName
 from migrator.ports import FabricDriver
 from netfabric.bridge import BridgeFabric, list_taps
-from netfabric.frames import parse_mac, rarp
+from netfabric.frames import gratuitous_arp_reply, parse_mac, rarp
 from netfabric.simulated import SimulatedFabric, SimulatedNetwork
 from tests.contract.namespaces import run_in_new_namespace
 
@@ -118,6 +119,27 @@ class BridgeWorld(World):
             return await learnt(mac) == {"br0": "up0", "sw0": "far0"}
 
         await eventually(gone)
+
+    async def announce_elsewhere(self, mac: str) -> None:
+        """As another node does it: the switch learns it, whatever this node's bridge believes."""
+        self.far.send(rarp(parse_mac(mac)))
+
+        async def learnt_there() -> bool:
+            return (await learnt(mac)).get("sw0") == "far0"
+
+        await eventually(learnt_there)
+
+    async def answer_arp(self, nic: NicSpec) -> None:
+        """Wait for a question for the NIC at the far end, and answer as its guest would."""
+        loop, mac = asyncio.get_running_loop(), parse_mac(nic.mac)
+        async with asyncio.timeout(SOON_S):
+            while True:
+                frame = await loop.sock_recv(self.far, 2048)
+                if frame[:6] == mac and frame[12:14] == b"\x08\x06":
+                    break
+        address = ipaddress.IPv4Address(nic.addresses[0])
+        reply = gratuitous_arp_reply(mac, address)
+        self.far.send(frame[6:12] + reply[6:32] + frame[6:12] + bytes(4) + reply[42:])
 
     async def is_here(self, mac: str) -> bool:
         ports = await learnt(mac)

@@ -40,6 +40,7 @@ from migrator.session import vocabulary as v
 from node_agent.cluster_calls import ClusterCalls
 from node_agent.hooks.service import HookService
 from node_agent.migrations.checks import DestinationCheck
+from node_agent.migrations.cutover import CutoverService, CutoverSettings
 from node_agent.migrations.forecast import Forecaster
 from node_agent.migrations.manager import MigrationManager
 from node_agent.migrations.moments import MigrationMoments
@@ -212,6 +213,16 @@ class MigratingNode:
                 check=check,
                 moments=moments,
                 ownership=node.ownership,
+                cutover=CutoverService(
+                    node.name,
+                    hub=node.hub,
+                    hypervisor=node.hypervisor,
+                    fabric=node.fabric,
+                    nodes=node.registry,
+                    events=node.events,
+                    publisher=publisher,
+                    settings=CutoverSettings(grace_s=0.3, verify_limit_s=1.0),
+                ),
             ),
             moments=moments,
             engine=EngineSettings(

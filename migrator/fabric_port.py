@@ -1,0 +1,154 @@
+"""The network's port: what a migration needs of the fabrics of its two nodes (see `ports`)."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import ClassVar
+
+from migrator.model import DomainName, NicSpec
+from migrator.struct import Struct
+
+
+class Tunnel(Struct, frozen=True, kw_only=True):
+    """How a migration's two nodes reach each other, for frames that arrive at the old one."""
+
+    name: str
+    """The same at both ends: the migration's."""
+    local: str
+    remote: str
+    """Addresses of the two nodes, as this end sees them."""
+    port: int
+    """UDP, at both ends."""
+
+
+class ProbeReport(Struct, frozen=True, kw_only=True):
+    """What one node found out when it asked the network for a NIC."""
+
+    able: bool
+    """False: this node has no way into the NIC's network; `detail` says why."""
+    answered: tuple[str, ...] = ()
+    """Addresses that answered a question sent to the NIC's own MAC."""
+    heard: tuple[str, ...] = ()
+    """Kinds of frames (arp, rarp, ipv4, ipv6, other) of the NIC that arrived meanwhile."""
+    learnt_at: str = ""
+    """The port at which this node's bridge has the MAC; "" if it has none."""
+    large: bool | None = None
+    """Whether a question as long as the NIC's MTU was answered; None: not asked."""
+    detail: str = ""
+
+
+class FirstFrames(Struct, frozen=True, kw_only=True):
+    """Wall-clock time (s) of the first frame in each direction; None: none seen in time."""
+
+    to_guest_at_s: float | None = None
+    from_guest_at_s: float | None = None
+
+
+class FabricDriver(abc.ABC):
+    """One node's guest network. Errors: FabricError.
+
+    A domain that moves, seen by the fabrics of both its nodes:
+
+        source                                     destination
+        prepare_departure   tunnel's end           plug, prepare_arrival   port closed, tunnel's end
+                                                   open_arrival     frames for the guest wait for it
+        divert   frames for the guest take the tunnel
+        shut     (paused) the port is shut
+                                                   announce_now     (resumed) the first frames
+                                                   announce         and on, until it is verified
+        end_departure                              end_arrival      after the grace time
+        reopen   instead, where it stays
+    """
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    async def open(self) -> None:
+        """At the agent's start: remove what an earlier one left of unfinished moves."""
+
+    @abc.abstractmethod
+    async def check(self, nic: NicSpec) -> Sequence[str]:
+        """Why this NIC can't be plugged here (missing bridge, MTU); empty if it can."""
+
+    @abc.abstractmethod
+    async def plug(self, domain: DomainName, index: int, nic: NicSpec) -> int:
+        """Make a tap on the NIC's bridge and return its descriptor (the caller closes it).
+
+        The tap lives as long as a descriptor to it is open: a dead hypervisor leaves none behind.
+        """
+
+    @abc.abstractmethod
+    async def unplug(self, domain: DomainName, index: int) -> None:
+        """Remove the tap, and its end of a tunnel that waits for a guest. Idempotent."""
+
+    @abc.abstractmethod
+    async def announce(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
+        """Tell the network where the NICs are now; the first frames are out when this returns.
+
+        Repeats with growing gaps go on in the background, owned and ended by the driver. Without
+        NICs: ends the repeats.
+        """
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """End the background announcements. Taps stay: their hypervisors hold them."""
+
+    # A move. Idempotent, all of it, and of a domain that isn't known: nothing happens.
+
+    @abc.abstractmethod
+    async def prepare_departure(
+        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
+    ) -> None:
+        """Source, long before the pause: make what `divert` needs. Changes no frame's way."""
+
+    @abc.abstractmethod
+    async def divert(self, domain: DomainName) -> None:
+        """Source, just before the pause: what is for the guest goes to the destination."""
+
+    @abc.abstractmethod
+    async def shut(self, domain: DomainName) -> None:
+        """Source, paused: nothing comes from the guest's ports any more, so nobody learns them."""
+
+    @abc.abstractmethod
+    async def reopen(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
+        """Source: the guest stays. Everything as before `prepare_departure`, also after a restart.
+
+        What was diverted meanwhile is lost.
+        """
+
+    @abc.abstractmethod
+    async def end_departure(self, domain: DomainName) -> int:
+        """Source, after the grace time: forward no more. Frames forwarded in all."""
+
+    @abc.abstractmethod
+    async def prepare_arrival(
+        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
+    ) -> None:
+        """Destination, after `plug`: the ports take nothing, the announcement is ready to go."""
+
+    @abc.abstractmethod
+    async def open_arrival(self, domain: DomainName) -> None:
+        """Destination, just before the source's pause: frames for the guest wait in its ports."""
+
+    @abc.abstractmethod
+    def announce_now(self, domain: DomainName) -> float | None:
+        """Destination, in the moment of the resume: one round of announcements, without waiting.
+
+        The wall-clock time (s) at which the first frame was sent; None if none could be.
+        """
+
+    @abc.abstractmethod
+    async def end_arrival(self, domain: DomainName) -> int:
+        """Destination, after the grace time: close the tunnel. Frames that came out of it."""
+
+    @abc.abstractmethod
+    async def first_frames(self, domain: DomainName, timeout_s: float) -> FirstFrames:
+        """Watch the domain's ports, from now on, until a frame went each way or time is up."""
+
+    @abc.abstractmethod
+    async def probe(self, nic: NicSpec, timeout_s: float) -> ProbeReport:
+        """Ask the network beyond this node for the NIC, at its own MAC and each of its addresses.
+
+        Proves that frames sent by this node find the NIC. Sends no frame that moves it.
+        """

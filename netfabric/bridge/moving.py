@@ -1,0 +1,189 @@
+"""What the bridges of both nodes are told when a guest moves. Synchronous; belongs into threads.
+
+    source      prepare_departure   tunnel's end made, a port of the tap's bridge
+                divert              the guest's MAC is pinned to the tunnel; its tap hears no floods
+                                    and is learnt from no more (the guest still runs, and may send)
+                shut                the tap's port is disabled: the guest is paused
+                reopen              all of that undone
+    destination prepare_arrival     tap hears no floods, tunnel's end made
+                open_arrival        tap hears floods; the guest's MAC is pinned to it, since the
+                                    uplink still hears the guest for some ms
+
+`divert` comes before the pause and not with it, so that the guest still reads what is in its tap:
+a frame that reaches the tap of a paused guest is lost. Frames that take the tunnel wait in the
+destination's tap, as many as its queue holds, until the guest runs there.
+
+Pinned entries are given up by `learn`, which the announcement does, and by the tunnel's end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from migrator.errors import FabricError
+from migrator.model import DomainName, NicSpec
+from migrator.ports import ProbeReport, Tunnel
+from netfabric.bridge import tunnels
+from netfabric.bridge.links import Exits, bridge_uplinks, find_exits, netlink
+from netfabric.bridge.taps import host_side_mac, tap_name
+from netfabric.frames import ETHERTYPE_EXPERIMENTAL, announcements, ethernet, parse_mac
+from netfabric.probing import probe, probing_mac
+from netfabric.rtnetlink import PortState, learn, pin, set_port, set_port_state
+
+ARRIVAL_QUEUE_FRAMES: Final = 4096
+"""Of a tap whose guest is on its way: 50 ms at 80,000 frames/s."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """One NIC that is to leave. `tunnel_index` None: nothing can be forwarded."""
+
+    tap_index: int
+    mac: bytes
+    tunnel: str
+    tunnel_index: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One NIC that is to come, and its announcement's frames."""
+
+    tap: str
+    mac: bytes
+    exits: Exits
+    frames: tuple[bytes, ...]
+    tunnel: str
+
+
+def prepare_departure(
+    domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
+) -> tuple[tuple[Departure, ...], list[str]]:
+    """The NICs, and why some can't be forwarded for."""
+    departures: list[Departure] = []
+    failures: list[str] = []
+    for index, nic in enumerate(nics):
+        tap = tap_name(domain, index)
+        with netlink(f"can't look at tap {tap}") as kernel:
+            link = kernel.find(tap)
+        if link is None:
+            failures.append(f"NIC {nic.mac} has no tap here")
+            continue
+        name = tunnels.tunnel_name(domain, index)
+        end: int | None = None
+        try:
+            end = tunnels.open_end(name, tunnel, index, nic.bridge)
+        except FabricError as error:
+            failures.append(str(error))
+        departures.append(Departure(link.index, parse_mac(nic.mac), name, end))
+    return tuple(departures), failures
+
+
+def divert(departures: Sequence[Departure]) -> None:
+    for departure in departures:
+        if departure.tunnel_index is not None:
+            pin(departure.tunnel_index, departure.mac)
+        set_port(departure.tap_index, floods=False, learns=False)
+
+
+def shut(departures: Sequence[Departure]) -> None:
+    for departure in departures:
+        with contextlib.suppress(FabricError):  # a spanning tree's, or gone: nothing learns it
+            set_port_state(departure.tap_index, PortState.DISABLED)
+
+
+def reopen(domain: DomainName, nics: Sequence[NicSpec]) -> None:
+    """By names alone, so that a restarted agent can do it."""
+    for index, nic in enumerate(nics):
+        tap = tap_name(domain, index)
+        with netlink(f"can't look at tap {tap}") as kernel:
+            link = kernel.find(tap)
+        if link is not None and link.master is not None:
+            with contextlib.suppress(FabricError):  # as in `shut`
+                set_port_state(link.index, PortState.FORWARDING)
+            set_port(link.index, floods=True, learns=True)
+            learn(link.index, parse_mac(nic.mac))
+        tunnels.close_end(tunnels.tunnel_name(domain, index))
+
+
+def prepare_arrival(
+    domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel, known: Sequence[Exits | None]
+) -> tuple[tuple[Arrival, ...], list[str]]:
+    """The NICs, and why some can't be forwarded to."""
+    arrivals: list[Arrival] = []
+    failures: list[str] = []
+    for index, (nic, exits) in enumerate(zip(nics, known, strict=True)):
+        tap, name = tap_name(domain, index), tunnels.tunnel_name(domain, index)
+        with netlink(f"can't prepare tap {tap}") as kernel:
+            exits = exits or find_exits(kernel, tap)  # noqa: PLW2901
+            if exits is not None:
+                kernel.set_queue(exits.tap_index, ARRIVAL_QUEUE_FRAMES)
+        if exits is None:
+            failures.append(f"NIC {nic.mac} has no tap here")
+            continue
+        set_port(exits.tap_index, floods=False, learns=False)
+        _offer_filler(tap, parse_mac(nic.mac))
+        arrivals.append(Arrival(tap, parse_mac(nic.mac), exits, announcements(nic), name))
+        try:
+            tunnels.open_end(name, tunnel, index, nic.bridge)
+        except FabricError as error:
+            failures.append(str(error))
+    return tuple(arrivals), failures
+
+
+def _offer_filler(tap: str, mac: bytes) -> None:
+    """Put a frame that nobody needs first into a tap whose guest is to come.
+
+    A paused QEMU reads one frame from its tap and loses it when it resumes (7.2: its network layer
+    hands it on before the device is ready for it, which counts as delivered); the others it leaves
+    in the tap. So that one frame shall not be a real one. A guest that gets it ignores it.
+    """
+    frame = ethernet(mac, host_side_mac(mac), ETHERTYPE_EXPERIMENTAL, b"")
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender:
+        sender.setblocking(False)
+        with contextlib.suppress(OSError):
+            sender.sendto(frame, (tap, 0))
+
+
+def open_arrival(arrivals: Sequence[Arrival]) -> None:
+    for arrival in arrivals:
+        pin(arrival.exits.tap_index, arrival.mac)
+        set_port(arrival.exits.tap_index, floods=True, learns=True)
+
+
+def close_tunnels(ends: Sequence[Departure | Arrival]) -> tuple[int, int]:
+    """Remove them; frames that came out of them, and that went in."""
+    if not ends:
+        return 0, 0
+    counted = tunnels.frames([end.tunnel for end in ends])
+    for end in ends:
+        try:
+            tunnels.close_end(end.tunnel)
+        except FabricError as error:
+            _log.warning("%s", error)
+    return counted
+
+
+def discard(ends: Sequence[Departure | Arrival]) -> None:
+    """Remove the tunnels of a move that a newer one of the domain replaces, or nobody waits for."""
+    close_tunnels(ends)
+
+
+def probe_from_bridge(nic: NicSpec, timeout_s: float) -> ProbeReport:
+    """Ask by every uplink of the NIC's bridge on this node."""
+    with netlink(f"can't look at bridge {nic.bridge}") as kernel:
+        bridge = kernel.find(nic.bridge)
+        if bridge is None or bridge.kind != "bridge":
+            return ProbeReport(able=False, detail=f"there is no bridge {nic.bridge} here")
+        uplinks = bridge_uplinks(kernel, bridge)
+        learnt_at = kernel.learnt_at(bridge, nic.mac)
+    if not uplinks:
+        return ProbeReport(able=False, detail=f"bridge {nic.bridge} has no uplink here")
+    own_mac = probing_mac(uplinks[0].mac)
+    return probe(nic, [uplink.exit for uplink in uplinks], own_mac, timeout_s, learnt_at)

@@ -1,0 +1,112 @@
+"""The way on for frames that arrive at a guest's old node: a VXLAN to its new one, for seconds.
+
+    network ── old node's bridge ── fx...  ═══ UDP ═══  fx... ── bridge ── tap ── guest
+
+Each NIC has a tunnel of its own, with a VXLAN identifier that both ends work out of the
+migration's name. Its ends are bridge ports that flood nothing, learn nothing, and are never
+announced through: what enters it is only what the old node's bridge is told to send there, frames
+for the guest's own MAC. So it makes no loop, and no third table learns anything wrong.
+
+A tunnel's name is `fx`, ten digits of its domain's name, `n` and the NIC's index, as with taps. Its
+MTU is the bridge's: a full frame travels in two IP fragments where the underlay is no wider.
+
+Synchronous; belongs into a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import ipaddress
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from migrator.errors import FabricError
+from migrator.model import DomainName
+from migrator.ports import Tunnel
+from netfabric.bridge.links import netlink
+from netfabric.bridge.taps import TUNNEL_NAME, tap_name
+from netfabric.rtnetlink import set_port
+
+_IPV6_SETTINGS: Final = Path("/proc/sys/net/ipv6/conf")
+"""Of the calling thread's network namespace, other than /sys."""
+
+
+def tunnel_name(domain: DomainName, index: int) -> str:
+    """The name of the tunnel's end for a domain's NIC `index`. FabricError for an index over 99."""
+    return "fx" + tap_name(domain, index)[2:]
+
+
+def network_identifier(name: str, index: int) -> int:
+    """The VXLAN network identifier (24 bits, never 0) of NIC `index` in migration `name`."""
+    digest = hashlib.blake2b(f"{name}/{index}".encode(), digest_size=3).digest()
+    return int.from_bytes(digest, "big") or 1
+
+
+def open_end(name: str, tunnel: Tunnel, index: int, bridge: str) -> int:
+    """Make one end, a port of the bridge; its interface index. An older one of the name goes.
+
+    FabricError: no such bridge, or the kernel refuses; then none is left.
+    """
+    address = ipaddress.ip_address(tunnel.local)
+    suffix = "" if address.version == 4 else "6"
+    options = {
+        f"vxlan_local{suffix}": tunnel.local,
+        f"vxlan_group{suffix}": tunnel.remote,
+    }
+    with netlink(f"can't make tunnel {name} to {tunnel.remote}") as kernel:
+        found = kernel.find(name)
+        if found is not None:
+            kernel.delete(found)
+        link = kernel.add(
+            name,
+            "vxlan",
+            vxlan_id=network_identifier(tunnel.name, index),
+            vxlan_port=tunnel.port,
+            vxlan_learning=0,
+            **options,
+        )
+        try:
+            port = kernel.find(bridge)
+            if port is None:
+                raise FabricError(f"there is no bridge {bridge} here")
+            # Up only when it floods nothing and says nothing: a broadcast that came out at the
+            # other end would make every switch believe that its sender is there.
+            kernel.attach(link, port, _own_mac(name), open_now=False)
+            set_port(link.index, floods=False, learns=False)
+            with contextlib.suppress(OSError):  # a kernel without IPv6
+                (_IPV6_SETTINGS / name / "disable_ipv6").write_text("1")
+            kernel.raise_up(link)
+        except BaseException:
+            kernel.delete(link)
+            raise
+    return link.index
+
+
+def close_end(name: str) -> None:
+    """Remove one end. Idempotent. FabricError if the kernel refuses."""
+    with netlink(f"can't remove tunnel {name}") as kernel:
+        link = kernel.find(name)
+        if link is not None:
+            kernel.delete(link)
+
+
+def remove_leftovers() -> None:
+    """Remove every end of a tunnel of ours that exists in this network namespace."""
+    with netlink("can't remove old tunnels") as kernel:
+        for link in kernel.links():
+            if TUNNEL_NAME.fullmatch(link.name):
+                kernel.delete(link)
+
+
+def frames(names: Sequence[str]) -> tuple[int, int]:
+    """Frames that came out of, and went into, the tunnels at these ends; of those there are."""
+    with netlink("can't read the tunnels' counters") as kernel:
+        counted = [kernel.counters(name) for name in names]
+    return sum(received for received, _ in counted), sum(sent for _, sent in counted)
+
+
+def _own_mac(name: str) -> bytes:
+    """Begins high, so that no bridge takes it for its own (see `taps.host_side_mac`)."""
+    return b"\xfe" + hashlib.blake2b(name.encode(), digest_size=5).digest()

@@ -1,0 +1,85 @@
+"""Packet sockets with a filter in the kernel: what passes an interface, chosen by classic BPF.
+
+A program is a list of instructions (code, jt, jf, k), as SO_ATTACH_FILTER takes it. A socket is
+given its filter before it is bound, so that it never holds a frame that the filter refuses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+from migrator.errors import FabricError
+
+Instruction = tuple[int, int, int, int]
+
+ETH_P_ALL: Final = 0x0003
+PACKET_OUTGOING: Final = 4
+SO_TIMESTAMPNS: Final = 35
+_SO_ATTACH_FILTER: Final = 26
+_SO_RCVBUF_BYTES: Final = 1 << 18
+_LOAD_WORD: Final = 0x20
+_LOAD_HALF: Final = 0x28
+_EQUAL: Final = 0x15
+_RETURN: Final = 0x06
+WHOLE_FRAME: Final = 0x40000
+
+
+def from_mac(mac: bytes) -> list[Instruction]:
+    """Frames whose Ethernet source is this MAC."""
+    high, low = struct.unpack("!IH", mac)
+    return [
+        (_LOAD_WORD, 0, 0, 6),
+        (_EQUAL, 0, 3, high),
+        (_LOAD_HALF, 0, 0, 10),
+        (_EQUAL, 0, 1, low),
+        (_RETURN, 0, 0, WHOLE_FRAME),
+        (_RETURN, 0, 0, 0),
+    ]
+
+
+def open_capture(interface: str, program: Sequence[Instruction] = ()) -> socket.socket:
+    """A non-blocking socket that gets, and sends, the interface's frames; with time stamps.
+
+    FabricError: no such interface, no right to.
+    """
+    try:
+        opened = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    except OSError as error:
+        raise FabricError(f"can't open a packet socket: {error.strerror}") from error
+    try:
+        opened.setblocking(False)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SO_RCVBUF_BYTES)
+        opened.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        if program:
+            _attach(opened, program)
+        opened.bind((interface, ETH_P_ALL))
+    except OSError as error:
+        opened.close()
+        raise FabricError(f"can't listen on {interface}: {error.strerror}") from error
+    return opened
+
+
+def receive(opened: socket.socket) -> tuple[bytes, bool, float] | None:
+    """One frame, whether it left by the interface, and the kernel's time of it (s); None: no more.
+
+    FabricError if the interface is gone.
+    """
+    try:
+        frame, control, _, sender = opened.recvmsg(65_600, 64)
+    except (BlockingIOError, InterruptedError):
+        return None
+    except OSError as error:
+        raise FabricError(f"can't listen any more: {error.strerror}") from error
+    seconds, nanoseconds = struct.unpack("@ll", control[0][2]) if control else (0, 0)
+    return frame, sender[2] == PACKET_OUTGOING, seconds + nanoseconds / 1e9
+
+
+def _attach(opened: socket.socket, program: Sequence[Instruction]) -> None:
+    code = b"".join(struct.pack("@HBBI", *instruction) for instruction in program)
+    buffer = ctypes.create_string_buffer(code)
+    header = struct.pack("@HP", len(program), ctypes.addressof(buffer))
+    opened.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, header)

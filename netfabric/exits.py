@@ -1,0 +1,14 @@
+"""Where frames leave a node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """A port through which an announcement leaves, and the VLAN tag it needs there, if any."""
+
+    port: str
+    vlan_id: int | None = None
+    vlan_ethertype: int = 0x8100

@@ -1,0 +1,407 @@
+"""The network's part of a migration: both nodes' fabrics in step, and proof that it has worked.
+
+    source                                        destination
+      │ (setup) the tunnel's end                    (setup) port closed, the tunnel's end
+      │ expect ─────────────────────────────────────► port open, frames for the guest wait in it
+      │ divert: frames for the guest take the tunnel
+      │ pause; the port is shut
+      │                                              resume: announcement, in the same turn
+      │◄──────────────────────────────────── probe   and other nodes: where do you find it?
+      │ answers ────────────────────────────────────► again, with growing gaps, until verified
+      │◄────────────────────────────────── outcome   into the migration's record
+      │ (grace time) counts, tunnel's end goes       tunnel's end goes
+
+Nothing here fails a migration, or holds it up for more than a moment: what can't be done becomes a
+`problem` in its record. The guest's resume is heard from the hypervisor itself, before the session
+hears of it, so that the first announcement doesn't wait for anybody's turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+
+from migrator.errors import FerryError, WrongStateError
+from migrator.model import Cutover, DomainName, NodeName
+from migrator.ports import (
+    DomainEvent,
+    DomainEventKind,
+    FabricDriver,
+    FirstFrames,
+    HypervisorDriver,
+    Struct,
+    Tunnel,
+)
+from node_agent.cluster_calls import Done
+from node_agent.events import EventKind, EventLog
+from node_agent.migrations.judgement import is_verified, suspects
+from node_agent.migrations.publisher import Publisher
+from node_agent.migrations.witnesses import Move, Witnesses
+from node_agent.nodes import NodeRegistry
+from node_agent.peers.hub import PeerHub
+
+log = logging.getLogger(__name__)
+
+EXPECT: Final = "network.expect"
+OUTCOME: Final = "network.outcome"
+
+EXPECT_S: Final = 0.5
+"""The pause waits for the destination's port, but not longer."""
+PREPARE_S: Final = 3.0
+PROBE_GAPS_S: Final = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+PROBE_S: Final = 0.1
+"""One question's wait for its answers, the first time; the last is four times as long."""
+FIRST_FRAMES_S: Final = 0.1
+"""Longer than the verification, a quiet guest's first frames aren't waited for."""
+_CALL_S: Final = 2.0
+_CLOSE_S: Final = 3.0
+
+
+class CutoverSettings(Struct, frozen=True, kw_only=True):
+    """How a node handles its migrations' network."""
+
+    grace_s: float = 5.0
+    """For so long the old node forwards frames that still arrive there."""
+    verify_limit_s: float = 5.0
+    """Not verified within it: an event names the suspect, the announcements are repeated."""
+    tunnel_port: int = 7782
+    address: str = "127.0.0.1"
+    """This node's own end of tunnels: where page streams arrive, too."""
+
+
+class ExpectParams(Struct, frozen=True, kw_only=True):
+    migration_id: str
+    domain: DomainName
+
+
+class OutcomeParams(Struct, frozen=True, kw_only=True):
+    migration_id: str
+    cutover: Cutover
+
+
+@dataclass(slots=True)
+class _Leaving:
+    move: Move
+    problems: list[str] = field(default_factory=list)
+    diverted: bool = False
+
+
+@dataclass(slots=True)
+class _Arriving:
+    move: Move
+    problems: list[str] = field(default_factory=list)
+    resumed_at_s: float | None = None
+    announced_at_s: float | None = None
+    watching: asyncio.Task[FirstFrames] | None = None
+    followed: bool = False
+
+
+@dataclass(slots=True)
+class _Record:
+    """What the source knows of one migration's cutover, in whichever order it hears of it."""
+
+    published: bool = False
+    """The migration's end is in the store: it may be amended."""
+    cutover: Cutover | None = None
+    problems: tuple[str, ...] = ()
+    forwarded: int | None = None
+
+
+class CutoverService:
+    """See the module. `register` before the hub starts; `close` ends its tasks, not the tunnels."""
+
+    def __init__(
+        self,
+        node: NodeName,
+        *,
+        hub: PeerHub,
+        hypervisor: HypervisorDriver,
+        fabric: FabricDriver,
+        nodes: NodeRegistry,
+        events: EventLog,
+        publisher: Publisher,
+        settings: CutoverSettings | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.node = node
+        self._hub = hub
+        self._fabric = fabric
+        self._nodes = nodes
+        self._witnesses = Witnesses(node, hub=hub, fabric=fabric, nodes=nodes)
+        self._events = events
+        self._publisher = publisher
+        self._settings = settings or CutoverSettings()
+        self._clock = clock
+        self._leaving: dict[DomainName, _Leaving] = {}
+        self._arriving: dict[DomainName, _Arriving] = {}
+        self._records: dict[str, _Record] = {}
+        """Of migrations away from here, until their grace time is over."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._unsubscribe = hypervisor.subscribe(self._on_domain_event)
+
+    def register(self) -> None:
+        """Serve the other nodes' calls."""
+        self._hub.handle(EXPECT, ExpectParams, self._on_expect)
+        self._witnesses.register()
+        self._hub.handle(OUTCOME, OutcomeParams, self._on_outcome)
+
+    async def close(self) -> None:
+        """End the tasks. Tunnels that are left are removed by the next agent's start."""
+        self._unsubscribe()
+        watching = [each.watching for each in self._arriving.values() if each.watching is not None]
+        tasks = {*self._tasks, *watching}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_CLOSE_S)
+
+    # --- the source --------------------------------------------------------------------------
+
+    async def prepare_departure(self, move: Move) -> None:
+        """While the guest runs. Bounded; never fails."""
+        leaving = self._leaving[move.domain] = _Leaving(move)
+        self._arriving.pop(move.domain, None)
+        try:
+            async with asyncio.timeout(PREPARE_S):
+                tunnel = await self._tunnel(move.migration_id, move.destination)
+                await self._fabric.prepare_departure(move.domain, move.nics, tunnel)
+        except (FerryError, TimeoutError) as error:
+            self._problem(leaving.problems, move, f"frames won't be forwarded: {error}")
+
+    async def depart(self, move: Move) -> None:
+        """Just before the pause. Bounded by EXPECT_S and the kernel; never fails."""
+        leaving = self._leaving.get(move.domain)
+        if leaving is None or leaving.move.migration_id != move.migration_id or not move.nics:
+            return
+        params = ExpectParams(migration_id=move.migration_id, domain=move.domain)
+        try:
+            await self._hub.call(move.destination, EXPECT, params, Done, timeout_s=EXPECT_S)
+            leaving.diverted = True
+            await self._fabric.divert(move.domain)
+        except FerryError as error:
+            self._problem(leaving.problems, move, f"nothing was forwarded: {error}")
+
+    async def stays(self, move: Move) -> None:
+        """The guest goes on running here. Idempotent, also after a restart; never fails."""
+        self._leaving.pop(move.domain, None)
+        try:
+            await self._fabric.reopen(move.domain, move.nics)
+        except FerryError as error:
+            log.error("domain %s: its ports can't be opened again: %s", move.domain, error)
+
+    def left(self, move: Move) -> None:
+        """The guest runs elsewhere and the migration's end is published: forward for a while."""
+        leaving = self._leaving.pop(move.domain, None)
+        self._own(self._forward(move, leaving))
+
+    async def _forward(self, move: Move, leaving: _Leaving | None) -> None:
+        record = self._records.setdefault(move.migration_id, _Record())
+        record.published = True
+        record.problems = tuple(leaving.problems) if leaving is not None else ()
+        try:
+            await self._amend(move.migration_id, record)
+            await asyncio.sleep(self._settings.grace_s)
+            if move.domain not in self._arriving and move.domain not in self._leaving:
+                record.forwarded = await self._fabric.end_departure(move.domain)
+                await self._amend(move.migration_id, record)
+            await asyncio.sleep(self._settings.verify_limit_s + _CALL_S)  # It may yet be told.
+        finally:
+            self._records.pop(move.migration_id, None)
+
+    async def _on_outcome(self, _: NodeName, params: OutcomeParams) -> Done:
+        record = self._records.setdefault(params.migration_id, _Record())
+        record.cutover = params.cutover
+        await self._amend(params.migration_id, record)
+        return Done()
+
+    async def _amend(self, migration_id: str, record: _Record) -> None:
+        """Put what is known into the migration's record, once that says how it ended."""
+        if record.cutover is None or not record.published:
+            return
+        cutover = msgspec.structs.replace(
+            record.cutover,
+            forwarded_frames=record.forwarded,
+            problems=(*record.problems, *record.cutover.problems),
+        )
+        migration = await self._publisher.read(migration_id)
+        await self._publisher.write(msgspec.structs.replace(migration, cutover=cutover))
+
+    # --- the destination ---------------------------------------------------------------------
+
+    async def prepare_arrival(self, move: Move) -> None:
+        """After the taps were plugged, before the guest can run. Bounded; never fails."""
+        arriving = self._arriving[move.domain] = _Arriving(move)
+        self._leaving.pop(move.domain, None)
+        try:
+            async with asyncio.timeout(PREPARE_S):
+                tunnel = await self._tunnel(move.migration_id, move.source)
+                await self._fabric.prepare_arrival(move.domain, move.nics, tunnel)
+        except (FerryError, TimeoutError) as error:
+            self._problem(arriving.problems, move, f"no forwarded frame will arrive: {error}")
+
+    async def announce(self, move: Move) -> None:
+        """The session's word that the guest runs here. FabricError: nothing could be sent."""
+        arriving = self._arriving.setdefault(move.domain, _Arriving(move))
+        try:
+            await self._fabric.announce(move.domain, move.nics)
+        finally:
+            self._follow(arriving)
+
+    def gone(self, move: Move) -> None:
+        """The destination's copy is destroyed."""
+        arriving = self._arriving.get(move.domain)
+        if arriving is not None and arriving.move.migration_id == move.migration_id:
+            del self._arriving[move.domain]
+
+    def _on_domain_event(self, event: DomainEvent) -> None:
+        leaving, arriving = self._leaving.get(event.domain), self._arriving.get(event.domain)
+        match event.kind:
+            case DomainEventKind.RESUMED if arriving is not None and not arriving.resumed_at_s:
+                arriving.announced_at_s = self._fabric.announce_now(event.domain)
+                arriving.resumed_at_s = event.at_s
+                self._watch(arriving)
+            case DomainEventKind.PAUSED if leaving is not None and leaving.diverted:
+                self._own(self._fabric.shut(event.domain))
+            case DomainEventKind.RESUMED if leaving is not None and leaving.diverted:
+                leaving.diverted = False
+                self._own(self.stays(leaving.move))
+            case _:
+                pass
+
+    def _follow(self, arriving: _Arriving) -> None:
+        if not arriving.followed:
+            arriving.followed = True
+            self._own(self._verify(arriving))
+
+    async def _verify(self, arriving: _Arriving) -> None:
+        move, loop = arriving.move, asyncio.get_running_loop()
+        started = loop.time()
+        if arriving.resumed_at_s is None:  # Not heard: the agent restarted in the handoff.
+            arriving.resumed_at_s = self._clock()
+        watching = arriving.watching or self._watch(arriving)
+        try:
+            cutover = await self._ask_until_verified(arriving)
+            if cutover.verified_ms is None:
+                await self._complain(move, cutover)
+            else:
+                await self._fabric.announce(move.domain, ())  # It is known: no more of them.
+            await asyncio.wait({watching}, timeout=FIRST_FRAMES_S)
+            first = _result(watching)
+        finally:
+            watching.cancel()
+            await asyncio.wait({watching}, timeout=_CALL_S)
+        await self._report(move, _with_first(cutover, first))
+        await asyncio.sleep(max(0.0, self._settings.grace_s - (loop.time() - started)))
+        if self._arriving.get(move.domain) is arriving:
+            del self._arriving[move.domain]
+            await self._fabric.end_arrival(move.domain)
+
+    def _watch(self, arriving: _Arriving) -> asyncio.Task[FirstFrames]:
+        domain, limit_s = arriving.move.domain, self._settings.verify_limit_s
+        arriving.watching = asyncio.create_task(self._fabric.first_frames(domain, limit_s))
+        return arriving.watching
+
+    async def _ask_until_verified(self, arriving: _Arriving) -> Cutover:
+        move, resumed_at_s = arriving.move, arriving.resumed_at_s or self._clock()
+        announced = arriving.announced_at_s
+        cutover = Cutover(
+            resumed_at_s=resumed_at_s,
+            first_announcement_ms=None if announced is None else (announced - resumed_at_s) * 1e3,
+            problems=tuple(arriving.problems),
+        )
+        if not move.nics:
+            return msgspec.structs.replace(cutover, verified_ms=0.0)
+        others = await self._witnesses.choose(move)
+        deadline = resumed_at_s + self._settings.verify_limit_s
+        for number, gap_s in enumerate(PROBE_GAPS_S):
+            await asyncio.sleep(gap_s)
+            timeout_s = min(PROBE_S * 2 ** min(number, 2), max(deadline - self._clock(), 0.0))
+            witnesses = await self._witnesses.ask(move, others, timeout_s)
+            cutover = msgspec.structs.replace(cutover, rounds=number + 1, witnesses=witnesses)
+            now = self._clock()
+            if is_verified(move.nics, witnesses):
+                return msgspec.structs.replace(cutover, verified_ms=(now - resumed_at_s) * 1e3)
+            if now >= deadline:
+                break
+        return msgspec.structs.replace(cutover, suspect=suspects(move.nics, cutover.witnesses))
+
+    async def _complain(self, move: Move, cutover: Cutover) -> None:
+        """An event, and the announcements once more."""
+        self._events.emit(
+            EventKind.NETWORK_NOT_VERIFIED,
+            f"domain {move.domain} runs on {move.destination}, but the network was not seen to"
+            f" follow within {self._settings.verify_limit_s:g} s: {cutover.suspect}",
+            domain=move.domain,
+            migration=move.migration_id,
+        )
+        arriving = self._arriving.get(move.domain)
+        if arriving is not None and arriving.move is move:  # Else it is on its way elsewhere.
+            with contextlib.suppress(FerryError):
+                await self._fabric.announce(move.domain, move.nics)
+
+    async def _report(self, move: Move, cutover: Cutover) -> None:
+        params = OutcomeParams(migration_id=move.migration_id, cutover=cutover)
+        try:
+            await self._hub.call(move.source, OUTCOME, params, Done, timeout_s=_CALL_S)
+        except FerryError as error:
+            log.warning("migration %s: its cutover is not recorded: %s", move.migration_id, error)
+
+    # --- for others --------------------------------------------------------------------------
+
+    async def _on_expect(self, _: NodeName, params: ExpectParams) -> Done:
+        arriving = self._arriving.get(params.domain)
+        if arriving is None or arriving.move.migration_id != params.migration_id:
+            raise WrongStateError(f"domain {params.domain}", "not expected here", "expected")
+        await self._fabric.open_arrival(params.domain)
+        return Done()
+
+    # --- inside ------------------------------------------------------------------------------
+
+    async def _tunnel(self, migration_id: str, peer: NodeName) -> Tunnel:
+        view = await self._nodes.get(peer)
+        return Tunnel(
+            name=migration_id,
+            local=self._settings.address,
+            remote=view.info.migration_address,
+            port=self._settings.tunnel_port,
+        )
+
+    def _problem(self, problems: list[str], move: Move, text: str) -> None:
+        problems.append(f"{self.node}: {text}")
+        log.warning("migration %s of %s: %s", move.migration_id, move.domain, text)
+
+    def _own(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(self._logged(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _logged(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except FerryError as error:
+            log.warning("%s", error)
+
+
+def _result(watching: asyncio.Task[FirstFrames]) -> FirstFrames:
+    """What was seen; nothing where that goes on, or failed."""
+    if not watching.done() or watching.cancelled() or watching.exception() is not None:
+        return FirstFrames()
+    return watching.result()
+
+
+def _with_first(cutover: Cutover, first: FirstFrames) -> Cutover:
+    def after_ms(at_s: float | None) -> float | None:
+        return None if at_s is None else max(at_s - cutover.resumed_at_s, 0.0) * 1e3
+
+    return msgspec.structs.replace(
+        cutover,
+        first_to_guest_ms=after_ms(first.to_guest_at_s),
+        first_from_guest_ms=after_ms(first.from_guest_at_s),
+    )

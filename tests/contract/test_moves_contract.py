@@ -1,0 +1,226 @@
+"""A domain that moves, as the kernel's bridges see it: silent, waiting, diverted, back again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+
+import pytest
+from pyroute2 import IPRoute
+
+from migrator.model import DomainName, NicSpec
+from migrator.ports import Tunnel
+from netfabric.bridge import BridgeFabric
+from netfabric.bridge.tunnels import network_identifier, tunnel_name
+from netfabric.frames import ETHERTYPE_EXPERIMENTAL, ethernet, parse_mac
+from tests.contract.fabric_worlds import (
+    Body,
+    BridgeWorld,
+    World,
+    bridge_world,
+    eventually,
+    learnt,
+    run_bridge,
+    run_simulated,
+)
+from tests.contract.namespaces import run_in_new_namespace
+from tests.contract.test_fabric_contract import guest_frames
+
+pytestmark = pytest.mark.lab
+
+WEB = DomainName("web")
+NIC = NicSpec(mac="52:54:00:aa:bb:cc", bridge="br0", addresses=("10.0.0.5",))
+TUNNEL = Tunnel(name="m1", local="127.0.0.1", remote="127.0.0.2", port=7782)
+CLIENT = bytes.fromhex("525400000001")
+TEST = 0x88B6
+
+
+@pytest.fixture(params=["simulated", "bridge"])
+def run(request: pytest.FixtureRequest) -> Callable[[Body], None]:
+    runs = {"simulated": run_simulated, "bridge": run_bridge}
+    return runs[request.param]
+
+
+def test_every_step_of_a_move_may_come_twice_or_without_the_ones_before(
+    run: Callable[[Body], None],
+) -> None:
+    async def body(world: World) -> None:
+        fabric = world.fabric
+        await fabric.open()
+        for _ in range(2):
+            await fabric.divert(WEB)
+            await fabric.shut(WEB)
+            await fabric.reopen(WEB, [NIC])
+            await fabric.open_arrival(WEB)
+            assert await fabric.end_departure(WEB) == 0
+            assert await fabric.end_arrival(WEB) == 0
+        assert fabric.announce_now(WEB) is None
+
+    run(body)
+
+
+def on_bridge(body: Callable[[BridgeWorld], Awaitable[None]]) -> None:
+    async def inside() -> None:
+        def loopback_up() -> None:
+            with IPRoute() as route:
+                route.link("set", index=1, state="up")
+
+        await asyncio.to_thread(loopback_up)
+        async with bridge_world() as world:
+            await body(world)
+
+    run_in_new_namespace(inside)
+
+
+def to_guest(number: int) -> bytes:
+    return ethernet(parse_mac(NIC.mac), CLIENT, TEST, bytes([number]))
+
+
+def to_all(number: int) -> bytes:
+    return ethernet(b"\xff" * 6, CLIENT, TEST, bytes([number]))
+
+
+def read_numbers(fd: int) -> list[int]:
+    """The numbers of the test's frames that wait in a tap."""
+    return [frame[14] for frame in guest_frames(fd) if frame[12:14] == TEST.to_bytes(2, "big")]
+
+
+async def numbers_until(fd: int, last: int) -> list[int]:
+    found: list[int] = []
+
+    async def arrived() -> bool:
+        found.extend(read_numbers(fd))
+        return last in found
+
+    await eventually(arrived)
+    return found
+
+
+def test_a_port_takes_nothing_until_the_guest_is_about_to_come() -> None:
+    async def body(world: BridgeWorld) -> None:
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        try:
+            await world.fabric.prepare_arrival(WEB, [NIC], TUNNEL)
+            await world.move_away(NIC.mac)
+            filler = guest_frames(fd)
+            expected = ETHERTYPE_EXPERIMENTAL.to_bytes(2, "big")
+            assert expected in [frame[12:14] for frame in filler]
+            world.far.send(to_all(1))
+            await world.fabric.open_arrival(WEB)
+            # The guest still speaks at its old place: that moves nothing any more.
+            world.far.send(ethernet(b"\xff" * 6, parse_mac(NIC.mac), TEST, bytes([2])))
+            assert (await learnt(NIC.mac))["br0"].startswith("fy")
+            world.far.send(to_guest(3))  # The switch floods it no more: it knows the old place.
+            world.far.send(to_all(4))
+            assert await numbers_until(fd, 4) == [2, 4]
+        finally:
+            os.close(fd)
+
+    on_bridge(body)
+
+
+def test_the_first_announcement_moves_the_switch_and_the_last_gives_the_guest_free() -> None:
+    async def body(world: BridgeWorld) -> None:
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        try:
+            await world.fabric.prepare_arrival(WEB, [NIC], TUNNEL)
+            await world.move_away(NIC.mac)
+            await world.fabric.open_arrival(WEB)
+            assert world.fabric.announce_now(WEB) is not None
+            assert await world.is_here(NIC.mac)
+            await world.fabric.announce(WEB, [NIC])
+            await world.fabric.announce(WEB, ())
+            await world.move_away(NIC.mac)  # Not pinned any more.
+            await world.fabric.end_arrival(WEB)
+            assert await tunnels_here() == []
+        finally:
+            os.close(fd)
+
+    on_bridge(body)
+
+
+def test_what_is_for_a_guest_that_leaves_takes_the_tunnel() -> None:
+    async def body(world: BridgeWorld) -> None:
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        try:
+            await world.fabric.announce(WEB, [NIC])
+            await world.fabric.announce(WEB, ())
+            await world.fabric.prepare_departure(WEB, [NIC], TUNNEL)
+            world.far.send(to_guest(1))
+            assert await numbers_until(fd, 1) == [1], "until the last moment all is as before"
+            await world.fabric.divert(WEB)
+            await world.fabric.shut(WEB)
+            for number in (2, 3, 4):
+                world.far.send(to_guest(number))
+            world.far.send(to_all(5))
+            # The new place speaks up, and what is still on its way here must get there, too.
+            await world.announce_elsewhere(NIC.mac)
+            assert (await learnt(NIC.mac))["br0"] == tunnel_name(WEB, 0)
+            assert await world.fabric.end_departure(WEB) == 3
+            assert read_numbers(fd) == []
+            assert await tunnels_here() == []
+        finally:
+            os.close(fd)
+
+    on_bridge(body)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_guest_that_stays_has_everything_back(restarted: bool) -> None:
+    async def body(world: BridgeWorld) -> None:
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        fabric = world.fabric
+        try:
+            await fabric.prepare_departure(WEB, [NIC], TUNNEL)
+            await fabric.divert(WEB)
+            await fabric.shut(WEB)
+            if restarted:
+                fabric = BridgeFabric(gaps_s=())
+                await fabric.open()
+                assert await tunnels_here() == []
+            await fabric.reopen(WEB, [NIC])
+            assert (await learnt(NIC.mac))["br0"].startswith("fy")
+            world.far.send(to_all(1))
+            world.far.send(to_guest(2))
+            assert await numbers_until(fd, 2) == [1, 2]
+            assert await tunnels_here() == []
+        finally:
+            await fabric.close()
+            os.close(fd)
+
+    on_bridge(body)
+
+
+def test_a_probe_finds_a_guest_beyond_the_uplink_and_only_there() -> None:
+    async def body(world: BridgeWorld) -> None:
+        await world.move_away(NIC.mac)
+        asking = asyncio.create_task(world.fabric.probe(NIC, 20.0))
+        await world.answer_arp(NIC)
+        report = await asking
+        assert report.able
+        assert report.answered == ("10.0.0.5",)
+        assert "arp" in report.heard
+        silent = await world.fabric.probe(NicSpec(mac="52:54:00:aa:bb:dd", bridge="br0"), 0.05)
+        assert (silent.able, silent.heard) == (True, ())
+        elsewhere = await world.fabric.probe(NicSpec(mac=NIC.mac, bridge="br9"), 0.05)
+        assert not elsewhere.able
+        assert "br9" in elsewhere.detail
+
+    on_bridge(body)
+
+
+def test_a_tunnels_identifier_is_the_same_at_both_ends_and_another_for_each_nic() -> None:
+    found = {network_identifier(f"migration{n}", index) for n in range(50) for index in range(4)}
+    assert len(found) == 200
+    assert all(0 < each < 1 << 24 for each in found)
+    assert network_identifier("m1", 0) == network_identifier("m1", 0)
+
+
+async def tunnels_here() -> list[str]:
+    def look() -> list[str]:
+        with IPRoute() as route:
+            names = [link.get_attr("IFLA_IFNAME") for link in route.get_links()]
+            return [name for name in names if name.startswith("fx")]
+
+    return await asyncio.to_thread(look)

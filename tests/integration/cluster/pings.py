@@ -1,0 +1,125 @@
+"""A thousand numbered questions a second to a guest, from the lab's client: what comes back, when.
+
+A question that was asked during a blackout is answered after it, if the network kept it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+import struct
+import time
+from typing import Final
+
+from tests.integration.cluster.client import ANSWER_S, _Watch, in_namespace
+
+_ECHO_REQUEST: Final = 8
+_ECHO_REPLY: Final = 0
+_SO_TIMESTAMPNS: Final = 35
+_SO_RCVBUFFORCE: Final = 33
+_BUFFER_BYTES: Final = 16 * 1024**2
+_DRAIN_S: Final = 20.0
+_WAITING_MAX: Final = 200
+"""So many may wait for their answer: a guest that a busy machine starves has bounded queues."""
+_BODY: Final = struct.Struct("!Q")
+
+
+def _checksum(data: bytes) -> int:
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total = (total & 0xFFFF) + (total >> 16)
+    return ~(total + (total >> 16)) & 0xFFFF
+
+
+class PingWatch(_Watch):
+    """ICMP echo requests at `per_s`; the numbers of the answers in the order of their arrival."""
+
+    def __init__(self, namespace: str, address: str, per_s: int = 1000) -> None:
+        super().__init__()
+        self._socket = in_namespace(namespace, self._opened)
+        self._address = address
+        self._gap_s = 1.0 / per_s
+        self._identifier = id(self) & 0xFFFF
+        self.sent_at_s: list[float] = []
+        self.answers: list[tuple[float, int]] = []
+        """Kernel's wall-clock time of arrival, number."""
+
+    @staticmethod
+    def _opened() -> socket.socket:
+        opened = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+        opened.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+        opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
+        opened.setblocking(False)
+        return opened
+
+    def _run(self) -> None:
+        with self._socket:
+            due = time.monotonic()
+            while not self._stop.is_set():
+                self._drain()
+                if len(self.sent_at_s) - len(self.answers) < _WAITING_MAX:
+                    self._send()
+                due = max(due + self._gap_s, time.monotonic() - 0.05)
+                time.sleep(max(0.0, due - time.monotonic()))
+            until = time.monotonic() + _DRAIN_S
+            while time.monotonic() < until and len(self.answers) < self.sent:
+                self._drain()
+                time.sleep(0.01)
+
+    def _send(self) -> None:
+        body = _BODY.pack(self.sent)
+        head = struct.pack("!BBHHH", _ECHO_REQUEST, 0, 0, self._identifier, self.sent & 0xFFFF)
+        checksum = _checksum(head + body)
+        head = head[:2] + checksum.to_bytes(2, "big") + head[4:]
+        with contextlib.suppress(BlockingIOError):
+            self._socket.sendto(head + body, (self._address, 0))
+            self.sent_at_s.append(time.time())
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                packet, control, _, _ = self._socket.recvmsg(256, 64)
+            except BlockingIOError:
+                return
+            message = packet[(packet[0] & 0xF) * 4 :]
+            kind, _, _, identifier, _ = struct.unpack_from("!BBHHH", message)
+            if kind == _ECHO_REPLY and identifier == self._identifier:
+                seconds, nanoseconds = struct.unpack_from("@ll", control[0][2])
+                at_s = seconds + nanoseconds / 1e9
+                self.answers.append((at_s, _BODY.unpack_from(message, 8)[0]))
+
+    def wait_answers(self, count: int) -> None:
+        """Until so many more have arrived."""
+        wanted, deadline = len(self.answers) + count, time.monotonic() + ANSWER_S
+        while len(self.answers) < wanted:
+            assert time.monotonic() < deadline, f"no {count} answers within {ANSWER_S:g} s"
+            time.sleep(0.01)
+
+    @property
+    def sent(self) -> int:
+        return len(self.sent_at_s)
+
+    @property
+    def lost_at_s(self) -> list[float]:
+        """When the questions were asked that nobody answered."""
+        answered = {number for _, number in self.answers}
+        sent = enumerate(list(self.sent_at_s))
+        return [at_s for number, at_s in sent if number not in answered]
+
+    @property
+    def lost(self) -> int:
+        return len(self.lost_at_s)
+
+    @property
+    def duplicates(self) -> int:
+        return len(self.answers) - len({number for _, number in self.answers})
+
+    @property
+    def reordered(self) -> int:
+        """Answers that came after one to a later question."""
+        numbers = [number for _, number in self.answers]
+        return sum(1 for before, after in itertools.pairwise(numbers) if after < before)
+
+    def first_after_ms(self, at_s: float) -> float:
+        """From `at_s` to the first answer after it."""
+        return min(((each - at_s) * 1e3 for each, _ in self.answers if each >= at_s), default=-1.0)

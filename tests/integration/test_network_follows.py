@@ -1,0 +1,60 @@
+"""The network follows a guest: nothing is lost, nothing comes twice, and Ferry has seen that."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+
+from migrator.model import Cutover, Migration
+from tests.integration.cluster.pings import PingWatch
+from tests.integration.cluster.world import Cluster, Load, describe, eventually
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
+
+MOVES = 20
+
+
+def cutover_of(cluster: Cluster, migration: Migration) -> Cutover:
+    """Its record of the network, once that is complete but for the grace time's count."""
+    return eventually(
+        f"the cutover of {migration.id} is recorded",
+        lambda: cluster.migration(migration.id).cutover,
+    )
+
+
+def test_no_question_to_a_migrating_guest_is_lost(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = cluster.plan.namespace("client")
+    with cluster.guest("net", load=Load(udp=False, dirty_pages_per_s=500)) as guest:
+        cluster.move("net", "n2")
+        cluster.move("net", "n1")
+        moves: list[Migration] = []
+        with PingWatch(client, guest.address) as pings:
+            pings.wait_answers(300)
+            for number in range(MOVES):
+                moves.append(cluster.move("net", "n2" if number % 2 == 0 else "n1"))
+                pings.wait_answers(200)
+        cutovers = [cutover_of(cluster, move) for move in moves]
+        for move, cutover in zip(moves, cutovers, strict=True):
+            assert cutover.verified_ms is not None, (describe(move), cutover)
+            assert not cutover.problems, cutover
+    first = [each.first_announcement_ms or -1.0 for each in cutovers]
+    verified = [each.verified_ms or -1.0 for each in cutovers]
+    to_guest = [each.first_to_guest_ms or -1.0 for each in cutovers]
+    answers = [pings.first_after_ms(each.resumed_at_s) for each in cutovers]
+    blackouts = [move.blackout_ms or 0.0 for move in moves]
+    with capsys.disabled():
+        print(
+            f"\n{len(moves)} moves, {pings.sent} questions: {pings.lost} lost, "
+            f"{pings.duplicates} twice, {pings.reordered} out of order; "
+            f"announced +{statistics.median(first):.2f} ms (worst {max(first):.2f}), "
+            f"first to guest +{statistics.median(to_guest):.2f} ms, "
+            f"first answer +{statistics.median(answers):.2f} ms (worst {max(answers):.2f}), "
+            f"verified +{statistics.median(verified):.1f} ms (worst {max(verified):.1f}), "
+            f"blackout {statistics.median(blackouts):.1f} ms"
+        )
+    assert pings.duplicates == 0
+    assert pings.lost == 0
+    assert pings.reordered == 0

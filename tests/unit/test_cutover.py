@@ -1,0 +1,79 @@
+"""A migration's network, with simulated fabrics: in step, proved, recorded, and harmless."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from migrator.model import Cutover, MigrationState
+from tests.unit.migration_world import WEB, MigrationWorld, eventually, migration_world
+
+
+@pytest.fixture
+async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[MigrationWorld]:
+    async with migration_world(tmp_path, monkeypatch) as made:
+        yield made
+
+
+async def recorded(world: MigrationWorld, id: str) -> Cutover:
+    found: list[Cutover] = []
+
+    async def complete() -> bool:
+        cutover = (await world.a.manager.get(id)).cutover
+        if cutover is None or cutover.forwarded_frames is None:
+            return False
+        found.append(cutover)
+        return True
+
+    await eventually(complete)
+    return found[0]
+
+
+async def test_the_outcome_is_part_of_the_migrations_record(world: MigrationWorld) -> None:
+    migration = await world.ended(await world.migrate())
+    cutover = await recorded(world, migration.id)
+    assert migration.state is MigrationState.COMPLETED
+    assert cutover.first_announcement_ms is not None
+    assert cutover.verified_ms is not None
+    assert cutover.suspect == ""
+    assert [(each.node, each.answered) for each in cutover.witnesses] == [("a", ("10.0.0.7",))]
+    assert not world.a.node.fabric.diverted
+    assert not world.b.node.fabric.closed
+
+
+async def test_announcements_that_are_lost_are_repeated_until_one_is_heard(
+    world: MigrationWorld,
+) -> None:
+    world.b.node.fabric.faults.frames_lost = 5
+    migration = await world.ended(await world.migrate())
+    cutover = await recorded(world, migration.id)
+    assert cutover.verified_ms is not None
+    assert cutover.rounds > 1
+
+
+async def test_a_network_that_does_not_follow_is_told_of(world: MigrationWorld) -> None:
+    world.b.node.fabric.faults.frames_lost = 10_000
+    migration = await world.ended(await world.migrate())
+    cutover = await recorded(world, migration.id)
+    assert migration.state is MigrationState.COMPLETED
+    assert cutover.verified_ms is None
+    assert "port security" in cutover.suspect
+
+    async def told() -> bool:
+        events = await world.a.node.events.read()
+        return any(each.kind == "network-not-verified" for each in events)
+
+    await eventually(told)
+
+
+async def test_a_guest_that_stays_has_its_ports_back(world: MigrationWorld) -> None:
+    await world.a.node.fabric.divert(WEB)
+    await world.a.node.fabric.shut(WEB)
+    migration = await world.migrate(destination="b")
+    await world.a.manager.cancel(migration.id)
+    ended = await world.ended(migration)
+    assert ended.state is MigrationState.CANCELLED
+    assert not world.a.node.fabric.diverted
+    assert not world.a.node.fabric.closed

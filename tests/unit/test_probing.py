@@ -1,0 +1,65 @@
+"""Questions to a NIC, as another implementation reads them, and what counts as an answer."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import pytest
+from scapy.layers.inet6 import ICMPv6ND_NA, ICMPv6ND_NS, ICMPv6NDOptDstLLAddr, IPv6
+from scapy.layers.l2 import ARP, Dot1Q, Ether
+
+from netfabric import frames
+from netfabric.probing import answer, kind_of, probing_mac, question
+
+GUEST = bytes.fromhex("525400aabbcc")
+OWN = bytes.fromhex("0611223344ff")
+
+
+def test_an_arp_probe_is_addressed_to_one_mac_and_names_no_sender() -> None:
+    packet = Ether(question(OWN, GUEST, "10.1.2.3"))
+    assert (packet.dst, packet.src) == ("52:54:00:aa:bb:cc", "06:11:22:33:44:ff")
+    arp = packet[ARP]
+    assert (arp.op, arp.psrc, arp.pdst) == (1, "0.0.0.0", "10.1.2.3")
+    assert (arp.hwsrc, arp.hwdst) == ("06:11:22:33:44:ff", "00:00:00:00:00:00")
+
+
+def test_a_neighbour_solicitation_is_whole() -> None:
+    frame = question(OWN, GUEST, "2001:db8::5")
+    packet = Ether(frame)
+    assert packet.dst == "52:54:00:aa:bb:cc"
+    ip, solicitation = packet[IPv6], packet[ICMPv6ND_NS]
+    assert (ip.src, ip.dst, ip.hlim) == ("fe80::411:22ff:fe33:44ff", "2001:db8::5", 255)
+    assert solicitation.tgt == "2001:db8::5"
+    assert solicitation.lladdr == "06:11:22:33:44:ff"
+    checksum = solicitation.cksum
+    del packet[ICMPv6ND_NS].cksum
+    assert Ether(packet.build())[ICMPv6ND_NS].cksum == checksum
+
+
+@pytest.mark.parametrize("tagged", [False, True])
+def test_answers(tagged: bool) -> None:
+    ethernet = Ether(src="52:54:00:aa:bb:cc", dst="06:11:22:33:44:ff")
+    head = ethernet / Dot1Q(vlan=7) if tagged else ethernet
+    reply = head / ARP(op=2, psrc="10.1.2.3", pdst="0.0.0.0", hwsrc="52:54:00:aa:bb:cc")
+    advertisement = (
+        head
+        / IPv6(src="2001:db8::5", dst="fe80::1")
+        / ICMPv6ND_NA(tgt="2001:db8::5")
+        / ICMPv6NDOptDstLLAddr(lladdr="52:54:00:aa:bb:cc")
+    )
+    assert answer(reply.build(), OWN) == "10.1.2.3"
+    assert answer(advertisement.build(), OWN) == "2001:db8::5"
+    assert (kind_of(reply.build()), kind_of(advertisement.build())) == ("arp", "ipv6")
+
+
+def test_what_is_no_answer() -> None:
+    announcement = frames.gratuitous_arp_reply(GUEST, ipaddress.IPv4Address("10.1.2.3"))
+    assert answer(announcement, OWN) is None, "it isn't to us"
+    request = Ether(src="52:54:00:aa:bb:cc", dst="06:11:22:33:44:ff") / ARP(op=1, psrc="10.1.2.3")
+    assert answer(request.build(), OWN) is None
+    assert answer(OWN + GUEST + b"\x08\x06", OWN) is None, "cut short"
+    assert kind_of(frames.rarp(GUEST)) == "rarp"
+
+
+def test_questions_come_from_a_mac_that_no_port_has() -> None:
+    assert probing_mac("52:54:00:00:00:01").hex(":") == "06:54:00:00:00:01"
