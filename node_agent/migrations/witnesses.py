@@ -1,7 +1,7 @@
 """Other nodes of the network, asked where they find a migrated guest.
 
-    destination ── probe ──► the old node, and a few others, each of which asks the network
-                ◄── what answered, what was heard            (`netfabric.probing`)
+destination ── probe ──► the old node, and a few others, each of which asks the network
+            ◄── what answered, what was heard            (`netfabric.probing`)
 """
 
 from __future__ import annotations
