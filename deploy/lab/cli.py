@@ -84,7 +84,7 @@ def up(
     ] = None,
     storage: Annotated[
         str,
-        typer.Option("--storage", help="Storage servers to add, with a pool each: nfs,nbd"),
+        typer.Option("--storage", help="Storage servers to add, with a pool each: nfs,iscsi"),
     ] = "",
     tls: Annotated[
         bool | None,

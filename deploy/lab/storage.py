@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from deploy.lab import nfs_server, processes
+from deploy.lab import nfs_server, processes, tgt_server
 from deploy.lab.plan import LabPlan
 from deploy.lab.processes import Process
 from migrator.errors import FerryError, InvalidRequest, RefusedError
@@ -44,6 +44,8 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
     """What must be installed, and Debian's package of it."""
     prepare: Callable[[Path, str], Sequence[ServerProcess]]
     pool: Callable[[Path, str], PoolSettings]
+    after_start: Callable[[Path, str], None] = lambda _folder, _address: None
+    """What a server that was just started has to be told."""
 
 
 def _prepare_nfs(folder: Path, _address: str) -> list[ServerProcess]:
@@ -55,6 +57,13 @@ def _prepare_nfs(folder: Path, _address: str) -> list[ServerProcess]:
     ]
 
 
+def _prepare_iscsi(folder: Path, address: str) -> list[ServerProcess]:
+    command = tuple(tgt_server.prepare(folder, address))
+    return [
+        ServerProcess(name="tgtd", command=command, mark=command[-1], port=tgt_server.PORT),
+    ]
+
+
 _KINDS: Final[Mapping[str, Kind]] = {
     "nfs": Kind(
         programs=nfs_server.PROGRAMS,
@@ -62,6 +71,12 @@ _KINDS: Final[Mapping[str, Kind]] = {
         pool=lambda folder, address: NfsSettings(
             name="nfs", server=address, export=str(nfs_server.export_path(folder))
         ),
+    ),
+    "iscsi": Kind(
+        programs=tgt_server.PROGRAMS,
+        prepare=_prepare_iscsi,
+        pool=tgt_server.pool,
+        after_start=tgt_server.make_targets,
     ),
 }
 
@@ -112,6 +127,8 @@ def start(plan: LabPlan, kind: str) -> bool:
             process = processes.spawn_in(_namespace(plan), server.command, log)
             started = True
         _wait_listening(server, process, log)
+    if started:
+        _KINDS[kind].after_start(folder, plan.storage_address)
     return started
 
 
