@@ -15,11 +15,13 @@ SEEDS ?= 200
 SEED ?=
 # What `make test` runs: TESTS=tests/unit, TESTS='tests -k lab'.
 TESTS ?= tests
+# Options of `make chaos`: CHAOS='--drivers iscsi --steps fence --faults "kill *" --repeats 1'.
+CHAOS ?=
 # Options of `make bench`, and a newer QEMU for it.
 BENCH ?=
 QEMU ?=
 
-.PHONY: help install system demo test check bench sim clean
+.PHONY: help install system demo test check bench sim chaos clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +56,9 @@ bench: install ## Measure Ferry beside QEMU and libvirt (root); BENCH='--quick',
 
 sim: install ## Simulate clusters under faults; SEEDS=how many, SEED=replay one
 	$(BIN)/python -m tests.simulation.run $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
+
+chaos: install ## Break each process, link and server at each step of real handoffs (root, hours); CHAOS='--help'
+	$(BIN)/python -m tests.chaos.run $(CHAOS)
 
 clean: ## Take all labs down; remove .venv, builds and caches
 	@if [ -x $(BIN)/python ] && [ "$$(id -u)" = 0 ]; then \

@@ -48,6 +48,7 @@ missing_packages() {
     has_static_busybox || echo busybox-static
     has_qemu_iscsi || echo qemu-block-extra
     has tgtd || echo tgt
+    has nft || echo nftables
     has cpio || echo cpio
     has dpkg-deb || echo dpkg
     has ip || echo iproute2

@@ -83,6 +83,7 @@ class Load:
     disk: bool = False
     udp: bool = True
     guest_memory_bytes: int = GUEST_MEMORY_BYTES
+    pool: str = "default"
 
 
 class HoldPoint:
@@ -261,7 +262,7 @@ class Guest:
         return DomainSpec(
             name=self.name,
             memory_bytes=load.guest_memory_bytes,
-            disks=(DiskSpec(volume=self.name),) if load.disk else (),
+            disks=(DiskSpec(volume=self.name, pool=load.pool),) if load.disk else (),
             nics=(NicSpec(mac=self.mac, bridge=GUEST_BRIDGE, addresses=(self.address,)),),
             boot=KernelBoot(
                 kernel=str(self.cluster.image.kernel),
@@ -281,7 +282,7 @@ class Guest:
         api = self.cluster.api(node)
         if self.load.disk:
             volume = VolumeCreate(name=self.name, capacity_bytes=32 * MIB)
-            api.post("/v1/pools/default/volumes", VolumeInfo, volume)
+            api.post(f"/v1/pools/{self.load.pool}/volumes", VolumeInfo, volume)
         api.post("/v1/domains", Domain, self.spec)
         api.post(f"/v1/domains/{self.name}/start", Domain, StartRequest(node=node))
         eventually(f"guest {self.name} is ready", lambda: READY in self.console(node), READY_S)
@@ -347,7 +348,7 @@ class Guest:
                 api.post(f"/v1/domains/{self.name}/stop", Domain, StopRequest(timeout_s=0.0))
             api.delete(f"/v1/domains/{self.name}")
         if self.load.disk:
-            api.delete(f"/v1/pools/default/volumes/{self.name}")
+            api.delete(f"/v1/pools/{self.load.pool}/volumes/{self.name}")
 
 
 def describe(migration: Migration) -> str:
