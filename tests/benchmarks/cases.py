@@ -41,6 +41,10 @@ class Case:
     dirty_pages_per_s: int = 0
     verify_pages_per_s: int = 500
     load: Load = dataclasses.field(default_factory=Load)
+    watch_work: bool = False
+    """The client asks ten times a second how far the guest's own work is."""
+    settle_s: float = 1.0
+    """Between the guest's first packet and the migration: its boot's last work is done then."""
     timeout_s: float = 120.0
     """For one migration, whoever does it."""
     repeats_max: int = 1_000
@@ -62,7 +66,7 @@ class Case:
 
     @property
     def link_bytes_per_s(self) -> int:
-        """What a migration may use: the link, or its cap where that is lower."""
+        """What a migration may use: the link, or its cap where that is lower; 0: nothing bounds."""
         return min(self.link_mbit * MBIT, self.cap_bytes_per_s or self.link_mbit * MBIT)
 
 
@@ -89,6 +93,8 @@ def _dirty_case(percent: int) -> Case:
         converges=percent < 100,
         timeout_s=45.0,
         repeats_max=3,
+        watch_work=True,
+        settle_s=2.5,
     )
 
 
@@ -133,6 +139,8 @@ CASES: Final[tuple[Case, ...]] = (
         converges=False,
         timeout_s=45.0,
         repeats_max=3,
+        watch_work=True,
+        settle_s=2.5,
     ),
     *(_dirty_case(percent) for percent in (50, 100, 200)),
     Case(
@@ -148,6 +156,18 @@ CASES: Final[tuple[Case, ...]] = (
         memory_mib=8192,
         kept_mib=80,
         repeats_max=3,
+    ),
+    Case(
+        name="demo",
+        title="the demo's web server, unshaped link",
+        memory_mib=256,
+        link_mbit=0,
+        kept_mib=64,
+        dirty_pages_per_s=1000,
+        verify_pages_per_s=1000,
+        load=Load(download_bytes_per_s=100 * MBIT),
+        repeats_max=10,
+        engines=frozenset({"ferry", "qemu-300ms"}),
     ),
 )
 

@@ -37,6 +37,7 @@ _BATCH_S: Final = 0.05
 _STREAM_BYTES: Final = 1 << 40
 _STREAM_SILENCE_S: Final = 20.0
 _STATUS_TIMEOUT_S: Final = 3.0
+_WORK_GAP_S: Final = 0.1
 
 
 class Observed(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +52,9 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
     stream_bytes: list[int]
     """Bytes that had arrived by `stream_at_ns`."""
     stream_error: str | None
+    work_at_ns: list[int]
+    work: list[int]
+    """Pages that the guest had rewritten and verified by `work_at_ns`."""
     corruptions: int | None
     """What the guest says of its memory at the end; None: it doesn't answer."""
 
@@ -64,6 +68,8 @@ class _Seen:
     stream_at_ns: list[int] = field(default_factory=list)
     stream_bytes: list[int] = field(default_factory=list)
     stream_error: str | None = None
+    work_at_ns: list[int] = field(default_factory=list)
+    work: list[int] = field(default_factory=list)
 
 
 def _packets(port: int) -> socket.socket:
@@ -140,6 +146,20 @@ def _download(guest: str, bytes_per_s: int, stop: threading.Event, seen: _Seen) 
         connection.close()
 
 
+def _watch(guest: str, stop: threading.Event, seen: _Seen) -> None:
+    """How far the guest's own work is, again and again."""
+    while not stop.wait(_WORK_GAP_S):
+        with contextlib.suppress(OSError, http.client.HTTPException, msgspec.DecodeError):
+            connection = http.client.HTTPConnection(guest, timeout=_STATUS_TIMEOUT_S)
+            try:
+                connection.request("GET", "/status")
+                status = parse_status(connection.getresponse().read())
+            finally:
+                connection.close()
+            seen.work_at_ns.append(time.time_ns())
+            seen.work.append(status.memory_writes + status.memory_checks)
+
+
 def _corruptions(guest: str) -> int | None:
     connection = http.client.HTTPConnection(guest, timeout=_STATUS_TIMEOUT_S)
     try:
@@ -169,14 +189,18 @@ def main() -> None:
     parser.add_argument("--guest", required=True)
     parser.add_argument("--udp-port", type=int, required=True)
     parser.add_argument("--download-bytes-per-s", type=int, default=0)
+    parser.add_argument("--watch-work", action="store_true")
     parser.add_argument("--players", type=int, default=0)
     parser.add_argument("--player-packets-per-s", type=int, default=20)
     options = parser.parse_args()
     seen, stop = _Seen(), threading.Event()
     threads = []
     if options.download_bytes_per_s:
-        arguments = (options.guest, options.download_bytes_per_s, stop, seen)
-        threads.append(threading.Thread(target=_download, args=arguments, daemon=True))
+        download = (options.guest, options.download_bytes_per_s, stop, seen)
+        threads.append(threading.Thread(target=_download, args=download, daemon=True))
+    if options.watch_work:
+        watch = (options.guest, stop, seen)
+        threads.append(threading.Thread(target=_watch, args=watch, daemon=True))
     if options.players:
         players = (options.guest, options.players, options.player_packets_per_s, stop, seen)
         threads.append(threading.Thread(target=_play, args=players, daemon=True))
@@ -195,6 +219,8 @@ def main() -> None:
         stream_at_ns=seen.stream_at_ns,
         stream_bytes=seen.stream_bytes,
         stream_error=seen.stream_error,
+        work_at_ns=seen.work_at_ns,
+        work=seen.work,
         corruptions=_corruptions(options.guest),
     )
     sys.stdout.buffer.write(msgspec.json.encode(observed) + b"\n")

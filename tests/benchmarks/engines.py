@@ -1,8 +1,8 @@
 """Who moves the guest: a row here is a row in the table.
 
-To add a variant (post-copy, TLS, more streams), add a row. An engine's guest is started for one
-migration, and closed after it: QEMU 7.2's own migration may leave a broken guest behind when it
-is emulated, and every repeat shall begin alike.
+To add a variant, add a row; one that needs other agents names their flavour. An engine's guest is
+started for one migration, and closed after it: QEMU 7.2's own migration may leave a broken guest
+behind when it is emulated, and every repeat shall begin alike.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from migrator.model import DomainSpec
+from migrator.model import DomainSpec, EngineKind, MigrationMode
 from tests.benchmarks.cases import Case
 from tests.benchmarks.ferry import FerryGuest
 from tests.benchmarks.libvirt import LibvirtEngine
 from tests.benchmarks.native import Method, NativeGuest
 from tests.benchmarks.results import Run
-from tests.benchmarks.site import Site
+from tests.benchmarks.site import PLAIN, Flavour, Site
 
 
 class Guest(Protocol):
@@ -36,6 +36,7 @@ class Engine:
     start: Callable[[Site, Case, DomainSpec], Guest]
     cases: frozenset[str] | None = None
     """Only for these cases; None: for all."""
+    flavour: Flavour = PLAIN
 
     def takes(self, case: Case, name: str) -> bool:
         if case.engines is not None and name not in case.engines:
@@ -49,6 +50,8 @@ def _native(method: Method) -> Callable[[Site, Case, DomainSpec], Guest]:
 
 _BY_COMMAND: Final = frozenset({"1", "1-10g", "2", "3", "3-10g"})
 """Where users' commands are compared, their own start included."""
+STREAMS: Final = 2
+"""As many as this benchmark's machine has cores."""
 
 ENGINES: Final[Mapping[str, Engine]] = {
     "ferry": Engine("Ferry paged", lambda site, case, _: FerryGuest(site, case)),
@@ -56,6 +59,24 @@ ENGINES: Final[Mapping[str, Engine]] = {
         "`ferry migrate`",
         lambda site, case, _: FerryGuest(site, case, by_command=True),
         cases=_BY_COMMAND,
+    ),
+    "ferry-tls": Engine(
+        "Ferry paged, TLS",
+        lambda site, case, _: FerryGuest(site, case),
+        flavour=Flavour(tls=True),
+    ),
+    "ferry-streams": Engine(
+        f"Ferry paged, {STREAMS} streams",
+        lambda site, case, _: FerryGuest(site, case),
+        flavour=Flavour(streams=STREAMS),
+    ),
+    "ferry-hybrid": Engine(
+        "Ferry hybrid",
+        lambda site, case, _: FerryGuest(site, case, mode=MigrationMode.HYBRID),
+    ),
+    "ferry-native": Engine(
+        "Ferry native",
+        lambda site, case, _: FerryGuest(site, case, engine=EngineKind.NATIVE),
     ),
     "qemu-10ms": Engine("QEMU, limit 10 ms", _native(Method(downtime_limit_ms=10))),
     "qemu-300ms": Engine("QEMU, limit 300 ms", _native(Method(downtime_limit_ms=300))),
@@ -68,13 +89,6 @@ ENGINES: Final[Mapping[str, Engine]] = {
         cases=_BY_COMMAND,
     ),
 }
-
-NOT_YET: Final[Mapping[str, str]] = {
-    "ferry-hybrid": "the API has no post-copy yet",
-    "ferry-tls": "the API has no TLS yet",
-    "ferry-streams": "the API has no number of streams yet",
-}
-"""Rows that issue 3 asks for and that can't be measured."""
 
 
 def select(names: str | None) -> dict[str, Engine]:

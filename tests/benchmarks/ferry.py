@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 
 from migrator.errors import FerryError
-from migrator.model import Migration, MigrationState, PassKind
+from migrator.model import EngineKind, Migration, MigrationMode, MigrationState, PassKind
 from node_agent.cli.client import ApiClient
 from node_agent.cli.errors import CliError
 from node_agent.loop_monitor import NOTED_MS
@@ -42,9 +42,18 @@ def define(site: Site, case: Case) -> Domain:
 class FerryGuest:
     """The guest as a domain, started on n1."""
 
-    def __init__(self, site: Site, case: Case, *, by_command: bool = False) -> None:
+    def __init__(
+        self,
+        site: Site,
+        case: Case,
+        *,
+        by_command: bool = False,
+        mode: MigrationMode = MigrationMode.PRECOPY,
+        engine: EngineKind = EngineKind.PAGED,
+    ) -> None:
         """`by_command`: migrated by `ferry migrate`, as a user does, rather than by one POST."""
         self._site, self._case, self._by_command = site, case, by_command
+        self._mode, self._engine = mode, engine
         define(site, case)
         api(site, "n1").post(f"/v1/domains/{DOMAIN}/start", Domain, StartRequest(node="n1"))
 
@@ -71,6 +80,8 @@ class FerryGuest:
             destination="n2",
             timeout_s=case.timeout_s,
             bandwidth_bytes_per_s=case.cap_bytes_per_s,
+            mode=self._mode,
+            engine=self._engine,
         )
         deadline = time.monotonic() + case.timeout_s + _SETUP_ALLOWANCE_S
         migration = client.post(f"/v1/domains/{DOMAIN}/migrations", Migration, body)
@@ -113,11 +124,17 @@ class FerryGuest:
 def _run(case: Case, migration: Migration, total_s: float) -> Run:
     first = next((each for each in migration.iterations if each.kind is PassKind.FIRST), None)
     share = None
-    if first is not None and first.seconds > 0:
+    if first is not None and first.seconds > 0 and case.link_bytes_per_s:
         share = first.bytes_sent * WIRE_PER_PAYLOAD / first.seconds / case.link_bytes_per_s
     phases = [(phase.name, phase.seconds * 1e3) for phase in migration.timeline]
     stopped = [
         each.started_at_s + each.seconds for each in migration.timeline if each.name == "stop"
+    ]
+    passes = migration.iterations
+    post_copy = [
+        (each.started_at_s, each.started_at_s + each.seconds)
+        for each in migration.timeline
+        if each.name == MigrationState.POSTCOPY.value
     ]
     setup_s = sum(each.seconds for each in migration.timeline if each.name == "setup")
     return Run(
@@ -130,5 +147,8 @@ def _run(case: Case, migration: Migration, total_s: float) -> Run:
         line_rate_share=share,
         stopped_at_s=stopped[0] if stopped else None,
         timeline=tuple(phases),
+        dirtied_bytes=sum(each.pending_pages for each in passes) * PAGE_BYTES,
+        uncompressed_bytes=sum(max(each.bytes_sent, each.payload_bytes) for each in passes),
+        post_copy_at_s=post_copy[0] if post_copy else None,
         in_use_bytes=None if first is None else (first.pages + first.zero_pages) * PAGE_BYTES,
     )

@@ -96,6 +96,12 @@ def plain_command(
     return [*command, "-qmp", f"unix:{monitor},server=on,wait=off"]
 
 
+def _share(sent: int, seconds: float, case: Case) -> float | None:
+    if seconds <= 0.0 or not case.link_bytes_per_s:
+        return None
+    return sent * WIRE_PER_PAYLOAD / seconds / case.link_bytes_per_s
+
+
 class NativeGuest:
     """A guest on n1 that QEMU itself moves to n2, once: it has to be started anew for each run."""
 
@@ -139,7 +145,7 @@ class NativeGuest:
             total_s=ended_at_s - asked_at_s,
             transfer_s=ended_at_s - began_at_s,
             bytes_sent=sent,
-            line_rate_share=sent * WIRE_PER_PAYLOAD / moving_s / self._case.link_bytes_per_s,
+            line_rate_share=_share(sent, moving_s, self._case),
             stopped_at_s=stopped_at_s,
             timeline=(("QEMU's downtime", float(done.get("downtime", 0))),),
         )

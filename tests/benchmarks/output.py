@@ -10,7 +10,6 @@ import msgspec
 
 from node_agent.cli.output import table
 from tests.benchmarks.bars import Bar
-from tests.benchmarks.engines import ENGINES, NOT_YET
 from tests.benchmarks.results import CaseResult, Run, median, summarise
 
 Runs = Mapping[tuple[str, str], Sequence[Run]]
@@ -35,16 +34,26 @@ def _figure(value: float | None, unit: str, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f} {unit}"
 
 
-def say_run(case: str, engine: str, run: Run) -> None:
+def say_run(where: str, case: str, engine: str, run: Run) -> None:
     """One line as it happens."""
-    what = (
-        f"blackout {_figure(run.blackout_ms, 'ms')}, client gap {_figure(run.client_gap_ms, 'ms')} "
-        f"({_figure(run.client_before_ms, 'before')}, {_figure(run.client_after_ms, 'after')}), "
-        f"total {_figure(run.total_s, 's', 2)}, {run.bytes_sent / 2**20:.0f} MiB"
-        if run.completed
-        else f"not completed: {run.error}"
-    )
-    print(f"  case {case:8} {engine:13} {what}", flush=True)
+    if not run.completed:
+        what = f"not completed: {run.error}"
+    elif run.blackout_ms is not None:
+        what = (
+            f"blackout {_figure(run.blackout_ms, 'ms')}, client gap "
+            f"{_figure(run.client_gap_ms, 'ms')} ({_figure(run.client_before_ms, 'before')}, "
+            f"{_figure(run.client_after_ms, 'after')}), total {_figure(run.total_s, 's', 2)}, "
+            f"{run.bytes_sent / 2**20:.0f} MiB"
+        )
+    elif run.bytes_sent and run.transfer_s:
+        what = f"{run.bytes_sent / run.transfer_s / 1e9:.2f} GB/s"
+    else:
+        what = f"total {_figure(run.total_s, 's', 2)}"
+    if run.work_before and run.work_during is not None:
+        what += f", the guest's work at {run.work_during / run.work_before:.0%}"
+    if run.work_before and run.work_after is not None:
+        what += f", {run.work_after / run.work_before:.0%} afterwards"
+    print(f"{where} case {case:8} {engine:13} {what}", flush=True)
 
 
 def write(folder: Path, runs: Runs, bars: Sequence[Bar]) -> None:
@@ -84,19 +93,20 @@ def show(runs: Runs, bars: Sequence[Bar], folder: Path) -> None:
     """The table and the bars."""
     rows = [_row(summarise(*key, each), each) for key, each in runs.items()]
     print("\n" + table(_HEADINGS, rows))
-    for name, why in NOT_YET.items():
-        if name not in ENGINES:
-            print(f"{name}: not measured, {why}")
     lines = [
         (
             bar.name,
             "-" if bar.value is None else f"{bar.value:.2f}",
             f"{'>=' if bar.at_least else '<='} {bar.limit:g}",
             bar.outcome,
+            bar.note,
         )
         for bar in bars
+        if bar.value is not None
     ]
-    print("\n" + table(("bar", "value", "limit", "outcome"), lines))
+    print("\n" + table(("bar", "value", "limit", "outcome", ""), lines))
+    if len(lines) < len(bars):
+        print(f"{len(bars) - len(lines)} other bars were not measured")
     print(f"\nwritten: {folder / 'bench.json'}")
 
 

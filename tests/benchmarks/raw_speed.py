@@ -14,22 +14,27 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+import trustme
 
 from migrator.errors import FerryError
 from migrator.model import PassKind
 from tests.benchmarks.cases import MIB
 from tests.benchmarks.results import Run
-from tests.integration.engine_lab.lab import Guest, Pair, compile_guest, pair_of
+from tests.integration.engine_lab.lab import Guest, Pair, compile_guest, pair_of, tls_files
 
 SIZE_BYTES: Final = 4096 * MIB
 QUICK_BYTES: Final = 1024 * MIB
 CASE: Final = "7"
 ENGINE: Final = "ferry"
+TLS: Final = "ferry-tls"
+STREAMS: Final = "ferry-streams"
 PLAIN: Final = "plain-copy"
+REPEATS: Final = 3
 
 _BLOCK_BYTES: Final = 64 * MIB
 _MADV_POPULATE_WRITE: Final = 23
@@ -43,7 +48,7 @@ def fill(descriptor: int, size_bytes: int) -> None:
         os.pwrite(descriptor, block, offset)
 
 
-def measure_engine(folder: Path, size_bytes: int) -> Run:
+def measure_engine(folder: Path, size_bytes: int, *, streams: int = 1, tls: bool = False) -> Run:
     """One pass over all pages. Raises FerryError or TimeoutError."""
     binary = folder / "guest"
     if not binary.exists():
@@ -51,16 +56,20 @@ def measure_engine(folder: Path, size_bytes: int) -> Run:
 
     async def work() -> Run:
         async with asyncio.timeout(_TIMEOUT_S), pair_of(binary, folder, size_bytes) as pair:
-            return await _pass(pair)
+            if tls:
+                authority = trustme.CA()
+                for role, name in pair.names.items():
+                    pair.tls[role] = tls_files(folder, authority, name)
+            return await _pass(pair, streams)
 
     return asyncio.run(work())
 
 
-async def _pass(pair: Pair) -> Run:
+async def _pass(pair: Pair, streams: int) -> Run:
     guest: Guest = pair.source_guest
     await asyncio.to_thread(fill, guest.fd, guest.size)
     began = time.monotonic()
-    await pair.start()
+    await pair.start(streams=streams)
     report = await pair.run_pass(PassKind.FIRST)
     return Run(
         completed=True,
@@ -116,18 +125,17 @@ def _receive(receiver: socket.socket, memory: mmap.mmap, size_bytes: int) -> Non
             offset += count
 
 
-def measure(folder: Path, size_bytes: int, repeats: int) -> dict[tuple[str, str], list[Run]]:
-    """Both, in alternating order."""
-    runs: dict[tuple[str, str], list[Run]] = {(CASE, ENGINE): [], (CASE, PLAIN): []}
-    for repeat in range(repeats):
-        for name in (ENGINE, PLAIN) if repeat % 2 == 0 else (PLAIN, ENGINE):
-            try:
-                run = (
-                    measure_engine(folder, size_bytes)
-                    if name == ENGINE
-                    else measure_plain(size_bytes)
-                )
-            except (FerryError, OSError) as error:
-                run = Run(completed=False, error=f"{type(error).__name__}: {error}")
-            runs[CASE, name].append(run)
-    return runs
+ENGINES: Final[Mapping[str, Callable[[Path, int], Run]]] = {
+    ENGINE: measure_engine,
+    TLS: lambda folder, size: measure_engine(folder, size, tls=True),
+    STREAMS: lambda folder, size: measure_engine(folder, size, streams=2),
+    PLAIN: lambda _, size: measure_plain(size),
+}
+
+
+def measure(folder: Path, engine: str, size_bytes: int) -> Run:
+    """One run of an engine's; what goes wrong is in it."""
+    try:
+        return ENGINES[engine](folder, size_bytes)
+    except (FerryError, OSError) as error:
+        return Run(completed=False, error=f"{type(error).__name__}: {error}")

@@ -40,6 +40,17 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     timeline: tuple[tuple[str, float], ...] = ()
     """Where the blackout went: (part, ms)."""
     in_use_bytes: int | None = None
+    dirtied_bytes: int | None = None
+    """What was found dirty by the scans between the passes."""
+    uncompressed_bytes: int | None = None
+    """What would have been sent without compression."""
+    post_copy_at_s: tuple[float, float] | None = None
+    """Wall clock; from the guest's resumption to the last page."""
+    work_before: float | None = None
+    """The guest's own work, pages a second, before the migration: the median."""
+    work_during: float | None = None
+    """In post-copy; where the slowdown is measured, in pre-copy."""
+    work_after: float | None = None
     loop_blocked_ms: float | None = None
     """The longest block of an agent's event loop."""
     load_average: float | None = None
@@ -106,6 +117,32 @@ def longest_gap_s(
         return None
     _, before_ns, after_ns = max(gaps)
     return before_ns / 1e9, after_ns / 1e9
+
+
+def work_rate(
+    at_ns: Sequence[int], work: Sequence[int], from_s: float, to_s: float
+) -> float | None:
+    """Pages a second between these moments (wall clock): the median of what lies between two looks.
+
+    A look that only its neighbour lies in reach of counts: a short time has one at least.
+    """
+    rates = [
+        (work[index + 1] - work[index]) / ((at_ns[index + 1] - at_ns[index]) / 1e9)
+        for index in range(len(work) - 1)
+        if at_ns[index + 1] > from_s * 1e9
+        and at_ns[index] < to_s * 1e9
+        and at_ns[index + 1] > at_ns[index]
+    ]
+    return median(rates)
+
+
+def with_work(
+    run: Run, at_ns: Sequence[int], work: Sequence[int], asked_at_s: float, settled_s: float
+) -> Run:
+    """The run with how fast the guest worked in the time before it, and in its post-copy."""
+    before = work_rate(at_ns, work, asked_at_s - settled_s / 2, asked_at_s)
+    during = None if run.post_copy_at_s is None else work_rate(at_ns, work, *run.post_copy_at_s)
+    return msgspec.structs.replace(run, work_before=before, work_during=during)
 
 
 def with_client(

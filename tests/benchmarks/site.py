@@ -6,6 +6,7 @@ Every engine moves the same guest between the same namespaces over the same shap
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
+import trustme
 from pyroute2 import IPRoute
 
 from deploy import lab
@@ -37,6 +39,17 @@ DOMAIN: Final = "bench"
 _CALL_TIMEOUT_S: Final = 20.0
 _CLIENT_END_S: Final = 15.0
 READY_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Flavour:
+    """What a lab's agents are set to beyond its own settings. Each has a lab of its own."""
+
+    streams: int = 1
+    tls: bool = False
+
+
+PLAIN: Final = Flavour()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +88,63 @@ class Site:
                 ),
             ),
         )
+
+
+class Sites:
+    """The labs, one a flavour, made when they are first wanted and ended by `close`."""
+
+    def __init__(self, image: GuestImage, folder: Path, *, node_memory_bytes: int) -> None:
+        self._image, self._folder = image, folder
+        self._node_memory_bytes = node_memory_bytes
+        self._made: dict[Flavour, Site] = {}
+
+    def of(self, flavour: Flavour, link_mbit: int) -> Site:
+        """Its lab, with the link shaped so. FerryError if it can't be made."""
+        site = self._made.get(flavour)
+        if site is None:
+            name = f"bench{len(self._made)}-{os.getpid()}"
+            site = self._made[flavour] = Site(name, self._image, self._folder)
+            lab.up(
+                name,
+                nodes=2,
+                link_mbit=link_mbit,
+                node_memory_bytes=self._node_memory_bytes,
+                agent_command=self._agent_command(flavour),
+            )
+        else:
+            lab.up(site.lab_name, link_mbit=link_mbit)
+        return site
+
+    def _agent_command(self, flavour: Flavour) -> list[str] | None:
+        if flavour == PLAIN:
+            return None
+        command = [sys.executable, str(Path(__file__).with_name("agent.py"))]
+        if flavour.tls:
+            keys = self._folder / "keys"
+            if not keys.exists():
+                make_keys(keys, ("n1", "n2"))
+            command += ["--tls", str(keys)]
+        return [*command, "--streams", str(flavour.streams)]
+
+    def close(self) -> None:
+        """End what runs in the labs, then the labs."""
+        for site in self._made.values():
+            site.resources.close()
+            lab.down(site.lab_name)
+        self._made.clear()
+
+
+def make_keys(folder: Path, nodes: Sequence[str]) -> None:
+    """FOLDER/NODE/{authority,certificate,key}.pem of an authority that nobody else knows."""
+    authority = trustme.CA()
+    for name in nodes:
+        home = folder / name
+        home.mkdir(parents=True)
+        issued = authority.issue_cert(name)
+        authority.cert_pem.write_to_path(home / "authority.pem")
+        issued.private_key_pem.write_to_path(home / "key.pem")
+        for index, blob in enumerate(issued.cert_chain_pems):
+            blob.write_to_path(home / "certificate.pem", append=index > 0)
 
 
 def in_namespace(namespace: str, work: Callable[[], T]) -> T:
@@ -130,6 +200,7 @@ class Client:
             *("--download-bytes-per-s", str(load.download_bytes_per_s)),
             *("--players", str(load.players)),
             *("--player-packets-per-s", str(load.player_packets_per_s)),
+            *(["--watch-work"] if case.watch_work else []),
         )
         command = [sys.executable, "-m", "tests.benchmarks.client", *options]
         self._process = subprocess.Popen(
