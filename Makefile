@@ -51,7 +51,8 @@ check: install ## Lint, format, types, and the rule of imports
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/tidy
 
-bench: install ## Measure Ferry beside QEMU and libvirt (root); BENCH='--quick', '--cases 1,3', QEMU=
+bench: install ## Measure Ferry beside QEMU and libvirt (root); BENCH='--quick', '--cases 1,3', QEMU=trixie
+	@deploy/setup/bench.sh $(if $(QEMU),--newer-qemu)
 	$(BIN)/python -m tests.benchmarks.run $(if $(QEMU),--qemu $(QEMU)) $(BENCH)
 
 sim: install ## Simulate clusters under faults; SEEDS=how many, SEED=replay one

@@ -1,0 +1,94 @@
+"""The benchmark's parts that need no guest: its budget, the guest's work, a newer QEMU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import bars, newer_qemu
+from tests.benchmarks.bars import HELD, NOT_HELD
+from tests.benchmarks.results import Run, with_work, work_rate
+from tests.benchmarks.schedule import Budget, turns
+from tests.benchmarks.site import make_keys
+
+SECOND_NS = 10**9
+
+
+def test_engines_alternate_and_turn_round() -> None:
+    assert [turn.engine for turn in turns("1", ["a", "b"], 3)] == ["a", "b", "b", "a", "a", "b"]
+
+
+def test_a_budget_ends_the_beginnings() -> None:
+    budget = Budget(10.0, 3, 100.0)
+    assert budget.begin(100.0)
+    assert budget.begin(109.9)
+    assert not budget.begin(110.0)
+    assert budget.where(111.0) == "[2/3, 0:11 of at most 0:10]"
+
+
+def test_work_is_the_median_between_two_looks() -> None:
+    at_ns = [second * SECOND_NS for second in range(6)]
+    work = [0, 100, 200, 210, 300, 400]
+    assert work_rate(at_ns, work, 0.0, 5.0) == 100
+    assert work_rate(at_ns, work, 2.2, 2.8) == 10
+    assert work_rate(at_ns, work, 7.0, 8.0) is None
+    assert work_rate([], [], 0.0, 1.0) is None
+
+
+def test_the_work_of_a_post_copy_is_held_against_that_before() -> None:
+    at_ns = [second * SECOND_NS for second in range(6)]
+    run = Run(completed=True, post_copy_at_s=(3.1, 4.9))
+    seen = with_work(run, at_ns, [0, 100, 200, 300, 360, 420], 3.0, 4.0)
+    assert (seen.work_before, seen.work_during) == (100, 60)
+
+
+@pytest.mark.parametrize(("during", "outcome"), [(90.0, HELD), (80.0, NOT_HELD)])
+def test_the_slowdown_has_a_bar(during: float, outcome: str) -> None:
+    run = Run(completed=True, work_before=100.0, work_during=during, work_after=100.0)
+    found = {bar.name: bar.outcome for bar in bars.judge({("slow", "ferry"): [run]})}
+    assert found["the guest's work in pre-copy / before"] == outcome
+    assert found["the guest's work after a cancelled pre-copy / before"] == HELD
+
+
+def test_hybrid_is_held_against_the_memory_over_the_link() -> None:
+    run = Run(completed=True, total_s=2.0, blackout_ms=9.0, in_use_bytes=250_000_000)
+    found = {bar.name: bar for bar in bars.judge({("4", "ferry-hybrid"): [run]})}
+    assert found["case 4: hybrid's total / (memory in use / link)"].value == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("suite", ["", "../etc", "Trixie", "trixie;reboot"])
+def test_a_suite_is_a_word(suite: str, tmp_path: Path) -> None:
+    with pytest.raises(newer_qemu.NewerQemuError, match="a Debian suite"):
+        newer_qemu.install(suite, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_debootstrap_the_cache_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(newer_qemu.NewerQemuError, match="apt-get install debootstrap"):
+        newer_qemu.install("trixie", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bootstrap_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bin_folder, cache = tmp_path / "bin", tmp_path / "cache"
+    bin_folder.mkdir()
+    for name, text in {"unshare": 'shift; exec "$@"', "debootstrap": "echo E: no; exit 3"}.items():
+        (bin_folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (bin_folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_folder}:/bin:/usr/bin")
+    with pytest.raises(newer_qemu.NewerQemuError, match="E: no"):
+        newer_qemu.install("trixie", cache)
+    assert not list(cache.iterdir())
+
+
+def test_keys_for_both_nodes(tmp_path: Path) -> None:
+    make_keys(tmp_path / "keys", ("n1", "n2"))
+    for name in ("n1", "n2"):
+        found = {path.name for path in (tmp_path / "keys" / name).iterdir()}
+        assert found == {"authority.pem", "certificate.pem", "key.pem"}
