@@ -57,6 +57,7 @@ from node_agent.migrations.site import NodeSite
 from node_agent.nodes import NodeRegistry
 from node_agent.peers.hub import PeerHub
 from node_agent.pools import PoolSet
+from node_agent.pressure.service import PressureService
 from node_agent.state.etcd import EtcdSettings, EtcdStore
 from node_agent.state.ownership import StoreOwnership
 from node_agent.state.port import StateStore
@@ -248,10 +249,11 @@ async def running_agent(
             events=events,
             hooks=hooks,
         )
+        world = DrainWorld(cluster, hub=hub, nodes=nodes, records=records, ownership=ownership)
         drains = DrainService(
             node,
             store=typed,
-            world=DrainWorld(cluster, hub=hub, nodes=nodes, records=records, ownership=ownership),
+            world=world,
             events=events,
             hooks=ClusterHooks(hooks),
         )
@@ -266,7 +268,14 @@ async def running_agent(
             secured=trust is not None,
         )
         api = ApiServer(
-            create_app(cluster, drains=drains, version=version(), trust=trust, removal=removal),
+            create_app(
+                cluster,
+                drains=drains,
+                version=version(),
+                trust=trust,
+                removal=removal,
+                pressure=PressureService(typed, world, events),
+            ),
             listen=config.api.listen_address,
             socket_path=Path(config.api.socket),
             ssl_context=None if trust is None else trust.contexts.api,

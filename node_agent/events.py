@@ -64,6 +64,7 @@ class EventKind(enum.StrEnum):
     """Its node is silent, and shut out of its volumes."""
     POOL_ADDED = "pool-added"
     POOL_REMOVED = "pool-removed"
+    PRESSURE_MOVE = "pressure-move"
     HOOK_ADDED = "hook-added"
     HOOK_REMOVED = "hook-removed"
     HOOK_FAILED = "hook-failed"

@@ -10,9 +10,12 @@ from migrator.model import DomainName
 from node_agent.api.requests import CLUSTER, domain_of, read_body, reply
 from node_agent.api.route import Route
 from node_agent.hooks.model import HookCall, HookList, HookSpec, HookTest, HookTestResult
+from node_agent.pressure.policy import PressureAnswer, PressureReport
+from node_agent.pressure.service import PressureService
 from node_agent.trust.records import Role
 
 _HOOK: Final = "/v1/hooks/{name}"
+PRESSURE_SERVICE: Final = web.AppKey("pressure", PressureService)
 
 
 async def add_hook(request: web.Request) -> web.StreamResponse:
@@ -56,7 +59,22 @@ async def test_hook(request: web.Request) -> web.StreamResponse:
     return reply(HookTestResult(result=await cluster.hooks.test(domain_of(request), call)))
 
 
+async def report_pressure(request: web.Request) -> web.StreamResponse:
+    """200: what it came to."""
+    report = await read_body(request, PressureReport)
+    return reply(await request.app[PRESSURE_SERVICE].report(report))
+
+
 ROUTES: Final = (
+    Route(
+        method="POST",
+        path="/v1/hooks/pressure",
+        handler=report_pressure,
+        summary="Say that a domain or node is overloaded; a move is proposed, or made",
+        body=PressureReport,
+        result=PressureAnswer,
+        errors=(404, 409),
+    ),
     Route(
         method="POST",
         path="/v1/hooks",

@@ -25,6 +25,7 @@ from aiohttp.typedefs import Middleware
 from migrator.errors import ConfigError
 from node_agent.api.auth import authentication
 from node_agent.api.drain_handlers import DRAIN_SERVICE
+from node_agent.api.hooks import PRESSURE_SERVICE
 from node_agent.api.openapi import document
 from node_agent.api.problems import problems
 from node_agent.api.requests import BODY_CAP_BYTES, CLUSTER
@@ -33,6 +34,7 @@ from node_agent.api.streams import HEARTBEAT_S, STREAMS, Streams
 from node_agent.api.trust_handlers import REMOVAL, TRUST
 from node_agent.cluster import ClusterService
 from node_agent.drain.service import DrainService
+from node_agent.pressure.service import PressureService
 from node_agent.trust.removal import NodeRemoval
 from node_agent.trust.service import Trust
 
@@ -49,6 +51,7 @@ def create_app(
     heartbeat_s: float = HEARTBEAT_S,
     trust: Trust | None = None,
     removal: NodeRemoval | None = None,
+    pressure: PressureService | None = None,
 ) -> web.Application:
     """The application. `middlewares` come after `problems`: what they raise is answered as such.
 
@@ -60,6 +63,8 @@ def create_app(
     app[CLUSTER] = cluster
     if drains is not None:
         app[DRAIN_SERVICE] = drains
+    if pressure is not None:
+        app[PRESSURE_SERVICE] = pressure
     app[STREAMS] = Streams(heartbeat_s)
     if trust is not None:
         app[TRUST] = trust

@@ -26,6 +26,7 @@ from node_agent.hooks.model import (
     HookTestResult,
     WebhookHook,
 )
+from node_agent.pressure.policy import PressureAnswer, PressureKind, PressureReport
 
 app = typer.Typer(
     help="Hooks: load balancers and others are told, asked and waited for around each move.",
@@ -180,6 +181,28 @@ def test(
     show(result, f"hook {name} {word} in {result.seconds:.2f} s: {result.detail}")
     if not result.succeeded:
         raise typer.Exit(ExitCode.FAILED)
+
+
+@app.command()
+def pressure(
+    level: Annotated[
+        float, typer.Option("--level", min=0, help="Load over capacity: 1.0 is all there is.")
+    ],
+    domain: Annotated[str | None, typer.Option(help="This domain needs more room.")] = None,
+    node: Annotated[str | None, typer.Option(help="This node has too much to do.")] = None,
+    kind: Annotated[PressureKind, typer.Option(help="Of what.")] = PressureKind.CPU,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Move, once it is due; else only propose.")
+    ] = False,
+    source: Annotated[str, typer.Option(help="Who says so, for the event log.")] = "",
+) -> None:
+    """Report pressure, as a load balancer or an alert would; it has to last to count."""
+    report = PressureReport(
+        domain=domain, node=node, kind=kind, level=level, apply=apply, source=source
+    )
+    answer = settings.client().post("/v1/hooks/pressure", PressureAnswer, report)
+    move = f"{answer.domain}: {answer.source} -> {answer.destination}; " if answer.domain else ""
+    show(answer, f"{answer.standing}: {move}{answer.reason}")
 
 
 def _path(name: str) -> str:
