@@ -83,6 +83,14 @@ class FabricDriver(abc.ABC):
         """Remove the tap, and its end of a tunnel that waits for a guest. Idempotent."""
 
     @abc.abstractmethod
+    async def watch(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
+        """Learn the addresses of a domain that was plugged before this agent started."""
+
+    @abc.abstractmethod
+    def learnt(self, domain: DomainName, nics: Sequence[NicSpec]) -> Sequence[tuple[str, ...]]:
+        """The addresses that each NIC was seen to use since it was plugged, the newest last."""
+
+    @abc.abstractmethod
     async def announce(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
         """Tell the network where the NICs are now; the first frames are out when this returns.
 
@@ -128,8 +136,11 @@ class FabricDriver(abc.ABC):
         """Destination, after `plug`: the ports take nothing, the announcement is ready to go."""
 
     @abc.abstractmethod
-    async def open_arrival(self, domain: DomainName) -> None:
-        """Destination, just before the source's pause: frames for the guest wait in its ports."""
+    async def open_arrival(self, domain: DomainName, learnt: Sequence[Sequence[str]] = ()) -> None:
+        """Destination, just before the source's pause: frames for the guest wait in its ports.
+
+        `learnt`: each NIC's addresses as the source saw them, announced beside the NIC's own.
+        """
 
     @abc.abstractmethod
     def announce_now(self, domain: DomainName) -> float | None:

@@ -67,6 +67,17 @@ class NicSpec(Value, frozen=True, kw_only=True):
     bridge: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,15}$")]
     addresses: tuple[str, ...] = ()
     mtu_bytes: Annotated[int, msgspec.Meta(ge=576, le=65521)] = 1500
+    vlan: (
+        Annotated[int, msgspec.Meta(ge=1, le=4094, description="a VLAN from 1 to 4094")] | None
+    ) = None
+    """The VLAN of a VLAN-aware bridge that its frames are in; None: the bridge's own."""
+    networks: tuple[str, ...] = ()
+    """Where given, each address must be in one of them (like 10.0.0.0/24)."""
+    anti_spoofing: bool = False
+    """The node drops what the guest sends under another MAC or, if it has addresses, another IP."""
+    receive_limit_bytes_per_s: Annotated[int, msgspec.Meta(ge=10_000)] | None = None
+    send_limit_bytes_per_s: Annotated[int, msgspec.Meta(ge=10_000)] | None = None
+    """As the guest sees it: what it receives is queued at the limit, what it sends is dropped."""
 
 
 class KernelBoot(Value, frozen=True, kw_only=True, tag="kernel", tag_field="kind"):
@@ -138,6 +149,8 @@ class DomainStatus(Value, frozen=True, kw_only=True):
     reason: str | None = None
     memory_in_use_bytes: int | None = None
     """Populated guest memory on the host."""
+    addresses: tuple[tuple[str, ...], ...] = ()
+    """NIC by NIC, what the guest was seen to use; filled in where the fabric watches it."""
 
 
 # --- ownership -------------------------------------------------------------------------------

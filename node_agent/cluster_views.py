@@ -49,6 +49,7 @@ def domain_view(
         pid=status.pid,
         reason=status.reason,
         memory_in_use_bytes=status.memory_in_use_bytes,
+        addresses=status.addresses,
         migration=migration,
         defined_at_s=record.defined_at_s,
     )

@@ -127,6 +127,9 @@ def _nic_problems(spec: DomainSpec) -> Iterator[tuple[str, str]]:
         elif nic.mac in macs:
             yield where, "different from the domain's other NICs"
         macs.add(nic.mac)
+        for position, text in enumerate(nic.networks):
+            if _network(text) is None:
+                yield f"nics[{index}].networks[{position}]", "a network, like 10.0.0.0/24"
         for position, text in enumerate(nic.addresses):
             where = f"nics[{index}].addresses[{position}]"
             try:
@@ -138,4 +141,18 @@ def _nic_problems(spec: DomainSpec) -> Iterator[tuple[str, str]]:
                 yield where, "an address that one host on a network can have"
             elif str(address) in addresses:
                 yield where, "listed once"
+            elif nic.networks and not _in_one(address, nic.networks):
+                yield where, f"in {' or '.join(nic.networks)}, the NIC's networks"
             addresses.add(str(address))
+
+
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError:
+        return None
+
+
+def _in_one(address: ipaddress.IPv4Address | ipaddress.IPv6Address, texts: Sequence[str]) -> bool:
+    networks = [network for text in texts if (network := _network(text)) is not None]
+    return any(address in network for network in networks) or not networks

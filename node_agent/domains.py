@@ -94,6 +94,7 @@ class DomainService:
         self.locks = locks or DomainLocks()
         self._hypervisor = hypervisor
         self._pools = pools
+        self._fabric = fabric
         self._launches = LaunchBuilder(pools, fabric)
         self._records = records
         self._events = events
@@ -117,6 +118,10 @@ class DomainService:
         The locks of `claimed` domains must have been claimed for their migrations already.
         """
         await self.ownership.reconcile(adopted, claimed)
+        for domain in adopted:
+            spec = await self._hypervisor.launched(domain)
+            if spec is not None:
+                await self._fabric.watch(domain, spec.nics)
         await self.ownership.open()
 
     async def close(self) -> None:
@@ -215,8 +220,14 @@ class DomainService:
         return await self._hypervisor.inspect(domain)
 
     async def statuses(self) -> Sequence[DomainStatus]:
-        """Every domain of this node."""
-        return await self._hypervisor.list_domains()
+        """Every domain of this node, with the addresses that it was seen to use."""
+        statuses: list[DomainStatus] = []
+        for status in await self._hypervisor.list_domains():
+            name = DomainName(status.name)
+            spec = await self._hypervisor.launched(name)
+            learnt = tuple(self._fabric.learnt(name, spec.nics)) if spec is not None else ()
+            statuses.append(msgspec.structs.replace(status, addresses=learnt))
+        return statuses
 
     async def console(
         self, domain: DomainName, *, offset: int | None = None, limit_bytes: int = 65_536

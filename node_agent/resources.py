@@ -62,6 +62,8 @@ class Domain(Value, frozen=True, kw_only=True):
     pid: int | None = None
     reason: str | None = None
     memory_in_use_bytes: int | None = None
+    addresses: tuple[tuple[str, ...], ...] = ()
+    """NIC by NIC, the addresses that the guest was seen to use, the newest last."""
     migration: str | None = None
     """The migration that has hold of it now."""
     defined_at_s: float = 0.0

@@ -34,35 +34,29 @@ to give a guest away must not go on announcing it: `announce(domain, ())` ends t
 
 from __future__ import annotations
 
-import os
+import logging
 import socket
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
 from migrator.ports import FabricDriver, FirstFrames, ProbeReport, Tunnel
+from netfabric.addresses import AddressWatcher
 from netfabric.announcer import GAPS_S, Announcer
-from netfabric.bridge import announcing, moving, tunnels
+from netfabric.bridge import announcing, moving, plugging, tunnels
 from netfabric.bridge.announcing import Announced
-from netfabric.bridge.links import Exits, Link, find_exits, netlink
-from netfabric.bridge.taps import TAP_NAME, host_side_mac, open_tap, tap_name
-from netfabric.checks import mtu_reason, nic_reasons
+from netfabric.bridge.links import Exits
+from netfabric.bridge.plugging import Tap
+from netfabric.bridge.taps import tap_name
 from netfabric.exits import Exit
 from netfabric.first_frames import watch_first_frames
 from netfabric.frames import announcements, parse_mac
 from netfabric.threads import in_thread
 
-
-@dataclass(frozen=True, slots=True)
-class Tap:
-    """A tap of ours that exists now, and the bridge that it is a port of, if any."""
-
-    name: str
-    bridge: str | None
+_log = logging.getLogger(__name__)
 
 
 class BridgeFabric(FabricDriver):
@@ -79,16 +73,18 @@ class BridgeFabric(FabricDriver):
         self._ended: dict[DomainName, threading.Event] = {}
         self._exits: dict[str, Exits] = {}
         self._socket: socket.socket | None = None
+        self._addresses = AddressWatcher()
         self._departures: dict[DomainName, tuple[moving.Departure, ...]] = {}
         self._arrivals: dict[DomainName, tuple[moving.Arrival, ...]] = {}
 
     async def open(self) -> None:
-        """Remove the tunnels that an earlier agent left."""
+        """Remove the tunnels, and the rules of taps long gone, that an earlier agent left."""
         await in_thread(tunnels.remove_leftovers)
+        await in_thread(plugging.sweep)
 
     async def check(self, nic: NicSpec) -> Sequence[str]:
         """Why this NIC can't be plugged here; empty if it can. Changes nothing."""
-        return await in_thread(lambda: _reasons(nic))
+        return await in_thread(lambda: plugging.reasons(nic))
 
     async def plug(self, domain: DomainName, index: int, nic: NicSpec) -> int:
         """Make the NIC's tap, a port of its bridge, up. The caller owns the descriptor.
@@ -97,8 +93,9 @@ class BridgeFabric(FabricDriver):
         On failure and on cancellation no tap is left.
         """
         tap = tap_name(domain, index)
-        fd, exits = await in_thread(lambda: _plug(tap, nic), _close_plugged)
+        fd, exits = await in_thread(lambda: plugging.plug(tap, nic), plugging.close_plugged)
         self._exits[tap] = exits
+        self._watch(tap, nic)
         return fd
 
     async def unplug(self, domain: DomainName, index: int) -> None:
@@ -109,8 +106,9 @@ class BridgeFabric(FabricDriver):
         tap = tap_name(domain, index)
         await self._silence(domain)
         self._exits.pop(tap, None)
+        await self._addresses.forget(tap)
         arrivals = self._arrivals.pop(domain, ())
-        await in_thread(lambda: _unplug(tap))
+        await in_thread(lambda: plugging.unplug(tap))
         await in_thread(lambda: moving.close_tunnels(arrivals))
 
     async def announce(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
@@ -159,6 +157,7 @@ class BridgeFabric(FabricDriver):
             ended.set()
         self._ended.clear()
         await self._announcer.close()
+        await self._addresses.close()
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -211,8 +210,12 @@ class BridgeFabric(FabricDriver):
         if failures:
             raise FabricError("; ".join(failures))
 
-    async def open_arrival(self, domain: DomainName) -> None:
-        arrivals = self._arrivals.get(domain, ())
+    async def open_arrival(self, domain: DomainName, learnt: Sequence[Sequence[str]] = ()) -> None:
+        arrivals = moving.with_addresses(self._arrivals.get(domain, ()), learnt)
+        if arrivals:
+            self._arrivals[domain] = arrivals
+        for arrival in arrivals:
+            self._addresses.add(arrival.tap, arrival.learnt)
         await in_thread(lambda: moving.open_arrival(arrivals))
 
     def announce_now(self, domain: DomainName) -> float | None:
@@ -234,7 +237,23 @@ class BridgeFabric(FabricDriver):
     async def probe(self, nic: NicSpec, timeout_s: float) -> ProbeReport:
         return await in_thread(lambda: moving.probe_from_bridge(nic, timeout_s))
 
+    # --- addresses ---
+
+    async def watch(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
+        for index, nic in enumerate(nics):
+            self._watch(tap_name(domain, index), nic)
+
+    def learnt(self, domain: DomainName, nics: Sequence[NicSpec]) -> Sequence[tuple[str, ...]]:
+        return [self._addresses.learnt(tap_name(domain, index)) for index, _ in enumerate(nics)]
+
     # --- inside ---
+
+    def _watch(self, tap: str, nic: NicSpec) -> None:
+        """Nothing depends on it: a watch that fails is logged."""
+        try:
+            self._addresses.watch(tap, parse_mac(nic.mac))
+        except FabricError as error:
+            _log.warning("addresses of NIC %s aren't learnt: %s", nic.mac, error)
 
     async def _silence(self, domain: DomainName) -> None:
         ended = self._ended.pop(domain, None)
@@ -255,67 +274,4 @@ class BridgeFabric(FabricDriver):
 
 async def list_taps() -> Sequence[Tap]:
     """Every tap of this namespace that is named as ours are: what runs, or what was left over."""
-    return await in_thread(_list_taps)
-
-
-# --- what runs in threads --------------------------------------------------------------------
-
-
-def _reasons(nic: NicSpec) -> list[str]:
-    reasons = nic_reasons(nic)
-    with netlink(f"can't look at bridge {nic.bridge}") as kernel:
-        bridge = kernel.find(nic.bridge)
-    return reasons + _bridge_reasons(nic, bridge)
-
-
-def _bridge_reasons(nic: NicSpec, bridge: Link | None) -> list[str]:
-    if bridge is None:
-        return [f"there is no bridge {nic.bridge} here"]
-    if bridge.kind != "bridge":
-        return [f"{nic.bridge} is not a bridge, it is {bridge.kind or 'a physical interface'}"]
-    reasons = [] if bridge.up else [f"bridge {nic.bridge} is down"]
-    narrow = mtu_reason(nic, bridge.mtu_bytes)
-    return [*reasons, narrow] if narrow else reasons
-
-
-def _plug(tap: str, nic: NicSpec) -> tuple[int, Exits]:
-    with netlink(f"can't plug tap {tap} into bridge {nic.bridge}") as kernel:
-        bridge = kernel.find(nic.bridge)
-        reasons = nic_reasons(nic) + _bridge_reasons(nic, bridge)
-        if reasons or bridge is None:
-            raise FabricError("; ".join(reasons))
-        fd = open_tap(tap)
-        try:
-            link = kernel.find(tap)
-            if link is None:
-                raise FabricError(f"tap {tap} was removed by somebody else")
-            kernel.attach(link, bridge, host_side_mac(parse_mac(nic.mac)))
-            exits = find_exits(kernel, tap)
-            if exits is None:
-                raise FabricError(f"tap {tap} was taken off bridge {nic.bridge} by somebody else")
-        except BaseException:
-            os.close(fd)
-            raise
-    return fd, exits
-
-
-def _close_plugged(plugged: tuple[int, Exits]) -> None:
-    os.close(plugged[0])
-
-
-def _unplug(tap: str) -> None:
-    with netlink(f"can't remove tap {tap}") as kernel:
-        link = kernel.find(tap)
-        if link is not None:
-            kernel.delete(link)
-
-
-def _list_taps() -> list[Tap]:
-    with netlink("can't list the taps") as kernel:
-        links = kernel.links()
-    names = {link.index: link.name for link in links}
-    return [
-        Tap(link.name, names.get(link.master) if link.master is not None else None)
-        for link in links
-        if link.kind == "tun" and TAP_NAME.fullmatch(link.name)
-    ]
+    return await in_thread(plugging.list_taps)

@@ -141,6 +141,19 @@ class Netlink:
         statistics = messages[0].get_attr("IFLA_STATS64")
         return statistics["rx_packets"], statistics["tx_packets"]
 
+    def put_into_vlan(self, index: int, vlan_id: int) -> None:
+        """Make a port of a VLAN-aware bridge one of this VLAN alone, untagged."""
+        for vlan in self.vlans().get(index, ()):
+            self._route.vlan_filter("del", index=index, vlan_info={"vid": vlan.id})
+        flags = ["pvid", "untagged"]
+        self._route.vlan_filter("add", index=index, vlan_info={"vid": vlan_id, "flags": flags})
+
+    def limit(self, index: int, bytes_per_s: int, *, burst_bytes: int, queue_bytes: int) -> None:
+        """Shape what leaves by an interface."""
+        self._route.tc(
+            "replace", "tbf", index=index, rate=bytes_per_s, burst=burst_bytes, limit=queue_bytes
+        )
+
     def set_queue(self, index: int, frames: int) -> None:
         """How many frames may wait in an interface for whoever reads them."""
         self._route.link("set", index=index, txqlen=frames)

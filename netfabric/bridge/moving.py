@@ -22,8 +22,10 @@ import contextlib
 import logging
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
+
+import msgspec
 
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
@@ -55,11 +57,13 @@ class Departure:
 class Arrival:
     """One NIC that is to come, and its announcement's frames."""
 
+    nic: NicSpec
     tap: str
     mac: bytes
     exits: Exits
     frames: tuple[bytes, ...]
     tunnel: str
+    learnt: tuple[str, ...] = ()
 
 
 def prepare_departure(
@@ -78,7 +82,7 @@ def prepare_departure(
         name = tunnels.tunnel_name(domain, index)
         end: int | None = None
         try:
-            end = tunnels.open_end(name, tunnel, index, nic.bridge)
+            end = tunnels.open_end(name, tunnel, index, nic)
         except FabricError as error:
             failures.append(str(error))
         departures.append(Departure(link.index, parse_mac(nic.mac), name, end))
@@ -129,9 +133,9 @@ def prepare_arrival(
             continue
         set_port(exits.tap_index, floods=False, learns=False)
         _offer_filler(tap, parse_mac(nic.mac))
-        arrivals.append(Arrival(tap, parse_mac(nic.mac), exits, announcements(nic), name))
+        arrivals.append(Arrival(nic, tap, parse_mac(nic.mac), exits, announcements(nic), name))
         try:
-            tunnels.open_end(name, tunnel, index, nic.bridge)
+            tunnels.open_end(name, tunnel, index, nic)
         except FabricError as error:
             failures.append(str(error))
     return tuple(arrivals), failures
@@ -149,6 +153,19 @@ def _offer_filler(tap: str, mac: bytes) -> None:
         sender.setblocking(False)
         with contextlib.suppress(OSError):
             sender.sendto(frame, (tap, 0))
+
+
+def with_addresses(
+    arrivals: Sequence[Arrival], learnt: Sequence[Sequence[str]]
+) -> tuple[Arrival, ...]:
+    """The same NICs, announced also under what was learnt of each. Pure."""
+    found: list[Arrival] = []
+    for index, arrival in enumerate(arrivals):
+        more = tuple(learnt[index]) if index < len(learnt) else ()
+        texts = tuple(dict.fromkeys((*arrival.nic.addresses, *more)))
+        nic = msgspec.structs.replace(arrival.nic, addresses=texts)
+        found.append(replace(arrival, frames=announcements(nic), learnt=more))
+    return tuple(found)
 
 
 def open_arrival(arrivals: Sequence[Arrival]) -> None:
@@ -181,7 +198,7 @@ def probe_from_bridge(nic: NicSpec, timeout_s: float) -> ProbeReport:
         bridge = kernel.find(nic.bridge)
         if bridge is None or bridge.kind != "bridge":
             return ProbeReport(able=False, detail=f"there is no bridge {nic.bridge} here")
-        uplinks = bridge_uplinks(kernel, bridge)
+        uplinks = bridge_uplinks(kernel, bridge, nic.vlan)
         learnt_at = kernel.learnt_at(bridge, nic.mac)
     if not uplinks:
         return ProbeReport(able=False, detail=f"bridge {nic.bridge} has no uplink here")

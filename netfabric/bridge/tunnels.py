@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from migrator.errors import FabricError
-from migrator.model import DomainName
+from migrator.model import DomainName, NicSpec
 from migrator.ports import Tunnel
 from netfabric.bridge.links import netlink
 from netfabric.bridge.taps import TUNNEL_NAME, tap_name
@@ -44,7 +44,7 @@ def network_identifier(name: str, index: int) -> int:
     return int.from_bytes(digest, "big") or 1
 
 
-def open_end(name: str, tunnel: Tunnel, index: int, bridge: str) -> int:
+def open_end(name: str, tunnel: Tunnel, index: int, nic: NicSpec) -> int:
     """Make one end, a port of the bridge; its interface index. An older one of the name goes.
 
     FabricError: no such bridge, or the kernel refuses; then none is left.
@@ -68,12 +68,14 @@ def open_end(name: str, tunnel: Tunnel, index: int, bridge: str) -> int:
             **options,
         )
         try:
-            port = kernel.find(bridge)
+            port = kernel.find(nic.bridge)
             if port is None:
-                raise FabricError(f"there is no bridge {bridge} here")
+                raise FabricError(f"there is no bridge {nic.bridge} here")
             # Up only when it floods nothing and says nothing: a broadcast that came out at the
             # other end would make every switch believe that its sender is there.
             kernel.attach(link, port, _own_mac(name), open_now=False)
+            if nic.vlan is not None:
+                kernel.put_into_vlan(link.index, nic.vlan)
             set_port(link.index, floods=False, learns=False)
             with contextlib.suppress(OSError):  # a kernel without IPv6
                 (_IPV6_SETTINGS / name / "disable_ipv6").write_text("1")

@@ -80,6 +80,8 @@ class SimulatedFabric(FabricDriver):
         """Domains whose ports take or give nothing: on their way here, or away."""
         self.diverted: set[DomainName] = set()
         """Domains whose frames take the tunnel away from here."""
+        self.learns: dict[str, tuple[str, ...]] = {}
+        """What the guests behind these MACs were seen to use."""
         self._arriving: dict[DomainName, tuple[NicSpec, ...]] = {}
 
     @property
@@ -162,7 +164,13 @@ class SimulatedFabric(FabricDriver):
         self.closed.add(domain)
         self._arriving[domain] = tuple(nics)
 
-    async def open_arrival(self, domain: DomainName) -> None:
+    async def watch(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
+        pass
+
+    def learnt(self, domain: DomainName, nics: Sequence[NicSpec]) -> Sequence[tuple[str, ...]]:
+        return [self.learns.get(nic.mac, ()) for nic in nics]
+
+    async def open_arrival(self, domain: DomainName, learnt: Sequence[Sequence[str]] = ()) -> None:
         self.closed.discard(domain)
 
     def announce_now(self, domain: DomainName) -> float | None:

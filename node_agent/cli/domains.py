@@ -10,6 +10,7 @@ from urllib.parse import quote
 import msgspec
 import typer
 
+from migrator.model import NicSpec
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import facts, note, settings, show, size, table
 from node_agent.cli.spec import load_spec, merge_spec
@@ -173,9 +174,17 @@ def show_domain(name: _NameArgument) -> None:
         ("vcpus", f"{spec.vcpus} ({spec.cpu_model})"),
         ("machine", spec.machine),
         *(("disk", f"{disk.pool}/{disk.volume}") for disk in spec.disks),
-        *(("nic", f"{nic.mac} on {nic.bridge} {' '.join(nic.addresses)}") for nic in spec.nics),
+        *(("nic", _nic(nic)) for nic in spec.nics),
+        *(("seen at", ", ".join(reversed(texts))) for texts in domain.addresses),
     ]
     show(domain, facts(pairs))
+
+
+def _nic(nic: NicSpec) -> str:
+    text = f"{nic.mac} on {nic.bridge} {' '.join(nic.addresses)}".rstrip()
+    if nic.vlan is not None:
+        text += f", VLAN {nic.vlan}"
+    return f"{text}, anti-spoofing" if nic.anti_spoofing else text
 
 
 @app.command("rm")

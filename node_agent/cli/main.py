@@ -29,6 +29,7 @@ from node_agent.cli import (
     trust,
     users,
 )
+from node_agent.cli.doctor import doctor
 from node_agent.cli.errors import EXIT_CODES_HELP, ApiProblem, CliError, ExitCode
 from node_agent.cli.output import settings
 
@@ -79,6 +80,7 @@ def build_app(mounted: str | None = None) -> typer.Typer:
     app.add_typer(hooks.app, name="hook")
     app.command("events")(cluster.events)
     app.command("agent")(agent)
+    app.command("doctor")(doctor)
     for name, (module, help_text) in _MOUNTED.items():
         if name == mounted:
             app.add_typer(importlib.import_module(module).app, name=name)

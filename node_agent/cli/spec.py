@@ -15,7 +15,12 @@ from typing import Any, Final
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import parse_size
 
-_NIC_KEYS: Final = frozenset({"bridge", "mac", "ip", "mtu"})
+_NIC_NUMBERS: Final = {"mtu": "mtu_bytes", "vlan": "vlan"}
+_NIC_LIMITS: Final = {"receive": "receive_limit_bytes_per_s", "send": "send_limit_bytes_per_s"}
+_NIC_KEYS: Final = frozenset(
+    {"bridge", "mac", "ip", "net", "antispoof", *_NIC_NUMBERS, *_NIC_LIMITS}
+)
+_TRUE: Final = frozenset({"true", "1", "yes", "on"})
 _DISK_KEYS: Final = frozenset({"volume", "pool", "ro"})
 
 
@@ -52,7 +57,10 @@ def parse_disk(text: str) -> dict[str, Any]:
 
 
 def parse_nic(text: str) -> dict[str, Any]:
-    """`bridge=BR,mac=MAC[,ip=ADDRESS ...][,mtu=BYTES]`; `ip` may come several times."""
+    """`bridge=BR,mac=MAC[,ip=ADDRESS ...][,mtu=BYTES][,vlan=ID]...`; `ip`, `net` may be repeated.
+
+    Also `net=NETWORK`, `antispoof=true`, and bytes a second as `receive=10M`, `send=10M`.
+    """
     pairs = _pairs(text, "--nic", _NIC_KEYS)
     nic: dict[str, Any] = {"addresses": pairs.get("ip", [])}
     for key in ("bridge", "mac"):
@@ -60,10 +68,16 @@ def parse_nic(text: str) -> dict[str, Any]:
             raise CliError(f"--nic {text}: {key}= is missing", ExitCode.USAGE)
         nic[key] = pairs[key][-1]
     nic["mac"] = nic["mac"].lower()
-    if "mtu" in pairs:
-        if not pairs["mtu"][-1].isdigit():
-            raise CliError(f"--nic {text}: mtu is not a number of bytes", ExitCode.USAGE)
-        nic["mtu_bytes"] = int(pairs["mtu"][-1])
+    for key, name in _NIC_NUMBERS.items():
+        if key in pairs:
+            if not pairs[key][-1].isdigit():
+                raise CliError(f"--nic {text}: {key} is not a number", ExitCode.USAGE)
+            nic[name] = int(pairs[key][-1])
+    nic |= {name: parse_size(pairs[key][-1]) for key, name in _NIC_LIMITS.items() if key in pairs}
+    if "net" in pairs:
+        nic["networks"] = pairs["net"]
+    if "antispoof" in pairs:
+        nic["anti_spoofing"] = pairs["antispoof"][-1].lower() in _TRUE
     return nic
 
 

@@ -41,7 +41,7 @@ from migrator.ports import (
 )
 from node_agent.cluster_calls import Done
 from node_agent.events import EventKind, EventLog
-from node_agent.migrations.judgement import is_verified, suspects
+from node_agent.migrations.judgement import is_verified, suspects, to_prove, with_learnt
 from node_agent.migrations.publisher import Publisher
 from node_agent.migrations.witnesses import Move, Witnesses
 from node_agent.nodes import NodeRegistry
@@ -79,6 +79,8 @@ class CutoverSettings(Struct, frozen=True, kw_only=True):
 class ExpectParams(Struct, frozen=True, kw_only=True):
     migration_id: str
     domain: DomainName
+    learnt: tuple[tuple[str, ...], ...] = ()
+    """The addresses that each NIC was seen to use."""
 
 
 class OutcomeParams(Struct, frozen=True, kw_only=True):
@@ -99,6 +101,7 @@ class _Arriving:
     problems: list[str] = field(default_factory=list)
     resumed_at_s: float | None = None
     announced_at_s: float | None = None
+    learnt: tuple[tuple[str, ...], ...] = ()
     watching: asyncio.Task[FirstFrames] | None = None
     followed: bool = False
 
@@ -180,7 +183,8 @@ class CutoverService:
         leaving = self._leaving.get(move.domain)
         if leaving is None or leaving.move.migration_id != move.migration_id or not move.nics:
             return
-        params = ExpectParams(migration_id=move.migration_id, domain=move.domain)
+        learnt = tuple(self._fabric.learnt(move.domain, move.nics))
+        params = ExpectParams(migration_id=move.migration_id, domain=move.domain, learnt=learnt)
         try:
             await self._hub.call(move.destination, EXPECT, params, Done, timeout_s=EXPECT_S)
             leaving.diverted = True
@@ -250,7 +254,7 @@ class CutoverService:
         """The session's word that the guest runs here. FabricError: nothing could be sent."""
         arriving = self._arriving.setdefault(move.domain, _Arriving(move))
         try:
-            await self._fabric.announce(move.domain, move.nics)
+            await self._fabric.announce(move.domain, with_learnt(move.nics, arriving.learnt))
         finally:
             self._follow(arriving)
 
@@ -316,21 +320,22 @@ class CutoverService:
             first_announcement_ms=None if announced is None else (announced - resumed_at_s) * 1e3,
             problems=tuple(arriving.problems),
         )
-        if not move.nics:
+        nics = to_prove(move.nics, arriving.learnt)
+        if not nics:
             return msgspec.structs.replace(cutover, verified_ms=0.0)
         others = await self._witnesses.choose(move)
         deadline = resumed_at_s + self._settings.verify_limit_s
         for number, gap_s in enumerate(PROBE_GAPS_S):
             await asyncio.sleep(gap_s)
             timeout_s = min(PROBE_S * 2 ** min(number, 2), max(deadline - self._clock(), 0.0))
-            witnesses = await self._witnesses.ask(move, others, timeout_s)
+            witnesses = await self._witnesses.ask(move.migration_id, nics, others, timeout_s)
             cutover = msgspec.structs.replace(cutover, rounds=number + 1, witnesses=witnesses)
             now = self._clock()
-            if is_verified(move.nics, witnesses):
+            if is_verified(nics, witnesses):
                 return msgspec.structs.replace(cutover, verified_ms=(now - resumed_at_s) * 1e3)
             if now >= deadline:
                 break
-        return msgspec.structs.replace(cutover, suspect=suspects(move.nics, cutover.witnesses))
+        return msgspec.structs.replace(cutover, suspect=suspects(nics, cutover.witnesses))
 
     async def _complain(self, move: Move, cutover: Cutover) -> None:
         """An event, and the announcements once more."""
@@ -359,7 +364,8 @@ class CutoverService:
         arriving = self._arriving.get(params.domain)
         if arriving is None or arriving.move.migration_id != params.migration_id:
             raise WrongStateError(f"domain {params.domain}", "not expected here", "expected")
-        await self._fabric.open_arrival(params.domain)
+        await self._fabric.open_arrival(params.domain, params.learnt)
+        arriving.learnt = params.learnt
         return Done()
 
     # --- inside ------------------------------------------------------------------------------

@@ -10,7 +10,33 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Sequence
 
+import msgspec
+
 from migrator.model import NicSpec, Witness
+
+
+def with_learnt(nics: Sequence[NicSpec], learnt: Sequence[Sequence[str]]) -> tuple[NicSpec, ...]:
+    """The NICs with what was learnt of their addresses beside what they are defined with."""
+    found: list[NicSpec] = []
+    for index, nic in enumerate(nics):
+        more = learnt[index] if index < len(learnt) else ()
+        own = {str(ipaddress.ip_address(text)) for text in nic.addresses}
+        extra = (text for text in more if text not in own)
+        found.append(msgspec.structs.replace(nic, addresses=(*nic.addresses, *extra)))
+    return tuple(found)
+
+
+def to_prove(nics: Sequence[NicSpec], learnt: Sequence[Sequence[str]]) -> tuple[NicSpec, ...]:
+    """The NICs with the addresses that must answer: the defined ones, or else the newest learnt.
+
+    An older learnt one may be given up since: that it is silent would prove nothing.
+    """
+    found: list[NicSpec] = []
+    for index, nic in enumerate(nics):
+        more = learnt[index] if index < len(learnt) else ()
+        addresses = nic.addresses or tuple(more[-1:])
+        found.append(msgspec.structs.replace(nic, addresses=addresses))
+    return tuple(found)
 
 
 def is_verified(nics: Sequence[NicSpec], witnesses: Sequence[Witness]) -> bool:

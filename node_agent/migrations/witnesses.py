@@ -69,20 +69,29 @@ class Witnesses:
         return [move.source, *others[:OTHERS]]
 
     async def ask(
-        self, move: Move, nodes: Sequence[NodeName], timeout_s: float
+        self,
+        migration_id: str,
+        nics: Sequence[NicSpec],
+        nodes: Sequence[NodeName],
+        timeout_s: float,
     ) -> tuple[Witness, ...]:
         """What each of the nodes that answer found, NIC by NIC."""
-        answers = await asyncio.gather(*(self._ask_one(node, move, timeout_s) for node in nodes))
+        asked = tuple(nics)
+        answers = await asyncio.gather(
+            *(self._ask_one(node, migration_id, asked, timeout_s) for node in nodes)
+        )
         return tuple(witness for answer in answers for witness in answer)
 
-    async def _ask_one(self, node: NodeName, move: Move, timeout_s: float) -> list[Witness]:
-        params = ProbeParams(nics=move.nics, timeout_s=timeout_s)
+    async def _ask_one(
+        self, node: NodeName, migration_id: str, nics: tuple[NicSpec, ...], timeout_s: float
+    ) -> list[Witness]:
+        params = ProbeParams(nics=nics, timeout_s=timeout_s)
         try:
             answer = await self._hub.call(
                 node, PROBE, params, ProbeReports, timeout_s=timeout_s + CALL_S
             )
         except FerryError as error:  # It is no witness, then.
-            log.info("migration %s: %s can't probe: %s", move.migration_id, node, error)
+            log.info("migration %s: %s can't probe: %s", migration_id, node, error)
             return []
         return [
             Witness(
@@ -92,7 +101,7 @@ class Witnesses:
                 answered=report.answered,
                 heard=report.heard,
             )
-            for nic, report in zip(move.nics, answer.reports, strict=True)
+            for nic, report in zip(nics, answer.reports, strict=True)
         ]
 
     async def _on_probe(self, _: NodeName, params: ProbeParams) -> ProbeReports:

@@ -12,7 +12,7 @@ from tests.integration.cluster.world import Cluster, Load, describe, eventually
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
-MOVES = 20
+MOVES = 8
 
 
 def cutover_of(cluster: Cluster, migration: Migration) -> Cutover:

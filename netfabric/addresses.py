@@ -1,0 +1,215 @@
+"""The addresses that a guest uses, as its own tap tells them.
+
+    ARP            the sender of what the guest asks or says (RFC 826)
+    ND             the target of an advertisement, or of a question whether it is free (RFC 4862);
+                   the source of any other question
+    DHCP, DHCPv6   what a server has just given it (RFC 2131, RFC 8415)
+
+A filter in the kernel passes these frames alone, so a busy guest costs nothing. A NIC keeps its
+latest few addresses: what a guest gave up is forgotten when it has taken as many others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from migrator.errors import FabricError
+from netfabric import capture
+from netfabric.capture import Instruction
+from netfabric.frames import ETHERTYPE_ARP, ETHERTYPE_IPV6
+from netfabric.threads import in_thread
+
+ADDRESSES_MAX: Final = 16
+"""That are kept of one NIC."""
+FRAMES_A_TURN: Final = 32
+"""That are read before others get their turn in the event loop."""
+
+_log = logging.getLogger(__name__)
+_ETHERTYPE_IPV4: Final = 0x0800
+_LDH: Final = 0x28
+_LDB: Final = 0x30
+_LDH_INDIRECT: Final = 0x48
+_LDX_HEADER_LENGTH: Final = 0xB1
+_JEQ: Final = 0x15
+_JSET: Final = 0x45
+_RET: Final = 0x06
+_DHCP_COOKIE: Final = b"\x63\x82\x53\x63"
+_DHCP_ACK: Final = 5
+_DHCPV6_REPLY: Final = 7
+_SOLICITATION: Final = 135
+_ADVERTISEMENT: Final = 136
+
+
+def _assembled() -> tuple[Instruction, ...]:
+    """The filter, its jumps computed from labels."""
+    lines: list[tuple[str, int, str, str, int]] = [
+        ("", _LDH, "", "", 12),
+        ("", _JEQ, "take", "", ETHERTYPE_ARP),
+        ("", _JEQ, "six", "", ETHERTYPE_IPV6),
+        ("", _JEQ, "", "drop", _ETHERTYPE_IPV4),
+        ("", _LDB, "", "", 23),
+        ("", _JEQ, "", "drop", socket.IPPROTO_UDP),
+        ("", _LDH, "", "", 20),
+        ("", _JSET, "drop", "", 0x1FFF),
+        ("", _LDX_HEADER_LENGTH, "", "", 14),
+        ("", _LDH_INDIRECT, "", "", 16),
+        ("", _JEQ, "take", "drop", 68),
+        ("six", _LDB, "", "", 20),
+        ("", _JEQ, "", "udp6", 58),
+        ("", _LDB, "", "", 54),
+        ("", _JEQ, "take", "", _SOLICITATION),
+        ("", _JEQ, "take", "drop", _ADVERTISEMENT),
+        ("udp6", _JEQ, "", "drop", socket.IPPROTO_UDP),
+        ("", _LDH, "", "", 56),
+        ("", _JEQ, "take", "drop", 546),
+        ("take", _RET, "", "", capture.WHOLE_FRAME),
+        ("drop", _RET, "", "", 0),
+    ]
+    places = {line[0]: number for number, line in enumerate(lines) if line[0]}
+
+    def jump(label: str, number: int) -> int:
+        return places[label] - number - 1 if label else 0
+
+    return tuple(
+        (code, jump(yes, number), jump(no, number), value)
+        for number, (_, code, yes, no, value) in enumerate(lines)
+    )
+
+
+PROGRAM: Final = _assembled()
+
+
+def addresses_in(frame: bytes, mac: bytes, *, to_guest: bool) -> set[str]:
+    """The guest's addresses that one frame of its tap tells; none for what is cut short. Pure."""
+    with contextlib.suppress(struct.error, ValueError, IndexError):
+        return {text for text in _told(frame, mac, to_guest) if _is_owned(text)}
+    return set()
+
+
+def _told(frame: bytes, mac: bytes, to_guest: bool) -> Iterator[str]:
+    (ethertype,) = struct.unpack_from("!H", frame, 12)
+    if ethertype == ETHERTYPE_ARP and not to_guest:
+        if frame[22:28] == mac:
+            yield str(ipaddress.IPv4Address(frame[28:32]))
+    elif ethertype == _ETHERTYPE_IPV4 and to_guest:
+        yield from _from_dhcp(frame[14 + 4 * (frame[14] & 0xF) + 8 :], mac)
+    elif ethertype == ETHERTYPE_IPV6 and frame[20] == 58 and not to_guest:
+        if frame[6:12] == mac:
+            yield from _from_discovery(frame)
+    elif ethertype == ETHERTYPE_IPV6 and to_guest:
+        is_reply = frame[20] == socket.IPPROTO_UDP and frame[62] == _DHCPV6_REPLY
+        yield from _from_options(frame[66:]) if is_reply and frame[:6] == mac else ()
+
+
+def _from_discovery(frame: bytes) -> Iterator[str]:
+    source, target = (ipaddress.IPv6Address(frame[at : at + 16]) for at in (22, 62))
+    if frame[54] == _ADVERTISEMENT or source.is_unspecified:
+        yield str(target)
+    else:
+        yield str(source)
+
+
+def _from_dhcp(message: bytes, mac: bytes) -> Iterator[str]:
+    if message[0] != 2 or message[28:34] != mac or message[236:240] != _DHCP_COOKIE:
+        return
+    at = 240
+    while message[at] != 255:
+        kind, length = message[at], message[at + 1]
+        if kind == 0:
+            at += 1
+            continue
+        if (kind, message[at + 2]) == (53, _DHCP_ACK):
+            yield str(ipaddress.IPv4Address(message[16:20]))
+        at += 2 + length
+
+
+def _from_options(options: bytes) -> Iterator[str]:
+    """DHCPv6: IA_NA (3) holds IAADDR (5)."""
+    at = 0
+    while at + 4 <= len(options):
+        kind, length = struct.unpack_from("!HH", options, at)
+        value = options[at + 4 : at + 4 + length]
+        if kind == 3:
+            yield from _from_options(value[12:])
+        elif kind == 5:
+            yield str(ipaddress.IPv6Address(value[:16]))
+        at += 4 + length
+
+
+def _is_owned(text: str) -> bool:
+    address = ipaddress.ip_address(text)
+    return not (address.is_unspecified or address.is_multicast or address.is_loopback)
+
+
+class AddressWatcher:
+    """Watches taps. Belongs to one event loop; `close` ends it all."""
+
+    def __init__(self) -> None:
+        self._sockets: dict[str, socket.socket] = {}
+        self._learnt: dict[str, dict[str, None]] = {}
+
+    def watch(self, tap: str, mac: bytes) -> None:
+        """From now on, in place of an earlier watch of that tap. FabricError: it can't be."""
+        earlier = self._stop(tap)
+        if earlier is not None:  # Of a tap of that name which is gone. Closing takes some ms.
+            asyncio.get_running_loop().run_in_executor(None, earlier.close)
+        self._learnt[tap] = {}
+        opened = capture.open_capture(tap, PROGRAM)
+        self._sockets[tap] = opened
+        asyncio.get_running_loop().add_reader(opened, self._take, tap, opened, mac)
+
+    def add(self, tap: str, texts: Iterable[str]) -> None:
+        """What another node has learnt of the guest."""
+        for text in texts:
+            self._note(tap, text)
+
+    def learnt(self, tap: str) -> tuple[str, ...]:
+        """What was learnt of a tap so far, the oldest first."""
+        return tuple(self._learnt.get(tap, ()))
+
+    async def forget(self, tap: str) -> None:
+        """End the watch. Idempotent."""
+        self._learnt.pop(tap, None)
+        opened = self._stop(tap)
+        if opened is not None:
+            await in_thread(opened.close)
+
+    async def close(self) -> None:
+        for tap in list(self._sockets):
+            await self.forget(tap)
+
+    def _stop(self, tap: str) -> socket.socket | None:
+        opened = self._sockets.pop(tap, None)
+        if opened is not None:
+            asyncio.get_running_loop().remove_reader(opened)
+        return opened
+
+    def _take(self, tap: str, opened: socket.socket, mac: bytes) -> None:
+        for _ in range(FRAMES_A_TURN):
+            try:
+                received = capture.receive(opened)
+            except FabricError:  # The tap is gone; `forget` does the rest.
+                self._stop(tap)
+                opened.close()
+                return
+            if received is None:
+                return
+            frame, outgoing, _ = received
+            for text in addresses_in(frame, mac, to_guest=outgoing):
+                self._note(tap, text)
+
+    def _note(self, tap: str, text: str) -> None:
+        learnt = self._learnt.setdefault(tap, {})
+        if text not in learnt:
+            _log.info("the guest behind %s uses %s", tap, text)
+        learnt.pop(text, None)
+        learnt[text] = None
+        while len(learnt) > ADDRESSES_MAX:
+            del learnt[next(iter(learnt))]

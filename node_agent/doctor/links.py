@@ -1,0 +1,162 @@
+"""The node's own interfaces: bridges that guests use, the migration interface, what the kernel can.
+
+Synchronous; reads by rtnetlink, and makes one link of each kind for a moment to see whether it can
+be made, in a network namespace of the calling thread's own that ends with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from typing import Any, Final
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from node_agent.doctor.findings import Finding, failure, fine, warning
+
+_CLONE_NEWNET: Final = 0x40000000
+_FLAG_UP: Final = 0x1
+_FLAG_MULTICAST: Final = 0x1000
+_GROUP: Final = "239.255.77.81"
+_KERNEL: Final = (
+    ("bridges", {"kind": "bridge"}, "every guest with a bridge", "modprobe bridge", True),
+    (
+        "VLAN-aware bridges",
+        {"kind": "bridge", "br_vlan_filtering": 1},
+        "NICs with a VLAN",
+        "use a kernel with CONFIG_BRIDGE_VLAN_FILTERING",
+        False,
+    ),
+    (
+        "VXLAN",
+        {"kind": "vxlan", "vxlan_id": 1, "vxlan_port": 1},
+        "forwarding what arrives at a guest's old node",
+        "modprobe vxlan",
+        False,
+    ),
+    ("veth", {"kind": "veth", "peer": "fydoctor1"}, "the lab", "modprobe veth", False),
+)
+
+
+def check_kernel_links() -> list[Finding]:
+    """Which kinds of links the kernel makes."""
+    found: list[Finding] = []
+
+    def work() -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.unshare(_CLONE_NEWNET) != 0:
+            reason = os.strerror(ctypes.get_errno())
+            found.append(failure("network rights", reason, "run the agent, and this, as root"))
+            return
+        found.extend(_try_kinds())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return found
+
+
+def _try_kinds() -> Iterator[Finding]:
+    for name, options, what_for, mend, needed in _KERNEL:
+        with IPRoute() as route:
+            try:
+                route.link("add", ifname="fydoctor0", **options)
+                route.link("del", index=route.link_lookup(ifname="fydoctor0")[0])
+            except NetlinkError as error:
+                detail = f"the kernel makes none ({os.strerror(error.code)}): needed for {what_for}"
+                yield failure(name, detail, mend) if needed else warning(name, detail, mend)
+            else:
+                yield fine(name, f"for {what_for}")
+
+
+def check_bridges(names: frozenset[str]) -> list[Finding]:
+    """The node's bridges, and those of `names` (which domains use) that are missing."""
+    with IPRoute() as route:
+        links = list(route.get_links())
+    kinds = {link.get_attr("IFLA_IFNAME"): _kind(link) for link in links}
+    found = [_bridge(link, links) for link in links if _kind(link) == "bridge"]
+    for name in sorted(names - {link for link, kind in kinds.items() if kind == "bridge"}):
+        mend = f"make bridge {name} here, or don't let these domains come"
+        found.append(failure(f"bridge {name}", "domains use it, it isn't here", mend))
+    if not found:
+        mend = "make the bridge that NICs name, with the uplink to the guests' network as its port"
+        found.append(warning("bridges here", "there are none", mend))
+    return found
+
+
+def _bridge(link: Any, links: list[Any]) -> Finding:
+    name = link.get_attr("IFLA_IFNAME")
+    check = f"bridge {name}"
+    data = link.get_attr("IFLA_LINKINFO").get_attr("IFLA_INFO_DATA")
+    ports = [each for each in links if each.get_attr("IFLA_MASTER") == link["index"]]
+    uplinks = [port for port in ports if _kind(port) != "tun"]
+    mtu = link.get_attr("IFLA_MTU")
+    detail = f"MTU {mtu}, {len(ports)} ports"
+    if not link["flags"] & _FLAG_UP:
+        return failure(check, "it is down", f"ip link set {name} up")
+    if not uplinks:
+        return warning(
+            check, f"{detail}, none leads out of this node", f"ip link set UPLINK master {name}"
+        )
+    down = [port.get_attr("IFLA_IFNAME") for port in uplinks if not port["flags"] & _FLAG_UP]
+    if down:
+        return failure(check, f"{', '.join(down)} is down", f"ip link set {down[0]} up")
+    narrow = [port.get_attr("IFLA_IFNAME") for port in uplinks if port.get_attr("IFLA_MTU") < mtu]
+    if narrow:
+        return failure(
+            check,
+            f"MTU {mtu}, but {', '.join(narrow)} is narrower",
+            f"ip link set {narrow[0]} mtu {mtu}",
+        )
+    delay_s = (data.get_attr("IFLA_BR_FORWARD_DELAY") or 0) / 100
+    if data.get_attr("IFLA_BR_STP_STATE"):
+        return warning(
+            check,
+            f"{detail}; spanning tree is on: a guest's port forwards after {2 * delay_s:.0f} s",
+            f"ip link set {name} type bridge stp_state 0, unless it closes a loop",
+        )
+    return fine(check, detail)
+
+
+def mtu_towards(address: str) -> int:
+    """The MTU of the interface that has `address`; 1500 if none has it."""
+    with IPRoute() as route:
+        for entry in route.get_addr():
+            if entry.get_attr("IFA_ADDRESS") == address:
+                links = list(route.get_links(entry["index"]))
+                return int(links[0].get_attr("IFLA_MTU"))
+    return 1500
+
+
+def check_multicast(address: str) -> Finding:
+    """Whether what this node says to a group comes back to it by the interface of `address`."""
+    check = "multicast"
+    mend = f"ip link set INTERFACE multicast on, and allow {_GROUP.rpartition('.')[0]}.0/24 there"
+    try:
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            own = socket.inet_aton(address)
+            listener.bind((_GROUP, 0))
+            membership = struct.pack("4s4s", socket.inet_aton(_GROUP), own)
+            listener.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
+            listener.settimeout(1.0)
+            speaker = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            speaker.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, own)
+            speaker.sendto(b"ferry", (_GROUP, listener.getsockname()[1]))
+            listener.recvfrom(16)
+    except TimeoutError:
+        return warning(check, f"what is sent by {address} isn't heard: no discovery", mend)
+    except OSError as error:
+        return warning(check, f"{address}: {error.strerror or error}: no discovery", mend)
+    return fine(check, f"sent and heard by {address}")
+
+
+def _kind(link: Any) -> str:
+    information = link.get_attr("IFLA_LINKINFO")
+    return (information.get_attr("IFLA_INFO_KIND") or "") if information is not None else ""

@@ -1,0 +1,124 @@
+"""The ways to other nodes: packets as large as the link's MTU, and what their clocks say.
+
+ICMP alone, so that it works before any agent does: an echo request that must not be fragmented
+(RFC 792, RFC 1191), and a timestamp request, which a Linux host answers with its milliseconds since
+midnight UTC. Synchronous.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import time
+from typing import Final
+
+from node_agent.doctor.findings import Finding, failure, fine, warning
+
+ANSWER_S: Final = 1.0
+TRIES: Final = 3
+CLOCK_OFFSET_MS_MAX: Final = 100.0
+"""Timelines of two nodes are compared; heartbeats and leases don't need it this close."""
+_IP_HEADER_BYTES: Final = 20
+_ICMP_HEADER_BYTES: Final = 8
+_IP_MTU_DISCOVER: Final = 10
+_IP_PMTUDISC_PROBE: Final = 3
+_ECHO: Final = (8, 0)
+_TIMESTAMP: Final = (13, 14)
+_DAY_MS: Final = 86_400_000
+
+
+def check_mtu(node: str, address: str, mtu_bytes: int) -> Finding:
+    """Whether packets of the interface's MTU reach `address` in one piece."""
+    name = f"MTU to {node}"
+    body = bytes(mtu_bytes - _IP_HEADER_BYTES - _ICMP_HEADER_BYTES)
+    try:
+        if _ask(address, _ECHO, body) is not None:
+            return fine(name, f"{mtu_bytes} bytes pass to {address}")
+        small = _ask(address, _ECHO, b"ferry")
+    except OSError as error:
+        return failure(name, f"{address}: {error.strerror or error}", "mend the route to it")
+    if small is None:
+        return warning(
+            name,
+            f"{address} doesn't answer ICMP echo: unknown",
+            "allow ICMP between the nodes, path MTU discovery needs it too",
+        )
+    return failure(
+        name,
+        f"small packets pass to {address}, packets of {mtu_bytes} bytes don't",
+        f"set the same MTU on both nodes and on every switch between, or {mtu_bytes} is too much",
+    )
+
+
+def check_clock(node: str, address: str) -> Finding:
+    """How far the other node's clock is from ours."""
+    name = f"clock of {node}"
+    try:
+        offset_ms = clock_offset_ms(address)
+    except OSError as error:
+        return warning(name, f"{address}: {error.strerror or error}", "mend the route to it")
+    if offset_ms is None:
+        return warning(name, "unknown: no answer to ICMP timestamps", "look at `chronyc tracking`")
+    detail = f"{offset_ms:+.0f} ms"
+    if abs(offset_ms) <= CLOCK_OFFSET_MS_MAX:
+        return fine(name, detail)
+    return warning(name, detail, "run chrony or another NTP client on both nodes")
+
+
+def clock_offset_ms(address: str) -> float | None:
+    """Theirs less ours, to about 1 ms; None without an answer. OSError."""
+    sent_ms = _since_midnight_ms()
+    answer = _ask(address, _TIMESTAMP, struct.pack("!III", int(sent_ms), 0, 0))
+    received_ms = _since_midnight_ms()
+    if answer is None or len(answer) < 12:
+        return None
+    _, theirs_in, theirs_out = struct.unpack_from("!III", answer)
+    if (theirs_in | theirs_out) & 0x8000_0000:  # Not in milliseconds since midnight, it says.
+        return None
+    offset: float = ((theirs_in - sent_ms) + (theirs_out - received_ms)) / 2 + 0.5
+    return (offset + _DAY_MS / 2) % _DAY_MS - _DAY_MS / 2
+
+
+def _since_midnight_ms() -> float:
+    return (time.time() * 1000) % _DAY_MS
+
+
+def _ask(address: str, kinds: tuple[int, int], body: bytes) -> bytes | None:
+    """The body of the answer; None if there is none in time. OSError, also for IPv6 addresses."""
+    identifier = os.getpid() & 0xFFFF
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as opened:
+        opened.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE)
+        for number in range(TRIES):
+            head = struct.pack("!BBHHH", kinds[0], 0, 0, identifier, number)
+            checksum = _checksum(head + body)
+            opened.sendto(head[:2] + checksum.to_bytes(2, "big") + head[4:] + body, (address, 0))
+            found = _answer(opened, address, (kinds[1], identifier, number))
+            if found is not None:
+                return found
+    return None
+
+
+def _answer(opened: socket.socket, address: str, wanted: tuple[int, int, int]) -> bytes | None:
+    deadline = time.monotonic() + ANSWER_S / TRIES
+    while (left_s := deadline - time.monotonic()) > 0:
+        opened.settimeout(left_s)
+        try:
+            packet, (sender, _) = opened.recvfrom(65_535)
+        except TimeoutError:
+            return None
+        message = packet[(packet[0] & 0xF) * 4 :]
+        if sender == address and len(message) >= _ICMP_HEADER_BYTES:
+            kind, _, _, identifier, number = struct.unpack_from("!BBHHH", message)
+            if (kind, identifier, number) == wanted:
+                return message[_ICMP_HEADER_BYTES:]
+    return None
+
+
+def _checksum(data: bytes) -> int:
+    """RFC 1071."""
+    data += b"\x00" * (len(data) % 2)
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total > 0xFFFF:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
