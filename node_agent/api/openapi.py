@@ -12,6 +12,7 @@ from node_agent.api.problems import CONTENT_TYPE
 from node_agent.api.route import PARAMETER_TYPES, Query, Route
 from node_agent.resources import Problem
 
+_SCHEME: Final = "token"
 _REF: Final = "#/components/schemas/{name}"
 
 
@@ -38,7 +39,17 @@ def document(routes: Sequence[Route], version: str) -> dict[str, Any]:
             "the whole cluster. Every error is a problem document (RFC 9457).",
         },
         "paths": paths,
-        "components": {"schemas": components},
+        "components": {
+            "schemas": components,
+            "securitySchemes": {
+                _SCHEME: {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "A token of `ferry user token`. Not asked for over the unix "
+                    "socket, nor where the configuration says plain.",
+                }
+            },
+        },
     }
     values: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(described))
     return values
@@ -48,6 +59,10 @@ def _operation(route: Route, by_kind: dict[Any, Any]) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "operationId": route.operation_id,
         "summary": route.summary,
+        "security": [] if route.public else [{_SCHEME: []}],
+        "description": "For everybody."
+        if route.public
+        else f"The role {route.needed_role} is needed.",
         "parameters": [
             *(_path_parameter(name) for name in route.parameters),
             *(_query_parameter(query) for query in route.query),
@@ -85,7 +100,8 @@ def _responses(route: Route, by_kind: dict[Any, Any]) -> dict[str, Any]:
         }
     problem = {"content": {CONTENT_TYPE: {"schema": by_kind[Problem]}}}
     takes = route.body is not None or route.query
-    for status in sorted({*route.errors, *((400,) if takes else ())}):
+    common = {*((400,) if takes else ()), *(() if route.public else (401, 403))}
+    for status in sorted({*route.errors, *common}):
         responses[str(status)] = {"description": HTTPStatus(status).phrase, **problem}
     responses["default"] = {"description": "Any other error", **problem}
     return responses

@@ -46,8 +46,11 @@ class Context(Struct, frozen=True, kw_only=True):
 
         try:
             tls = pinned_context(self.authority)
-        except ssl.SSLError as error:
-            raise CliError(f"context {self.name} has a damaged authority: {error}") from error
+        except (ssl.SSLError, ValueError) as error:
+            raise CliError(
+                f"the authority of context {self.name} is not a certificate in PEM: {error}",
+                ExitCode.USAGE,
+            ) from error
         access = Access(token=self.token, tls=tls, server_name=self.server_name)
         return ApiClient(self.endpoint, access)
 

@@ -20,6 +20,7 @@ class ExitCode(enum.IntEnum):
     MIGRATION_CANCELLED = 7
     DRAIN_PARTIAL = 8
     DRAIN_CANCELLED = 9
+    NOT_PERMITTED = 10
     INTERRUPTED = 130
 
 
@@ -35,6 +36,7 @@ Exit codes:
   7    the migration was cancelled; the domain runs on its source
   8    the drain, undrain or balancing is over, but left something; it names each domain and why
   9    the drain was cancelled
+  10   no valid token, or the user's role is too low
   130  interrupted; a migration or drain that was being watched goes on"""
 
 
@@ -59,6 +61,8 @@ class ApiProblem(CliError):
     def __init__(self, problem: Problem) -> None:
         codes = {
             400: ExitCode.USAGE,
+            401: ExitCode.NOT_PERMITTED,
+            403: ExitCode.NOT_PERMITTED,
             404: ExitCode.NOT_FOUND,
             409: ExitCode.REFUSED,
             413: ExitCode.USAGE,
