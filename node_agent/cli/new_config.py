@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,14 +21,18 @@ API_PORT: Final = 7780
 PEER_PORT: Final = 7781
 
 
-def load_or_make(path: Path, name: str | None, host: Callable[[], str]) -> tuple[AgentConfig, bool]:
+def load_or_make(
+    path: Path, name: str | None, host: Callable[[], str], etcd: Sequence[str] = ()
+) -> tuple[AgentConfig, bool]:
     """(configuration, whether it is new and not written yet)."""
     if path.exists():
         loaded = load_config(path)
         if name is not None and name != loaded.node.name:
             raise ConfigError(f"{path}: node.name is {loaded.node.name}, not {name} (--name)")
+        if etcd and tuple(etcd) != loaded.store.endpoints:
+            raise ConfigError(f"{path} is there already, with another [store]: edit it instead")
         return loaded, False
-    return make_config(name or default_name(), host()), True
+    return make_config(name or default_name(), host(), etcd), True
 
 
 def default_name() -> str:
@@ -37,8 +41,11 @@ def default_name() -> str:
     return text.strip("-")[:40] or "node"
 
 
-def make_config(name: str, host: str) -> AgentConfig:
-    """One address for everything. ConfigError: the name or the address can't be one."""
+def make_config(name: str, host: str, etcd: Sequence[str] = ()) -> AgentConfig:
+    """One address for everything; the store is `etcd`, or an SQLite file. ConfigError as usual."""
+    store = f'path = "{STATE_DIRECTORY}/cluster.sqlite"'
+    if etcd:
+        store = f'driver = "etcd"\nendpoints = {msgspec.json.encode(list(etcd)).decode()}'
     bracketed = f"[{host}]" if ":" in host else host
     text = f"""
 [node]
@@ -50,7 +57,7 @@ socket = "{API_SOCKET}"
 [peer]
 listen = "{bracketed}:{PEER_PORT}"
 [store]
-path = "{STATE_DIRECTORY}/cluster.sqlite"
+{store}
 """
     return parse_config(text)
 

@@ -55,6 +55,14 @@ def refused(error: FerryError) -> CliError:
 @app.command()
 def init(
     cluster: Annotated[str, typer.Option("--cluster", help="The cluster's name.")] = "ferry",
+    etcd: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--etcd",
+            help="HOST:PORT of an etcd member, for a new configuration; repeatable. Without: an "
+            "SQLite file, for a cluster on one machine.",
+        ),
+    ] = None,
     config: _Config = DEFAULT_CONFIG,
     name: _Name = None,
     listen: _Host = None,
@@ -64,7 +72,7 @@ def init(
     from node_agent.trust.founding import found_cluster
 
     try:
-        loaded, new = load_or_make(config, name, lambda: listen or main_address())
+        loaded, new = load_or_make(config, name, lambda: listen or main_address(), etcd or ())
         identity = found_cluster(loaded, cluster)
         if new:
             write_config(config, loaded)

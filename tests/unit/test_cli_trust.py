@@ -178,6 +178,12 @@ async def test_a_cluster_is_founded_with_one_command(
     assert TrustFolder(tmp_path / "state").load(name).cluster == "prod"
     again = await ferry("cluster", "init", "--config", str(config), code=ExitCode.REFUSED)
     assert "belongs to the cluster prod already" in again.err
+    monkeypatch.setattr(new_config, "STATE_DIRECTORY", str(tmp_path / "second"))
+    members = ["--etcd", "192.0.2.1:2379", "--etcd", "192.0.2.2:2379"]
+    second = ["cluster", "init", "--config", str(tmp_path / "b.toml"), "--listen", "192.0.2.1"]
+    await ferry(*second, *members)
+    store = load_config(tmp_path / "b.toml").store
+    assert (store.driver, store.endpoints) == ("etcd", ("192.0.2.1:2379", "192.0.2.2:2379"))
 
 
 def test_durations() -> None:

@@ -136,6 +136,19 @@ async def test_without_tls_only_a_silent_node_can_be_forgotten(tmp_path: Path) -
         assert await removal.remove(NodeName("b"), force=False) == []
 
 
+async def test_a_second_node_signs_once_it_has_the_key(tmp_path: Path) -> None:
+    async with trust_world(tmp_path, 2) as world:
+        two = world.members.pop("n2")
+        await two.close()
+        two.folder.write(
+            two.folder.authority_key_path.name, world.one.folder.authority_key_path.read_bytes()
+        )
+        again = await world.start(two.config)
+        await until(lambda: world.one.members.members["n2"].authority)
+        renewed = await again.trust.renew()  # Without n1's help.
+        assert renewed.serial != two.identity.certificate.serial
+
+
 # --- renewal ---------------------------------------------------------------------------------
 
 
