@@ -57,7 +57,7 @@ async def test_a_joined_node_speaks_to_all_and_all_to_it(tmp_path: Path) -> None
     async with trust_world(tmp_path, 2, 3) as world:
         for caller in world.members.values():
             for called in world.members.values():
-                answer = await caller.hub.call(called.name, "echo", Text("hi"), Text)
+                answer = await caller.hub.call(called.name, "echo", Text("hi"), Text, timeout_s=60)
                 assert answer.text == f"{caller.name} said hi"
         one = world.one.trust.cluster_view()
         assert [(each.name, each.authority) for each in one.members] == [

@@ -24,9 +24,9 @@ from node_agent.peers.messages import Side
 from node_agent.peers.refusals import QUIET_S, RefusalLog
 from node_agent.trust.contexts import TlsContexts
 from node_agent.trust.records import MEMBERS, MemberRecord
-from tests.unit.peers_world import FAST, N1, N2, N3, Text, until
+from tests.unit.peers_world import N1, N2, N3, Text, until
 from tests.unit.test_tls import files_of
-from tests.unit.trust_world import Member, TrustWorld, trust_world
+from tests.unit.trust_world import PATIENT, Member, TrustWorld, trust_world
 
 pytestmark = pytest.mark.allow_blocking("what the command line does runs in a thread")
 
@@ -64,7 +64,7 @@ async def hub_with(files: TlsFiles, node: NodeName, peer: PeerHub) -> AsyncItera
     contexts = TlsContexts(files)
     hub = PeerHub(
         node, ("127.0.0.9", 0), {peer.node: peer.address}, "1",
-        ssl_contexts=contexts.peers, timing=FAST,
+        ssl_contexts=contexts.peers, timing=PATIENT,
     )  # fmt: skip
     try:
         yield hub
@@ -96,13 +96,13 @@ async def test_a_peer_of_another_cluster_is_refused_both_ways_and_logged(
         stranger = theirs.members["n2"]
         async with hub_with(stranger.folder.files, N2, ours.one.hub) as hub:
             with pytest.raises(PeerError, match="certificate was not accepted"):
-                await hub.call(N1, "echo", Text("hi"), Text)
+                await hub.call(N1, "echo", Text("hi"), Text, timeout_s=60)
         files = msgspec.structs.replace(
             stranger.folder.files, authority_path=ours.one.folder.files.authority_path
         )
         async with hub_with(files, N2, ours.one.hub) as hub:
             with pytest.raises(PeerError, match="if it doesn't accept our certificate"):
-                await hub.call(N1, "echo", Text("hi"), Text)
+                await hub.call(N1, "echo", Text("hi"), Text, timeout_s=60)
         await until(lambda: "its certificate was not accepted" in caplog.text)
 
 
@@ -116,7 +116,7 @@ async def test_nobody_speaks_for_another_node(
         three = world.members["n3"]
         world.members["n2"].hub.set_peers({N1: three.hub.address})  # n3 where n1 should be.
         with pytest.raises(PeerError, match=r"certificate was not accepted.*n1"):
-            await world.members["n2"].hub.call(N1, "echo", Text("hi"), Text)
+            await world.members["n2"].hub.call(N1, "echo", Text("hi"), Text, timeout_s=60)
 
 
 async def test_without_tls_and_without_a_certificate_nobody_gets_in(
@@ -154,7 +154,7 @@ async def test_a_removed_node_is_cut_off_and_refused_by_all(
 ) -> None:
     async with trust_world(tmp_path, 2, 3) as world:
         gone = world.members["n3"]
-        await gone.hub.call(N1, "echo", Text("before"), Text)
+        await gone.hub.call(N1, "echo", Text("before"), Text, timeout_s=60)
         await remove(world, "n3")
         await asyncio.wait_for(gone.removed.wait(), 30)
         for name in ("n1", "n2"):
@@ -166,7 +166,7 @@ async def test_a_removed_node_is_cut_off_and_refused_by_all(
         assert "n3 was removed from the cluster" in caplog.text
         async with hub_with(gone.folder.files, N3, world.one.hub) as hub:
             with pytest.raises(PeerError, match="it refused: n3 was removed from the cluster"):
-                await hub.call(N1, "echo", Text("after"), Text)
+                await hub.call(N1, "echo", Text("after"), Text, timeout_s=60)
 
 
 async def test_a_revoked_certificate_stays_out_when_its_node_is_back(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ async def test_a_revoked_certificate_stays_out_when_its_node_is_back(tmp_path: P
         stolen = {path.name: path.read_bytes() for path in old.folder.path.iterdir()}
         await remove(world, "n2")
         back = await world.join(2)
-        await back.hub.call(N1, "echo", Text("I am back"), Text)
+        await back.hub.call(N1, "echo", Text("I am back"), Text, timeout_s=60)
         folder = tmp_path / "stolen"
         folder.mkdir()
         for name, content in stolen.items():
@@ -209,7 +209,7 @@ async def test_a_recorded_connection_cannot_be_played_again(
             address = relay.sockets[0].getsockname()[:2]
             async with hub_with(world.members["n2"].folder.files, N2, world.one.hub) as hub:
                 hub.set_peers({N1: address})
-                await hub.call(N1, "note", Text("once"), Text)
+                await hub.call(N1, "note", Text("once"), Text, timeout_s=60)
         reader, writer = await asyncio.open_connection(*world.one.hub.address)
         writer.write(bytes(sent))
         with contextlib.suppress(ConnectionResetError):
@@ -247,17 +247,17 @@ async def test_a_renewal_drops_no_connection_and_is_used_by_new_ones(tmp_path: P
     async with trust_world(tmp_path, 2) as world:
         one, two = world.one, world.members["n2"]
         before = two.identity.certificate.serial
-        await two.hub.call(N1, "echo", Text("before"), Text)
+        await two.hub.call(N1, "echo", Text("before"), Text, timeout_s=60)
         connection = two.hub._links[N1]._connection
         assert connection is not None
         renewed = await two.trust.renew()
         assert renewed.serial != before
         assert two.folder.load("n2").certificate.serial == renewed.serial
-        await two.hub.call(N1, "echo", Text("after"), Text)
+        await two.hub.call(N1, "echo", Text("after"), Text, timeout_s=60)
         assert two.hub._links[N1]._connection is connection
         connection.abort("a test")
         await until(lambda: two.hub._links[N1]._connection is not connection)
-        await two.hub.call(N1, "echo", Text("anew"), Text)
+        await two.hub.call(N1, "echo", Text("anew"), Text, timeout_s=60)
         inbound = [each.connection for each in one.hub._inbound if each.connection is not None]
         assert renewed.serial in [each.certificate.serial for each in inbound if each.certificate]
         _, writer = await asyncio.open_connection(

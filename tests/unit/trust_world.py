@@ -18,6 +18,7 @@ from node_agent.cli import joining
 from node_agent.config import AgentConfig, format_endpoint, parse_config
 from node_agent.events import EventLog
 from node_agent.nodes import NodeView
+from node_agent.peers.connection import Timing
 from node_agent.peers.hub import PeerHub
 from node_agent.state.memory import SimulatedData, SimulatedStore
 from node_agent.state.typed import TypedStore
@@ -30,7 +31,17 @@ from node_agent.trust.records import TOKEN_TTL_S
 from node_agent.trust.removal import NodeRemoval
 from node_agent.trust.service import Trust
 from tests.unit.agent_world import World, open_world
-from tests.unit.peers_world import FAST, Text
+from tests.unit.peers_world import Text, until
+
+PATIENT = Timing(
+    hello_s=30.0,
+    ping_every_s=0.05,
+    silence_s=30.0,
+    linger_s=0.5,
+    dial_s=30.0,
+    backoff_longest_s=0.1,
+)
+"""Handshakes cost, and the machine may be busy: here nothing is found out by waiting."""
 
 
 def node_config(folder: Path, number: int, tls: str = "") -> AgentConfig:
@@ -94,7 +105,7 @@ class Member:
             "test",
             ssl_contexts=self.contexts.peers,
             admit=self.members.admit,
-            timing=FAST,
+            timing=PATIENT,
         )
         self.hub.handle("echo", Text, self._echo)
 
@@ -203,7 +214,10 @@ class TrustWorld:
         config = node_config(self.folder, number)
         token = token or await self.token()
         await asyncio.to_thread(joining.join, config, token, self.server)
-        return await self.start(config)
+        joined = await self.start(config)
+        everybody = list(self.members.values())
+        await until(lambda: all(each.members.admit(joined.name, "") is None for each in everybody))
+        return joined
 
     async def close(self) -> None:
         if self.api is not None:
