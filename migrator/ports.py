@@ -121,6 +121,8 @@ class DomainEvent(Struct, frozen=True, kw_only=True):
     at_s: float
     """The hypervisor's own wall-clock time of the event where it gives one, else ours."""
     detail: str = ""
+    crashed: bool = False
+    """EXITED, and neither the guest nor anybody else had asked for it."""
 
 
 class AbortOutcome(enum.Enum):

@@ -193,6 +193,7 @@ async def running_agent(
             events=events,
             pin_machine=MachinePinner(nodes),
             cordon=cordon,
+            restart_crashed=config.node.restart_crashed,
         )
         link = LinkProbe(hub, config.migration.address)
         link.register()

@@ -4,7 +4,8 @@
     give_back ──► process gone, all closed ──► STOPPED  when none does
 
 A crash in between leaves at worst a RUNNING record without a process. `settle` notices, when a
-guest exits by itself and in a sweep every few seconds.
+guest exits by itself and in a sweep every few seconds; and has a domain whose hypervisor died
+started again (`domain_restart`).
 
 A node that was cut off, or dead, may find that its domain was taken over meanwhile: its copy is
 stale, and is destroyed before anything else is done with the domain (`end_stale`). It looks when
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -35,6 +36,7 @@ from migrator.ports import DomainEvent, DomainEventKind, HypervisorDriver, Owner
 from node_agent.domain_launch import LaunchBuilder, uninterrupted
 from node_agent.domain_locks import DomainLocks
 from node_agent.domain_records import DomainRecords
+from node_agent.domain_restart import CrashRestarts
 from node_agent.events import EventKind, EventLog
 
 log = logging.getLogger(__name__)
@@ -59,7 +61,9 @@ class DomainOwnership:
         events: EventLog,
         locks: DomainLocks,
         sweep_s: float = SWEEP_S,
+        start_again: Callable[[DomainName], Awaitable[object]] | None = None,
     ) -> None:
+        """`start_again`: how a domain whose hypervisor died is started; None: it stays stopped."""
         self.node = node
         self._hypervisor = hypervisor
         self._launches = launches
@@ -68,6 +72,7 @@ class DomainOwnership:
         self._events = events
         self._locks = locks
         self._sweep_s = sweep_s
+        self._crashes = CrashRestarts(start_again, events)
         self._tasks: set[asyncio.Task[None]] = set()
         self._unsubscribe: list[Callable[[], None]] = []
 
@@ -196,17 +201,22 @@ class DomainOwnership:
         async with self._locks.hold(domain, "clean-up"):
             owned = await self._ownership.read(domain)
             if owned is None or owned.owner != self.node:
+                self._crashes.take(domain)  # A crash of a copy that wasn't the domain.
                 return
             if owned.state is not OwnershipState.RUNNING:
                 return
             if (await self._hypervisor.inspect(domain)).state is not DomainState.STOPPED:
                 return
             await self.give_back(owned, (await self._records.get(domain)).spec)
+            crashed = self._crashes.take(domain)  # Its end has been reported by now.
         self._events.emit(
             EventKind.DOMAIN_LOST,
             f"domain {domain} doesn't run on {self.node} any more; it is stopped now",
             domain=domain,
         )
+        if crashed:
+            again = self._crashes.start_again(domain)
+            self._own(asyncio.create_task(again, name=f"start-again-{domain}"))
 
     async def _reconcile_guest(self, domain: DomainName, owned: OwnershipRecord | None) -> None:
         if owned is None:
@@ -283,6 +293,7 @@ class DomainOwnership:
             detail = f" ({event.detail})" if event.detail else ""
             self._events.emit(kind, f"domain {event.domain}: {text}{detail}", domain=event.domain)
         if event.kind is DomainEventKind.EXITED:
+            self._crashes.note(event)
             self._settle_later(event.domain)
 
     def _settle_later(self, domain: DomainName) -> None:

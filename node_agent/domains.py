@@ -86,9 +86,13 @@ class DomainService:
         pin_machine: Callable[[str], Awaitable[str]],
         locks: DomainLocks | None = None,
         cordon: Callable[[], Awaitable[list[str]]] | None = None,
+        restart_crashed: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`cordon`: why nothing may start here now; None: something always may."""
+        """`cordon`: why nothing may start here now; None: something always may.
+
+        `restart_crashed`: a domain whose hypervisor died is started again (`domain_restart`).
+        """
         self.node = node
         self._cordon = cordon
         self.locks = locks or DomainLocks()
@@ -108,6 +112,7 @@ class DomainService:
             records=records,
             events=events,
             locks=self.locks,
+            start_again=self.start if restart_crashed else None,
         )
 
     async def open(

@@ -256,7 +256,8 @@ class QemuDriver(HypervisorDriver):
             await self._end(guest, "destroyed")
 
     async def _end(self, guest: Guest, reason: str) -> None:
-        guest.end_reason = guest.end_reason or reason
+        if not guest.process.exited:  # Else it ended by itself, and that is what is reported.
+            guest.end_reason = guest.end_reason or reason
         guest.process.signal(signal.SIGKILL)
         await self._wait_gone(guest)
 

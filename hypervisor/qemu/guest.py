@@ -60,6 +60,8 @@ class Guest:
         self.record = record
         self.process = process
         self.gone = asyncio.Event()
+        self.told_to_end = False
+        """QEMU said that it was told to end, by the guest, a signal or a monitor."""
         self.end_reason: str | None = None
         """Why we end the process, for the EXITED event; set by the driver."""
         self.loaded = False
@@ -215,6 +217,7 @@ class Guest:
             case "RESET":
                 self._resets += 1
             case "SHUTDOWN":
+                self.told_to_end = True
                 if event.data.get("guest") is True:
                     self.end_reason = self.end_reason or "powered off by the guest"
         self._wake()
@@ -242,8 +245,12 @@ class Guest:
             case MigrationStatus.FAILED | MigrationStatus.CANCELLED:
                 self._emit(DomainEventKind.MIGRATION_FAILED, at_s, str(status))
 
-    def _emit(self, kind: DomainEventKind, at_s: float, detail: str = "") -> None:
-        self._emit_event(DomainEvent(domain=self.name, kind=kind, at_s=at_s, detail=detail))
+    def _emit(
+        self, kind: DomainEventKind, at_s: float, detail: str = "", *, crashed: bool = False
+    ) -> None:
+        self._emit_event(
+            DomainEvent(domain=self.name, kind=kind, at_s=at_s, detail=detail, crashed=crashed)
+        )
 
     def _wake(self) -> None:
         self._changed.set()
@@ -377,12 +384,14 @@ class Guest:
     async def _finish(self) -> None:
         await self.record_saved()
         if self._monitor is not None:
+            await self._monitor.hear_out()
             await self._monitor.close()
         await offload(lambda: records.remove_directory(self.directory))
         self._on_gone(self)
         self.process.release()
         self.gone.set()
-        self._emit(DomainEventKind.EXITED, time.time(), self._exit_detail())
+        crashed = self.end_reason is None and not self.told_to_end and self.record.has_run
+        self._emit(DomainEventKind.EXITED, time.time(), self._exit_detail(), crashed=crashed)
 
     def _exit_detail(self) -> str:
         if self.end_reason is not None:

@@ -191,6 +191,11 @@ class Monitor:
         except (QMPError, OSError, EOFError) as error:
             raise QmpDisconnected(f"{self._name}: {command}: not connected: {error}") from error
 
+    async def hear_out(self) -> None:
+        """When QEMU has ended: its last events, up to the end of the connection. Bounded."""
+        if self._watcher is not None:
+            await asyncio.wait([self._watcher], timeout=DISCONNECT_TIMEOUT_S)
+
     async def close(self) -> None:
         """Disconnect. Idempotent; never raises for a connection that is already broken."""
         self._closed = True

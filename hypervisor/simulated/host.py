@@ -184,7 +184,9 @@ class SimulatedHost:
         self.guests[launch.spec.name] = guest
         return guest
 
-    def kill(self, domain: str, reason: str = "QEMU was killed by signal 9") -> None:
+    def kill(
+        self, domain: str, reason: str = "QEMU was killed by signal 9", *, crashed: bool = False
+    ) -> None:
         """End a guest's process at once, as SIGKILL would. Idempotent."""
         guest = self.guests.pop(domain, None)
         if guest is None:
@@ -192,7 +194,7 @@ class SimulatedHost:
         guest.halt(DomainState.STOPPED, self.clock())
         self.close_channel(guest)
         os.close(guest.memory_fd)
-        self.emit(domain, DomainEventKind.EXITED, reason)
+        self.emit(domain, DomainEventKind.EXITED, reason, crashed=crashed)
 
     def close_channel(self, guest: SimulatedGuest) -> None:
         """Drop the guest's end of its device channel; the other end is told."""
@@ -220,8 +222,16 @@ class SimulatedHost:
         self.emit(domain, DomainEventKind.PANICKED, "the guest panicked")
         self.emit(domain, DomainEventKind.PAUSED)
 
-    def emit(self, domain: str, kind: DomainEventKind, detail: str = "") -> None:
+    def emit(
+        self, domain: str, kind: DomainEventKind, detail: str = "", *, crashed: bool = False
+    ) -> None:
         if self.listener is not None:
             self.listener(
-                DomainEvent(domain=DomainName(domain), kind=kind, at_s=self.clock(), detail=detail)
+                DomainEvent(
+                    domain=DomainName(domain),
+                    kind=kind,
+                    at_s=self.clock(),
+                    detail=detail,
+                    crashed=crashed,
+                )
             )

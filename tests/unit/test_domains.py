@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from migrator.model import (
     DomainState,
     FencingToken,
     MigrationId,
+    NodeName,
     NodeState,
     OwnershipRecord,
     OwnershipState,
     VolumeName,
 )
 from node_agent.domain_launch import uninterrupted
+from node_agent.domain_restart import TRIES
 from node_agent.nodes import NodeRegistry
 from tests.unit.agent_world import MAC, SimulatedNode, World, open_world, spec_of
 
@@ -248,6 +251,33 @@ async def test_a_guest_that_exits_is_stopped_and_reported(world: World) -> None:
     assert not world.a.fabric.plugged
     await eventually(lambda: _reported(world.a, "domain-lost"))
     assert await _reported(world.a, "domain-exited")
+
+
+async def test_a_domain_whose_hypervisor_died_is_started_again(world: World) -> None:
+    await world.a.domains.define(spec_of())
+    before = await world.a.domains.start(WEB)
+    for number in range(1, TRIES + 1):
+        world.a.host.kill(WEB, crashed=True)
+        await eventually(partial(_runs_under, world.a, before.token + number))
+    world.a.host.kill(WEB, crashed=True)
+    await eventually(lambda: _reported(world.a, "domain-start-failed"))
+    assert await _stopped(world.a)
+    assert not world.a.fabric.plugged
+
+
+async def test_a_crash_of_a_domain_that_moved_away_starts_nothing(world: World) -> None:
+    await world.a.domains.define(spec_of())
+    before = await world.a.domains.start(WEB)
+    await world.a.ownership.compare_and_set(before, before.passed_to(NodeName("b")))
+    world.a.host.kill(WEB, crashed=True)
+    await eventually(lambda: _reported(world.a, "domain-exited"))
+    await world.a.domains.ownership.settle(WEB)
+    assert (await owned(world.a))[0] == before.token + 1
+
+
+async def _runs_under(node: SimulatedNode, token: int) -> bool:
+    record = await owned(node)
+    return record[0] == token and record[2] is OwnershipState.RUNNING
 
 
 async def _reported(node: SimulatedNode, kind: str) -> bool:
