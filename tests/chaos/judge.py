@@ -50,8 +50,14 @@ def judge(stage: Stage, migration: str, was: Before, over_s: float, *, lost: boo
     """
     deadline = time.monotonic() + HEAL_LIMIT_S
     missing = "it hasn't been looked at"
+    running_s: float | None = None
     while time.monotonic() < deadline:
-        missing = _missing(stage, migration)
+        missing = _not_running(stage, migration)
+        if missing:
+            running_s = None
+        else:
+            running_s = running_s or time.monotonic()
+            missing = _not_answering(stage)
         if not missing or (lost and time.monotonic() > over_s + PROMISE_S and _is_stopped(stage)):
             break
         time.sleep(_POLL_S)
@@ -64,11 +70,15 @@ def judge(stage: Stage, migration: str, was: Before, over_s: float, *, lost: boo
         return Verdict(outcome, heal_s, (blame,))
     at = stage.guest.node
     where = "source" if at == stage.source else "destination"
+    status = answers(stage.guest)
+    if lost and running_s is not None and status is not None and status.boot_id != was.boot_id:
+        # A guest's boot takes as long as it takes; started again is healed.
+        where, heal_s = "restarted", running_s - over_s
     return Verdict(where, heal_s, tuple(_violations(stage, was, lost=lost)))
 
 
-def _missing(stage: Stage, migration: str) -> str:
-    """What isn't whole yet; "" if all is."""
+def _not_running(stage: Stage, migration: str) -> str:
+    """What isn't whole yet; "" if it runs, once."""
     try:
         found = stage.cluster.migration(migration, WITNESS)
         if not found.ended:
@@ -79,12 +89,16 @@ def _missing(stage: Stage, migration: str) -> str:
         copies = stage.guest.copies()
         if copies != [domain.node]:
             return f"it should run on {domain.node}, and has copies on {copies}"
-        status = _status(stage)
-        if status is None:
-            return "the guest doesn't answer"
-        return "" if status.ready else "the guest isn't ready"
+        return ""
     except (ApiProblem, Unreachable, AssertionError) as error:
         return str(error) or type(error).__name__
+
+
+def _not_answering(stage: Stage) -> str:
+    status = answers(stage.guest)
+    if status is None:
+        return "the guest doesn't answer"
+    return "" if status.ready else "the guest isn't ready"
 
 
 def _is_stopped(stage: Stage) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from migrator.errors import ConflictError, FenceError, NotFoundError, StorageError
+from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundError, StorageError
 from migrator.model import DiskFormat, IscsiSource, NodeName, VolumeName
 from migrator.ports import VolumeDriver
 from storage.holder_keys import key_of
@@ -20,6 +21,7 @@ from storage.iscsi import IscsiPool, make_iscsi_pool
 from storage.iscsi.reservations import ForeignReservationError, Reservations, fence
 from storage.iscsi.session import Credentials, IscsiSession, LoginError, LunAddress
 from storage.iscsi.tgt_control import TgtControl
+from storage.settings import IscsiSettings
 from tests.contract.tgt_world import SECRET, TgtWorld, missing_tools, running_tgt
 from tests.contract.volume_contract import STALE_S, FenceContract, VolumeContract, t
 from tests.contract.writers import Writer
@@ -322,3 +324,53 @@ async def test_a_fence_that_was_overtaken_says_so(nodes: Pools) -> None:
         assert await reservations.keys() == [key.value]
     with pytest.raises(NotFoundError):
         await nodes[0].fence(VolumeName("none"), t(9))
+
+
+# --- LUNs made by a hook ---
+
+
+async def test_a_hook_is_asked_and_its_errors_are_told(
+    tgt: TgtWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sample's other half, which does on a storage host what the agents do in the lab."""
+    for limit in ("driver.HEALTH_TIMEOUT_S", "driver.FENCE_TIMEOUT_S"):
+        monkeypatch.setattr(f"storage.iscsi.{limit}", 60.0)  # A busy machine starts it slowly.
+    monkeypatch.setattr("storage.iscsi.provisioner.HOOK_FENCE_TIMEOUT_S", 60.0)
+    await asyncio.to_thread(tgt.clean)
+    given = tmp_path / "pool.json"
+    given.write_bytes(msgspec.json.encode(tgt.settings()))
+    hook = tmp_path / "hook"
+    hook.write_text(f"#!/bin/sh\nexec {sys.executable} -m storage.iscsi.tgt_hook {given}\n")
+    hook.chmod(0o755)
+    settings = msgspec.structs.replace(
+        tgt.settings(), portal=None, tgt_folder=None, tgt_socket=None, hook=str(hook)
+    )
+    settings = msgspec.structs.replace(settings, hook_fences=True)
+    a, b = (make_iscsi_pool(settings, NodeName(name)) for name in "ab")
+    assert (await a.health()).reachable
+    await a.create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW)
+    assert [each.name for each in await b.list_volumes()] == [DISK]
+    with pytest.raises(ConflictError, match="already"):
+        await a.create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW)
+    await a.open(DISK, t(1), read_only=False)
+    await a.fence(DISK, t(1))
+    await b.open(DISK, t(2), read_only=False)
+    await b.fence(DISK, t(2))
+    assert await a.verify(DISK) == 2
+    with pytest.raises(FenceError, match="token 2"):
+        await a.fence(DISK, t(1))
+    await b.delete(DISK)
+    with pytest.raises(NotFoundError):
+        await a.inspect(DISK)
+    for pool in (a, b):
+        await pool.shut_down()
+
+
+def test_settings_that_do_not_go_together_are_refused() -> None:
+    portal = IscsiSettings(name="p", portal="10.0.0.5:3260")
+    half = IscsiSettings(name="p", hook="/bin/true", chap_user="ferry")
+    both = IscsiSettings(name="p", hook="/bin/true", tgt_folder="/srv")
+    for settings, field in ((portal, "hook"), (half, "chap_secret_file"), (both, "hook")):
+        with pytest.raises(InvalidRequest) as raised:
+            make_iscsi_pool(settings, NodeName("a"))
+        assert field in raised.value.fields
