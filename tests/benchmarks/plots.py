@@ -27,6 +27,8 @@ def draw(folder: Path, runs: Runs) -> list[Path]:
     except ImportError:
         return []
     written: list[Path] = []
+    if not runs:
+        return written
     cases = list(dict.fromkeys(case for case, _ in runs))
     engines = list(dict.fromkeys(engine for _, engine in runs))
     width = 0.8 / max(len(engines), 1)

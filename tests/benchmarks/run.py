@@ -117,10 +117,10 @@ class Bench:
     ) -> bool:
         """All turns, or as many as the budget has; False: not all. `keep` after each case."""
         for turns_of_case in plan:
-            for turn in turns_of_case:
+            for number, turn in enumerate(turns_of_case):
                 if not budget.begin(time.monotonic()):
                     return False
-                if turn == turns_of_case[0]:
+                if number == 0:  # What `--add` kept of this case is measured anew.
                     for each in turns_of_case:
                         self.runs.pop((each.case, each.engine), None)
                 run = self.run(turn)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import bars, newer_qemu
+from deploy.guest.build import GuestImage
+from tests.benchmarks import bars, engines, newer_qemu
 from tests.benchmarks.bars import HELD, NOT_HELD
 from tests.benchmarks.results import Run, with_work, work_rate
+from tests.benchmarks.run import Bench
 from tests.benchmarks.schedule import Budget, turns
-from tests.benchmarks.site import make_keys
+from tests.benchmarks.site import Sites, make_keys
 
 SECOND_NS = 10**9
+IMAGE = GuestImage(Path("kernel"), Path("initrd"))
 
 
 def test_engines_alternate_and_turn_round() -> None:
@@ -92,3 +96,20 @@ def test_keys_for_both_nodes(tmp_path: Path) -> None:
     for name in ("n1", "n2"):
         found = {path.name for path in (tmp_path / "keys" / name).iterdir()}
         assert found == {"authority.pem", "certificate.pem", "key.pem"}
+
+
+def test_what_was_measured_stays_until_its_case_is_measured_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    chosen = engines.select("ferry,qemu-10ms")
+    kept = {("1", "ferry"): [Run(completed=False)], ("2", "ferry"): [Run(completed=False)]}
+    bench = Bench(Sites(IMAGE, tmp_path, node_memory_bytes=0), tmp_path, chosen, kept)
+    monkeypatch.setattr(bench, "run", lambda turn: Run(completed=True, total_s=1.0))
+    plan = bench.plan(["1", "slow"], 3)
+    assert [len(each) for each in plan] == [6, 3]
+    written: list[int] = []
+    budget = Budget(100.0, 9, time.monotonic())
+    assert bench.work(plan, budget, lambda: written.append(len(bench.runs)))
+    assert [len(bench.runs[key]) for key in (("1", "ferry"), ("1", "qemu-10ms"))] == [3, 3]
+    assert len(bench.runs["2", "ferry"]) == 1
+    assert len(written) == 2
