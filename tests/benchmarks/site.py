@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
-import trustme
 from pyroute2 import IPRoute
 
 from deploy import lab
@@ -109,22 +108,12 @@ class Sites:
                 nodes=2,
                 link_mbit=link_mbit,
                 node_memory_bytes=self._node_memory_bytes,
-                agent_command=self._agent_command(flavour),
+                agent_command=_agent_command(flavour),
+                tls=flavour.tls,
             )
         else:
             lab.up(site.lab_name, link_mbit=link_mbit)
         return site
-
-    def _agent_command(self, flavour: Flavour) -> list[str] | None:
-        if flavour == PLAIN:
-            return None
-        command = [sys.executable, str(Path(__file__).with_name("agent.py"))]
-        if flavour.tls:
-            keys = self._folder / "keys"
-            if not keys.exists():
-                make_keys(keys, ("n1", "n2"))
-            command += ["--tls", str(keys)]
-        return [*command, "--streams", str(flavour.streams)]
 
     def close(self) -> None:
         """End what runs in the labs, then the labs."""
@@ -134,17 +123,12 @@ class Sites:
         self._made.clear()
 
 
-def make_keys(folder: Path, nodes: Sequence[str]) -> None:
-    """FOLDER/NODE/{authority,certificate,key}.pem of an authority that nobody else knows."""
-    authority = trustme.CA()
-    for name in nodes:
-        home = folder / name
-        home.mkdir(parents=True)
-        issued = authority.issue_cert(name)
-        authority.cert_pem.write_to_path(home / "authority.pem")
-        issued.private_key_pem.write_to_path(home / "key.pem")
-        for index, blob in enumerate(issued.cert_chain_pems):
-            blob.write_to_path(home / "certificate.pem", append=index > 0)
+def _agent_command(flavour: Flavour) -> list[str] | None:
+    """None: a lab's usual one."""
+    if flavour.streams == PLAIN.streams:
+        return None
+    script = str(Path(__file__).with_name("agent.py"))
+    return [sys.executable, script, "--streams", str(flavour.streams)]
 
 
 def in_namespace(namespace: str, work: Callable[[], T]) -> T:

@@ -13,7 +13,7 @@ from tests.benchmarks.bars import HELD, NOT_HELD
 from tests.benchmarks.results import Run, with_work, work_rate
 from tests.benchmarks.run import Bench
 from tests.benchmarks.schedule import Budget, turns
-from tests.benchmarks.site import Sites, make_keys
+from tests.benchmarks.site import Sites
 
 SECOND_NS = 10**9
 IMAGE = GuestImage(Path("kernel"), Path("initrd"))
@@ -89,13 +89,6 @@ def test_a_bootstrap_that_fails_leaves_nothing(
     with pytest.raises(newer_qemu.NewerQemuError, match="E: no"):
         newer_qemu.install("trixie", cache)
     assert not list(cache.iterdir())
-
-
-def test_keys_for_both_nodes(tmp_path: Path) -> None:
-    make_keys(tmp_path / "keys", ("n1", "n2"))
-    for name in ("n1", "n2"):
-        found = {path.name for path in (tmp_path / "keys" / name).iterdir()}
-        assert found == {"authority.pem", "certificate.pem", "key.pem"}
 
 
 def test_what_was_measured_stays_until_its_case_is_measured_anew(
