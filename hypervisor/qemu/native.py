@@ -32,6 +32,18 @@ GUARD: Final = Path(__file__).with_name("guard.py")
 DOWNTIME_MS_MIN: Final = 1
 """Not 0: QEMU looks for dirtied pages only when less than its limit is left."""
 _TLS_ID: Final = "ferry-tls"
+_DH_PARAMETERS: Final = """\
+-----BEGIN DH PARAMETERS-----
+MIIBCAKCAQEA//////////+t+FRYortKmq/cViAnPTzx2LnFg84tNpWp4TZBFGQz
++8yTnc4kmz75fS/jY2MMddj2gbICrsRhetPfHtXV/WVhJDP1H18GbtCFY2VVPe0a
+87VXE15/V8k1mE8McODmi3fipona8+/och3xWKE2rec1MKzKT0g6eXq8CrGCsyT7
+YdEIqUuyyOP7uWrat2DX9GgdT0Kj3jlN9K5W7edjcrsZCwenyO4KbXCeAvzhzffi
+7MA0BM0oNC9hkXL+nOmFg/+OTxIy7vKBg8P+OxtMb61zO7X8vC7CIAXFjvGDfRaD
+ssbzSibBsu/6iGtCOGEoXJf//////////wIBAg==
+-----END DH PARAMETERS-----
+"""
+"""The group ffdhe2048 of RFC 7919. QEMU makes parameters of its own where it finds none, and
+answers nothing for seconds; TLS 1.3 uses neither."""
 _WATCH_S: Final = 3600.0
 _GUARD_START_S: Final = 5.0
 
@@ -176,6 +188,7 @@ def _link(folder: Path, names: Mapping[str, str]) -> None:
         folder.mkdir(mode=0o700)
         for name, target in names.items():
             (folder / name).symlink_to(target)
+        (folder / "dh-params.pem").write_text(_DH_PARAMETERS)
     except OSError as error:
         raise HypervisorError(f"can't make {folder}: {error}") from error
 
