@@ -31,12 +31,14 @@ class Acceptor:
         self._make = make
         self._failed = failed
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     def __call__(self) -> asyncio.Protocol:
         return _Plain(self)
 
     async def close(self) -> None:
-        """Give the handshakes under way up."""
+        """Give the handshakes under way up, and those of connections that were just accepted."""
+        self._closed = True
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -44,7 +46,7 @@ class Acceptor:
 
     def connected(self, transport: asyncio.Transport, plain: _Plain) -> None:
         """A TCP connection is there."""
-        if len(self._tasks) >= HANDSHAKES_LIMIT:
+        if self._closed or len(self._tasks) >= HANDSHAKES_LIMIT:
             transport.abort()
             return
         task = asyncio.get_running_loop().create_task(

@@ -90,9 +90,14 @@ class Authority:
             key_fingerprint=key,
             joined_at_s=now_s,
         )
-        if entry is not None:  # It was a member before: what it had then stays revoked.
+        if entry is not None:  # What was revoked stays so; a removal has revoked all there was.
             old = entry.value
-            record = msgspec.structs.replace(record, revoked=(*old.revoked, *old.certificates))
+            record = msgspec.structs.replace(
+                record,
+                authority=old.authority and old.active,
+                certificates=old.certificates,
+                revoked=old.revoked,
+            )
         record = with_certificate(record, pem, now_s)
         revision = entry.revision if entry is not None else None
         if await self._store.put_if(f"{MEMBERS}{join.node}", record, revision) is None:

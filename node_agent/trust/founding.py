@@ -28,7 +28,7 @@ def check_secured(config: AgentConfig) -> None:
 def found_cluster(config: AgentConfig, cluster: str) -> Identity:
     """Make everything. ConflictError: the node belongs to a cluster; ConfigError: can't write.
 
-    Blocks. What a failure leaves is overwritten by the next try.
+    Blocks. A failure in between may leave a key, which the next try asks to move away.
     """
     check_secured(config)
     folder = TrustFolder(Path(config.node.state_directory))

@@ -20,11 +20,13 @@ from migrator.errors import (
     ConflictError,
     FerryError,
     PeerError,
+    UnauthenticatedError,
 )
 from migrator.model import NodeName
 from node_agent.config import AgentConfig, advertised
 from node_agent.events import EventKind, EventLog
 from node_agent.peers.hub import PeerHub
+from node_agent.peers.refusals import RefusalLog
 from node_agent.state.typed import TypedStore
 from node_agent.trust import certificates, join_token
 from node_agent.trust.authority import Authority, with_certificate
@@ -89,6 +91,10 @@ class Trust:
         self._store = store
         self._events = events
         self._clock = clock
+        self._refusals = RefusalLog(log, self.node)
+        self._refusals.on_refusal = lambda who, why: events.emit(
+            EventKind.JOIN_REFUSED, f"{self.node} refused {who}: {why}"
+        )
         self._hub: PeerHub | None = None
         self._announcer: Announcer | None = None
         self._authority: Authority | None = None
@@ -199,11 +205,11 @@ class Trust:
         """Let a node in, here or at a node that signs. Errors as `Authority.admit`."""
         try:
             signed = await self._at_authority(JOIN, request, Renewed, self._sign_join)
+        except UnauthenticatedError as error:  # Anybody may say any name: it counts for nothing.
+            self._refusals.note(origin, f"it may not join: {error}")
+            raise
         except FerryError as error:
-            log.warning("join of %s from %s was refused: %s", request.node, origin, error)
-            self._events.emit(
-                EventKind.JOIN_REFUSED, f"{request.node} from {origin} may not join: {error}"
-            )
+            self._refusals.note(origin, f"{request.node} may not join: {error}")
             raise
         self._events.emit(
             EventKind.NODE_JOINED,
@@ -221,6 +227,11 @@ class Trust:
             members=members,
             store=self._store_table,
         )
+
+    @property
+    def certificate(self) -> certificates.NodeCertificate:
+        """This node's, as it is used now."""
+        return self._renewer.certificate
 
     async def renew(self) -> certificates.NodeCertificate:
         """Renew this node's certificate now. FerryError: the old one stays in use."""

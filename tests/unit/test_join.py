@@ -88,7 +88,7 @@ async def test_a_wrong_token_is_refused(tmp_path: Path, caplog: pytest.LogCaptur
             problem = await refusal(world, 2, wrong)
             assert problem.problem.status == 401
             assert "the join token is wrong" in str(problem)
-        assert "join of n2 from 127.0.0.1 was refused: the join token is wrong" in caplog.text
+        assert "n1 refused 127.0.0.1: it may not join: the join token is wrong" in caplog.text
         assert await world.join(2, good)
 
 
@@ -104,7 +104,7 @@ async def test_a_used_token_and_a_replayed_join_are_refused(
         problem = await refusal(world, 3, token)
         assert (problem.problem.status, problem.problem.code) == (403, "forbidden")
         assert "a token lets one node in" in str(problem)
-        assert "join of n3 from 127.0.0.1 was refused" in caplog.text
+        assert "n1 refused 127.0.0.1: n3 may not join: join token" in caplog.text
 
 
 async def test_of_two_joins_with_one_token_one_wins(tmp_path: Path) -> None:
