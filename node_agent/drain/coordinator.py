@@ -25,7 +25,7 @@ from node_agent.drain import vocabulary as v
 from node_agent.drain.hooks import NodeHooks
 from node_agent.drain.machine import DrainMachine
 from node_agent.drain.records import DrainRecords, LostError
-from node_agent.drain.resources import CancelMode, Drain
+from node_agent.drain.resources import CancelMode, Drain, MoveState
 from node_agent.drain.world import DrainWorld
 from node_agent.events import EventKind, EventLog
 from node_agent.hooks.model import HookPoint
@@ -254,7 +254,7 @@ class Coordinator:
         places = {
             move.domain: move.destination
             for move in drain.moves
-            if move.destination and not move.state.ended and move.domain != domain
+            if move.destination and not move.state.ended and move.state is not MoveState.SEEKING
         }
         survey = await self._world.survey(
             {drain.node: [domain]}, sample_s=0.0, closed=(drain.node,), places=places
@@ -310,6 +310,7 @@ class Coordinator:
     async def _check(self) -> None:
         node = self.drain.node
         try:
+            incoming = await self._world.incoming(node)  # First: it may have arrived just then.
             owned = await self._world.owned_by(node)
             processes = await self._world.processes(node)
             view = (await self._world.views()).get(node)
@@ -317,7 +318,7 @@ class Coordinator:
             self._hear(v.CheckFailed(reason=str(error)))
             return
         boot_id = "" if view is None else view.info.boot_id
-        self._hear(v.Checked(owned=owned, processes=processes, boot_id=boot_id))
+        self._hear(v.Checked(owned=owned, processes=processes, incoming=incoming, boot_id=boot_id))
 
     async def _hook(self, point: HookPoint) -> None:
         error: str | None = None

@@ -55,6 +55,8 @@ class DrainMachine(Ledger):
         self._given_up: set[str] = set()
         """Migrations that were cancelled because their destination fell silent."""
         self._looking: set[str] = set()
+        self._seeking: str | None = None
+        """One at a time: two that are sought for at once could break a rule together."""
         self._check_at: float | None = None
         self._checking_since: float | None = None
         self._hooking: HookPoint | None = None
@@ -89,6 +91,8 @@ class DrainMachine(Ledger):
                     self._about(move, event, now)
 
     def _about(self, move: Move, event: v.Event, now: float) -> None:
+        if move.domain == self._seeking and isinstance(event, _SOUGHT):
+            self._seeking = None
         match event:
             case v.Looked():
                 self._looked(move, event, now)
@@ -134,8 +138,6 @@ class DrainMachine(Ledger):
         for move in self._moves.all():
             if move.state.active:
                 self._look(move)
-            elif move.state is MoveState.SEEKING:
-                self._out.append(v.Seek(domain=move.domain, tried=move.tried))
         self._note(f"coordinated by {self._base.coordinator}", now)
 
     def _look(self, move: Move) -> None:
@@ -232,7 +234,6 @@ class DrainMachine(Ledger):
             now,
             move.domain,
         )
-        self._out.append(v.Seek(domain=move.domain, tried=tried))
 
     def _powered_off(self, move: Move, now: float) -> None:
         if move.destination is None:
@@ -273,10 +274,19 @@ class DrainMachine(Ledger):
         self._set(state=DrainState.CANCELLING, cancel=mode)
         self._note("cancelled; moves under way " + _CANCEL_TOLD[mode], now)
         for move in self._moves.all():
-            if move.state in (MoveState.WAITING, MoveState.SEEKING):
-                self._end(move, MoveState.LEFT, now, error="the drain was cancelled")
-            elif mode is CancelMode.ABORT and move.state is MoveState.MOVING and move.migration:
+            if mode is CancelMode.ABORT and move.state is MoveState.MOVING and move.migration:
                 self._out.append(v.CancelMigration(migration=move.migration))
+
+    def _seek_next(self) -> None:
+        for move in self._moves.all():
+            if self._seeking is None and move.state is MoveState.SEEKING:
+                self._seeking = move.domain
+                self._out.append(v.Seek(domain=move.domain, tried=move.tried))
+
+    def _leave_waiting(self, reason: str, now: float) -> None:
+        for move in self._moves.all():
+            if move.state in (MoveState.WAITING, MoveState.SEEKING):
+                self._end(move, MoveState.LEFT, now, error=reason)
 
     def _cancel_if_asked(self, migration: str) -> None:
         if self._base.cancel is CancelMode.ABORT:
@@ -288,6 +298,9 @@ class DrainMachine(Ledger):
             return
         if self._base.state is DrainState.RUNNING:
             self._start_moves(now)
+            self._seek_next()
+        elif self._base.state is DrainState.CANCELLING:
+            self._leave_waiting("the drain was cancelled", now)
         self._share()
         if any(not move.state.ended for move in self._moves.all()):
             return
@@ -308,11 +321,10 @@ class DrainMachine(Ledger):
             self._out.append(v.Check())
 
     def _start_moves(self, now: float) -> None:
-        over = now - self._base.started_at_s > self._base.timeout_s
-        for late in self._moves.waiting() if over else ():
-            reason = f"the time of {self._base.timeout_s:g} s was over"
-            self._end(late, MoveState.LEFT, now, error=reason)
-        while not over:
+        if now - self._base.started_at_s > self._base.timeout_s:
+            self._leave_waiting(f"the time of {self._base.timeout_s:g} s was over", now)
+            return
+        while True:
             move = self._moves.next_to_start(self._base.parallel)
             if move is None:
                 return
@@ -365,10 +377,11 @@ class DrainMachine(Ledger):
                 self._moves.add(Move(domain=name, source=self._base.node, destination=None))
                 self._put(self._moves.must(name), state=MoveState.SEEKING)
                 self._note(f"{name} has come in the meantime; it moves, too", now, name)
-                self._out.append(v.Seek(domain=name, tried=()))
             return
         left = sorted({*event.owned, *event.processes})
-        if not left:
+        if event.incoming:
+            self._not_checked(f"on their way there: {', '.join(event.incoming)}", now)
+        elif not left:
             self._hook(HookPoint.NODE_DRAINED)
         elif set(left) <= set(event.owned):
             self._partial(f"left on {self._base.node}: {', '.join(left)}", now)
@@ -418,6 +431,7 @@ class DrainMachine(Ledger):
         self._note(f"{self._base.operation}{node} is {state} after {took}{why}", now)
 
 
+_SOUGHT: Final = (v.Found, v.NoPlace, v.Looked, v.Unclear)
 _SHARE_CHANGE: Final = 0.05
 _AS_PLANNED: Final = frozenset({MoveState.MOVED, MoveState.STOPPED, MoveState.GONE})
 _CANCEL_TOLD: Final = {CancelMode.LET_END: "go on to their end", CancelMode.ABORT: "are cancelled"}

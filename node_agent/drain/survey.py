@@ -64,8 +64,10 @@ def make_survey(
 ) -> Survey:
     """`figures` by source. `closed`: nodes that are to take nothing, whatever their state.
 
-    `places`: where domains are going; they count there, not where they still are.
+    `places`: where domains are going; they count there, not where they still are, and also while
+    they are powered off.
     """
+    places = places or {}
     probed = [each.link_bytes_per_s for each in figures.values() if each.link_bytes_per_s]
     default = probed[0] if probed else DEFAULT_LINK_BYTES_PER_S
     nodes = tuple(
@@ -74,9 +76,9 @@ def make_survey(
     )
     known = {each.domain: each for one in figures.values() for each in one.domains}
     facts = tuple(
-        _domain(each, known.get(each.name), views, places or {})
+        _domain(each, known.get(each.name), views, places)
         for each in domains
-        if each.node is not None and each.state is not DomainState.STOPPED
+        if each.name in places or (each.node and each.state is not DomainState.STOPPED)
     )
     told = next((each.link_known_by for each in figures.values() if each.link_known_by), "")
     overheads = [each.overhead_s for each in figures.values() if each.overhead_s is not None]

@@ -107,6 +107,8 @@ class Checked(Event, frozen=True, kw_only=True):
 
     owned: tuple[str, ...]
     processes: tuple[str, ...]
+    incoming: tuple[str, ...] = ()
+    """On their way there, by migrations that began before the node was cordoned."""
     boot_id: str = ""
 
 

@@ -103,6 +103,15 @@ class DrainWorld:
         )
         return tuple(sorted(status.name for status in answer.statuses))
 
+    async def incoming(self, node: str) -> tuple[str, ...]:
+        """The domains of migrations that are under way to it."""
+        migrations = await self.cluster.list_migrations()
+        return tuple(
+            sorted(
+                each.domain for each in migrations if each.destination == node and not each.ended
+            )
+        )
+
     async def migration_of(self, domain: str, known: str | None) -> Migration | None:
         """The one that has hold of the domain now; else the known one; else None."""
         migrations = await self.cluster.list_migrations()

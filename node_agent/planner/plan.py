@@ -221,7 +221,7 @@ def _lower_bound(
     capacity: dict[bytes, float] = {}
     for domain in live:
         rate = min(speed[domain.node], ENGINE_BYTES_PER_S)
-        sent = float(wire_bytes(domain, rate))
+        sent = float(_least_bytes(domain, rate))
         leaving[domain.node] += sent
         mask = placement.candidates[domain.name]
         key = mask.tobytes()
@@ -232,3 +232,9 @@ def _lower_bound(
         bound = max(bound, overhead_s + sent / best)
     bound = max(bound, *(overhead_s + sent / speed[name] for name, sent in leaving.items()))
     return max(bound, *(overhead_s + sent / capacity[key] for key, sent in arriving.items()))
+
+
+def _least_bytes(domain: DomainFacts, bytes_per_s: float) -> int:
+    """With the share of the link that costs the fewest: a slow pre-copy gives up sooner."""
+    shares = range(1, PARALLEL_MAX + 1) if domain.dirty_bytes_per_s else range(1, 2)
+    return min(wire_bytes(domain, bytes_per_s / number) for number in shares)

@@ -1,0 +1,116 @@
+"""Whole drains under seeded faults; a failing seed replays alone: `World(seed, Faults()).run()`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from node_agent.drain import vocabulary as v
+from node_agent.drain.machine import DrainMachine
+from node_agent.drain.resources import Drain, DrainState, MoveState, Operation
+from tests.simulation.drains.world import Faults, World
+
+SEEDS = 250
+NO_FAULTS = Faults(
+    coordinator_dies=0,
+    node_dies=0,
+    migration_fails=0,
+    refused=0,
+    request_lost=0,
+    arrives_late=0,
+)
+
+
+def play(
+    seeds: range, faults: Faults, operation: Operation = Operation.DRAIN, **options: object
+) -> tuple[Counter[DrainState], Counter[str]]:
+    """The ends, and what happened on the way. AssertionError names the seed."""
+    ends: Counter[DrainState] = Counter()
+    seen: Counter[str] = Counter()
+    for seed in seeds:
+        world = World(seed, faults, operation, **options)  # type: ignore[arg-type]
+        try:
+            world.run()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+        ends[world.record.state] += 1
+        seen += world.seen
+    return ends, seen
+
+
+def test_without_faults_every_drain_is_done_and_only_the_blocked_stay() -> None:
+    for seed in range(60):
+        world = World(seed, NO_FAULTS)
+        world.run()
+        expected = DrainState.PARTIAL if world.record.exclude else DrainState.DONE
+        assert world.record.state is expected, seed
+        ended = {move.state for move in world.record.moves}
+        assert ended <= {MoveState.MOVED, MoveState.STOPPED}, seed
+
+
+def test_drains_hold_their_promises_under_faults() -> None:
+    ends, seen = play(range(SEEDS), Faults())
+    assert ends[DrainState.DONE] > SEEDS / 3
+    assert ends[DrainState.PARTIAL] > 0
+    for what in (
+        "coordinator dies",
+        "node dies",
+        "migration fails",
+        "refused",
+        "request lost",
+        "answer lost",
+        "arrival",
+    ):
+        assert seen[what] > 10, f"{what}: {seen}"
+
+
+def test_undrains_hold_them_too() -> None:
+    ends, _ = play(range(100), Faults(), Operation.UNDRAIN)
+    assert ends[DrainState.DONE] > 30
+
+
+def test_cancelled_drains_end_and_open_the_node() -> None:
+    ends, seen = play(range(120), Faults(cancelled=0.1))
+    assert ends[DrainState.CANCELLED] > 20
+    assert seen["cancel abort"] > 5
+    assert seen["cancel let-end"] > 5
+
+
+class _Forgetful(DrainMachine):
+    """Takes over without looking: what was under way is begun anew."""
+
+    def __init__(self, drain: Drain) -> None:
+        waiting = tuple(
+            msgspec.structs.replace(move, state=MoveState.WAITING) if move.state.active else move
+            for move in drain.moves
+        )
+        super().__init__(msgspec.structs.replace(drain, moves=waiting))
+
+
+class _Credulous(DrainMachine):
+    """Calls the node empty when its own moves are over."""
+
+    def _react(self, event: v.Event, now: float) -> None:
+        if isinstance(event, v.Checked):
+            event = v.Checked(owned=(), processes=())
+        super()._react(event, now)
+
+
+class _Stubborn(DrainMachine):
+    """Tries again where it has failed, for ever."""
+
+    def handle(self, event: v.Event, now: float) -> list[v.Command]:
+        commands = super().handle(event, now)
+        for move in self._moves.all():
+            if move.state is MoveState.FAILED:
+                self._put(move, state=MoveState.WAITING, failures=move.failures + 1)
+        return commands
+
+
+@pytest.mark.parametrize("mutant", [_Credulous, _Stubborn])
+def test_the_invariants_catch_a_wrong_machine(mutant: Callable[[Drain], DrainMachine]) -> None:
+    with pytest.raises(AssertionError, match="seed"):
+        play(range(SEEDS), Faults(), make=mutant)
