@@ -38,9 +38,10 @@ from node_agent.drain.resources import (
 )
 from node_agent.planner.model import DomainFacts, NodeFacts, PlanOptions
 from node_agent.planner.plan import plan_moves
+from tests.simulation.drains import checkers
+from tests.simulation.drains.checkers import SOURCE, Guest
 
 MIB = 2**20
-SOURCE = "n0"
 HORIZON_S = 4000.0
 """Far beyond what any drain with healed faults needs."""
 FAULTS_UNTIL_S = 60.0
@@ -57,15 +58,6 @@ class Faults:
     request_lost: float = 0.05
     arrives_late: float = 0.2
     cancelled: float = 0.0
-
-
-@dataclass(slots=True)
-class Guest:
-    facts: DomainFacts
-    owner: str
-    running: bool = True
-    moves: int = 0
-    migration: str | None = None
 
 
 @dataclass(slots=True)
@@ -253,7 +245,7 @@ class World:
                 self._crash()  # Before it was saved: then nothing was done, either.
                 return
             self.record = one.machine.drain
-            self._check_record()
+            checkers.record(self.record)
         for command in commands:
             if self._faulty(self.faults.coordinator_dies):
                 self._crash()
@@ -382,7 +374,7 @@ class World:
         if state is MigrationState.COMPLETED:
             guest.owner = migration.destination
             guest.moves += 1
-            self._check_moved(guest)
+            checkers.moved(guest, self.guests.values())
 
     def _cancel(self, id: str) -> None:
         migration = self.migrations[id]
@@ -434,7 +426,7 @@ class World:
             return v.Failed(domain=command.domain, error="the node is kept free")
         guest.owner, guest.running = command.node, True
         guest.moves += 1
-        self._check_moved(guest)
+        checkers.moved(guest, self.guests.values())
         return v.Booted(domain=command.domain, node=command.node)
 
     def _check(self) -> v.Event:
@@ -446,36 +438,6 @@ class World:
         incoming = tuple(self.incoming)
         return v.Checked(owned=here, processes=here, incoming=incoming, boot_id="boot")
 
-    # --- what must hold ----------------------------------------------------------------------
-
-    def _check_moved(self, guest: Guest) -> None:
-        name = guest.facts.name
-        assert guest.moves <= 1, f"{name} was moved {guest.moves} times"
-        for other in self.guests.values():
-            if other is guest or not other.running or other.owner != guest.owner:
-                continue
-            if other.owner == SOURCE:
-                continue  # Where all of them came from: what was together there may be again.
-            rules = (
-                (guest.facts.anti_affinity, other.facts),
-                (other.facts.anti_affinity, guest.facts),
-            )
-            for anti, facts in rules:
-                assert not set(anti) & facts.selectors, f"{name} is with {other.facts.name}"
-
-    def _check_record(self) -> None:
-        for move in self.record.moves:
-            assert move.failures <= 2, move
-            assert move.attempts <= 10, move
-        live = [
-            move
-            for move in self.record.moves
-            if move.state in (MoveState.STARTING, MoveState.MOVING)
-            and move.policy is MaintenancePolicy.LIVE
-        ]
-        by_source = Counter(move.source for move in live)
-        assert all(count <= self.record.parallel for count in by_source.values()), live
-
     def _check_end(self) -> None:
         if self.operation is not Operation.DRAIN:
             assert self.cordon is NodeState.READY or self.coordinator is None
@@ -483,13 +445,4 @@ class World:
         here = [
             name for name, guest in self.guests.items() if guest.running and guest.owner == SOURCE
         ]
-        if self.record.state is DrainState.DONE:
-            assert here + self.incoming == [], f"done, but {here} are there"
-        if self.record.state is DrainState.PARTIAL and SOURCE not in self.dead:
-            told = {
-                move.domain
-                for move in self.record.moves
-                if move.state in (MoveState.FAILED, MoveState.LEFT)
-            }
-            assert set(here) <= told | set(self.record.exclude), (here, told)
-        assert all(move.state.ended for move in self.record.moves)
+        checkers.end(self.record, here, self.incoming, asked=SOURCE not in self.dead)
