@@ -41,6 +41,7 @@ from node_agent.drain.cordons import Cordons
 from node_agent.drain.figures import FiguresService
 from node_agent.drain.hooks import ClusterHooks
 from node_agent.drain.service import DrainService
+from node_agent.drain.usage import UsageMeter
 from node_agent.drain.world import DrainWorld
 from node_agent.events import EventKind, EventLog
 from node_agent.hooks.service import HookService
@@ -250,11 +251,16 @@ async def running_agent(
             events=events,
             hooks=hooks,
         )
+        usage = UsageMeter(hypervisor)
+        usage.register(hub)
+        usage.open()
+        stack.push_async_callback(usage.close)
         world = DrainWorld(cluster, hub=hub, nodes=nodes, records=records, ownership=ownership)
         drains = DrainService(
             node,
             store=typed,
             world=world,
+            hub=hub,
             events=events,
             hooks=ClusterHooks(hooks),
         )

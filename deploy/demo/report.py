@@ -56,6 +56,19 @@ class MigrationResult(msgspec.Struct, frozen=True, kw_only=True):
     packets_lost: int
 
 
+class DrainResult(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that was drained, and undrained."""
+
+    domains: int
+    planned_s: float
+    actual_s: float
+    """Of the drain, without the way back."""
+    client_errors: int
+    """Of the clients that asked all guests for pages all the while."""
+    worst_blackout_ms: float | None
+    """Of both ways."""
+
+
 class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
     """The line that `ferry demo --json` prints last."""
 
@@ -64,6 +77,8 @@ class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
     http_errors: int
     guest_corruptions: int
     plot: str
+    drain: DrainResult | None = None
+    """None: it was not come to."""
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
     claim the name ─> guest image ─> lab up ─> guest ready ─> client sees a quiet base line
       ─> migrations n1 ─> n2 ─> ... ─> n1, `rounds` times ─> guest's and disk's own checks
+      ─> a node with several guests is drained and undrained (`drain`)
       ─> table, picture ─> lab down (also on any failure and on Ctrl-C; not with `keep`)
 
 All through the HTTP API of the first node's agent. What the client said stands in `watcher`.
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import Final
 
 from deploy import lab
-from deploy.demo import figure, guest, report
+from deploy.demo import drain, figure, guest, report
+from deploy.demo.drain import DrainStory
 from deploy.demo.guest import WebServer
 from deploy.demo.report import ClientSide, DemoResult
 from deploy.demo.screen import Screen, milliseconds
@@ -100,7 +102,8 @@ def tell(options: Options, screen: Screen) -> Outcome:
         with screen.busy("the guest verifies every page of its memory"):
             side = watcher.finish()
         disk = None if options.keep else _check_disk(server, screen)
-        return _conclude(options, migrations, side, disk, screen)
+        drained = drain.tell(api, record.plan, image, screen)
+        return _conclude(options, migrations, side, disk, drained, screen)
 
 
 def check_before(options: Options) -> None:
@@ -269,6 +272,7 @@ def _conclude(
     migrations: list[Migration],
     side: ClientSide,
     disk: DiskReport | None,
+    drained: DrainStory,
     screen: Screen,
 ) -> Outcome:
     with screen.busy("the picture"):
@@ -282,8 +286,9 @@ def _conclude(
         guest_corruptions=(status.corruptions if status else 0)
         + (len(disk.problems) if disk else 0),
         plot=str(options.plot),
+        drain=drained.result,
     )
-    faults = report.faults(migrations, side, disk)
+    faults = [*report.faults(migrations, side, disk), *drained.faults]
     screen.heading("What happened")
     screen.summary(result.migrations)
     if slowest := report.slowest_blackout(migrations):

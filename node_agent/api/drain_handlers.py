@@ -74,6 +74,15 @@ async def cancel_drain(request: web.Request) -> web.StreamResponse:
     return reply(drain, status=202, location=f"/v1/drains/{drain.id}")
 
 
+async def balance_nodes(request: web.Request) -> web.StreamResponse:
+    """202 and where to look; with `dry_run` 200: the moves, and what they gain."""
+    service = request.app[DRAIN_SERVICE]
+    if flag(request, "dry_run"):
+        return reply(await service.plan_balance())
+    drain = await service.balance()
+    return reply(drain, status=202, location=f"/v1/drains/{drain.id}")
+
+
 def _mode(request: web.Request) -> CancelMode:
     return CancelMode.ABORT if flag(request, "abort_moves") else CancelMode.LET_END
 

@@ -7,6 +7,7 @@ from typing import Final
 from node_agent.api import drain_handlers as handlers
 from node_agent.api.route import Query, Route
 from node_agent.drain.resources import (
+    BalancePlan,
     Drain,
     DrainList,
     DrainPlan,
@@ -80,6 +81,18 @@ DRAIN_ROUTES: Final = (
         location=True,
         query=(_DRY_RUN,),
         errors=(404, 409),
+    ),
+    Route(
+        method="POST",
+        path="/v1/balance",
+        handler=handlers.balance_nodes,
+        summary="Even the nodes out by the fewest moves; answers when that has begun",
+        status=202,
+        result=Drain,
+        also={200: BalancePlan},
+        location=True,
+        query=(_DRY_RUN,),
+        errors=(409,),
     ),
     Route(
         method="GET",

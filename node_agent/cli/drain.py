@@ -8,11 +8,12 @@ from urllib.parse import quote
 import msgspec
 import typer
 
-from node_agent.cli.drain_text import details, plan_text
+from node_agent.cli.drain_text import balance_text, details, plan_text
 from node_agent.cli.drain_view import watch_drain
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import moment, settings, show, table
 from node_agent.drain.resources import (
+    BalancePlan,
     Drain,
     DrainList,
     DrainPlan,
@@ -131,6 +132,31 @@ def undrain(
     begun = client.post(f"{_path(node)}/undrain", Drain, body)
     if no_wait:
         show(begun, f"undrain {begun.id} of node {node} has begun")
+        return
+    raise typer.Exit(watch_drain(begun))
+
+
+def balance(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print the moves; so it is without --apply.")
+    ] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="Make the moves.")] = False,
+    no_wait: _NoWait = False,
+) -> None:
+    """Even CPU, memory and network load out between the nodes, by the fewest moves.
+
+    By what the domains have used in the last minutes. Nodes that are even enough are left alone.
+    """
+    if dry_run and apply:
+        raise CliError("either --dry-run or --apply", ExitCode.USAGE)
+    client = settings.client()
+    if not apply:
+        plan = client.post("/v1/balance?dry_run=true", BalancePlan)
+        show(plan, balance_text(plan))
+        return
+    begun = client.post("/v1/balance", Drain)
+    if no_wait:
+        show(begun, f"balancing {begun.id} has begun: {len(begun.moves)} moves")
         return
     raise typer.Exit(watch_drain(begun))
 

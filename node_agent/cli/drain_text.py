@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from node_agent.cli.output import facts, moment, size, table
-from node_agent.drain.resources import Drain, DrainPlan, DrainState, Move, MoveState, Operation
+from node_agent.drain.resources import (
+    BalancePlan,
+    Drain,
+    DrainPlan,
+    DrainState,
+    Move,
+    MoveState,
+    Operation,
+)
 
 
 def plan_text(plan: DrainPlan) -> str:
@@ -41,6 +49,29 @@ def plan_text(plan: DrainPlan) -> str:
             for each in plan.blockers
         ]
         parts.append("\n".join(["BLOCKED: these domains can't leave:", *lines]))
+    return "\n\n".join(parts)
+
+
+def balance_text(plan: BalancePlan) -> str:
+    """How uneven the nodes are, the moves with their gain and cost, and what that makes of it."""
+    rows = [
+        (name, f"{plan.before[name]:.0%}", f"{plan.after.get(name, 0.0):.0%}")
+        for name in plan.before
+    ]
+    parts = [table(("DIFFERENCE OF", "NOW", "AFTERWARDS"), rows)]
+    if plan.moves:
+        moves = [
+            (
+                each.domain,
+                f"{each.source} -> {each.destination}",
+                size(each.wire_bytes),
+                f"{each.seconds:.1f} s",
+                f"{each.gain or 0.0:.4f}",
+            )
+            for each in plan.moves
+        ]
+        parts.append(table(("DOMAIN", "MOVE", "TO SEND", "COSTS", "GAINS"), moves))
+    parts.append(f"{len(plan.moves)} moves: {plan.reason}")
     return "\n\n".join(parts)
 
 

@@ -68,6 +68,7 @@ def build_app(mounted: str | None = None) -> typer.Typer:
     app.add_typer(migrations.app, name="migration")
     app.command("drain")(drain.drain)
     app.command("undrain")(drain.undrain)
+    app.command("balance")(drain.balance)
     app.command("cordon")(drain.cordon)
     app.command("uncordon")(drain.uncordon)
     app.add_typer(drain.drains, name="drains")

@@ -244,3 +244,14 @@ class DrainPlan(Value, frozen=True, kw_only=True):
     lower_bound_s: float = 0.0
     link: str = ""
     """How fast the node's link is, and how that is known."""
+
+
+class BalancePlan(Value, frozen=True, kw_only=True):
+    """What would even the nodes out. `before` and `after`: how far apart they are, 0 to 1."""
+
+    moves: tuple[PlanMove, ...]
+    before: dict[str, float]
+    after: dict[str, float]
+    reason: str
+    """Why there are no more moves than these."""
+    planned_s: float = 0.0

@@ -22,11 +22,13 @@ from migrator.errors import (
 )
 from migrator.model import NodeName, NodeState
 from node_agent.drain import undrain
+from node_agent.drain.balancing import moves_of_balance, plan_balance, shown_balance
 from node_agent.drain.coordinator import Coordinator
 from node_agent.drain.cordons import Cordon, Cordons
 from node_agent.drain.hooks import NodeHooks, NoHooks
 from node_agent.drain.records import DrainRecords, LostError
 from node_agent.drain.resources import (
+    BalancePlan,
     CancelMode,
     Drain,
     DrainPlan,
@@ -40,6 +42,7 @@ from node_agent.drain.survey import Survey, moves_of, shown, with_policy
 from node_agent.drain.watch import LOOK_S, SILENT_S, DrainWatch
 from node_agent.drain.world import DrainWorld
 from node_agent.events import EventKind, EventLog
+from node_agent.peers.hub import PeerHub
 from node_agent.planner.model import Plan, PlanOptions
 from node_agent.state.typed import TypedStore, Versioned
 
@@ -65,6 +68,7 @@ class DrainService:
         *,
         store: TypedStore,
         world: DrainWorld,
+        hub: PeerHub,
         events: EventLog,
         hooks: NodeHooks | None = None,
         clock: Callable[[], float] = time.time,
@@ -74,6 +78,7 @@ class DrainService:
     ) -> None:
         self.node = node
         self.world = world
+        self._hub = hub
         self.events = events
         self._hooks = hooks or NoHooks()
         self._clock = clock
@@ -193,6 +198,37 @@ class DrainService:
         drained = await self._to_undo(node)
         survey, plan, left = await undrain.plan(self.world, node, drained, 0.0, ask=False)
         return _shown_plan(node, survey, plan, left)
+
+    # --- balancing ---------------------------------------------------------------------------
+
+    async def plan_balance(self) -> BalancePlan:
+        """The moves that would even the nodes out. Changes nothing."""
+        return shown_balance((await plan_balance(self.world, self._hub, self._clock))[1])
+
+    async def balance(self) -> Drain:
+        """Make those moves, one after the other. ConflictError: a drain is under way."""
+        busy = [drain for drain in await self._records.list_drains() if not drain.ended]
+        if busy:
+            raise ConflictError(
+                f"{busy[0].operation} {busy[0].id} is under way; nothing was evened out"
+            )
+        survey, found = await plan_balance(self.world, self._hub, self._clock)
+        now = self._clock()
+        drain = Drain(
+            id=secrets.token_hex(6),
+            operation=Operation.BALANCE,
+            node="",
+            state=DrainState.RUNNING,
+            created_at_s=now,
+            started_at_s=now,
+            coordinator=self.node,
+            term=1,
+            moves=moves_of_balance(found),
+            links=survey.shares(PlanOptions()),
+            planned_s=sum(each.cost_s for each in found.moves),
+        )
+        self.begin(await self._records.add(drain))
+        return drain
 
     async def _to_undo(self, node: NodeName) -> Drain | None:
         """The newest drain of the node, if nothing has undone it."""

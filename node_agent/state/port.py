@@ -8,6 +8,8 @@ overwrites what they haven't seen. The revision is one counter for the whole sto
     domains/NAME      DomainRecord: the definition
     ownership/NAME    OwnershipRecord: who may run it (compare-and-set is what leases stand on)
     migrations/ID     Migration
+    drains/ID         Drain; changed by compare-and-set (`node_agent.drain.records`)
+    cordons/NODE      Cordon: nothing comes to a node that is kept free
     pools/NAME        PoolRecord: a pool that every agent has, beside those of its configuration
     events/SEQ        ClusterEvent, SEQ zero-padded to 16 digits; the oldest are dropped
 """

@@ -1,0 +1,165 @@
+"""The drain's machine, one decision at a time. Whole drains, under faults: tests/simulation."""
+
+from __future__ import annotations
+
+import msgspec
+
+from migrator.model import Migration, MigrationProgress, MigrationRequest, MigrationState, NodeState
+from node_agent.drain import vocabulary as v
+from node_agent.drain.machine import DrainMachine
+from node_agent.drain.resources import CancelMode, Drain, DrainState, Move, MoveState, Operation
+from node_agent.hooks.model import HookPoint
+
+LINKS = {"n1": 100e6, "n2": 100e6, "n3": 100e6}
+
+
+def drain(*names: str, parallel: int = 2, **changes: object) -> Drain:
+    values: dict[str, object] = {
+        "id": "d",
+        "operation": Operation.DRAIN,
+        "node": "n1",
+        "state": DrainState.RUNNING,
+        "created_at_s": 0.0,
+        "started_at_s": 0.0,
+        "hooked": True,
+        "parallel": parallel,
+        "links": LINKS,
+        "moves": tuple(
+            Move(domain=name, source="n1", destination="n2", planned_start_s=float(at))
+            for at, name in enumerate(names)
+        ),
+    }
+    return Drain(**(values | changes))  # type: ignore[arg-type]
+
+
+def migration(domain: str, state: MigrationState, **changes: object) -> Migration:
+    values: dict[str, object] = {
+        "id": f"m-{domain}",
+        "domain": domain,
+        "source": "n1",
+        "destination": "n2",
+        "request": MigrationRequest(destination="n2"),
+        "state": state,
+        "progress": MigrationProgress(state=state),
+        "created_at_s": 0.0,
+    }
+    return Migration(**(values | changes))  # type: ignore[arg-type]
+
+
+def of(kind: type[v.Command], commands: list[v.Command]) -> list[v.Command]:
+    return [each for each in commands if isinstance(each, kind)]
+
+
+def moving(machine: DrainMachine, domain: str) -> list[v.Command]:
+    """Its migration has begun and sends."""
+    event = migration(domain, MigrationState.SETUP)
+    machine.handle(v.Accepted(domain=domain, migration=event), 0.1)
+    return machine.handle(
+        v.Seen(domain=domain, migration=migration(domain, MigrationState.PRECOPY)), 0.2
+    )
+
+
+def test_as_many_begin_as_were_planned_and_they_share_the_link() -> None:
+    machine = DrainMachine(drain("a", "b", "c"))
+    begun = of(v.Begin, machine.handle(v.Took(), 0.0))
+    assert [each.domain for each in begun if isinstance(each, v.Begin)] == ["a", "b"]
+    moving(machine, "a")
+    limits = of(v.Limit, moving(machine, "b"))
+    assert v.Limit(migration="m-a", bandwidth_bytes_per_s=50_000_000) in limits
+    done = machine.handle(
+        v.Seen(domain="a", migration=migration("a", MigrationState.COMPLETED)), 1.0
+    )
+    assert of(v.Begin, done)
+    # The next is still being set up: until it sends, the link is b's alone.
+    assert v.Limit(migration="m-b", bandwidth_bytes_per_s=100_000_000) in done
+
+
+def test_the_hook_comes_before_the_first_move_and_may_forbid() -> None:
+    machine = DrainMachine(drain("a", hooked=False))
+    commands = machine.handle(v.Took(), 0.0)
+    assert of(v.RunHook, commands)
+    assert not of(v.Begin, commands)
+    done = v.HookDone(point=HookPoint.NODE_DRAINING, error="not now")
+    commands = machine.handle(done, 1.0)
+    assert machine.drain.state is DrainState.CANCELLED
+    assert machine.drain.error == "not now"
+    assert v.SetCordon(state=NodeState.READY) in commands
+
+
+def test_it_is_not_done_before_the_node_is_empty() -> None:
+    machine = DrainMachine(drain("a"))
+    machine.handle(v.Took(), 0.0)
+    moving(machine, "a")
+    over = v.Seen(domain="a", migration=migration("a", MigrationState.COMPLETED))
+    assert of(v.Check, machine.handle(over, 1.0))
+    machine.handle(v.Checked(owned=(), processes=("a",)), 2.0)
+    states = [machine.drain.state]
+    machine.handle(v.Checked(owned=(), processes=(), incoming=("b",)), 3.0)
+    states.append(machine.drain.state)
+    commands = machine.handle(v.Checked(owned=("b",), processes=("b",)), 4.0)
+    states.append(machine.drain.state)
+    assert states == [DrainState.CHECKING, DrainState.CHECKING, DrainState.RUNNING]
+    assert of(v.Seek, commands), "what has come in the meantime moves, too"
+
+
+def test_a_failed_move_is_tried_elsewhere_once() -> None:
+    machine = DrainMachine(drain("a"))
+    machine.handle(v.Took(), 0.0)
+    moving(machine, "a")
+    failed = migration("a", MigrationState.FAILED, error="it didn't converge")
+    commands = machine.handle(v.Seen(domain="a", migration=failed), 1.0)
+    assert commands[-1] == v.Seek(domain="a", tried=("n2",))
+    machine.handle(v.Found(domain="a", destination="n3", wire_bytes=1), 2.0)
+    again = migration("a", MigrationState.FAILED, id="m2", destination="n3", error="again")
+    machine.handle(v.Accepted(domain="a", migration=again), 3.0)
+    machine.handle(v.Seen(domain="a", migration=again), 4.0)
+    (move,) = machine.drain.moves
+    assert (move.state, move.error) == (MoveState.FAILED, "again")
+    machine.handle(v.Checked(owned=("a",), processes=("a",)), 5.0)
+    assert machine.drain.state is DrainState.PARTIAL
+
+
+def test_a_silent_destination_is_given_up_before_the_handoff_only() -> None:
+    for phase, given_up in ((MigrationState.PRECOPY, True), (MigrationState.HANDOFF, False)):
+        machine = DrainMachine(drain("a"))
+        machine.handle(v.Took(), 0.0)
+        moving(machine, "a")
+        machine.handle(v.Seen(domain="a", migration=migration("a", phase)), 1.0)
+        silent = v.Tick(unreachable=frozenset({"n2"}))
+        machine.handle(silent, 2.0)
+        commands = machine.handle(silent, 20.0)
+        assert bool(of(v.CancelMigration, commands)) is given_up
+
+
+def test_whoever_takes_over_looks_first() -> None:
+    before = drain("a", "b")
+    under_way = msgspec.structs.replace(before.moves[0], state=MoveState.STARTING, attempts=1)
+    machine = DrainMachine(msgspec.structs.replace(before, moves=(under_way, before.moves[1])))
+    commands = machine.handle(v.Took(), 5.0)
+    assert of(v.Look, commands) == [v.Look(domain="a", migration=None)]
+    begun = [each.domain for each in commands if isinstance(each, v.Begin)]
+    assert begun == ["b"]
+    machine.handle(v.Looked(domain="a", owner="n2"), 6.0)
+    assert machine.drain.moves[0].state is MoveState.MOVED
+
+
+def test_cancelling_lets_end_what_is_under_way() -> None:
+    machine = DrainMachine(drain("a", "b", parallel=1))
+    machine.handle(v.Took(), 0.0)
+    moving(machine, "a")
+    commands = machine.handle(v.CancelAsked(mode=CancelMode.LET_END), 1.0)
+    assert not of(v.CancelMigration, commands)
+    commands = machine.handle(v.CancelAsked(mode=CancelMode.ABORT), 2.0)
+    assert of(v.CancelMigration, commands) == [v.CancelMigration(migration="m-a")]
+    machine.handle(v.Seen(domain="a", migration=migration("a", MigrationState.CANCELLED)), 3.0)
+    assert machine.drain.state is DrainState.CANCELLED
+    assert {move.state for move in machine.drain.moves} == {MoveState.LEFT}
+
+
+def test_after_its_time_nothing_begins() -> None:
+    machine = DrainMachine(drain("a", "b", parallel=1, timeout_s=10.0))
+    machine.handle(v.Took(), 0.0)
+    moving(machine, "a")
+    over = v.Seen(domain="a", migration=migration("a", MigrationState.COMPLETED))
+    assert not of(v.Begin, machine.handle(over, 11.0))
+    assert machine.drain.moves[1].state is MoveState.LEFT
