@@ -14,7 +14,6 @@ from migrator.model import HypervisorCapabilities
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import show, table
 from node_agent.config import AgentConfig, load_config
-from node_agent.doctor.examination import default_config, examine
 from node_agent.doctor.findings import Diagnosis, Level
 
 _MARKS = {Level.OK: "ok", Level.WARNING: "WARN", Level.FAILURE: "FAIL"}
@@ -22,16 +21,19 @@ _MARKS = {Level.OK: "ok", Level.WARNING: "WARN", Level.FAILURE: "FAIL"}
 
 def doctor(
     config: Annotated[
-        Path, typer.Option("--config", "-c", help="The node's configuration.")
-    ] = default_config(),  # noqa: B008 - A constant; the signature is the command's help.
+        Path | None,
+        typer.Option("--config", "-c", help="The node's configuration; default: the installed."),
+    ] = None,
 ) -> None:
     """Check this node: kernel, QEMU, bridges, ports, storage, and the ways to the other nodes.
 
     Says how to mend what it finds. Exit code 1 if something doesn't work; warnings are no failure.
     Run it on the node itself, as root. It changes nothing.
     """
+    from node_agent.doctor.examination import default_config, examine  # Brings netlink in.
+
     try:
-        loaded = load_config(config)
+        loaded = load_config(config or default_config())
     except FerryError as error:
         raise CliError(str(error), ExitCode.USAGE) from error
     found = examine(loaded, lambda: _capabilities(loaded))
