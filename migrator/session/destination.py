@@ -7,8 +7,10 @@ Its rules (DESIGN: "Handoff"):
 - It resumes the guest only after it won, and fenced every volume with the token that it won.
 - An unknown outcome of the compare-and-set is resolved by reading the record, never by a guess;
   until then it keeps its copy, and hears no Abort.
-- If it won but can't run the guest, whose vCPUs have never run here, it discards its copy and says
-  Aborted: then the source may take the record back. Once a resume was issued it never says that.
+- If it won but can't run the guest, whose vCPUs have never run here, it discards its copy, says
+  Aborted, and passes the record back: to (source, n+2). It keeps the domain until that is done:
+  else its node would find a domain that is its own and doesn't run, and stop it. Once a resume was
+  issued it never says Aborted.
 """
 
 from __future__ import annotations
@@ -117,6 +119,8 @@ class DestinationSession(DestinationPostCopy):
             # Any word from the source: it is alive and at it.
             self._do(StartTimer(name=TimerName.PEER, seconds=self.timing.abandoned_s))
         match message:
+            case Inquire() | Commit() | Prepare() if self._discarded:
+                self._send(Aborted(reason=self.error or "cancelled"))
             case Commit() if self.state in _BEFORE_HANDOFF:
                 self._commit = True
                 self.post_copy = self.post_copy or message.post_copy
@@ -356,11 +360,31 @@ class DestinationSession(DestinationPostCopy):
     def _in_cancelling(self, event: Event) -> None:
         match event:
             case GuestDestroyed():
+                self._discarded = True
                 self._send(Aborted(reason=self.error or "cancelled"))
+                self._pass_back()
+            case RecordSwapped(won=True):
                 self._finish(_S.CANCELLED)
-            case CommandFailed(command="DestroyGuest"):
+            case RecordSwapped():  # Lost, perhaps to the source itself, or unknown.
+                self._do(ReadRecord())
+            case RecordRead(known=True) if event.record is None or not self._is_ours(event.record):
+                self._finish(_S.CANCELLED)
+            case RecordRead(known=True):
+                self._pass_back()
+            case RecordRead() | CommandFailed(command="DestroyGuest"):
                 self._retry_later()
+            case TimerFired(name=TimerName.RETRY) if self._discarded:
+                self._send(Aborted(reason=self.error or "cancelled"))
+                self._do(ReadRecord())
             case TimerFired(name=TimerName.RETRY):
                 self._do(DestroyGuest())
             case _:
                 pass
+
+    def _pass_back(self) -> None:
+        """The copy is gone. What was won is the source's again, which has the memory."""
+        if not self._won_at_s:
+            self._finish(_S.CANCELLED)
+            return
+        won = self.record_before.passed_to(self.destination)
+        self._do(SwapRecord(expected=won, new=won.passed_to(self.source)))

@@ -25,6 +25,7 @@ from migrator.session.vocabulary import (
     EngineListening,
     EngineLost,
     Event,
+    GuestDestroyed,
     GuestReported,
     Journal,
     PagesComplete,
@@ -48,6 +49,7 @@ class DestinationPostCopy(DestinationView):
     def _heard_of_pages(self, event: Event) -> bool:
         """What is about missing pages and their engine, in whatever state. Whether that was all."""
         alive = self.state in (_S.SWITCHOVER, _S.HANDOFF, _S.RECOVERING, _S.POSTCOPY)
+        alive = alive and not self._lost_reason
         match event:
             case EngineLost() if self.pages_missing and alive:
                 self._revive_engine(event.reason)
@@ -74,7 +76,7 @@ class DestinationPostCopy(DestinationView):
         self._respawn_later()
 
     def _start_successor(self) -> None:
-        if self.pages_missing and self._listening is None:
+        if self.pages_missing and self._listening is None and not self._lost_reason:
             self._do(StartEngine(post_copy=True))
 
     def _answer_ready(self) -> None:
@@ -94,6 +96,8 @@ class DestinationPostCopy(DestinationView):
 
     def _in_post_copy(self, event: Event) -> None:
         match event:
+            case _ if self._lost_reason:
+                self._end_lost(event)
             case PagesComplete() | TimerFired(name=TimerName.RETRY) if self.complete is not None:
                 self._journal_how_far()
             case TimerFired(name=TimerName.FILLED):
@@ -132,7 +136,19 @@ class DestinationPostCopy(DestinationView):
                 pass
 
     def _lost(self, reason: str) -> None:
-        """The guest can't go on: pages of it are nowhere."""
-        self._do(StopEngine(), DestroyGuest())
-        self._send(self._filled_message(lost=reason))
-        self._finish(_S.FAILED, reason)
+        """The guest can't go on: pages of it are nowhere. It ends before anybody is told."""
+        if not self._lost_reason:
+            self._lost_reason = reason
+            self._do(StopEngine(), DestroyGuest())
+
+    def _end_lost(self, event: Event) -> None:
+        match event:
+            case GuestDestroyed():
+                self._send(self._filled_message(lost=self._lost_reason))
+                self._finish(_S.FAILED, self._lost_reason)
+            case CommandFailed(command="DestroyGuest"):
+                self._retry_later()
+            case TimerFired(name=TimerName.RETRY):
+                self._do(DestroyGuest())
+            case _:
+                pass

@@ -59,6 +59,10 @@ class DestinationView(Session):
         self._resume_pending = False
         self._resumed_at_s = 0.0
         self._dead = False
+        self._discarded = False
+        """The copy is gone, and never ran."""
+        self._lost_reason = ""
+        """Post-copy: why pages of the guest are nowhere any more; it is being ended."""
         self._restored = False
         self._may_have_run = may_have_run
 

@@ -62,6 +62,9 @@ class SourcePostCopy(SourceRecovery):
             self._pages_lost()
         else:
             self._respawn_later()
+            if self.state is _S.POSTCOPY:
+                # Now: each Prepared may start the next engine, and stop the timer that would ask.
+                self._do(InspectGuest())
 
     def _hear_prepared(self, message: Prepared) -> None:
         """The destination's engine may be another one than ours talks to."""

@@ -100,20 +100,20 @@ class DestinationCheck:
     async def reasons(self, inspection: Inspection) -> Sequence[str]:
         """Why this node can't take the domain; empty if it can."""
         spec = inspection.spec
-        checks: list[Awaitable[list[str]]] = [
-            *([] if self._cordon is None else [self._cordon()]),
-            self._here(spec),
-            self._memory(spec),
-            self._machine(spec, inspection.source, inspection.engine),
-            self._disks(spec),
-            self._nics(spec),
-            self._boot(spec),
-            self._encryption(inspection.tls),
-        ]
+        checks: Sequence[Callable[[], Awaitable[list[str]]]] = (
+            *(() if self._cordon is None else (self._cordon,)),
+            lambda: self._here(spec),
+            lambda: self._memory(spec),
+            lambda: self._machine(spec, inspection.source, inspection.engine),
+            lambda: self._disks(spec),
+            lambda: self._nics(spec),
+            lambda: self._boot(spec),
+            lambda: self._encryption(inspection.tls),
+        )
         found: list[str] = []
-        for check in checks:
+        for check in checks:  # Each made only when its turn comes: this may be cancelled.
             try:
-                found += await check
+                found += await check()
             except FerryError as error:
                 found.append(str(error))
         return found

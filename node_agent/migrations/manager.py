@@ -43,12 +43,13 @@ from migrator.ports import HypervisorDriver, OwnershipStore
 from migrator.runner import Runner, Session
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
-from migrator.session.messages import Prepare
+from migrator.session.messages import Prepare, Refused
 from migrator.session.source import SourceSession
 from node_agent.cluster_calls import Reasons
 from node_agent.domain_records import DomainRecords
 from node_agent.domains import DomainService
 from node_agent.events import EventKind, EventLog
+from node_agent.migrations.admission import admit
 from node_agent.migrations.checks import (
     DestinationCheck,
     Inspection,
@@ -114,6 +115,7 @@ class MigrationManager(MigrationService):
         self._chooser = EngineChooser(node, hypervisor=hypervisor, nodes=nodes)
         self._boot_id = boot_id
         self._runners: dict[str, Runner] = {}
+        self._admitting: set[str] = set()
         self._restored: list[Runner] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._redials: dict[NodeName, asyncio.Task[None]] = {}
@@ -401,15 +403,31 @@ class MigrationManager(MigrationService):
             return
         entry = self._journal.get(envelope.migration_id)
         if isinstance(envelope.message, Prepare) and entry is None:
-            self._begin_destination(sender, envelope.migration_id, envelope.message)
+            await self._begin_destination(sender, envelope.migration_id, envelope.message)
             return
         answer = answer_without_session(envelope.to, entry, envelope.message)
         if answer is not None:
             to = Role.SOURCE if envelope.to is Role.DESTINATION else Role.DESTINATION
-            reply = Envelope(migration_id=envelope.migration_id, to=to, message=answer)
-            await self._hub.notify(sender, MESSAGE, reply, timeout_s=SEND_S)
+            await self._site.send(sender, envelope.migration_id, to, answer)
 
-    def _begin_destination(self, sender: NodeName, id: str, prepare: Prepare) -> None:
+    async def _begin_destination(self, sender: NodeName, id: str, prepare: Prepare) -> None:
+        if id in self._admitting:
+            return
+        self._admitting.add(id)
+        try:
+            reasons = await admit(
+                MigrationId(id),
+                sender,
+                prepare,
+                domains=self._domains,
+                hypervisor=self._hypervisor,
+                ownership=self._ownership,
+            )
+        finally:
+            self._admitting.discard(id)
+        if reasons:
+            await self._site.send(sender, id, Role.SOURCE, Refused(reasons=tuple(reasons)))
+            return
         session = DestinationSession(
             migration_id=id,
             spec=prepare.spec,

@@ -12,7 +12,6 @@ from migrator.model import (
     DomainName,
     EngineKind,
     FencingToken,
-    MigrationId,
     MigrationState,
     NodeName,
     Role,
@@ -78,10 +77,7 @@ class NodeSite(Site):
         await self._cutover.close()
 
     async def prepare_incoming(self, session: DestinationSession, device_channel: Path) -> None:
-        spec, domain = session.spec, DomainName(session.domain)
-        migration = MigrationId(session.migration_id)
-        await self._domains.locks.claim_for_migration(domain, migration)
-        await self._domains.ownership.end_stale(domain)
+        spec, domain = session.spec, DomainName(session.domain)  # Claimed when it was admitted.
         own = await self._hypervisor.capabilities()
         # The source compared its hypervisor when it asked; memory and bridges change by the second.
         reasons = await self._check.reasons(
@@ -133,7 +129,7 @@ class NodeSite(Site):
         if session.role is Role.DESTINATION:
             claim = self._domains.locks.migration_of(domain)
             if claim != session.migration_id:
-                return  # Refused before it began: what is here isn't this migration's.
+                return  # What is here isn't this migration's.
             self._cutover.gone(_move(session))
         token = session.token if session.role is Role.SOURCE else session.next_token
         await self._hypervisor.destroy(domain)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from migrator.model import NodeName
+from migrator.model import DomainSpec, DomainState, NodeName
 from migrator.session.vocabulary import GuestCondition
 
 PAGES = 16
@@ -20,6 +20,8 @@ class G(enum.Enum):
     """What a hypervisor process does."""
 
     RUNNING = "running"
+    IO_ERROR = "io-error"
+    """It stands still: the storage refused a write."""
     PRE_SWITCHOVER = "pre-switchover"
     SENDING = "sending"
     """Between pre-switchover and postmigrate: it may still fail, and resume by itself."""
@@ -30,11 +32,21 @@ class G(enum.Enum):
 
 CONDITIONS = {
     G.RUNNING: GuestCondition.RUNNING,
+    G.IO_ERROR: GuestCondition.STOPPED_OTHERWISE,
     G.PRE_SWITCHOVER: GuestCondition.SWITCHING,
     G.SENDING: GuestCondition.SWITCHING,
     G.POSTMIGRATE: GuestCondition.SENT,
     G.INCOMING: GuestCondition.INCOMING,
     G.LOADED: GuestCondition.LOADED,
+}
+STATES = {
+    G.RUNNING: DomainState.RUNNING,
+    G.IO_ERROR: DomainState.IO_ERROR,
+    G.PRE_SWITCHOVER: DomainState.PRE_SWITCHOVER,
+    G.SENDING: DomainState.PRE_SWITCHOVER,
+    G.POSTMIGRATE: DomainState.POSTMIGRATE,
+    G.INCOMING: DomainState.INCOMING,
+    G.LOADED: DomainState.LOADED,
 }
 
 
@@ -44,10 +56,14 @@ class Guest:
 
     node: NodeName
     token: int
+    """Under which its vCPUs run, or ran last."""
     state: G
     memory: list[int]
     epoch: int
     """Of the device state; -1: none yet."""
+    spec: DomainSpec
+    opened_token: int = 0
+    """Under which its volume was opened: who it is at the storage."""
     begun: bool = False
     """A switchover was accepted, the guest isn't paused yet."""
     dirty: set[int] = field(default_factory=set)
@@ -55,17 +71,14 @@ class Guest:
     """Post-copy: what the destination doesn't have yet. Nobody can touch it."""
     armed: bool = False
     doomed: bool = False
-    """What is missing is nowhere any more."""
+    """What is missing is nowhere any more, or its domain is being stopped: it may be destroyed."""
+    deposed: bool = False
+    """Its domain was taken over: it may compute until its node notices, and can't write."""
+    monitor_due_s: float = 0.0
+    events_due_s: float = 0.0
+    """The monitor takes commands, and gives events, in their order."""
 
     def write(self, page: int) -> None:
         if self.memory and page not in self.missing:
             self.memory[page] += 1
             self.dirty.add(page)
-
-    @classmethod
-    def born_running(cls, node: NodeName) -> Guest:
-        return cls(node=node, token=1, state=G.RUNNING, memory=[0] * PAGES, epoch=0)
-
-    @classmethod
-    def waiting(cls, node: NodeName, token: int) -> Guest:
-        return cls(node=node, token=token, state=G.INCOMING, memory=[-1] * PAGES, epoch=-1)

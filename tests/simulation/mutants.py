@@ -1,22 +1,39 @@
-"""Sessions that break a rule on purpose. `test_mutants` asserts that the simulation finds each.
+"""Code that breaks a rule on purpose. `test_mutants` asserts that the simulation finds each.
 
 A checker that can't fail proves nothing. Each mutant says which rule it breaks; `found_as` are the
-first words of the violations that may be its undoing.
+first words of the violations that may be its undoing, and `aim`, where it is rare, are the faults
+that it is looked for with; `first_seed` is where the search begins. Most are sessions; the rest are `Sessions`
+(what is restored, written and performed) and `Node`s (what an agent does with its domains).
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import msgspec
 
 from migrator.journal_entry import JournalEntry
-from migrator.model import MigrationRequest, MigrationState, OwnershipRecord, PassKind
+from migrator.model import (
+    DomainName,
+    DomainSpec,
+    MigrationRequest,
+    MigrationState,
+    OwnershipRecord,
+    PassKind,
+)
 from migrator.session import messages as m
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
-from tests.simulation.node import Node, NodeSession
+from tests.simulation.agent import Agent
+from tests.simulation.faults import AIMED
+from tests.simulation.node import Node
+from tests.simulation.scenario import play
+from tests.simulation.side import Envelope, NodeSession, Sessions, Side
+from tests.simulation.world import Faults
+
+T = TypeVar("T")
+Mutant = SourceSession | DestinationSession | Sessions | Node
 
 
 class CommitsEarly(SourceSession):
@@ -75,8 +92,7 @@ class CommitsWhatMayBeStale(SourceSession):
     """The source's hypervisor is gone, so the destination's copy must be the newest: not so."""
 
     found_as: ClassVar = ("1:", "2:")
-    first_seed: ClassVar = 2_500
-    """It takes an agent, an engine and a hypervisor within a second, in that order."""
+    aim: ClassVar = Faults(kill_mean_s=0.4, hypervisor_share=0.4, stall=0.3, heal_at_s=10.0)
 
     def _recover_unpassed(self, record: OwnershipRecord) -> None:
         self.device_state_out = self.device_state_out or self._gone
@@ -96,6 +112,7 @@ class CancelsSlowly(SourceSession):
     """A cancel that waits for the peer."""
 
     found_as: ClassVar = ("cancel:",)
+    first_seed: ClassVar = 31
 
     def _give_up(self, reason: str) -> None:
         if self.state is MigrationState.PRECOPY:
@@ -117,6 +134,7 @@ class ResumesOnAnUnknownOutcome(DestinationSession):
     """The store didn't answer, so it will have worked."""
 
     found_as: ClassVar = ("1:",)
+    aim: ClassVar = Faults(store_unknown=0.5, store_late=0.5, loss=0.3, heal_at_s=10.0)
 
     def _in_handoff(self, event: v.Event) -> None:
         unknown = isinstance(event, v.RecordSwapped) and event.won is None
@@ -137,6 +155,7 @@ class TakesWithoutCommit(DestinationSession):
     """Loaded is enough: but the source may resume by itself."""
 
     found_as: ClassVar = ("1:", "2:")
+    first_seed: ClassVar = 25
 
     def _try_commit(self) -> None:
         self._commit = True
@@ -160,6 +179,7 @@ class TakesEveryFailedResumeForOne(DestinationSession):
     """Its hypervisor died before `cont`, and yet it tells the source that the guest ran."""
 
     found_as: ClassVar = ("4:",)
+    aim: ClassVar = Faults(death_before_resume=0.5, heal_at_s=10.0)
 
     def _in_handoff(self, event: v.Event) -> None:
         if isinstance(event, v.CommandFailed):
@@ -171,6 +191,8 @@ class GivesUpALoadedCopy(DestinationSession):
     """Discards the only copy because nobody called for a while."""
 
     found_as: ClassVar = ("4:",)
+    first_seed: ClassVar = 245
+    aim: ClassVar = Faults(aimed=1.0, hypervisor_share=0.6, store_unknown=0.7, heal_at_s=10.0)
 
     def _in_handoff(self, event: v.Event) -> None:
         if isinstance(event, v.RecordRead) and not event.known:
@@ -179,14 +201,15 @@ class GivesUpALoadedCopy(DestinationSession):
             super()._in_handoff(event)
 
 
-class ForgetsThatItRan(Node):
+class ForgetsThatItRan(Sessions):
     """A journal that loses `resuming`: after a restart the destination says that it never ran."""
 
     found_as: ClassVar = ("1:", "2:", "3:", "4:")
+    first_seed: ClassVar = 36
 
-    def restored(self, entry: JournalEntry) -> NodeSession:
-        boot_id = f"boot-{self.boot}"
-        return super().restored(msgspec.structs.replace(entry, resuming=False, boot_id=boot_id))
+    def restored(self, side: Side, entry: JournalEntry) -> NodeSession:
+        forgetful = msgspec.structs.replace(entry, resuming=False, boot_id=side.node.boot_id)
+        return super().restored(side, forgetful)
 
 
 class DestroysWhatIsMissing(SourceSession):
@@ -216,6 +239,7 @@ class LeavesTheEngineDead(SourceSession):
     """Post-copy: the source's engine is gone, and nobody makes another one."""
 
     found_as: ClassVar = ("5:",)
+    first_seed: ClassVar = 89
 
     def _serve(self) -> None:
         pass
@@ -225,6 +249,7 @@ class LeavesTheGuestWaiting(DestinationSession):
     """Post-copy: the destination's engine is gone, and nobody makes another one."""
 
     found_as: ClassVar = ("5:",)
+    first_seed: ClassVar = 89
 
     def _start_successor(self) -> None:
         pass
@@ -240,16 +265,115 @@ class FilledTooEarly(DestinationSession):
         super()._begin_post_copy()
 
 
-class ForgetsThatItIsFull(Node):
+class ForgetsThatItIsFull(Sessions):
     """Post-copy: a restarted destination believes that the gone source has what it needs."""
 
     found_as: ClassVar = ("4:", "5:")
+    first_seed: ClassVar = 105
 
-    def restored(self, entry: JournalEntry) -> NodeSession:
-        return super().restored(msgspec.structs.replace(entry, complete=False))
+    def restored(self, side: Side, entry: JournalEntry) -> NodeSession:
+        return super().restored(side, msgspec.structs.replace(entry, complete=False))
 
 
-SOURCES: tuple[type[SourceSession], ...] = (
+class JournalsAfterwards(Sessions):
+    """What may not be forgotten is written once it is done."""
+
+    found_as: ClassVar = ("1:", "2:", "3:", "4:")
+    first_seed: ClassVar = 273
+    aim: ClassVar = Faults(
+        crash_per_command=0.05, kill_mean_s=0.4, hypervisor_share=0.9, heal_at_s=10.0
+    )
+
+    def commands(self, side: Side, commands: list[v.Command]) -> list[v.Command]:
+        journals = [each for each in commands if isinstance(each, v.Journal)]
+        return [each for each in commands if not isinstance(each, v.Journal)] + journals
+
+
+class KeepsTheToken(DestinationSession):
+    """The record changes its owner, and not its token."""
+
+    found_as: ClassVar = ("1:", "2:", "3:", "4:", "5:")
+
+    @property
+    def next_token(self) -> int:
+        return self.token
+
+    def _swap(self) -> None:
+        before = self.record_before
+        new = msgspec.structs.replace(before, owner=self.destination)
+        self._do(v.Journal(state=self.state, durable=False))
+        self._do(v.SwapRecord(expected=before, new=new))
+
+
+class KeepsWhatItCannotRun(DestinationSession):
+    """It won, can't run the guest, and doesn't pass the record back: its node stops the domain."""
+
+    found_as: ClassVar = ("4:",)
+    aim: ClassVar = Faults(death_before_resume=0.5, loss=0.5, heal_at_s=10.0)
+
+    def _pass_back(self) -> None:
+        self._finish(MigrationState.CANCELLED)
+
+
+class AdmitsEveryPrepare(Node):
+    """A late Prepare, of a migration that has ended, is taken for a new one."""
+
+    found_as: ClassVar = ("4:",)
+    aim: ClassVar = Faults(straggler=0.5, duplicate=0.9, loss=0.3, heal_at_s=30.0)
+
+    async def _admit(
+        self, agent: Agent, side: Side, envelope: Envelope, prepare: m.Prepare
+    ) -> None:
+        await agent.locks.claim_for_migration(side.domain.name, side.migration_id)
+        side.begin(self.cluster.sessions.destination(side, prepare))
+        side.feed(v.Begin())
+
+
+class LeavesStaleCopies(Node):
+    """A node that finds that its domain was taken over lets its copy be."""
+
+    found_as: ClassVar = ("1:", "2:", "3:", "5:")
+    aim: ClassVar = Faults(takeover=True, store_outage_mean_s=5.0, long_down=0.5, kill_mean_s=2.0)
+
+    def boot_up(self) -> None:
+        super().boot_up()
+        assert self.agent is not None
+
+        async def nothing(*_: object) -> None:
+            pass
+
+        self.agent.domains.ownership._end_copy = nothing  # type: ignore[method-assign,assignment]
+
+
+class TakesOverWithoutAFence(Node):
+    """The record was won, so the silent node's guest will stand still."""
+
+    found_as: ClassVar = ("3:",)
+
+    def boot_up(self) -> None:
+        super().boot_up()
+        assert self.agent is not None
+        for pool in self.agent.pools.values():
+            pool.forget_fences = True
+
+
+class TakesBeforeItLooks(Node):
+    """A start takes the record of a domain that runs elsewhere."""
+
+    found_as: ClassVar = ("1:",)
+
+    def boot_up(self) -> None:
+        super().boot_up()
+        assert self.agent is not None
+        ownership = self.agent.domains.ownership
+
+        async def take(domain: DomainName, spec: DomainSpec) -> OwnershipRecord:
+            return await ownership._win(domain, spec, await ownership._ownership.read(domain))
+
+        ownership.take = take  # type: ignore[method-assign]
+
+
+MUTANTS: tuple[type[Mutant], ...] = (
     CommitsEarly,
     RollsBackWithoutTheRecord,
     GuessesFromATimeout,
@@ -261,8 +385,6 @@ SOURCES: tuple[type[SourceSession], ...] = (
     DestroysWhatIsMissing,
     TellsNothingMissing,
     LeavesTheEngineDead,
-)
-DESTINATIONS: tuple[type[DestinationSession], ...] = (
     ResumesWithoutTheRecord,
     ResumesOnAnUnknownOutcome,
     ResumesWithoutAFence,
@@ -272,43 +394,50 @@ DESTINATIONS: tuple[type[DestinationSession], ...] = (
     TakesEveryFailedResumeForOne,
     LeavesTheGuestWaiting,
     FilledTooEarly,
-)
-
-
-def node_with(mutant: type[SourceSession | DestinationSession | Node]) -> type[Node]:
-    """A node whose sessions are `mutant`s where that is their role, also after a restart."""
-    if issubclass(mutant, Node):
-        return mutant
-
-    class MutantNode(Node):
-        def _mutate(self, session: NodeSession) -> None:
-            if isinstance(session, mutant.__mro__[1]):
-                session.__class__ = mutant  # type: ignore[assignment]
-
-        def new_source(
-            self, migration_id: str, token: int, request: MigrationRequest
-        ) -> SourceSession:
-            session = super().new_source(migration_id, token, request)
-            self._mutate(session)
-            return session
-
-        def new_destination(self, migration_id: str, prepare: m.Prepare) -> DestinationSession:
-            session = super().new_destination(migration_id, prepare)
-            self._mutate(session)
-            return session
-
-        def restored(self, entry: JournalEntry) -> NodeSession:
-            session = super().restored(entry)
-            self._mutate(session)
-            return session
-
-    return MutantNode
-
-
-Mutant = SourceSession | DestinationSession | Node
-MUTANTS: tuple[type[Mutant], ...] = (
-    *SOURCES,
-    *DESTINATIONS,
+    KeepsTheToken,
+    KeepsWhatItCannotRun,
     ForgetsThatItRan,
     ForgetsThatItIsFull,
+    JournalsAfterwards,
+    AdmitsEveryPrepare,
+    LeavesStaleCopies,
+    TakesOverWithoutAFence,
+    TakesBeforeItLooks,
 )
+
+
+class MutantSessions(Sessions):
+    """Sessions that are `mutant`s where that is their role, also after a restart."""
+
+    def __init__(self, mutant: type[NodeSession]) -> None:
+        self._mutant = mutant
+
+    def _mutate(self, session: T) -> T:
+        if isinstance(session, self._mutant.__mro__[1]):
+            session.__class__ = self._mutant  # type: ignore[assignment]
+        return session
+
+    def source(self, side: Side, token: int, request: MigrationRequest) -> SourceSession:
+        return self._mutate(super().source(side, token, request))
+
+    def destination(self, side: Side, prepare: m.Prepare) -> DestinationSession:
+        return self._mutate(super().destination(side, prepare))
+
+    def restored(self, side: Side, entry: JournalEntry) -> NodeSession:
+        return self._mutate(super().restored(side, entry))
+
+
+def play_mutant(mutant: type[Mutant], seed: int, faults: Faults | None) -> None:
+    """Play a seed in a cluster whose code is broken in that way. Raises InvariantViolation."""
+    if issubclass(mutant, Node):
+        play(seed, faults=faults, make_node=mutant)
+    elif issubclass(mutant, Sessions):
+        play(seed, faults=faults, sessions=mutant())
+    else:
+        play(seed, faults=faults, sessions=MutantSessions(mutant))
+
+
+def aims(mutant: type[Mutant]) -> tuple[Faults | None, ...]:
+    """With which faults each seed is played: its own, or those that the mutant is sensitive to."""
+    aim: Faults | None = getattr(mutant, "aim", None)
+    return (None, AIMED) if aim is None else (aim,)

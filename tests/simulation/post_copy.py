@@ -13,46 +13,45 @@ from typing import TYPE_CHECKING
 from migrator.model import PassKind, PassReport
 from migrator.session import vocabulary as v
 from tests.simulation.guests import G, Guest
-from tests.simulation.world import InvariantViolation, World
 
 if TYPE_CHECKING:
-    from tests.simulation.node import Node
+    from tests.simulation.side import Migration, Side
 
 STEP_S = 0.004
 RECONNECT_S = 10.0
 
 
-def listening(node: Node) -> v.EngineListening:
+def listening(side: Side) -> v.EngineListening:
     """The port tells an engine from its successor."""
-    return v.EngineListening(host="10.0.0.2", port=7000 + node.engine, secret=b"s" * 32)
+    return v.EngineListening(host="10.0.0.2", port=7000 + side.engine, secret=b"s" * 32)
 
 
-def tell_missing(node: Node, command: v.RunPass) -> None:
+def tell_missing(side: Side, command: v.RunPass) -> None:
     """STALE and MISSING: the destination drops what is pending. Nothing is copied."""
-    world = node.world
-    source, destination = world.guests.get(node.name), world.guests.get(node.other.name)
-    engines = (node.engine, node.other.engine)
+    world = side.world
+    source, destination = side.guest, side.other.guest
+    engines = (side.engine, side.other.engine)
     if not all(engines) or source is None or destination is None:
         return
     final = command.kind is PassKind.MISSING
 
     def finish() -> None:
-        if (node.engine, node.other.engine) != engines:
+        if (side.engine, side.other.engine) != engines:
             return
-        if world.pages_cut and not world.healed:
+        if not side.pages_flow:
             world.after(0.2, finish)
             return
         if not final:
-            node.pending |= source.dirty
-        told = set(node.pending) | (source.dirty if final else set())
+            side.pending |= source.dirty
+        told = set(side.pending) | (source.dirty if final else set())
         source.dirty.clear()
-        node.pending = set()
+        side.pending = set()
         for page in told:
             destination.missing.add(page)
             destination.memory[page] = -1
         if final:
-            node.other.soon(v.PagesMissing())
-            begin_filling(node.other, destination)
+            side.other.soon(v.PagesMissing())
+            begin_filling(side.other, destination)
         report = PassReport(
             number=command.number,
             kind=command.kind,
@@ -61,103 +60,91 @@ def tell_missing(node: Node, command: v.RunPass) -> None:
             bytes_sent=100,
             pending_pages=len(told),
         )
-        node.soon(v.PassFinished(report=report))
+        side.soon(v.PassFinished(report=report))
 
     world.after(0.001 + world.delay(0.004), finish)
 
 
-def start_successor(node: Node) -> list[v.Event]:
+def start_successor(side: Side) -> list[v.Event]:
     """Destination: an engine that goes on where a dead one stopped."""
-    guest = node.world.guests.get(node.name)
+    guest = side.guest
     if guest is None:
         return [v.EngineLost(reason="no such domain")]
-    node.engine_serial += 1
-    node.engine = node.engine_serial
-    begin_filling(node, guest)
-    return [listening(node)]
+    side.engine_serial += 1
+    side.engine = side.engine_serial
+    begin_filling(side, guest)
+    return [listening(side)]
 
 
-def connect_successor(node: Node, command: v.ConnectEngine) -> list[v.Event]:
+def connect_successor(side: Side, command: v.ConnectEngine) -> list[v.Event]:
     """Source: serve the pages to the engine that listens there, if it still does."""
-    guest = node.served or node.world.guests.get(node.name)
-    if guest is None or not node.engine:
+    guest = side.served or side.guest
+    if guest is None or not side.engine:
         return [v.EngineLost(reason="no such domain")]
-    if command.port != 7000 + node.other.engine:
-        node.engine = 0
+    if command.port != 7000 + side.other.engine:
+        side.engine = 0
         return [v.EngineLost(reason="nobody listens there")]
-    node.linked = node.other.engine
-    node.served = guest
+    side.linked = side.other.engine
+    side.served = guest
     return [v.EngineConnected(pages_in_use=0, round_trip_ms=0.1)]
 
 
-def begin_filling(node: Node, guest: Guest) -> None:
+def begin_filling(side: Side, guest: Guest) -> None:
     """One page at a time, for as long as this engine lives."""
     guest.armed = True
-    node.world.after(STEP_S, partial(_fill, node, guest, node.engine))
+    side.world.after(STEP_S, partial(_fill, side, guest, side.engine))
 
 
-def _fill(node: Node, guest: Guest, engine: int) -> None:
-    world = node.world
-    if node.engine != engine or world.guests.get(node.name) is not guest:
+def _fill(side: Side, guest: Guest, engine: int) -> None:
+    world = side.world
+    if side.engine != engine or side.guest is not guest:
         return
-    served = _served_to(node)
-    cut = world.pages_cut and not world.healed
-    if guest.missing and served is not None and not cut:
+    served = _served_to(side)
+    if guest.missing and served is not None and side.pages_flow:
         page = world.random.choice(sorted(guest.missing))
         guest.memory[page] = served.memory[page]
         guest.missing.discard(page)
-        world.after(world.delay(STEP_S), partial(_fill, node, guest, engine))
+        world.after(world.delay(STEP_S), partial(_fill, side, guest, engine))
     elif guest.missing:
-        world.after(0.1, partial(_fill, node, guest, engine))
+        world.after(0.1, partial(_fill, side, guest, engine))
     else:
-        node.soon(v.PagesComplete())
+        side.soon(v.PagesComplete())
 
 
-def _served_to(node: Node) -> Guest | None:
+def _served_to(side: Side) -> Guest | None:
     """The memory that the source's engine serves to this node's."""
-    other = node.other
-    return other.served if other.engine and other.linked == node.engine else None
+    other = side.other
+    return other.served if other.engine and other.linked == side.engine else None
 
 
-def peer_engine_gone(node: Node) -> None:
+def peer_engine_gone(side: Side) -> None:
     """The engine that `node`'s talks to is gone. In post-copy a source's gives up after a while."""
-    engine, gone = node.engine, node.linked
-    if node.served is None or not engine or not gone:
+    engine, gone = side.engine, side.linked
+    if side.served is None or not engine or not gone:
         return
 
     def give_up() -> None:
-        if node.engine == engine and node.linked == gone:
-            node.kill_engine("the destination's engine is gone")
+        if side.engine == engine and side.linked == gone:
+            side.kill_engine("the destination's engine is gone")
 
-    node.world.after(node.world.delay(RECONNECT_S), give_up)
+    side.world.after(side.world.delay(RECONNECT_S), give_up)
 
 
-def reachable(world: World, node: Node, guest: Guest) -> bool:
-    """Whether what `guest` (on `node`) lacks is anywhere."""
-    other = node.other
-    copy = world.guests.get(other.name)
-    if copy is not None and copy.state is not G.RUNNING:
+def reachable(side: Side) -> bool:
+    """Whether what this side's guest lacks is anywhere."""
+    other = side.other
+    copy = other.guest
+    if copy is not None and copy.state is not G.RUNNING and not copy.deposed:
         return True
     return bool(other.engine) and other.served is not None
 
 
-def note_loss(world: World, nodes: list[Node]) -> None:
+def note_loss(migration: Migration) -> None:
     """After something died: are missing pages nowhere any more?"""
-    for node in nodes:
-        guest = world.guests.get(node.name)
-        if guest is None or not guest.missing or guest.epoch != world.epoch:
-            continue
-        if guest.state in (G.LOADED, G.RUNNING) and not reachable(world, node, guest):
-            world.memory_lost = world.memory_lost or "died: pages that were missing"
-            guest.doomed = True
-
-
-def check_source_destroyed(world: World, node: Node) -> None:
-    """A source may go only when the destination holds every page, or is lost anyway."""
-    guest = world.guests.get(node.other.name)
-    if guest is None or guest.state is not G.RUNNING or guest.epoch != world.epoch:
+    side, domain = migration.destination, migration.domain
+    guest = side.guest
+    if guest is None or not guest.missing or guest.epoch != domain.epoch:
         return
-    if guest.missing and not guest.doomed:
-        raise InvariantViolation(
-            f"4: {node.name} destroyed its copy while {guest.node} lacks {sorted(guest.missing)}"
-        )
+    if guest.state in (G.LOADED, G.RUNNING) and not reachable(side):
+        domain.lose("died", "pages that were missing")
+        guest.doomed = True

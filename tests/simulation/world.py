@@ -1,35 +1,32 @@
-"""A simulated cluster of two nodes and one domain, driven by one seed: time, chance, shared parts.
+"""The simulated world: time, chance, and a transcript; one seed drives everything.
 
-The sessions are the production ones (`migrator.session`), and so are the journal's entries and the
-answers for ended migrations. Simulated are: hypervisors, engines, networks, the ownership store,
-the volume, journals, clocks and processes. Everything that takes time is an entry in one heap,
-ordered by (time, sequence number); every choice comes from one random generator. So a seed replays
-to the letter.
+Everything that takes time is an entry in one heap, ordered by (time, sequence number); every choice
+comes from one random generator. So a seed replays to the letter. The agents' asyncio code runs on
+the same heap (`loop`).
 
-    scenario   the faults of a seed, two migrations (there, and back or again), the verdict
-    node       a node: the agent and its session, journal, clock; crashes and reboots
-    effects    what each command does, and when
-    guests     hypervisor processes, and a guest that is real enough to be corrupted
-    checkers   DESIGN's invariants, looked at after every step
+    scenario    a seed's faults, its cluster, what its operators do, the verdict
+    stories     what operators do: migrations, starts and stops, takeovers
+    faults      what goes wrong by itself
+    cluster     nodes, domains, store, storage, network
+    node        a node: agent, journal, clock; crashes and reboots
+    agent       an agent's production parts (domains, ownership, recovery) on simulated drivers
+    side        a node's side of one migration: the production session, its engine and timers
+    effects     what each command of a session does, and when
+    checkers/   DESIGN's invariants, a module each
 """
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from migrator.model import DiskSpec, DomainSpec, NodeName, OwnershipRecord, OwnershipState
-from tests.simulation.guests import Guest
+from tests.simulation.loop import SimulatedLoop
 
-STEPS_MAX = 60_000
-"""The busiest seeds take about 10,000."""
-N1 = NodeName("n1")
-N2 = NodeName("n2")
-N3 = NodeName("n3")
-"""Takes no part in migrations: where a silent owner's domain is started again from disk."""
-SPEC = DomainSpec(name="vm", memory_bytes=64 * 1024**2, disks=(DiskSpec(volume="vm.raw"),))
+STEPS_MAX = 150_000
+"""The busiest seeds take about 20,000."""
 
 
 class InvariantViolation(AssertionError):
@@ -61,7 +58,9 @@ class Faults:
     store_late: float = 0.0
     """That such a request is applied only later, up to STORE_LATE_S after its sender gave up."""
     store_outage_mean_s: float = 0.0
-    """Mean length of outages in which nothing is known, and of a third of the gaps between."""
+    """Mean length of outages, of the store or of one node's way to it, and of the gaps between."""
+    storage_stall_mean_s: float = 0.0
+    """Mean length of times in which the storage, or one node's way to it, answers nobody."""
     command_failure: float = 0.0
     journal_failure: float = 0.0
     fence_failure: float = 0.0
@@ -71,13 +70,15 @@ class Faults:
     hang: float = 0.0
     """That a hypervisor's monitor is stuck for up to HANG_S before a command."""
     stall: float = 0.0
-    """That a pass takes up to STALL_S."""
+    """That a pass takes up to STALL_S, or the device state a second."""
     aimed: float = 0.0
     """That something is killed within AIM_S after a session came to the switchover or beyond."""
     long_down: float = 0.0
     """That a dead agent stays down for up to LONG_DOWN_S."""
     takeover: bool = False
-    """An owner that is silent for long is powered off, and the domain started elsewhere."""
+    """Operators take domains of silent nodes over."""
+    drift: float = 0.0
+    """By how much a node's clock goes fast or slow, at most."""
     diverging: bool = False
     """The guest dirties more than passes send."""
     heal_at_s: float = 30.0
@@ -91,14 +92,6 @@ AIM_S = 0.02
 LONG_DOWN_S = 100.0
 
 
-@dataclass(slots=True)
-class Volume:
-    """Shared storage that enforces nothing: the checker looks at who wrote under which token."""
-
-    fenced_token: int = 1
-    last_writer_token: int = 1
-
-
 class World:
     """See the module."""
 
@@ -108,27 +101,17 @@ class World:
         self.random = random.Random(seed)
         self.now_s = 1000.0
         self.started_at_s = self.now_s
-        self.log: Callable[..., None] = self._log
-        self.volume = Volume()
-        self.record = OwnershipRecord(
-            domain=SPEC.name, token=1, owner=N1, state=OwnershipState.RUNNING
-        )
-        self.guests: dict[NodeName, Guest] = {N1: Guest.born_running(N1)}
-        self.epoch = 0
-        """Counts the times that vCPUs were set going: a copy of another epoch is stale."""
-        self.paused_memory: list[int] | None = None
-        self.cut_from: set[NodeName] = set()
-        """Senders whose messages to the other agent are lost."""
-        self.pages_cut = False
-        self.store_down = False
-        self.memory_lost: str | None = None
-        """Why invariant 4 makes its exception: what died had the only whole copy."""
         self.stopped = False
         self.transcript_entries: list[tuple[float, str, tuple[object, ...]]] = []
+        self.loop = SimulatedLoop(lambda: self.now_s, self._push)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
 
     # --- time and chance ---
+
+    @property
+    def elapsed_s(self) -> float:
+        return self.now_s - self.started_at_s
 
     @property
     def healed(self) -> bool:
@@ -144,25 +127,54 @@ class World:
         return self.random.expovariate(1.0 / mean_s)
 
     def after(self, seconds: float, action: Callable[[], None]) -> None:
-        self._sequence += 1
-        heapq.heappush(self._heap, (self.now_s + seconds, self._sequence, action))
+        self._push(self.now_s + seconds, action)
 
-    def run(self, until_s: float, *, step: Callable[[], None]) -> None:
-        """Run what is due up to `until_s` after the start, or `stopped`; `step` after each."""
+    def _push(self, at_s: float, action: Callable[[], None]) -> None:
+        self._sequence += 1
+        heapq.heappush(self._heap, (max(at_s, self.now_s), self._sequence, action))
+
+    def run(self, until_s: float) -> None:
+        """Run what is due up to `until_s` after the start, or until `stopped`."""
         limit = self.started_at_s + until_s
-        heap = self._heap
+        heap, loop = self._heap, self.loop
         steps = 0
-        while heap and heap[0][0] <= limit and not self.stopped:
-            self.now_s, _, action = heapq.heappop(heap)
-            action()
-            step()
-            steps += 1
-            if steps > STEPS_MAX:
-                raise InvariantViolation(f"5: no rest: {steps} steps, and busy with itself")
+        asyncio._set_running_loop(loop)
+        try:
+            loop.run_ready()
+            while heap and heap[0][0] <= limit and not self.stopped:
+                self.now_s, _, action = heapq.heappop(heap)
+                action()
+                if loop.ready:
+                    loop.run_ready()
+                if loop.failures:
+                    raise loop.failures[0]
+                steps += 1
+                if steps > STEPS_MAX:
+                    raise InvariantViolation(f"5: no rest: {steps} steps, and busy with itself")
+        finally:
+            asyncio._set_running_loop(None)
+
+    def wind_up(self) -> None:
+        """End every task that is left, so that nothing of this world outlives it."""
+        loop, heap = self.loop, self._heap
+        asyncio._set_running_loop(loop)
+        try:
+            for _ in range(100):  # Cleaning up may make tasks; each is ended in its turn.
+                tasks = asyncio.all_tasks(loop)
+                if not tasks:
+                    break
+                for task in tasks:
+                    task.cancel()
+                loop.run_ready()
+        finally:
+            asyncio._set_running_loop(None)
+            heap.clear()
+            loop.ready.clear()
+            loop.failures.clear()
 
     # --- the transcript, formatted only if somebody reads it ---
 
-    def _log(self, text: str, *values: object) -> None:
+    def log(self, text: str, *values: object) -> None:
         self.transcript_entries.append((self.now_s, text, values))
 
     def transcript(self) -> list[str]:

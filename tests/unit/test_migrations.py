@@ -15,12 +15,15 @@ from migrator.model import (
     MigrationProgress,
     MigrationRequest,
     MigrationState,
+    NodeName,
     OwnershipState,
     PassKind,
     Role,
 )
 from migrator.ports import AbortOutcome
 from migrator.session import vocabulary as v
+from migrator.session.messages import Prepare
+from node_agent.migrations.site import Envelope
 from node_agent.resources import MIGRATIONS
 from tests.unit.migration_world import WEB, MigrationWorld, eventually, migration_world
 
@@ -71,6 +74,27 @@ async def test_a_guest_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         await world.until(lambda: back.id not in world.b.manager._runners)
         await world.until(lambda: not world.a.manager._runners)
         assert await world.a.node.domains.stop(WEB)
+
+
+async def test_a_late_prepare_harms_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a migration that has ended, at a node where the domain runs by now."""
+    async with migration_world(tmp_path, monkeypatch) as world:
+        spec = (await world.a.node.records.get(WEB)).spec
+        request = MigrationRequest(destination="b")
+        late = Prepare(spec=spec, source="a", token=1, request=request)
+        assert (await world.ended(await world.migrate())).state is _S.COMPLETED
+        await world.until(lambda: not world.b.manager._runners)
+        envelope = Envelope(migration_id="late", to=Role.DESTINATION, message=late)
+        await world.b.manager._on_message(NodeName("a"), envelope)
+        assert not world.b.manager._runners
+        assert world.running() == ["b"]
+        assert world.b.node.domains.locks.migration_of(WEB) is None
+        # Nor where it has run, and doesn't any more: the record knows of no such migration.
+        await world.a.manager._on_message(NodeName("b"), envelope)
+        assert not world.a.manager._runners
+        assert world.state(world.a) is None
 
 
 async def test_a_cancel_brings_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

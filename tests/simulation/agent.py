@@ -1,0 +1,466 @@
+"""An agent's life in the simulation: its production parts, made anew at each start.
+
+Production: `DomainService`, `DomainOwnership`, `DomainTakeover`, `LaunchBuilder`, `DomainLocks`,
+`StoreOwnership`, `DomainRecords`, `NodeSite`, `DestinationCheck`, the admission of migrations, and
+the lane that the runner performs a guest's commands in. Simulated: the drivers under them. When the
+agent dies its tasks are cancelled, and nothing that they do in cleaning up has an effect any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+
+from migrator.errors import FerryError, HypervisorError, NotFoundError, StorageError
+from migrator.model import (
+    DomainName,
+    DomainSpec,
+    DomainState,
+    DomainStatus,
+    HypervisorCapabilities,
+    NicSpec,
+    NodeInfo,
+    NodeName,
+    NodeState,
+    PoolName,
+)
+from migrator.ports import (
+    AbortOutcome,
+    DomainEvent,
+    FabricDriver,
+    GuestMemory,
+    HypervisorDriver,
+    Launch,
+)
+from node_agent.domain_locks import DomainLocks
+from node_agent.domain_records import DomainRecords
+from node_agent.domain_takeover import DomainTakeover
+from node_agent.domains import DomainService
+from node_agent.events import EventKind, EventLog
+from node_agent.hooks.model import HookReport
+from node_agent.migrations.checks import DestinationCheck
+from node_agent.migrations.cutover import CutoverService
+from node_agent.migrations.moments import MigrationMoments
+from node_agent.migrations.site import NodeSite
+from node_agent.nodes import NodeView
+from node_agent.peers.hub import PeerHub
+from node_agent.state.ownership import StoreOwnership
+from node_agent.state.typed import TypedStore
+from tests.simulation.checkers import writes
+from tests.simulation.guests import PAGES, STATES, G, Guest
+from tests.simulation.storage import SimulatedVolumes
+from tests.simulation.store import SimulatedStore
+
+if TYPE_CHECKING:
+    from tests.simulation.cluster import Domain
+    from tests.simulation.node import Node
+
+T = TypeVar("T")
+CALL_S = 0.001
+SWEEP_S = 20.0
+SILENT_S = 5.0
+CAPABILITIES = HypervisorCapabilities(
+    driver="simulated",
+    version="1",
+    accelerator="none",
+    machine_types=("q35",),
+    cpu_models=("qemu64",),
+)
+
+
+class AgentDead(FerryError):
+    """What a dead agent's calls raise; nobody hears it."""
+
+
+class QuietEvents(EventLog):
+    """Events go into the transcript."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    def emit(
+        self,
+        kind: EventKind,
+        message: str,
+        *,
+        domain: str | None = None,
+        migration: str | None = None,
+        **data: str | int | float | bool | None,
+    ) -> None:
+        if self._agent.alive:
+            self._agent.world.log("{}: {}: {}", self._agent.node.name, kind.value, message)
+
+
+class Agent:
+    """One incarnation. `restore` and `open` in the order of the production agent."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.world = node.world
+        self.alive = True
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.admitting: set[str] = set()
+        store = SimulatedStore(self, node.cluster.store)
+        typed = TypedStore(store)
+        self.hypervisor = SimulatedHypervisor(self)
+        fabric = SimulatedFabric()
+        domains = node.cluster.domains.values()
+        volumes = {str(domain.name): domain.volume for domain in domains}
+        self.pools = pools = {
+            PoolName("fenced"): SimulatedVolumes(self, volumes, enforces=True),
+            PoolName("shared"): SimulatedVolumes(self, volumes, enforces=False),
+        }
+        events = QuietEvents(self)
+        self.ownership = StoreOwnership(store)
+        self.records = DomainRecords(typed)
+        self.locks = DomainLocks()
+        self.domains = DomainService(
+            node.name,
+            hypervisor=self.hypervisor,
+            pools=pools,
+            fabric=fabric,
+            ownership=self.ownership,
+            records=self.records,
+            events=events,
+            pin_machine=_as_it_is,
+            locks=self.locks,
+            clock=lambda: node.clock_s,
+        )
+        self.domains.ownership._sweep_s = SWEEP_S
+        self.takeover = DomainTakeover(
+            node.name,
+            domains=self.domains,
+            pools=pools,
+            ownership=self.ownership,
+            records=self.records,
+            nodes=self._heartbeats,
+            events=events,
+        )
+        check = UnencryptedCheck(
+            memory_bytes=1 << 40,
+            hypervisor=self.hypervisor,
+            pools=pools,
+            fabric=fabric,
+            incoming=tuple,
+            tls=lambda: None,
+        )
+        self.site = NodeSite(
+            hub=cast(PeerHub, None),  # Messages go by the simulated network.
+            hypervisor=self.hypervisor,
+            fabric=fabric,
+            domains=self.domains,
+            check=check,
+            moments=cast(MigrationMoments, NoHooks()),
+            ownership=self.ownership,
+            cutover=cast(CutoverService, NoNetwork()),
+        )
+
+    # --- tasks ---
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run it while the agent lives. A FerryError of it is only noted."""
+        task = self.world.loop.create_task(self._logged(work))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _logged(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except FerryError as error:
+            if self.alive:
+                self.world.log("{}: {}", self.node.name, error)
+
+    def die(self) -> None:
+        """SIGKILL: no task goes on, and what they clean up has no effect."""
+        self.alive = False
+        ownership = self.domains.ownership
+        for task in sorted(self.tasks | ownership._tasks, key=lambda task: task.get_name()):
+            task.cancel()
+
+    async def trip(self, most_s: float) -> None:
+        """Wait for a part of `most_s`. AgentDead if the agent is gone."""
+        await self.call(_nothing, self.world.delay(most_s))
+
+    async def call(self, effect: Callable[[], T], seconds: float) -> T:
+        """`effect` after so many seconds, also if nobody waits for it any more by then."""
+        if not self.alive:
+            raise AgentDead("the agent is dead")
+        done: asyncio.Future[T] = self.world.loop.create_future()
+
+        def act() -> None:
+            try:
+                result = effect()
+            except FerryError as error:
+                if not done.done():
+                    done.set_exception(error)
+                return
+            if not done.done():
+                done.set_result(result)
+
+        self.world.after(seconds, act)
+        return await done
+
+    # --- start ---
+
+    async def start(self) -> None:
+        """As `node_agent.agent` does: claims first, then processes and records are compared."""
+        node = self.node
+        claimed, sides = set(), []
+        for entry in node.entries_to_restore():
+            side = node.side_of(entry)
+            await self.locks.claim_for_migration(side.domain.name, side.migration_id)
+            claimed.add(side.domain.name)
+            side.restore(entry)
+            sides.append(side)
+        while True:  # Bounded by the faults' end. Production's supervisor starts the agent again.
+            try:
+                await self.domains.open(await self.hypervisor.open(), claimed)
+                break
+            except FerryError as error:
+                if not self.alive:
+                    raise
+                self.world.log("{}: the start failed: {}", node.name, error)
+                await self.domains.close()
+                await asyncio.sleep(2.0)
+        node.opened(sides)
+
+    async def _heartbeats(self) -> Mapping[NodeName, NodeView]:
+        """Who is silent, as this node sees it: by what the store was told."""
+        await self.trip(CALL_S)
+        now_s = self.world.now_s
+        return {
+            node.name: NodeView(
+                info=_info(node.name),
+                state=NodeState.READY if node.heard_for_s(now_s) <= SILENT_S else _SILENT,
+                heartbeat_age_s=node.heard_for_s(now_s),
+            )
+            for node in self.node.cluster.nodes.values()
+        }
+
+
+_SILENT = NodeState.UNREACHABLE
+
+
+def _nothing() -> None:
+    pass
+
+
+async def _as_it_is(machine: str) -> str:
+    return machine
+
+
+def _info(name: str) -> NodeInfo:
+    return NodeInfo(
+        name=name,
+        api_address="",
+        peer_address="",
+        migration_address="",
+        memory_bytes=1 << 40,
+        cpus=2,
+        capabilities=CAPABILITIES,
+        heartbeat_at_s=0.0,
+        agent_version="simulated",
+    )
+
+
+class UnencryptedCheck(DestinationCheck):
+    """Without a look at files."""
+
+    async def _encryption(self, source: bool) -> list[str]:
+        return []
+
+
+class NoHooks:
+    """Instead of `MigrationMoments`: nobody has to be asked."""
+
+    async def before_switchover(self, _: object) -> HookReport:
+        return HookReport()
+
+
+class NoNetwork:
+    """Instead of `CutoverService`: guests without NICs."""
+
+    async def prepare_arrival(self, _: object) -> None: ...
+
+    def gone(self, _: object) -> None: ...
+
+
+class SimulatedFabric(FabricDriver):
+    """Guests without NICs: there is nothing to do."""
+
+    name: ClassVar[str] = "simulated"
+
+    async def check(self, nic: NicSpec) -> Sequence[str]:
+        return ()
+
+    async def plug(self, domain: DomainName, index: int, nic: NicSpec) -> int:
+        raise NotImplementedError
+
+    async def unplug(self, domain: DomainName, index: int) -> None: ...
+
+    async def announce(self, domain: DomainName, nics: Sequence[NicSpec]) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class SimulatedHypervisor(HypervisorDriver):
+    """What domain operations need of a hypervisor. A session's own commands are in `effects`."""
+
+    name: ClassVar[str] = "simulated"
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self.subscribers: list[Callable[[DomainEvent], None]] = []
+
+    def _domain(self, name: str) -> Domain:
+        return self._agent.node.cluster.domains[DomainName(name)]
+
+    def _here(self, name: str) -> Guest | None:
+        return self._domain(name).guests.get(self._agent.node.name)
+
+    async def _call(self, effect: Callable[[], T]) -> T:
+        agent = self._agent
+        world = agent.world
+        fails = world.chance(world.faults.command_failure)
+        happens = not fails or world.random.random() < 0.5
+
+        def act() -> T:
+            result = effect() if happens else None
+            if fails or result is None:
+                raise HypervisorError("simulated")
+            return result
+
+        return await agent.call(act, 0.0002 + world.delay(CALL_S))
+
+    async def open(self) -> Sequence[DomainName]:
+        await self._agent.trip(CALL_S)
+        here = self._agent.node.name
+        return [
+            each.name for each in self._agent.node.cluster.domains.values() if here in each.guests
+        ]
+
+    async def close(self) -> None: ...
+
+    async def capabilities(self) -> HypervisorCapabilities:
+        return CAPABILITIES
+
+    def subscribe(self, callback: Callable[[DomainEvent], None]) -> Callable[[], None]:
+        self.subscribers.append(callback)
+        return lambda: self.subscribers.remove(callback)
+
+    async def start(self, launch: Launch) -> None:
+        domain = self._domain(launch.spec.name)
+
+        def effect() -> Guest:
+            guest = self._spawn(launch, G.INCOMING, [0] * PAGES)
+            domain.memory_lost = None  # The guest is another one now: what is left is stale.
+            guest.doomed = True  # Until its start has succeeded.
+            writes.check_start(domain, guest)
+            domain.set_running(guest)
+            self._agent.world.log("{}: {} boots", guest.node, domain.name)
+            return guest
+
+        guest = await self._call(effect)
+        guest.doomed = False
+
+    async def start_incoming(self, launch: Launch) -> None:
+        await self._call(lambda: self._spawn(launch, G.INCOMING, [-1] * PAGES))
+
+    def _spawn(self, launch: Launch, state: G, memory: list[int]) -> Guest:
+        domain, node = self._domain(launch.spec.name), self._agent.node.name
+        if not self._agent.alive:
+            raise AgentDead("the agent is dead")
+        if node in domain.guests:
+            raise HypervisorError("the domain is here")
+        guest = domain.guests[node] = Guest(
+            node=node,
+            token=launch.token,
+            state=state,
+            memory=memory,
+            epoch=-1,
+            spec=launch.spec,
+            opened_token=launch.token,
+        )
+        return guest
+
+    async def stop(self, domain: DomainName, *, timeout_s: float) -> bool:
+        def effect() -> bool:
+            guest = self._here(domain)
+            if guest is None:
+                raise NotFoundError("no such domain")
+            guest.doomed = True
+            self._agent.node.kill_guest(self._domain(domain), "powered off", stopped=True)
+            return True
+
+        return await self._call(effect)
+
+    async def destroy(self, domain: DomainName) -> None:
+        def effect() -> bool:
+            guest = self._here(domain)
+            if guest is not None:
+                self._agent.node.end_guest(self._domain(domain), guest)
+            return True
+
+        await self._call(effect)
+
+    async def inspect(self, domain: DomainName) -> DomainStatus:
+        def effect() -> DomainStatus:
+            guest = self._here(domain)
+            state = DomainState.STOPPED if guest is None else STATES[guest.state]
+            return DomainStatus(name=domain, state=state)
+
+        world = self._agent.world
+        return await self._agent.call(effect, 0.0002 + world.delay(CALL_S))
+
+    async def list_domains(self) -> Sequence[DomainStatus]:
+        await self._agent.trip(CALL_S)
+        return [
+            DomainStatus(name=each.name, state=STATES[each.guests[self._agent.node.name].state])
+            for each in self._agent.node.cluster.domains.values()
+            if self._agent.node.name in each.guests
+        ]
+
+    async def launched(self, domain: DomainName) -> DomainSpec | None:
+        guest = self._here(domain)
+        return None if guest is None else guest.spec
+
+    async def receive_device_state(self, domain: DomainName, device_channel: Path) -> None:
+        await self._agent.trip(CALL_S)
+
+    def console_log(self, domain: DomainName) -> Path:
+        raise NotImplementedError
+
+    async def pause(self, domain: DomainName) -> None:
+        raise NotImplementedError
+
+    async def resume(self, domain: DomainName) -> float:
+        """An operator's, after an I/O error: under the token that it has."""
+
+        def effect() -> float:
+            guest = self._here(domain)
+            if guest is None or guest.state is not G.IO_ERROR:
+                raise StorageError("nothing to resume")
+            guest.state = G.RUNNING
+            return self._agent.node.clock_s
+
+        return await self._call(effect)
+
+    async def reset(self, domain: DomainName) -> None:
+        raise NotImplementedError
+
+    async def memory(self, domain: DomainName) -> GuestMemory:
+        raise NotImplementedError
+
+    async def prepare_switchover(self, domain: DomainName) -> None:
+        raise NotImplementedError
+
+    async def begin_switchover(self, domain: DomainName, device_channel: Path) -> None:
+        raise NotImplementedError
+
+    async def continue_switchover(self, domain: DomainName) -> None:
+        raise NotImplementedError
+
+    async def abort_switchover(self, domain: DomainName) -> AbortOutcome:
+        raise NotImplementedError

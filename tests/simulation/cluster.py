@@ -1,0 +1,180 @@
+"""A simulated cluster: 3 to 7 nodes, several domains, one store, one storage, one network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from migrator.model import (
+    DiskSpec,
+    DomainName,
+    DomainSpec,
+    FencingToken,
+    NodeName,
+    OwnershipRecord,
+    OwnershipState,
+    Role,
+)
+from migrator.session import messages as m
+from node_agent.resources import DOMAINS, DomainRecord
+from node_agent.state.ownership import PREFIX as OWNERSHIP
+from node_agent.state.typed import _encoder, decode
+from tests.simulation.checkers import one_runner
+from tests.simulation.guests import PAGES, G, Guest
+from tests.simulation.node import Node
+from tests.simulation.side import Envelope, Migration, Sessions
+from tests.simulation.storage import Volume
+from tests.simulation.store import StoreData
+from tests.simulation.world import STRAGGLER_S, World
+
+FENCED, SHARED = "fenced", "shared"
+"""Two pools: one whose storage checks who writes, and a folder that every node mounts."""
+
+
+class Domain:
+    """What is true of one domain, whoever knows it."""
+
+    def __init__(self, world: World, spec: DomainSpec, owner: NodeName) -> None:
+        self.world = world
+        self.spec = spec
+        self.name = DomainName(spec.name)
+        self.volume = Volume(world, enforces=spec.disks[0].pool == FENCED)
+        self.record: OwnershipRecord | None = None
+        """As the store has it."""
+        self.guests: dict[NodeName, Guest] = {}
+        self.epoch = 0
+        """Counts the times that vCPUs were set going: a copy of another epoch is stale."""
+        self.paused_memory: list[int] | None = None
+        self.memory_lost: str | None = None
+        """Why invariant 4 makes its exception (`checkers.liveness`). A start ends it."""
+        self.losses: list[str] = []
+        self.volume.opened[owner] = 1
+        self.volume.fence(owner, FencingToken(1))
+        self.guests[owner] = Guest(
+            node=owner,
+            token=1,
+            state=G.RUNNING,
+            memory=[0] * PAGES,
+            epoch=0,
+            spec=spec,
+            opened_token=1,
+        )
+
+    @property
+    def running(self) -> Guest | None:
+        """The one that computes and may write."""
+        for guest in self.guests.values():
+            if guest.state is G.RUNNING and self.volume.accepts(guest):
+                return guest
+        return None
+
+    def lose(self, kind: str, detail: str = "") -> None:
+        """Its memory is gone, or nobody may use it; the first word on that counts."""
+        if self.memory_lost is None:
+            self.memory_lost = f"{kind}: {detail}" if detail else kind
+            self.losses.append(kind)
+            self.world.log("{} lost, {}", self.name, self.memory_lost)
+
+    def depose(self) -> None:
+        """It was taken over: what there is of it is stale from now on."""
+        self.epoch += 1
+        self.lose("taken over")
+        for guest in self.guests.values():
+            guest.deposed = True
+
+    def set_running(self, guest: Guest) -> None:
+        """vCPUs are set going."""
+        if not guest.deposed:
+            self.epoch += 1
+            guest.epoch = self.epoch
+        guest.state = G.RUNNING
+        guest.begun = False
+        one_runner.check(self)
+
+
+class Cluster:
+    """See the module. `sessions` makes the sessions; mutants give another one."""
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        nodes: int,
+        domains: int,
+        sessions: Sessions | None = None,
+        make_node: type[Node] = Node,
+    ) -> None:
+        self.world = world
+        self.sessions = sessions or Sessions()
+        self.store = StoreData(world, self._on_write)
+        self.domains: dict[DomainName, Domain] = {}
+        self.migrations: dict[str, Migration] = {}
+        self.cut: set[tuple[NodeName, NodeName]] = set()
+        """Directed: what the first sends to the second is lost."""
+        self.pages_cut: set[frozenset[NodeName]] = set()
+        self.on_event: list[Callable[[str, str], None]] = []
+        names = [NodeName(f"n{number}") for number in range(1, nodes + 1)]
+        for number in range(domains):
+            self._make_domain(number, world.random.choice(names))
+        self.nodes = {name: make_node(self, name) for name in names}
+        for node in self.nodes.values():
+            node.boot_up()
+
+    def _make_domain(self, number: int, owner: NodeName) -> None:
+        name = f"vm{number + 1}"
+        pool = SHARED if self.world.random.random() < 0.3 else FENCED
+        spec = DomainSpec(
+            name=name,
+            memory_bytes=64 * 1024**2,
+            machine="q35",
+            disks=(DiskSpec(pool=pool, volume=name),),
+        )
+        domain = self.domains[DomainName(name)] = Domain(self.world, spec, owner)
+        record = OwnershipRecord(domain=name, token=1, owner=owner, state=OwnershipState.RUNNING)
+        self.store.write(f"{DOMAINS}{name}", _encoder.encode(_defined(spec)))
+        self.store.write(f"{OWNERSHIP}{name}", _encoder.encode(record))
+        assert domain.record == record
+
+    def _on_write(self, key: str, value: bytes | None, takeover: bool) -> None:
+        """The store was written: keep the domain's record in view, and look at invariant 1."""
+        if not key.startswith(OWNERSHIP):
+            return
+        domain = self.domains[DomainName(key.removeprefix(OWNERSHIP))]
+        domain.record = None if value is None else decode(key, value, OwnershipRecord)
+        running = domain.record is not None and domain.record.state is OwnershipState.RUNNING
+        if takeover and running:
+            domain.depose()
+        self.world.log("record: {}", domain.record)
+        one_runner.check(domain)
+
+    # --- the network ---
+
+    def reaches(self, sender: NodeName, receiver: NodeName) -> bool:
+        return self.world.healed or (sender, receiver) not in self.cut
+
+    def pages_flow(self, one: NodeName, other: NodeName) -> bool:
+        return self.world.healed or frozenset((one, other)) not in self.pages_cut
+
+    def send(self, sender: Node, envelope: Envelope) -> None:
+        """From one agent to the other: lost, doubled, late, out of order."""
+        world, faults = self.world, self.world.faults
+        receiver = self.nodes[envelope.receiver]
+        for _ in range(1 + world.chance(faults.duplicate)):
+            if (
+                not receiver.up
+                or not self.reaches(sender.name, receiver.name)
+                or world.chance(faults.loss)
+            ):
+                world.log("{}: lost {}", sender.name, envelope.message)
+                continue
+            late = world.chance(faults.straggler)
+            seconds = world.delay(STRAGGLER_S if late else faults.delay_s_max)
+            world.after(seconds, lambda: receiver.receive(envelope))
+
+    def answer(self, node: Node, envelope: Envelope, message: m.SessionMessage) -> None:
+        role = Role.SOURCE if envelope.role is Role.DESTINATION else Role.DESTINATION
+        reply = Envelope(envelope.migration_id, role, message, node.name, envelope.sender)
+        self.send(node, reply)
+
+
+def _defined(spec: DomainSpec) -> DomainRecord:
+    return DomainRecord(spec=spec, defined_at_s=0.0)

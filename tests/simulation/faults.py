@@ -1,0 +1,190 @@
+"""What goes wrong by itself in a cluster, and the mix of faults of a seed."""
+
+from __future__ import annotations
+
+import random
+
+from migrator.model import NodeName
+from migrator.session import vocabulary as v
+from tests.simulation.cluster import Cluster
+from tests.simulation.node import Node
+from tests.simulation.world import Faults
+
+
+def faults_of(seed: int) -> Faults:
+    """The mix of faults of a seed. A fifth has none."""
+    if seed % 10 < 2:
+        return Faults()
+    r = random.Random(f"faults {seed}")
+    scale = r.choice((0.2, 0.5, 1.0, 1.0, 2.0))
+
+    def rate(most: float, often: float = 0.5) -> float:
+        return scale * most * r.random() if r.random() < often else 0.0
+
+    def mean(least_s: float, often: float) -> float:
+        return least_s / (scale * (0.1 + r.random())) if r.random() < often else 0.0
+
+    return Faults(
+        crash_per_command=rate(0.05, 0.4),
+        kill_mean_s=mean(0.05, 0.15) or mean(2.0, 0.3),
+        hypervisor_share=r.choice((0.0, 0.0, 0.2, 0.4)),
+        reboot_share=r.choice((0.0, 0.0, 0.1, 0.3)),
+        loss=rate(0.3),
+        duplicate=rate(0.4),
+        straggler=rate(0.2),
+        delay_s_max=r.choice((0.001, 0.002, 0.02, 1.5)),
+        partition_mean_s=mean(0.3, 0.2) or mean(20.0, 0.1),
+        false_alarm_mean_s=mean(0.3, 0.2),
+        store_unknown=rate(0.5),
+        store_late=rate(1.0),
+        store_outage_mean_s=mean(1.0, 0.2) or mean(10.0, 0.1),
+        storage_stall_mean_s=mean(1.0, 0.2),
+        command_failure=rate(0.1, 0.4),
+        journal_failure=rate(0.3, 0.3),
+        fence_failure=rate(0.6, 0.2) or (1.0 if r.random() < 0.04 else 0.0),
+        resume_failure=rate(0.6, 0.3),
+        death_before_resume=r.choice((0.0, 0.0, 0.0, 0.1, 0.5)),
+        hang=rate(0.1, 0.3),
+        stall=rate(0.1, 0.3),
+        aimed=rate(0.7, 0.6),
+        long_down=rate(0.2, 0.2),
+        takeover=r.random() < 0.3,
+        drift=r.choice((0.0, 0.0, 0.001, 0.05)),
+        diverging=r.random() < 0.1,
+        heal_at_s=r.choice((5.0, 10.0, 30.0, 60.0)),
+    )
+
+
+AIMED = Faults(aimed=1.0, hypervisor_share=0.35, heal_at_s=10.0)
+"""Nothing but kills around the switchover: most sequences that matter are made of these."""
+
+
+class Injector:
+    """Starts what goes on by itself: kills, partitions, outages, stalls."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.world = cluster.world
+        self.nodes = list(cluster.nodes.values())
+
+    def start(self) -> None:
+        world = self.world
+        faults = world.faults
+        if faults.kill_mean_s:
+            world.after(0.05 + world.around(faults.kill_mean_s), self._kill_something)
+        if faults.partition_mean_s:
+            world.after(world.around(faults.partition_mean_s), self._partition)
+        if faults.false_alarm_mean_s:
+            world.after(world.around(faults.false_alarm_mean_s), self._false_alarm)
+        if faults.store_outage_mean_s:
+            world.after(world.around(faults.store_outage_mean_s * 3.0), self._store_outage)
+        if faults.storage_stall_mean_s:
+            world.after(world.around(faults.storage_stall_mean_s * 3.0), self._storage_stall)
+
+    def _busy(self) -> list[Node]:
+        """Where something is under way: what happens elsewhere tells little."""
+        return [node for node in self.nodes if node.sides()] or self.nodes
+
+    def _kill_something(self) -> None:
+        world = self.world
+        if world.healed:
+            return
+        node = world.random.choice(self._busy() if world.random.random() < 0.8 else self.nodes)
+        node.kill_randomly()
+        # Kills that come fast tell about one migration; later ones only keep it from ending.
+        most_s = world.faults.kill_mean_s * (1.0 + world.elapsed_s)
+        world.after(world.around(most_s), self._kill_something)
+
+    def _partition(self) -> None:
+        """Of one or of both directions between two nodes; the pages may be cut off, too."""
+        world, cluster = self.world, self.cluster
+        before = set(cluster.cut)
+        if cluster.cut or world.healed:
+            cluster.cut.clear()
+            cluster.pages_cut.clear()
+            world.log("network: back")
+        else:
+            one, other = self._two_nodes()
+            both = [(one.name, other.name), (other.name, one.name)]
+            cluster.cut.update(world.random.choice((both, both[:1], both[1:])))
+            if world.random.random() < 0.5:
+                cluster.pages_cut.add(frozenset((one.name, other.name)))
+            world.log("network: cut {}, pages: {}", sorted(cluster.cut), bool(cluster.pages_cut))
+        self._tell(before)
+        if cluster.cut or not world.healed:
+            world.after(world.around(world.faults.partition_mean_s), self._partition)
+
+    def _two_nodes(self) -> tuple[Node, Node]:
+        busy = [migration for migration in self.cluster.migrations.values() if not _over(migration)]
+        if busy:
+            migration = self.world.random.choice(busy)
+            return migration.source.node, migration.destination.node
+        one, other = self.world.random.sample(self.nodes, 2)
+        return one, other
+
+    def _tell(self, before: set[tuple[NodeName, NodeName]]) -> None:
+        """Who hears nothing any more notices; the other side often doesn't."""
+        cluster = self.cluster
+        for migration in cluster.migrations.values():
+            for side in migration.sides.values():
+                link = (side.other.node.name, side.node.name)
+                if (link in before) != (link in cluster.cut):
+                    lost = link in cluster.cut
+                    side.soon(v.PeerLost() if lost else v.PeerBack(), 1.0)
+                    if side.engine:
+                        side.soon(v.ChannelNoted(broken=not side.pages_flow, detail="partition"))
+
+    def _false_alarm(self) -> None:
+        world = self.world
+        if world.healed:
+            return
+        for side in world.random.choice(self._busy()).sides():
+            side.soon(v.PeerLost())
+            world.after(world.around(1.0), lambda side=side: side.soon(v.PeerBack()))  # type: ignore[misc]
+        world.after(world.around(world.faults.false_alarm_mean_s), self._false_alarm)
+
+    def _store_outage(self) -> None:
+        """Of the store, or of one node's way to it."""
+        world, store = self.world, self.cluster.store
+        cut = [node for node in self.nodes if node.store_cut]
+        out = store.down or bool(cut)
+        if out or world.healed:
+            store.down = False
+            for node in cut:
+                node.store_cut = False
+        elif world.random.random() < 0.5:
+            store.down = True
+        else:
+            node = world.random.choice(self._busy())
+            node.mark_silent()
+            node.store_cut = True
+        out = store.down or any(node.store_cut for node in self.nodes)
+        world.log("store: {}", "out" if out else "back")
+        if out or not world.healed:
+            share = 1.0 if out else 3.0
+            world.after(world.around(world.faults.store_outage_mean_s * share), self._store_outage)
+
+    def _storage_stall(self) -> None:
+        """Of the storage, or of one node's way to it."""
+        world = self.world
+        stalled = [node for node in self.nodes if node.storage_cut]
+        if stalled or world.healed:
+            for node in stalled:
+                node.storage_cut = False
+        elif world.random.random() < 0.5:
+            for node in self.nodes:
+                node.storage_cut = True
+        else:
+            world.random.choice(self._busy()).storage_cut = True
+        out = [node.name for node in self.nodes if node.storage_cut]
+        world.log("storage: stalled for {}", out)
+        if out or not world.healed:
+            share = 1.0 if out else 3.0
+            world.after(
+                world.around(world.faults.storage_stall_mean_s * share), self._storage_stall
+            )
+
+
+def _over(migration: object) -> bool:
+    sides = migration.sides.values()  # type: ignore[attr-defined]
+    return all(side.session is None for side in sides)

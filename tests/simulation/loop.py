@@ -1,0 +1,105 @@
+"""An event loop on the simulated clock, so that the agents' asyncio code runs in the simulation.
+
+It has no selector, no threads and no signals: timers are entries of the world's heap, and what is
+ready runs first, in order. So production coroutines (locks, timeouts, tasks) replay to the letter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class SimulatedLoop(asyncio.BaseEventLoop):
+    """Only what tasks, futures and timeouts use; the base would want a selector for the rest.
+
+    `push(at_s, action)` puts an entry into the heap; `now()` is its clock, in seconds."""
+
+    def __init__(
+        self, now: Callable[[], float], push: Callable[[float, Callable[[], None]], None]
+    ) -> None:
+        # Not the base's: it would make what there is no use for here, once a seed.
+        self._now = now
+        self._push = push
+        self.ready: deque[asyncio.Handle] = deque()
+        self.failures: list[BaseException] = []
+        """What callbacks raised that nobody took."""
+
+    def run_ready(self) -> None:
+        """Run what is ready, and what gets ready by that."""
+        ready = self.ready
+        while ready:
+            handle = ready.popleft()
+            if not handle.cancelled():
+                handle._run()
+
+    def time(self) -> float:
+        return self._now()
+
+    def get_debug(self) -> bool:
+        return False
+
+    def is_running(self) -> bool:
+        return True
+
+    def is_closed(self) -> bool:
+        return False
+
+    def call_soon(  # type: ignore[override]
+        self,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.Handle:
+        handle = asyncio.Handle(callback, args, self, context)
+        self.ready.append(handle)
+        return handle
+
+    def call_later(  # type: ignore[override]
+        self,
+        delay: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        return self.call_at(self._now() + delay, callback, *args, context=context)
+
+    def call_at(  # type: ignore[override]
+        self,
+        when: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        handle = asyncio.TimerHandle(when, callback, args, self, context)
+
+        def fire() -> None:
+            if not handle.cancelled():
+                handle._run()
+
+        self._push(when, fire)
+        return handle
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """It stays in the heap, and does nothing there."""
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return asyncio.Future(loop=self)
+
+    def create_task(  # type: ignore[override]
+        self,
+        coro: Coroutine[Any, Any, T] | Generator[Any, None, T],
+        *,
+        name: str | None = None,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.Task[T]:
+        return asyncio.Task(coro, loop=self, name=name, context=context)
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        self.failures.append(error or RuntimeError(context.get("message", "unknown")))

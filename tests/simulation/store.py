@@ -1,0 +1,117 @@
+"""The simulated state store: one for the cluster, and each agent's way to it, which may fail.
+
+A request that timed out may have been applied, may be applied seconds later, or never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, ClassVar
+
+from migrator.errors import StoreError
+from node_agent.state.port import Change, Entry, StateStore
+from tests.simulation.world import STORE_LATE_S, World
+
+if TYPE_CHECKING:
+    from tests.simulation.agent import Agent
+
+CALL_S = 0.003
+TAKEOVER: ContextVar[bool] = ContextVar("takeover", default=False)
+"""Set where a takeover goes on: what it writes deposes whoever runs the domain."""
+
+
+class StoreData:
+    """What is stored. `on_write(key, value, takeover)` is called after each write."""
+
+    def __init__(self, world: World, on_write: Callable[[str, bytes | None, bool], None]) -> None:
+        self.world = world
+        self.entries: dict[str, Entry] = {}
+        self.revision = 0
+        self.down = False
+        self._on_write = on_write
+
+    def write(self, key: str, value: bytes | None, takeover: bool = False) -> int:
+        self.revision += 1
+        if value is None:
+            del self.entries[key]
+        else:
+            self.entries[key] = Entry(key=key, value=value, revision=self.revision)
+        self._on_write(key, value, takeover)
+        return self.revision
+
+    def compare_and_write(
+        self, key: str, value: bytes | None, expected: int | None, takeover: bool
+    ) -> int | None:
+        entry = self.entries.get(key)
+        if (None if entry is None else entry.revision) != expected:
+            return None
+        return self.write(key, value, takeover)
+
+
+class SimulatedStore(StateStore):
+    """One agent's access."""
+
+    name: ClassVar[str] = "simulated"
+
+    def __init__(self, agent: Agent, data: StoreData) -> None:
+        self._agent = agent
+        self._data = data
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def get(self, key: str) -> Entry | None:
+        await self._read()
+        return self._data.entries.get(key)
+
+    async def list_prefix(self, prefix: str) -> Sequence[Entry]:
+        await self._read()
+        entries = self._data.entries
+        return [entries[key] for key in sorted(entries) if key.startswith(prefix)]
+
+    async def put_if(self, key: str, value: bytes, expected_revision: int | None) -> int | None:
+        return await self._write(key, value, expected_revision)
+
+    async def delete_if(self, key: str, expected_revision: int) -> bool:
+        return await self._write(key, None, expected_revision) is not None
+
+    async def put(self, key: str, value: bytes) -> int:
+        raise NotImplementedError
+
+    async def append(self, prefix: str, value: bytes, *, keep: int) -> int:
+        raise NotImplementedError
+
+    def watch(self, prefix: str, since_revision: int | None = None) -> AsyncIterator[Change]:
+        raise NotImplementedError
+
+    @property
+    def _unreachable(self) -> bool:
+        return (self._data.down or self._agent.node.store_cut) and not self._data.world.healed
+
+    async def _read(self) -> None:
+        world = self._data.world
+        await self._agent.trip(CALL_S)
+        if self._unreachable or world.chance(world.faults.store_unknown):
+            await self._agent.trip(0.2)
+            raise StoreError("the store doesn't answer")
+
+    async def _write(self, key: str, value: bytes | None, expected: int | None) -> int | None:
+        """Applied on its way, also if the agent dies meanwhile."""
+        data, world, faults = self._data, self._data.world, self._data.world.faults
+        unreachable, takeover = self._unreachable, TAKEOVER.get()
+        if unreachable or world.chance(faults.store_unknown):
+
+            def apply() -> None:
+                data.compare_and_write(key, value, expected, takeover)
+
+            if world.chance(faults.store_late):
+                world.after(world.delay(STORE_LATE_S), apply)
+            elif not unreachable and world.random.random() < 0.5:
+                world.after(world.delay(CALL_S), apply)
+            await self._agent.trip(0.2)
+            raise StoreError("the store's answer was lost: the outcome is unknown")
+        return await self._agent.call(
+            lambda: data.compare_and_write(key, value, expected, takeover), world.delay(CALL_S)
+        )
