@@ -20,7 +20,6 @@ from migrator.model import (
     DomainState,
     DomainStatus,
     HypervisorCapabilities,
-    NicSpec,
     NodeInfo,
     NodeName,
     NodeState,
@@ -29,11 +28,11 @@ from migrator.model import (
 from migrator.ports import (
     AbortOutcome,
     DomainEvent,
-    FabricDriver,
     GuestMemory,
     HypervisorDriver,
     Launch,
 )
+from netfabric.simulated.driver import SimulatedFabric
 from node_agent.domain_locks import DomainLocks
 from node_agent.domain_records import DomainRecords
 from node_agent.domain_takeover import DomainTakeover
@@ -105,7 +104,7 @@ class Agent:
         store = SimulatedStore(self, node.cluster.store)
         typed = TypedStore(store)
         self.hypervisor = SimulatedHypervisor(self)
-        fabric = SimulatedFabric()
+        fabric = SimulatedFabric(node.name)  # Guests have no NICs here.
         domains = node.cluster.domains.values()
         volumes = {str(domain.name): domain.volume for domain in domains}
         self.pools = pools = {
@@ -268,7 +267,7 @@ def _info(name: str) -> NodeInfo:
 class UnencryptedCheck(DestinationCheck):
     """Without a look at files."""
 
-    async def _encryption(self, source: bool) -> list[str]:
+    async def _encryption(self, source: bool | None) -> list[str]:
         return []
 
 
@@ -285,24 +284,6 @@ class NoNetwork:
     async def prepare_arrival(self, _: object) -> None: ...
 
     def gone(self, _: object) -> None: ...
-
-
-class SimulatedFabric(FabricDriver):
-    """Guests without NICs: there is nothing to do."""
-
-    name: ClassVar[str] = "simulated"
-
-    async def check(self, nic: NicSpec) -> Sequence[str]:
-        return ()
-
-    async def plug(self, domain: DomainName, index: int, nic: NicSpec) -> int:
-        raise NotImplementedError
-
-    async def unplug(self, domain: DomainName, index: int) -> None: ...
-
-    async def announce(self, domain: DomainName, nics: Sequence[NicSpec]) -> None: ...
-
-    async def close(self) -> None: ...
 
 
 class SimulatedHypervisor(HypervisorDriver):

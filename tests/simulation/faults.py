@@ -24,6 +24,7 @@ def faults_of(seed: int) -> Faults:
     def mean(least_s: float, often: float) -> float:
         return least_s / (scale * (0.1 + r.random())) if r.random() < often else 0.0
 
+    takeover = r.random() < 0.3
     return Faults(
         crash_per_command=rate(0.05, 0.4),
         kill_mean_s=mean(0.05, 0.15) or mean(2.0, 0.3),
@@ -47,8 +48,8 @@ def faults_of(seed: int) -> Faults:
         hang=rate(0.1, 0.3),
         stall=rate(0.1, 0.3),
         aimed=rate(0.7, 0.6),
-        long_down=rate(0.2, 0.2),
-        takeover=r.random() < 0.3,
+        long_down=0.5 if takeover else rate(0.2, 0.2),
+        takeover=takeover,
         drift=r.choice((0.0, 0.0, 0.001, 0.05)),
         diverging=r.random() < 0.1,
         heal_at_s=r.choice((5.0, 10.0, 30.0, 60.0)),

@@ -30,6 +30,9 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self.failures: list[BaseException] = []
         """What callbacks raised that nobody took."""
 
+    def __del__(self) -> None:
+        """There is nothing to close."""
+
     def run_ready(self) -> None:
         """Run what is ready, and what gets ready by that."""
         ready = self.ready

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _AIMED_AT = (
     MigrationState.SWITCHOVER,
     MigrationState.HANDOFF,
+    MigrationState.POSTCOPY,
     MigrationState.RECOVERING,
     MigrationState.CANCELLING,
 )
