@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 SWEEP_S: Final = 10.0
 UNREAD_S: Final = 1.0
 """Between tries to read the store, when it couldn't be: a stale copy must not live for long."""
+TAKEOVER_STEP: Final = 2
+"""By how much a takeover raises the token. A handoff raises it by one: the silent node may have
+begun one, to this very node, and must not take this record for its outcome, and take it back."""
 _NEVER_RAN: Final = (DomainState.INCOMING, DomainState.LOADED)
 
 
@@ -119,14 +122,14 @@ class DomainOwnership:
         ConflictError: the record isn't `owned` any more; nothing was changed.
         """
         await self.end_stale(domain)
-        return await self._win(domain, spec, owned)
+        return await self._win(domain, spec, owned, step=TAKEOVER_STEP)
 
     async def _win(
-        self, domain: DomainName, spec: DomainSpec, owned: OwnershipRecord | None
+        self, domain: DomainName, spec: DomainSpec, owned: OwnershipRecord | None, step: int = 1
     ) -> OwnershipRecord:
         newest = max(owned.token if owned else 0, await self._launches.newest_fence(spec))
         new = OwnershipRecord(
-            domain=domain, token=newest + 1, owner=self.node, state=OwnershipState.RUNNING
+            domain=domain, token=newest + step, owner=self.node, state=OwnershipState.RUNNING
         )
         if not await self._ownership.compare_and_set(owned, new):
             raise ConflictError(f"domain {domain} was just started or moved by another node")

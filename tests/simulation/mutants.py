@@ -357,6 +357,29 @@ class TakesOverWithoutAFence(Node):
             pool.forget_fences = True
 
 
+class TakesOverAsAHandoffWould(Node):
+    """The record of a takeover looks like the outcome of the handoff that the silent node began."""
+
+    found_as: ClassVar = ("1:", "2:")
+    first_seed: ClassVar = 223
+    aim: ClassVar = Faults(
+        takeover=True, long_down=0.6, aimed=0.5, reboot_share=0.1, loss=0.2, heal_at_s=90.0
+    )
+
+    def boot_up(self) -> None:
+        super().boot_up()
+        assert self.agent is not None
+        ownership = self.agent.domains.ownership
+
+        async def take_over(
+            domain: DomainName, spec: DomainSpec, owned: OwnershipRecord
+        ) -> OwnershipRecord:
+            await ownership.end_stale(domain)
+            return await ownership._win(domain, spec, owned)
+
+        ownership.take_over = take_over  # type: ignore[method-assign]
+
+
 class TakesBeforeItLooks(Node):
     """A start takes the record of a domain that runs elsewhere."""
 
@@ -402,6 +425,7 @@ MUTANTS: tuple[type[Mutant], ...] = (
     AdmitsEveryPrepare,
     LeavesStaleCopies,
     TakesOverWithoutAFence,
+    TakesOverAsAHandoffWould,
     TakesBeforeItLooks,
 )
 

@@ -13,7 +13,7 @@ from tests.simulation.run import play_range, playing, replay_command
 from tests.simulation.scenario import Scenario
 from tests.simulation.world import Faults
 
-SEEDS = 3_000
+SEEDS = 2_000
 """`make sim SEEDS=100000` plays more."""
 PROCESSES = 2
 

@@ -66,9 +66,9 @@ async def state(node: SimulatedNode) -> DomainState:
 async def test_a_silent_nodes_domain_starts_from_disk_behind_a_fence(world: World) -> None:
     await silence(world)
     record = await world.b.takeover.take_over(WEB)
-    assert (record.token, record.owner) == (2, "b")
+    assert (record.token, record.owner) == (3, "b")
     assert await state(world.b) is DomainState.RUNNING
-    assert await world.b.pool.verify(ROOT) == 2
+    assert await world.b.pool.verify(ROOT) == 3
     with pytest.raises(StorageError):
         world.a.pool.write(ROOT, FencingToken(1))
     assert not world.volumes.stale_writes()
@@ -87,7 +87,7 @@ async def test_the_record_is_won_and_the_fence_confirmed_before_it_starts(
 
     monkeypatch.setattr(SimulatedHypervisor, "start", spy)
     await world.b.takeover.take_over(WEB)
-    assert seen == [(2, "b", OwnershipState.RUNNING), 2]
+    assert seen == [(3, "b", OwnershipState.RUNNING), 3]
 
 
 async def test_a_storage_that_cannot_fence_refuses_and_says_so(world: World) -> None:
@@ -99,7 +99,7 @@ async def test_a_storage_that_cannot_fence_refuses_and_says_so(world: World) -> 
     with pytest.raises(RefusedError, match="its node is a, not b"):
         await world.b.takeover.take_over(WEB, NodeName("b"))
     record = await world.b.takeover.take_over(WEB, A)
-    assert (record.token, record.owner) == (2, "b")
+    assert (record.token, record.owner) == (3, "b")
 
 
 async def test_a_domain_without_a_volume_is_refused(world: World) -> None:
@@ -135,10 +135,10 @@ async def test_an_unconfirmed_fence_starts_nothing(
 
     await silence(world)
     monkeypatch.setattr(SimulatedPool, "fence", accepts)
-    with pytest.raises(FenceError, match="token 1 fenced it last, not 2"):
+    with pytest.raises(FenceError, match="token 1 fenced it last, not 3"):
         await world.b.takeover.take_over(WEB)
     assert await state(world.b) is DomainState.STOPPED
-    assert await owner(world.b) == (2, "b", OwnershipState.STOPPED)
+    assert await owner(world.b) == (3, "b", OwnershipState.STOPPED)
 
 
 async def test_of_two_takeovers_one_wins(world: World) -> None:
@@ -146,7 +146,7 @@ async def test_of_two_takeovers_one_wins(world: World) -> None:
     await world.b.takeover.take_over(WEB)
     with pytest.raises(RefusedError, match="it is b's own"):
         await world.b.takeover.take_over(WEB)
-    assert await owner(world.b) == (2, "b", OwnershipState.RUNNING)
+    assert await owner(world.b) == (3, "b", OwnershipState.RUNNING)
 
 
 async def test_by_the_cluster_from_any_node(world: World) -> None:
@@ -183,7 +183,7 @@ async def test_a_node_that_comes_back_after_a_partition_ends_its_stale_copy(worl
 
     await eventually(ended)
     assert await state(world.b) is DomainState.RUNNING
-    assert await owner(world.b) == (2, "b", OwnershipState.RUNNING)
+    assert await owner(world.b) == (3, "b", OwnershipState.RUNNING)
     assert not world.a.fabric.plugged
 
     async def told() -> bool:
