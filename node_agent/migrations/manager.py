@@ -17,7 +17,6 @@ from typing import Any, Final
 
 from migrator.engine_driver import EngineSettings
 from migrator.errors import (
-    ConflictError,
     FerryError,
     NotFoundError,
     RefusedError,
@@ -35,8 +34,6 @@ from migrator.model import (
     MigrationRequest,
     MigrationState,
     NodeName,
-    OwnershipRecord,
-    OwnershipState,
     Role,
 )
 from migrator.ports import HypervisorDriver, OwnershipStore
@@ -49,7 +46,7 @@ from node_agent.cluster_calls import Reasons
 from node_agent.domain_records import DomainRecords
 from node_agent.domains import DomainService
 from node_agent.events import EventKind, EventLog
-from node_agent.migrations.admission import admit
+from node_agent.migrations.admission import Admissions
 from node_agent.migrations.checks import (
     DestinationCheck,
     Inspection,
@@ -115,7 +112,7 @@ class MigrationManager(MigrationService):
         self._chooser = EngineChooser(node, hypervisor=hypervisor, nodes=nodes)
         self._boot_id = boot_id
         self._runners: dict[str, Runner] = {}
-        self._admitting: set[str] = set()
+        self._admissions = Admissions(domains, hypervisor, ownership)
         self._restored: list[Runner] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._redials: dict[NodeName, asyncio.Task[None]] = {}
@@ -216,7 +213,7 @@ class MigrationManager(MigrationService):
         await self._domains.locks.claim_for_migration(name, migration)
         try:
             await self._forecaster.interrupt(name)
-            owned = await self._owned(name)
+            owned = await self._domains.ownership.owned_here(name)
             spec = (await self._records.get(name)).spec
             session = SourceSession(
                 migration_id=migration,
@@ -250,13 +247,6 @@ class MigrationManager(MigrationService):
         elif session.state is MigrationState.CREATED:
             runner.feed(v.Begin())
             await self._site.silence(session)
-
-    async def _owned(self, domain: DomainName) -> OwnershipRecord:
-        """Under the claim: nobody starts or stops it any more."""
-        owned = await self._ownership.read(domain)
-        if owned is None or owned.owner != self.node or owned.state is not OwnershipState.RUNNING:
-            raise ConflictError(f"domain {domain} was stopped or moved meanwhile")
-        return owned
 
     async def check(self, domain: str, request: MigrationRequest) -> Sequence[str]:
         name, destination = DomainName(domain), NodeName(request.destination)
@@ -411,20 +401,9 @@ class MigrationManager(MigrationService):
             await self._site.send(sender, envelope.migration_id, to, answer)
 
     async def _begin_destination(self, sender: NodeName, id: str, prepare: Prepare) -> None:
-        if id in self._admitting:
+        reasons = await self._admissions.admit(MigrationId(id), sender, prepare)
+        if reasons is None:
             return
-        self._admitting.add(id)
-        try:
-            reasons = await admit(
-                MigrationId(id),
-                sender,
-                prepare,
-                domains=self._domains,
-                hypervisor=self._hypervisor,
-                ownership=self._ownership,
-            )
-        finally:
-            self._admitting.discard(id)
         if reasons:
             await self._site.send(sender, id, Role.SOURCE, Refused(reasons=tuple(reasons)))
             return

@@ -39,6 +39,7 @@ from node_agent.domain_takeover import DomainTakeover
 from node_agent.domains import DomainService
 from node_agent.events import EventKind, EventLog
 from node_agent.hooks.model import HookReport
+from node_agent.migrations.admission import Admissions
 from node_agent.migrations.checks import DestinationCheck
 from node_agent.migrations.cutover import CutoverService
 from node_agent.migrations.moments import MigrationMoments
@@ -100,7 +101,6 @@ class Agent:
         self.world = node.world
         self.alive = True
         self.tasks: set[asyncio.Task[None]] = set()
-        self.admitting: set[str] = set()
         store = SimulatedStore(self, node.cluster.store)
         typed = TypedStore(store)
         self.hypervisor = SimulatedHypervisor(self)
@@ -128,6 +128,7 @@ class Agent:
             clock=lambda: node.clock_s,
         )
         self.domains.ownership._sweep_s = SWEEP_S
+        self.admissions = Admissions(self.domains, self.hypervisor, self.ownership)
         self.takeover = DomainTakeover(
             node.name,
             domains=self.domains,

@@ -14,8 +14,6 @@ import msgspec
 
 from migrator.journal_entry import JournalEntry
 from migrator.model import (
-    DomainName,
-    DomainSpec,
     MigrationRequest,
     MigrationState,
     OwnershipRecord,
@@ -25,11 +23,17 @@ from migrator.session import messages as m
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
-from tests.simulation.agent import Agent
+from tests.simulation.agent_mutants import (
+    AdmitsEveryPrepare,
+    LeavesStaleCopies,
+    TakesBeforeItLooks,
+    TakesOverAsAHandoffWould,
+    TakesOverWithoutAFence,
+)
 from tests.simulation.faults import AIMED
 from tests.simulation.node import Node
 from tests.simulation.scenario import play
-from tests.simulation.side import Envelope, NodeSession, Sessions, Side
+from tests.simulation.side import NodeSession, Sessions, Side
 from tests.simulation.world import Faults
 
 T = TypeVar("T")
@@ -312,88 +316,6 @@ class KeepsWhatItCannotRun(DestinationSession):
 
     def _pass_back(self) -> None:
         self._finish(MigrationState.CANCELLED)
-
-
-class AdmitsEveryPrepare(Node):
-    """A late Prepare, of a migration that has ended, is taken for a new one."""
-
-    found_as: ClassVar = ("4:",)
-    first_seed: ClassVar = 85
-    aim: ClassVar = Faults(straggler=0.5, duplicate=0.9, loss=0.3, heal_at_s=30.0)
-
-    async def _admit(
-        self, agent: Agent, side: Side, envelope: Envelope, prepare: m.Prepare
-    ) -> None:
-        await agent.locks.claim_for_migration(side.domain.name, side.migration_id)
-        side.begin(self.cluster.sessions.destination(side, prepare))
-        side.feed(v.Begin())
-
-
-class LeavesStaleCopies(Node):
-    """A node that finds that its domain was taken over lets its copy be."""
-
-    found_as: ClassVar = ("1:", "2:", "3:", "5:")
-    aim: ClassVar = Faults(takeover=True, store_outage_mean_s=5.0, long_down=0.5, kill_mean_s=2.0)
-
-    def boot_up(self) -> None:
-        super().boot_up()
-        assert self.agent is not None
-
-        async def nothing(*_: object) -> None:
-            pass
-
-        self.agent.domains.ownership._end_copy = nothing  # type: ignore[method-assign,assignment]
-
-
-class TakesOverWithoutAFence(Node):
-    """The record was won, so the silent node's guest will stand still."""
-
-    found_as: ClassVar = ("3:",)
-
-    def boot_up(self) -> None:
-        super().boot_up()
-        assert self.agent is not None
-        for pool in self.agent.pools.values():
-            pool.forget_fences = True
-
-
-class TakesOverAsAHandoffWould(Node):
-    """The record of a takeover looks like the outcome of the handoff that the silent node began."""
-
-    found_as: ClassVar = ("1:", "2:")
-    first_seed: ClassVar = 223
-    aim: ClassVar = Faults(
-        takeover=True, long_down=0.6, aimed=0.5, reboot_share=0.1, loss=0.2, heal_at_s=90.0
-    )
-
-    def boot_up(self) -> None:
-        super().boot_up()
-        assert self.agent is not None
-        ownership = self.agent.domains.ownership
-
-        async def take_over(
-            domain: DomainName, spec: DomainSpec, owned: OwnershipRecord
-        ) -> OwnershipRecord:
-            await ownership.end_stale(domain)
-            return await ownership._win(domain, spec, owned)
-
-        ownership.take_over = take_over  # type: ignore[method-assign]
-
-
-class TakesBeforeItLooks(Node):
-    """A start takes the record of a domain that runs elsewhere."""
-
-    found_as: ClassVar = ("1:",)
-
-    def boot_up(self) -> None:
-        super().boot_up()
-        assert self.agent is not None
-        ownership = self.agent.domains.ownership
-
-        async def take(domain: DomainName, spec: DomainSpec) -> OwnershipRecord:
-            return await ownership._win(domain, spec, await ownership._ownership.read(domain))
-
-        ownership.take = take  # type: ignore[method-assign]
 
 
 MUTANTS: tuple[type[Mutant], ...] = (

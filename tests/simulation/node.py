@@ -10,7 +10,6 @@ from migrator.model import DomainState, MigrationRequest, NodeName, OwnershipSta
 from migrator.ports import DomainEvent, DomainEventKind
 from migrator.session import messages as m
 from migrator.session import vocabulary as v
-from node_agent.migrations.admission import admit
 from tests.simulation import effects, post_copy
 from tests.simulation.agent import Agent
 from tests.simulation.checkers import liveness, writes
@@ -286,20 +285,9 @@ class Node:
         self, agent: Agent, side: Side, envelope: Envelope, prepare: m.Prepare
     ) -> None:
         """As `MigrationManager._begin_destination`."""
-        if side.migration_id in agent.admitting:
+        reasons = await agent.admissions.admit(side.migration_id, envelope.sender, prepare)
+        if reasons is None:
             return
-        agent.admitting.add(side.migration_id)
-        try:
-            reasons = await admit(
-                side.migration_id,
-                envelope.sender,
-                prepare,
-                domains=agent.domains,
-                hypervisor=agent.hypervisor,
-                ownership=agent.ownership,
-            )
-        finally:
-            agent.admitting.discard(side.migration_id)
         if reasons:
             self.cluster.answer(self, envelope, m.Refused(reasons=tuple(reasons)))
             return
