@@ -11,11 +11,13 @@ from migrator.ports import VolumeDriver
 from storage.block import BlockPool, make_block_pool
 from storage.directory import DirectoryPool
 from storage.iscsi import IscsiPool, make_iscsi_pool
+from storage.nbd import NbdPool
 from storage.nfs import NfsPool
 from storage.settings import (
     BlockSettings,
     DirectorySettings,
     IscsiSettings,
+    NbdSettings,
     NfsSettings,
     PoolSettings,
     SimulatedSettings,
@@ -24,6 +26,7 @@ from storage.simulated import SimulatedPool
 
 DRIVERS: Final[Mapping[str, type[VolumeDriver]]] = {
     "directory": DirectoryPool,
+    "nbd": NbdPool,
     "nfs": NfsPool,
     "iscsi": IscsiPool,
     "block": BlockPool,
@@ -32,6 +35,7 @@ DRIVERS: Final[Mapping[str, type[VolumeDriver]]] = {
 
 _MAKERS: Final[Mapping[type[Any], Callable[[Any, NodeName, Path], VolumeDriver]]] = {
     DirectorySettings: lambda it, node, _: DirectoryPool(PoolName(it.name), Path(it.path)),
+    NbdSettings: lambda it, node, _: NbdPool(it, node),
     NfsSettings: lambda it, node, _: NfsPool(it, node),
     IscsiSettings: lambda it, node, _: make_iscsi_pool(it, node),
     BlockSettings: make_block_pool,

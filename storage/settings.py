@@ -58,7 +58,7 @@ class NbdSettings(PoolBase, frozen=True, kw_only=True, tag_field="driver", tag="
     """
 
     provisioner: Endpoint | None = None
-    """Where `python -m storage.nbd.provisioner` listens on the storage server."""
+    """Where `python -m storage.nbd` listens on the storage server."""
     hook: AbsolutePath | None = None
     """A program on the nodes that answers the same requests, one a run, on its standard output."""
     tls_directory: AbsolutePath | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,9 @@ from deploy.lab import nfs_server, processes, tgt_server
 from deploy.lab.plan import LabPlan
 from deploy.lab.processes import Process
 from migrator.errors import FerryError, InvalidRequest, RefusedError
-from storage.settings import NfsSettings, PoolSettings
+from node_agent.config import format_endpoint
+from storage.nbd.protocol import PORT as NBD_PORT
+from storage.settings import NbdSettings, NfsSettings, PoolSettings
 
 READY_TIMEOUT_S: Final = 60.0
 _POLL_S: Final = 0.02
@@ -64,6 +67,13 @@ def _prepare_iscsi(folder: Path, address: str) -> list[ServerProcess]:
     ]
 
 
+def _prepare_nbd(folder: Path, address: str) -> list[ServerProcess]:
+    volumes = folder / "volumes"
+    volumes.mkdir(parents=True, exist_ok=True)
+    command = (sys.executable, "-m", "storage.nbd", "--folder", str(volumes), "--address", address)
+    return [ServerProcess(name="nbd", command=command, mark=str(volumes), port=NBD_PORT)]
+
+
 _KINDS: Final[Mapping[str, Kind]] = {
     "nfs": Kind(
         programs=nfs_server.PROGRAMS,
@@ -77,6 +87,13 @@ _KINDS: Final[Mapping[str, Kind]] = {
         prepare=_prepare_iscsi,
         pool=tgt_server.pool,
         after_start=tgt_server.make_targets,
+    ),
+    "nbd": Kind(
+        programs={"qemu-nbd": "qemu-utils"},
+        prepare=_prepare_nbd,
+        pool=lambda _, address: NbdSettings(
+            name="nbd", provisioner=format_endpoint(address, NBD_PORT)
+        ),
     ),
 }
 
@@ -133,11 +150,12 @@ def start(plan: LabPlan, kind: str) -> bool:
 
 
 def kill(plan: LabPlan, kind: str) -> bool:
-    """SIGKILL every process of the server. False: none ran."""
+    """SIGKILL every process of the server, which all name its folder. False: none ran."""
+    folder = f"{_folder(plan, kind)}/"
     found = [
         process
-        for server in _KINDS[kind].prepare(_folder(plan, kind), plan.storage_address)
-        if (process := _find(plan, server)) is not None
+        for process in processes.processes_in([_namespace(plan)])[_namespace(plan)]
+        if any(folder in argument for argument in processes.command_of(process.pid))
     ]
     for process in found:
         processes.send_signal(process, signal.SIGKILL)

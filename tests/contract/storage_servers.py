@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Final
 from pyroute2 import IPRoute
 
 from deploy.lab import nfs_server
+from storage.nbd.protocol import PORT as NBD_PORT
 
 _CLONE_NEWNET: Final = 0x40000000
 ADDRESS: Final = "127.0.0.1"
@@ -102,3 +105,40 @@ class NfsServer:
     def __exit__(self, *_: object) -> None:
         self.nfs.kill()
         self.rpcbind.kill()
+
+
+class NbdServer:
+    """Ferry's provisioner, with its exports."""
+
+    def __init__(
+        self, folder: Path, tls_directory: Path | None = None, port: int = NBD_PORT
+    ) -> None:
+        self.port = port
+        self.folder = folder / "volumes"
+        self.tls_directory = tls_directory
+        tls = [] if tls_directory is None else ["--tls-directory", str(tls_directory)]
+        command = [
+            *(sys.executable, "-m", "storage.nbd", "--folder", str(self.folder)),
+            *("--address", ADDRESS, "--port", str(port), *tls),
+            *("--first-export-port", str(port + 1000)),
+        ]
+        self.provisioner = Server(command, port, folder / "nbd.log")
+
+    def __enter__(self) -> NbdServer:
+        self.provisioner.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.provisioner.kill()
+        self.kill_exports()
+
+    def kill_exports(self) -> None:
+        """End every qemu-nbd of this server, as a crash of its host would."""
+        for pid_file in self.folder.glob(".*.pid"):
+            with contextlib.suppress(OSError, ValueError):
+                pid = int(pid_file.read_text())
+                if f"--pid-file={pid_file}" in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
+                    pidfd = os.pidfd_open(pid)
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                    select.select([pidfd], [], [], READY_S)
+                    os.close(pidfd)

@@ -49,9 +49,8 @@ class TestContract(VolumeContract):
 
 
 def test_every_driver_has_settings_and_a_suite() -> None:
-    suites = {"simulated", "directory", "nfs", "iscsi", "block"}
-    assert set(DRIVERS) == suites
-    assert suites <= set(BY_DRIVER)
+    suites = {"simulated", "directory", "nbd", "nfs", "iscsi", "block"}
+    assert set(DRIVERS) == set(BY_DRIVER) == suites
 
 
 # --- simulated -------------------------------------------------------------------------------

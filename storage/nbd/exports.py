@@ -1,0 +1,148 @@
+"""The exports of a provisioner: one qemu-nbd a node and token, so that ending it fences.
+
+A qemu-nbd outlives the provisioner: the next one finds it by its pid file, whose path is one of its
+arguments. It is ended by SIGKILL, and gone when `end` returns: what it hasn't written by then it
+never will.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from migrator.errors import FenceError, StorageError
+from storage.bounded import bounded, run_program
+
+END_TIMEOUT_S: Final = 10.0
+START_TIMEOUT_S: Final = 20.0
+
+
+class Serving(msgspec.Struct, frozen=True, kw_only=True):
+    """How a provisioner serves."""
+
+    address: str
+    tls_directory: Path | None = None
+    tls_username: str = "ferry"
+    program: str = "qemu-nbd"
+
+
+class Export:
+    """One qemu-nbd, or the place of one. `on_death` is called when it ends by itself."""
+
+    def __init__(
+        self,
+        serving: Serving,
+        *,
+        name: str,
+        port: int,
+        disk: Path,
+        read_only: bool,
+        pid_file: Path,
+        on_death: Callable[[Export], None],
+    ) -> None:
+        self.name, self.port, self.read_only = name, port, read_only
+        self._serving = serving
+        self._disk = disk
+        self._pid_file = pid_file
+        self._on_death = on_death
+        self._pidfd: int | None = None
+        self._gone = asyncio.Event()
+        self._told = False
+
+    async def ensure(self) -> None:
+        """It serves when this returns. StorageError with qemu-nbd's words."""
+        self._told = False
+        if self._pidfd is not None or await self._adopt():
+            return
+        node = {
+            "driver": "raw",
+            "file": {
+                "driver": "file",
+                "filename": str(self._disk),
+                # Both ends of a migration have it open; the fence is the export's end, not a lock.
+                "locking": "off",
+                "cache": {"direct": True},
+            },
+            "cache": {"direct": True},
+        }
+        command = [
+            *(self._serving.program, "--fork", f"--pid-file={self._pid_file}", "--persistent"),
+            *("--bind", self._serving.address, "--port", str(self.port)),
+            *("--export-name", self.name, "--shared", "0"),
+            *(["--read-only"] if self.read_only else []),
+        ]
+        if self._serving.tls_directory is not None:
+            credentials = {
+                "qom-type": "tls-creds-psk",
+                "id": "tls0",
+                "endpoint": "server",
+                "dir": str(self._serving.tls_directory),
+            }
+            command += ["--object", json.dumps(credentials), "--tls-creds", "tls0"]
+        command.append(f"json:{json.dumps(node)}")
+        await run_program(f"export {self.name}", command, timeout_s=START_TIMEOUT_S)
+        if not await self._adopt():
+            raise StorageError(f"export {self.name}: qemu-nbd ended as soon as it was started")
+
+    async def end(self) -> None:
+        """It is gone when this returns. Idempotent. FenceError: it won't die."""
+        self._told = True
+        if self._pidfd is None and not await self._adopt():
+            await bounded(lambda: self._pid_file.unlink(missing_ok=True), f"export {self.name}")
+            return
+        assert self._pidfd is not None
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        try:
+            async with asyncio.timeout(END_TIMEOUT_S):
+                await self._gone.wait()
+        except TimeoutError:
+            raise FenceError(
+                f"export {self.name} is still there {END_TIMEOUT_S:.0f} s after SIGKILL"
+            ) from None
+        await bounded(lambda: self._pid_file.unlink(missing_ok=True), f"export {self.name}")
+
+    def let_go(self) -> None:
+        """Forget the process; it goes on."""
+        if self._pidfd is not None:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = None
+
+    async def _adopt(self) -> bool:
+        """Hold the process of the pid file, if it lives and is ours."""
+        pidfd = await bounded(lambda: _hold(self._pid_file), f"export {self.name}")
+        if pidfd is None:
+            return False
+        self._pidfd = pidfd
+        self._gone.clear()
+        asyncio.get_running_loop().add_reader(pidfd, self._died)
+        return True
+
+    def _died(self) -> None:
+        self.let_go()
+        self._gone.set()
+        if not self._told:
+            self._on_death(self)
+
+
+def _hold(pid_file: Path) -> int | None:
+    """A pidfd of the process that has the pid file among its arguments."""
+    try:
+        pid = int(pid_file.read_text())
+        pidfd = os.pidfd_open(pid)
+    except (OSError, ValueError):
+        return None
+    with contextlib.suppress(OSError):
+        if f"--pid-file={pid_file}" in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
+            return pidfd
+    os.close(pidfd)
+    return None

@@ -1,0 +1,348 @@
+"""The provisioner: runs beside the storage, makes volumes, and begins and ends their exports.
+
+    python -m storage.nbd --folder /srv/volumes --address 10.0.0.5
+
+What it has promised is written down before it is done (`volumes.VolumeState`), so one that is
+killed goes on where it was: exports that should be there are found or begun again on their ports,
+those that were fenced are ended. Exports outlive it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Final, TypeVar
+
+import msgspec
+
+from migrator.errors import (
+    ConflictError,
+    FenceError,
+    FerryError,
+    InvalidRequest,
+    NotFoundError,
+    StorageError,
+)
+from migrator.model import VolumeInfo, VolumeName
+from storage.bounded import bounded
+from storage.names import check_volume_name
+from storage.nbd import protocol as p
+from storage.nbd.exports import Export, Serving
+from storage.nbd.volumes import ExportState, VolumeFolder, VolumeState
+
+REQUEST_TIMEOUT_S: Final = 30.0
+COPY_TIMEOUT_S: Final = 3600.0
+RESTART_PAUSE_S: Final = 1.0
+PORTS: Final = range(10_810, 11_810)
+
+log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class Provisioner:
+    """See the module. `open` brings exports and states together, `close` lets go of them."""
+
+    def __init__(
+        self, folder: VolumeFolder, serving: Serving, key: bytes | None, ports: range = PORTS
+    ) -> None:
+        self._folder = folder
+        self._serving = serving
+        self._key = key
+        self._ports = ports
+        self._exports: dict[str, Export] = {}
+        self._drafts: dict[str, Export] = {}
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._taken: set[int] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """StorageError where the folder can't be used."""
+        await self._do(self._folder.discard_all)
+        for volume in await self._do(self._folder.names):
+            try:
+                state = await self._do(lambda volume=volume: self._folder.read_state(volume))  # type: ignore[misc]
+                self._taken |= {each.port for each in state.exports}
+                await self._apply(volume, state)
+            except FerryError as error:
+                log.error("volume %s: %s", volume, error)
+
+    async def close(self) -> None:
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for export in self._exports.values():
+            export.let_go()
+        for draft in tuple(self._drafts):
+            await self._discard(draft)
+
+    # --- requests ----------------------------------------------------------------------------
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, one request."""
+        nonce = secrets.token_hex(16)
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                writer.write(msgspec.json.encode(p.Greeting(nonce=nonce)) + b"\n")
+                line = await reader.readline()
+            if line:
+                answer = await self._answer(line, nonce)
+                writer.write(p.signed(answer, p.TO_NODE, nonce, self._key))
+                async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                    await writer.drain()
+        except (OSError, TimeoutError, ValueError) as error:
+            log.warning("a connection failed: %s", error)
+        finally:
+            writer.close()
+
+    async def _answer(self, line: bytes, nonce: str) -> p.Answer:
+        try:
+            request = p.parse_request(p.checked(line, p.TO_PROVISIONER, nonce, self._key))
+            return await self.perform(request)
+        except FerryError as error:
+            fields = error.fields if isinstance(error, InvalidRequest) else {}
+            failure = p.Failure(code=error.code, message=str(error), fields=fields)
+        except msgspec.DecodeError as error:
+            failure = p.Failure(code=StorageError.code, message=f"not a request: {error}")
+        return p.Answer(failure=failure)
+
+    async def perform(self, request: p.Request) -> p.Answer:
+        """FerryErrors say what is wrong; nothing was changed then."""
+        folder = self._folder
+        match request:
+            case p.TryOut():
+                return p.Answer(health=await self._do(folder.health))
+            case p.ListVolumes():
+                return p.Answer(volumes=tuple(await self._do(lambda: list(_all(folder)))))
+            case p.Create(volume=volume, capacity_bytes=size, draft=True):
+                return await self._open_draft(volume, size)
+            case p.Discard(draft=draft):
+                await self._discard(draft)
+                return p.Answer()
+        volume = str(getattr(request, "volume", ""))
+        check_volume_name(VolumeName(volume))
+        async with self._locks[volume]:
+            return await self._on_volume(volume, request)
+
+    async def _on_volume(self, volume: str, request: p.Request) -> p.Answer:
+        folder = self._folder
+        match request:
+            case p.Inspect():
+                return p.Answer(volumes=(await self._do(lambda: folder.describe(volume)),))
+            case p.Create(capacity_bytes=size):
+                made = await self._do(
+                    lambda: folder.publish(folder.make_draft(volume, size), volume)
+                )
+                return p.Answer(volumes=(made,))
+            case p.Publish(draft=draft):
+                await self._end_draft(draft)
+                return p.Answer(volumes=(await self._do(lambda: folder.publish(draft, volume)),))
+            case p.Clone(new=new):
+                made = await self._do(lambda: folder.clone(volume, new), timeout_s=COPY_TIMEOUT_S)
+                return p.Answer(volumes=(made,))
+            case p.Resize(capacity_bytes=size):
+                await self._refuse_used(volume, "resized")
+                return p.Answer(volumes=(await self._do(lambda: folder.resize(volume, size)),))
+            case p.Delete():
+                await self._delete(volume)
+            case p.Open():
+                return p.Answer(export=await self._open(request))
+            case p.Close():
+                await self._close(request)
+            case p.Fence():
+                await self._fence(request)
+            case p.Verify():
+                return p.Answer(token=(await self._state(volume)).fence)
+        return p.Answer()
+
+    # --- exports -----------------------------------------------------------------------------
+
+    async def _open(self, request: p.Open) -> p.ExportPlace:
+        state = await self._state(request.volume)
+        if request.token < state.fence:
+            raise FenceError(
+                f"volume {request.volume} is fenced by token {state.fence}, "
+                f"not opened: {request.token}"
+            )
+        wanted = next(
+            (
+                each
+                for each in state.exports
+                if (each.node, each.token, each.read_only)
+                == (request.node, request.token, request.read_only)
+            ),
+            None,
+        )
+        if wanted is None:
+            wanted = ExportState(
+                node=request.node,
+                token=request.token,
+                port=self._free_port(),
+                read_only=request.read_only,
+            )
+            state = msgspec.structs.replace(state, exports=(*state.exports, wanted))
+        elif not wanted.live:
+            live = msgspec.structs.replace(wanted, live=True)
+            rest = tuple(each for each in state.exports if each is not wanted)
+            wanted, state = live, msgspec.structs.replace(state, exports=(*rest, live))
+        self._taken.add(wanted.port)
+        await self._write(request.volume, state)
+        try:
+            await self._export(request.volume, wanted).ensure()
+        except BaseException:
+            await asyncio.shield(self._drop(request.volume, wanted))
+            raise
+        return p.ExportPlace(name=_name(request.volume, wanted), port=wanted.port)
+
+    async def _close(self, request: p.Close) -> None:
+        try:
+            state = await self._state(request.volume)
+        except NotFoundError:
+            return
+        for each in state.exports:
+            if each.node == request.node and each.token <= request.token:
+                await self._drop(request.volume, each)
+
+    async def _fence(self, request: p.Fence) -> None:
+        """What is to be is written first: a provisioner that dies here goes on with it."""
+        volume, token = request.volume, request.token
+        state = await self._state(volume)
+        if token <= 0 or token < state.fence:
+            raise FenceError(
+                f"volume {volume} is fenced by token {state.fence}; {token} is older "
+                "and was refused"
+            )
+        if token > state.fence:
+            own = [e.token for e in state.exports if e.node == request.node and not e.read_only]
+            winner = (request.node, max(own)) if own else None
+            exports = tuple(
+                each
+                if each.read_only
+                else msgspec.structs.replace(each, live=(each.node, each.token) == winner)
+                for each in state.exports
+            )
+            state = VolumeState(fence=token, winner=winner, exports=exports)
+            await self._write(volume, state)
+        await self._apply(volume, state)
+
+    async def _apply(self, volume: str, state: VolumeState) -> None:
+        """Those that must not be, end; then the others begin."""
+        ending = [each for each in state.exports if not each.live]
+        await asyncio.gather(*(self._export(volume, each).end() for each in ending))
+        for each in state.exports:
+            if each.live:
+                await self._export(volume, each).ensure()
+
+    async def _drop(self, volume: str, gone: ExportState) -> None:
+        """End one for good, and give its port back."""
+        await self._export(volume, gone).end()
+        state = await self._state(volume)
+        left = tuple(each for each in state.exports if each.port != gone.port)
+        await self._write(volume, msgspec.structs.replace(state, exports=left))
+        self._exports.pop(_name(volume, gone), None)
+        self._taken.discard(gone.port)
+
+    async def _delete(self, volume: str) -> None:
+        await self._refuse_used(volume, "deleted")
+        for each in (await self._state(volume)).exports:
+            await self._drop(volume, each)
+        await self._do(lambda: self._folder.remove(volume))
+
+    async def _refuse_used(self, volume: str, what: str) -> None:
+        used = [each for each in (await self._state(volume)).exports if each.live]
+        if used:
+            raise ConflictError(
+                f"node {used[0].node} has volume {volume} open (token {used[0].token}); "
+                f"it was not {what}"
+            )
+
+    def _export(self, volume: str, state: ExportState) -> Export:
+        name = _name(volume, state)
+        if name not in self._exports:
+            self._exports[name] = Export(
+                self._serving,
+                name=name,
+                port=state.port,
+                disk=self._folder.disk(volume),
+                read_only=state.read_only,
+                pid_file=self._folder.pid_file(name),
+                on_death=lambda export: self._restart_later(volume, export),
+            )
+        return self._exports[name]
+
+    def _restart_later(self, volume: str, export: Export) -> None:
+        log.warning("export %s ended by itself", export.name)
+        task = asyncio.create_task(self._restart(volume))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _restart(self, volume: str) -> None:
+        await asyncio.sleep(RESTART_PAUSE_S)
+        async with self._locks[volume]:
+            try:
+                await self._apply(volume, await self._state(volume))
+            except FerryError as error:
+                log.error("volume %s: its exports can't be restarted: %s", volume, error)
+
+    def _free_port(self) -> int:
+        for port in self._ports:
+            if port not in self._taken:
+                return port
+        raise StorageError(f"all {len(self._ports)} ports for exports are taken")
+
+    # --- drafts ------------------------------------------------------------------------------
+
+    async def _open_draft(self, volume: str, capacity_bytes: int) -> p.Answer:
+        draft = await self._do(lambda: self._folder.make_draft(volume, capacity_bytes))
+        port = self._free_port()
+        self._taken.add(port)
+        export = Export(
+            self._serving,
+            name=draft,
+            port=port,
+            disk=self._folder.path / draft,
+            read_only=False,
+            pid_file=self._folder.pid_file(draft),
+            on_death=lambda _: None,
+        )
+        self._drafts[draft] = export
+        try:
+            await export.ensure()
+        except BaseException:
+            await asyncio.shield(self._discard(draft))
+            raise
+        return p.Answer(draft=draft, export=p.ExportPlace(name=draft, port=port))
+
+    async def _end_draft(self, draft: str) -> None:
+        export = self._drafts.pop(draft, None)
+        if export is not None:
+            await export.end()
+            self._taken.discard(export.port)
+
+    async def _discard(self, draft: str) -> None:
+        await self._end_draft(draft)
+        await self._do(lambda: self._folder.discard(draft))
+
+    # --- parts -------------------------------------------------------------------------------
+
+    async def _state(self, volume: str) -> VolumeState:
+        return await self._do(lambda: self._folder.read_state(volume))
+
+    async def _write(self, volume: str, state: VolumeState) -> None:
+        await self._do(lambda: self._folder.write_state(volume, state))
+
+    async def _do(self, work: Callable[[], _T], *, timeout_s: float = REQUEST_TIMEOUT_S) -> _T:
+        return await bounded(work, "the storage", timeout_s=timeout_s)
+
+
+def _name(volume: str, state: ExportState) -> str:
+    return f"{volume}.{state.node}.{state.token}{'.ro' if state.read_only else ''}"
+
+
+def _all(folder: VolumeFolder) -> Iterator[VolumeInfo]:
+    for name in folder.names():
+        with contextlib.suppress(NotFoundError, InvalidRequest):
+            yield folder.describe(name)

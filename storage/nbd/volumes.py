@@ -1,0 +1,207 @@
+"""A provisioner's volumes: files of a folder, and beside each what is exported of it to whom.
+
+    NAME.raw            a volume
+    .NAME.json          its `VolumeState`; written and synced before an export begins or ends
+    .NAME.RANDOM.draft  being filled
+    .NAME.NODE.TOKEN.pid, .RANDOM.pid
+
+Synchronous, for a thread; OSError goes up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import uuid
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from migrator.errors import ConflictError, NotFoundError, StorageError
+from migrator.model import DiskFormat, PoolHealth, VolumeInfo, VolumeName
+from storage.copying import copy_image
+from storage.names import check_capacity, check_growth, check_volume_name
+
+_SUFFIX: Final = ".raw"
+
+
+class ExportState(msgspec.Struct, frozen=True, kw_only=True):
+    """One export. Not `live`: fenced, and to stay ended until a newer fence says otherwise."""
+
+    node: str
+    token: int
+    port: int
+    read_only: bool = False
+    live: bool = True
+
+
+class VolumeState(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a volume beside its bytes."""
+
+    fence: int = 0
+    """The newest token that fenced it."""
+    winner: tuple[str, int] | None = None
+    """Node and token of the export that the newest fence left."""
+    exports: tuple[ExportState, ...] = ()
+
+
+class VolumeFolder:
+    """See the module."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def disk(self, volume: str) -> Path:
+        return self.path / f"{volume}{_SUFFIX}"
+
+    def pid_file(self, what: str) -> Path:
+        return self.path / f".{what}.pid"
+
+    def names(self) -> list[str]:
+        return sorted(
+            entry.name.removesuffix(_SUFFIX)
+            for entry in self.path.iterdir()
+            if entry.name.endswith(_SUFFIX) and not entry.name.startswith(".")
+        )
+
+    def describe(self, volume: str) -> VolumeInfo:
+        """NotFoundError."""
+        check_volume_name(VolumeName(volume))
+        try:
+            status = self.disk(volume).stat()
+        except FileNotFoundError as error:
+            raise NotFoundError(f"there is no volume {volume}") from error
+        return VolumeInfo(
+            pool="",
+            name=volume,
+            format=DiskFormat.RAW,
+            capacity_bytes=status.st_size,
+            allocated_bytes=status.st_blocks * 512,
+        )
+
+    def health(self) -> PoolHealth:
+        room = os.statvfs(self.path)
+        return PoolHealth(
+            reachable=True,
+            capacity_bytes=room.f_blocks * room.f_frsize,
+            free_bytes=room.f_bavail * room.f_frsize,
+        )
+
+    # --- making ------------------------------------------------------------------------------
+
+    def make_draft(self, volume: str, capacity_bytes: int) -> str:
+        """An empty file for a volume to be; its name."""
+        check_volume_name(VolumeName(volume))
+        check_capacity(VolumeName(volume), capacity_bytes)
+        self._refuse_existing(volume)
+        draft = f".{volume}.{uuid.uuid4().hex}.draft"
+        fd = os.open(self.path / draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o660)
+        try:
+            os.truncate(fd, capacity_bytes)
+        except BaseException:
+            self.discard(draft)
+            raise
+        finally:
+            os.close(fd)
+        return draft
+
+    def draft_path(self, draft: str) -> Path:
+        """NotFoundError: it isn't one."""
+        path = self.path / draft
+        if "/" in draft or not draft.endswith(".draft") or not path.is_file():
+            raise NotFoundError(f"there is no draft {draft}")
+        return path
+
+    def publish(self, draft: str, volume: str) -> VolumeInfo:
+        """ConflictError: the name was taken meanwhile; the draft is still there."""
+        path = self.draft_path(draft)
+        check_volume_name(VolumeName(volume))
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        try:
+            os.link(path, self.disk(volume))
+        except FileExistsError as error:
+            raise ConflictError(f"there is a volume {volume} already") from error
+        self._state_file(volume).unlink(missing_ok=True)
+        path.unlink()
+        self._sync()
+        return self.describe(volume)
+
+    def discard(self, draft: str) -> None:
+        """Idempotent."""
+        with contextlib.suppress(NotFoundError, FileNotFoundError):
+            self.draft_path(draft).unlink()
+
+    def discard_all(self) -> None:
+        """What the last provisioner had in the making."""
+        for left in self.path.glob(".*.draft"):
+            left.unlink(missing_ok=True)
+
+    def clone(self, volume: str, new: str) -> VolumeInfo:
+        present = self.describe(volume)
+        draft = self.make_draft(new, present.capacity_bytes)
+        try:
+            source = os.open(self.disk(volume), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                target = os.open(self.path / draft, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    copy_image(source, target, threading.Event())
+                finally:
+                    os.close(target)
+            finally:
+                os.close(source)
+            return self.publish(draft, new)
+        except BaseException:
+            self.discard(draft)
+            raise
+
+    def resize(self, volume: str, capacity_bytes: int) -> VolumeInfo:
+        present = self.describe(volume)
+        check_growth(VolumeName(volume), present.capacity_bytes, capacity_bytes)
+        os.truncate(self.disk(volume), capacity_bytes)
+        return self.describe(volume)
+
+    def remove(self, volume: str) -> None:
+        self.describe(volume)
+        self.disk(volume).unlink()
+        self._state_file(volume).unlink(missing_ok=True)
+        self._sync()
+
+    def _refuse_existing(self, volume: str) -> None:
+        if self.disk(volume).exists():
+            raise ConflictError(f"there is a volume {volume} already")
+
+    # --- states ------------------------------------------------------------------------------
+
+    def read_state(self, volume: str) -> VolumeState:
+        """NotFoundError: no such volume. StorageError: what is written there is none."""
+        self.describe(volume)
+        try:
+            return msgspec.json.decode(self._state_file(volume).read_bytes(), type=VolumeState)
+        except FileNotFoundError:
+            return VolumeState()
+        except msgspec.DecodeError as error:
+            raise StorageError(f"the state of volume {volume} is unreadable: {error}") from error
+
+    def write_state(self, volume: str, state: VolumeState) -> None:
+        """Durable when this returns: after a power loss no ended export may begin again."""
+        target = self._state_file(volume)
+        fresh = target.with_suffix(".new")
+        with fresh.open("wb") as file:
+            file.write(msgspec.json.encode(state))
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(target)
+        self._sync()
+
+    def _state_file(self, volume: str) -> Path:
+        return self.path / f".{volume}.json"
+
+    def _sync(self) -> None:
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
