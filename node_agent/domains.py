@@ -44,6 +44,7 @@ from node_agent.domain_locks import DomainLocks
 from node_agent.domain_ownership import DomainOwnership
 from node_agent.domain_records import DomainRecords, check_spec
 from node_agent.events import EventKind, EventLog
+from node_agent.io_recovery import IoRecovery
 from node_agent.resources import DomainRecord
 
 log = logging.getLogger(__name__)
@@ -114,6 +115,14 @@ class DomainService:
             locks=self.locks,
             start_again=self.start if restart_crashed else None,
         )
+        self._io_recovery = IoRecovery(
+            hypervisor=hypervisor,
+            launches=self._launches,
+            ownership=self.ownership,
+            records=records,
+            locks=self.locks,
+            events=events,
+        )
 
     async def open(
         self, adopted: Sequence[DomainName], claimed: Collection[DomainName] = ()
@@ -128,9 +137,11 @@ class DomainService:
             if spec is not None:
                 await self._fabric.watch(domain, spec.nics)
         await self.ownership.open()
+        await self._io_recovery.open()
 
     async def close(self) -> None:
         """Guests go on; only this service's own tasks end. Idempotent."""
+        await self._io_recovery.close()
         await self.ownership.close()
 
     # --- definitions -------------------------------------------------------------------------

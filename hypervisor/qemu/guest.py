@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ from hypervisor.qemu.qmp import Monitor, QmpCommandError, QmpDisconnected, QmpEv
 from hypervisor.qemu.records import ProcessRecord
 from hypervisor.qemu.status import MigrationStatus, domain_state
 from migrator.errors import HypervisorError, NotResumedError
-from migrator.model import DomainName, DomainState
+from migrator.model import DomainName, DomainSpec, DomainState
 from migrator.ports import DomainEvent, DomainEventKind
 
 log = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ class Guest:
                 number = str(event.data.get("pass", ""))
                 self._emit(DomainEventKind.PASS_BEGAN, event.at_s, number)
             case "BLOCK_IO_ERROR":
-                self.io_error = _describe_io_error(event.data)
+                self.io_error = _describe_io_error(event.data, self.record.spec)
                 self._emit(DomainEventKind.IO_ERROR, event.at_s, self.io_error)
             case "GUEST_PANICKED":
                 self._emit(DomainEventKind.PANICKED, event.at_s, "the guest panicked")
@@ -427,6 +428,12 @@ class Guest:
             log.warning("%s: in the background: %s", self.name, error)
 
 
-def _describe_io_error(data: Mapping[str, object]) -> str:
-    node = data.get("node-name") or data.get("device") or "a disk"
-    return f"{data.get('operation', 'access')} of {node} failed: {data.get('reason', 'unknown')}"
+def _describe_io_error(data: Mapping[str, object], spec: DomainSpec) -> str:
+    """Device, operation and reason, with the volume's name where the event names the disk."""
+    node = str(data.get("node-name") or data.get("device") or "a disk")
+    matched = re.match(r"(?:virtio-)?disk(\d+)", node)
+    if matched is not None and int(matched[1]) < len(spec.disks):
+        disk = spec.disks[int(matched[1])]
+        node = f"disk {matched[1]} ({disk.pool}/{disk.volume})"
+    full = ", no space left" if data.get("nospace") is True else ""
+    return f"{data.get('operation', 'access')} of {node} failed: {data.get('reason', '?')}{full}"

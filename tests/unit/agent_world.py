@@ -153,7 +153,7 @@ class SimulatedNode:
         self.host = SimulatedHost(world.channels, time.time)
         self.hypervisor = SimulatedHypervisor(self.host, consoles / name)
         self.world = world
-        self.pool = self._make_pool(SimulatedSettings(name="default"))
+        self.pool = SimulatedPool(PoolName("default"), world.volumes, self.name)
         self.fabric = SimulatedFabric(self.name, world.network)
         self.store = SimulatedStore(world.data)
         self.typed = TypedStore(self.store)
@@ -198,6 +198,8 @@ class SimulatedNode:
         )
 
     def _make_pool(self, settings: PoolSettings) -> SimulatedPool:
+        if settings.name == self.pool.pool:
+            return self.pool
         shared = self.world.shared_volumes.setdefault(settings.name, SharedVolumes())
         return SimulatedPool(PoolName(settings.name), shared, self.name)
 
