@@ -361,8 +361,8 @@ class Runner:
             case v.AbortSwitchover():
                 self.feed(v.SwitchoverAborted(outcome=await driver.abort_switchover(domain)))
             case v.Fence():
-                await self._site.fence(self.session, FencingToken(command.token))
-                self.feed(v.Fenced(token=command.token))
+                took = await self._site.fence(self.session, FencingToken(command.token))
+                self.feed(v.Fenced(token=command.token, detail=took))
             case v.ResumeGuest():
                 self.feed(v.GuestResumed(at_s=await self._resume()))
             case v.DestroyGuest():

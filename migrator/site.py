@@ -35,7 +35,8 @@ class Site(abc.ABC):
         """End this node's copy and release what it held. Idempotent."""
 
     @abc.abstractmethod
-    async def fence(self, session: Session, token: FencingToken) -> None: ...
+    async def fence(self, session: Session, token: FencingToken) -> str:
+        """Shut older tokens out of every volume; what that took, for the timeline."""
 
     @abc.abstractmethod
     async def announce(self, session: Session) -> None: ...

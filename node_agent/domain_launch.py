@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
@@ -105,11 +106,23 @@ class LaunchBuilder:
         launch = Launch(spec=spec, disks=tuple(sources), tap_fds=tuple(undo.tap_fds), token=token)
         return launch, undo
 
-    async def fence(self, spec: DomainSpec, token: FencingToken) -> None:
-        """Shut older tokens out of every writable volume. Idempotent. FenceError: unconfirmed."""
-        for disk in spec.disks:
-            if not disk.read_only:
-                await self.pool(disk).fence(VolumeName(disk.volume), token)
+    async def fence(self, spec: DomainSpec, token: FencingToken) -> str:
+        """Shut older tokens out of every writable volume, of all at once. Idempotent.
+
+        Returns how long each took, by driver. FenceError: at least one is unconfirmed.
+        """
+        fences = [self._fence(disk, token) for disk in spec.disks if not disk.read_only]
+        results = await asyncio.gather(*fences, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return ", ".join(str(result) for result in results)
+
+    async def _fence(self, disk: DiskSpec, token: FencingToken) -> str:
+        pool, begun_s = self.pool(disk), time.monotonic()
+        await pool.fence(VolumeName(disk.volume), token)
+        took_ms = 1000 * (time.monotonic() - begun_s)
+        return f"{pool.name} {disk.pool}/{disk.volume} {took_ms:.1f} ms"
 
     async def newest_fence(self, spec: DomainSpec) -> FencingToken:
         """The newest token that ever fenced one of its writable volumes; 0 if none did.

@@ -265,9 +265,9 @@ class DomainService:
         """
         return await self._launches.build(spec, token)
 
-    async def fence(self, spec: DomainSpec, token: FencingToken) -> None:
-        """Shut older tokens out of every writable volume. Idempotent. FenceError: unconfirmed."""
-        await self._launches.fence(spec, token)
+    async def fence(self, spec: DomainSpec, token: FencingToken) -> str:
+        """As `LaunchBuilder.fence`."""
+        return await self._launches.fence(spec, token)
 
     async def tear_down(self, spec: DomainSpec, token: FencingToken) -> None:
         """Unplug and close what a domain had open here, when its process is gone. Idempotent."""

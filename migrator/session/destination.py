@@ -229,6 +229,7 @@ class DestinationSession(DestinationPostCopy):
             case RecordRead():
                 self._recover_by(event)
             case Fenced() if event.token == self.next_token and not self._dead:
+                self._fenced_at_s, self._fence_detail = self._now, event.detail
                 self._resume_issued_before = self._resume_issued
                 self._resume_issued = self._resume_pending = True
                 self._do(Journal(state=self.state, resuming=True, durable=False), ResumeGuest())

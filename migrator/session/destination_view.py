@@ -54,6 +54,8 @@ class DestinationView(Session):
         self._loaded_at_s = 0.0
         self._commit = committed
         self._won_at_s = 0.0
+        self._fenced_at_s = 0.0
+        self._fence_detail = ""
         self._resume_issued = False
         self._resume_issued_before = False
         self._resume_pending = False
@@ -99,6 +101,8 @@ class DestinationView(Session):
             resumed_at_s=self._resumed_at_s,
             won_at_s=self._won_at_s,
             loaded_at_s=self._loaded_at_s,
+            fenced_at_s=self._fenced_at_s,
+            fence_detail=self._fence_detail,
         )
 
     def _filled_message(self, lost: str = "") -> Filled:

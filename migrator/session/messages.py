@@ -68,6 +68,8 @@ class Running(Message, frozen=True, kw_only=True):
     resumed_at_s: float
     won_at_s: float = 0.0
     loaded_at_s: float = 0.0
+    fenced_at_s: float = 0.0
+    fence_detail: str = ""
 
 
 class Pending(Message, frozen=True, kw_only=True):

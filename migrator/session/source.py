@@ -348,7 +348,7 @@ class SourceSession(SourceLeave):
             case GuestReported(kind=DomainEventKind.DEVICE_STATE_SENT) if not self._continued:
                 self._give_up("the hypervisor sent the device state before the last pages")
             case GuestReported(kind=DomainEventKind.DEVICE_STATE_SENT):
-                self._note("device state", self._continued_at_s, self._now)
+                self._note("device state", self._continued_at_s, self._now, "disks deactivated")
                 self._hand_off()
             case GuestReported(kind=DomainEventKind.MIGRATION_FAILED):
                 self._give_up(f"device state: {event.detail or 'the hypervisor gave up'}")

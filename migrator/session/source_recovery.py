@@ -200,7 +200,9 @@ class SourceRecovery(SourceView):
             self._discard_error = "the destination's hypervisor died in the handoff"
         if self._sent_at_s is not None and message.won_at_s:
             self._note("ownership record", self._sent_at_s, message.won_at_s)
-            self._note("fence and resume", message.won_at_s, message.resumed_at_s)
+            fenced_at_s = message.fenced_at_s or message.won_at_s
+            self._note("fence", message.won_at_s, fenced_at_s, message.fence_detail)
+            self._note("activate", fenced_at_s, message.resumed_at_s, "disks opened, guest resumed")
         if self.post_copy and message.resumed_at_s:
             self._begin_post_copy()
             return

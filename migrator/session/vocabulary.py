@@ -129,6 +129,8 @@ class RecordRead(Struct, frozen=True, kw_only=True):
 
 class Fenced(Struct, frozen=True, kw_only=True):
     token: int
+    detail: str = ""
+    """What it took, volume by volume."""
 
 
 class GuestResumed(Struct, frozen=True, kw_only=True):

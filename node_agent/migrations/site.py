@@ -135,8 +135,8 @@ class NodeSite(Site):
         await self._hypervisor.destroy(domain)
         await self._domains.tear_down(session.spec, FencingToken(token))
 
-    async def fence(self, session: Session, token: FencingToken) -> None:
-        await self._domains.fence(session.spec, token)
+    async def fence(self, session: Session, token: FencingToken) -> str:
+        return await self._domains.fence(session.spec, token)
 
     async def announce(self, session: Session) -> None:
         """Also where a rollback resumed the guest at the source."""
