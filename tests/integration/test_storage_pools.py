@@ -1,0 +1,130 @@
+"""Guests on volumes of real storage servers: they move, and they outlive the server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy import lab
+from deploy.guest.build import build_guest, default_cache_directory
+from deploy.guest.disk_check import check_disk
+from deploy.lab import storage
+from deploy.lab.plan import LabPlan
+from migrator import hold_points
+from migrator.model import DomainState
+from node_agent.cli.errors import ApiProblem
+from node_agent.resources import Domain, Pool
+from tests.integration.cluster.world import Cluster, Guest, Load, describe, eventually
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
+
+HEAL_S = 60.0
+"""A bound against hanging: clients of a server that came back try at growing gaps."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes and the storage servers."""
+    folder: Path = tmp_path_factory.mktemp("holds")
+    name = f"s{os.getpid()}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(hold_points.VARIABLE, str(folder))
+        try:
+            lab.up(name, nodes=2, node_memory_bytes=1024**3, storage_kinds=["nfs", "nbd"])
+            yield Cluster(lab.load(name).plan, build_guest(default_cache_directory()), folder)
+        finally:
+            lab.down(name)
+
+
+def disk_of(plan: LabPlan, kind: str, volume: str) -> Path:
+    """Where the server keeps a volume's bytes."""
+    folder = plan.folder / "storage" / kind
+    if kind == "nfs":
+        return folder / "export" / volume / "disk.raw"
+    return folder / "volumes" / f"{volume}.raw"
+
+
+def wait_records(guest: Guest, more: int = 20) -> None:
+    """Until the guest has written so many more records to its disk."""
+    before = guest.status().disk_records_written
+    eventually(
+        "the guest writes to its disk",
+        lambda: guest.status().disk_records_written >= before + more,
+        HEAL_S,
+    )
+
+
+@pytest.mark.parametrize("kind", ["nfs", "nbd"])
+def test_a_guest_moves_and_outlives_its_server(
+    cluster: Cluster, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = Load(dirty_pages_per_s=500, disk=True, udp=False, pool=kind)
+    with cluster.guest(f"on-{kind}", load=load) as guest:
+        for node in ("n2", "n1", "n2"):
+            move = cluster.move(guest.name, node)
+            parts = {phase.name: phase for phase in move.timeline}
+            assert parts["fence"].detail.startswith(f"{kind} {kind}/{guest.name} ")
+            assert "deactivated" in parts["device state"].detail
+            with capsys.disabled():
+                took = [
+                    f"{name} {1e3 * parts[name].seconds:.1f} ms" for name in ("fence", "activate")
+                ]
+                print(f"\n{kind}: blackout {move.blackout_ms:.1f} ms, {', '.join(took)}", end="")
+            wait_records(guest)
+        assert storage.kill(cluster.plan, kind)
+        assert storage.start(cluster.plan, kind)
+        wait_records(guest)
+        move = cluster.move(guest.name, "n1")
+        assert move.blackout_ms is not None, describe(move)
+        status = guest.verify()
+        assert status.disk_errors == 0
+        guest.stop()
+        report = check_disk(disk_of(cluster.plan, kind, guest.name))
+        assert report.intact, report.problems
+        assert report.last_sequence >= status.disk_last_sequence
+
+
+def test_a_disk_that_fails_pauses_the_guest_which_goes_on_by_itself(cluster: Cluster) -> None:
+    """With a pool that was added to the cluster while it runs, and hardly waits for its server."""
+    address = f"{cluster.plan.storage_address}:10808"
+    settings = {"name": "hasty", "driver": "nbd", "provisioner": address, "reconnect_delay_s": 1}
+    cluster.api("n1").post("/v1/pools", Pool, settings)
+    eventually("n2 has the pool, too", lambda: _has_pool(cluster, "n2", "hasty"))
+    load = Load(dirty_pages_per_s=0, disk=True, udp=False, pool="hasty")
+    with cluster.guest("patient", load=load) as guest:
+        assert storage.kill(cluster.plan, "nbd")
+        failed = eventually(
+            "the guest is paused by its disk",
+            lambda: _domain_in(cluster, guest.name, DomainState.IO_ERROR),
+            HEAL_S,
+        )
+        assert failed is not None and failed.reason is not None
+        assert "disk 0 (hasty/patient) failed: " in failed.reason
+        with pytest.raises(ApiProblem, match="patient"):
+            cluster.api("n2").delete("/v1/pools/hasty")
+        assert storage.start(cluster.plan, "nbd")
+        eventually(
+            "the guest runs again",
+            lambda: _domain_in(cluster, guest.name, DomainState.RUNNING),
+            HEAL_S,
+        )
+        wait_records(guest)
+        assert guest.verify().disk_errors == 0
+    cluster.api("n2").delete("/v1/pools/hasty")
+    eventually("n1 has no such pool any more", lambda: not _has_pool(cluster, "n1", "hasty"))
+
+
+def _domain_in(cluster: Cluster, name: str, state: DomainState) -> Domain | None:
+    domain = cluster.domain(name)
+    return domain if domain.state is state else None
+
+
+def _has_pool(cluster: Cluster, node: str, name: str) -> bool:
+    try:
+        cluster.api(node).get(f"/v1/pools/{name}", Pool)
+    except ApiProblem:
+        return False
+    return True
