@@ -20,7 +20,7 @@ from migrator.errors import ConflictError, FerryError, NotFoundError
 from migrator.model import PoolName
 from migrator.ports import Struct, VolumeDriver
 from node_agent.resources import POOLS, PoolOrigin, PoolRecord
-from node_agent.state.typed import TypedStore
+from node_agent.state.typed import TypedStore, decode
 from storage.settings import PoolSettings
 
 log = logging.getLogger(__name__)
@@ -74,9 +74,16 @@ class PoolSet(Mapping[PoolName, VolumeDriver]):
         return found
 
     async def open(self) -> None:
-        """Take what the store has, and follow it. StoreError: nothing was begun."""
-        for entry in await self._store.list_prefix(POOLS, PoolRecord):
-            self._take(PoolName(entry.key.removeprefix(POOLS)), entry.value)
+        """Take what the store has, and follow it. StoreError: nothing was begun.
+
+        A pool that this agent can make nothing of, a newer one's perhaps, is logged and left out.
+        """
+        for entry in await self._store.store.list_prefix(POOLS):
+            name = PoolName(entry.key.removeprefix(POOLS))
+            try:
+                self._take(name, decode(entry.key, entry.value, PoolRecord))
+            except FerryError as error:
+                log.error("pool %s can't be used here: %s", name, error)
         self._following = asyncio.create_task(self._follow(), name="pools")
 
     async def close(self) -> None:

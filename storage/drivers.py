@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from migrator.errors import InvalidRequest
 from migrator.model import NodeName, PoolName
 from migrator.ports import VolumeDriver
 from storage.block import BlockPool, make_block_pool
@@ -39,10 +40,15 @@ _MAKERS: Final[Mapping[type[Any], Callable[[Any, NodeName, Path], VolumeDriver]]
     NfsSettings: lambda it, node, _: NfsPool(it, node),
     IscsiSettings: lambda it, node, _: make_iscsi_pool(it, node),
     BlockSettings: make_block_pool,
-    SimulatedSettings: lambda it, node, _: SimulatedPool(PoolName(it.name), node=node),
 }
 
 
 def make_pool(settings: PoolSettings, node: NodeName, state_directory: Path) -> VolumeDriver:
-    """The driver of one pool on `node`. It may keep files below `state_directory`. No I/O."""
+    """The driver of one pool on `node`. It may keep files below `state_directory`. No I/O.
+
+    InvalidRequest: the settings contradict each other, or are of a pool that only tests have.
+    """
+    if isinstance(settings, SimulatedSettings):
+        right = "a driver that keeps what it is given: simulated is for tests"
+        raise InvalidRequest(f"pool {settings.name}: driver must be {right}", {"driver": right})
     return _MAKERS[type(settings)](settings, node, state_directory)

@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
+from migrator.errors import InvalidRequest
+from migrator.model import NodeName
 from node_agent.api.server import create_app
+from node_agent.pools import PoolSet
+from storage.drivers import make_pool
+from storage.settings import SimulatedSettings
 from tests.unit.agent_world import World, open_world
 from tests.unit.test_api import SPEC, Client, ask, running
 
@@ -120,3 +125,19 @@ async def test_a_wrong_pool_names_the_field(
 ) -> None:
     problem = await ask(client, "POST", "/v1/pools", settings, status=400)
     assert problem["fields"][field]
+
+
+async def test_a_stored_pool_that_nobody_understands_keeps_no_agent_from_starting(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    await world.a.store.put("pools/strange", b"\x81\xa1x\x01")
+    fresh = PoolSet([], world.a._make_pool, world.a.typed)
+    await fresh.open()
+    assert list(fresh) == []
+    assert "pools/strange" in caplog.text
+    await fresh.close()
+
+
+def test_simulated_pools_are_for_tests(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="for tests"):
+        make_pool(SimulatedSettings(name="x"), NodeName("a"), tmp_path)
