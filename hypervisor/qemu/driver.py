@@ -313,7 +313,10 @@ class QemuDriver(HypervisorDriver):
             state, reason = DomainState.UNKNOWN, str(error)
         else:
             state, cause = guest.domain_state(run_state)
-            reason = guest.io_error or cause if state is DomainState.IO_ERROR else cause
+            reason = cause
+            if state is DomainState.IO_ERROR:
+                with contextlib.suppress(HypervisorError):
+                    reason = await guest.io_error_cause(timeout_s=INSPECT_TIMEOUT_S) or cause
         return DomainStatus(
             name=domain,
             state=state,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from hypervisor.qemu import records
+from hypervisor.qemu import io_errors, records
 from hypervisor.qemu.config import MONITORS, monitor_path
 from hypervisor.qemu.offload import offload
 from hypervisor.qemu.process import QemuProcess
@@ -29,7 +28,7 @@ from hypervisor.qemu.qmp import Monitor, QmpCommandError, QmpDisconnected, QmpEv
 from hypervisor.qemu.records import ProcessRecord
 from hypervisor.qemu.status import MigrationStatus, domain_state
 from migrator.errors import HypervisorError, NotResumedError
-from migrator.model import DomainName, DomainSpec, DomainState
+from migrator.model import DomainName, DomainState
 from migrator.ports import DomainEvent, DomainEventKind
 
 log = logging.getLogger(__name__)
@@ -146,6 +145,13 @@ class Guest:
         answer = await self.execute("query-status", timeout_s=timeout_s)
         return str(answer.get("status", "")) if isinstance(answer, Mapping) else ""
 
+    async def io_error_cause(self, *, timeout_s: float) -> str | None:
+        """Which disk failed and how; less of it where the event was another agent's to hear."""
+        if self.io_error is None:
+            devices = await self.execute("query-block", timeout_s=timeout_s)
+            self.io_error = io_errors.describe_status(devices, self.record.spec)
+        return self.io_error
+
     def domain_state(self, run_state: str) -> tuple[DomainState, str | None]:
         """Our state for QEMU's `run_state`, by what else we know; and why."""
         return domain_state(
@@ -211,7 +217,7 @@ class Guest:
                 number = str(event.data.get("pass", ""))
                 self._emit(DomainEventKind.PASS_BEGAN, event.at_s, number)
             case "BLOCK_IO_ERROR":
-                self.io_error = _describe_io_error(event.data, self.record.spec)
+                self.io_error = io_errors.describe_event(event.data, self.record.spec)
                 self._emit(DomainEventKind.IO_ERROR, event.at_s, self.io_error)
             case "GUEST_PANICKED":
                 self._emit(DomainEventKind.PANICKED, event.at_s, "the guest panicked")
@@ -426,14 +432,3 @@ class Guest:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.warning("%s: in the background: %s", self.name, error)
-
-
-def _describe_io_error(data: Mapping[str, object], spec: DomainSpec) -> str:
-    """Device, operation and reason, with the volume's name where the event names the disk."""
-    node = str(data.get("node-name") or data.get("device") or "a disk")
-    matched = re.match(r"(?:virtio-)?disk(\d+)", node)
-    if matched is not None and int(matched[1]) < len(spec.disks):
-        disk = spec.disks[int(matched[1])]
-        node = f"disk {matched[1]} ({disk.pool}/{disk.volume})"
-    full = ", no space left" if data.get("nospace") is True else ""
-    return f"{data.get('operation', 'access')} of {node} failed: {data.get('reason', '?')}{full}"
