@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from migrator.errors import ConflictError, FerryError, InvalidRequest, StorageError
+from migrator.errors import ConflictError, FerryError, InvalidRequest, RefusedError
 from migrator.model import (
     DomainName,
     OwnershipState,
@@ -57,12 +57,13 @@ class VolumeService:
         return await _resource(self._pools.entry(pool))
 
     async def add_pool(self, settings: PoolSettings) -> Pool:
-        """ConflictError: the name is taken; StorageError: it doesn't work. Nothing was changed."""
+        """ConflictError: the name is taken; RefusedError: it doesn't work. Nothing was changed."""
         async with self._pools.trial(settings) as driver:
             health = await _health(driver)
         if not health.reachable:
-            raise StorageError(
-                f"pool {settings.name} was not added: this node can't use it: {health.reason}"
+            raise RefusedError(
+                f"pool {settings.name} was not added: this node can't use it: {health.reason}",
+                [health.reason or "it can't be reached"],
             )
         entry = await self._pools.add(settings)
         self._events.emit(

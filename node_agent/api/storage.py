@@ -107,7 +107,7 @@ ROUTES: Final = (
         status=201,
         result=Pool,
         location=True,
-        errors=(409, 500),
+        errors=(409,),
     ),
     Route(
         method="GET",

@@ -239,3 +239,23 @@ async def test_a_provisioner_that_says_nothing_holds_nobody_up(
         health = await pool.health()
         assert not health.reachable and "didn't answer" in (health.reason or "")
         assert time.monotonic() - begun_s < 10
+
+
+async def test_a_size_that_no_file_can_have_changes_nothing(nodes: Pools) -> None:
+    with pytest.raises(StorageError):
+        await nodes[0].create(DISK, capacity_bytes=1 << 62, format=RAW)
+    assert list(await nodes[0].list_volumes()) == []
+    await nodes[0].create(DISK, capacity_bytes=MIB, format=RAW)
+    with pytest.raises(StorageError):
+        await nodes[0].resize(DISK, 1 << 62)
+    assert (await nodes[0].inspect(DISK)).capacity_bytes == MIB
+
+
+async def test_what_is_no_request_is_refused(server: NbdServer) -> None:
+    for line in (b"hello\n", b'{"body": "{}", "mac": ""}\n', b'{"body": "7"}\n', b"\n"):
+        reader, writer = await asyncio.open_connection(ADDRESS, server.port)
+        await reader.readline()
+        writer.write(line)
+        answer = await reader.readline()
+        writer.close()
+        assert b"failure" in answer, line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundE
 from migrator.model import DiskFormat, FencingToken, NfsSource, NodeName, VolumeName
 from storage.nfs import NfsPool
 from storage.nfs.layout import READER_ID
+from storage.nfs.libnfs import NfsError
 from storage.settings import NfsSettings
 from tests.contract.storage_servers import ADDRESS, NfsServer, in_new_namespace
 from tests.contract.volume_contract import FenceContract, VolumeContract
@@ -231,3 +233,32 @@ async def test_a_cancelled_copy_leaves_nothing(
         await creating
     assert os.listdir(server.export) == []  # noqa: PTH208 - Names are what it is about.
     go_on.set()
+
+
+async def test_a_full_export_says_so_and_is_left_clean(
+    nodes: tuple[NfsPool, NfsPool],
+    server: NfsServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise NfsError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("storage.nfs.making._write_piece", full)
+    image = tmp_path / "image"
+    image.write_bytes(b"x" * MIB)
+    with pytest.raises(StorageError, match="is full"):
+        await nodes[0].create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW, image=image)
+    assert os.listdir(server.export) == []  # noqa: PTH208 - Names are what it is about.
+
+
+async def test_a_size_that_no_file_can_have_changes_nothing(
+    nodes: tuple[NfsPool, NfsPool], server: NfsServer
+) -> None:
+    with pytest.raises(StorageError):
+        await nodes[0].create(DISK, capacity_bytes=1 << 62, format=DiskFormat.RAW)
+    await nodes[0].create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW)
+    with pytest.raises(StorageError):
+        await nodes[0].resize(DISK, 1 << 62)
+    assert (await nodes[0].inspect(DISK)).capacity_bytes == MIB
+    assert os.listdir(server.export) == [DISK]  # noqa: PTH208 - Names are what it is about.

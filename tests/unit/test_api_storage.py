@@ -11,9 +11,10 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from migrator.errors import InvalidRequest
-from migrator.model import NodeName
+from migrator.model import NodeName, PoolName
 from node_agent.api.server import create_app
 from node_agent.pools import PoolSet
+from storage.directory import DirectoryPool
 from storage.drivers import make_pool
 from storage.settings import SimulatedSettings
 from tests.unit.agent_world import World, open_world
@@ -125,6 +126,19 @@ async def test_a_wrong_pool_names_the_field(
 ) -> None:
     problem = await ask(client, "POST", "/v1/pools", settings, status=400)
     assert problem["fields"][field]
+
+
+async def test_a_pool_that_cant_be_used_is_not_added(
+    client: Client, world: World, tmp_path: Path
+) -> None:
+    world.a.pools._make = lambda settings: DirectoryPool(
+        PoolName(settings.name), Path(getattr(settings, "path", ""))
+    )
+    gone = {"name": "gone", "driver": "directory", "path": str(tmp_path / "gone")}
+    problem = await ask(client, "POST", "/v1/pools", gone, status=409)
+    assert "mounted" in problem["detail"] and problem["reasons"]
+    await ask(client, "GET", "/v1/pools/gone", status=404)
+    assert await world.a.store.list_prefix("pools/") == []
 
 
 async def test_a_stored_pool_that_nobody_understands_keeps_no_agent_from_starting(
