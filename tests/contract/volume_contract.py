@@ -24,7 +24,7 @@ DISK = VolumeName("web-1.disk_0")
 MIB = 1024**2
 BOTH = list(DiskFormat)
 Nodes = tuple[VolumeDriver, VolumeDriver]
-STALE_S = 1.5
+STALE_S = 0.7
 """How long a fenced writer gets; one that waits for its server isn't acknowledged either."""
 needs_qemu_img = pytest.mark.skipif(not shutil.which("qemu-img"), reason="needs qemu-img")
 
