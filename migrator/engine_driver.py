@@ -233,7 +233,12 @@ class EngineDriver:
                 if not self._post_copy:
                     self._send(m.OpenDeviceChannel(path=str(self._device_channel)))
                 self._feed(
-                    v.EngineListening(host=message.host, port=message.port, secret=self._secret)
+                    v.EngineListening(
+                        host=message.host,
+                        port=message.port,
+                        secret=self._secret,
+                        no_post_copy=message.no_post_copy,
+                    )
                 )
             case m.Configured():
                 self._pages_in_use = message.pages_in_use

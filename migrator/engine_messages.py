@@ -132,6 +132,8 @@ class Configured(Message, frozen=True, kw_only=True):
 class Listening(Message, frozen=True, kw_only=True):
     host: str
     port: int
+    no_post_copy: str = ""
+    """Why this guest's memory can't be filled in while it runs; "": it can."""
 
 
 class Connected(Message, frozen=True, kw_only=True):

@@ -76,6 +76,12 @@ class LinkSpeed(Figure, frozen=True, kw_only=True):
     fixed_blackout_ms: float | None = None
     """Of a blackout, beside the last pages; None: not known."""
 
+    @property
+    def uncapped_bytes_per_s(self) -> float | None:
+        """What was measured with no cap in force; None: it wasn't (an interface only claims)."""
+        measured = (LinkOrigin.MIGRATIONS, LinkOrigin.PROBE)
+        return self.bytes_per_s if self.origin in measured else None
+
 
 class Prediction(Figure, frozen=True, kw_only=True):
     """How a migration is expected to go, and the figures that it was made from."""
@@ -86,13 +92,15 @@ class Prediction(Figure, frozen=True, kw_only=True):
     iterations: int
     """Up to the switchover, the last pages of the paused guest included."""
     bytes_sent: int
-    """Where it doesn't converge: up to giving up."""
+    """Where it doesn't converge: up to giving up, or with what post-copy sends."""
     total_s: float
     blackout_ms: float
-    """Where it doesn't converge: what a switchover would cost all the same."""
+    """Where it doesn't converge, nor ends in post-copy: what a switchover would cost all the same."""
     memory_in_use_bytes: int
     zero_share: float
     dirty_rate_bytes_per_s: float
     """As the first iteration meets it."""
     dirty_rate_origin: str
     link: LinkSpeed
+    post_copy: bool = False
+    """What pre-copy leaves follows after the switchover."""

@@ -281,7 +281,7 @@ class MigrationRequest(Value, frozen=True, kw_only=True):
     """What a user asks for."""
 
     destination: Name
-    mode: MigrationMode = MigrationMode.PRECOPY
+    mode: MigrationMode = MigrationMode.HYBRID
     downtime_limit_ms: Annotated[int, msgspec.Meta(ge=1, le=60_000)] = 50
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 600.0
     on_timeout: OnTimeout = OnTimeout.CANCEL

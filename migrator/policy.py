@@ -2,7 +2,8 @@
 
 Let p be the bytes that are pending after a pass, r the measured throughput, and d the dirty rate
 (pending bytes over the pass's duration). The blackout that a switchover now would cost is predicted
-as p / r plus a fixed cost for stopping, device state and handoff. Another pass is worth
+as p / r (r without a bandwidth cap, where it is known) plus a fixed cost for stopping, device
+state and handoff. Another pass is worth
 its time while it shrinks p; p shrinks geometrically by d / r, so it stops where d >= r.
 
 A guest's dirty rate oscillates, so one pass that didn't shrink is no verdict (other systems kill
@@ -76,16 +77,24 @@ def predicted_blackout_ms(pending_bytes: int, throughput_bytes_per_s: float) -> 
     return FIXED_BLACKOUT_MS + 1000.0 * pending_bytes / throughput_bytes_per_s
 
 
+def final_rate(passes: Sequence[PassReport], link_bytes_per_s: float | None) -> float:
+    """Bytes a second of a final pass. No bandwidth cap holds it back, as it did the passes before:
+    `link_bytes_per_s` is what the link was measured to carry without one, if that is known.
+    """
+    return max(throughput(passes), link_bytes_per_s or 0.0)
+
+
 def decide(
     passes: Sequence[PassReport],
     downtime_limit_ms: int,
     mode: MigrationMode = MigrationMode.PRECOPY,
+    link_bytes_per_s: float | None = None,
 ) -> Decision:
-    """What to do after the last of `passes` (at least one)."""
+    """What to do after the last of `passes` (at least one). `link_bytes_per_s`: `final_rate`."""
     last = passes[-1]
     rate = throughput(passes)
     pending_bytes = last.pending_pages * PAGE_SIZE_BYTES
-    blackout_ms = predicted_blackout_ms(pending_bytes, rate)
+    blackout_ms = predicted_blackout_ms(pending_bytes, final_rate(passes, link_bytes_per_s))
     # The fixed cost is not the pages' fault: a limit below it is held against the pages alone.
     page_budget_ms = max(downtime_limit_ms - FIXED_BLACKOUT_MS, 0.5 * downtime_limit_ms)
     fits = blackout_ms - FIXED_BLACKOUT_MS <= page_budget_ms

@@ -24,7 +24,14 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from migrator.figures import DirtyPoint, LinkOrigin, LinkSpeed, Prediction
-from migrator.model import PAGE_SIZE_BYTES, MigrationRequest, OnTimeout, PassKind, PassReport
+from migrator.model import (
+    PAGE_SIZE_BYTES,
+    MigrationMode,
+    MigrationRequest,
+    OnTimeout,
+    PassKind,
+    PassReport,
+)
 from migrator.policy import FIXED_BLACKOUT_MS, Decision, DecisionKind, decide, throughput
 from migrator.ports import Struct
 
@@ -70,7 +77,10 @@ def speed(link: LinkSpeed, bandwidth_bytes_per_s: int | None) -> float:
 
 
 def predict(figures: Figures, request: MigrationRequest) -> Prediction:
-    """How a pre-copy of a guest with these figures will go."""
+    """How a migration of a guest with these figures will go: a pre-copy, and, in hybrid mode, the
+    post-copy that ends one which doesn't converge. One that is asked to be all post-copy is
+    predicted as if it were hybrid: no worse than that.
+    """
     memory_bytes = figures.memory_in_use_bytes
     content_bytes = int(memory_bytes * (1.0 - figures.zero_share))
     rate = max(1.0, speed(figures.link, request.bandwidth_bytes_per_s))
@@ -78,19 +88,24 @@ def predict(figures: Figures, request: MigrationRequest) -> Prediction:
     def dirtied(seconds: float) -> int:
         return dirtied_bytes(figures.curve, seconds, memory_bytes)
 
-    passes, decision, in_time = _play(content_bytes, rate, dirtied, request)
     link = figures.link
+    uncapped = link.uncapped_bytes_per_s
+    passes, decision, in_time = _play(content_bytes, rate, dirtied, request, uncapped)
     overhead_s = OVERHEAD_S if link.overhead_s is None else link.overhead_s
     fixed_ms = FIXED_BLACKOUT_MS if link.fixed_blackout_ms is None else link.fixed_blackout_ms
     last_bytes = decision.pending_bytes
     # The last pages go without the cap: the guest stands still.
     blackout_ms = fixed_ms + 1e3 * _wire_bytes(last_bytes) / max(1.0, link.bytes_per_s)
     converges = in_time and decision.kind is DecisionKind.SWITCH_OVER
+    post_copy = not converges and request.mode is MigrationMode.HYBRID
     # A request that forces switches over all the same; the iteration under way ends first.
-    switches = converges or request.on_timeout is OnTimeout.FORCE
+    switches = converges or post_copy or request.on_timeout is OnTimeout.FORCE
     sent = sum(each.bytes_sent for each in passes)
     seconds = sum(each.seconds for each in passes)
-    if not in_time and not switches:
+    if post_copy:  # Within the cap, but for what the guest waits for.
+        blackout_ms = fixed_ms
+        seconds += _wire_bytes(last_bytes) / rate
+    elif not in_time and not switches:
         seconds = request.timeout_s
         sent = min(sent, int(rate * seconds))
     return Prediction(
@@ -105,11 +120,16 @@ def predict(figures: Figures, request: MigrationRequest) -> Prediction:
         dirty_rate_bytes_per_s=dirtied(passes[0].seconds) / passes[0].seconds,
         dirty_rate_origin=figures.dirty_rate_origin,
         link=link,
+        post_copy=post_copy,
     )
 
 
 def _play(
-    content_bytes: int, rate: float, dirtied: Callable[[float], int], request: MigrationRequest
+    content_bytes: int,
+    rate: float,
+    dirtied: Callable[[float], int],
+    request: MigrationRequest,
+    link_bytes_per_s: float | None,
 ) -> tuple[list[PassReport], Decision, bool]:
     """The iterations, the decision after the last, and whether the request's time sufficed.
 
@@ -131,7 +151,7 @@ def _play(
                 pending_pages=pending_bytes // PAGE_SIZE_BYTES,
             )
         )
-        decision = decide(passes, request.downtime_limit_ms, request.mode)
+        decision = decide(passes, request.downtime_limit_ms, request.mode, link_bytes_per_s)
         in_time = sum(each.seconds for each in passes) <= request.timeout_s
         if decision.kind is not DecisionKind.ITERATE or not in_time:
             return passes, decision, in_time

@@ -126,7 +126,7 @@ class MigrationCreate(Value, frozen=True, kw_only=True):
     """By default the ready node with the most free memory, other than the source."""
     downtime_limit_ms: Annotated[int, msgspec.Meta(ge=1, le=60_000)] = 50
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 600.0
-    mode: MigrationMode = MigrationMode.PRECOPY
+    mode: MigrationMode = MigrationMode.HYBRID
     on_timeout: OnTimeout = OnTimeout.CANCEL
     bandwidth_bytes_per_s: Annotated[int, msgspec.Meta(ge=65_536)] | None = None
     engine: EngineKind = EngineKind.AUTO

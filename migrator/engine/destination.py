@@ -26,6 +26,7 @@ from migrator.engine.delivery import ChannelHealth
 from migrator.engine.filler import Filler
 from migrator.engine.frames import StreamHello, StreamKind
 from migrator.engine.memory import map_regions
+from migrator.engine.missing import post_copy_refusal
 from migrator.engine.receiver import Connection, Memory
 from migrator.engine.relay import DestinationRelay
 from migrator.engine.transport import StreamSocket, make_server_context
@@ -82,7 +83,8 @@ class DestinationEngine:
         if self._configure.post_copy:
             self._the_filler().take_over()
         host, port = self._listener.getsockname()[:2]
-        self._control.send(Listening(host=host, port=port))
+        refusal = post_copy_refusal(self._memory.regions)
+        self._control.send(Listening(host=host, port=port, no_post_copy=refusal))
         for message in self._control.pipelined:
             self._handle(message)
         watched = {

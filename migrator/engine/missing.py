@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import threading
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -32,14 +33,24 @@ ASKED: Final = 2
 _WINDOW_PAGES: Final = 512
 
 
+def post_copy_refusal(regions: Sequence[MappedRegion]) -> str:
+    """Why these can't be filled in while the guest runs; "" if they can."""
+    for region in regions:
+        if region.page_size_bytes != PAGE_SIZE_BYTES:
+            return (
+                f"memory region {region.layout.name} is made of huge pages, "
+                "which can't be filled in 4 KiB at a time"
+            )
+    return ""
+
+
 class MissingPages:
     """All regions' pages. Thread-safe; every method is short."""
 
     def __init__(self, regions: list[MappedRegion]) -> None:
-        """EngineError for huge pages: they can't be filled in 4 KiB at a time."""
-        for region in regions:
-            if region.page_size_bytes != PAGE_SIZE_BYTES:
-                raise EngineError(f"memory region {region.layout.name}: huge pages: no post-copy")
+        """EngineError: see `post_copy_refusal`."""
+        if refusal := post_copy_refusal(regions):
+            raise EngineError(refusal)
         self._lock = threading.Lock()
         self._raw = [bytearray(region.size_bytes // PAGE_SIZE_BYTES) for region in regions]
         self._states: list[npt.NDArray[np.uint8]] = [

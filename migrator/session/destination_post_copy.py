@@ -82,7 +82,14 @@ class DestinationPostCopy(DestinationView):
     def _answer_ready(self) -> None:
         if self._listening is not None:
             ready = self._listening
-            self._send(Prepared(host=ready.host, port=ready.port, secret=ready.secret))
+            self._send(
+                Prepared(
+                    host=ready.host,
+                    port=ready.port,
+                    secret=ready.secret,
+                    no_post_copy=ready.no_post_copy,
+                )
+            )
 
     # --- the state ---
 

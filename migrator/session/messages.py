@@ -46,6 +46,8 @@ class Prepared(Message, frozen=True, kw_only=True):
     host: str
     port: int
     secret: bytes
+    no_post_copy: str = ""
+    """Why the destination can't take the guest before all its pages; "": it can."""
 
 
 class Refused(Message, frozen=True, kw_only=True):

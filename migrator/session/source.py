@@ -204,10 +204,13 @@ class SourceSession(SourceLeave):
                     StopTimer(name=TimerName.SETUP),
                     StartTimer(name=TimerName.RETRY, seconds=self.timing.peer_s),
                 )
-                if self.request.mode is MigrationMode.POSTCOPY:
-                    self._ask_leave("asked for", post_copy=True)
-                else:
+                self._note_mode()
+                if self.mode is not MigrationMode.POSTCOPY:
                     self._run_pass(PassKind.FIRST)
+                elif self.no_post_copy:
+                    self._give_up(f"post-copy isn't possible: {self.no_post_copy}")
+                else:
+                    self._ask_leave("asked for", post_copy=True)
             case TimerFired(name=TimerName.RETRY):
                 self._send(self._prepare())
                 self._do(StartTimer(name=TimerName.RETRY, seconds=self.timing.resend_s))
@@ -261,9 +264,10 @@ class SourceSession(SourceLeave):
             case TimerFired(name=TimerName.PEER):
                 self._give_up(f"the destination was unreachable for {self.timing.peer_s:g} s")
             case TimerFired(name=TimerName.TOTAL):
-                if self.request.mode is not MigrationMode.PRECOPY:
-                    self._forced = True
-                elif self.request.on_timeout is OnTimeout.FORCE:
+                if (
+                    self.mode is not MigrationMode.PRECOPY
+                    or self.request.on_timeout is OnTimeout.FORCE
+                ):
                     self._forced = True  # The pass under way ends first: it is pages well spent.
                 else:
                     self._give_up(f"not converged within {self.request.timeout_s:g} s")
@@ -272,17 +276,10 @@ class SourceSession(SourceLeave):
             case _:
                 self._heard_of_leave(event)
 
-    def _note_progress(self, event: EngineReported) -> None:
-        self._live = MigrationProgress(
-            state=self.state,
-            bytes_sent=event.bytes_sent,
-            remaining_bytes=event.remaining_bytes,
-            throughput_bytes_per_s=event.throughput_bytes_per_s,
-        )
-
     def _decide(self) -> None:
-        mode = self.request.mode
-        decision = decide(self.passes, self.request.downtime_limit_ms, mode)
+        mode = self.mode
+        limit_ms = self.request.downtime_limit_ms
+        decision = decide(self.passes, limit_ms, mode, self.uncapped_bytes_per_s)
         self.decisions.append(decision)
         self._note(f"decision: {decision.kind.name.lower()}", self._now, self._now, decision.reason)
         match decision.kind:

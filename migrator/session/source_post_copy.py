@@ -129,9 +129,6 @@ class SourcePostCopy(SourceRecovery):
             case _:
                 pass
 
-    def _note_progress(self, event: EngineReported) -> None:
-        raise NotImplementedError  # In `source`.
-
     def _respawn(self) -> None:
         """The ENGINE timer. A hypervisor that is gone as well leaves nothing to be served."""
         if self._prepared is None:

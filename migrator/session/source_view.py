@@ -7,6 +7,7 @@ from migrator.model import (
     PAGE_SIZE_BYTES,
     DomainSpec,
     Migration,
+    MigrationMode,
     MigrationProgress,
     MigrationRequest,
     MigrationState,
@@ -14,9 +15,16 @@ from migrator.model import (
     PassReport,
     Role,
 )
-from migrator.policy import Decision, dirty_rate, predicted_blackout_ms, throughput
+from migrator.policy import (
+    Decision,
+    dirty_rate,
+    final_rate,
+    predicted_blackout_ms,
+    throughput,
+)
 from migrator.session.base import Session, Timing
 from migrator.session.messages import Prepared
+from migrator.session.vocabulary import EngineReported
 
 _S = MigrationState
 
@@ -91,6 +99,38 @@ class SourceView(Session):
         self._swap_token = 0
         self._discard_error = ""
 
+    # --- figures and facts that decisions are made from ---
+
+    @property
+    def no_post_copy(self) -> str:
+        """Why the destination can't take the guest before all its pages; "": it can."""
+        return self._prepared.no_post_copy if self._prepared is not None else ""
+
+    @property
+    def mode(self) -> MigrationMode:
+        """The request's; pre-copy in place of hybrid where the destination can do nothing else."""
+        if self.request.mode is MigrationMode.HYBRID and self.no_post_copy:
+            return MigrationMode.PRECOPY
+        return self.request.mode
+
+    def _note_mode(self) -> None:
+        """Say in the timeline that hybrid isn't."""
+        if self.mode is not self.request.mode:
+            self._note("pre-copy only", self._now, self._now, self.no_post_copy)
+
+    @property
+    def uncapped_bytes_per_s(self) -> float | None:
+        """What the link carries without this migration's cap, if that was ever measured."""
+        return None if self.prediction is None else self.prediction.link.uncapped_bytes_per_s
+
+    def _note_progress(self, event: EngineReported) -> None:
+        self._live = MigrationProgress(
+            state=self.state,
+            bytes_sent=event.bytes_sent,
+            remaining_bytes=event.remaining_bytes,
+            throughput_bytes_per_s=event.throughput_bytes_per_s,
+        )
+
     # --- what others see ---
 
     @property
@@ -139,7 +179,10 @@ class SourceView(Session):
             remaining_bytes=0 if self.state is _S.COMPLETED else live.remaining_bytes,
             throughput_bytes_per_s=rate,
             dirty_rate_bytes_per_s=dirty_rate(last),
-            predicted_blackout_ms=predicted_blackout_ms(last.pending_pages * PAGE_SIZE_BYTES, rate),
+            predicted_blackout_ms=predicted_blackout_ms(
+                last.pending_pages * PAGE_SIZE_BYTES,
+                final_rate(self.passes, self.uncapped_bytes_per_s),
+            ),
             eta_s=_eta_s(live),
         )
 

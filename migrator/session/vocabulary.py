@@ -60,6 +60,8 @@ class EngineListening(Struct, frozen=True, kw_only=True):
     host: str
     port: int
     secret: bytes
+    no_post_copy: str = ""
+    """Why pages can't be filled in while the guest runs; "": they can."""
 
 
 class EngineConnected(Struct, frozen=True, kw_only=True):

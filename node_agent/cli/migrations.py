@@ -43,12 +43,16 @@ def migrate(
     mode: Annotated[
         MigrationMode,
         typer.Option(
-            help="When memory travels: all before the switchover, all after it, or as much "
-            "before it as pays and the rest after it."
+            help="When memory travels: all before the switchover, all after it, or (hybrid) as "
+            "much before it as pays, and after it what would not fit into the downtime limit."
         ),
-    ] = MigrationMode.PRECOPY,
+    ] = MigrationMode.HYBRID,
     on_timeout: Annotated[
-        OnTimeout, typer.Option(help="What then: cancel, or pause the guest anyway.")
+        OnTimeout,
+        typer.Option(
+            help="What then: cancel, or pause the guest anyway. In the other modes what is left "
+            "follows the guest."
+        ),
     ] = OnTimeout.CANCEL,
     bandwidth: Annotated[
         str | None, typer.Option(help="Bytes a second at most, like 100M.")

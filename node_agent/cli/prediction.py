@@ -73,6 +73,8 @@ def dry_run_text(name: str, result: DryRun) -> str:
 def prediction_text(prediction: Prediction) -> str:
     """For people: what is expected, then what it was made from."""
     verdict = "yes" if prediction.converges else "no"
+    if prediction.post_copy:
+        verdict = "no, what is left follows the guest (post-copy)"
     pairs = [
         ("converges", f"{verdict}: {prediction.reason}"),
         ("total", f"{prediction.total_s:.2f} s"),

@@ -40,8 +40,15 @@ class SessionPair:
         request: MigrationRequest | None = None,
         *,
         pending: Callable[[int], int] = lambda number: 10,
+        listening: v.EngineListening | None = None,
     ) -> None:
-        """`pending(number)`: how many pages the pass of that number leaves behind."""
+        """`pending(number)`: how many pages the pass of that number leaves behind.
+
+        `listening`: what the destination's engine says of itself.
+        """
+        self.listening = listening or v.EngineListening(
+            host="10.0.0.2", port=7000, secret=b"s" * 32
+        )
         self.request = request or MigrationRequest(destination="n2")
         self.pending = pending
         self.now_s = 1000.0
@@ -169,7 +176,7 @@ class SessionPair:
             case v.PrepareIncoming():
                 return [v.IncomingReady()]
             case v.StartEngine() if session.role is Role.DESTINATION:
-                return [v.EngineListening(host="10.0.0.2", port=7000, secret=b"s" * 32)]
+                return [self.listening]
             case v.ConnectEngine():
                 return [v.EngineConnected(pages_in_use=1000, round_trip_ms=0.1)]
             case v.RunPass():

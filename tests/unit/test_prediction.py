@@ -7,7 +7,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from migrator.figures import DirtyPoint, LinkOrigin, LinkSpeed, Prediction
-from migrator.model import PAGE_SIZE_BYTES, MigrationRequest, OnTimeout, PassKind, PassReport
+from migrator.model import (
+    PAGE_SIZE_BYTES,
+    MigrationMode,
+    MigrationRequest,
+    OnTimeout,
+    PassKind,
+    PassReport,
+)
 from migrator.policy import MAX_ITERATIONS, DecisionKind, decide
 from migrator.prediction import (
     PASS_OVERHEAD_S,
@@ -30,7 +37,11 @@ CURVE = st.lists(
 
 
 def request(**changes: object) -> MigrationRequest:
-    values: dict[str, object] = {"destination": "b", "timeout_s": 86_400.0}
+    values: dict[str, object] = {
+        "destination": "b",
+        "timeout_s": 86_400.0,
+        "mode": MigrationMode.PRECOPY,
+    }
     return MigrationRequest(**(values | changes))  # type: ignore[arg-type]
 
 
@@ -165,6 +176,35 @@ def test_a_cap_counts_for_the_iterations_and_not_for_the_blackout() -> None:
     capped = predict(figures(100 * MIB, steady(1e6), 1e9), request(bandwidth_bytes_per_s=10**7))
     assert capped.total_s > 10.0 > free.total_s
     assert capped.blackout_ms < 12.0
+
+
+def test_a_cap_doesnt_keep_what_the_link_would_carry_from_converging() -> None:
+    """Each iteration leaves 5 MB: half a second of the cap, 5 ms of the link."""
+    guest = (DirtyPoint(seconds=0.01, bytes=5_000_000), DirtyPoint(seconds=100.0, bytes=5_000_000))
+    asked = request(bandwidth_bytes_per_s=10_000_000, downtime_limit_ms=50)
+    found = predict(figures(50 * MIB, guest, 1e9), asked)
+    assert found.converges
+    assert found.blackout_ms < 20.0
+    # An interface says what it could do, not what the way carries.
+    claimed = LinkSpeed(bytes_per_s=1e9, origin=LinkOrigin.INTERFACE)
+    unsure = Figures(memory_in_use_bytes=50 * MIB, curve=guest, link=claimed)
+    assert not predict(unsure, asked).converges
+
+
+def test_what_hybrid_leaves_follows_the_guest() -> None:
+    """It writes 200 of its 400 MB all the time: they go twice, and what is left once more."""
+    guest = (DirtyPoint(seconds=1.0, bytes=200 * 10**6), DirtyPoint(seconds=9.0, bytes=200 * 10**6))
+    found = predict(figures(400 * 10**6, guest, 1e8), request(mode=MigrationMode.HYBRID))
+    assert found.post_copy
+    assert not found.converges
+    assert found.bytes_sent == pytest.approx(800e6, rel=0.01)
+    assert found.total_s == pytest.approx(8.5, rel=0.05)
+    assert found.blackout_ms < 10.0
+    quick = request(mode=MigrationMode.HYBRID, timeout_s=1.0)
+    assert predict(figures(400 * 10**6, guest, 1e8), quick).post_copy
+    calm = predict(figures(400 * 10**6, steady(0), 1e8), request(mode=MigrationMode.HYBRID))
+    assert calm.converges
+    assert not calm.post_copy
 
 
 def test_the_requests_time_is_a_limit() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from migrator.journal_entry import entry_of
 from migrator.model import (
+    MigrationMode,
     MigrationRequest,
     MigrationState,
     OnTimeout,
@@ -121,7 +122,8 @@ def test_a_refusal_carries_every_reason_and_moves_nothing() -> None:
 
 
 def test_what_does_not_converge_is_cancelled_with_the_figures() -> None:
-    pair = SessionPair(pending=lambda number: 100_000)
+    request = MigrationRequest(destination="n2", mode=MigrationMode.PRECOPY)
+    pair = SessionPair(request, pending=lambda number: 100_000)
     assert pair.run() == FAILED
     assert pair.source.error is not None
     assert "doesn't converge" in pair.source.error
@@ -129,8 +131,28 @@ def test_what_does_not_converge_is_cancelled_with_the_figures() -> None:
     assert "BeginSwitchover" not in pair.commands(SOURCE)
 
 
+def test_hybrid_is_pre_copy_where_the_destination_cant_fill_in_pages() -> None:
+    """And says so; what was asked to be all post-copy is refused."""
+    listening = v.EngineListening(
+        host="h", port=7000, secret=b"s" * 32, no_post_copy="memory of huge pages"
+    )
+    pair = SessionPair(pending=lambda number: 100_000, listening=listening)
+    assert pair.run() == FAILED
+    assert "doesn't converge" in (pair.source.error or "")
+    assert ("pre-copy only", "memory of huge pages") in [
+        (phase.name, phase.detail) for phase in pair.source.timeline
+    ]
+    request = MigrationRequest(destination="n2", mode=MigrationMode.POSTCOPY)
+    refused = SessionPair(request, listening=listening)
+    assert refused.run() == FAILED
+    assert refused.source.error == "post-copy isn't possible: memory of huge pages"
+    assert "BeginSwitchover" not in refused.commands(SOURCE)
+
+
 def test_what_does_not_converge_is_forced_if_asked() -> None:
-    request = MigrationRequest(destination="n2", on_timeout=OnTimeout.FORCE)
+    request = MigrationRequest(
+        destination="n2", mode=MigrationMode.PRECOPY, on_timeout=OnTimeout.FORCE
+    )
     pair = SessionPair(request, pending=lambda number: 100_000)
     assert pair.run() == COMPLETED
     assert any("forced" in phase.detail for phase in pair.source.timeline)
@@ -138,7 +160,7 @@ def test_what_does_not_converge_is_forced_if_asked() -> None:
 
 @pytest.mark.parametrize("policy", OnTimeout)
 def test_a_timeout_in_precopy_cancels_or_forces(policy: OnTimeout) -> None:
-    request = MigrationRequest(destination="n2", on_timeout=policy)
+    request = MigrationRequest(destination="n2", mode=MigrationMode.PRECOPY, on_timeout=policy)
     # It converges, but never ends: each pass leaves a little less.
     pair = SessionPair(request, pending=lambda number: int(1e6 * 0.8**number))
     pair.run_until_state(_S.PRECOPY)
