@@ -27,6 +27,7 @@ from migrator.model import (
     DomainSpec,
     DomainState,
     Migration,
+    MigrationMode,
     MigrationRequest,
     NodeName,
     PassKind,
@@ -273,7 +274,9 @@ class MigrationWorld:
         self.b = MigratingNode(world.b, folder / "b")
 
     async def migrate(self, **request: object) -> Migration:
-        values: dict[str, object] = {"destination": "b"} | request
+        """All before the switchover: the stand-in for an engine can do nothing else."""
+        precopy: dict[str, object] = {"destination": "b", "mode": MigrationMode.PRECOPY}
+        values = precopy | request
         return await self.a.manager.create(WEB, MigrationRequest(**values))  # type: ignore[arg-type]
 
     async def ended(self, migration: Migration) -> Migration:
