@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -18,6 +19,7 @@ from migrator.engine.client import EngineProcess
 from migrator.engine.spares import EngineSpares
 from migrator.errors import FerryError
 from migrator.model import DomainName, Role
+from migrator.policy import page_streams
 from migrator.ports import GuestMemory, HypervisorDriver, Struct
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
@@ -35,7 +37,10 @@ class EngineSettings(Struct, frozen=True, kw_only=True):
     """For unix sockets: a short path, ours alone."""
     spares: EngineSpares
     bind_address: str
-    streams: int = 1
+    streams: int = 0
+    """0: as many as link and cores are good for."""
+    link_bytes_per_s: Callable[[], float | None] = lambda: None
+    """What the migration interface says of itself; None: nothing to go by. Asked in a thread."""
     tls: Callable[[], TlsFiles | None] = lambda: None
     """Asked for each engine, in a thread. ConfigError if the node's files are no good."""
 
@@ -184,6 +189,8 @@ class EngineDriver:
         session = self._session
         source = session.role is Role.SOURCE
         tls = await asyncio.to_thread(self._settings.tls)
+        link = await asyncio.to_thread(self._settings.link_bytes_per_s)
+        cores = os.cpu_count() or 1
         memory = await hypervisor.memory(DomainName(session.domain))
         try:
             message = m.Configure(
@@ -192,7 +199,7 @@ class EngineDriver:
                 secret=secret,
                 pid=memory.pid,
                 regions=layout_of(memory),
-                streams=self._settings.streams,
+                streams=self._settings.streams or page_streams(cores, link, tls=tls is not None),
                 bind_address=self._settings.bind_address,
                 bandwidth_bytes_per_s=session.request.bandwidth_bytes_per_s,
                 post_copy=self._post_copy,

@@ -95,7 +95,7 @@ class Prediction(Figure, frozen=True, kw_only=True):
     """Where it doesn't converge: up to giving up, or with what post-copy sends."""
     total_s: float
     blackout_ms: float
-    """Where it doesn't converge, nor ends in post-copy: what a switchover would cost all the same."""
+    """Where it neither converges nor ends in post-copy: what a switchover would cost."""
     memory_in_use_bytes: int
     zero_share: float
     dirty_rate_bytes_per_s: float

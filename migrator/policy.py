@@ -13,6 +13,7 @@ migrations by such timers): the best of the last `WINDOW` passes is held against
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -29,8 +30,26 @@ WINDOW: Final = 3
 MAX_ITERATIONS: Final = 30
 HYBRID_GAIN_SHARE: Final = 0.5
 """Hybrid: a pass after which more than this share of what it sent is pending again doesn't pay."""
+STREAM_BYTES_PER_S: Final = 1.4e9
+"""What one page stream carries into cold memory, plain (measured on a slow core)."""
+TLS_STREAM_BYTES_PER_S: Final = 0.7e9
+STREAMS_MAX: Final = 8
+"""By default. More never were faster, and each has a thread on both sides."""
 DEFAULT_THROUGHPUT_BYTES_PER_S: Final = 100e6
 """Assumed until a pass was measured: a 1 Gbit/s link less its overhead."""
+
+
+def page_streams(cores: int, link_bytes_per_s: float | None, *, tls: bool) -> int:
+    """How many page streams to use: as many as fill the link, but no more than the cores feed.
+
+    Plain, a stream takes two cores (the other fills pages in, or is the guest's); encryption is
+    a core's work at each end. `link_bytes_per_s` None: unknown.
+    """
+    by_cores = max(1, cores if tls else cores // 2)
+    if link_bytes_per_s is not None:
+        each = TLS_STREAM_BYTES_PER_S if tls else STREAM_BYTES_PER_S
+        by_cores = min(by_cores, max(1, math.ceil(link_bytes_per_s / each)))
+    return min(by_cores, STREAMS_MAX)
 
 
 class DecisionKind(enum.Enum):

@@ -333,6 +333,10 @@ def make_migrations(
     )
     moments = MigrationMoments(hooks)
 
+    def link_bytes_per_s() -> float | None:
+        found = link_speed.interface_speed(config.migration.address)
+        return None if found is None else found.bytes_per_s
+
     async def interface() -> LinkSpeed | None:
         return await link_speed.of_interface(config.migration.address)
 
@@ -385,6 +389,7 @@ def make_migrations(
             spares=spares,
             bind_address=config.migration.address,
             streams=config.migration.streams,
+            link_bytes_per_s=link_bytes_per_s,
             tls=tls,
         ),
         forecaster=forecaster,

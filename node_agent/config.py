@@ -86,7 +86,8 @@ class MigrationTable(Table, frozen=True, kw_only=True):
         str, msgspec.Meta(min_length=1, description="an address or host name, without a port")
     ]
     """Page streams arrive here. Default: the host part of `peer.listen`."""
-    streams: Annotated[int, msgspec.Meta(ge=1, le=16, description="1 to 16 page streams")] = 1
+    streams: Annotated[int, msgspec.Meta(ge=0, le=16, description="1 to 16 page streams, or 0")] = 0
+    """0: as many as link and cores are good for."""
 
 
 class TlsTable(Table, frozen=True, kw_only=True):

@@ -42,7 +42,7 @@ from migrator.engine.planner import PassPlanner
 from migrator.engine.relay import SourceRelay
 from migrator.engine.sampling import sample_dirty, zero_share
 from migrator.engine.stream import Endpoint, PageStream, StreamBrokenError
-from migrator.engine.transport import TlsPeer
+from migrator.engine.transport import TlsPeer, check_local_address
 from migrator.engine_messages import (
     Configure,
     Configured,
@@ -191,6 +191,8 @@ class SourceEngine:
             raise WrongStateError("Connect", "connected", "configured")
         if self._server is not None:
             self._server.close()
+        else:
+            check_local_address(self._configure.bind_address)
         self._secret = message.secret or self._secret
         configure = self._configure
         tls = None

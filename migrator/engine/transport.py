@@ -26,6 +26,7 @@ from typing import Final, cast
 import msgspec
 
 from migrator.engine.control import POLL_IN, POLL_OUT, Waiter
+from migrator.errors import EngineError
 from migrator.tls import TlsFiles, client_context, peer_node, server_context
 
 _DIRECT_BYTES_MIN: Final = 64 * 1024
@@ -267,6 +268,24 @@ def _alive(sock: socket.socket) -> bool:
     except OSError:
         return False
     return found != b""
+
+
+def check_local_address(address: str) -> None:
+    """EngineError if the migration address isn't this machine's: no other is used instead.
+
+    "": any will do.
+    """
+    if not address:
+        return
+    try:
+        family, kind, protocol, _, name = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as sock:
+            sock.bind(name)
+    except OSError as error:
+        raise EngineError(
+            f"this node's migration address {address} can't be used: {error}; "
+            "pages don't leave from another one"
+        ) from error
 
 
 # --- handshakes ---

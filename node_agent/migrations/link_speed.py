@@ -59,20 +59,26 @@ def of_migrations(
                 ),
                 origin=LinkOrigin.MIGRATIONS,
                 detail=f"the last {len(found)} from {way[0]} to {way[1]}",
-                overhead_s=statistics.median_low(_overhead_s(each) for each in found),
+                overhead_s=_overhead_s(found),
                 fixed_blackout_ms=statistics.median_low(_fixed_blackout_ms(each) for each in found),
             )
     return None
 
 
-def _overhead_s(migration: Migration) -> float:
-    passes_s = sum(
-        each.seconds + each.scan_seconds
-        for each in migration.iterations
-        if each.kind is not PassKind.FINAL
-    )
-    blackout_s = (migration.blackout_ms or 0.0) / 1e3
-    return max(0.0, (migration.total_s or 0.0) - passes_s - blackout_s)
+def _overhead_s(migrations: Sequence[Migration]) -> float | None:
+    """Beside iterations and blackouts. A post-copy takes time of its own: only others tell."""
+    found = []
+    for each in migrations:
+        if any(one.kind is PassKind.MISSING for one in each.iterations):
+            continue
+        passes_s = sum(
+            one.seconds + one.scan_seconds
+            for one in each.iterations
+            if one.kind is not PassKind.FINAL
+        )
+        blackout_s = (each.blackout_ms or 0.0) / 1e3
+        found.append(max(0.0, (each.total_s or 0.0) - passes_s - blackout_s))
+    return statistics.median_low(found) if found else None
 
 
 def _fixed_blackout_ms(migration: Migration) -> float:

@@ -13,7 +13,9 @@ import pytest
 
 from migrator.engine_messages import (
     Configured,
+    Connect,
     DeviceChannelOpen,
+    EngineFailed,
     OpenDeviceChannel,
 )
 from migrator.model import Role
@@ -145,3 +147,16 @@ async def test_an_engine_that_wasnt_needed_stops(tmp_path: Path) -> None:
     engine = await Engine.spawn(tmp_path / "log")
     assert await engine.process.stop(timeout_s=30.0)
     assert engine.exit_status == 0
+
+
+async def test_an_address_that_isnt_here_is_refused_at_once(pair: Pair) -> None:
+    """Pages never leave by another network than the one that was configured."""
+    listening = await pair.configure()
+    await pair.source.process.stop(timeout_s=10.0)
+    pair.source = await Engine.spawn(pair.folder / "source.log")
+    astray = configuration(Role.SOURCE, pair.source_guest, bind_address="192.0.2.77")
+    pair.source.process.send(astray, pair.source_guest.fds)
+    pair.source.process.send(Connect(host="127.0.0.1", port=listening.port))
+    failed = await pair.source.expect(EngineFailed, 10.0)
+    assert "192.0.2.77" in failed.reason
+    assert await pair.source.exited() == 1

@@ -38,7 +38,7 @@ def test_defaults_are_filled_in() -> None:
     assert config.api.socket == "/var/lib/ferry/api.sock"
     assert config.api.listen_address == ("10.77.0.11", 7780)
     assert config.migration.address == "10.77.0.11"
-    assert config.migration.streams == 1
+    assert config.migration.streams == 0
     assert config.node.memory_bytes == default_memory_bytes()
     assert (config.store.driver, config.hypervisor.driver, config.fabric.driver) == (
         "sqlite",
@@ -103,7 +103,7 @@ def test_render_escapes_what_toml_wants_escaped() -> None:
             '# path = "',
             "store.path: missing; must be",
         ),
-        ("[store]", "[migration]\nstreams = 0\n[store]", "migration.streams: 0 is wrong"),
+        ("[store]", "[migration]\nstreams = 17\n[store]", "migration.streams: 17 is wrong"),
         ("[store]", "[[peers]]\n[store]", "peers[0].name: missing"),
         ("[store]", "pools = 3\n[store]", "peer.pools: unknown key"),
         ("[store]", PEER * 2 + "[store]", 'peers[1].name: "n2" is taken'),

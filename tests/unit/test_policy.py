@@ -16,6 +16,7 @@ from migrator.policy import (
     Decision,
     DecisionKind,
     decide,
+    page_streams,
     predicted_blackout_ms,
     throughput,
 )
@@ -137,3 +138,31 @@ def test_the_prediction_is_pages_over_throughput_plus_the_fixed_cost() -> None:
     assert throughput(passes) == 25_000 * PAGE_SIZE_BYTES
     predicted = predicted_blackout_ms(250 * PAGE_SIZE_BYTES, throughput(passes))
     assert predicted == pytest.approx(FIXED_BLACKOUT_MS + 10.0)
+
+
+@pytest.mark.parametrize(
+    ("cores", "link", "plain", "tls"),
+    [
+        (1, None, 1, 1),
+        (2, None, 1, 2),
+        (2, 0.12e9, 1, 1),
+        (16, 1.2e9, 1, 2),
+        (16, 12e9, 8, 8),
+        (64, None, 8, 8),
+    ],
+)
+def test_as_many_streams_as_fill_the_link_and_the_cores_feed(
+    cores: int, link: float | None, plain: int, tls: int
+) -> None:
+    assert page_streams(cores, link, tls=False) == plain
+    assert page_streams(cores, link, tls=True) == tls
+
+
+def test_a_cap_holds_back_the_passes_and_not_the_last_pages() -> None:
+    """40 MB pending: 4 s at the cap's rate, 40 ms at what the link was measured to carry."""
+    passes = [_pass(1, 20_000, 9766, 8.192)]
+    slow = decide(passes, 50)
+    assert slow.predicted_blackout_ms > 3000.0
+    fast = decide(passes, 50, link_bytes_per_s=1e9)
+    assert fast.predicted_blackout_ms == pytest.approx(8 + 40, rel=0.05)
+    assert fast.throughput_bytes_per_s == slow.throughput_bytes_per_s
