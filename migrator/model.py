@@ -340,6 +340,8 @@ class PassReport(Value, frozen=True, kw_only=True):
     scan_seconds: float = 0.0
     payload_bytes: int = 0
     """Of guest memory in `pages`: more than `bytes_sent` where pages were compressed."""
+    same_pages: int = 0
+    """Dirtied and not sent: by a hash they are as they were sent before."""
 
 
 class Phase(Value, frozen=True, kw_only=True):

@@ -24,11 +24,13 @@ from migrator.engine import frames
 from migrator.engine.bandwidth import TokenBucket
 from migrator.engine.control import ChannelLostError, Waiter
 from migrator.engine.frames import FrameKind
+from migrator.engine.known import KnownPages
 from migrator.engine.memory import MappedRegion
 from migrator.engine.packing import PACK_BYTES_MAX, Packer, PackingPolicy
 from migrator.engine.stream import PageStream, Piece, StreamBrokenError
 from migrator.engine.zeroes import ZeroFilter
 from migrator.engine_messages import ChannelBroken, ChannelRestored, FromEngine
+from migrator.model import PAGE_SIZE_BYTES
 
 _BATCH_BYTES: Final = 8 * 1024 * 1024
 _LOOKAHEAD_BYTES: Final = 32 * 1024 * 1024
@@ -112,6 +114,7 @@ class Delivery:
         policy: PackingPolicy,
         *,
         skip_zeroes: bool,
+        known: KnownPages | None = None,
     ) -> None:
         self._stream = stream
         self._todo = collections.deque(piece for piece in pieces if len(piece.content))
@@ -123,10 +126,13 @@ class Delivery:
         self.left_bytes = sum(map(_guest_bytes, self._todo))
         self.pages = 0
         self.zero_pages = 0
+        self.same_pages = 0
+        """Not sent: the destination has them as they are."""
         self.payload_bytes = 0
         """Of guest memory, however few bytes it was on the wire."""
         self._policy = policy
-        self._packer = Packer(policy)
+        self._known = known
+        self._packer = Packer(policy, known)
         self._may_pack = self.left_bytes >= _PACKING_BYTES_MIN
 
     def run(self, health: ChannelHealth, reconnect_s: float, waiter: Waiter) -> None:
@@ -160,6 +166,7 @@ class Delivery:
             self._ready_bytes += ranges.byte_count(piece.content)
         for sent in reversed(self._stream.take_unacknowledged()):
             if sent.piece is not None:
+                self._forget(sent.piece)
                 self._ready.appendleft(sent.piece)
                 self._ready_bytes += ranges.byte_count(sent.piece.content)
                 self.left_bytes += _guest_bytes(sent.piece)
@@ -178,6 +185,7 @@ class Delivery:
             wary = self._may_pack and not (self._stream.link.judged and self._packer.empty)
             head = self._take_ready(PACK_BYTES_MAX if wary else frames.FRAME_BYTES_MAX)
             self._count(head)
+            self._forget(head)
             self._stream.send(head, self._regions[head.region], waiter)
         self._stream.collect_acks()
         return True
@@ -193,6 +201,11 @@ class Delivery:
         head = _split_off(self._ready, limit, frames.FRAME_RANGES_MAX)
         self._ready_bytes -= ranges.byte_count(head.content)
         return head
+
+    def _forget(self, piece: Piece) -> None:
+        """Nobody knows with which content these pages go, or went."""
+        if self._known is not None:
+            self._known.sent(piece.region, piece.content, None)
 
     def _count(self, piece: Piece) -> None:
         """A piece goes out."""
@@ -228,8 +241,12 @@ class Delivery:
         zeroes = msgspec.structs.replace(piece, content=packed.zeroes, kind=FrameKind.ZERO)
         pages = msgspec.structs.replace(piece, content=packed.content)
         region = self._regions[piece.region]
+        self.left_bytes -= ranges.byte_count(packed.same)
+        self.same_pages += ranges.page_count(packed.same, PAGE_SIZE_BYTES)
         if len(pages.content):
             self._count(pages)
+            if self._known is not None:
+                self._known.sent(piece.region, pages.content, packed.digests)
             try:
                 self._stream.send_copy(pages, packed.payload, waiter, packed=packed.compressed)
             except BaseException:
@@ -237,6 +254,7 @@ class Delivery:
                 raise
         if len(zeroes.content):
             self._count(zeroes)
+            self._forget(zeroes)
             self._stream.send(zeroes, region, waiter)
         return True
 

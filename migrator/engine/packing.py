@@ -1,7 +1,8 @@
 """Fewer bytes on the wire: pages are copied, zero pages told apart, the rest compressed by LZ4.
 
-    ready ─► snapshot ─► zero pages apart ─► LZ4 ─► frame        (in threads, some ahead)
-                                              └───► as it is, where LZ4 gains nothing
+    ready ─► snapshot ─► zero pages apart ─► what is known apart ─► LZ4 ─► frame    (in threads)
+                                                                     └───► as it is, where LZ4
+                                                                           gains nothing
 
 Only where the link is what a stream waits for: `PackingPolicy` holds the link's measured rate
 against the measured speed of packing. On a faster link pages go by sendfile, as if this didn't
@@ -28,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from migrator import ranges
+from migrator.engine.known import Digests, KnownPages
 from migrator.engine.memory import MappedRegion
 from migrator.engine.stream import Piece
 from migrator.model import PAGE_SIZE_BYTES
@@ -65,10 +67,19 @@ class Packed(msgspec.Struct, frozen=True):
     payload: memoryview
     compressed: bool
     core_seconds: float
+    same: Ranges = ranges.empty()
+    """Pages that the destination has already."""
+    digests: Digests | None = None
+    """Of `content`; None: nobody looked."""
 
 
-def pack(region: MappedRegion, content: Ranges, *, compress: bool) -> Packed:
-    """Copy pages of 4 KiB and make them small. Runs in any thread, mostly without Python's lock."""
+def pack(
+    region: MappedRegion, content: Ranges, *, compress: bool, known: KnownPages | None = None
+) -> Packed:
+    """Copy pages of 4 KiB and make them small. Runs in any thread, mostly without Python's lock.
+
+    `known`: leave out what the destination has.
+    """
     began = time.thread_time()
     words = np.empty(ranges.byte_count(content) // 8, dtype=np.uint64)
     at = 0
@@ -76,13 +87,20 @@ def pack(region: MappedRegion, content: Ranges, *, compress: bool) -> Packed:
         words[at : at + end - start] = region.words[start:end]
         at += end - start
     words, content, zeroes = _without_zeroes(words, content)
+    same, digests = ranges.empty(), None
+    if known is not None and len(words):
+        digests = known.hash(words.data.cast("B"))
+        alike = known.same(region.index, content, digests)
+        words, content, same = _without(words, content, alike)
+        digests = digests[~alike]
     payload = words.data.cast("B") if len(words) else memoryview(b"")
     compressed = False
     if compress and len(payload):
         smaller = lz4.block.compress(payload, store_size=False)
         if len(smaller) < _RAW_SHARE * len(payload):
             payload, compressed = memoryview(smaller), True
-    return Packed(content, zeroes, payload, compressed, time.thread_time() - began)
+    core_seconds = time.thread_time() - began
+    return Packed(content, zeroes, payload, compressed, core_seconds, same, digests)
 
 
 def _without_zeroes(
@@ -90,14 +108,22 @@ def _without_zeroes(
 ) -> tuple[npt.NDArray[np.uint64], Ranges, Ranges]:
     """(words, content) without zero pages, and these."""
     pages = words.reshape(-1, _WORDS)
-    suspects = np.flatnonzero(pages[:, 0] == 0)
-    zero = suspects[~pages[suspects].any(axis=1)]
-    if not len(zero):
+    zero = pages[:, 0] == 0
+    suspects = np.flatnonzero(zero)
+    zero[suspects] = ~pages[suspects].any(axis=1)
+    return _without(words, content, zero)
+
+
+def _without(
+    words: npt.NDArray[np.uint64], content: Ranges, left_out: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.uint64], Ranges, Ranges]:
+    """(words, content) without the pages that are marked, and these."""
+    if not left_out.any():
         return words, content, ranges.empty()
     starts = ranges.page_starts(content, PAGE_SIZE_BYTES)
-    zeroes = ranges.from_page_starts(starts[zero], PAGE_SIZE_BYTES)
-    filled = np.delete(pages, zero, axis=0)
-    return filled.reshape(-1), ranges.subtract(content, zeroes), zeroes
+    taken = ranges.from_page_starts(starts[left_out], PAGE_SIZE_BYTES)
+    filled = words.reshape(-1, _WORDS)[~left_out]
+    return filled.reshape(-1), ranges.subtract(content, taken), taken
 
 
 class PackingPolicy:
@@ -152,8 +178,9 @@ class Packer:
     Pages may leave in any order within a pass, so what is ready first goes first.
     """
 
-    def __init__(self, policy: PackingPolicy) -> None:
+    def __init__(self, policy: PackingPolicy, known: KnownPages | None = None) -> None:
         self._policy = policy
+        self._known = known
         self._pool: ThreadPoolExecutor | None = None
         self._queue: list[tuple[Piece, bool, Future[Packed]]] = []
 
@@ -170,7 +197,8 @@ class Packer:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="pack")
         compress = self._policy.should_compress()
-        future = self._pool.submit(pack, region, piece.content, compress=compress)
+        known = self._known if self._known is not None and self._known.should_hash() else None
+        future = self._pool.submit(pack, region, piece.content, compress=compress, known=known)
         self._queue.append((piece, compress, future))
 
     def take(self, wait_s: float) -> tuple[Piece, Packed] | None:

@@ -35,6 +35,7 @@ from migrator.engine.delivery import (
 from migrator.engine.dirty_log import DirtyLog
 from migrator.engine.frames import FrameKind, StreamHello, StreamKind
 from migrator.engine.helpers import run_in_threads
+from migrator.engine.known import KnownPages
 from migrator.engine.memory import map_regions
 from migrator.engine.packing import IdleCores, PackingPolicy
 from migrator.engine.page_server import PageServer
@@ -81,6 +82,7 @@ class SourceEngine:
         self._planner = PassPlanner(self._regions, self._log, kernel.PagemapScanner(pagemap))
         self._bucket = TokenBucket(configure.bandwidth_bytes_per_s, time.monotonic())
         self._packing = PackingPolicy(IdleCores())
+        self._known = KnownPages(self._regions)
         self._streams: list[PageStream] = []
         self._health = ChannelHealth(control.send)
         self._relay: SourceRelay | None = None
@@ -313,6 +315,7 @@ class SourceEngine:
                 self._bucket,
                 self._packing,
                 skip_zeroes=message.kind is not PassKind.FINAL,
+                known=self._known,
             )
             for stream, part in zip(self._streams, pieces, strict=True)
         ]
@@ -333,6 +336,7 @@ class SourceEngine:
             bytes_sent=self._bytes_sent() - bytes_before,
             zero_pages=sum(delivery.zero_pages for delivery in self._deliveries),
             payload_bytes=sum(delivery.payload_bytes for delivery in self._deliveries),
+            same_pages=sum(delivery.same_pages for delivery in self._deliveries),
             pending_pages=self._log.pending_pages(),
             scan_seconds=scan_seconds,
         )
