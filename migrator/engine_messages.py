@@ -142,13 +142,14 @@ class Connected(Message, frozen=True, kw_only=True):
 
 
 class Report(Message, frozen=True, kw_only=True):
-    """Sent a few times a second during a pass."""
+    """Sent a few times a second during a pass, and in post-copy."""
 
     number: int
+    """0 in post-copy."""
     bytes_sent: int
     """By this engine so far, over all passes."""
     remaining_bytes: int
-    """Of this pass."""
+    """Of this pass; in post-copy what the destination lacks."""
     throughput_bytes_per_s: float
 
 

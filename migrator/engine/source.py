@@ -43,7 +43,7 @@ from migrator.engine.planner import PassPlanner
 from migrator.engine.relay import SourceRelay
 from migrator.engine.sampling import sample_dirty, zero_share
 from migrator.engine.stream import Endpoint, PageStream, StreamBrokenError
-from migrator.engine.transport import TlsPeer, check_local_address
+from migrator.engine.transport import check_local_address, tls_peer
 from migrator.engine_messages import (
     Configure,
     Configured,
@@ -61,7 +61,7 @@ from migrator.engine_messages import (
     ToEngine,
 )
 from migrator.errors import WrongStateError
-from migrator.model import PassKind, PassReport
+from migrator.model import PAGE_SIZE_BYTES, PassKind, PassReport
 
 _REPORT_S: Final = 0.2
 _HELPERS_BYTES_MIN: Final = 16 * 1024 * 1024
@@ -87,6 +87,7 @@ class SourceEngine:
         self._health = ChannelHealth(control.send)
         self._relay: SourceRelay | None = None
         self._server: PageServer | None = None
+        self._served_before = 0  # Bytes, to an engine of the destination that died.
         self._endpoint: Endpoint | None = None
         self._faults = ThreadFaults()
         self._deferred: collections.deque[ToEngine] = collections.deque(control.pipelined)
@@ -113,7 +114,8 @@ class SourceEngine:
             for stream in self._streams:
                 if stream.sock is not None:
                     watched[stream.sock.fileno()] = POLL_IN
-            happened = poll(watched, 60.0)
+            happened = poll(watched, _REPORT_S if self._serving else 60.0)
+            self._report()
             if self._control.fileno() in happened:
                 self._hear()
             if self._faults.signal.fileno() in happened:
@@ -188,24 +190,22 @@ class SourceEngine:
                 raise WrongStateError("Configure", "configured", "new")
 
     def _connect(self, message: Connect) -> None:
-        serving = self._server is not None and self._server.started
+        serving = self._serving
         if (self._streams or self._server is not None) and not serving:
             raise WrongStateError("Connect", "connected", "configured")
         if self._server is not None:
             self._server.close()
+            self._served_before += self._server.bytes_sent
         else:
             check_local_address(self._configure.bind_address)
         self._secret = message.secret or self._secret
         configure = self._configure
-        tls = None
-        if configure.tls is not None:
-            tls = TlsPeer(files=configure.tls, node=configure.peer)
         self._endpoint = Endpoint(
             host=message.host,
             port=message.port,
             bind_address=configure.bind_address,
             silence_s=configure.silence_s,
-            tls=tls,
+            tls=tls_peer(configure.tls, configure.peer),
         )
         self._server = PageServer(
             self._endpoint,
@@ -414,24 +414,34 @@ class SourceEngine:
 
     # --- reports ---
 
+    @property
+    def _serving(self) -> bool:
+        """Post-copy: the destination asks for pages."""
+        return self._server is not None and self._server.started
+
     def _bytes_sent(self) -> int:
-        return sum(stream.bytes_sent for stream in self._streams)
+        served = self._served_before + (self._server.bytes_sent if self._server is not None else 0)
+        return served + sum(stream.bytes_sent for stream in self._streams)
 
     def _left_bytes(self) -> int:
+        if self._server is not None and self._serving:
+            return self._server.left_pages * PAGE_SIZE_BYTES
         return sum(delivery.left_bytes for delivery in self._deliveries)
 
     def _report(self) -> None:
         """A `Report` when one is due. The throughput is the one since the last report."""
         now = time.monotonic()
         seconds = now - self._reported_at_s
-        if self._pass is None or seconds < _REPORT_S:
+        if (self._pass is None and not self._serving) or seconds < _REPORT_S:
             return
         sent = self._bytes_sent()
+        if self._pass is None and sent == self._reported_bytes:
+            return
         throughput = (sent - self._reported_bytes) / seconds
         self._reported_at_s, self._reported_bytes = now, sent
         self._control.send(
             Report(
-                number=self._pass.number,
+                number=0 if self._pass is None else self._pass.number,
                 bytes_sent=sent,
                 remaining_bytes=self._left_bytes(),
                 throughput_bytes_per_s=throughput,

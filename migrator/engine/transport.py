@@ -52,6 +52,11 @@ class TlsPeer(msgspec.Struct, frozen=True, kw_only=True):
     node: str
 
 
+def tls_peer(files: TlsFiles | None, node: str) -> TlsPeer | None:
+    """None: connections to `node` are plain."""
+    return None if files is None else TlsPeer(files=files, node=node)
+
+
 class TlsRefusedError(Exception):
     """The other end isn't who it must be, or doesn't want us, or speaks plain. For good."""
 

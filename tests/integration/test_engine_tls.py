@@ -20,6 +20,8 @@ from migrator.engine_messages import (
     PostCopyArmed,
     PostCopyDone,
     PullAll,
+    Report,
+    Stopped,
 )
 from migrator.model import PassKind, Role
 from tests.integration.engine_lab.lab import (
@@ -137,6 +139,11 @@ async def test_post_copy_fills_every_page_while_the_guest_faults(pair: Pair) -> 
     done = await pair.destination.expect(PostCopyDone)
     assert done.pages >= 32 * MIB // PAGE
     assert done.faults > 0
+    told = [each for each in pair.source.heard if isinstance(each, Report)]
+    assert await pair.source.process.stop(timeout_s=10.0)
+    stopped = next(each for each in pair.source.heard if isinstance(each, Stopped))
+    assert stopped.bytes_sent > 32 * MIB  # What was asked for counts, too.
+    assert all(each.number == 0 for each in told)
     assert pair.same_memory()
 
 
