@@ -333,10 +333,6 @@ def make_migrations(
     )
     moments = MigrationMoments(hooks)
 
-    def link_bytes_per_s() -> float | None:
-        found = link_speed.interface_speed(config.migration.address)
-        return None if found is None else found.bytes_per_s
-
     async def interface() -> LinkSpeed | None:
         return await link_speed.of_interface(config.migration.address)
 
@@ -389,7 +385,7 @@ def make_migrations(
             spares=spares,
             bind_address=config.migration.address,
             streams=config.migration.streams,
-            link_bytes_per_s=link_bytes_per_s,
+            link_bytes_per_s=lambda: link_speed.interface_bytes_per_s(config.migration.address),
             tls=tls,
         ),
         forecaster=forecaster,

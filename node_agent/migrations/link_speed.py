@@ -112,6 +112,12 @@ def interface_speed(address: str, net: Path = _NET) -> LinkSpeed | None:
     return None
 
 
+def interface_bytes_per_s(address: str) -> float | None:
+    """The speed alone; see `interface_speed`."""
+    found = interface_speed(address)
+    return None if found is None else found.bytes_per_s
+
+
 def _address_of(interface: str) -> bytes | None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
