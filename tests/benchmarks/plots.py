@@ -50,7 +50,8 @@ def draw(folder: Path, runs: Runs) -> list[Path]:
                 axes.plot([place] * len(each), each, "k.", markersize=3)
         axes.set_xticks(range(len(cases)), [f"case {case}" for case in cases])
         axes.set_ylabel(label)
-        axes.set_yscale("log")
+        if any(figure_of(run) for each in runs.values() for run in each):
+            axes.set_yscale("log")
         axes.legend(fontsize="small")
         drawing.tight_layout()
         path = folder / f"bench-{name}.png"
