@@ -54,6 +54,7 @@ check: install ## Lint, format, types, and the rule of imports
 bench: install ## Measure Ferry beside QEMU and libvirt (root); BENCH='--quick', '--cases 1,3', QEMU=trixie
 	@deploy/setup/bench.sh $(if $(QEMU),--newer-qemu)
 	$(BIN)/python -m tests.benchmarks.run $(if $(QEMU),--qemu $(QEMU)) $(BENCH)
+	$(BIN)/python -m tests.benchmarks.network
 
 sim: install ## Simulate clusters under faults; SEEDS=how many, SEED=replay one
 	$(BIN)/python -m tests.simulation.run $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))

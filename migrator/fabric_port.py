@@ -38,6 +38,13 @@ class ProbeReport(Struct, frozen=True, kw_only=True):
     detail: str = ""
 
 
+class WidthReport(Struct, frozen=True, kw_only=True):
+    """Which test frames of another node came by the guests' network."""
+
+    short: bool = False
+    full: bool = False
+
+
 class FirstFrames(Struct, frozen=True, kw_only=True):
     """Wall-clock time (s) of the first frame in each direction; None: none seen in time."""
 
@@ -163,3 +170,14 @@ class FabricDriver(abc.ABC):
 
         Proves that frames sent by this node find the NIC. Sends no frame that moves it.
         """
+
+    @abc.abstractmethod
+    async def send_wide(self, nic: NicSpec, token: bytes) -> None:
+        """Send a short frame and one as long as the NIC's MTU to the other nodes of its network.
+
+        FabricError: this node's own uplink takes none so long.
+        """
+
+    @abc.abstractmethod
+    async def hear_wide(self, nic: NicSpec, token: bytes, timeout_s: float) -> WidthReport:
+        """Which of the two that another node sends with `token` come here, within `timeout_s`."""

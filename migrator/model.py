@@ -385,7 +385,7 @@ class Cutover(Value, frozen=True, kw_only=True):
     resumed_at_s: float
     first_announcement_ms: float | None = None
     rounds: int = 0
-    """Announcements that went out before it was verified, or given up."""
+    """Of questions to the other nodes, before it was verified or given up."""
     first_to_guest_ms: float | None = None
     """The first frame that reached its port there after the resume; those that waited aside."""
     first_from_guest_ms: float | None = None

@@ -41,6 +41,16 @@ def from_mac(mac: bytes) -> list[Instruction]:
     ]
 
 
+def of_ethertype(ethertype: int) -> list[Instruction]:
+    """Frames of one EtherType, untagged or with a tag that the interface has taken off."""
+    return [
+        (_LOAD_HALF, 0, 0, 12),
+        (_EQUAL, 0, 1, ethertype),
+        (_RETURN, 0, 0, WHOLE_FRAME),
+        (_RETURN, 0, 0, 0),
+    ]
+
+
 def open_capture(interface: str, program: Sequence[Instruction] = ()) -> socket.socket:
     """A non-blocking socket that gets, and sends, the interface's frames; with time stamps.
 

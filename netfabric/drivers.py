@@ -8,8 +8,10 @@ from typing import Final
 from migrator.ports import FabricDriver
 from netfabric.bridge import BridgeFabric
 from netfabric.simulated import SimulatedFabric
+from netfabric.vxlan import VxlanFabric
 
 DRIVERS: Final[Mapping[str, type[FabricDriver]]] = {
     "bridge": BridgeFabric,
+    "vxlan": VxlanFabric,
     "simulated": SimulatedFabric,
 }

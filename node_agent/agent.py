@@ -29,6 +29,7 @@ from migrator.model import DomainSpec, NodeInfo, NodeName, PoolName
 from migrator.ports import FabricDriver, HypervisorDriver, VolumeDriver
 from migrator.tls import TlsFiles, files_of_node
 from netfabric.bridge import BridgeFabric
+from netfabric.vxlan import Overlay, VxlanFabric
 from node_agent import loop_monitor
 from node_agent.api.server import ApiServer, create_app
 from node_agent.cluster import ClusterService
@@ -115,7 +116,9 @@ def make_pools(config: AgentConfig, store: TypedStore) -> PoolSet:
 
 
 def make_fabric(config: AgentConfig) -> FabricDriver:
-    return BridgeFabric()
+    if config.fabric.driver != "vxlan":
+        return BridgeFabric()
+    return VxlanFabric(Overlay.of(config.fabric, config.migration.address))
 
 
 def prepare_folders(config: AgentConfig) -> None:
@@ -151,12 +154,7 @@ async def running_agent(
         events = EventLog(typed, node)
         await events.open()
         stack.push_async_callback(events.close)
-        members = Membership(
-            node,
-            typed,
-            static=config.peer_addresses,
-            on_removed=on_removed,
-        )
+        members = Membership(node, typed, static=config.peer_addresses, on_removed=on_removed)
         trust = await open_trust(config, typed, events, members)
         hypervisor = make_hypervisor(config)
         adopted = await hypervisor.open()
@@ -355,7 +353,7 @@ def make_migrations(
         nodes=nodes,
         events=events,
         publisher=publisher,
-        settings=CutoverSettings(address=config.migration.address),
+        settings=CutoverSettings.of(config),
     )
     manager = MigrationManager(
         NodeName(config.node.name),

@@ -144,8 +144,24 @@ class HypervisorTable(Table, frozen=True, kw_only=True):
 
 class FabricTable(Table, frozen=True, kw_only=True):
     driver: Annotated[
-        Literal["bridge", "simulated"], msgspec.Meta(description='"bridge" or "simulated"')
+        Literal["bridge", "vxlan", "simulated"],
+        msgspec.Meta(description='"bridge", "vxlan" or "simulated"'),
     ] = "bridge"
+    bridge: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{0,15}$")] = ""
+    """vxlan: the bridge that the agent makes, which NICs name."""
+    identifier: Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)] = 0
+    """vxlan: the network identifier, the same on every node."""
+    local: str = ""
+    """vxlan: this node's end. Default: `migration.address`."""
+    remotes: tuple[str, ...] = ()
+    """vxlan: the other nodes' ends."""
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 4789
+    mtu_bytes: Annotated[int, msgspec.Meta(ge=576, le=65521)] = 1450
+    """vxlan: of the guests' network; 50 bytes less than the nodes' own (70 over IPv6)."""
+    grace_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 5.0
+    """For so long the old node of a migrated guest forwards what still arrives there."""
+    verify_limit_s: Annotated[float, msgspec.Meta(gt=0, le=600)] = 5.0
+    tunnel_port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 7782
 
 
 class KnownPeer(Table, frozen=True, kw_only=True):
@@ -371,6 +387,7 @@ def _contradictions(config: AgentConfig) -> Iterator[str]:
             yield f'peers[{index}].name: "{peer.name}" is taken by an earlier peer'
         seen.add(peer.name)
     yield from _store_contradictions(config.store)
+    yield from _fabric_contradictions(config.fabric)
     if config.api.listen == config.peer.listen:
         yield f'peer.listen: "{config.peer.listen}" is api.listen too; must be another port'
     try:
@@ -381,6 +398,14 @@ def _contradictions(config: AgentConfig) -> Iterator[str]:
             )
     except ValueError:
         pass  # A host name.
+
+
+def _fabric_contradictions(fabric: FabricTable) -> Iterator[str]:
+    if fabric.driver == "vxlan":
+        if not fabric.bridge:
+            yield "fabric.bridge: missing; must name the bridge to make, which NICs name"
+        if not fabric.identifier:
+            yield "fabric.identifier: missing; must be 1 to 16777215, the same on every node"
 
 
 def _store_contradictions(store: StoreTable) -> Iterator[str]:

@@ -43,7 +43,7 @@ from typing import ClassVar
 
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
-from migrator.ports import FabricDriver, FirstFrames, ProbeReport, Tunnel
+from migrator.ports import FabricDriver, FirstFrames, ProbeReport, Tunnel, WidthReport
 from netfabric.addresses import AddressWatcher
 from netfabric.announcer import GAPS_S, Announcer
 from netfabric.bridge import announcing, moving, plugging, tunnels
@@ -236,6 +236,12 @@ class BridgeFabric(FabricDriver):
 
     async def probe(self, nic: NicSpec, timeout_s: float) -> ProbeReport:
         return await in_thread(lambda: moving.probe_from_bridge(nic, timeout_s))
+
+    async def send_wide(self, nic: NicSpec, token: bytes) -> None:
+        await in_thread(lambda: moving.send_wide(nic, token))
+
+    async def hear_wide(self, nic: NicSpec, token: bytes, timeout_s: float) -> WidthReport:
+        return await in_thread(lambda: moving.hear_wide(nic, token, timeout_s))
 
     # --- addresses ---
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -26,6 +26,8 @@ _ADDRESS_GENERATION_NONE: Final = 1
 _VLAN_PVID: Final = 0x2
 _VLAN_UNTAGGED: Final = 0x4
 _DUMP_TRIES: Final = 3
+_EVERYBODY: Final = "00:00:00:00:00:00"
+"""A VXLAN's entry for MACs that it doesn't know, and for broadcasts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,39 @@ class Netlink:
         self._route.tc(
             "replace", "tbf", index=index, rate=bytes_per_s, burst=burst_bytes, limit=queue_bytes
         )
+
+    def set_mtu(self, index: int, mtu_bytes: int) -> None:
+        self._route.link("set", index=index, mtu=mtu_bytes)
+
+    def vxlan_of(self, name: str) -> tuple[int, str, int] | None:
+        """Identifier, own address and UDP port of a VXLAN; None if it is none, or isn't there."""
+        try:
+            messages = list(self._route.link("get", ifname=name))
+        except NetlinkError:
+            return None
+        information = messages[0].get_attr("IFLA_LINKINFO")
+        data = information.get_attr("IFLA_INFO_DATA") if information is not None else None
+        if data is None or information.get_attr("IFLA_INFO_KIND") != "vxlan":
+            return None
+        local = data.get_attr("IFLA_VXLAN_LOCAL") or data.get_attr("IFLA_VXLAN_LOCAL6")
+        return data.get_attr("IFLA_VXLAN_ID"), local, data.get_attr("IFLA_VXLAN_PORT")
+
+    def set_remotes(self, name: str, remotes: Sequence[str]) -> None:
+        """To whom a VXLAN sends what is for everybody, or for nobody that it knows."""
+        (index,) = self._route.link_lookup(ifname=name)
+        known = [
+            entry.get_attr("NDA_DST")
+            for entry in self._route.fdb("dump", ifindex=index)
+            if entry["ifindex"] == index
+            and entry.get_attr("NDA_LLADDR") == _EVERYBODY
+            and entry.get_attr("NDA_DST") is not None
+        ]
+        for remote in remotes:
+            if remote not in known:
+                self._route.fdb("append", ifindex=index, lladdr=_EVERYBODY, dst=remote)
+        for remote in known:
+            if remote not in remotes:
+                self._route.fdb("del", ifindex=index, lladdr=_EVERYBODY, dst=remote)
 
     def set_queue(self, index: int, frames: int) -> None:
         """How many frames may wait in an interface for whoever reads them."""

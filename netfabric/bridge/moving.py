@@ -29,9 +29,10 @@ import msgspec
 
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
-from migrator.ports import ProbeReport, Tunnel
+from migrator.ports import ProbeReport, Tunnel, WidthReport
+from netfabric import wide_frames
 from netfabric.bridge import tunnels
-from netfabric.bridge.links import Exits, bridge_uplinks, find_exits, netlink
+from netfabric.bridge.links import Exits, Uplink, bridge_uplinks, find_exits, netlink
 from netfabric.bridge.taps import host_side_mac, tap_name
 from netfabric.frames import ETHERTYPE_EXPERIMENTAL, announcements, ethernet, parse_mac
 from netfabric.probing import probe, probing_mac
@@ -194,13 +195,31 @@ def discard(ends: Sequence[Departure | Arrival]) -> None:
 
 def probe_from_bridge(nic: NicSpec, timeout_s: float) -> ProbeReport:
     """Ask by every uplink of the NIC's bridge on this node."""
-    with netlink(f"can't look at bridge {nic.bridge}") as kernel:
-        bridge = kernel.find(nic.bridge)
-        if bridge is None or bridge.kind != "bridge":
-            return ProbeReport(able=False, detail=f"there is no bridge {nic.bridge} here")
-        uplinks = bridge_uplinks(kernel, bridge, nic.vlan)
-        learnt_at = kernel.learnt_at(bridge, nic.mac)
+    uplinks, learnt_at = _uplinks_of(nic)
     if not uplinks:
         return ProbeReport(able=False, detail=f"bridge {nic.bridge} has no uplink here")
     own_mac = probing_mac(uplinks[0].mac)
     return probe(nic, [uplink.exit for uplink in uplinks], own_mac, timeout_s, learnt_at)
+
+
+def send_wide(nic: NicSpec, token: bytes) -> None:
+    """Test frames by every uplink of the NIC's bridge. FabricError: one takes no full frame."""
+    uplinks, _ = _uplinks_of(nic)
+    if uplinks:
+        ways = [uplink.exit for uplink in uplinks]
+        wide_frames.send(ways, probing_mac(uplinks[0].mac), token, nic.mtu_bytes)
+
+
+def hear_wide(nic: NicSpec, token: bytes, timeout_s: float) -> WidthReport:
+    """Listen for them on every uplink of the NIC's bridge."""
+    ways = [uplink.exit for uplink in _uplinks_of(nic)[0]]
+    return wide_frames.hear(ways, token, nic.mtu_bytes, timeout_s)
+
+
+def _uplinks_of(nic: NicSpec) -> tuple[list[Uplink], str]:
+    """The ways into the NIC's network, none if it isn't here; where its MAC is, as learnt."""
+    with netlink(f"can't look at bridge {nic.bridge}") as kernel:
+        bridge = kernel.find(nic.bridge)
+        if bridge is None or bridge.kind != "bridge":
+            return [], ""
+        return bridge_uplinks(kernel, bridge, nic.vlan), kernel.learnt_at(bridge, nic.mac)

@@ -10,6 +10,7 @@ event counter, which carries no frames), so that leaks of descriptors show here 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import ClassVar, Final
 
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec, NodeName
-from migrator.ports import FabricDriver, FirstFrames, ProbeReport, Tunnel
+from migrator.ports import FabricDriver, FirstFrames, ProbeReport, Tunnel, WidthReport
 from netfabric.announcer import GAPS_S, Announcer
 from netfabric.checks import mtu_reason, nic_reasons
 from netfabric.frames import announcements
@@ -45,6 +46,9 @@ class SimulatedNetwork:
     where: dict[str, NodeName] = field(default_factory=dict)
     """The node that each MAC was last heard from."""
     announcements: list[Announcement] = field(default_factory=list)
+    tokens: set[bytes] = field(default_factory=set)
+    width_bytes: int = 65_535
+    """The longest frame's payload that passes between two nodes."""
 
 
 @dataclass(slots=True)
@@ -186,6 +190,14 @@ class SimulatedFabric(FabricDriver):
 
     async def first_frames(self, domain: DomainName, timeout_s: float) -> FirstFrames:
         return FirstFrames()
+
+    async def send_wide(self, nic: NicSpec, token: bytes) -> None:
+        self.network.tokens.add(token)
+
+    async def hear_wide(self, nic: NicSpec, token: bytes, timeout_s: float) -> WidthReport:
+        await asyncio.sleep(0)  # The other node's turn: it has sent by now, or sends in vain.
+        short = token in self.network.tokens
+        return WidthReport(short=short, full=short and nic.mtu_bytes <= self.network.width_bytes)
 
     async def probe(self, nic: NicSpec, timeout_s: float) -> ProbeReport:
         where = self.network.where.get(nic.mac)

@@ -40,6 +40,7 @@ from migrator.ports import (
     Tunnel,
 )
 from node_agent.cluster_calls import Done
+from node_agent.config import AgentConfig
 from node_agent.events import EventKind, EventLog
 from node_agent.migrations.judgement import is_verified, suspects, to_prove, with_learnt
 from node_agent.migrations.publisher import Publisher
@@ -74,6 +75,16 @@ class CutoverSettings(Struct, frozen=True, kw_only=True):
     tunnel_port: int = 7782
     address: str = "127.0.0.1"
     """This node's own end of tunnels: where page streams arrive, too."""
+
+    @classmethod
+    def of(cls, config: AgentConfig) -> CutoverSettings:
+        """As the node's configuration has it."""
+        return cls(
+            grace_s=config.fabric.grace_s,
+            verify_limit_s=config.fabric.verify_limit_s,
+            tunnel_port=config.fabric.tunnel_port,
+            address=config.migration.address,
+        )
 
 
 class ExpectParams(Struct, frozen=True, kw_only=True):

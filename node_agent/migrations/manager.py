@@ -275,7 +275,8 @@ class MigrationManager(MigrationService):
             )
         except FerryError as error:
             return [*reasons, f"node {destination} doesn't answer: {error}"]
-        return reasons + [f"node {destination}: {reason}" for reason in answer.reasons]
+        reasons += [f"node {destination}: {reason}" for reason in answer.reasons]
+        return reasons or await self._site.path_reasons(spec, destination)
 
     async def choose_engine(self, domain: str, request: MigrationRequest) -> EngineChoice:
         return await self._chooser.choose(DomainName(domain), request)

@@ -10,6 +10,7 @@ from typing import Final
 from migrator.errors import RefusedError, StoreError
 from migrator.model import (
     DomainName,
+    DomainSpec,
     EngineKind,
     FencingToken,
     MigrationState,
@@ -25,6 +26,7 @@ from node_agent.domains import DomainService
 from node_agent.migrations.checks import DestinationCheck, Inspection
 from node_agent.migrations.cutover import CutoverService
 from node_agent.migrations.moments import MigrationMoments
+from node_agent.migrations.path_check import PathCheck
 from node_agent.migrations.witnesses import Move
 from node_agent.peers.hub import PeerHub
 
@@ -67,14 +69,20 @@ class NodeSite(Site):
         self._moments = moments
         self._ownership = ownership
         self._cutover = cutover
+        self._path = PathCheck(hub, fabric)
 
     def open(self) -> None:
         """Serve other nodes' questions about the network."""
         self._cutover.register()
+        self._path.register()
 
     async def close(self) -> None:
         """End what follows migrations that are over."""
         await self._cutover.close()
+
+    async def path_reasons(self, spec: DomainSpec, destination: NodeName) -> list[str]:
+        """What the network between here and there says against a migration."""
+        return await self._path.reasons(spec, destination)
 
     async def prepare_incoming(self, session: DestinationSession, device_channel: Path) -> None:
         spec, domain = session.spec, DomainName(session.domain)  # Claimed when it was admitted.

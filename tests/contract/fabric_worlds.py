@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import concurrent.futures
 import contextlib
 import ipaddress
 import os
@@ -21,9 +22,11 @@ from pyroute2 import IPRoute
 from migrator.model import DomainName, NicSpec, NodeName
 from migrator.ports import FabricDriver
 from netfabric.bridge import BridgeFabric, list_taps
+from netfabric.bridge.taps import TAP_NAME
 from netfabric.frames import gratuitous_arp_reply, parse_mac, rarp
 from netfabric.simulated import SimulatedFabric, SimulatedNetwork
-from tests.contract.namespaces import run_in_new_namespace
+from netfabric.vxlan import Overlay, VxlanFabric
+from tests.contract.namespaces import run_in_new_namespace, unshare_network
 
 GAPS_S = (0.02, 0.03, 0.05)
 SOON_S = 20.0
@@ -148,6 +151,10 @@ class BridgeWorld(World):
     async def heard(self, mac: str) -> Sequence[bytes]:
         return [frame for _, frame in self.arrivals(mac)]
 
+    def everything(self) -> Sequence[tuple[int, bytes]]:
+        self.arrivals("52:54:00:00:00:00")
+        return self.frames
+
     def arrivals(self, mac: str) -> Sequence[tuple[int, bytes]]:
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -206,6 +213,100 @@ async def bridge_world() -> AsyncIterator[BridgeWorld]:
                 yield world
         finally:
             await world.fabric.close()
+
+
+# --- VXLAN between two namespaces ------------------------------------------------------------
+
+
+class VxlanWorld(BridgeWorld):
+    """The far end is another node's VXLAN; `other` is a thread in that node's namespace."""
+
+    def __init__(self, far: socket.socket, other: concurrent.futures.Executor) -> None:
+        super().__init__(far)
+        overlay = Overlay("br0", 77, "192.0.2.1", ("192.0.2.2",), mtu_bytes=1500)
+        self.fabric = VxlanFabric(overlay, gaps_s=GAPS_S)
+        self._other = other
+
+    async def move_away(self, mac: str) -> None:
+        self.far.send(rarp(parse_mac(mac)))
+
+        async def gone() -> bool:
+            return (await learnt(mac)).get("br0", "").startswith("fyo")
+
+        await eventually(gone)
+
+    async def is_here(self, mac: str) -> bool:
+        port = (await learnt(mac)).get("br0", "")
+        remote = await asyncio.wrap_future(self._other.submit(remote_of, mac))
+        return TAP_NAME.fullmatch(port) is not None and remote == "192.0.2.1"
+
+
+def remote_of(mac: str) -> str | None:
+    """Where the VXLANs of this thread's namespace have the MAC."""
+    with IPRoute() as route:
+        for entry in route.fdb("dump"):
+            if entry.get_attr("NDA_LLADDR") == mac:
+                found: str | None = entry.get_attr("NDA_DST")
+                return found
+    return None
+
+
+def make_far_node(near_namespace: int) -> socket.socket:
+    """In a new namespace of the calling thread's: the other node, joined to the near one."""
+    unshare_network()
+    with IPRoute() as route:
+        peer = {"ifname": "under0", "net_ns_fd": near_namespace}
+        route.link("add", ifname="under1", kind="veth", peer=peer)
+        (under,) = route.link_lookup(ifname="under1")
+        route.addr("add", index=under, address="192.0.2.2", prefixlen=24)
+        route.link("set", index=under, mtu=1600, state="up")
+        route.link(
+            "add",
+            ifname="far1",
+            kind="vxlan",
+            vxlan_id=77,
+            vxlan_port=4789,
+            vxlan_local="192.0.2.2",
+            vxlan_group="192.0.2.1",
+        )
+        (far_index,) = route.link_lookup(ifname="far1")
+        route.link("set", index=far_index, mtu=1500, state="up")
+    far = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+    far.bind(("far1", 3))
+    return far
+
+
+def make_near_underlay() -> None:
+    with IPRoute() as route:
+        (under,) = route.link_lookup(ifname="under0")
+        route.addr("add", index=under, address="192.0.2.1", prefixlen=24)
+        route.link("set", index=under, mtu=1600, state="up")
+
+
+@contextlib.asynccontextmanager
+async def vxlan_world() -> AsyncIterator[VxlanWorld]:
+    near = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    with concurrent.futures.ThreadPoolExecutor(1) as other, contextlib.ExitStack() as stack:
+        stack.callback(os.close, near)
+        far = stack.enter_context(await asyncio.wrap_future(other.submit(make_far_node, near)))
+        await asyncio.to_thread(make_near_underlay)
+        far.setblocking(False)
+        far.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+        world = VxlanWorld(far, other)
+        await world.fabric.open()
+        try:
+            with blockbuster_ctx(["netfabric"]):
+                yield world
+        finally:
+            await world.fabric.close()
+
+
+def run_vxlan(body: Body) -> None:
+    async def run() -> None:
+        async with vxlan_world() as world:
+            await body(world)
+
+    run_in_new_namespace(run)
 
 
 def run_bridge(body: Body) -> None:

@@ -13,6 +13,14 @@ _CLONE_NEWNET: Final = 0x40000000
 _TEST_TIMEOUT_S: Final = 60.0
 
 
+def unshare_network() -> None:
+    """Give the calling thread a network namespace of its own, new and empty. OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNET) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
 def run_in_new_namespace(body: Callable[[], Awaitable[None]]) -> None:
     """Run `body` on an event loop of its own, in a thread whose network is new and empty.
 
@@ -27,10 +35,7 @@ def run_in_new_namespace(body: Callable[[], Awaitable[None]]) -> None:
 
     def run() -> None:
         try:
-            libc = ctypes.CDLL(None, use_errno=True)
-            if libc.unshare(_CLONE_NEWNET) != 0:
-                code = ctypes.get_errno()
-                raise OSError(code, os.strerror(code))
+            unshare_network()
             asyncio.run(bounded())
         except BaseException as error:
             failures.append(error)

@@ -29,6 +29,7 @@ from tests.contract.fabric_worlds import (
     learnt,
     run_bridge,
     run_simulated,
+    run_vxlan,
 )
 from tests.contract.namespaces import run_in_new_namespace
 
@@ -38,10 +39,16 @@ BARE = NicSpec(mac="52:54:00:aa:bb:dd", bridge="br0")
 Run = Callable[[Body], None]
 
 
-@pytest.fixture(params=["simulated", pytest.param("bridge", marks=pytest.mark.lab)])
+@pytest.fixture(
+    params=[
+        "simulated",
+        pytest.param("bridge", marks=pytest.mark.lab),
+        pytest.param("vxlan", marks=pytest.mark.lab),
+    ]
+)
 def run(request: pytest.FixtureRequest) -> Run:
     """Runs a test's body in the world of one driver."""
-    runs: dict[str, Run] = {"simulated": run_simulated, "bridge": run_bridge}
+    runs: dict[str, Run] = {"simulated": run_simulated, "bridge": run_bridge, "vxlan": run_vxlan}
     assert set(runs) == set(DRIVERS)
     return runs[request.param]
 

@@ -7,11 +7,14 @@ import ipaddress
 import os
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import pytest
 from pyroute2 import IPRoute
 
+from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
-from migrator.ports import Tunnel
+from migrator.ports import Tunnel, WidthReport
+from netfabric import wide_frames
 from netfabric.bridge import BridgeFabric
 from netfabric.bridge.taps import VNET_HEADER_BYTES
 from netfabric.bridge.tunnels import network_identifier, tunnel_name
@@ -282,5 +285,36 @@ def test_an_agent_that_restarts_watches_what_runs() -> None:
         finally:
             await successor.close()
             os.close(fd)
+
+    on_bridge(body)
+
+
+def test_frames_that_are_too_long_for_the_way_are_told_from_those_that_are_not() -> None:
+    token = b"12345678"
+
+    async def body(world: BridgeWorld) -> None:
+        async def heard() -> WidthReport:
+            hearing = asyncio.create_task(world.fabric.hear_wide(NIC, token, 2.0))
+            while not hearing.done():  # It listens some time after this has begun.
+                for length in (wide_frames.SHORT_BYTES, sent_bytes):
+                    world.far.send(wide_frames.frame_of(CLIENT, token, length))
+                await asyncio.wait({hearing}, timeout=0.01)
+            return hearing.result()
+
+        sent_bytes = 1500
+        assert await heard() == WidthReport(short=True, full=True)
+        sent_bytes = 1400
+        assert await heard() == WidthReport(short=True, full=False)
+        await world.fabric.send_wide(NIC, token)
+
+        async def arrived() -> bool:
+            own = bytes([0x06])
+            frames = [frame for _, frame in world.everything() if frame[6:7] == own]
+            return [wide_frames.length_in(frame, token) for frame in frames][-2:] == [64, 1500]
+
+        await eventually(arrived)
+        wide = msgspec.structs.replace(NIC, mtu_bytes=9000)
+        with pytest.raises(FabricError, match="takes no frame of 9000 bytes"):
+            await world.fabric.send_wide(wide, token)
 
     on_bridge(body)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import statistics
+from collections.abc import Callable
 
 import pytest
 
+from deploy.lab.enter import enter
 from migrator.model import Cutover, Migration
+from netfabric import filters
 from tests.integration.cluster.pings import PingWatch
 from tests.integration.cluster.world import Cluster, Load, describe, eventually
 
@@ -58,3 +62,41 @@ def test_no_question_to_a_migrating_guest_is_lost(
     assert pings.duplicates == 0
     assert pings.lost == 0
     assert pings.reordered == 0
+
+
+def in_namespace(namespace: str, work: Callable[[], str]) -> str:
+    """What `work` returns in a thread of that network namespace."""
+
+    def inside() -> str:
+        enter(namespace)
+        return work()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(inside).result(30)
+
+
+def test_announcements_that_are_lost_are_made_up_for(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The switch drops the first three; its table says the old place until a later one passes."""
+    with cluster.guest("lost", load=Load(udp=False, dirty_pages_per_s=0)) as guest:
+        cluster.move("lost", "n2")
+        rules = (
+            "table bridge ferrytest { chain c { type filter hook prerouting priority 0; "
+            f'iifname "g-n1" ether saddr {guest.mac} ether type {{ arp, 0x8035 }} '
+            "quota until 150 bytes counter drop; }; }"
+        )
+        switch = cluster.plan.switch
+        in_namespace(switch, lambda: filters.run(rules, "test"))
+        try:
+            cutover = cutover_of(cluster, cluster.move("lost", "n1"))
+            listed = in_namespace(switch, lambda: filters.run("list ruleset", "test"))
+        finally:
+            in_namespace(switch, lambda: filters.run("delete table bridge ferrytest", "test"))
+        seen = cluster.domain("lost").addresses
+    assert "packets 3 " in listed, listed
+    assert cutover.verified_ms is not None, cutover
+    assert cutover.suspect == ""
+    assert guest.address in seen[0], "what the guest uses was learnt on its way"
+    with capsys.disabled():
+        print(f"\nthree lost: verified +{cutover.verified_ms:.0f} ms, {cutover.rounds} rounds")

@@ -153,3 +153,11 @@ def test_folders_that_cant_be_used_are_named_by_their_keys(
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"^node\.state_directory: "):
         prepare_folders(parse_config(in_a_file))
+
+
+def test_a_vxlan_fabric_names_its_bridge_and_identifier() -> None:
+    text = MINIMAL + '\n[fabric]\ndriver = "vxlan"\n'
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text)
+    assert "fabric.bridge: missing" in str(caught.value)
+    assert "fabric.identifier: missing" in str(caught.value)

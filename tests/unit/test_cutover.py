@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from migrator.errors import RefusedError
 from migrator.model import Cutover, MigrationState
+from netfabric.frames import gratuitous_arp_request, parse_mac
 from tests.unit.migration_world import WEB, MigrationWorld, eventually, migration_world
 
 
@@ -50,7 +53,8 @@ async def test_announcements_that_are_lost_are_repeated_until_one_is_heard(
     migration = await world.ended(await world.migrate())
     cutover = await recorded(world, migration.id)
     assert cutover.verified_ms is not None
-    assert cutover.rounds > 1
+    network = world.b.node.fabric.network
+    assert [one.lost for one in network.announcements].count(True) == 5
 
 
 async def test_a_network_that_does_not_follow_is_told_of(world: MigrationWorld) -> None:
@@ -77,3 +81,24 @@ async def test_a_guest_that_stays_has_its_ports_back(world: MigrationWorld) -> N
     assert ended.state is MigrationState.CANCELLED
     assert not world.a.node.fabric.diverted
     assert not world.a.node.fabric.closed
+
+
+async def test_a_network_that_is_too_narrow_is_found_before_anything_moves(
+    world: MigrationWorld,
+) -> None:
+    world.a.node.fabric.network.width_bytes = 1400
+    with pytest.raises(RefusedError, match="doesn't carry frames of 1500 bytes to b"):
+        await world.migrate()
+    assert world.running() == ["a"]
+    world.a.node.fabric.network.width_bytes = 1500
+    migration = await world.ended(await world.migrate())
+    assert migration.state is MigrationState.COMPLETED
+
+
+async def test_what_a_guest_was_seen_to_use_moves_along(world: MigrationWorld) -> None:
+    spec = (await world.a.node.records.get(WEB)).spec
+    world.a.node.fabric.learns[spec.nics[0].mac] = ("10.0.0.8",)
+    await world.ended(await world.migrate())
+    announced = [one.frame for one in world.a.node.fabric.network.announcements]
+    learnt = gratuitous_arp_request(parse_mac(spec.nics[0].mac), ipaddress.IPv4Address("10.0.0.8"))
+    assert learnt in announced

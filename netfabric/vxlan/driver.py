@@ -1,0 +1,30 @@
+"""The bridge fabric on a bridge that the agent makes itself, and joins to other nodes by VXLAN.
+
+All that `netfabric.bridge` says of taps, announcements and moves holds here: the VXLAN is the
+bridge's uplink, and learns as a switch does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from netfabric.announcer import GAPS_S
+from netfabric.bridge.driver import BridgeFabric
+from netfabric.threads import in_thread
+from netfabric.vxlan.overlay import Overlay, ensure
+
+
+class VxlanFabric(BridgeFabric):
+    """See the module. `open` makes the overlay. Errors: FabricError."""
+
+    name: ClassVar[str] = "vxlan"
+
+    def __init__(self, overlay: Overlay, *, gaps_s: Sequence[float] = GAPS_S) -> None:
+        super().__init__(gaps_s=gaps_s)
+        self.overlay = overlay
+
+    async def open(self) -> None:
+        """Also makes the bridge and the VXLAN, or corrects them. FabricError: what is wrong."""
+        await in_thread(lambda: ensure(self.overlay))
+        await super().open()

@@ -1,0 +1,83 @@
+"""Whether the guests' network carries frames as long as a NIC's MTU from one node to another.
+
+    source ── uplink ── switches ── uplink ── destination
+           a short frame and a full one, of a type that nobody else listens to
+
+Only where the short one arrives and the full one doesn't is anything proved: nodes may not share a
+network at all, and routed ones don't. The frames are broadcasts, two of them, since no switch
+need know where the other node's uplink is.
+
+Synchronous; belongs into a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from migrator.errors import FabricError
+from migrator.ports import WidthReport
+from netfabric import capture
+from netfabric.exits import Exit
+from netfabric.frames import BROADCAST, ETHERTYPE_EXPERIMENTAL, ethernet, tagged
+from netfabric.probing import dissect
+
+TOKEN_BYTES: Final = 8
+SHORT_BYTES: Final = 64
+_MARK: Final = b"ferrywidth"
+_HEAD: Final = struct.Struct(f"!{len(_MARK)}s{TOKEN_BYTES}sI")
+
+
+def frame_of(own_mac: bytes, token: bytes, payload_bytes: int) -> bytes:
+    """A frame whose payload is that long, and says so. Pure."""
+    head = _HEAD.pack(_MARK, token, payload_bytes)
+    body = head.ljust(payload_bytes, b"\x00")
+    return ethernet(BROADCAST, own_mac, ETHERTYPE_EXPERIMENTAL, body)
+
+
+def length_in(frame: bytes, token: bytes) -> int | None:
+    """The payload's length, if the frame is one of those with this token, and whole. Pure."""
+    ethertype, payload = dissect(frame)
+    if ethertype != ETHERTYPE_EXPERIMENTAL or len(payload) < _HEAD.size:
+        return None
+    mark, found, length = _HEAD.unpack_from(payload)
+    if (mark, found) != (_MARK, token) or len(payload) < length:
+        return None
+    return int(length)
+
+
+def send(uplinks: Sequence[Exit], own_mac: bytes, token: bytes, mtu_bytes: int) -> None:
+    """A short frame and a full one by each uplink. FabricError: an uplink takes no full one."""
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender:
+        for way in uplinks:
+            for length in (SHORT_BYTES, mtu_bytes):
+                frame = frame_of(own_mac, token, length)
+                if way.vlan_id is not None:
+                    frame = tagged(frame, way.vlan_id, way.vlan_ethertype)
+                try:
+                    sender.sendto(frame, (way.port, 0))
+                except OSError as error:
+                    raise FabricError(
+                        f"{way.port} takes no frame of {length} bytes: {error.strerror}"
+                    ) from error
+
+
+def hear(uplinks: Sequence[Exit], token: bytes, mtu_bytes: int, timeout_s: float) -> WidthReport:
+    """Listen until the full frame has come, or for `timeout_s`."""
+    short = full = False
+    program = capture.of_ethertype(ETHERTYPE_EXPERIMENTAL)
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(capture.open_capture(way.port, program)) for way in uplinks]
+        deadline = time.monotonic() + timeout_s
+        while sockets and not full and (left_s := deadline - time.monotonic()) > 0:
+            for ready in select.select(sockets, [], [], left_s)[0]:
+                while (received := capture.receive(ready)) is not None:
+                    length = None if received[1] else length_in(received[0], token)
+                    short = short or length == SHORT_BYTES
+                    full = full or length == mtu_bytes
+    return WidthReport(short=short, full=full)

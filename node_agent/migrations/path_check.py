@@ -1,0 +1,88 @@
+"""Before a migration: does the guests' network carry the NICs' MTU between the two nodes?
+
+source ── hear(token) ──► destination listens
+       ── a short and a full frame, by the guests' network, until that has answered ──►
+       ◄── what came
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from typing import Final
+
+from migrator.errors import FabricError, FerryError
+from migrator.model import DomainSpec, NicSpec, NodeName
+from migrator.ports import FabricDriver, Struct, WidthReport
+from node_agent.peers.hub import PeerHub
+
+log = logging.getLogger(__name__)
+
+HEAR: Final = "network.hear"
+LISTEN_S: Final = 0.5
+AGAIN_S: Final = 0.02
+TOKEN_BYTES: Final = 8
+_CALL_S: Final = 2.0
+
+
+class HearParams(Struct, frozen=True, kw_only=True):
+    nic: NicSpec
+    token: bytes
+    timeout_s: float
+
+
+class PathCheck:
+    """Asks as a source, and listens as a destination. `register` before the hub starts."""
+
+    def __init__(self, hub: PeerHub, fabric: FabricDriver) -> None:
+        self._hub = hub
+        self._fabric = fabric
+
+    def register(self) -> None:
+        """Serve the other nodes' calls."""
+        self._hub.handle(HEAR, HearParams, self._on_hear)
+
+    async def reasons(self, spec: DomainSpec, destination: NodeName) -> list[str]:
+        """Why its NICs would find too narrow a network there; takes LISTEN_S at most.
+
+        Empty also where it can't be told: that is no reason against a migration.
+        """
+        kinds = {(nic.bridge, nic.vlan, nic.mtu_bytes): nic for nic in spec.nics}
+        found = await asyncio.gather(*(self._reason(nic, destination) for nic in kinds.values()))
+        return [reason for reason in found if reason is not None]
+
+    async def _reason(self, nic: NicSpec, destination: NodeName) -> str | None:
+        token = secrets.token_bytes(TOKEN_BYTES)
+        params = HearParams(nic=nic, token=token, timeout_s=LISTEN_S)
+        sending = asyncio.create_task(self._send(nic, token))
+        try:
+            report = await self._hub.call(
+                destination, HEAR, params, WidthReport, timeout_s=LISTEN_S + _CALL_S
+            )
+            if report.full or not report.short:
+                return None
+            why = ""
+            if sending.done() and not sending.cancelled() and sending.exception() is not None:
+                why = f" ({sending.exception()})"
+            return (
+                f"the network of bridge {nic.bridge} doesn't carry frames of {nic.mtu_bytes} bytes"
+                f" to {destination}, which NIC {nic.mac} may send; short ones pass{why}"
+            )
+        except FerryError as error:
+            log.info("the way to %s wasn't measured: %s", destination, error)
+            return None
+        finally:
+            sending.cancel()
+            with contextlib.suppress(asyncio.CancelledError, FabricError):
+                await sending
+
+    async def _send(self, nic: NicSpec, token: bytes) -> None:
+        for _ in range(int(LISTEN_S / AGAIN_S)):
+            await self._fabric.send_wide(nic, token)
+            await asyncio.sleep(AGAIN_S)
+
+    async def _on_hear(self, _: NodeName, params: HearParams) -> WidthReport:
+        timeout_s = min(params.timeout_s, _CALL_S)
+        return await self._fabric.hear_wide(params.nic, params.token, timeout_s)
