@@ -61,7 +61,8 @@ def _check_source_destroyed(domain: Domain, source: Guest) -> None:
     for guest in domain.guests.values():
         if guest.state is not G.RUNNING or guest.epoch != domain.epoch or guest.deposed:
             continue
-        if guest.missing and not guest.doomed:
+        whence = source.epoch == guest.epoch - 1  # Not a copy of an earlier migration.
+        if whence and guest.missing and not guest.doomed:
             raise InvariantViolation(
                 f"4: {source.node} destroyed its copy while {guest.node} lacks pages"
             )
