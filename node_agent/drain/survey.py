@@ -25,6 +25,9 @@ from node_agent.resources import Domain
 _SETUP_SHARE: Final = 0.7
 """Of a migration's overhead: before its first page."""
 _OVERHEAD_S_MIN: Final = 0.2
+_OVERHEAD_S_MAX: Final = 1.5
+"""Busy nodes take longer to set a move up. More moves at once would hide that in the plan, and make
+each set-up and each blackout longer still (measured)."""
 _MOVABLE: Final = frozenset({DomainState.RUNNING})
 
 
@@ -41,7 +44,7 @@ class Survey(Struct, frozen=True, kw_only=True):
     def options(self, **changes: object) -> PlanOptions:
         options = PlanOptions()
         if self.overhead_s is not None:
-            overhead_s = max(self.overhead_s, _OVERHEAD_S_MIN)
+            overhead_s = min(max(self.overhead_s, _OVERHEAD_S_MIN), _OVERHEAD_S_MAX)
             options = msgspec.structs.replace(
                 options,
                 setup_s=overhead_s * _SETUP_SHARE,
