@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+import hypothesis
 import pytest
 from blockbuster import blockbuster_ctx
 
@@ -91,6 +92,12 @@ class _Session:
             else:
                 os.environ[name] = value
 
+
+# A slow machine is no finding. CI judges the change at hand by examples that stay the same;
+# new ones are looked for everywhere else.
+hypothesis.settings.register_profile("ferry", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "ferry")
 
 _SESSION_KEY: Final = pytest.StashKey[_Session]()
 

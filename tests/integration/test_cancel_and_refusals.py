@@ -57,7 +57,8 @@ LARGE_BYTES = 600 * MIB
 @pytest.fixture(scope="module")
 def guest(cluster: Cluster) -> Iterator[Guest]:
     with cluster.guest("mover", load=Load(dirty_pages_per_s=300)) as guest:
-        cluster.move("mover", "n2")  # Connections between the agents are made once and kept.
+        for node in ("n2", "n1"):  # What is made once and kept, connections between agents, is.
+            cluster.move("mover", node)
         yield guest
 
 

@@ -45,7 +45,8 @@ HOLDS = {
 @pytest.fixture(scope="module")
 def guest(cluster: Cluster) -> Iterator[Guest]:
     with cluster.guest("victim") as guest:
-        cluster.move("victim", "n2")  # Connections between the agents are made once and kept.
+        for node in ("n2", "n1"):  # What is made once and kept, connections between agents, is.
+            cluster.move("victim", node)
         yield guest
 
 

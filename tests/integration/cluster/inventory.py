@@ -13,6 +13,7 @@ from pyroute2 import IPRoute
 
 from deploy.lab.namespaces import lab_namespaces, netlink_socket
 from deploy.lab.processes import command_of
+from netfabric.bridge.taps import TUNNEL_NAME
 from tests.integration.cluster.world import Cluster, eventually
 
 SETTLE_S = 20.0
@@ -32,20 +33,26 @@ def take(cluster: Cluster) -> Counter[str]:
                 sockets = sum(link.startswith("socket:") for link in links.values())
                 found[f"{kind} sockets"] += sockets
                 found[f"{kind} descriptors"] += len(links) - sockets
-        found["interfaces"] += _interfaces(node.namespace)
+        interfaces = _interfaces(node.namespace)
+        found["interfaces"] += len(interfaces)
+        found["tunnels"] += sum(bool(TUNNEL_NAME.fullmatch(name)) for name in interfaces)
         found["sockets in folders"] += sum(1 for _ in _sockets(node.folder))
     found["memfds"] = len(memfds)
     return found
 
 
 def take_settled(cluster: Cluster) -> Counter[str]:
-    """The same once each node has its one spare engine, and nothing changes any more."""
+    """The same once each node has its one spare engine, and nothing changes any more.
+
+    The tunnels of an earlier migration live through its grace time: they are waited for.
+    """
     before, last = take(cluster), take(cluster)
 
     def settled() -> bool:
         nonlocal before, last
         before, last = last, take(cluster)
-        return before == last and last["engine processes"] == len(cluster.plan.nodes)
+        spares = last["engine processes"] == len(cluster.plan.nodes)
+        return before == last and spares and not last["tunnels"]
 
     try:
         eventually("the lab settles", settled, SETTLE_S)
@@ -106,9 +113,9 @@ def _descriptors(pid: int) -> Iterator[tuple[str, str]]:
                 yield entry.name, link
 
 
-def _interfaces(namespace: str) -> int:
+def _interfaces(namespace: str) -> list[str]:
     with IPRoute(fileno=netlink_socket(namespace)) as route:
-        return len(list(route.get_links()))
+        return [link.get_attr("IFLA_IFNAME") for link in route.get_links()]
 
 
 def _sockets(folder: Path) -> Iterator[Path]:
