@@ -204,6 +204,11 @@ def run_ferry(cluster: Cluster, *words: str) -> subprocess.CompletedProcess[str]
     )
 
 
+def _at_its_end(migration: Migration) -> Migration:
+    """Without what is still found out of it afterwards: whether the network has followed."""
+    return msgspec.structs.replace(migration, cutover=None, timeline=())
+
+
 def test_migrate_without_a_terminal_says_json(cluster: Cluster, guest: Guest) -> None:
     destination = guest.other_node()
     dry = run_ferry(cluster, "migrate", "mover", "--to", destination, "--dry-run", "--json")
@@ -213,7 +218,7 @@ def test_migrate_without_a_terminal_says_json(cluster: Cluster, guest: Guest) ->
     assert done.returncode == ExitCode.OK, done.stderr
     migration = msgspec.json.decode(done.stdout, type=Migration)
     assert migration.state is MigrationState.COMPLETED
-    assert migration == cluster.migration(migration.id)
+    assert _at_its_end(migration) == _at_its_end(cluster.migration(migration.id))
     assert guest.node == destination
     refused = run_ferry(cluster, "migrate", "mover", "--to", destination, "--json")
     assert refused.returncode == ExitCode.REFUSED
