@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final
 
 import msgspec
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from migrator.errors import ConflictError, NotFoundError
 from migrator.model import Name, NodeName
 from node_agent.api.auth import caller_of
 from node_agent.api.requests import CLUSTER, flag, read_body, reply
 from node_agent.events import EventKind
+from node_agent.metrics import CONTENT_TYPE, Seen, render
 from node_agent.resources import NodeRemoved
 from node_agent.trust.records import (
     ApiTokenCreate,
@@ -61,6 +63,19 @@ async def join_cluster(request: web.Request) -> web.StreamResponse:
     """The join token in the body is what lets it in."""
     body = await read_body(request, JoinRequest)
     return reply(await trust_of(request).join(body, request.remote or "unix socket"))
+
+
+async def get_metrics(request: web.Request) -> web.StreamResponse:
+    """For Prometheus."""
+    cluster, trust = request.app[CLUSTER], request.app.get(TRUST)
+    seen = Seen(
+        health=await cluster.health(),
+        nodes=await cluster.list_nodes(),
+        migrations=await cluster.list_migrations(),
+        certificate_not_after_s=None if trust is None else trust.certificate.not_after_s,
+    )
+    body = await asyncio.to_thread(render, seen)
+    return web.Response(body=body, headers={hdrs.CONTENT_TYPE: CONTENT_TYPE})
 
 
 async def get_node(request: web.Request) -> web.StreamResponse:

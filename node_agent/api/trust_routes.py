@@ -67,6 +67,13 @@ TRUST_ROUTES: Final = (
     ),
     Route(
         method="GET",
+        path="/metrics",
+        handler=handlers.get_metrics,
+        summary="What this agent sees, for Prometheus",
+        streams=("text/plain",),
+    ),
+    Route(
+        method="GET",
         path="/v1/nodes/{name}",
         handler=handlers.get_node,
         summary="One node",
