@@ -103,6 +103,7 @@ def restore(
             request=entry.request,
             created_at_s=entry.created_at_s,
             timing=timing,
+            restored=True,
             switchover_begun=entry.state is not MigrationState.SETUP,
             device_state_out=entry.committed,
             post_copy=entry.post_copy,

@@ -45,12 +45,15 @@ class SourceView(Session):
         request: MigrationRequest,
         created_at_s: float,
         timing: Timing | None = None,
+        restored: bool = False,
         switchover_begun: bool = False,
         device_state_out: bool = False,
         post_copy: bool = False,
         prediction: Prediction | None = None,
     ) -> None:
-        """`switchover_begun`, `device_state_out`, `post_copy`: restored from a journal."""
+        """`restored`: from a journal, which knows of `switchover_begun`, `device_state_out` and
+        `post_copy`. It learns how far it had come only once it is told to Recover.
+        """
         super().__init__(
             migration_id=migration_id,
             domain=spec.name,
@@ -80,6 +83,7 @@ class SourceView(Session):
         self._continued_at_s = 0.0
         self._sent_at_s: float | None = None
         self._connecting = False
+        self._restored = restored
         self._switchover_begun = switchover_begun
         self._continued = False
         self.device_state_out = device_state_out
@@ -146,7 +150,7 @@ class SourceView(Session):
             source=self.source,
             destination=self.destination,
             request=self.request,
-            state=self.state,
+            state=self._shown_state,
             progress=self._progress(),
             created_at_s=self.created_at_s,
             ended_at_s=self.ended_at_s,
@@ -163,7 +167,7 @@ class SourceView(Session):
         live = self._live
         if not self.passes:
             return MigrationProgress(
-                state=self.state,
+                state=self._shown_state,
                 iteration=1 if self.state is _S.PRECOPY else 0,
                 bytes_sent=live.bytes_sent,
                 remaining_bytes=live.remaining_bytes,
@@ -173,7 +177,7 @@ class SourceView(Session):
         last = self.passes[-1]
         rate = throughput(self.passes)
         return MigrationProgress(
-            state=self.state,
+            state=self._shown_state,
             iteration=last.number + (1 if self._pass_running else 0),
             bytes_sent=max(live.bytes_sent, sum(each.bytes_sent for each in self.passes)),
             remaining_bytes=0 if self.state is _S.COMPLETED else live.remaining_bytes,
@@ -188,7 +192,13 @@ class SourceView(Session):
 
     @property
     def cancellable(self) -> bool:
-        return self.state in (_S.CREATED, _S.SETUP, _S.PRECOPY, _S.SWITCHOVER)
+        """A restored one isn't, even before its Recover: the guest may be sent already."""
+        return self._shown_state in (_S.CREATED, _S.SETUP, _S.PRECOPY, _S.SWITCHOVER)
+
+    @property
+    def _shown_state(self) -> MigrationState:
+        restored = self._restored and self.state is _S.CREATED
+        return _S.RECOVERING if restored else self.state
 
 
 def _eta_s(live: MigrationProgress) -> float | None:

@@ -313,7 +313,7 @@ class MigrationManager(MigrationService):
             raise WrongStateError(f"migration {id}", ended.state, "before its handoff")
         session = runner.session
         if not session.cancellable and session.state is not MigrationState.CANCELLING:
-            raise WrongStateError(f"migration {id}", session.state, "before its handoff")
+            raise WrongStateError(f"migration {id}", session.view().state, "before its handoff")
         runner.feed(v.CancelRequested())
         return session.view()
 

@@ -23,6 +23,7 @@ from migrator.model import (
 from migrator.ports import AbortOutcome
 from migrator.session import vocabulary as v
 from migrator.session.messages import Prepare
+from node_agent.migrations.manager import MigrationManager
 from node_agent.migrations.site import Envelope
 from node_agent.resources import MIGRATIONS
 from tests.unit.migration_world import WEB, MigrationWorld, eventually, migration_world
@@ -186,6 +187,29 @@ async def test_a_restarted_source_ends_what_it_had_begun(
         ended = await check_back_home(world, began, _S.FAILED)
         assert ended.error == "the agent restarted during the migration"
         assert [phase.name for phase in ended.timeline][:2] == ["created", "setup"]
+
+
+async def test_a_cancel_while_the_source_s_agent_starts_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peers may call before the restored migrations go on."""
+    async with migration_world(tmp_path, monkeypatch) as world:
+        world.script.hold_at_pass = PassKind.FIRST
+        began = await world.migrate()
+        live = world.a.manager._runners[began.id].session
+        await world.until(lambda: live.state is _S.PRECOPY)
+        await world.a.crash()
+        going_on = MigrationManager.open
+
+        async def cancelled_before(manager: MigrationManager) -> None:
+            with pytest.raises(WrongStateError, match="recovering"):
+                await manager.cancel(began.id)
+            await going_on(manager)
+
+        monkeypatch.setattr(MigrationManager, "open", cancelled_before)
+        await world.a.restart(world.b)
+        ended = await check_back_home(world, began, _S.FAILED)
+        assert ended.error == "the agent restarted during the migration"
 
 
 async def test_a_restarted_destination_is_heard_at_once(

@@ -50,6 +50,22 @@ def test_a_source_restarted_in_precopy_aborts_in_any_case() -> None:
     assert pair.commands(SOURCE)[:2] == ["InspectGuest", "AbortSwitchover"]
 
 
+@pytest.mark.parametrize("state", [_S.SWITCHOVER, _S.HANDOFF])
+def test_a_cancel_before_a_restored_source_recovers_ends_nothing(state: MigrationState) -> None:
+    """It ended the session, as if it had never begun: nobody resumed the guest any more."""
+    pair = SessionPair()
+    pair.silence(m.Commit)
+    pair.run_until_state(state)
+    pair = _restored(pair, SOURCE)
+    assert not pair.source.cancellable
+    assert pair.source.handle(v.CancelRequested(), pair.now_s) == []
+    assert pair.source.ended_at_s is None
+    pair.run(timers=3)
+    assert pair.source.state is _S.FAILED
+    resumed_by = {_S.SWITCHOVER: "AbortSwitchover", _S.HANDOFF: "ResumeGuest"}
+    assert resumed_by[state] in pair.commands(SOURCE)
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_dead_source_commits_only_what_is_known_to_be_out(known: bool) -> None:
     """Else the guest may have resumed by itself, and run on, after the destination had loaded."""
