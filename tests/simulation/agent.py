@@ -50,6 +50,7 @@ from node_agent.state.ownership import StoreOwnership
 from node_agent.state.typed import TypedStore
 from tests.simulation.checkers import writes
 from tests.simulation.guests import PAGES, STATES, G, Guest
+from tests.simulation.loop import AgentDead
 from tests.simulation.storage import SimulatedVolumes
 from tests.simulation.store import SimulatedStore
 
@@ -68,10 +69,6 @@ CAPABILITIES = HypervisorCapabilities(
     machine_types=("q35",),
     cpu_models=("qemu64",),
 )
-
-
-class AgentDead(FerryError):
-    """What a dead agent's calls raise; nobody hears it."""
 
 
 class QuietEvents(EventLog):
@@ -175,8 +172,10 @@ class Agent:
     def die(self) -> None:
         """SIGKILL: no task goes on, and what they clean up has no effect."""
         self.alive = False
-        ownership = self.domains.ownership
-        for task in sorted(self.tasks | ownership._tasks, key=lambda task: task.get_name()):
+        ownership, recovery = self.domains.ownership, self.domains._io_recovery
+        recovery._again.clear()
+        tasks = self.tasks | ownership._tasks | set(recovery._watching.values())
+        for task in sorted(tasks, key=lambda task: task.get_name()):
             task.cancel()
 
     async def trip(self, most_s: float) -> None:

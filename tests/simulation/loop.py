@@ -17,6 +17,10 @@ from migrator.errors import FerryError
 T = TypeVar("T")
 
 
+class AgentDead(FerryError):
+    """What a dead agent's calls raise, and no other's; nobody hears it."""
+
+
 class SimulatedLoop(asyncio.BaseEventLoop):
     """Only what tasks, futures and timeouts use; the base would want a selector for the rest.
 
@@ -31,6 +35,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self.ready: deque[asyncio.Handle] = deque()
         self.failures: list[BaseException] = []
         """What callbacks raised that nobody took."""
+        self._tasks_made = 0
 
     def __del__(self) -> None:
         """There is nothing to close."""
@@ -103,10 +108,13 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         name: str | None = None,
         context: contextvars.Context | None = None,
     ) -> asyncio.Task[T]:
+        """Its name begins with a number of this loop's own: sorted by name is in their order."""
+        self._tasks_made += 1
+        name = f"{self._tasks_made:08} {name or ''}"
         return asyncio.Task(coro, loop=self, name=name, context=context)
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        if isinstance(error, FerryError):
-            return  # What a dead agent's forgotten task ended with; production only notes it.
+        if isinstance(error, AgentDead):
+            return  # What a dead agent's task ended with as it cleaned up.
         self.failures.append(error or RuntimeError(context.get("message", "unknown")))
