@@ -196,7 +196,7 @@ async def test_a_disk_error_stops_the_guest_until_it_heals(world: QemuWorld) -> 
     await world.a.wait(DomainEventKind.PAUSED)
     status = await world.a.driver.inspect(VM)
     assert status.state is DomainState.IO_ERROR
-    assert status.reason == "read of disk0 failed: Input/output error"
+    assert status.reason == "read of disk 0 (default/d) failed: Input/output error"
     await world.reopen("a")
     assert await world.a.state() is DomainState.IO_ERROR, "also when adopted"
     assert isinstance(world.a.driver, QemuDriver)
