@@ -1,13 +1,11 @@
 """The demo's second part: a node with several guests is emptied, and they come home.
 
-Clients ask every guest for a page ten times a second all the while, from the lab's client
-namespace; each answer that doesn't come is an error.
+Visitors ask HAProxy for pages all the while; it shares them out among the guests. A hook takes each
+guest out of it for its switchover. Each answer that doesn't come is an error.
 """
 
 from __future__ import annotations
 
-import http.client
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,17 +14,20 @@ from typing import Final
 
 from deploy.demo.report import DrainResult
 from deploy.demo.screen import Screen, milliseconds
+from deploy.demo.visitors import Visits, visitors
 from deploy.guest.build import GuestImage
 from deploy.guest.cmdline import guest_cmdline
 from deploy.guest.protocol import READY
-from deploy.lab.enter import enter
+from deploy.lab.balancer import BACKEND, load_balancer
 from deploy.lab.plan import GUEST_BRIDGE, LabPlan
 from migrator.errors import FerryError
 from migrator.model import DomainSpec, KernelBoot, NicSpec
 from node_agent.cli.client import ApiClient
 from node_agent.cli.drain_text import plan_text
 from node_agent.cli.errors import ApiProblem
-from node_agent.drain.resources import Drain, DrainPlan, DrainState
+from node_agent.cli.output import table
+from node_agent.drain.resources import Drain, DrainPlan, DrainState, Move
+from node_agent.hooks.model import HookSpec
 from node_agent.resources import Domain, StartRequest, StopRequest
 
 GUESTS: Final = 3
@@ -34,9 +35,11 @@ MEMORY_BYTES: Final = 96 * 1024**2
 READY_TIMEOUT_S: Final = 120.0
 DRAIN_TIMEOUT_S: Final = 300.0
 _FIRST_NUMBER: Final = 20
-_ASK_S: Final = 0.1
-_ANSWER_S: Final = 30.0
+_VISITORS: Final = 4
+_SEEN_S: Final = 0.5
+"""What the visitors see before the first move, and after the last."""
 _POLL_S: Final = 0.2
+_HEADINGS: Final = ("guest", "move", "planned at", "for", "began at", "took", "blackout")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,29 +62,80 @@ def tell(api: ApiClient, plan: LabPlan, image: GuestImage, screen: Screen) -> Dr
         with screen.busy(f"{', '.join(names)} boot on {node}"):
             for name in names:
                 _wait_ready(api, name)
-        addresses = [plan.guest_address(_FIRST_NUMBER + n) for n in range(GUESTS)]
-        clients = stack.enter_context(_clients(plan.namespace("client"), addresses))
-        planned = api.post(f"/v1/nodes/{node}/drain?dry_run=true", DrainPlan)
-        screen.say(f"ferry drain {node} --dry-run says:")
-        screen.say(plan_text(planned))
-        with screen.busy(f"ferry drain {node}"):
-            drained = _ended(api, api.post(f"/v1/nodes/{node}/drain", Drain))
-        screen.say(_sentence(f"{node} is empty", drained))
-        with screen.busy(f"ferry undrain {node}"):
-            home = _ended(api, api.post(f"/v1/nodes/{node}/undrain", Drain))
-        screen.say(_sentence("They are back", home))
-        time.sleep(2 * _ASK_S)  # What the last move broke shows in the next answers.
-    errors = [error for each in clients for error in each.errors]
-    asked = sum(each.asked for each in clients)
-    screen.say(f"The clients asked {asked} times, {len(errors)} answers didn't come.")
+        addresses = {name: plan.guest_address(_FIRST_NUMBER + n) for n, name in enumerate(names)}
+        balancer = stack.enter_context(load_balancer(plan, addresses))
+        stack.enter_context(_hook(api, balancer.hook()))
+        screen.say(
+            f"HAProxy shares the requests of {_VISITORS} visitors out among them. A hook takes a "
+            "guest out of it for its switchover, and puts it back:"
+        )
+        domains = " ".join(f"--domain {name}" for name in names)
+        screen.say(
+            f"  ferry hook add haproxy --haproxy {balancer.runtime} --backend {BACKEND} {domains} "
+            "--point before-switchover --point after-resume --point on-failure --sessions-below 1"
+        )
+        with visitors(plan.namespace("client"), balancer.frontend, _VISITORS) as visits:
+            time.sleep(_SEEN_S)
+            drained, home = _there_and_back(api, node, screen)
+            time.sleep(_SEEN_S)
+    screen.say(_of_visits(visits))
     faults = [
         f"the {each.operation} of {node} is {each.state}: {each.error}"
         for each in (drained, home)
         if each.state is not DrainState.DONE
     ]
-    if errors:
-        faults.append(f"{len(errors)} requests failed in the drain, the first: {errors[0]}")
-    return DrainStory(_result(drained, home, len(errors)), tuple(faults))
+    if visits.errors:
+        faults.append(f"{len(visits.errors)} requests failed in the drain: {visits.errors[0]}")
+    return DrainStory(_result(drained, home, len(visits.errors)), tuple(faults))
+
+
+def _there_and_back(api: ApiClient, node: str, screen: Screen) -> tuple[Drain, Drain]:
+    planned = api.post(f"/v1/nodes/{node}/drain?dry_run=true", DrainPlan)
+    screen.say(f"ferry drain {node} --dry-run says:")
+    screen.say(plan_text(planned))
+    with screen.busy(f"ferry drain {node}"):
+        drained = _ended(api, api.post(f"/v1/nodes/{node}/drain", Drain))
+    screen.say(_outcome(drained))
+    screen.say(_sentence(f"{node} is empty", drained))
+    with screen.busy(f"ferry undrain {node}"):
+        home = _ended(api, api.post(f"/v1/nodes/{node}/undrain", Drain))
+    screen.say(_sentence("They are back", home))
+    return drained, home
+
+
+def _outcome(drain: Drain) -> str:
+    """Plan beside outcome, a line a guest."""
+    rows = [
+        (
+            move.domain,
+            f"{move.source} -> {move.destination or '-'}",
+            f"{move.planned_start_s:.1f} s",
+            f"{move.planned_s:.1f} s",
+            _since(drain, move.started_at_s),
+            _lasted(move),
+            milliseconds(move.blackout_ms),
+        )
+        for move in sorted(drain.moves, key=lambda move: move.planned_start_s)
+    ]
+    return table(_HEADINGS, rows)
+
+
+def _since(drain: Drain, at_s: float | None) -> str:
+    return "-" if at_s is None else f"{at_s - drain.started_at_s:.1f} s"
+
+
+def _lasted(move: Move) -> str:
+    if move.started_at_s is None or move.ended_at_s is None:
+        return "-"
+    return f"{move.ended_at_s - move.started_at_s:.1f} s"
+
+
+def _of_visits(visits: Visits) -> str:
+    shares = ", ".join(f"{name} {count}" for name, count in sorted(visits.served.items()))
+    return (
+        f"The visitors asked {visits.asked} times ({shares}); {len(visits.errors)} answers didn't "
+        f"come, the slowest took {visits.slowest_s:.2f} s."
+    )
 
 
 def _result(drained: Drain, home: Drain, errors: int) -> DrainResult:
@@ -120,6 +174,15 @@ def _ended(api: ApiClient, drain: Drain) -> Drain:
         time.sleep(_POLL_S)
         drain = api.get(f"/v1/drains/{drain.id}", Drain)
     return drain
+
+
+@contextmanager
+def _hook(api: ApiClient, spec: HookSpec) -> Iterator[None]:
+    api.post("/v1/hooks", HookSpec, spec)
+    try:
+        yield
+    finally:
+        api.delete(f"/v1/hooks/{spec.name}")
 
 
 # --- guests --------------------------------------------------------------------------------------
@@ -164,48 +227,3 @@ def _wait_ready(api: ApiClient, name: str) -> None:
         if time.monotonic() > deadline_s:
             raise FerryError(f"{name} doesn't become ready; its console:\n{text[-1500:]}")
         time.sleep(_POLL_S)
-
-
-# --- clients -------------------------------------------------------------------------------------
-
-
-class _Client(threading.Thread):
-    """Asks one guest for a page, again and again, until stopped."""
-
-    def __init__(self, namespace: str, address: str) -> None:
-        super().__init__(daemon=True, name=f"client-of-{address}")
-        self._namespace = namespace
-        self._address = address
-        self.stopped = threading.Event()
-        self.asked = 0
-        self.errors: list[str] = []
-
-    def run(self) -> None:
-        enter(self._namespace)
-        while not self.stopped.wait(_ASK_S):
-            self.asked += 1
-            connection = http.client.HTTPConnection(self._address, timeout=_ANSWER_S)
-            try:
-                connection.request("GET", "/")
-                answer = connection.getresponse()
-                answer.read()
-                if answer.status != 200:
-                    self.errors.append(f"{self._address} answered {answer.status}")
-            except (OSError, http.client.HTTPException) as error:
-                self.errors.append(f"{self._address}: {error!r}")
-            finally:
-                connection.close()
-
-
-@contextmanager
-def _clients(namespace: str, addresses: list[str]) -> Iterator[list[_Client]]:
-    clients = [_Client(namespace, address) for address in addresses]
-    for client in clients:
-        client.start()
-    try:
-        yield clients
-    finally:
-        for client in clients:
-            client.stopped.set()
-        for client in clients:
-            client.join(2 * _ANSWER_S)

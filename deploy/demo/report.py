@@ -64,7 +64,7 @@ class DrainResult(msgspec.Struct, frozen=True, kw_only=True):
     actual_s: float
     """Of the drain, without the way back."""
     client_errors: int
-    """Of the clients that asked all guests for pages all the while."""
+    """Of the visitors that asked the guests for pages, through HAProxy, all the while."""
     worst_blackout_ms: float | None
     """Of both ways."""
 

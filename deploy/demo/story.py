@@ -2,7 +2,7 @@
 
     claim the name ─> guest image ─> lab up ─> guest ready ─> client sees a quiet base line
       ─> migrations n1 ─> n2 ─> ... ─> n1, `rounds` times ─> guest's and disk's own checks
-      ─> a node with several guests is drained and undrained (`drain`)
+      ─> a node with several guests behind HAProxy is drained and undrained (`drain`)
       ─> table, picture ─> lab down (also on any failure and on Ctrl-C; not with `keep`)
 
 All through the HTTP API of the first node's agent. What the client said stands in `watcher`.
@@ -30,6 +30,7 @@ from deploy.demo.watcher import Watcher
 from deploy.guest.build import GuestImage, build_guest, default_cache_directory
 from deploy.guest.kernel import GuestBuildError
 from deploy.guest.records import DiskReport
+from deploy.lab.balancer import require_haproxy
 from deploy.lab.plan import check_lab_name
 from deploy.lab.preconditions import remarks, require_root
 from deploy.lab.removal import interrupts_ignored
@@ -110,6 +111,7 @@ def check_before(options: Options) -> None:
     """FerryError for what would only fail at the end."""
     check_lab_name(options.lab)
     require_root()
+    require_haproxy()
     if importlib.util.find_spec("matplotlib") is None:
         raise FerryError("the demo draws with matplotlib, which is missing: pip install matplotlib")
     folder = options.plot.parent

@@ -83,6 +83,44 @@ async def test_a_server_is_taken_out_and_put_back(
         assert (await haproxy.server_now("web1"))["status"] in ("UP", "no check")
 
 
+async def test_the_last_server_that_could_serve_stays_in(backend: int) -> None:
+    both = {"web1": ("127.0.0.1", backend), "web2": ("127.0.0.1", backend)}
+    with running_haproxy(both) as haproxy:
+        hook = HaproxyHook(address=haproxy.address, backend="web")
+        driver = HaproxyDriver()
+
+        async def take_out(domain: str, deadline_s: float) -> str:
+            call = call_of(HookPoint.BEFORE_SWITCHOVER, domain=domain)
+            return await driver.run(hook, call, deadline_s=deadline_s)
+
+        assert "is in drain" in await take_out("web1", PATIENCE_S)
+        assert "web/web2 stays in: no other server" in await take_out("web2", 0.2)
+        assert (await haproxy.server_now("web2"))["status"] in ("UP", "no check")
+        waiting = asyncio.create_task(take_out("web2", PATIENCE_S))
+        await asyncio.sleep(0.1)
+        back = call_of(HookPoint.AFTER_RESUME)
+        await driver.run(hook, back, deadline_s=PATIENCE_S)
+        assert "is in drain" in await waiting
+    with running_haproxy({"web1": ("127.0.0.1", backend)}) as haproxy:
+        hook = HaproxyHook(address=haproxy.address, backend="web", sessions_below=1)
+        call = call_of(HookPoint.BEFORE_SWITCHOVER)
+        assert "stays in" in await HaproxyDriver().run(hook, call, deadline_s=PATIENCE_S)
+
+
+async def test_two_agents_never_take_all_servers_out(backend: int) -> None:
+    names = [f"web{number}" for number in range(3)]
+    with running_haproxy(dict.fromkeys(names, ("127.0.0.1", backend))) as haproxy:
+        hook = HaproxyHook(address=haproxy.address, backend="web")
+
+        async def take_out(name: str) -> str:
+            call = call_of(HookPoint.BEFORE_SWITCHOVER, domain=name)
+            return await HaproxyDriver().run(hook, call, deadline_s=0.5)
+
+        await asyncio.gather(*(take_out(name) for name in names))
+        states = [(await haproxy.server_now(name))["status"] for name in names]
+        assert any(state in ("UP", "no check") for state in states), states
+
+
 async def test_weight_goes_down_and_comes_back(haproxy: Haproxy) -> None:
     hook = HaproxyHook(
         address=haproxy.address, backend="web", away=HaproxyAway.WEIGHT, weight_percent=0

@@ -75,7 +75,10 @@ def test_the_guest_moves_around_and_nobody_is_hurt(name: str, tmp_path: Path) ->
     assert result["tcp_connection_survived"] is True
     assert result["http_errors"] == result["guest_corruptions"] == 0
     assert Path(result["plot"]).read_bytes().startswith(b"\x89PNG")
-    assert "longest gap" in stderr
+    drain = result["drain"]
+    assert (drain["domains"], drain["client_errors"]) == (3, 0)
+    assert drain["planned_s"] > 0 and drain["actual_s"] > 0 and drain["worst_blackout_ms"] > 0
+    assert "HAProxy" in stderr and "longest gap" in stderr
     assert name not in lab.list_labs()
 
 
