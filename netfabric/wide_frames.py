@@ -3,9 +3,10 @@
     source ── uplink ── switches ── uplink ── destination
            a short frame and a full one, of a type that nobody else listens to
 
-Only where the short one arrives and the full one doesn't is anything proved: nodes may not share a
-network at all, and routed ones don't. The frames are broadcasts, two of them, since no switch
-need know where the other node's uplink is.
+Only where short ones arrive and no full one does is anything proved: nodes may not share a network
+at all, and routed ones don't; and after a few, the listening may have ended between a short one and
+its full one. The frames are broadcasts, two of them, since no switch need know where the other
+node's uplink is.
 
 Synchronous; belongs into a thread.
 """
@@ -29,6 +30,8 @@ from netfabric.probing import dissect
 
 TOKEN_BYTES: Final = 8
 SHORT_BYTES: Final = 64
+SHORT_FRAMES_MIN: Final = 4
+"""So many short frames without a full one are no accident."""
 _MARK: Final = b"ferrywidth"
 _HEAD: Final = struct.Struct(f"!{len(_MARK)}s{TOKEN_BYTES}sI")
 
@@ -69,7 +72,7 @@ def send(uplinks: Sequence[Exit], own_mac: bytes, token: bytes, mtu_bytes: int) 
 
 def hear(uplinks: Sequence[Exit], token: bytes, mtu_bytes: int, timeout_s: float) -> WidthReport:
     """Listen until the full frame has come, or for `timeout_s`."""
-    short = full = False
+    shorts, full = 0, False
     program = capture.of_ethertype(ETHERTYPE_EXPERIMENTAL)
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(capture.open_capture(way.port, program)) for way in uplinks]
@@ -78,6 +81,6 @@ def hear(uplinks: Sequence[Exit], token: bytes, mtu_bytes: int, timeout_s: float
             for ready in select.select(sockets, [], [], left_s)[0]:
                 while (received := capture.receive(ready)) is not None:
                     length = None if received[1] else length_in(received[0], token)
-                    short = short or length == SHORT_BYTES
+                    shorts += length == SHORT_BYTES
                     full = full or length == mtu_bytes
-    return WidthReport(short=short, full=full)
+    return WidthReport(short=full or shorts >= SHORT_FRAMES_MIN, full=full)
