@@ -35,14 +35,14 @@ class JournalEntry(Struct, frozen=True, kw_only=True):
     state: MigrationState
     detail: str = ""
     resuming: bool = False
-    """Destination: a resume was about to be issued, or was."""
+    """A resume was about to be issued, or was: at the destination; at the source, in a rollback."""
     committed: bool = False
     """The source's device state is known to be out; at the destination: a Commit was heard."""
     post_copy: bool = False
     """Pages are missing at the destination, or may be; unless it is `complete`."""
     complete: bool = False
     boot_id: str = ""
-    """The host's boot that this was written in. `resuming` may be lost with the host."""
+    """The host's boot that this was written in. A destination's `resuming` may be lost with it."""
     ended_at_s: float | None = None
     last_word: SessionMessage | None = None
     """What the other side is told if it asks after the end."""
@@ -61,6 +61,7 @@ def entry_of(
     complete = False
     if isinstance(session, SourceSession):
         committed = session.device_state_out
+        resuming = resuming or session.may_have_resumed
     else:
         committed = session.committed
         complete = session.complete is not None
@@ -107,6 +108,7 @@ def restore(
             switchover_begun=entry.state is not MigrationState.SETUP,
             device_state_out=entry.committed,
             post_copy=entry.post_copy,
+            may_have_resumed=entry.resuming,
         )
     return DestinationSession(
         migration_id=entry.migration_id,
@@ -138,7 +140,7 @@ def answer_without_session(
     if entry is not None:
         return entry.last_word  # None: not ended, being restored; the other side asks again.
     if role is Role.SOURCE:
-        return Abort(reason="the source doesn't know this migration")
+        return Abort(reason="the source doesn't know this migration", over=True)
     return None if isinstance(message, Prepare) else Aborted(reason="unknown at the destination")
 
 

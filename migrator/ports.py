@@ -367,7 +367,11 @@ class OwnershipStore(abc.ABC):
 
     @abc.abstractmethod
     async def compare_and_set(self, expected: OwnershipRecord | None, new: OwnershipRecord) -> bool:
-        """Atomically replace `expected` (None: no record yet) by `new`. False: somebody won."""
+        """Atomically replace `expected` (None: no record yet) by `new`. False: somebody won.
+
+        `new` may equal `expected`: nothing changes, but after one that returned True no earlier
+        write of unknown outcome succeeds any more, whoever gave it.
+        """
 
     @abc.abstractmethod
     async def remove(self, expected: OwnershipRecord) -> bool:

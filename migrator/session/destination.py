@@ -7,6 +7,11 @@ Its rules (DESIGN: "Handoff"):
 - It resumes the guest only after it won, and fenced every volume with the token that it won.
 - An unknown outcome of the compare-and-set is resolved by reading the record, never by a guess;
   until then it keeps its copy, and hears no Abort.
+- It never ends while a compare-and-set of its own may land yet: it overtakes that by a write that
+  changes nothing of the record, after which the late one fails. Else a record that names this node
+  may appear when nobody looks for it any more, and its node would stop the domain.
+- A source that won the record back may have died before its guest ran again. So the copy here is
+  kept until the source has ended; if it says Commit under its newer token, the handoff begins anew.
 - If it won but can't run the guest, whose vCPUs have never run here, it discards its copy, says
   Aborted, and passes the record back: to (source, n+2). It keeps the domain until that is done:
   else its node would find a domain that is its own and doesn't run, and stop it. Once a resume was
@@ -122,17 +127,20 @@ class DestinationSession(DestinationPostCopy):
             case Inquire() | Commit() | Prepare() if self._discarded:
                 self._send(Aborted(reason=self.error or "cancelled"))
             case Commit() if self.state in _BEFORE_HANDOFF:
-                self._commit = True
-                self.post_copy = self.post_copy or message.post_copy
+                self._note_commit(message)
                 self._try_commit()
             case Commit() if self.state is _S.RECOVERING and not self._commit:
-                self._commit = True
-                self.post_copy = self.post_copy or message.post_copy
+                self._note_commit(message)
                 self._start_successor()
+                self._do(InspectGuest())
+            case Commit() if self._begins_anew(message):
+                self._note_commit(message)
                 self._do(InspectGuest())
             case _ if self.state is _S.POSTCOPY:
                 self._hear_in_post_copy(message)
             case Abort() if self.state in _BEFORE_HANDOFF or self._may_discard:
+                self._give_up(message.reason)
+            case Abort(over=True) if self._taken_back and self.state is _S.RECOVERING:
                 self._give_up(message.reason)
             case Prepare() if self.state in _BEFORE_HANDOFF:
                 self._answer_ready()
@@ -144,6 +152,17 @@ class DestinationSession(DestinationPostCopy):
                 self._give_up("the source ended the migration without us")
             case _:
                 pass
+
+    def _note_commit(self, message: Commit) -> None:
+        self._commit = True
+        self._taken_back = False
+        self.post_copy = self.post_copy or message.post_copy
+        self.token = max(self.token, message.token)
+
+    def _begins_anew(self, message: Commit) -> bool:
+        """It is said under a token that is newer than ours, and nothing was won under ours."""
+        won = self._won_at_s or self._resume_issued
+        return self.state in (_S.HANDOFF, _S.RECOVERING) and message.token > self.token and not won
 
     # --- before the handoff ---
 
@@ -212,6 +231,7 @@ class DestinationSession(DestinationPostCopy):
 
     def _swap(self) -> None:
         before = self.record_before
+        self._swap_pending = self._swap_open = True
         # A restart must know that this may be under way, and that the guest is ours to take.
         self._do(Journal(state=self.state, durable=False))
         self._do(SwapRecord(expected=before, new=before.passed_to(self.destination)))
@@ -222,8 +242,10 @@ class DestinationSession(DestinationPostCopy):
             case GuestInspected():
                 self._recover_guest(event.condition)
             case RecordSwapped(won=True):
+                self._swap_pending = False
                 self._won()
             case RecordSwapped():  # Lost, or unknown: what is true now?
+                self._swap_pending = False
                 self._enter_recovering("lost the record" if event.won is False else "unknown")
                 self._do(ReadRecord())
             case RecordRead():
@@ -239,6 +261,7 @@ class DestinationSession(DestinationPostCopy):
                 self._died()
             case CommandFailed(command="Journal"):
                 # What stood behind it wasn't performed: no resume, or no compare-and-set.
+                self._swap_pending = False
                 self._resume_issued = self._resume_issued_before
                 self._resume_answered()
             case CommandFailed(command="ResumeGuest", without_effect=True):
@@ -251,6 +274,7 @@ class DestinationSession(DestinationPostCopy):
             case CommandFailed():
                 # Also a fence, for as long as it takes: the source may be gone by now, so that
                 # this is the only copy.
+                self._swap_pending = self._swap_pending and event.command != "SwapRecord"
                 self._retry_later()
             case TimerFired(name=TimerName.RETRY):
                 self._do(InspectGuest())
@@ -338,7 +362,10 @@ class DestinationSession(DestinationPostCopy):
                 self._resume_issued = True  # Before the restart, for all we know.
             self._won()
         elif record != self.record_before:
-            self._give_up("the source kept the guest")
+            self._swap_open = False  # It can't land any more.
+            self._lost_to(record)
+        elif self._swap_pending:
+            pass  # Its outcome is heard.
         elif self._dead:
             self._give_up("the destination's hypervisor is gone")
         elif self._commit and self._loaded_at_s:
@@ -347,6 +374,16 @@ class DestinationSession(DestinationPostCopy):
             # Loaded or not, without a Commit it isn't ours to take. Ask.
             self._send(Inquire())
             self._retry_later()
+
+    def _lost_to(self, record: OwnershipRecord | None) -> None:
+        self._taken_back = record == self.record_before.passed_to(self.source)
+        if self._taken_back and self._loaded_at_s and not self._dead:
+            # Perhaps nothing came of it, and this is the only copy. The source knows.
+            self._enter_recovering("the source won the record back")
+            self._send(Inquire())
+            self._retry_later()
+        else:
+            self._give_up("the source kept the guest")
 
     def _is_ours(self, record: OwnershipRecord) -> bool:
         return record.owner == self.destination and record.token == self.next_token
@@ -368,11 +405,14 @@ class DestinationSession(DestinationPostCopy):
                 self._finish(_S.CANCELLED)
             case RecordSwapped():  # Lost, perhaps to the source itself, or unknown.
                 self._do(ReadRecord())
-            case RecordRead(known=True) if event.record is None or not self._is_ours(event.record):
-                self._finish(_S.CANCELLED)
-            case RecordRead(known=True):
+            case RecordRead(known=True) if event.record is not None and self._is_ours(event.record):
+                self._won_at_s = self._won_at_s or self._now  # It landed late.
                 self._pass_back()
-            case RecordRead() | CommandFailed(command="DestroyGuest"):
+            case RecordRead(known=True) if event.record == self.record_before:
+                self._pass_back()
+            case RecordRead(known=True):
+                self._finish(_S.CANCELLED)
+            case RecordRead() | CommandFailed(command="DestroyGuest" | "SwapRecord" | "ReadRecord"):
                 self._retry_later()
             case TimerFired(name=TimerName.RETRY) if self._discarded:
                 self._send(Aborted(reason=self.error or "cancelled"))
@@ -383,9 +423,15 @@ class DestinationSession(DestinationPostCopy):
                 pass
 
     def _pass_back(self) -> None:
-        """The copy is gone. What was won is the source's again, which has the memory."""
-        if not self._won_at_s:
+        """The copy is gone. What was won is the source's again, which has the memory.
+
+        What may be won yet is overtaken first: by a write that changes nothing.
+        """
+        before = self.record_before
+        if self._won_at_s:
+            won = before.passed_to(self.destination)
+            self._do(SwapRecord(expected=won, new=won.passed_to(self.source)))
+        elif self._swap_open:
+            self._do(SwapRecord(expected=before, new=before))
+        else:
             self._finish(_S.CANCELLED)
-            return
-        won = self.record_before.passed_to(self.destination)
-        self._do(SwapRecord(expected=won, new=won.passed_to(self.source)))

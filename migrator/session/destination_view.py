@@ -53,6 +53,11 @@ class DestinationView(Session):
         self._listening: EngineListening | None = None
         self._loaded_at_s = 0.0
         self._commit = committed
+        self._swap_pending = False
+        self._swap_open = committed or may_have_run
+        """A compare-and-set of ours may land yet: its outcome was unknown, or is forgotten."""
+        self._taken_back = False
+        """The source won the record back; whether its guest runs, it alone knows."""
         self._won_at_s = 0.0
         self._fenced_at_s = 0.0
         self._fence_detail = ""

@@ -12,6 +12,8 @@
       │  Lost(reason) ───────────────────────────────►│  the pages are gone, so is the guest
       │  Farewell ───────────────────────────────────►│  the source's copy is gone
       │
+      │  Commit(newer token) ────────────────────────►│  the source won the record back, and died:
+      │                                               │  the destination's copy is the only one
       │  Abort(reason) ──────────────────────────────►│  discards its copy, unless it won
       │◄────────────────────────────── Aborted(reason)│
       │  Inquire ────────────────────────────────────►│  answers with what is true of it now
@@ -57,10 +59,13 @@ class Refused(Message, frozen=True, kw_only=True):
 class Commit(Message, frozen=True, kw_only=True):
     """The source's hypervisor has sent the device state and won't resume by itself any more.
 
-    `post_copy`: pages are missing at the destination still.
+    `post_copy`: pages are missing at the destination still. `token`: under which the source holds
+    the record; newer than Prepare's where it won the record back, and its hypervisor died before
+    its vCPUs ran.
     """
 
     post_copy: bool = False
+    token: int = 0
 
 
 class Running(Message, frozen=True, kw_only=True):
@@ -81,7 +86,10 @@ class Pending(Message, frozen=True, kw_only=True):
 
 
 class Abort(Message, frozen=True, kw_only=True):
+    """`over`: the source has ended, and nobody will ever need the destination's copy."""
+
     reason: str
+    over: bool = False
 
 
 class Aborted(Message, frozen=True, kw_only=True):

@@ -26,7 +26,6 @@ from migrator.prediction import after_first_pass
 from migrator.session.messages import (
     Abort,
     Aborted,
-    Commit,
     Farewell,
     Filled,
     Inquire,
@@ -138,7 +137,7 @@ class SourceSession(SourceLeave):
             return Farewell()
         if self.post_copy and self._copy_gone:
             return Lost(reason=self.error or self.state.value)
-        return Abort(reason=self.error or self.state.value)
+        return Abort(reason=self.error or self.state.value, over=True)
 
     def _hear(self, message: SessionMessage) -> None:
         match message:
@@ -161,11 +160,10 @@ class SourceSession(SourceLeave):
             case Aborted():
                 self._destination_gave_up(message.reason)
             case Inquire():
-                self._send(
-                    Commit(post_copy=self.post_copy)
-                    if self.state is _S.HANDOFF
-                    else Pending(state=self.state.value)
-                )
+                if self.state is _S.HANDOFF:
+                    self._commit()
+                else:
+                    self._send(Pending(state=self.state.value))
             case _:
                 pass
 
@@ -364,7 +362,7 @@ class SourceSession(SourceLeave):
     def _hand_off(self) -> None:
         self._sent_at_s = self._now
         # Commit goes first: the guest stands still, and every later step can be repeated.
-        self._send(Commit(post_copy=self.post_copy))
+        self._commit()
         self._enter(_S.HANDOFF)
         self._do(
             StopTimer(name=TimerName.SWITCHOVER),

@@ -2,6 +2,10 @@
 
 Nothing here resumes the guest without having won, or read, a record that names this node with a
 token newer than the one that the migration began with.
+
+A rollback may fail, too: the record was won back, and then the hypervisor dies. As long as it is
+certain that no vCPU ran here meanwhile, the destination's copy is the newest there is; so the
+handoff begins anew, under the token that was won.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from migrator.session.vocabulary import (
     GuestInspected,
     GuestResumed,
     InspectGuest,
+    Journal,
     ReadRecord,
     RecordRead,
     RecordSwapped,
@@ -58,14 +63,21 @@ class SourceRecovery(SourceView):
             case RecordSwapped() if self._rollback_token is None:
                 self._do(ReadRecord())  # Lost, or unknown: what is true now?
             case Fenced() if event.token == self._rollback_token:
-                self._do(ResumeGuest())
+                self._may_have_resumed_before = self._may_have_resumed
+                self._may_have_resumed = True
+                self._do(Journal(state=self.state, resuming=True), ResumeGuest())
             case GuestResumed() if self._rollback_token is not None:
                 self._note_blackout(event.at_s)
                 self._finish_stopped()
             case GuestDestroyed() if self._destination_runs:
                 self._complete()
             case CommandFailed(command="ResumeGuest"):
+                if event.without_effect:
+                    self._may_have_resumed = self._may_have_resumed_before
                 self._do(InspectGuest())
+            case CommandFailed(command="Journal") if self._rollback_token is not None:
+                self._may_have_resumed = self._may_have_resumed_before  # It wasn't resumed.
+                self._retry_later()
             case CommandFailed():
                 self._retry_later()
             case TimerFired(name=TimerName.RETRY):
@@ -97,9 +109,9 @@ class SourceRecovery(SourceView):
                 self.error = self.error or "the agent restarted during the migration"
                 self._enter(_S.CANCELLING, self.error)
                 self._do(AbortSwitchover())
-            case GuestCondition.GONE if (
-                self._rollback_token is not None or not self._switchover_begun
-            ):
+            case GuestCondition.GONE if self._rollback_token is not None:
+                self._gone_after_rollback(self._rollback_token)
+            case GuestCondition.GONE if not self._switchover_begun:
                 self._finish_gone()
             case _ if self._rollback_token is not None:
                 self._retry_later()
@@ -141,7 +153,7 @@ class SourceRecovery(SourceView):
             record.token == taken_back and self._destination_refused
         ):
             if self._gone:
-                self._finish_gone()
+                self._gone_after_rollback(record.token)
             else:
                 self._rollback(record.token)
         elif record.token == taken_back:
@@ -160,7 +172,7 @@ class SourceRecovery(SourceView):
         elif self.device_state_out:
             # Only the destination has the guest's memory, and it can't have loaded the device state
             # before the last page was in place: what it has loaded is whole.
-            self._send(Commit(post_copy=self.post_copy))
+            self._commit()
             self._retry_later()
         else:
             # Whether the device state went out, or the guest resumed here and ran on before it
@@ -179,10 +191,27 @@ class SourceRecovery(SourceView):
         self._swap_token = record.token + 1
         self._do(SwapRecord(expected=record, new=record.passed_to(self.source)))
 
+    def _commit(self) -> None:
+        self._send(Commit(post_copy=self.post_copy, token=self.token))
+
     def _rollback(self, token: int) -> None:
+        """The destination keeps its copy until the guest runs here."""
         self._rollback_token = token
-        self._send(Abort(reason=self.error or "rolled back"))
         self._do(Fence(token=token))
+
+    def _gone_after_rollback(self, token: int) -> None:
+        """The record is ours, and our hypervisor is gone."""
+        self._gone = True
+        if self._may_have_resumed or self._destination_refused:
+            self._finish_gone()
+            return
+        self._note("rollback failed", self._now, self._now, "the hypervisor died before it resumed")
+        self._rollback_token = None
+        self.token = token
+        self.device_state_out = True
+        self._commit()
+        self._retry_later()
+        self._journal()  # Last: it may fail.
 
     # --- the ends ---
 
@@ -236,11 +265,11 @@ class SourceRecovery(SourceView):
         reason = f"{self.error or 'the migration ended'}; the guest's hypervisor is gone"
         self._cancelled = False
         self._do(StopEngine())
-        self._send(Abort(reason=reason))
+        self._send(Abort(reason=reason, over=True))
         self._finish(_S.FAILED, reason)
 
     def _finish_stopped(self) -> None:
         """The guest runs here, as it did before."""
         self._do(StopEngine())
-        self._send(Abort(reason=self.error or "cancelled"))
+        self._send(Abort(reason=self.error or "cancelled", over=True))
         self._finish(_S.CANCELLED if self._cancelled else _S.FAILED)

@@ -49,10 +49,12 @@ class SourceView(Session):
         switchover_begun: bool = False,
         device_state_out: bool = False,
         post_copy: bool = False,
+        may_have_resumed: bool = False,
         prediction: Prediction | None = None,
     ) -> None:
-        """`restored`: from a journal, which knows of `switchover_begun`, `device_state_out` and
-        `post_copy`. It learns how far it had come only once it is told to Recover.
+        """`restored`: from a journal, which knows of `switchover_begun`, `device_state_out`,
+        `post_copy` and `may_have_resumed`. It learns how far it had come only once it is told to
+        Recover.
         """
         super().__init__(
             migration_id=migration_id,
@@ -101,6 +103,7 @@ class SourceView(Session):
         self._destination_refused = False
         self._gone = False
         self._swap_token = 0
+        self._may_have_resumed = self._may_have_resumed_before = may_have_resumed
         self._discard_error = ""
 
     # --- figures and facts that decisions are made from ---
@@ -136,6 +139,11 @@ class SourceView(Session):
         )
 
     # --- what others see ---
+
+    @property
+    def may_have_resumed(self) -> bool:
+        """After a rollback the vCPUs ran here, or may have: the destination's copy is stale."""
+        return self._may_have_resumed
 
     @property
     def destination_runs(self) -> bool:

@@ -260,6 +260,22 @@ async def test_ownership_passes_by_value_and_tokens_never_shrink(make: MakeStore
         assert await destination.read(DomainName("web")) is None
 
 
+async def test_a_write_that_changes_nothing_overtakes_a_late_one(make: MakeStore) -> None:
+    """What was sent before, and whose outcome is unknown, can't land after it."""
+    one, two = make(), make()
+    async with opened(one, two):
+        source, destination = StoreOwnership(one), StoreOwnership(two)
+        assert await source.compare_and_set(None, record(1))
+        before = await two.get("ownership/web")
+        assert before is not None and await source.read(DomainName("web")) == record(1)
+        assert await destination.compare_and_set(record(1), record(1))
+        late = await two.put_if("ownership/web", b"late", before.revision)
+        assert late is None
+        passed = record(1).passed_to(NodeName("n1"))
+        assert await source.compare_and_set(record(1), passed)  # Though it saw an older revision.
+        assert await destination.read(DomainName("web")) == passed
+
+
 @pytest.mark.parametrize("value", [b"", b"\x01", b"\x81\xa1\x80", b"\x81\xa1x" + b"\x91" * 30_000])
 async def test_a_corrupt_value_names_its_key(make: MakeStore, value: bytes) -> None:
     store = make()

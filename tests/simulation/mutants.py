@@ -206,6 +206,46 @@ class GivesUpALoadedCopy(DestinationSession):
             super()._in_handoff(event)
 
 
+class EndsBeforeItsWriteHasLanded(DestinationSession):
+    """Gives up while its compare-and-set is under way, and is gone when that lands."""
+
+    found_as: ClassVar = ("4:",)
+    first_seed: ClassVar = 1300
+    aim: ClassVar = Faults(
+        store_unknown=0.5, store_late=0.9, aimed=0.5, hypervisor_share=0.5, loss=0.5, heal_at_s=12.0
+    )
+
+    def _pass_back(self) -> None:
+        self._swap_open = False
+        super()._pass_back()
+
+
+class YieldsToARollback(DestinationSession):
+    """The source won the record back, so its guest will run: but it may have died."""
+
+    found_as: ClassVar = ("4:",)
+    aim: ClassVar = Faults(
+        death_before_resume=0.5, loss=0.3, kill_mean_s=1.0, store_unknown=0.3, heal_at_s=10.0
+    )
+
+    def _lost_to(self, record: OwnershipRecord | None) -> None:
+        self._dead = True
+        super()._lost_to(record)
+
+
+class HandsOverWhatItMayHaveRun(SourceSession):
+    """A rollback that failed has run nothing: but its `cont` may have been given."""
+
+    found_as: ClassVar = ("1:", "2:", "3:")
+    aim: ClassVar = Faults(
+        aimed=0.5, hypervisor_share=0.5, loss=0.5, resume_failure=0.5, heal_at_s=10.0
+    )
+
+    def _gone_after_rollback(self, token: int) -> None:
+        self._may_have_resumed = False
+        super()._gone_after_rollback(token)
+
+
 class ForgetsThatItRan(Sessions):
     """A journal that loses `resuming`: after a restart the destination says that it never ran."""
 
@@ -341,6 +381,9 @@ MUTANTS: tuple[type[Mutant], ...] = (
     FilledTooEarly,
     KeepsTheToken,
     KeepsWhatItCannotRun,
+    EndsBeforeItsWriteHasLanded,
+    YieldsToARollback,
+    HandsOverWhatItMayHaveRun,
     ForgetsThatItRan,
     ForgetsThatItIsFull,
     JournalsAfterwards,

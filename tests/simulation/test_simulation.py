@@ -46,6 +46,12 @@ def test_every_invariant_holds() -> None:
     assert lost["unprovable"] < runs / 100, lost
 
 
+@pytest.mark.parametrize("seed", [746, 12515, 19318])
+def test_what_was_once_violated_holds(seed: int) -> None:
+    """A destination's late write; a destination that asked for ever."""
+    Scenario(seed).play()
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2, 7, 28, 333, 599, 675])
 def test_a_seed_gives_the_same_transcript_twice(seed: int) -> None:
     transcripts = []

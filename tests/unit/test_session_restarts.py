@@ -11,6 +11,7 @@ from migrator.model import (
     OwnershipState,
     Role,
 )
+from migrator.ports import DomainEventKind
 from migrator.session import messages as m
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
@@ -138,6 +139,124 @@ def test_a_loaded_destination_never_gives_up_by_timeout() -> None:
     pair.run(timers=20)
     assert pair.destination.state is _S.RECOVERING
     assert "DestroyGuest" not in pair.commands(DESTINATION)
+
+
+# --- a write that may land late ---
+
+
+def _dying_in_the_handoff() -> SessionPair:
+    """The destination's hypervisor is gone, and what became of its compare-and-set is unknown."""
+    pair = SessionPair()
+    pair.silence(v.SwapRecord, m.Aborted)
+    pair.run()
+    assert pair.destination.state is _S.HANDOFF
+    pair.push(pair.destination, v.GuestReported(kind=DomainEventKind.EXITED, at_s=pair.now_s))
+    pair.push(pair.destination, v.RecordSwapped(won=None))
+    return pair
+
+
+def _swaps(pair: SessionPair) -> list[v.SwapRecord]:
+    given = [each for role, each in pair.given if role is DESTINATION]
+    return [each for each in given if isinstance(each, v.SwapRecord)]
+
+
+def test_a_destination_ends_only_when_its_late_write_cannot_land_any_more() -> None:
+    pair = _dying_in_the_handoff()
+    pair.run()
+    overtaking = _swaps(pair)[-1]
+    assert overtaking.expected == overtaking.new == pair.record
+    assert "Finish" not in pair.commands(DESTINATION)
+    pair.silent.remove(v.SwapRecord)
+    pair.push(pair.destination, v.RecordSwapped(won=None))  # That is unknown, too: once more.
+    pair.run()
+    assert pair.destination.state is _S.CANCELLED
+    assert pair.record.owner == "n1"
+    pair.run(timers=2)
+    assert pair.resumed_on == [SOURCE]
+
+
+def test_what_landed_late_is_passed_back() -> None:
+    pair = _dying_in_the_handoff()
+    pair.run()
+    pair.silent.clear()
+    pair.record = pair.record.passed_to(NodeName("n2"))
+    pair.push(pair.destination, v.RecordSwapped(won=False))
+    pair.run(timers=1)
+    assert pair.destination.state is _S.CANCELLED
+    assert (pair.record.owner, pair.record.token) == ("n1", 3)
+    assert pair.resumed_on == [SOURCE]
+
+
+@pytest.mark.parametrize(("boot_id", "committed"), [("boot", True), ("another", False)])
+def test_a_restarted_destination_knows_that_a_write_may_land(boot_id: str, committed: bool) -> None:
+    """The journal says so; after a reboot it may have lost it."""
+    pair = SessionPair()
+    pair.silence(v.SwapRecord, *(() if committed else (m.Commit,)))
+    pair.run()
+    pair = _restored(pair, DESTINATION, boot_id=boot_id)
+    pair.silence(v.InspectGuest)
+    pair.run()
+    pair.push(pair.destination, GONE)
+    pair.run()
+    assert pair.destination.state is _S.CANCELLING
+    assert [(each.expected, each.new) for each in _swaps(pair)] == [(pair.record, pair.record)]
+
+
+# --- a rollback that fails ---
+
+
+def _rolling_back() -> SessionPair:
+    """The source won the record back; its `cont` is about to be given."""
+    pair = SessionPair()
+    pair.silence(v.SwapRecord, v.ResumeGuest, m.Running)
+    pair.run()
+    pair.push(pair.destination, v.RecordSwapped(won=None))
+    pair.silent.remove(v.SwapRecord)
+    pair.record = pair.record.passed_to(NodeName("n1"))
+    pair.run()
+    pair.push(pair.source, v.TimerFired(name=v.TimerName.HANDOFF))
+    pair.run()
+    assert pair.commands(SOURCE)[-3:] == ["Fence", "Journal", "ResumeGuest"]
+    return pair
+
+
+def test_a_source_that_died_in_its_rollback_begins_the_handoff_anew() -> None:
+    pair = _rolling_back()
+    assert pair.destination.state is _S.RECOVERING
+    assert entry_of(pair.source, boot_id="boot").resuming
+    pair.silent.clear()
+    pair.silence(v.InspectGuest)
+    failed = v.CommandFailed(command="ResumeGuest", error="QEMU has ended", without_effect=True)
+    pair.push(pair.source, failed)
+    pair.push(pair.source, GONE)
+    pair.run()
+    pair.silent.clear()
+    assert not entry_of(pair.source, boot_id="boot").resuming
+    pair.push(pair.destination, v.TimerFired(name=v.TimerName.RETRY))
+    assert pair.run(timers=2) == COMPLETED
+    assert (pair.record.owner, pair.record.token) == ("n2", 3)
+    assert pair.resumed_on == [DESTINATION]
+
+
+def test_a_source_that_may_have_run_in_its_rollback_hands_nothing_over() -> None:
+    pair = _rolling_back()
+    pair.silence(v.InspectGuest)
+    pair.push(pair.source, v.CommandFailed(command="ResumeGuest", error="timeout"))
+    pair.push(pair.source, GONE)
+    pair.run(timers=1)
+    assert pair.source.state is _S.FAILED
+    assert pair.source.last_word() == m.Abort(reason=pair.source.error or "", over=True)
+    assert pair.resumed_on == []
+
+
+def test_a_destination_keeps_its_copy_until_the_source_has_ended() -> None:
+    pair = _rolling_back()
+    pair.push(pair.destination, v.Received(message=m.Abort(reason="from long ago")))
+    pair.run()
+    assert "DestroyGuest" not in pair.commands(DESTINATION)
+    pair.push(pair.source, v.GuestResumed(at_s=pair.now_s))
+    pair.run()
+    assert (pair.source.state, pair.destination.state) == (_S.FAILED, _S.CANCELLED)
 
 
 # --- answers without a session ---

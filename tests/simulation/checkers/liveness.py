@@ -83,8 +83,9 @@ def _excuse(domain: Domain, guest: Guest, node: Node) -> str | None:
     if guest.state is G.LOADED:
         record = domain.record
         won = record is not None and record.token > side.token_before
-        if won and record is not None and record.owner == other.node.name:
-            return "the source won the record back, then died before it resumed"
+        back = won and record is not None and record.owner == other.node.name
+        if back and other.resume_uncertain:
+            return "the source won the record back, and died around its resume: it may have run"
         if not _knows_sent(side) and not _knows_sent(other):
             return "the source died, and nobody knows whether it had resumed by itself"
     return None
