@@ -208,6 +208,12 @@ class HypervisorDriver(abc.ABC):
     async def launched(self, domain: DomainName) -> DomainSpec | None:
         """The spec that the running process was started from; None if it isn't here."""
 
+    async def launched_all(self) -> Sequence[DomainSpec]:
+        """Those of all processes here. A driver that knows them needn't ask the processes."""
+        names = [DomainName(status.name) for status in await self.list_domains()]
+        found = [await self.launched(name) for name in names]
+        return [spec for spec in found if spec is not None]
+
     # What the page engine needs of a source or a destination.
 
     @abc.abstractmethod

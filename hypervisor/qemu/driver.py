@@ -340,6 +340,9 @@ class QemuDriver(HypervisorDriver):
         guest = self._guests.get(domain)
         return None if guest is None else guest.record.spec
 
+    async def launched_all(self) -> Sequence[DomainSpec]:
+        return [guest.record.spec for guest in self._guests.values()]
+
     async def launched_token(self, domain: DomainName) -> FencingToken | None:
         """The fencing token that the running process was started under; None if it isn't here.
 

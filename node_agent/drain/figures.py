@@ -48,6 +48,8 @@ class NodeFigures(Struct, frozen=True, kw_only=True):
     link_known_by: str
     overhead_s: float | None
     """Of a migration beside its iterations; None: not known."""
+    move_bytes_per_s: float | None = None
+    """How fast its last migrations were, each alone and without a cap; None: not known."""
 
 
 class FiguresService:
@@ -80,12 +82,13 @@ class FiguresService:
                 return None
 
         found = await asyncio.gather(*(one(each) for each in params.domains))
-        link, overhead_s = await self._link(params.towards)
+        link, known = await self._link(params.towards)
         return NodeFigures(
             domains=tuple(each for each in found if each is not None),
             link_bytes_per_s=None if link is None else link.bytes_per_s,
             link_known_by="" if link is None else f"{link.origin}: {link.detail}",
-            overhead_s=overhead_s,
+            overhead_s=None if known is None else known.overhead_s,
+            move_bytes_per_s=None if known is None else known.bytes_per_s,
         )
 
     async def _domain(
@@ -98,20 +101,29 @@ class FiguresService:
             return _of_rate(rate)
         return None if figures is None else _of_figures(str(domain), figures)
 
-    async def _link(self, towards: str | None) -> tuple[LinkSpeed | None, float | None]:
-        """The link as it is, not as busy migrations found it, and a migration's overhead."""
-        known = None if towards is None else await self._forecaster.known_link(NodeName(towards))
-        overhead_s = None if known is None else known.overhead_s
+    async def _link(self, towards: str | None) -> tuple[LinkSpeed | None, LinkSpeed | None]:
+        """The link, by what has been seen to pass over it, and what migrations say of it.
+
+        Busy nodes' migrations, and a probe between busy agents, come out too slow, never too fast.
+        """
         own = await self._interface()
-        if own is not None or towards is None:
-            return own, overhead_s
+        if towards is None:
+            return own, None
+        known = await self._forecaster.known_link(NodeName(towards))
+        if known is not None and known.origin is not LinkOrigin.MIGRATIONS:
+            known = None
+        if own is not None:
+            return own, known
         now = self._monotonic()
         if self._probed is None or now - self._probed[0] > _PROBE_KNOWN_S:
             try:
                 self._probed = (now, await self._probe(NodeName(towards)))
             except FerryError:
-                return known, overhead_s
-        return self._probed[1], overhead_s
+                return known, known
+        probed = self._probed[1]
+        if known is not None and known.bytes_per_s > probed.bytes_per_s:
+            return known, known
+        return probed, known
 
 
 def _of_rate(rate: DirtyRate) -> DomainFigures:

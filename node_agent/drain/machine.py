@@ -325,7 +325,7 @@ class DrainMachine(Ledger):
             self._leave_waiting(f"the time of {self._base.timeout_s:g} s was over", now)
             return
         while True:
-            move = self._moves.next_to_start(self._base.parallel)
+            move = self._moves.next_to_start(self._base.parallel, self._base.lanes)
             if move is None:
                 return
             stop = move.policy is not MaintenancePolicy.LIVE

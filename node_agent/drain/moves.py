@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from typing import Final
@@ -17,7 +18,7 @@ from node_agent.planner.shares import share_links
 STOPS_AT_ONCE: Final = 4
 BANDWIDTH_MIN: Final = 65_536
 """What a migration's cap is at least."""
-_NOT_SENDING: Final = frozenset({MigrationState.CREATED, MigrationState.SETUP})
+_SETUP: Final = frozenset({MigrationState.CREATED, MigrationState.SETUP})
 
 
 class Moves:
@@ -26,6 +27,8 @@ class Moves:
     def __init__(self, drain: Drain) -> None:
         self._moves = {move.domain: move for move in drain.moves}
         self._phases: dict[str, MigrationState] = {}
+        self._senders: dict[str, None] = {}
+        """In the order in which they began to send."""
 
     def all(self) -> tuple[Move, ...]:
         return tuple(self._moves.values())
@@ -43,6 +46,7 @@ class Moves:
     def put(self, move: Move) -> None:
         if not move.state.active:
             self._phases.pop(move.domain, None)
+            self._senders.pop(move.domain, None)
         self._moves[move.domain] = move
 
     def add(self, move: Move) -> None:
@@ -58,6 +62,8 @@ class Moves:
         if migration.id != move.migration:
             return
         self._phases[move.domain] = migration.state
+        if migration.state not in _SETUP:
+            self._senders.setdefault(move.domain)
         seen = migration.progress
         self._moves[move.domain] = msgspec.structs.replace(
             self._moves[move.domain],
@@ -72,8 +78,11 @@ class Moves:
     def waiting(self) -> list[Move]:
         return [move for move in self._moves.values() if move.state is MoveState.WAITING]
 
-    def next_to_start(self, parallel: int) -> Move | None:
-        """The move that may begin now, as in `planner.schedule`; None: none may."""
+    def next_to_start(self, parallel: int, lanes: Mapping[str, int]) -> Move | None:
+        """The move that may begin now, as in `planner.schedule`; None: none may.
+
+        `lanes`: how many may be on their way to a node at once; any number where it isn't named.
+        """
         waiting = self.waiting()
         waiting.sort(key=lambda move: (-move.priority, move.planned_start_s))
         active = [move for move in self._moves.values() if move.state.active]
@@ -88,7 +97,9 @@ class Moves:
             lives = [move for move in here if move.policy is MaintenancePolicy.LIVE]
             if not lives or leaving[source] >= parallel:
                 continue
-            return lives[_pick(lives, Counter(move.destination or "" for move in live))]
+            found = _pick(lives, Counter(move.destination or "" for move in live), lanes)
+            if found is not None:
+                return lives[found]
         return None
 
     # --- shares ------------------------------------------------------------------------------
@@ -108,10 +119,12 @@ class Moves:
         ]
         if not links:
             return {}
-        sending = [move for move in live if not self._in_setup(move)]
+        sending = [move for move in live if self._sends(move)]
+        order = {domain: at for at, domain in enumerate(self._senders)}
+        sending.sort(key=lambda move: order[move.domain])
         found = self._rates(sending, links)
         for move in live:
-            if self._in_setup(move):
+            if not self._sends(move):
                 found[move.domain] = self._rates([*sending, move], links)[move.domain]
         return found
 
@@ -123,13 +136,17 @@ class Moves:
             for move, rate in zip(moves, rates, strict=True)
         }
 
-    def _in_setup(self, move: Move) -> bool:
+    def _sends(self, move: Move) -> bool:
         phase = self._phases.get(move.domain)
-        return phase is None or phase in _NOT_SENDING
+        return phase is not None and phase not in _SETUP
 
 
-def _pick(lives: list[Move], arriving: Counter[str]) -> int:
+def _pick(lives: list[Move], arriving: Counter[str], lanes: Mapping[str, int]) -> int | None:
     """As the plan was made: `lives` leave one node, `arriving` are on their way to each node."""
     names = sorted({move.destination or "" for move in lives})
     queue = [(move.priority, names.index(move.destination or "")) for move in lives]
-    return pick_next(queue, lambda index: arriving[names[index]])
+    return pick_next(
+        queue,
+        lambda index: arriving[names[index]],
+        lambda index: lanes.get(names[index], sys.maxsize),
+    )

@@ -157,6 +157,9 @@ class Drain(Value, frozen=True, kw_only=True):
     cancel: CancelMode = CancelMode.NO
     moves: tuple[Move, ...] = ()
     parallel: int = 1
+    """Moves from one node at once."""
+    lanes: dict[str, int] = msgspec.field(default_factory=dict)
+    """How many moves each node takes part in at once, by its processors."""
     links: dict[str, float] = msgspec.field(default_factory=dict)
     """Bytes a second that page streams may use, of each node's link."""
     planned_s: float = 0.0

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import msgspec
+
 from migrator.errors import (
     ConflictError,
     FerryError,
@@ -271,13 +273,7 @@ class DrainService:
         leaving = [name for name in owned if name not in request.exclude]
         survey = await self.world.survey({node: leaving}, sample_s=sample_s, closed=(node,))
         domains = with_policy(survey.domains, node, request.policy)
-        survey = Survey(
-            nodes=survey.nodes,
-            domains=domains,
-            links=survey.links,
-            link=survey.link,
-            overhead_s=survey.overhead_s,
-        )
+        survey = msgspec.structs.replace(survey, domains=domains)
         options: PlanOptions = survey.options(parallel=request.parallel)
         return survey, await self.world.plan(survey, leaving, options)
 
@@ -303,6 +299,7 @@ class DrainService:
             term=1,
             moves=moves_of(plan, {each.name: each.priority for each in survey.domains}),
             parallel=request.parallel or plan.parallel,
+            lanes=dict(plan.lanes),
             links=survey.shares(PlanOptions()),
             planned_s=plan.makespan_s,
             lower_bound_s=plan.lower_bound_s,

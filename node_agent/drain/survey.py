@@ -14,6 +14,7 @@ from node_agent.drain.resources import DrainPolicy, Move, PlanMove
 from node_agent.nodes import NodeView
 from node_agent.planner.model import (
     DEFAULT_LINK_BYTES_PER_S,
+    ENGINE_BYTES_PER_S,
     DomainFacts,
     NodeFacts,
     Plan,
@@ -40,6 +41,7 @@ class Survey(Struct, frozen=True, kw_only=True):
     link: str
     """How fast the first source's link is, and how that is known."""
     overhead_s: float | None = None
+    move_bytes_per_s: float | None = None
 
     def options(self, **changes: object) -> PlanOptions:
         options = PlanOptions()
@@ -50,6 +52,9 @@ class Survey(Struct, frozen=True, kw_only=True):
                 setup_s=overhead_s * _SETUP_SHARE,
                 finish_s=overhead_s * (1 - _SETUP_SHARE),
             )
+        if self.move_bytes_per_s is not None:
+            fastest = min(self.move_bytes_per_s, ENGINE_BYTES_PER_S)
+            options = msgspec.structs.replace(options, move_bytes_per_s=fastest)
         return msgspec.structs.replace(options, **changes)
 
     def shares(self, options: PlanOptions) -> dict[str, float]:
@@ -84,6 +89,7 @@ def make_survey(
         if each.name in places or (each.node and each.state is not DomainState.STOPPED)
     )
     told = next((each.link_known_by for each in figures.values() if each.link_known_by), "")
+    rates = [each.move_bytes_per_s for each in figures.values() if each.move_bytes_per_s]
     overheads = [each.overhead_s for each in figures.values() if each.overhead_s is not None]
     return Survey(
         nodes=nodes,
@@ -91,6 +97,7 @@ def make_survey(
         links={node.name: node.link_bytes_per_s for node in nodes},
         link=f"{default * 8 / 1e6:.0f} Mbit/s ({told or 'assumed'})",
         overhead_s=max(overheads) if overheads else None,
+        move_bytes_per_s=max(rates) if rates else None,
     )
 
 

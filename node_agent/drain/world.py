@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
@@ -38,6 +39,8 @@ from node_agent.resources import Domain, MigrationCreate
 CALL_S: Final = 10.0
 _REPLANS_MAX: Final = 5
 _CHECKED_MAX: Final = 64
+_LINKS_MAX: Final = 8
+"""Of an undrain's or a balancing's many sources; of the others it is assumed."""
 """Planned moves that are put to their nodes before a drain begins; the others are checked when
 they do, as every migration is."""
 
@@ -134,24 +137,32 @@ class DrainWorld:
         views = await self.views()
         domains: Sequence[Domain] = await self.cluster.list_domains()
 
-        async def ask(source: str, names: Collection[str]) -> NodeFigures | None:
-            towards = next(
-                (name for name, v in views.items() if v.state.admits and name != source), None
-            )
+        async def ask(source: str, names: Collection[str], towards: str | None) -> NodeFigures:
             params = FiguresParams(domains=tuple(names), sample_s=sample_s, towards=towards)
+            return await self._hub.call(
+                NodeName(source), FIGURES, params, NodeFigures, timeout_s=FIGURES_S
+            )
+
+        async def domains_of(source: str, names: Collection[str]) -> NodeFigures | None:
             try:
-                return await self._hub.call(
-                    NodeName(source), FIGURES, params, NodeFigures, timeout_s=FIGURES_S
-                )
+                return await ask(source, names, None)
             except FerryError:  # The plan assumes what it isn't told.
                 return None
 
-        answers = await asyncio.gather(*(ask(*each) for each in sources.items()))
+        answers = await asyncio.gather(*(domains_of(*each) for each in sources.items()))
         figures = {
             source: answer
             for source, answer in zip(sources, answers, strict=True)
             if answer is not None
         }
+        # One link after the other: two probes at once would measure each other.
+        for source in list(figures)[:_LINKS_MAX]:
+            towards = next(
+                (name for name, v in views.items() if v.state.admits and name != source), None
+            )
+            with contextlib.suppress(FerryError):
+                link = await ask(source, (), towards)
+                figures[source] = msgspec.structs.replace(link, domains=figures[source].domains)
         return make_survey(views, domains, figures, closed=closed, places=places)
 
     async def plan(

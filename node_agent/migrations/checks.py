@@ -136,10 +136,8 @@ class DestinationCheck:
     async def free_memory_bytes(self, without: str = "") -> int:
         """What is left of the node's memory beside other domains and those on their way here."""
         taken = {spec.name: spec.memory_bytes for spec in self._incoming()}
-        for status in await self._hypervisor.list_domains():
-            launched = await self._hypervisor.launched(DomainName(status.name))
-            if launched is not None:
-                taken[launched.name] = launched.memory_bytes
+        for launched in await self._hypervisor.launched_all():
+            taken[launched.name] = launched.memory_bytes
         taken.pop(without, None)
         return self._memory_bytes - sum(taken.values())
 

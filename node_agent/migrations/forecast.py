@@ -27,6 +27,7 @@ from migrator.model import (
     MigrationRequest,
     MigrationState,
     NodeName,
+    PassKind,
 )
 from migrator.ports import HypervisorDriver
 from migrator.prediction import Figures, curve_of_passes, predict, zero_share_of_passes
@@ -201,7 +202,7 @@ class Forecaster:
                 memory_in_use_bytes=in_use,
                 curve=curve_of_passes(last.iterations),
                 link=link,
-                zero_share=zero_share_of_passes(last.iterations),
+                zero_share=_zero_share_after(last, in_use),
                 dirty_rate_origin=f"the iterations of migration {last.id}",
             )
         return None
@@ -227,6 +228,17 @@ class Forecaster:
     async def _known_link(self, destination: NodeName) -> LinkSpeed | None:
         measured = link_speed.of_migrations(self._history or (), self._node, destination)
         return measured or await self._interface()
+
+
+def _zero_share_after(migration: Migration, in_use_bytes: int) -> float:
+    """Of what is in use at its destination now. The page engine leaves pages of zeros out there;
+    QEMU's own migration brings them into being, so that no less is in use than before."""
+    found = sum(
+        each.pages + each.zero_pages for each in migration.iterations if each.kind is PassKind.FIRST
+    )
+    if in_use_bytes < found * PAGE_SIZE_BYTES:
+        return 0.0
+    return zero_share_of_passes(migration.iterations)
 
 
 def _newer(migration: Migration | None, rate: DirtyRate) -> bool:

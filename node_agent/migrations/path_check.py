@@ -3,6 +3,8 @@
 source ── hear(token) ──► destination listens
        ── a short and a full frame, by the guests' network, until that has answered ──►
        ◄── what came
+
+What was wide enough is taken to be so for a minute: a drain sends many guests the same way.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
+from collections.abc import Callable
 from typing import Final
 
 from migrator.errors import FabricError, FerryError
@@ -24,6 +28,8 @@ HEAR: Final = "network.hear"
 LISTEN_S: Final = 0.5
 AGAIN_S: Final = 0.02
 TOKEN_BYTES: Final = 8
+KNOWN_S: Final = 60.0
+KNOWN_MAX: Final = 1_000
 _CALL_S: Final = 2.0
 
 
@@ -36,9 +42,17 @@ class HearParams(Struct, frozen=True, kw_only=True):
 class PathCheck:
     """Asks as a source, and listens as a destination. `register` before the hub starts."""
 
-    def __init__(self, hub: PeerHub, fabric: FabricDriver) -> None:
+    def __init__(
+        self,
+        hub: PeerHub,
+        fabric: FabricDriver,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._hub = hub
         self._fabric = fabric
+        self._monotonic = monotonic
+        self._wide_at: dict[tuple[NodeName, str, int | None, int], float] = {}
 
     def register(self) -> None:
         """Serve the other nodes' calls."""
@@ -54,6 +68,10 @@ class PathCheck:
         return [reason for reason in found if reason is not None]
 
     async def _reason(self, nic: NicSpec, destination: NodeName) -> str | None:
+        way = (destination, nic.bridge, nic.vlan, nic.mtu_bytes)
+        known_at = self._wide_at.get(way)
+        if known_at is not None and self._monotonic() - known_at < KNOWN_S:
+            return None
         token = secrets.token_bytes(TOKEN_BYTES)
         params = HearParams(nic=nic, token=token, timeout_s=LISTEN_S)
         sending = asyncio.create_task(self._send(nic, token))
@@ -61,6 +79,10 @@ class PathCheck:
             report = await self._hub.call(
                 destination, HEAR, params, WidthReport, timeout_s=LISTEN_S + _CALL_S
             )
+            if report.full:
+                while len(self._wide_at) >= KNOWN_MAX:
+                    del self._wide_at[next(iter(self._wide_at))]
+                self._wide_at[way] = self._monotonic()
             if report.full or not report.short:
                 return None
             why = ""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
+
+import msgspec
 
 from migrator.model import MaintenancePolicy
 from migrator.ports import Struct
@@ -65,14 +68,18 @@ class PlanOptions(Struct, frozen=True, kw_only=True):
     """What the plan may assume. Times in seconds."""
 
     parallel: int | None = None
-    """At most so many moves from one node at once; None: as many as it takes."""
+    """At most so many moves from one node at once; None: as many as it takes, and its processors
+    feed."""
+    move_bytes_per_s: float = ENGINE_BYTES_PER_S
+    """No single move is faster, whatever the link: the nodes' processors are the bottleneck then.
+    """
     reserve_share: float = 0.0
     """Of each destination's memory, kept free."""
     link_share: float = 0.92
     """Of each link, for page streams. The rest keeps the link's queue empty, which the messages
     within a blackout wait in."""
     setup_s: float = 0.6
-    """Of each move, before its first page: the destination is made ready."""
+    """Of each move, before its first page: nodes are asked, the destination is made ready."""
     finish_s: float = 0.25
     """Of each move, after its last page of pre-copy: switchover, and the source's end."""
     stop_s: float = 20.0
@@ -102,6 +109,8 @@ class PlannedMove(Struct, frozen=True, kw_only=True):
     wire_bytes: int
     start_s: float
     seconds: float
+    sent_s: float | None = None
+    """When its last page of pre-copy has left; None: it isn't migrated."""
     rates: tuple[Rate, ...] = ()
 
     @property
@@ -124,6 +133,8 @@ class Plan(Struct, frozen=True, kw_only=True):
     blockers: tuple[Blocker, ...] = ()
     parallel: int = 1
     """How many at once from one node."""
+    lanes: Mapping[str, int] = msgspec.field(default_factory=dict)
+    """How many moves each of its nodes takes part in at once, by its processors."""
     makespan_s: float = 0.0
     lower_bound_s: float = 0.0
     """No plan of these moves is shorter."""

@@ -1,4 +1,4 @@
-"""What the figures are held against: the bars of issues 2 and 3.
+"""What the figures are held against: the bars of issues 2, 3 and 5.
 
 Pure. A bar is held, not held, or not measured. It compares medians within one run of the
 benchmark: ratios, never absolute seconds of another machine.
@@ -76,6 +76,7 @@ def judge(runs: Runs) -> list[Bar]:
     found += _raw_speed(figures)
     found += _slowdown(figures)
     found += _demo(figures)
+    found += _drain(figures)
     return [*found, _loop(runs)]
 
 
@@ -236,6 +237,45 @@ def _demo(figures: _Figures) -> list[Bar]:
             note=f"{len(runs)} runs",
         ),
         Bar(name="issue 2: total / QEMU's own, single stream", value=total, limit=1.0),
+    ]
+
+
+def _drain(figures: _Figures) -> list[Bar]:
+    runs = [run.drain for run in figures.of("drain", "ferry") if run.drain is not None]
+    ratios = [move.blackout_ratio for run in runs for move in run.moves]
+    errors = [run.client_errors for run in runs]
+    plans = figures.of("plan", "ferry")
+    return [
+        Bar(
+            name="drain: time / (1.15 x bytes to move / link + 3 s)",
+            value=worst(run.actual_s / (1.15 * run.link_s + 3.0) for run in runs),
+            limit=1.0,
+        ),
+        Bar(
+            name="drain: |time - planned| / planned",
+            value=worst(abs(run.actual_s - run.planned_s) / run.planned_s for run in runs),
+            limit=0.15,
+        ),
+        Bar(
+            name="drain: a guest's blackout / when it moves alone, the worst",
+            value=worst(ratios),
+            limit=1.5,
+            note=f"median {median(ratios) or 0.0:.2f} of {len(ratios)}",
+        ),
+        Bar(
+            name="drain: errors of clients behind HAProxy",
+            value=worst(errors),
+            limit=0.0,
+            note=f"of {sum(run.requests for run in runs)} requests",
+        ),
+        Bar(
+            name="plan: 20 of 1,000 nodes, s", value=worst(run.total_s for run in plans), limit=5.0
+        ),
+        Bar(
+            name="plan: time planned / lower bound",
+            value=worst(run.plan_over_bound for run in plans),
+            limit=1.1,
+        ),
     ]
 
 

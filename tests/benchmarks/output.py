@@ -38,6 +38,13 @@ def say_run(where: str, case: str, engine: str, run: Run) -> None:
     """One line as it happens."""
     if not run.completed:
         what = f"not completed: {run.error}"
+    elif (drain := run.drain) is not None:
+        what = (
+            f"{drain.domains} guests in {drain.actual_s:.2f} s, planned {drain.planned_s:.2f}, "
+            f"{drain.parallel} at once; undrain {drain.undrain_actual_s:.2f} s, planned "
+            f"{drain.undrain_planned_s:.2f}; worst blackout {_figure(run.blackout_ms, 'ms')}, "
+            f"{drain.client_errors} errors of {drain.requests}"
+        )
     elif run.blackout_ms is not None:
         what = (
             f"blackout {_figure(run.blackout_ms, 'ms')}, client gap "

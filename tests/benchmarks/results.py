@@ -14,6 +14,53 @@ AFTER_S: Final = 0.3
 """Around the blackout, where the client's longest silence is looked for."""
 
 
+class MoveFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """One guest of a drain: as planned, as it went, and what it had when it moved alone."""
+
+    domain: str
+    planned_start_s: float
+    planned_s: float
+    started_s: float
+    took_s: float
+    """By the drain's clock; `total_s` by the migration's own."""
+    total_s: float
+    begin_s: float
+    """From the drain's decision to the migration's creation."""
+    seen_s: float
+    """From the migration's end to the drain's notice."""
+    setup_s: float
+    leave_s: float
+    passes_s: tuple[float, ...]
+    blackout_ms: float
+    alone_ms: tuple[float, ...]
+    """Its blackouts."""
+    alone_total_s: tuple[float, ...]
+    parts: tuple[tuple[str, float], ...]
+    """Its timeline, seconds."""
+
+    @property
+    def blackout_ratio(self) -> float | None:
+        """To the mean of what it had alone."""
+        alone = sum(self.alone_ms)
+        return self.blackout_ms * len(self.alone_ms) / alone if alone else None
+
+
+class DrainFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that was emptied."""
+
+    domains: int
+    parallel: int
+    planned_s: float
+    actual_s: float
+    link_s: float
+    """What had to be moved / the link's speed."""
+    moves: tuple[MoveFigures, ...]
+    client_errors: int
+    requests: int
+    undrain_planned_s: float
+    undrain_actual_s: float
+
+
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """One migration, as its engine, the host's clocks and the client saw it."""
 
@@ -53,6 +100,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     work_after: float | None = None
     loop_blocked_ms: float | None = None
     """The longest block of an agent's event loop."""
+    drain: DrainFigures | None = None
+    plan_over_bound: float | None = None
+    """How much longer a plan is than its lower bound, a factor."""
     load_average: float | None = None
     """The machine's, of the last minute: what else was going on."""
 

@@ -30,10 +30,12 @@ from node_agent.cli.errors import CliError
 from tests.benchmarks import (
     bars,
     cases,
+    drain,
     engines,
     ferry,
     newer_qemu,
     output,
+    planning,
     plots,
     raw_speed,
     slowdown,
@@ -52,8 +54,13 @@ QUICK_CASES: Final = "1,2,3"
 MINUTES: Final = 75.0
 AFTER_S: Final = 0.7
 _NODE_MEMORY_BYTES: Final = 16 * 1024 * MIB
-_OTHERS: Final = {raw_speed.CASE: raw_speed.REPEATS, slowdown.CASE: slowdown.REPEATS}
-"""Cases that are no migration from one lab's node to another: how often at most."""
+_OTHERS: Final = {
+    raw_speed.CASE: (raw_speed.REPEATS, [*raw_speed.ENGINES]),
+    slowdown.CASE: (slowdown.REPEATS, [*slowdown.ENGINES]),
+    drain.CASE: (drain.REPEATS, [*drain.ENGINES]),
+    planning.CASE: (planning.REPEATS, [*planning.ENGINES]),
+}
+"""Cases that are no migration of one guest: how often at most, and whose."""
 
 
 def measure(sites: Sites, case: Case, engine: Engine) -> Run:
@@ -91,9 +98,9 @@ class Bench:
         found: list[list[Turn]] = []
         for name in names:
             if name in _OTHERS:
-                known = raw_speed.ENGINES if name == raw_speed.CASE else slowdown.ENGINES
+                most, known = _OTHERS[name]
                 takers = [each for each in known if each in (*self._chosen, raw_speed.PLAIN)]
-                found.append(list(turns(name, takers, min(repeats, _OTHERS[name]))))
+                found.append(list(turns(name, takers, min(repeats, most))))
                 continue
             (case,) = cases.select(name)
             takers = [each for each, engine in self._chosen.items() if engine.takes(case, each)]
@@ -106,6 +113,10 @@ class Bench:
             return raw_speed.measure(self._folder, turn.engine, raw_speed.SIZE_BYTES)
         if turn.case == slowdown.CASE:
             return slowdown.measure(self._sites, turn.engine)
+        if turn.case == drain.CASE:
+            return drain.measure(self._sites.image)
+        if turn.case == planning.CASE:
+            return planning.measure()
         (case,) = cases.select(turn.case)
         try:
             return measure(self._sites, case, self._chosen[turn.engine])

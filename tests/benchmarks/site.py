@@ -93,7 +93,7 @@ class Sites:
     """The labs, one a flavour, made when they are first wanted and ended by `close`."""
 
     def __init__(self, image: GuestImage, folder: Path, *, node_memory_bytes: int) -> None:
-        self._image, self._folder = image, folder
+        self.image, self._folder = image, folder
         self._node_memory_bytes = node_memory_bytes
         self._made: dict[Flavour, Site] = {}
 
@@ -102,7 +102,7 @@ class Sites:
         site = self._made.get(flavour)
         if site is None:
             name = f"bench{len(self._made)}-{os.getpid()}"
-            site = self._made[flavour] = Site(name, self._image, self._folder)
+            site = self._made[flavour] = Site(name, self.image, self._folder)
             lab.up(
                 name,
                 nodes=2,

@@ -46,6 +46,7 @@ async def test_start(world: World) -> None:
     assert status.state is DomainState.RUNNING
     assert status.pid is not None
     assert await world.a.driver.launched(VM) == world.launch().spec
+    assert await world.a.driver.launched_all() == [world.launch().spec]
     assert [entry.name for entry in await world.a.driver.list_domains()] == [VM]
     with pytest.raises(HypervisorError):
         await world.a.driver.start(world.launch(8))
@@ -56,6 +57,7 @@ async def test_a_domain_that_is_not_here(world: World) -> None:
     driver = world.a.driver
     assert await world.a.state() is DomainState.STOPPED
     assert await driver.launched(VM) is None
+    assert await driver.launched_all() == []
     assert await driver.abort_switchover(VM) is AbortOutcome.GONE
     await driver.destroy(VM)
     for call in (driver.pause, driver.resume, driver.reset, driver.memory):

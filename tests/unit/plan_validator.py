@@ -123,9 +123,12 @@ def _times(facts: dict[str, DomainFacts], plan: Plan, options: PlanOptions) -> I
             yield f"{move.domain} starts at {move.start_s} and takes {move.seconds}"
         if facts[move.domain].policy is not MaintenancePolicy.LIVE:
             continue
+        setup_s, finish_s = move.rates[0].at_s - move.start_s, move.end_s - (move.sent_s or 0.0)
+        if setup_s < options.setup_s - 1e-6 or finish_s < options.finish_s - 1e-6:
+            yield f"{move.domain} is set up in {setup_s} s and finished in {finish_s} s"
         if move.wire_bytes < facts[move.domain].content_bytes:
             yield f"{move.domain} sends less than it has"
-        sent = sum(seconds * rate for _, seconds, rate in _segments(move, options))
+        sent = sum(seconds * rate for _, seconds, rate in _segments(move))
         if not move.wire_bytes / 1.02 <= sent <= move.wire_bytes * 1.02:
             yield f"{move.domain} sends {sent:.0f} of {move.wire_bytes} bytes in its time"
     for source in {move.source for move in plan.moves}:
@@ -140,6 +143,14 @@ def _times(facts: dict[str, DomainFacts], plan: Plan, options: PlanOptions) -> I
             )
             if at_once > plan.parallel:
                 yield f"{at_once} moves from {source} at once, {plan.parallel} were told"
+    for name in {move.destination for move in plan.moves if move.rates}:
+        coming = [move for move in plan.moves if move.destination == name and move.rates]
+        for move in coming:
+            at_once = sum(
+                other.start_s <= move.start_s + 1e-6 < other.end_s - 1e-6 for other in coming
+            )
+            if at_once > plan.lanes[str(name)]:
+                yield f"{at_once} moves to {name} at once, it has {plan.lanes[str(name)]} lanes"
     last = max((move.end_s for move in plan.moves), default=0.0)
     if abs(last - plan.makespan_s) > 1e-6:
         yield f"the last move ends at {last}, the plan says {plan.makespan_s}"
@@ -147,9 +158,9 @@ def _times(facts: dict[str, DomainFacts], plan: Plan, options: PlanOptions) -> I
         yield f"done in {plan.makespan_s} s, which is below the bound of {plan.lower_bound_s} s"
 
 
-def _segments(move: PlannedMove, options: PlanOptions) -> Iterator[tuple[float, float, float]]:
+def _segments(move: PlannedMove) -> Iterator[tuple[float, float, float]]:
     """(from, seconds, rate) of a move's transfer."""
-    ends = [rate.at_s for rate in move.rates[1:]] + [move.end_s - options.finish_s]
+    ends = [rate.at_s for rate in move.rates[1:]] + [move.sent_s or 0.0]
     for rate, end in zip(move.rates, ends, strict=True):
         yield rate.at_s, end - rate.at_s, rate.bytes_per_s
 
@@ -160,7 +171,7 @@ def _links(hosts: dict[str, NodeFacts], plan: Plan, options: PlanOptions) -> Ite
         changes: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for move in plan.moves:
             node = move.source if way == "out" else move.destination
-            for at_s, seconds, rate in _segments(move, options) if move.rates else ():
+            for at_s, seconds, rate in _segments(move) if move.rates else ():
                 changes[str(node)].append((at_s, rate))
                 changes[str(node)].append((at_s + seconds, -rate))
         for name, steps in changes.items():

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from migrator.errors import RefusedError
-from migrator.model import Cutover, MigrationState
+from migrator.model import Cutover, MigrationState, NodeName
 from netfabric.frames import gratuitous_arp_request, parse_mac
+from node_agent.migrations.path_check import KNOWN_S, PathCheck
 from tests.unit.migration_world import WEB, MigrationWorld, eventually, migration_world
 
 
@@ -93,6 +94,22 @@ async def test_a_network_that_is_too_narrow_is_found_before_anything_moves(
     world.a.node.fabric.network.width_bytes = 1500
     migration = await world.ended(await world.migrate())
     assert migration.state is MigrationState.COMPLETED
+
+
+async def test_a_way_that_was_wide_enough_is_asked_again_after_a_minute(
+    world: MigrationWorld,
+) -> None:
+    node, now = world.a.node, [100.0]
+    check = PathCheck(node.hub, node.fabric, monotonic=lambda: now[0])
+    spec, b = (await node.records.get(WEB)).spec, NodeName("b")
+    assert await check.reasons(spec, b) == []
+    node.fabric.network.width_bytes = 1400
+    now[0] += KNOWN_S - 1.0
+    assert await check.reasons(spec, b) == []
+    now[0] += 2.0
+    assert len(await check.reasons(spec, b)) == 1
+    node.fabric.network.width_bytes = 1500
+    assert await check.reasons(spec, b) == [], "what was too narrow is asked again at once"
 
 
 async def test_what_a_guest_was_seen_to_use_moves_along(world: MigrationWorld) -> None:

@@ -65,13 +65,24 @@ def test_as_many_begin_as_were_planned_and_they_share_the_link() -> None:
     assert [each.domain for each in begun if isinstance(each, v.Begin)] == ["a", "b"]
     moving(machine, "a")
     limits = of(v.Limit, moving(machine, "b"))
-    assert v.Limit(migration="m-a", bandwidth_bytes_per_s=50_000_000) in limits
+    assert v.Limit(migration="m-a", bandwidth_bytes_per_s=80_000_000) in limits
+    assert machine.drain.moves[1].bandwidth_bytes_per_s == 20_000_000
     done = machine.handle(
         v.Seen(domain="a", migration=migration("a", MigrationState.COMPLETED)), 1.0
     )
     assert of(v.Begin, done)
     # The next is still being set up: until it sends, the link is b's alone.
     assert v.Limit(migration="m-b", bandwidth_bytes_per_s=100_000_000) in done
+
+
+def test_a_destination_takes_no_more_than_its_lanes() -> None:
+    crowded = msgspec.structs.replace(drain("a", "b", "c"), parallel=3, lanes={"n2": 2})
+    machine = DrainMachine(crowded)
+    begun = of(v.Begin, machine.handle(v.Took(), 0.0))
+    assert [each.domain for each in begun if isinstance(each, v.Begin)] == ["a", "b"]
+    moving(machine, "a")
+    over = v.Seen(domain="a", migration=migration("a", MigrationState.COMPLETED))
+    assert of(v.Begin, machine.handle(over, 1.0))
 
 
 def test_the_hook_comes_before_the_first_move_and_may_forbid() -> None:

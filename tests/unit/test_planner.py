@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -161,7 +163,10 @@ def test_wire_bytes_count_what_is_dirtied_meanwhile() -> None:
 def test_shares_are_fair_and_fill_the_links() -> None:
     links = {"a": 100.0, "b": 100.0, "c": 30.0, "d": 100.0}
     moves = [("a", "c"), ("a", "d"), ("b", "c")]
+    # The second one of a gets a quarter of what the first does, and what that can't use.
     assert share_links(moves, links, links, 1e9) == pytest.approx([15.0, 85.0, 15.0])
+    both = [("a", "d"), ("a", "b"), ("b", "c")]
+    assert share_links(both, links, links, 1e9) == pytest.approx([80.0, 20.0, 30.0])
     assert share_links([("a", "d")], links, links, 40.0) == [40.0]
     assert share_links([], links, links, 1.0) == []
 
@@ -219,12 +224,18 @@ def test_every_plan_is_right(
 
 
 def rack(
-    dice: random.Random, count: int, racks: int, per_node: int
+    dice: random.Random, count: int, racks: int, per_node: int, cpus: Sequence[int] = (4, 16, 64)
 ) -> tuple[list[NodeFacts], list[DomainFacts], list[str]]:
     """`count` nodes, of which the first `racks` are emptied."""
-    speed = dice.choice([118e6, 1.18e9, 2.9e9])
+    speed, cores = dice.choice([118e6, 1.18e9, 2.9e9]), dice.choice(cpus)
     nodes = [
-        node(f"n{n}", memory_bytes=256 * GIB, admits=n >= racks, link_bytes_per_s=speed)
+        node(
+            f"n{n}",
+            memory_bytes=256 * GIB,
+            admits=n >= racks,
+            link_bytes_per_s=speed,
+            cpus=cores,
+        )
         for n in range(count)
     ]
     domains = [
@@ -243,26 +254,68 @@ def rack(
     return nodes, domains, [each.name for each in domains if int(each.node[1:]) < racks]
 
 
-def test_random_drains_are_near_the_bound() -> None:
+@pytest.mark.parametrize(
+    ("cpus", "limit"),
+    [((4, 16, 64), 1.1), ((1, 2), 1.3)],
+    ids=["servers", "two moves at once, whatever the link"],
+)
+def test_random_drains_are_near_the_bound(cpus: Sequence[int], limit: float) -> None:
+    """With two lanes a handful of moves don't fill them evenly, which the bound doesn't know."""
     worst = 1.0
     for seed in range(60):
         dice = random.Random(seed)
         nodes, domains, leaving = rack(
-            dice, dice.randint(4, 40), dice.randint(1, 3), dice.randint(4, 12)
+            dice, dice.randint(4, 40), dice.randint(1, 3), dice.randint(4, 12), cpus
         )
         plan = plan_moves(nodes, domains, leaving)
         assert problems(nodes, domains, leaving, plan, PlanOptions()) == [], f"seed {seed}"
         worst = max(worst, plan.over_bound)
-    assert worst <= 1.1
+    assert worst <= limit
 
 
-def test_a_rack_of_a_large_cluster_is_planned_in_seconds() -> None:
-    """1,000 nodes, 20,000 domains, 20 nodes: the bar is 5 s, 1 s where nothing else runs."""
-    nodes, domains, leaving = rack(random.Random(5), 1000, 20, 20)
-    began_s = time.process_time()
-    plan = plan_moves(nodes, domains, leaving)
-    seconds = time.process_time() - began_s
-    assert len(plan.moves) == len(leaving) == 400
-    assert plan.over_bound <= 1.1
-    assert seconds < 15.0, "three times the bar: this machine may be slower"
-    print(f"planned in {seconds:.2f} s of CPU, {plan.over_bound:.3f} times the bound")
+def test_no_node_takes_part_in_more_moves_than_its_processors_feed() -> None:
+    """Two sources, one destination: the arrivals are bounded, too."""
+    nodes = [node("n1", cpus=2)]
+    nodes += [node(name, cpus=16, admits=False) for name in ("n2", "n3")]
+    guests = [domain(f"g{n}", f"n{2 + n % 2}", content_bytes=10**7) for n in range(12)]
+    plan = plan_moves(nodes, guests, [each.name for each in guests])
+    assert problems(nodes, guests, [each.name for each in guests], plan, PlanOptions()) == []
+    assert plan.lanes == {"n1": 2, "n2": 8, "n3": 8}
+    assert most_at_once(plan) == 2
+
+
+def most_at_once(plan: Plan) -> int:
+    """Moves under way at the same time, anywhere."""
+    starts = [move.start_s for move in plan.moves]
+    return max(
+        sum(each.start_s <= at + 1e-6 < each.end_s - 1e-6 for each in plan.moves) for at in starts
+    )
+
+
+def test_moves_end_one_after_the_other() -> None:
+    """Equal guests would end together, if they had equal shares: their blackouts, too."""
+    nodes = [node("n1", admits=False, cpus=4), node("n2", cpus=4), node("n3", cpus=4)]
+    plan = plan_of(nodes, [domain(f"g{number}") for number in range(8)], parallel=3)
+    ends = sorted(move.end_s for move in plan.moves)
+    mean_s = plan.makespan_s / len(ends)
+    assert min(after - before for before, after in itertools.pairwise(ends)) > mean_s / 4
+
+
+def test_planning_grows_with_the_cluster_not_with_its_square() -> None:
+    """Of a quarter of the cluster, and of all of it: 1,000 nodes, 20,000 domains, 20 nodes drained.
+
+    Both in one run, by processor time: `make bench` says how long it takes.
+    """
+
+    def seconds(count: int, emptied: int) -> float:
+        nodes, domains, leaving = rack(random.Random(5), count, emptied, 20)
+        began_s = time.process_time()
+        plan = plan_moves(nodes, domains, leaving)
+        took_s = time.process_time() - began_s
+        assert len(plan.moves) == len(leaving) == 20 * emptied
+        assert plan.over_bound <= 1.1
+        return took_s
+
+    quarter = min(seconds(250, 5) for _ in range(3))
+    whole = min(seconds(1000, 20) for _ in range(2))
+    assert whole / quarter < 4 * 2.5, f"{quarter:.2f} s for a quarter, {whole:.2f} s for all"
