@@ -33,6 +33,8 @@ from tests.chaos.faults import FAULTS
 from tests.integration.cluster.world import Cluster, Guest
 
 NODE_MEMORY_BYTES: Final = 1024**3
+REMOVAL_S: Final = 60.0
+"""By then a storage server has noticed that a client which was cut off is gone."""
 _LINE: Final = "{:10} {:11} {:28} {:3} {:12} {:>7}  {}"
 
 
@@ -94,7 +96,8 @@ def run(chosen: Sequence[Cell], repeats: int) -> list[Result]:
 def run_driver(cluster: Cluster, driver: str, chosen: Sequence[Cell], repeats: int) -> list[Result]:
     """All cells of a driver on one guest, and its disk at the end."""
     results: list[Result] = []
-    with cluster.guest(f"chaos-{driver}", load=cells.load(driver)) as guest:
+    load = cells.load(driver)
+    with cluster.guest(f"chaos-{driver}", load=load, removal_s=REMOVAL_S) as guest:
         for cell in chosen:
             for number in range(1, repeats + 1):
                 home = _home(guest)

@@ -234,14 +234,20 @@ class Cluster:
     # --- guests ---
 
     @contextmanager
-    def guest(self, name: str, node: str = "n1", load: Load | None = None) -> Iterator[Guest]:
-        """A guest that is ready; its domain and volume are gone when this ends."""
+    def guest(
+        self, name: str, node: str = "n1", load: Load | None = None, *, removal_s: float = 0.0
+    ) -> Iterator[Guest]:
+        """A guest that is ready; its domain and volume are gone when this ends.
+
+        `removal_s`: for how long a refused removal is tried again: a storage server that was cut
+        off from a client notices late that it is gone.
+        """
         guest = Guest(self, name, next(self._numbers), load or Load())
         try:
             guest.start(node)
             yield guest
         finally:
-            guest.remove()
+            guest.remove(removal_s)
 
 
 class Guest:
@@ -333,7 +339,7 @@ class Guest:
     def check_disk(self) -> DiskReport:
         return check_disk(self.cluster.plan.volumes_path / f"{self.name}.raw")
 
-    def remove(self) -> None:
+    def remove(self, removal_s: float = 0.0) -> None:
         api = self.cluster.api()
         try:
             domain = self.cluster.domain(self.name)
@@ -347,8 +353,15 @@ class Guest:
             if domain.state is not DomainState.STOPPED:
                 api.post(f"/v1/domains/{self.name}/stop", Domain, StopRequest(timeout_s=0.0))
             api.delete(f"/v1/domains/{self.name}")
-        if self.load.disk:
-            api.delete(f"/v1/pools/{self.load.pool}/volumes/{self.name}")
+        deadline = time.monotonic() + removal_s
+        while self.load.disk:
+            try:
+                api.delete(f"/v1/pools/{self.load.pool}/volumes/{self.name}")
+                return
+            except ApiProblem:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(POLL_S)
 
 
 def describe(migration: Migration) -> str:
