@@ -270,6 +270,8 @@ class EngineDriver:
                 )
             case m.PassDone():
                 self._feed(v.PassFinished(report=message.report))
+            case m.DisksDeactivated():
+                self._feed(v.DisksDeactivated(seconds=message.seconds))
             case m.ChannelBroken():
                 self._feed(v.ChannelNoted(broken=True, detail=message.reason))
             case m.ChannelRestored():

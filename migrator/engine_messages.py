@@ -11,6 +11,7 @@
       │◄──────────────────────── PassDone ───┤                              │
       │  OpenDeviceChannel(path) ───────────►│ listens on path              │ connects to path
       │◄──────────────── DeviceChannelOpen ──┤                              │
+      │◄───────────────── DisksDeactivated ──┤ (during the switchover)      │
       │◄────────────────────────────────────────────────── PostCopyArmed ───┤ (if some are missing)
       │◄─────────────────────────────────────────────────── PostCopyDone ───┤
       │  Stop ──────────────────────────────►│ unregisters, exits           │
@@ -177,6 +178,12 @@ class DeviceChannelOpen(Message, frozen=True, kw_only=True):
     path: str
 
 
+class DisksDeactivated(Message, frozen=True, kw_only=True):
+    """Source: the hypervisor has let go of the guest's disks, which took at most so long."""
+
+    seconds: float
+
+
 class ChannelBroken(Message, frozen=True, kw_only=True):
     """A page stream broke; the engine is connecting again."""
 
@@ -220,6 +227,7 @@ FromEngine = (
     | Report
     | PassDone
     | DeviceChannelOpen
+    | DisksDeactivated
     | DirtySampled
     | ChannelBroken
     | ChannelRestored

@@ -26,16 +26,47 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from migrator.engine.control import POLL_IN, ChannelLostError, Signal, Waiter, poll
+from migrator.engine.control import (
+    POLL_IN,
+    AgentGoneError,
+    ChannelLostError,
+    Signal,
+    Waiter,
+    poll,
+)
 from migrator.engine.frames import StreamHello
 from migrator.engine.stream import Endpoint, StreamBrokenError, open_stream
 from migrator.engine.transport import StreamSocket, is_alive, limit_waits
+from migrator.engine_messages import DisksDeactivated, FromEngine
 from migrator.errors import EngineError, RemoteProtocolError
 
 _DATA, _END, _GONE = 1, 2, 3
 _HEADER: Final = struct.Struct("<BI")
 _CHUNK_BYTES: Final = 256 * 1024
 _JOIN_S: Final = 1.0
+_ENDING_BYTES: Final = 6
+_FOOTER, _EOF = 0x7E, 0x00
+
+
+class DisksGap:
+    """How long QEMU takes to let go of the guest's disks, as its stream tells. Pure.
+
+    It does so behind the last device's footer (0x7e and a number of four bytes) and before the
+    stream's end (a zero byte; a description of the stream is left out by our machines). What it
+    writes leaves in pieces of 32 KiB: so the gap before the last piece is that time, and what the
+    devices in that piece took.
+    """
+
+    def __init__(self, now_s: float) -> None:
+        self._before_s = now_s
+        self._ending = b""
+
+    def saw(self, piece: bytes | memoryview, at_s: float) -> float | None:
+        """The seconds, if that is the last piece."""
+        gap_s, self._before_s = at_s - self._before_s, at_s
+        self._ending = ending = (self._ending + piece[-_ENDING_BYTES:])[-_ENDING_BYTES:]
+        last = len(ending) == _ENDING_BYTES and (ending[0], ending[-1]) == (_FOOTER, _EOF)
+        return gap_s if last else None
 
 
 class Pumps:
@@ -44,7 +75,16 @@ class Pumps:
     Owns both sockets. `close` at any time, from any thread; idempotent.
     """
 
-    def __init__(self, hypervisor: socket.socket, peer: StreamSocket, *, at_source: bool) -> None:
+    def __init__(
+        self,
+        hypervisor: socket.socket,
+        peer: StreamSocket,
+        *,
+        at_source: bool,
+        deactivated: Callable[[float], None] | None = None,
+    ) -> None:
+        """`deactivated` is told, from a helper thread, how long the disks took (`DisksGap`)."""
+        self._deactivated = deactivated
         hypervisor.setblocking(True)
         limit_waits(peer, 0)
         self._hypervisor = hypervisor
@@ -79,6 +119,7 @@ class Pumps:
         """Hypervisor to peer."""
         buffer = bytearray(_HEADER.size + _CHUNK_BYTES)
         view = memoryview(buffer)
+        gap = DisksGap(time.monotonic())
         while True:
             try:
                 count = self._hypervisor.recv_into(view[_HEADER.size :])
@@ -90,8 +131,13 @@ class Pumps:
                 gone = any(events & select.POLLHUP for _, events in poller.poll(0))
                 self._peer.sendall(_HEADER.pack(_GONE if gone else _END, 0))
                 return
+            at_s = time.monotonic()
             _HEADER.pack_into(buffer, 0, _DATA, count)
             self._peer.sendall(view[: _HEADER.size + count])
+            if self._deactivated is not None:
+                took_s = gap.saw(view[_HEADER.size : _HEADER.size + count], at_s)
+                if took_s is not None:
+                    self._deactivated(took_s)
 
     def _inward(self) -> None:
         """Peer to hypervisor. EOFError if the peer ends without saying so."""
@@ -127,7 +173,15 @@ class Pumps:
 class SourceRelay:
     """The source's side: a TCP stream that is connected beforehand, and a unix listener."""
 
-    def __init__(self, endpoint: Endpoint, hello: StreamHello, patience_s: float) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        hello: StreamHello,
+        patience_s: float,
+        tell: Callable[[FromEngine], None],
+    ) -> None:
+        """`tell` is called from a helper thread."""
+        self._tell = tell
         self._endpoint = endpoint
         self._hello = hello
         self._patience_s = patience_s
@@ -191,9 +245,15 @@ class SourceRelay:
             return
         with contextlib.suppress(OSError):
             hypervisor, _ = listener.accept()
-            self._pumps = Pumps(hypervisor, peer, at_source=True)
+            self._pumps = Pumps(
+                hypervisor, peer, at_source=True, deactivated=self._tell_deactivated
+            )
             self._peer = None  # It belongs to the pumps now.
             self._pumps.run()
+
+    def _tell_deactivated(self, seconds: float) -> None:
+        with contextlib.suppress(AgentGoneError):  # The main thread sees it, too.
+            self._tell(DisksDeactivated(seconds=seconds))
 
     def _end(self) -> None:
         self._stop.set()

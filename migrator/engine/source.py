@@ -228,9 +228,8 @@ class SourceEngine:
             )
             connect_patiently(stream, configure.reconnect_s, self)
             self._streams.append(stream)
-        self._relay = SourceRelay(
-            self._endpoint, self._hello(StreamKind.DEVICE), configure.reconnect_s
-        )
+        hello = self._hello(StreamKind.DEVICE)
+        self._relay = SourceRelay(self._endpoint, hello, configure.reconnect_s, self._control.send)
         self._relay.prepare(self)
         self._control.send(Connected(streams=streams, round_trip_ms=self._round_trip_ms()))
 

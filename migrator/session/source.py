@@ -48,6 +48,7 @@ from migrator.session.vocabulary import (
     ConnectEngine,
     ContinueSwitchover,
     DestroyGuest,
+    DisksDeactivated,
     EngineConnected,
     EngineLost,
     EngineReported,
@@ -100,6 +101,9 @@ class SourceSession(SourceLeave):
                 self._respawn()
             case Received(message=message):
                 self._hear(message)
+            case DisksDeactivated():
+                began_s = max(self._now - event.seconds, self._continued_at_s)
+                self._note("deactivate", began_s, self._now, "at most; a part of device state")
             case GuestReported(kind=DomainEventKind.DEVICE_STATE_SENT):
                 # Also heard where it is too late to act on it: if the guest is gone later, the
                 # destination's copy is known to be whole.
@@ -343,7 +347,7 @@ class SourceSession(SourceLeave):
             case GuestReported(kind=DomainEventKind.DEVICE_STATE_SENT) if not self._continued:
                 self._give_up("the hypervisor sent the device state before the last pages")
             case GuestReported(kind=DomainEventKind.DEVICE_STATE_SENT):
-                self._note("device state", self._continued_at_s, self._now, "disks deactivated")
+                self._note("device state", self._continued_at_s, self._now)
                 self._hand_off()
             case GuestReported(kind=DomainEventKind.MIGRATION_FAILED):
                 self._give_up(f"device state: {event.detail or 'the hypervisor gave up'}")

@@ -86,6 +86,12 @@ class ChannelNoted(Struct, frozen=True, kw_only=True):
     detail: str
 
 
+class DisksDeactivated(Struct, frozen=True, kw_only=True):
+    """Source: the hypervisor let go of the guest's disks, in `seconds` at most."""
+
+    seconds: float
+
+
 class PagesMissing(Struct, frozen=True, kw_only=True):
     """Destination: post-copy has begun; from here on an engine must live for the guest to."""
 
@@ -204,6 +210,7 @@ Event = (
     | EngineReported
     | PassFinished
     | ChannelNoted
+    | DisksDeactivated
     | PagesMissing
     | PagesComplete
     | EngineLost

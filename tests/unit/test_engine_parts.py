@@ -14,12 +14,23 @@ from migrator import ranges
 from migrator.engine import frames
 from migrator.engine.bandwidth import TokenBucket
 from migrator.engine.frames import FrameKind, RegionShape, StreamHello, StreamKind
+from migrator.engine.relay import DisksGap
 from migrator.engine.zeroes import ZeroFilter, split_zeroes
 from migrator.errors import LocalProtocolError, RemoteProtocolError
 
 PAGE = 4096
 SHAPES = (RegionShape(64 * PAGE, PAGE), RegionShape(8 * 2**21, 2**21))
 SECRET = bytes(range(32))
+ENDING = b"\x7e\x00\x00\x00\x2a\x00"
+
+
+@given(st.integers(0, len(ENDING) - 1))
+def test_the_gap_in_which_disks_are_let_go_is_the_one_before_the_last_piece(cut: int) -> None:
+    """Wherever the pieces part; the footers of other devices end nothing."""
+    gap = DisksGap(1.0)
+    pieces = [ENDING[:-1], b"\x08 and more devices" + ENDING[:cut], ENDING[cut:]]
+    told = [gap.saw(piece, at_s) for piece, at_s in zip(pieces, (2.0, 2.5, 2.6), strict=True)]
+    assert told == [None, None, pytest.approx(0.1)]
 
 
 def _pages(numbers: set[int]) -> ranges.Ranges:

@@ -95,6 +95,16 @@ def test_the_timeline_has_the_phases_and_the_blackout_is_paused_to_resumed() -> 
     assert view.progress.remaining_bytes == 0
 
 
+@pytest.mark.parametrize("state", [_S.SWITCHOVER, _S.HANDOFF])
+def test_what_the_disks_took_is_in_the_timeline_whenever_it_is_heard(state: MigrationState) -> None:
+    pair = SessionPair()
+    pair.run_until_state(state)
+    pair.push(pair.source, v.DisksDeactivated(seconds=0.002))
+    assert pair.run() == COMPLETED
+    (phase,) = [each for each in pair.source.view().timeline if each.name == "deactivate"]
+    assert phase.seconds == pytest.approx(0.002)
+
+
 def test_a_blackout_over_two_clocks_stays_within_the_bounds_of_one() -> None:
     pair = SessionPair()
     pair.silence(m.Running)
