@@ -219,3 +219,25 @@ def test_a_kill_in_the_handoff_leaves_one_copy(
     cluster.move(guest.name, guest.other_node(), via=WITNESS)
     guest.verify()
     print(f"{handoff.name}: {ended.state}, {ended.error}")
+
+
+def test_a_source_that_dies_in_its_rollback_hands_over_once_more(
+    cluster: Cluster, guest: Guest
+) -> None:
+    """It has won the record back, and its hypervisor dies right before `cont`."""
+    scene = scene_of(cluster, guest)
+    before = inventory.take_settled(cluster)
+    with (
+        cluster.held("destination", "SwapRecord") as late,
+        cluster.held("source", "ResumeGuest") as rollback,
+    ):
+        begun = cluster.migrate(guest.name, scene.destination, via=scene.source)
+        late.wait_reached()
+        rollback.wait_reached()
+        kill(scene, "source hypervisor")
+    ended = settle(scene, begun, at=scene.destination)
+    assert ended.state is COMPLETED, describe(ended)
+    assert "rollback failed" in [phase.name for phase in ended.timeline], describe(ended)
+    inventory.assert_nothing_left(cluster, before, connections_change=True)
+    cluster.move(guest.name, guest.other_node(), via=WITNESS)
+    guest.verify()
