@@ -416,6 +416,7 @@ class SourceSession(SourceLeave):
             self._finish(_S.CANCELLED if self._cancelled else _S.FAILED, reason)
             return
         self._enter(_S.CANCELLING, reason)
+        self._engine_up = False
         self._do(
             *(StopTimer(name=name) for name in TimerName),
             StopEngine(),

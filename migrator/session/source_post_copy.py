@@ -112,6 +112,8 @@ class SourcePostCopy(SourceRecovery):
                 # A Filled may be lost, an engine be new, or the record have moved on.
                 self._send(Inquire())
                 self._do(ReadRecord())
+                if not self._engine_up:
+                    self._do(InspectGuest())  # What nobody serves may be gone.
                 self._retry_later()
             case RecordRead() if not self._destination_runs:
                 self._look_at(event)
