@@ -27,6 +27,7 @@ _EXIT: Final = {
     DrainState.PARTIAL: ExitCode.DRAIN_PARTIAL,
     DrainState.CANCELLED: ExitCode.DRAIN_CANCELLED,
 }
+_STAYS: Final = frozenset({MoveState.FAILED, MoveState.LEFT})
 _SHOWN_MAX: Final = 30
 _BAR: Final = 30
 
@@ -130,7 +131,7 @@ def _picture(drain: Drain) -> RenderableType:
 def _interest(move: Move) -> tuple[int, float]:
     if move.state.active or move.state is MoveState.SEEKING:
         return (0, move.started_at_s or 0.0)
-    if move.state in (MoveState.FAILED, MoveState.LEFT):
+    if move.state in _STAYS:
         return (1, 0.0)
     if move.state is MoveState.WAITING:
         return (2, move.planned_start_s)
@@ -138,17 +139,18 @@ def _interest(move: Move) -> tuple[int, float]:
 
 
 def _done(move: Move) -> float:
-    """0 to 1; never 1 before the move has ended."""
+    """0 to 1; never 1 before the move has ended, and 0 if the domain stays where it is."""
     if move.state.ended:
-        return 1.0
+        return 0.0 if move.state in _STAYS else 1.0
     if move.remaining_bytes is None:
         return 0.0
     return min(0.99, move.bytes_sent / max(move.bytes_sent + move.remaining_bytes, 1))
 
 
 def _done_whole(drain: Drain) -> float:
-    total = sum(max(move.wire_bytes, 1) for move in drain.moves)
-    done = sum(max(move.wire_bytes, 1) * _done(move) for move in drain.moves)
+    going = [move for move in drain.moves if move.state not in _STAYS]
+    total = sum(max(move.wire_bytes, 1) for move in going)
+    done = sum(max(move.wire_bytes, 1) * _done(move) for move in going)
     return 1.0 if drain.ended else min(0.99, done / max(total, 1))
 
 
@@ -163,4 +165,6 @@ def _whole(drain: Drain) -> str:
     if drain.state is DrainState.CHECKING:
         return f"{text}; looking whether the node is empty"
     text += f", {elapsed:.0f} s gone, ~{max(left, 0.0):.0f} s left"
+    if drain.state is DrainState.CANCELLING:
+        return f"{text} for the moves under way"
     return f"{text} (plan: {drain.planned_s:.1f} s)"

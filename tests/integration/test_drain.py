@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import pty
+import select
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
 
+from deploy import lab
 from deploy.guest.protocol import READY
+from deploy.lab.processes import spawn_in
 from migrator.model import DomainState, MaintenancePolicy, MigrationState, NodeState
 from node_agent.cli.errors import ApiProblem, ExitCode
 from node_agent.drain.resources import (
@@ -109,6 +117,60 @@ def ferry(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]
     )
 
 
+def test_balancing_moves_what_is_too_much_and_then_lets_it_rest(
+    cluster: Cluster, guests: list[Guest]
+) -> None:
+    """First of all, for a domain that has moved in the last ten minutes stays."""
+    assert {guest.node for guest in guests} == {"n1"}
+    shown = ferry(cluster, "balance")
+    assert shown.returncode == ExitCode.OK, shown.stderr
+    assert "DIFFERENCE OF" in shown.stdout and "n1 -> n" in shown.stdout
+    assert {guest.node for guest in guests} == {"n1"}, "without --apply it only tells"
+    run = ferry(cluster, "balance", "--apply", "--json")
+    assert run.returncode == ExitCode.OK, run.stderr
+    done = json.loads(run.stdout)
+    assert (done["operation"], done["state"]) == ("balance", "done")
+    away = [guest for guest in guests if guest.node != "n1"]
+    assert {guest.name for guest in away} == {move["domain"] for move in done["moves"]}
+    assert 1 <= len(away) < GUESTS
+    for guest in guests:
+        guest.verify()
+    again = json.loads(ferry(cluster, "balance", "--json").stdout)
+    assert {move["domain"] for move in again["moves"]}.isdisjoint(guest.name for guest in away)
+
+
+def on_terminal(
+    arguments: list[str],
+    until: Callable[[str], bool] = lambda _: False,
+    then: bytes = b"",
+) -> tuple[int, str]:
+    """Run `ferry` on a terminal of its own; when `until` holds of what it printed, type `then`."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ |= {"TERM": "xterm", "COLUMNS": "110", "LINES": "30"}
+        os.execv(sys.executable, [sys.executable, "-m", "node_agent.cli.main", *arguments])
+    text, typed = "", False
+    deadline = time.monotonic() + COMMAND_S
+    try:
+        while time.monotonic() < deadline:
+            if select.select([terminal], [], [], 0.2)[0]:
+                try:
+                    data = os.read(terminal, 65_536)
+                except OSError:  # EIO: it has ended.
+                    data = b""
+                if not data:
+                    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
+                text += data.decode(errors="replace")
+            if not typed and until(text):
+                typed = True
+                os.write(terminal, then)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise AssertionError(f"it doesn't end; it printed:\n{text}")
+    finally:
+        os.close(terminal)
+
+
 def test_a_node_is_emptied_and_its_guests_come_home(cluster: Cluster, home: list[Guest]) -> None:
     names = {guest.name for guest in home}
     dry = ferry(cluster, "drain", "n1", "--dry-run", "--json")
@@ -185,6 +247,64 @@ def test_a_cancelled_drain_opens_the_node(cluster: Cluster, home: list[Guest]) -
     back = ended(cluster, begun.id)
     assert back.state is DrainState.DONE, told(back)
     assert {guest.node for guest in home} == {"n1"}
+
+
+def test_ctrl_c_detaches_and_the_live_view_shows_each_move(
+    cluster: Cluster, home: list[Guest]
+) -> None:
+    """On a terminal, as a user sees it."""
+    with cluster.held("source", "ContinueSwitchover") as point:
+        status, seen_text = on_terminal(
+            ["--api", f"unix:{cluster.plan.node('n2').api_socket}", "drain", "n1"],
+            until=lambda text: "moving" in text and "1 s gone" in text,
+            then=b"\x03",
+        )
+        assert status == ExitCode.INTERRUPTED, seen_text
+        assert f"{home[0].name}  " in seen_text and "plan: " in seen_text
+        assert "goes on; `ferry drains watch" in seen_text
+        point.wait_reached()
+        (begun,) = [
+            each for each in cluster.api().get("/v1/drains", DrainList).drains if not each.ended
+        ]
+        assert begun.state is DrainState.RUNNING, "the drain didn't end with its watcher"
+    status, seen_text = on_terminal(
+        ["--api", f"unix:{cluster.plan.node('n2').api_socket}", "drains", "watch", begun.id]
+    )
+    assert status == ExitCode.OK, seen_text
+    assert "node n1 is empty" in seen_text
+    assert all(guest.node != "n1" for guest in home)
+
+
+def test_after_its_reboot_a_node_gets_its_domains_back_by_itself(
+    cluster: Cluster, home: list[Guest], tmp_path: Path
+) -> None:
+    """Its next agent sees another boot id, as after a reboot."""
+    run = ferry(cluster, "drain", "n1", "--reboot-hint", "--json")
+    assert run.returncode == ExitCode.OK, run.stderr
+    lab.restart_agent(cluster.name, "n1")
+    assert node(cluster, "n1", via="n2").state is NodeState.DRAINED, "a restart is no reboot"
+    lab.stop_agent(cluster.name, "n1")
+    boot_id = tmp_path / "boot_id"
+    boot_id.write_text("another-boot\n")
+    plan = cluster.plan.node("n1")
+    rebooted = (
+        "import sys; from pathlib import Path; from node_agent import __main__, agent; "
+        f"agent.BOOT_ID_PATH = Path({str(boot_id)!r}); sys.exit(__main__.main())"
+    )
+    command = [sys.executable, "-c", rebooted, "--config", str(plan.config_path)]
+    try:
+        spawn_in(plan.namespace, command, plan.log_path)
+        names = [guest.name for guest in home]
+        eventually(
+            "its domains are back",
+            lambda: {cluster.domain(name, "n2").node for name in names} == {"n1"},
+            END_S,
+        )
+        eventually("n1 is open", lambda: node(cluster, "n1", "n2").state is NodeState.READY)
+    finally:
+        lab.restart_agent(cluster.name, "n1")
+    for guest in home:
+        guest.verify()
 
 
 def test_another_agent_goes_on_and_a_dead_destination_is_given_up(

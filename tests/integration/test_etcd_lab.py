@@ -13,7 +13,8 @@ from deploy.lab.lab import etcd_member
 from deploy.lab.plan import StoreKind
 from migrator.model import MigrationState, NodeState
 from node_agent.cli.errors import ApiProblem
-from node_agent.resources import NodeList
+from node_agent.drain.resources import Drain, DrainState, MoveState
+from node_agent.resources import Node, NodeList
 from tests.integration.cluster.world import Cluster, Guest, Load, eventually
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
@@ -66,6 +67,35 @@ def test_any_one_member_may_die_in_a_migration(
     assert ended.state is MigrationState.COMPLETED, ended
     assert guest.copies() == [ended.destination]
     guest.verify()
+
+
+def test_a_drain_goes_on_without_the_agent_that_coordinated_it(
+    etcd_cluster: Cluster, guest: Guest, members: None
+) -> None:
+    source = guest.node
+    lab.up(etcd_cluster.name, link_mbit=60)
+    try:
+        begun = etcd_cluster.api("n3").post(f"/v1/nodes/{source}/drain", Drain)
+        path = f"/v1/drains/{begun.id}"
+        eventually(
+            "it moves",
+            lambda: etcd_cluster.api().get(path, Drain).moves[0].state is MoveState.MOVING,
+        )
+        etcd_cluster.kill(etcd_cluster.agent("n3"))
+        eventually(
+            "another agent brings it to its end",
+            lambda: etcd_cluster.api().get(path, Drain).ended,
+            timeout_s=60.0,
+        )
+    finally:
+        lab.up(etcd_cluster.name, link_mbit=0)
+    over = etcd_cluster.api().get(path, Drain)
+    assert over.coordinator != "n3" and over.term == 2, over
+    if over.moves[0].destination != "n3":
+        assert over.state is DrainState.DONE, over
+        assert (over.moves[0].attempts, guest.node) == (1, over.moves[0].destination)
+    guest.verify()
+    etcd_cluster.api().post(f"/v1/nodes/{source}/uncordon", Node)
 
 
 def test_without_a_majority_guests_go_on_and_agents_say_why(

@@ -1,0 +1,71 @@
+"""What a watched drain looks like: never done before it is, and honest about what stays."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+
+from node_agent.cli.drain_view import _done_whole, _picture, _whole
+from node_agent.drain.resources import Drain, DrainState, Move, MoveState, Operation
+
+
+def drain(*moves: Move, state: DrainState = DrainState.RUNNING) -> Drain:
+    now = time.time()
+    return Drain(
+        id="d1",
+        operation=Operation.DRAIN,
+        node="n1",
+        state=state,
+        created_at_s=now - 10.0,
+        started_at_s=now - 10.0,
+        moves=moves,
+        planned_s=20.0,
+    )
+
+
+def move(name: str, state: MoveState, **changes: object) -> Move:
+    values = {"source": "n1", "destination": "n2", "wire_bytes": 100, "state": state} | changes
+    return Move(domain=name, **values)  # type: ignore[arg-type]
+
+
+def seen(found: Drain) -> str:
+    console = Console(width=120, record=True, file=None, force_terminal=False)
+    with console.capture() as captured:
+        console.print(_picture(found))
+    return captured.get()
+
+
+def test_half_is_half_and_the_end_is_never_told_early() -> None:
+    half = drain(
+        move("a", MoveState.MOVED),
+        move("b", MoveState.MOVING, bytes_sent=50, remaining_bytes=0, eta_s=1.0),
+    )
+    assert 0.9 < _done_whole(half) < 1.0, "its last page is sent, and it isn't over"
+    halves = drain(move("a", MoveState.MOVED), move("b", MoveState.WAITING))
+    assert _done_whole(halves) == 0.5
+    assert "1 of 2 over, 10 s gone, ~10 s left (plan: 20.0 s)" in _whole(halves)
+    checking = drain(move("a", MoveState.MOVED), state=DrainState.CHECKING)
+    assert "looking whether the node is empty" in _whole(checking)
+    assert _done_whole(checking) < 1.0
+
+
+def test_what_stays_counts_as_neither_done_nor_to_do() -> None:
+    cancelled = drain(
+        move("a", MoveState.MOVING, bytes_sent=50, remaining_bytes=50),
+        move("b", MoveState.LEFT, error="the drain was cancelled"),
+        move("c", MoveState.FAILED, error="no node can take it"),
+        state=DrainState.CANCELLING,
+    )
+    assert _done_whole(cancelled) == 0.5
+    assert "2 of 3 over, 10 s gone, ~10 s left for the moves under way" in _whole(cancelled)
+    text = seen(cancelled)
+    assert text.index("a  ") < text.index("b  "), "what moves stands first"
+    assert "the drain was cancelled" in text and "no node can take it" in text
+
+
+def test_a_large_drain_shows_its_most_interesting_moves() -> None:
+    many = [move(f"w{number}", MoveState.WAITING) for number in range(50)]
+    text = seen(drain(*many, move("busy", MoveState.MOVING, bandwidth_bytes_per_s=1 << 20)))
+    assert "busy" in text and "1.0 MiB/s" in text
+    assert "and 21 more" in text
