@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from migrator.tls import TlsFiles
+
 READY_S: Final = 60.0
 
 
@@ -62,8 +64,11 @@ class EtcdMember:
 
 
 @contextlib.contextmanager
-def running_members(count: int) -> Iterator[list[EtcdMember]]:
-    """A cluster of `count` servers, ready. Its data is in memory; nothing is left afterwards."""
+def running_members(count: int, tls: TlsFiles | None = None) -> Iterator[list[EtcdMember]]:
+    """A cluster of `count` servers, ready. Its data is in memory; nothing is left afterwards.
+
+    With `tls` clients come by mutual TLS, or not at all.
+    """
     root = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
     folder = Path(tempfile.mkdtemp(prefix="fy-etcd-", dir=root))
     ports = _free_ports(2 * count)
@@ -72,13 +77,19 @@ def running_members(count: int) -> Iterator[list[EtcdMember]]:
     cluster = ",".join(f"{name}=http://127.0.0.1:{port}" for name, port in peers.items())
     members = []
     for name, port in zip(names, ports, strict=False):
-        client, peer = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{peers[name]}"
+        scheme = "http" if tls is None else "https"
+        client, peer = f"{scheme}://127.0.0.1:{port}", f"http://127.0.0.1:{peers[name]}"
         command = [
             *("etcd", "--name", name, "--data-dir", str(folder / name)),
             *("--listen-client-urls", client, "--advertise-client-urls", client),
             *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
             *("--initial-cluster", cluster, "--logger", "zap"),
         ]
+        if tls is not None:
+            command += [
+                *("--cert-file", tls.certificate_path, "--key-file", tls.key_path),
+                *("--client-cert-auth", "--trusted-ca-file", tls.authority_path),
+            ]
         members.append(EtcdMember(name, ("127.0.0.1", port), command, folder / f"{name}.log"))
     try:
         for member in members:

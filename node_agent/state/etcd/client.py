@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,10 +183,17 @@ def did_nothing(error: grpc.aio.AioRpcError) -> bool:
     )
 
 
+_LAST_ERROR: Final = re.compile(r"^[A-Z_]+: (ipv[46]:\S+: )?")
+"""gRPC's code and address before what happened: both are told otherwise."""
+_WORDS_MAX: Final = 200
+
+
 def _words(error: grpc.aio.AioRpcError) -> str:
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return "no answer"
-    return str(error.details() or error.code().name.lower()).split(";")[0]
+    details = str(error.details() or error.code().name.lower())
+    said, _, last = details.partition("; last error: ")
+    return _LAST_ERROR.sub("", last)[:_WORDS_MAX] or said.split(";")[0]
 
 
 def _told(reasons: dict[str, str]) -> str:
