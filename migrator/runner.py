@@ -368,6 +368,7 @@ class Runner:
             case v.DestroyGuest():
                 await self._site.destroy(self.session)
                 self.feed(v.GuestDestroyed())
+                await self._site.release(self.session)
             case v.InspectGuest():
                 status = await driver.inspect(domain)
                 if status.state is DomainState.UNKNOWN:
@@ -385,6 +386,7 @@ class Runner:
 
         Tried until it succeeds or the agent ends: before that, nobody else may have the domain.
         """
+        await self._guest_lane.drained(STEP_S)  # A restart before it has to give back the rest.
         entry = entry_of(self.session, boot_id=self._boot_id)
         gap_s = 1.0
         while not self._closed:
@@ -396,7 +398,6 @@ class Runner:
                 await asyncio.sleep(gap_s)
                 gap_s = min(gap_s * 2.0, FINISH_GAP_S)
         await self._engine.drained()
-        await self._guest_lane.drained(STEP_S)
         await self._sends.drained(_CLOSE_S)
         self._on_finish(self)
 

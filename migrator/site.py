@@ -32,7 +32,11 @@ class Site(abc.ABC):
 
     @abc.abstractmethod
     async def destroy(self, session: Session) -> None:
-        """End this node's copy and release what it held. Idempotent."""
+        """End this node's copy. Idempotent."""
+
+    @abc.abstractmethod
+    async def release(self, session: Session) -> None:
+        """After `destroy`: give back what the copy held here. Idempotent; goes on past errors."""
 
     @abc.abstractmethod
     async def fence(self, session: Session, token: FencingToken) -> str:

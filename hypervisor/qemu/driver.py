@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from hypervisor.qemu import launcher, logs, records, switchover
-from hypervisor.qemu.command_line import QemuLaunch
+from hypervisor.qemu.command_line import TAP_FD, QemuLaunch
 from hypervisor.qemu.config import Accelerator, QemuConfig, monitor_path
 from hypervisor.qemu.guest import COMMAND_TIMEOUT_S, Guest
 from hypervisor.qemu.host import HostProbe
 from hypervisor.qemu.launcher import Launched
-from hypervisor.qemu.memory import memory_in_use_bytes, open_memory
+from hypervisor.qemu.memory import duplicate_from, memory_in_use_bytes, open_memory
 from hypervisor.qemu.native import QemuNative
 from hypervisor.qemu.offload import offload
 from hypervisor.qemu.process import QemuProcess
@@ -252,8 +252,14 @@ class QemuDriver(HypervisorDriver):
     async def destroy(self, domain: DomainName) -> None:
         """SIGKILL, like pulling the plug: a QEMU that lost its right to write flushes nothing."""
         guest = self._guests.get(domain)
-        if guest is not None:
+        if guest is None:
+            return
+        # The kernel takes some 30 ms to remove a tap, and so would the process's end.
+        taps = await offload(lambda: _hold_taps(guest), undo=_close_aside)
+        try:
             await self._end(guest, "destroyed")
+        finally:
+            _close_aside(taps)
 
     async def _end(self, guest: Guest, reason: str) -> None:
         if not guest.process.exited:  # Else it ended by itself, and that is what is reported.
@@ -392,6 +398,26 @@ def _ignore_event(_event: QmpEvent) -> None:
 def _let_go(process: QemuProcess | None) -> None:
     if process is not None:
         process.release()
+
+
+def _hold_taps(guest: Guest) -> list[int]:
+    """Duplicates of its taps, as far as it has them."""
+    held: list[int] = []
+    for index in range(len(guest.record.spec.nics)):
+        with contextlib.suppress(OSError):
+            held.append(duplicate_from(guest.process.pidfd, TAP_FD + index))
+    return held
+
+
+def _close_aside(descriptors: list[int]) -> None:
+    """Close them off the event loop: the last of a tap's takes until its interface is gone."""
+    if descriptors:
+        asyncio.get_running_loop().run_in_executor(None, _close_all, descriptors)
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _discard(launched: Launched) -> None:

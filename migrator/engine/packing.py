@@ -16,6 +16,7 @@ reference to bytes that it has already written out. If the guest changed those i
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -54,6 +55,8 @@ sending thread then waits for the packing ones (measured: a first pass took 1.3 
 _FADING: Final = 0.9
 """What the figures of the frame before still count: the last ten or so matter."""
 _PRIOR_BYTES: Final = 4 * PACK_BYTES_MAX
+_CHEAP: Final = 2.0
+"""Packing so many times faster than the link is always tried."""
 _TRIALS_APART: Final = 16
 """Where LZ4 gains nothing, one frame in so many tries whether it does now."""
 
@@ -132,6 +135,7 @@ class PackingPolicy:
     def __init__(self, idle_cores: Callable[[], float]) -> None:
         self._idle_cores = idle_cores
         self._trial_in = 0
+        self._link_bytes_per_s = math.inf
         self._bytes = float(_PRIOR_BYTES)
         self._core_seconds = _PRIOR_BYTES / _SPEED_ASSUMED
         self._wire_bytes = float(_PRIOR_BYTES)
@@ -141,6 +145,11 @@ class PackingPolicy:
         """Bytes of guest memory to one on the wire, of late."""
         return self._bytes / max(self._wire_bytes, 0.01 * self._bytes)
 
+    @property
+    def _speed(self) -> float:
+        """Bytes a second of one core, of late."""
+        return self._bytes / self._core_seconds
+
     def pays(self, link_bytes_per_s: float | None) -> bool:
         """Whether a stream on a link of this rate (None: not the bottleneck) should be packed.
 
@@ -148,15 +157,19 @@ class PackingPolicy:
         """
         if link_bytes_per_s is None:
             return False
-        speed = self._bytes / self._core_seconds
+        self._link_bytes_per_s = link_bytes_per_s
+        speed = self._speed
         if speed < _SPEED_MARGIN * link_bytes_per_s:
             return False
         cores = _CORES_FACTOR * link_bytes_per_s * self.ratio / speed
         return self._idle_cores() >= min(cores, _THREADS)
 
     def should_compress(self) -> bool:
-        """Asked for each frame: False for most of them while LZ4 gains nothing."""
-        if self.ratio * _RAW_SHARE > 1.0:
+        """Asked for each frame: False for most of them while LZ4 gains nothing.
+
+        Unless trying is cheap beside sending: what can be made small lies in between.
+        """
+        if self.ratio * _RAW_SHARE > 1.0 or self._speed >= _CHEAP * self._link_bytes_per_s:
             return True
         self._trial_in -= 1
         if self._trial_in < 0:
@@ -234,7 +247,9 @@ class Packer:
 class IdleCores:
     """How many of the host's cores this process may have without taking any from another.
 
-    That is what it uses plus what is idle, by /proc/stat, of late. Looked at now and then.
+    That is what it uses plus what is idle, by /proc/stat, of late. Looked at now and then. Until
+    there are two looks to compare, the load average has to do: most pages that LZ4 makes small
+    lie at the memory's beginning.
     """
 
     _APART_S: Final = 0.2
@@ -242,10 +257,10 @@ class IdleCores:
     def __init__(self) -> None:
         self._at_s = time.monotonic()
         self._unused_s = self._look()
-        self._cores = 0.0
+        self._cores = _cores_by_load()
 
     def __call__(self) -> float:
-        """Cores; 0.0 before the first look has something to compare with, and without /proc."""
+        """Cores; 0.0 without /proc."""
         now = time.monotonic()
         if now - self._at_s >= self._APART_S:
             unused_s = self._look()
@@ -262,3 +277,10 @@ class IdleCores:
         except (OSError, IndexError, ValueError):
             return 0.0
         return idle_ticks / os.sysconf("SC_CLK_TCK") + time.process_time()
+
+
+def _cores_by_load() -> float:
+    try:
+        return max(0.0, (os.cpu_count() or 1) - os.getloadavg()[0])
+    except OSError:
+        return 0.0

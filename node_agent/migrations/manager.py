@@ -269,14 +269,18 @@ class MigrationManager(MigrationService):
         except FerryError as error:
             return [*reasons, f"{self.node} can't send memory: {error}"]
         inspection = Inspection(spec=spec, source=own, engine=choice.engine, tls=tls)
+        path = self._site.path_reasons(spec, destination)
+        there, way = await asyncio.gather(self._reasons_there(destination, inspection), path)
+        return [*reasons, *there] or way
+
+    async def _reasons_there(self, destination: NodeName, inspection: Inspection) -> list[str]:
         try:
             answer = await self._hub.call(
                 destination, INSPECT, inspection, Reasons, timeout_s=INSPECT_S
             )
         except FerryError as error:
-            return [*reasons, f"node {destination} doesn't answer: {error}"]
-        reasons += [f"node {destination}: {reason}" for reason in answer.reasons]
-        return reasons or await self._site.path_reasons(spec, destination)
+            return [f"node {destination} doesn't answer: {error}"]
+        return [f"node {destination}: {reason}" for reason in answer.reasons]
 
     async def choose_engine(self, domain: str, request: MigrationRequest) -> EngineChoice:
         return await self._chooser.choose(DomainName(domain), request)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from migrator.errors import RefusedError, StoreError
 from migrator.model import (
@@ -95,8 +97,8 @@ class NodeSite(Site):
             raise RefusedError(f"{session.destination} can't take domain {domain}", reasons)
         launch, undo = await self._domains.build_launch(spec, FencingToken(session.next_token))
         try:
-            await self._cutover.prepare_arrival(_move(session))
-            await self._hypervisor.start_incoming(launch)
+            async with _beside(self._cutover.prepare_arrival(_move(session))):
+                await self._hypervisor.start_incoming(launch)
             undo.release()
             if session.request.engine is not EngineKind.NATIVE:
                 await self._hypervisor.receive_device_state(domain, device_channel)
@@ -133,15 +135,23 @@ class NodeSite(Site):
             return
 
     async def destroy(self, session: Session) -> None:
-        domain = DomainName(session.domain)
+        if not self._is_ours(session):
+            return
         if session.role is Role.DESTINATION:
-            claim = self._domains.locks.migration_of(domain)
-            if claim != session.migration_id:
-                return  # What is here isn't this migration's.
             self._cutover.gone(_move(session))
-        token = session.token if session.role is Role.SOURCE else session.next_token
-        await self._hypervisor.destroy(domain)
-        await self._domains.tear_down(session.spec, FencingToken(token))
+        await self._hypervisor.destroy(DomainName(session.domain))
+
+    async def release(self, session: Session) -> None:
+        if self._is_ours(session):
+            token = session.token if session.role is Role.SOURCE else session.next_token
+            await self._domains.tear_down(session.spec, FencingToken(token))
+
+    def _is_ours(self, session: Session) -> bool:
+        """False: what is here of the domain isn't this migration's copy."""
+        if session.role is Role.SOURCE:
+            return True
+        claim = self._domains.locks.migration_of(DomainName(session.domain))
+        return claim == session.migration_id
 
     async def fence(self, session: Session, token: FencingToken) -> str:
         return await self._domains.fence(session.spec, token)
@@ -175,6 +185,18 @@ class NodeSite(Site):
     ) -> None:
         envelope = Envelope(migration_id=migration_id, to=to, message=message)
         await self._hub.notify(node, MESSAGE, envelope, timeout_s=SEND_S)
+
+
+@contextlib.asynccontextmanager
+async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Do `work`, which doesn't fail, while the block runs; it is ended where the block fails."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+        await task
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
 
 
 def _move(session: Session) -> Move:

@@ -134,6 +134,7 @@ async def _fence(session: NodeSession, agent: Agent, token: int) -> v.Event:
 
 async def _destroy(session: NodeSession, agent: Agent) -> v.Event:
     await agent.site.destroy(session)
+    await agent.site.release(session)
     return v.GuestDestroyed()
 
 

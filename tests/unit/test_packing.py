@@ -102,6 +102,15 @@ def test_where_nothing_is_gained_only_now_and_then_one_tries() -> None:
     assert all(policy.should_compress() for _ in range(20))
 
 
+def test_where_trying_is_cheap_one_always_tries() -> None:
+    policy = PackingPolicy(lambda: 4.0)
+    for _ in range(100):
+        policy.pays(125e6)
+        tried = policy.should_compress()
+        assert tried
+        policy.note(500_000, _packed(500_000, 1e-3), tried=tried)
+
+
 class _Link:
     """A connection's figures after each 30 ms."""
 
