@@ -18,6 +18,8 @@ from migrator import hold_points
 from migrator.model import DomainState
 from node_agent.cli.errors import ApiProblem
 from node_agent.resources import Domain, Pool
+from tests.chaos import cells, judge
+from tests.chaos.faults import FAULTS
 from tests.integration.cluster.world import Cluster, Guest, Load, describe, eventually
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
@@ -28,13 +30,13 @@ HEAL_S = 60.0
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes and the storage servers."""
+    """Two nodes and a witness, and the storage servers."""
     folder: Path = tmp_path_factory.mktemp("holds")
     name = f"s{os.getpid()}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(hold_points.VARIABLE, str(folder))
         try:
-            lab.up(name, nodes=2, node_memory_bytes=1024**3, storage_kinds=["nfs", "nbd"])
+            lab.up(name, nodes=3, node_memory_bytes=1024**3, storage_kinds=["nfs", "nbd"])
             yield Cluster(lab.load(name).plan, build_guest(default_cache_directory()), folder)
         finally:
             lab.down(name)
@@ -117,6 +119,20 @@ def test_a_disk_that_fails_pauses_the_guest_which_goes_on_by_itself(cluster: Clu
         assert guest.verify().disk_errors == 0
     cluster.api("n2").delete("/v1/pools/hasty")
     eventually("n1 has no such pool any more", lambda: not _has_pool(cluster, "n1", "hasty"))
+
+
+def test_a_cell_of_make_chaos(cluster: Cluster) -> None:
+    """The destination's agent dies between the record and the fence; `make chaos` has the rest."""
+    (step,) = [each for each in cells.STEPS if each.name == "fence"]
+    (fault,) = [each for each in FAULTS if each.name == "kill destination agent"]
+    with cluster.guest("chaos-nfs", load=cells.load("nfs")) as guest:
+        result = cells.run_cell(cluster, guest, cells.Cell("nfs", step, fault))
+        verdict = result.verdict
+        assert verdict is not None and not verdict.violations, result
+        assert verdict.outcome == "destination", result
+        assert verdict.heal_s < judge.PROMISE_S, result
+        acknowledged = guest.status().disk_last_sequence
+        assert not cells.check_at_storage(cluster, guest, "nfs", acknowledged)
 
 
 def _domain_in(cluster: Cluster, name: str, state: DomainState) -> Domain | None:
