@@ -19,6 +19,7 @@ import msgspec
 
 from migrator.errors import StoreError
 from migrator.journal_entry import JournalEntry
+from migrator.unknown_fields import decode
 
 T = TypeVar("T")
 
@@ -96,7 +97,7 @@ class MigrationJournal:
         decoder = msgspec.msgpack.Decoder(JournalEntry)
         rows = connection.execute("SELECT id, entry FROM migrations ORDER BY at").fetchall()
         try:
-            return [decoder.decode(row[1]) for row in rows]
+            return [decode(row[1], decoder) for row in rows]
         except (msgspec.DecodeError, msgspec.ValidationError) as error:
             raise StoreError(
                 f"the journal {self._path} has an unreadable entry: {error}"

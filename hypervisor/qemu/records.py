@@ -11,11 +11,13 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from hypervisor.qemu.process import ProcessIdentity
 from migrator.model import DomainSpec
+from migrator.unknown_fields import decode
 
 FORMAT = 1
 
@@ -46,10 +48,13 @@ def write_record(directory: Path, record: ProcessRecord) -> None:
     temporary.replace(directory / "state.json")
 
 
+_decoder: Final = msgspec.json.Decoder(ProcessRecord)
+
+
 def read_record(directory: Path) -> ProcessRecord | None:
     """The record in a domain's folder; None if there is none that this release can read."""
     try:
-        return msgspec.json.decode((directory / "state.json").read_bytes(), type=ProcessRecord)
+        return decode((directory / "state.json").read_bytes(), _decoder)
     except (OSError, msgspec.DecodeError):
         return None
 

@@ -76,7 +76,7 @@ class StreamKind(enum.IntEnum):
     """Post-copy: all the others."""
 
 
-class StreamHello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class StreamHello(msgspec.Struct, frozen=True, kw_only=True):
     """The first words on a connection, in a HELLO frame of `migrator.wire`."""
 
     version: int
@@ -88,7 +88,7 @@ class StreamHello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     streams: int = 1
 
 
-class StreamWelcome(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class StreamWelcome(msgspec.Struct, frozen=True, kw_only=True):
     """The destination's answer. `refusal` says why; "" accepts."""
 
     refusal: str = ""

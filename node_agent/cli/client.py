@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from migrator.errors import FerryError
+from migrator.unknown_fields import decode
 from node_agent.cli.errors import ApiProblem, CliError, ExitCode, Unreachable
 from node_agent.resources import Problem
 
@@ -169,17 +170,17 @@ class ApiClient:
 
     def get(self, path: str, kind: type[T]) -> T:
         """GET a JSON resource."""
-        return self._decoded(self._exchange("GET", path), kind)
+        return self.decoded(self._exchange("GET", path), kind)
 
     def post(
         self, path: str, kind: type[T], body: object = None, *, timeout_s: float = ANSWER_TIMEOUT_S
     ) -> T:
         """POST, None: an empty body."""
-        return self._decoded(self._exchange("POST", path, body, timeout_s), kind)
+        return self.decoded(self._exchange("POST", path, body, timeout_s), kind)
 
     def patch(self, path: str, kind: type[T], body: object) -> T:
         """PATCH."""
-        return self._decoded(self._exchange("PATCH", path, body), kind)
+        return self.decoded(self._exchange("PATCH", path, body), kind)
 
     def delete(self, path: str) -> bytes:
         """DELETE; the body of the answer."""
@@ -238,15 +239,16 @@ class ApiClient:
 
     def _raise_problem(self, status: int, body: bytes) -> None:
         try:
-            problem = msgspec.json.decode(body, type=Problem)
+            problem = decode(body, msgspec.json.Decoder(Problem))
         except msgspec.DecodeError:
             detail = f"{self.address} answered {status}, which is not Ferry's API"
             problem = Problem(type="about:blank", title="", status=status, detail=detail, code="")
         raise ApiProblem(problem)
 
-    def _decoded(self, body: bytes, kind: type[T]) -> T:
+    def decoded(self, body: bytes, kind: type[T]) -> T:
+        """An answer. What a newer agent has added to it is ignored. CliError: it is none."""
         try:
-            return msgspec.json.decode(body, type=kind)
+            return decode(body, msgspec.json.Decoder(kind))
         except msgspec.DecodeError as error:
             raise CliError(
                 f"{self.address} answered what this ferry can't read: {error}"

@@ -65,7 +65,7 @@ def events(
     headers = {"Accept": "text/event-stream", "Last-Event-ID": str(last)}
     for line in client.lines("/v1/events", headers):
         if line.startswith(b"data: "):
-            event = msgspec.json.decode(line.removeprefix(b"data: "), type=ClusterEvent)
+            event = client.decoded(line.removeprefix(b"data: "), ClusterEvent)
             _print_event(event)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 from urllib.parse import quote
 
-import msgspec
 import typer
 
 from node_agent.cli.drain_text import balance_text, details, plan_text
@@ -87,7 +86,7 @@ def drain(
     if cancel:
         query = "?abort_moves=true" if abort_moves else ""
         answer = client.delete(f"{_path(node)}/drain{query}")
-        asked = msgspec.json.decode(answer, type=Drain)
+        asked = client.decoded(answer, Drain)
         if no_wait:
             show(asked, f"{asked.operation} {asked.id} of node {node} is being cancelled")
             return
@@ -215,8 +214,8 @@ def cancel_drain(
 ) -> None:
     """Begin no move of it any more, and open the node."""
     query = "?abort_moves=true" if abort_moves else ""
-    answer = settings.client().delete(f"{_drain_path(id)}{query}")
-    found = msgspec.json.decode(answer, type=Drain)
+    client = settings.client()
+    found = client.decoded(client.delete(f"{_drain_path(id)}{query}"), Drain)
     show(found, f"{found.operation} {id} is being cancelled")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 from urllib.parse import quote
 
-import msgspec
 import typer
 
 from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN
@@ -192,7 +191,8 @@ def watch(id: _IdArgument) -> None:
 @app.command()
 def cancel(id: _IdArgument) -> None:
     """Cancel a migration; refused from the handoff on."""
-    each = msgspec.json.decode(settings.client().delete(_path(id)), type=Migration)
+    client = settings.client()
+    each = client.decoded(client.delete(_path(id)), Migration)
     show(each, f"migration {id} is {each.state.value}")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 from urllib.parse import quote
 
-import msgspec
 import typer
 
 from node_agent.cli.output import facts, settings, show, size
@@ -57,7 +56,8 @@ def remove_node(
 ) -> None:
     """Remove a node from the cluster: its certificates are refused by everybody from then on."""
     path = f"/v1/nodes/{quote(name, safe='')}" + ("?force=true" if force else "")
-    removed = msgspec.json.decode(settings.client().delete(path), type=NodeRemoved)
+    client = settings.client()
+    removed = client.decoded(client.delete(path), NodeRemoved)
     text = f"node {name} is removed"
     if removed.domains:
         text += (

@@ -12,7 +12,9 @@
       │◄──────────────────────────── RESPONSE {0} ──┤
 
 `params` and `result` are msgpack of the method's own types. A field that the receiver doesn't
-know is ignored, one that is missing is malformed; what can't be said this way takes a new version.
+know is ignored, also deep inside (`migrator.unknown_fields`); one that is missing and has no
+default is malformed. What can't be said this way takes a new version (ARCHITECTURE.md: "Two
+versions at once").
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from migrator.errors import FerryError, InvalidRequest, RefusedError, RemoteProtocolError, from_code
+from migrator.unknown_fields import decode
 from migrator.wire import Frame
 
 PROTOCOL_VERSION: Final = 1
@@ -115,7 +118,7 @@ def pack(value: object) -> bytes:
 def unpack(data: bytes, kind: type[T], what: str) -> T:
     """The inverse of `pack`; RemoteProtocolError naming `what` and the field if it doesn't fit."""
     try:
-        return msgspec.msgpack.decode(data, type=kind)
+        return decode(data, msgspec.msgpack.Decoder(kind))
     except MALFORMED as error:
         raise RemoteProtocolError(f"{what} is malformed: {error}") from error
 

@@ -22,6 +22,7 @@ from migrator.errors import (
     RemoteProtocolError,
 )
 from migrator.model import NodeName
+from migrator.unknown_fields import decode
 from migrator.wire import BODY_CAP_BYTES, Frame, FrameKind
 from node_agent.peers import messages
 from node_agent.peers.connection import Connection, Owner, State
@@ -54,7 +55,7 @@ class Methods:
         if decoder is None or handler is None:
             raise RemoteProtocolError(f"{self._node} does not know the method {method}")
         try:
-            decoded = decoder.decode(params)
+            decoded = decode(params, decoder)
         except messages.MALFORMED as error:
             raise InvalidRequest(f"the params of {method} are wrong: {error}") from error
         bound = asyncio.timeout(min(max(timeout_s, 0.0), _TIMEOUT_LONGEST_S))

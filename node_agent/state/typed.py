@@ -1,7 +1,8 @@
 """Typed values in the state store: msgspec structs, as msgpack.
 
-A value that doesn't decode raises StoreError naming its key: somebody else wrote it, or a newer
-Ferry did. Nothing is guessed and nothing overwritten.
+A value that doesn't decode raises StoreError naming its key: somebody else wrote it. Nothing is
+guessed and nothing overwritten. Fields that a newer Ferry has added are ignored; and whoever reads
+a value, changes it and writes it at the revision that it was read at writes them back as they were.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from typing import Any, Final, Generic, TypeVar
 import msgspec
 
 from migrator.errors import StoreError
-from node_agent.state.port import Change, StateStore
+from migrator.unknown_fields import LeftOut, decode_keeping, merged
+from node_agent.state.port import Change, Entry, StateStore
 from node_agent.state.watches import StoreClosed
 
 T = TypeVar("T")
+_LEFT_OUT_MAX: Final = 10_000
+"""Values with unknown fields that are remembered: more than a cluster has that are read to be
+changed."""
 _RESYNC_FIRST_S: Final = 0.05
 _RESYNC_LONGEST_S: Final = 1.0
 _log = logging.getLogger(__name__)
@@ -49,25 +54,31 @@ class TypedStore:
 
     def __init__(self, store: StateStore) -> None:
         self.store = store
+        self._left_out: dict[str, tuple[int, LeftOut]] = {}
+        """Of values with unknown fields, as last read: their revision, and those fields."""
 
     async def get(self, key: str, kind: type[T]) -> Versioned[T] | None:
         """The value of `key`; None if there is none."""
         entry = await self.store.get(key)
         if entry is None:
             return None
-        return Versioned(key, decode(key, entry.value, kind), entry.revision)
+        return self._versioned(entry, kind)
 
     async def list_prefix(self, prefix: str, kind: type[T]) -> Sequence[Versioned[T]]:
         """All below `prefix`, by key, as of one revision."""
         entries = await self.store.list_prefix(prefix)
-        return [
-            Versioned(entry.key, decode(entry.key, entry.value, kind), entry.revision)
-            for entry in entries
-        ]
+        return [self._versioned(entry, kind) for entry in entries]
 
     async def put_if(self, key: str, value: object, expected_revision: int | None) -> int | None:
         """The new revision, durable; None if the key's revision is another (None: not there)."""
-        return await self.store.put_if(key, _encoder.encode(value), expected_revision)
+        data = _encoder.encode(value)
+        read_at, left_out = self._left_out.get(key, (None, None))
+        if left_out is not None and read_at == expected_revision:
+            data = _encoder.encode(merged(msgspec.msgpack.decode(data), left_out))
+        written = await self.store.put_if(key, data, expected_revision)
+        if left_out is not None and written is not None:
+            self._remember(key, written, left_out if read_at == expected_revision else None)
+        return written
 
     async def put(self, key: str, value: object) -> int:
         """Write without a compare, for keys with one writer. The new revision."""
@@ -81,11 +92,24 @@ class TypedStore:
         """Whether it was deleted: only at that revision."""
         return await self.store.delete_if(key, expected_revision)
 
+    def _versioned(self, entry: Entry, kind: type[T]) -> Versioned[T]:
+        value, left_out = _decode(entry.key, entry.value, kind)
+        self._remember(entry.key, entry.revision, left_out)
+        return Versioned(entry.key, value, entry.revision)
+
+    def _remember(self, key: str, revision: int, left_out: LeftOut | None) -> None:
+        self._left_out.pop(key, None)
+        if left_out is None:
+            return
+        while len(self._left_out) >= _LEFT_OUT_MAX:
+            del self._left_out[next(iter(self._left_out))]
+        self._left_out[key] = (revision, left_out)
+
     def watch(
         self, prefix: str, kind: type[T], since_revision: int | None = None
     ) -> AsyncIterator[TypedChange[T]]:
         """Changes after `since_revision` (None: from this call on). StoreError: list again."""
-        return _typed(self.store.watch(prefix, since_revision), kind)
+        return self._typed(self.store.watch(prefix, since_revision), kind)
 
     async def follow(self, prefix: str, kind: type[T]) -> AsyncIterator[TypedChange[T]]:
         """First what is there, then every change, until the store is closed. Never raises.
@@ -105,12 +129,12 @@ class TypedStore:
                 for entry in entries:
                     change = Change(key=entry.key, value=entry.value, revision=entry.revision)
                     if known.get(entry.key) != entry.revision:
-                        for typed in _decoded_or_logged(change, known, kind):
+                        for typed in self._decoded_or_logged(change, known, kind):
                             yield typed
                 pause_s = _RESYNC_FIRST_S
                 async for change in changes:
                     if change.revision > known.get(change.key, 0):
-                        for typed in _decoded_or_logged(change, known, kind):
+                        for typed in self._decoded_or_logged(change, known, kind):
                             yield typed
                 return
             except StoreClosed:
@@ -120,36 +144,46 @@ class TypedStore:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _RESYNC_LONGEST_S)
 
+    def _decoded_or_logged(
+        self, change: Change, known: dict[str, int], kind: type[T]
+    ) -> Sequence[TypedChange[T]]:
+        """The typed change, if the follower should see it; `known` is brought up to it."""
+        if change.value is None:
+            seen = known.pop(change.key, None)
+            return [] if seen is None else [TypedChange(change.key, None, change.revision)]
+        known[change.key] = change.revision
+        try:
+            return [self._change(change, kind)]
+        except StoreError as error:
+            _log.error("%s", error)
+            return []
 
-def _decoded_or_logged(
-    change: Change, known: dict[str, int], kind: type[T]
-) -> Sequence[TypedChange[T]]:
-    """The typed change, if it is one that the follower should see; `known` is brought up to it."""
-    if change.value is None:
-        seen = known.pop(change.key, None)
-        return [] if seen is None else [TypedChange(change.key, None, change.revision)]
-    known[change.key] = change.revision
-    try:
-        value = decode(change.key, change.value, kind)
-    except StoreError as error:
-        _log.error("%s", error)
-        return []
-    return [TypedChange(change.key, value, change.revision)]
+    async def _typed(
+        self, changes: AsyncIterator[Change], kind: type[T]
+    ) -> AsyncIterator[TypedChange[T]]:
+        async for change in changes:
+            yield self._change(change, kind)
 
-
-async def _typed(changes: AsyncIterator[Change], kind: type[T]) -> AsyncIterator[TypedChange[T]]:
-    async for change in changes:
-        value = None if change.value is None else decode(change.key, change.value, kind)
-        yield TypedChange(change.key, value, change.revision)
+    def _change(self, change: Change, kind: type[T]) -> TypedChange[T]:
+        value, left_out = None, None
+        if change.value is not None:
+            value, left_out = _decode(change.key, change.value, kind)
+        if left_out is not None or change.key in self._left_out:
+            self._remember(change.key, change.revision, left_out)
+        return TypedChange(change.key, value, change.revision)
 
 
 def decode(key: str, data: bytes, kind: type[T]) -> T:
     """The value of `key`. StoreError naming the key, and the field, if it isn't a `kind`."""
+    return _decode(key, data, kind)[0]
+
+
+def _decode(key: str, data: bytes, kind: type[T]) -> tuple[T, LeftOut | None]:
     decoder = _decoders.get(kind)
     if decoder is None:
         decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
     try:
-        value: T = decoder.decode(data)
+        value: tuple[T, LeftOut | None] = decode_keeping(data, decoder)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StoreError(
             f"the state store's {key} is not a {kind.__name__}: {error}; it was left as it is"
