@@ -55,6 +55,7 @@ from node_agent.migrations.link_probe import LinkProbe
 from node_agent.migrations.manager import MigrationManager
 from node_agent.migrations.moments import MigrationMoments
 from node_agent.migrations.publisher import Publisher
+from node_agent.migrations.removed_peers import part_with
 from node_agent.migrations.site import NodeSite
 from node_agent.nodes import NodeRegistry
 from node_agent.peers.hub import PeerHub
@@ -234,6 +235,7 @@ async def running_agent(
         stack.push_async_callback(hub.close)
         await nodes.open()
         stack.push_async_callback(nodes.close)
+        members.on_gone = lambda gone: part_with(gone, migrations.active_with(gone))
         members.open(hub)
         stack.push_async_callback(members.close)
         await migrations.open()

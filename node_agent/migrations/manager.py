@@ -425,14 +425,14 @@ class MigrationManager(MigrationService):
 
     def _on_peer_change(self, node: NodeName, connected: bool) -> None:
         event: v.Event = v.PeerBack() if connected else v.PeerLost()
-        for runner in self._active_with(node):
+        for runner in self.active_with(node):
             runner.feed(event)
-        if not connected and node not in self._redials and self._active_with(node):
+        if not connected and node not in self._redials and self.active_with(node):
             task = asyncio.create_task(self._redial(node), name=f"migrations-redial-{node}")
             self._redials[node] = task
             task.add_done_callback(lambda _: self._redials.pop(node, None))
 
-    def _active_with(self, node: NodeName) -> list[Runner]:
+    def active_with(self, node: NodeName) -> list[Runner]:
         return [
             runner
             for runner in self._runners.values()
@@ -441,7 +441,7 @@ class MigrationManager(MigrationService):
 
     async def _redial(self, node: NodeName) -> None:
         """Connections come back by being used, and a session that waits for its peer is silent."""
-        while self._active_with(node):
+        while self.active_with(node):
             with contextlib.suppress(FerryError):
                 await self._hub.reach(node, timeout_s=SEND_S)
                 return

@@ -57,6 +57,8 @@ class Membership:
         """Whether only members are peers. Set before `open`."""
         self._static = dict(static)
         self._on_removed = on_removed
+        self.on_gone: Callable[[NodeName], None] = lambda node: None
+        """Hears of each other node that isn't a member any more. Set before `open`."""
         self._reach_every_s = reach_every_s
         self._heard: dict[NodeName, tuple[Address, bool]] = {}
         """The address in each node's heartbeat, and whether the node still speaks."""
@@ -147,6 +149,9 @@ class Membership:
             if self._hub is not None:
                 self._hub.recheck()
             self._apply()
+            found = self.members.get(name)
+            if name != self.node and (found is None or not found.active):
+                self.on_gone(NodeName(name))
             own = self.members.get(self.node)
             if own is not None and not own.active:
                 log.critical("this node was removed from the cluster; its agent ends")

@@ -1,7 +1,7 @@
 """The house's rules that a linter doesn't know: which folder may import which, and module sizes.
 
 node_agent -> hypervisor, storage, netfabric (drivers: only in its composition root), migrator
-hypervisor | storage | netfabric -> migrator.model, migrator.errors, migrator.ports, .native_port
+hypervisor | storage | netfabric -> migrator.model, .errors, .ports, .native_port, .unknown_fields
 migrator -> no sibling; its pure modules no clock, randomness, sockets, event loop, threads
 deploy, tests -> anything
 """
@@ -25,6 +25,7 @@ DRIVERS_MAY_IMPORT = (
     "migrator.errors",
     "migrator.ports",
     "migrator.native_port",
+    "migrator.unknown_fields",
 )
 COMPOSITION_ROOT = "node_agent/agent.py"
 NOT_DRIVERS = ("hypervisor.machine_types", "storage.settings")

@@ -117,6 +117,30 @@ async def test_a_node_with_domains_or_migrations_stays(tmp_path: Path) -> None:
             await removal.remove(NodeName("b"), force=False)
 
 
+async def test_who_must_know_hears_of_a_removal(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        for name in ("a", "b", "c"):
+            await member(world, name)
+        members = Membership(NodeName("a"), world.a.typed, static={}, reach_every_s=60)
+        members.secured = True
+        gone: list[str] = []
+        members.on_gone = gone.append
+        await members.read()
+        members.open(world.a.hub)
+        try:
+            entry = await world.a.typed.get(f"{MEMBERS}b", MemberRecord)
+            assert entry is not None
+            renewed = msgspec.structs.replace(entry.value, key_fingerprint="01")
+            revision = await world.a.typed.put_if(entry.key, renewed, entry.revision)
+            removed = msgspec.structs.replace(renewed, removed_at_s=time.time())
+            await world.a.typed.put_if(entry.key, removed, revision)
+            async with asyncio.timeout(20):
+                while gone != ["b"]:  # noqa: ASYNC110  It has no event.
+                    await asyncio.sleep(0.005)
+        finally:
+            await members.close()
+
+
 async def test_the_last_that_signs_and_the_one_that_is_asked_stay(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
         await member(world, "a")

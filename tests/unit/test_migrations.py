@@ -10,6 +10,7 @@ import pytest
 
 from migrator.errors import ConflictError, RefusedError, WrongStateError
 from migrator.model import (
+    ENDED,
     DomainState,
     Migration,
     MigrationProgress,
@@ -24,6 +25,7 @@ from migrator.ports import AbortOutcome
 from migrator.session import vocabulary as v
 from migrator.session.messages import Prepare
 from node_agent.migrations.manager import MigrationManager
+from node_agent.migrations.removed_peers import part_with
 from node_agent.migrations.site import Envelope
 from node_agent.resources import MIGRATIONS
 from tests.unit.migration_world import WEB, MigrationWorld, eventually, migration_world
@@ -113,6 +115,50 @@ async def test_a_cancel_brings_it_back(tmp_path: Path, monkeypatch: pytest.Monke
         assert ended.error == "cancelled by request"
         with pytest.raises(WrongStateError):
             await world.a.manager.cancel(began.id)
+
+
+async def test_a_removed_node_s_migrations_end_on_both_sides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And their engines, which hold the connections that pages travel over."""
+    async with migration_world(tmp_path, monkeypatch) as world:
+        world.script.hold_at_pass = PassKind.FIRST
+        began = await world.migrate()
+        live = world.a.manager._runners[began.id].session
+        await world.until(lambda: live.state is _S.PRECOPY)
+        part_with("c", world.a.manager.active_with(NodeName("c")))
+        assert live.state is _S.PRECOPY, "another node's removal is nothing to it"
+        part_with("b", world.a.manager.active_with(NodeName("b")))
+        ended = await check_back_home(world, began, _S.CANCELLED)
+        assert ended.error == "b was removed from the cluster"
+        assert world.script.running == []
+
+        began = await world.migrate()
+        await world.until(lambda: bool(world.b.manager._runners))
+        arriving = world.b.manager._runners[began.id].session
+        await world.until(lambda: arriving.state is _S.PRECOPY)
+        part_with("a", world.b.manager.active_with(NodeName("a")))
+        await world.until(lambda: began.id not in world.b.manager._runners)
+        assert arriving.error == "a was removed from the cluster"
+        assert world.running() == ["a"]
+        assert not [each for each in world.script.running if each.session.role is Role.DESTINATION]
+        part_with("b", world.a.manager.active_with(NodeName("b")))
+        await world.ended(began)
+        part_with("b", world.a.manager.active_with(NodeName("b")))  # Nothing is left to end.
+
+
+async def test_after_the_handoff_a_removal_takes_nobody_s_guest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with migration_world(tmp_path, monkeypatch) as world:
+        began = await world.migrate()
+        live = world.a.manager._runners[began.id].session
+        await world.until(lambda: live.state in (_S.HANDOFF, *ENDED))
+        part_with("b", world.a.manager.active_with(NodeName("b")))
+        part_with("a", world.b.manager.active_with(NodeName("a")))
+        ended = await world.ended(began)
+        assert ended.state is _S.COMPLETED, ended
+        assert world.running() == ["b"]
 
 
 async def test_a_refusal_of_the_destination_changes_nothing(
