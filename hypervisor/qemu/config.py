@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+
+from migrator.errors import HypervisorError
 
 Accelerator = Literal["auto", "kvm", "tcg"]
 
@@ -51,3 +55,21 @@ class QemuConfig(msgspec.Struct, frozen=True, kw_only=True):
 def monitor_path(directory: Path, index: int) -> Path:
     """The unix socket of a domain's monitor `index` (0 to MONITORS - 1)."""
     return directory / f"m{index}"
+
+
+def prepare_directories(config: QemuConfig) -> int:
+    """Make the folders and take the lock; returns the lock's descriptor."""
+    try:
+        for directory in (config.state_directory, config.run_directory, config.log_directory):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(config.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise HypervisorError(f"can't use {config.state_directory}: {error}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise HypervisorError(
+            f"another agent uses {config.state_directory}; nothing was touched"
+        ) from error
+    return lock

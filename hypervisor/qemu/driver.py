@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import signal
@@ -19,7 +18,12 @@ from typing import ClassVar
 
 from hypervisor.qemu import launcher, logs, records, switchover
 from hypervisor.qemu.command_line import TAP_FD, QemuLaunch
-from hypervisor.qemu.config import Accelerator, QemuConfig, monitor_path
+from hypervisor.qemu.config import (
+    Accelerator,
+    QemuConfig,
+    monitor_path,
+    prepare_directories,
+)
 from hypervisor.qemu.guest import COMMAND_TIMEOUT_S, Guest
 from hypervisor.qemu.host import HostProbe
 from hypervisor.qemu.launcher import Launched
@@ -95,7 +99,7 @@ class QemuDriver(HypervisorDriver):
         """Adopt what runs. HypervisorError if another driver has the directory open."""
         if self._lock is not None:
             raise HypervisorError("the QEMU driver is open already")
-        self._lock = await offload(lambda: _prepare_directories(self.config), undo=os.close)
+        self._lock = await offload(lambda: prepare_directories(self.config), undo=os.close)
         try:
             directories = await offload(lambda: records.list_directories(self.config.run_directory))
             async with asyncio.TaskGroup() as group:
@@ -423,24 +427,6 @@ def _close_all(descriptors: list[int]) -> None:
 def _discard(launched: Launched) -> None:
     """End a process that nobody waits for any more, off the event loop."""
     asyncio.get_running_loop().run_in_executor(None, launched.kill)
-
-
-def _prepare_directories(config: QemuConfig) -> int:
-    """Make the folders and take the lock; returns the lock's descriptor."""
-    try:
-        for directory in (config.state_directory, config.run_directory, config.log_directory):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(config.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise HypervisorError(f"can't use {config.state_directory}: {error}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise HypervisorError(
-            f"another agent uses {config.state_directory}; nothing was touched"
-        ) from error
-    return lock
 
 
 def _ready_logs(config: QemuConfig, domain: str) -> int:
