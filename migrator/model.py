@@ -342,6 +342,8 @@ class PassReport(Value, frozen=True, kw_only=True):
     """Of guest memory in `pages`: more than `bytes_sent` where pages were compressed."""
     same_pages: int = 0
     """Dirtied and not sent: by a hash they are as they were sent before."""
+    deferred_pages: int = 0
+    """Not sent, because the guest had dirtied them by then: they are among `pending_pages`."""
 
 
 class Phase(Value, frozen=True, kw_only=True):

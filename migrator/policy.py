@@ -29,7 +29,7 @@ SHRINK_FACTOR: Final = 0.85
 WINDOW: Final = 3
 MAX_ITERATIONS: Final = 30
 HYBRID_GAIN_SHARE: Final = 0.5
-"""Hybrid: a pass after which more than this share of what it sent is pending again doesn't pay."""
+"""Hybrid: a pass after which more than this share of what it had to send is pending doesn't pay."""
 STREAM_BYTES_PER_S: Final = 1.4e9
 """What one page stream carries into cold memory, plain (measured on a slow core)."""
 TLS_STREAM_BYTES_PER_S: Final = 0.7e9
@@ -157,8 +157,9 @@ def decide(
 
 
 def _pays(last: PassReport) -> bool:
-    """Whether the next pass would leave clearly less than this one did."""
-    return last.pending_pages * PAGE_SIZE_BYTES <= HYBRID_GAIN_SHARE * last.bytes_sent
+    """Whether the next pass would leave clearly less than this one had to send."""
+    had_bytes = last.bytes_sent + last.deferred_pages * PAGE_SIZE_BYTES
+    return last.pending_pages * PAGE_SIZE_BYTES <= HYBRID_GAIN_SHARE * had_bytes
 
 
 def _shrinks(passes: Sequence[PassReport], window: int) -> bool:

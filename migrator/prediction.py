@@ -184,7 +184,7 @@ def zero_share_of_passes(passes: Sequence[PassReport]) -> float:
 
 def after_first_pass(first: PassReport, request: MigrationRequest) -> Prediction:
     """The prediction of a migration of which nothing was known before its first iteration."""
-    pages = first.pages + first.zero_pages
+    pages = first.pages + first.zero_pages + first.deferred_pages
     link = LinkSpeed(bytes_per_s=throughput([first]), origin=LinkOrigin.FIRST_PASS)
     figures = Figures(
         memory_in_use_bytes=pages * PAGE_SIZE_BYTES,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import collections
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -30,7 +30,8 @@ from migrator.engine.packing import PACK_BYTES_MAX, Packer, PackingPolicy
 from migrator.engine.stream import PageStream, Piece, StreamBrokenError
 from migrator.engine.zeroes import ZeroFilter
 from migrator.engine_messages import ChannelBroken, ChannelRestored, FromEngine
-from migrator.model import PAGE_SIZE_BYTES
+from migrator.model import PAGE_SIZE_BYTES, PassKind, PassReport
+from migrator.ranges import Ranges
 
 _BATCH_BYTES: Final = 8 * 1024 * 1024
 _LOOKAHEAD_BYTES: Final = 32 * 1024 * 1024
@@ -115,7 +116,9 @@ class Delivery:
         *,
         skip_zeroes: bool,
         known: KnownPages | None = None,
+        written: Callable[[int, Ranges], Ranges] | None = None,
     ) -> None:
+        """`written`: pages that have to be sent again anyway, and are left for then."""
         self._stream = stream
         self._todo = collections.deque(piece for piece in pieces if len(piece.content))
         self._ready: collections.deque[Piece] = collections.deque()
@@ -128,10 +131,13 @@ class Delivery:
         self.zero_pages = 0
         self.same_pages = 0
         """Not sent: the destination has them as they are."""
+        self.deferred: list[tuple[int, Ranges]] = []
+        """Not sent, by region: written since they were marked clean, so still to be found dirty."""
         self.payload_bytes = 0
         """Of guest memory, however few bytes it was on the wire."""
         self._policy = policy
         self._known = known
+        self._written = written
         self._packer = Packer(policy, known)
         self._may_pack = self.left_bytes >= _PACKING_BYTES_MIN
 
@@ -184,14 +190,16 @@ class Delivery:
             # In small frames while it isn't known whether packing pays, or packed ones are awaited.
             wary = self._may_pack and not (self._stream.link.judged and self._packer.empty)
             head = self._take_ready(PACK_BYTES_MAX if wary else frames.FRAME_BYTES_MAX)
+            if head is None:
+                return True
             self._count(head)
             self._forget(head)
             self._stream.send(head, self._regions[head.region], waiter)
         self._stream.collect_acks()
         return True
 
-    def _take_ready(self, bytes_max: int) -> Piece:
-        """A frame's worth off the first ready piece."""
+    def _take_ready(self, bytes_max: int) -> Piece | None:
+        """A frame's worth off the first ready piece. None: all of that was written meanwhile."""
         piece = self._ready[0]
         limit = frames.PAYLOAD_BYTES_CAP
         if piece.kind is FrameKind.PAGES:
@@ -200,7 +208,8 @@ class Delivery:
             limit = max(page, limit - limit % page)
         head = _split_off(self._ready, limit, frames.FRAME_RANGES_MAX)
         self._ready_bytes -= ranges.byte_count(head.content)
-        return head
+        self._defer(head)
+        return head if len(head.content) else None
 
     def _forget(self, piece: Piece) -> None:
         """Nobody knows with which content these pages go, or went."""
@@ -225,7 +234,9 @@ class Delivery:
             region = self._regions[piece.region]
             if piece.kind is not FrameKind.PAGES or piece.through_file or not region.can_sendfile:
                 return
-            self._packer.put(self._take_ready(PACK_BYTES_MAX), region)
+            head = self._take_ready(PACK_BYTES_MAX)
+            if head is not None:
+                self._packer.put(head, region)
 
     def _send_packed(self, waiter: Waiter) -> bool:
         """What is packed, if it is in time. False: the link would run dry, and plain pages go."""
@@ -265,6 +276,7 @@ class Delivery:
         if self._todo[0].kind is FrameKind.PAGES:
             batch_bytes = max(_BATCH_BYTES, region.page_size_bytes)
         piece = _split_off(self._todo, batch_bytes, len(self._todo[0].content))
+        self._defer(piece)
         if self._zero_filter is not None and piece.kind is FrameKind.PAGES and region.can_sendfile:
             piece.content, zeroes = self._zero_filter.split(region.words, piece.content)
             self._make_ready(Piece(piece.region, zeroes, FrameKind.ZERO))
@@ -273,10 +285,39 @@ class Delivery:
         if piece.cold and ranges.byte_count(content) >= _EXPECT_BYTES_MIN:
             self._stream.expect(region, content, waiter)
 
+    def _defer(self, piece: Piece) -> None:
+        """Take out of a piece what the guest has written meanwhile."""
+        if self._written is None or piece.kind is not FrameKind.PAGES:
+            return
+        written = self._written(piece.region, piece.content)
+        if len(written):
+            piece.content = ranges.subtract(piece.content, written)
+            self.deferred.append((piece.region, written))
+            self.left_bytes -= ranges.byte_count(written)
+
     def _make_ready(self, piece: Piece) -> None:
         if len(piece.content):
             self._ready.append(piece)
             self._ready_bytes += ranges.byte_count(piece.content)
+
+
+def delivered(number: int, kind: PassKind, deliveries: Sequence[Delivery]) -> PassReport:
+    """What they did together; time, bytes and what is pending are the caller's."""
+    return PassReport(
+        number=number,
+        kind=kind,
+        seconds=0.0,
+        bytes_sent=0,
+        pages=sum(delivery.pages for delivery in deliveries),
+        zero_pages=sum(delivery.zero_pages for delivery in deliveries),
+        payload_bytes=sum(delivery.payload_bytes for delivery in deliveries),
+        same_pages=sum(delivery.same_pages for delivery in deliveries),
+        deferred_pages=sum(
+            ranges.page_count(content, PAGE_SIZE_BYTES)
+            for delivery in deliveries
+            for _, content in delivery.deferred
+        ),
+    )
 
 
 def _guest_bytes(piece: Piece) -> int:

@@ -18,6 +18,7 @@ from migrator import ranges
 from migrator.engine import kernel
 from migrator.engine_messages import RegionLayout
 from migrator.errors import EngineError
+from migrator.model import PAGE_SIZE_BYTES
 from migrator.ranges import Ranges
 
 
@@ -26,6 +27,7 @@ class DirtyLog:
 
     def __init__(self, uffd: int, pagemap_fd: int, regions: Sequence[RegionLayout]) -> None:
         self._uffd = uffd
+        self._pagemap_fd = pagemap_fd
         self._scanner = kernel.PagemapScanner(pagemap_fd)
         self._regions = tuple(regions)
         self._pending: list[Ranges] = [ranges.empty() for _ in regions]
@@ -71,6 +73,10 @@ class DirtyLog:
         self._pending = [ranges.empty() for _ in self._regions]
         return taken
 
+    def written_pages(self) -> WrittenPages:
+        """For one thread: what the next scan will find, of some pages."""
+        return WrittenPages(self._pagemap_fd, self._regions)
+
     def restore(self, region: int, taken: Ranges) -> None:
         """Make what was taken but not delivered pending again."""
         self._pending[region] = ranges.union(self._pending[region], taken)
@@ -91,3 +97,26 @@ class DirtyLog:
                 # ESRCH or EINVAL: the process or the mapping is gone, and the tracking with it.
                 with contextlib.suppress(OSError):
                     kernel.uffd_unregister(self._uffd, mapping.address, mapping.length_bytes)
+
+
+class WrittenPages:
+    """What the guest has written since it was last marked clean. Only looks; one for a thread."""
+
+    def __init__(self, pagemap_fd: int, regions: Sequence[RegionLayout]) -> None:
+        self._scanner = kernel.PagemapScanner(pagemap_fd)
+        self._regions = regions
+
+    def __call__(self, region: int, content: Ranges) -> Ranges:
+        """What of `content` the next scan will find in any case. Empty where that can't be told."""
+        layout = self._regions[region]
+        if layout.page_size_bytes != PAGE_SIZE_BYTES or not len(content):
+            return ranges.empty()
+        found: list[Ranges] = []
+        for mapping in layout.mappings:
+            offset = mapping.region_offset_bytes
+            low = max(int(content[0, 0]), offset)
+            high = min(int(content[-1, 1]), offset + mapping.length_bytes)
+            if low < high:
+                shift = mapping.address - offset
+                found.append(self._scanner.peek(low + shift, high + shift) - shift)
+        return ranges.intersect(ranges.union(*found), content) if found else ranges.empty()

@@ -208,6 +208,10 @@ class PagemapScanner:
         flags = _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC
         return self._collect(flags, start, end, _PAGE_IS_WRITTEN)
 
+    def peek(self, start: int, end: int) -> Ranges:
+        """As `written`, without marking anything."""
+        return self._collect(_PM_SCAN_CHECK_WPASYNC, start, end, _PAGE_IS_WRITTEN)
+
     def present(self, start: int, end: int) -> Ranges:
         """What the process has mapped, without marking anything."""
         return self._collect(0, start, end, _PAGE_IS_PRESENT)

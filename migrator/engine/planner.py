@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Final
 
 from migrator import ranges
@@ -34,6 +35,7 @@ class PassPlanner:
         self._sent_ever: list[Ranges] = [ranges.empty() for _ in regions]
         self._sent_last: list[Ranges] = list(self._sent_ever)
         """By final passes, which have no time to add it."""
+        self._told_missing: list[Ranges] = list(self._sent_ever)
         self._begun = False
         self._holes_at_s = 0.0
         self._holes_cost_s = 0.0
@@ -79,16 +81,29 @@ class PassPlanner:
     def missing(self) -> tuple[list[Ranges], list[Ranges]]:
         """By region, after a scan: what the destination lacks, and what is to be a hole there.
 
-        The first is no longer pending. The second is empty unless nothing was ever sent.
+        The first is no longer pending, and is told once: nothing is sent after it was. The second
+        is empty unless nothing was ever sent.
         """
         if self._begun:
             self._log.scan()
-            return self._log.take(), [ranges.empty() for _ in self._regions]
+            found = self._log.take()
+            news = list(map(ranges.subtract, found, self._told_missing))
+            self._told_missing = list(map(ranges.union, self._told_missing, news))
+            return news, [ranges.empty() for _ in self._regions]
         self._begun = True
         self._log.arm()
-        extents = self.extents()
+        extents = self._told_missing = self.extents()
         wholes = [ranges.from_pairs([(0, region.size_bytes)]) for region in self._regions]
         return extents, list(map(ranges.subtract, wholes, extents))
+
+    def not_sent(self, deferred: Iterable[tuple[int, Ranges]]) -> None:
+        """What a pass left out: the destination may have no memory there yet."""
+        parts: dict[int, list[Ranges]] = {}
+        for region, content in deferred:
+            parts.setdefault(region, []).append(content)
+        for region, found in parts.items():
+            left_out = ranges.union(*found)
+            self._sent_ever[region] = ranges.subtract(self._sent_ever[region], left_out)
 
     def _share_out(
         self,

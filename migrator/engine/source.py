@@ -30,6 +30,7 @@ from migrator.engine.delivery import (
     ChannelHealth,
     Delivery,
     connect_patiently,
+    delivered,
     reconnect,
 )
 from migrator.engine.dirty_log import DirtyLog
@@ -315,6 +316,7 @@ class SourceEngine:
                 self._packing,
                 skip_zeroes=message.kind is not PassKind.FINAL,
                 known=self._known,
+                written=None if message.kind is PassKind.FINAL else self._log.written_pages(),
             )
             for stream, part in zip(self._streams, pieces, strict=True)
         ]
@@ -327,15 +329,12 @@ class SourceEngine:
             began_scan = time.monotonic()
             self._log.scan()
             scan_seconds = time.monotonic() - began_scan
-        report = PassReport(
-            number=message.number,
-            kind=message.kind,
+        deliveries = self._deliveries
+        self._planner.not_sent(part for delivery in deliveries for part in delivery.deferred)
+        report = msgspec.structs.replace(
+            delivered(message.number, message.kind, deliveries),
             seconds=seconds,
-            pages=sum(delivery.pages for delivery in self._deliveries),
             bytes_sent=self._bytes_sent() - bytes_before,
-            zero_pages=sum(delivery.zero_pages for delivery in self._deliveries),
-            payload_bytes=sum(delivery.payload_bytes for delivery in self._deliveries),
-            same_pages=sum(delivery.same_pages for delivery in self._deliveries),
             pending_pages=self._log.pending_pages(),
             scan_seconds=scan_seconds,
         )

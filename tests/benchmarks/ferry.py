@@ -150,5 +150,7 @@ def _run(case: Case, migration: Migration, total_s: float) -> Run:
         dirtied_bytes=sum(each.pending_pages for each in passes) * PAGE_BYTES,
         uncompressed_bytes=sum(max(each.bytes_sent, each.payload_bytes) for each in passes),
         post_copy_at_s=post_copy[0] if post_copy else None,
-        in_use_bytes=None if first is None else (first.pages + first.zero_pages) * PAGE_BYTES,
+        in_use_bytes=None
+        if first is None
+        else (first.pages + first.zero_pages + first.deferred_pages) * PAGE_BYTES,
     )

@@ -70,12 +70,32 @@ async def test_memory_arrives_while_it_changes(pair: Pair, streams: int) -> None
     await pair.start(streams=streams)
     guest.tell(f"run 5000 0 {64 * MIB}")
     first = await pair.run_pass(PassKind.FIRST)
-    assert first.pages >= 49 * MIB // PAGE
+    assert first.pages + first.deferred_pages >= 49 * MIB // PAGE
     for _ in range(4):
         await pair.run_pass(PassKind.DIRTY)
     assert guest.tell("pause") > 0
     final = await pair.run_pass(PassKind.FINAL)
     assert final.pending_pages == 0
+    assert pair.same_memory()
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+async def test_what_is_written_before_its_turn_waits_for_a_later_pass(
+    pair: Pair, streams: int
+) -> None:
+    guest, hot = pair.source_guest, 32 * MIB // PAGE
+    guest.tell(f"fill 0 {96 * MIB}")
+    await pair.start(streams=streams, bandwidth_bytes_per_s=128 * MIB)
+    guest.tell(f"run 500000 {64 * MIB} {96 * MIB}")
+    first = await pair.run_pass(PassKind.FIRST)
+    assert first.deferred_pages > hot // 2
+    assert first.bytes_sent < 97 * MIB - first.deferred_pages * PAGE
+    assert first.pending_pages >= first.deferred_pages
+    second = await pair.run_pass(PassKind.DIRTY)
+    assert second.pages + second.zero_pages + second.deferred_pages == first.pending_pages
+    assert guest.tell("pause") > 0
+    final = await pair.run_pass(PassKind.FINAL)
+    assert (final.deferred_pages, final.pending_pages) == (0, 0)
     assert pair.same_memory()
 
 

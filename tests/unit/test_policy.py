@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrator.model import PAGE_SIZE_BYTES, PassKind, PassReport
+from migrator.model import PAGE_SIZE_BYTES, MigrationMode, PassKind, PassReport
 from migrator.policy import (
     FIXED_BLACKOUT_MS,
     FLOOR_PAGES,
@@ -166,3 +167,11 @@ def test_a_cap_holds_back_the_passes_and_not_the_last_pages() -> None:
     fast = decide(passes, 50, link_bytes_per_s=1e9)
     assert fast.predicted_blackout_ms == pytest.approx(8 + 40, rel=0.05)
     assert fast.throughput_bytes_per_s == slow.throughput_bytes_per_s
+
+
+def test_what_a_pass_left_for_later_counts_as_what_it_had_to_send() -> None:
+    """Half of the memory was written before its turn: no worse than if it had been sent for nothing."""
+    first = _pass(1, 50_000, 30_000, 2.0)
+    assert decide([first], 50, MigrationMode.HYBRID).kind is DecisionKind.POST_COPY
+    deferring = msgspec.structs.replace(first, deferred_pages=25_000)
+    assert decide([deferring], 50, MigrationMode.HYBRID).kind is DecisionKind.ITERATE
