@@ -80,8 +80,8 @@ class DestinationEngine:
 
     def run(self) -> None:
         """Until told to stop (StoppedError), or until something can't be helped (any other)."""
-        if self._configure.post_copy:
-            self._the_filler().take_over()
+        if self._configure.post_copy and not self._the_filler().take_over():
+            self._finish_filling()
         host, port = self._listener.getsockname()[:2]
         refusal = post_copy_refusal(self._memory.regions)
         self._control.send(Listening(host=host, port=port, no_post_copy=refusal))

@@ -119,13 +119,24 @@ class Filler:
             self._threads.append(thread)
             thread.start()
 
-    def take_over(self) -> None:
-        """Go on where a dead engine stopped: any hole may be missing. EngineError."""
+    def take_over(self) -> bool:
+        """Go on where a dead engine stopped: any hole may be missing. EngineError.
+
+        False: it had filled in every page, and died before it could say so. `finish` then.
+        """
+        try:
+            if not self._placer.armed():
+                self._done = True
+                self._armed_at_s = time.monotonic()
+                return False
+        except OSError as error:
+            raise EngineError(f"what a dead engine left can't be told: {error}") from error
         for region in self._regions:
             self._missing.add(region.index, holes_of(region))
         self._unsure = True
         self._guest_runs.set()
         self.arm()
+        return True
 
     def pull_all(self) -> None:
         """The guest runs: get what nobody waits for, too."""

@@ -6,13 +6,15 @@
 
 One byte a page. Missing pages are holes of the memory file, and holes only: the hypervisor's
 mapping is registered for missing pages, and nobody writes through another one. So a
-successor of a dead engine reads from the file what is missing: each hole might be.
+successor of a dead engine reads from the file what is missing: each hole might be. Unless the
+mapping isn't registered any more: the dead one had filled in all of it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import threading
 from collections.abc import Sequence
 from typing import Final
@@ -25,6 +27,7 @@ from migrator.engine import kernel
 from migrator.engine.memory import MappedRegion
 from migrator.errors import EngineError
 from migrator.model import PAGE_SIZE_BYTES
+from migrator.ports import RegionMapping
 from migrator.ranges import Ranges
 
 PRESENT: Final = 0
@@ -114,6 +117,19 @@ class MissingPages:
             return None
 
 
+def first_data(region: MappedRegion, mapping: RegionMapping) -> int | None:
+    """The offset in the region of the mapping's first page that isn't a hole. None: all are."""
+    first = mapping.region_offset_bytes
+    try:
+        found = os.lseek(region.fd, first, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        raise
+    found -= found % PAGE_SIZE_BYTES
+    return found if found < first + mapping.length_bytes else None
+
+
 class Placer:
     """Fills holes of the hypervisor's memory, and lets go on who waits for them."""
 
@@ -138,6 +154,28 @@ class Placer:
         except OSError as error:
             raise EngineError(f"missing pages can't be waited for: {error}") from error
         self.wake_all()
+
+    def armed(self) -> bool:
+        """Whether an earlier engine armed it, and hasn't disarmed it: then pages may be missing.
+
+        A page that is there tells: to fill it fails because it is there, or, first of all, because
+        nobody waits for that mapping's holes. True also where nothing tells. OSError.
+        """
+        told = False
+        for start, _, mapping, index in self._mappings:
+            offset = first_data(self._regions[index], mapping)
+            if offset is None:
+                continue
+            told = True
+            try:
+                address = start + offset - mapping.region_offset_bytes
+                kernel.uffd_zero(self._uffd, address, PAGE_SIZE_BYTES)
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+            else:
+                return True
+        return not told
 
     def wake_all(self) -> None:
         """Whoever waits looks again: a fault that was read by an engine that died is told anew."""

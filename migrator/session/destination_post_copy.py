@@ -2,6 +2,7 @@
 
 - From the moment that pages are missing an engine has to live: it answers whoever touches one. One
   that dies has a successor, and the source is told where that listens.
+- Whether pages are missing after a restart only an engine can tell, which looks before it listens.
 - That nothing is missing any more is journalled before it is said: the source destroys its copy
   when it hears it, and a restarted agent mustn't look for missing pages again.
 """
@@ -135,6 +136,8 @@ class DestinationPostCopy(DestinationView):
             case Commit() | Inquire():
                 self._send(self._running())
                 self._answer_ready()
+            case Lost() | Farewell() if self._listening is None:
+                pass  # Until an engine has looked, nobody knows what is missing. We ask again.
             case Lost() if self.pages_missing:
                 self._lost(message.reason)
             case Farewell() if self.pages_missing:

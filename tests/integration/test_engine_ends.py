@@ -16,11 +16,16 @@ from migrator.engine_messages import (
     Connect,
     DeviceChannelOpen,
     EngineFailed,
+    Listening,
     OpenDeviceChannel,
+    PostCopyArmed,
+    PostCopyDone,
+    PullAll,
 )
-from migrator.model import Role
+from migrator.model import PassKind, Role
 from tests.integration.engine_lab.lab import (
     MIB,
+    PAGE,
     Engine,
     Guest,
     Pair,
@@ -160,3 +165,34 @@ async def test_an_address_that_isnt_here_is_refused_at_once(pair: Pair) -> None:
     failed = await pair.source.expect(EngineFailed, 10.0)
     assert "192.0.2.77" in failed.reason
     assert await pair.source.exited() == 1
+
+
+async def _successor(pair: Pair, name: str) -> Engine:
+    """Takes over the destination from an engine that was killed."""
+    pair.destination.process.kill()
+    await pair.destination.exited()
+    pair.destination = await Engine.spawn(pair.folder / name)
+    configure = configuration(Role.DESTINATION, pair.destination_guest, post_copy=True, peer="n1")
+    pair.destination.process.send(configure, pair.destination_guest.fds)
+    return pair.destination
+
+
+async def test_a_successor_tells_whether_pages_are_missing(pair: Pair) -> None:
+    """One that died while they were, and one that had filled in all and was never heard."""
+    pair.source_guest.tell(f"fill 0 {8 * MIB}")  # The rest stays holes, on both sides.
+    await pair.start()
+    await pair.run_pass(PassKind.FIRST)
+    pair.source_guest.tell(f"fill {4 * MIB} {8 * MIB}")
+    await pair.run_pass(PassKind.STALE)
+    await pair.run_pass(PassKind.MISSING)
+    await pair.destination.expect(PostCopyArmed)
+    second = await _successor(pair, "second.log")
+    listening = await second.expect(Listening)
+    assert not [each for each in second.heard if isinstance(each, PostCopyDone)]
+    pair.source.process.send(Connect(host="127.0.0.1", port=listening.port, secret=b"s" * 32))
+    second.process.send(PullAll())
+    assert (await second.expect(PostCopyDone)).pages >= 4 * MIB // PAGE
+    third = await _successor(pair, "third.log")
+    assert (await third.expect(PostCopyDone)).pages == 0
+    await third.expect(Listening)  # Behind it.
+    assert pair.same_memory()

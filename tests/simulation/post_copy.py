@@ -66,12 +66,14 @@ def tell_missing(side: Side, command: v.RunPass) -> None:
 
 
 def start_successor(side: Side) -> list[v.Event]:
-    """Destination: an engine that goes on where a dead one stopped."""
+    """Destination: an engine that goes on where a dead one stopped, if pages are missing."""
     guest = side.guest
     if guest is None:
         return [v.EngineLost(reason="no such domain")]
     side.engine_serial += 1
     side.engine = side.engine_serial
+    if guest.armed and not guest.missing:
+        return [v.PagesComplete()]  # The dead one had let go of the memory with its last page.
     begin_filling(side, guest)
     return [listening(side)]
 
