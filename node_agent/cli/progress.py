@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 POLL_S: Final = 0.2
+POLL_FIRST_S: Final = 0.05
+"""While it is younger than `_YOUNG_S`: most migrations are over by then."""
+_YOUNG_S: Final = 3.0
 LINE_S: Final = 2.0
 SILENCE_S: Final = 60.0
 """How long an agent may be away before watching is given up."""
@@ -68,8 +71,8 @@ def _on_terminal() -> bool:
     return sys.stdout.isatty() and sys.stdin.isatty()
 
 
-def _pause() -> None:
-    time.sleep(POLL_S)
+def _pause(watched_s: float) -> None:
+    time.sleep(POLL_FIRST_S if watched_s < _YOUNG_S else POLL_S)
 
 
 def outcome(migration: Migration) -> str:
@@ -114,10 +117,10 @@ class _Watcher:
     def until_ended(self, migration: Migration) -> Migration:
         """The migration when it ended. Unreachable after `SILENCE_S` without an answer."""
         path = f"/v1/migrations/{quote(migration.id, safe='')}"
-        answered_at = time.monotonic()
+        answered_at = began = time.monotonic()
         while not migration.ended:
             self.saw(migration)
-            _pause()
+            _pause(time.monotonic() - began)
             try:
                 migration = self._client.get(path, Migration)
                 answered_at = time.monotonic()

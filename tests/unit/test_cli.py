@@ -229,7 +229,7 @@ async def test_interrupted_without_a_terminal_it_detaches(
 ) -> None:
     await define(ferry, "--start")
 
-    def interrupt() -> None:
+    def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(progress, "_pause", interrupt)
@@ -245,7 +245,7 @@ async def test_interrupted_on_a_terminal_it_asks(
     await define(ferry, "--start")
     interrupted = False
 
-    def interrupt() -> None:
+    def interrupt(_: float) -> None:
         nonlocal interrupted
         if not interrupted:
             interrupted = True
