@@ -170,7 +170,7 @@ def test_a_cap_holds_back_the_passes_and_not_the_last_pages() -> None:
 
 
 def test_what_a_pass_left_for_later_counts_as_what_it_had_to_send() -> None:
-    """Half of the memory was written before its turn: no worse than if it had been sent for nothing."""
+    """Half of the memory was written before its turn: no worse than if it had been sent."""
     first = _pass(1, 50_000, 30_000, 2.0)
     assert decide([first], 50, MigrationMode.HYBRID).kind is DecisionKind.POST_COPY
     deferring = msgspec.structs.replace(first, deferred_pages=25_000)
