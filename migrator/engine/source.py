@@ -316,7 +316,7 @@ class SourceEngine:
                 self._packing,
                 skip_zeroes=message.kind is not PassKind.FINAL,
                 known=self._known,
-                written=None if message.kind is PassKind.FINAL else self._log.written_pages(),
+                written=self._log.written_pages() if message.kind is PassKind.FIRST else None,
             )
             for stream, part in zip(self._streams, pieces, strict=True)
         ]

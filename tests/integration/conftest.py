@@ -12,6 +12,7 @@ from deploy import lab
 from deploy.guest.build import build_guest, default_cache_directory
 from deploy.lab.processes import tail
 from migrator import hold_points
+from tests.integration import quick_agent
 from tests.integration.cluster.world import Cluster
 
 NODE_MEMORY_BYTES = 1024**3
@@ -40,7 +41,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(hold_points.VARIABLE, str(folder))
         try:
-            lab.up(name, nodes=3, node_memory_bytes=NODE_MEMORY_BYTES)
+            lab.up(
+                name,
+                nodes=3,
+                node_memory_bytes=NODE_MEMORY_BYTES,
+                agent_command=quick_agent.COMMAND,
+            )
             image = build_guest(default_cache_directory())
             yield Cluster(lab.load(name).plan, image, folder)
         finally:
