@@ -175,7 +175,7 @@ async def running_agent(
             admit=members.admit,
         )
         nodes = NodeRegistry(typed, lambda: describe(config, hypervisor, pools, boot_id, members))
-        nodes.on_read = members.saw
+        nodes.on_read, nodes.counts = members.saw, members.counts
         cordons = Cordons(typed)
 
         async def cordon() -> list[str]:
@@ -226,6 +226,7 @@ async def running_agent(
             ownership=ownership,
             records=records,
             nodes=nodes.read,
+            reach=hub.reach,
             events=events,
         )
         ClusterCalls(domains, takeover, migrations).register(hub)

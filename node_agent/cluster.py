@@ -194,11 +194,15 @@ class ClusterService:
         return await self.get_domain(domain)
 
     async def take_over(
-        self, domain: DomainName, node: NodeName, powered_off: NodeName | None = None
+        self,
+        domain: DomainName,
+        node: NodeName,
+        powered_off: NodeName | None = None,
+        user: str = "",
     ) -> Domain:
         """Start it from disk on `node`, with its silent owner shut out (`DomainTakeover`)."""
         await self._nodes.get(node)
-        params = TakeoverParams(domain=domain, powered_off=powered_off)
+        params = TakeoverParams(domain=domain, powered_off=powered_off, user=user)
         await self._hub.call(node, TAKE_OVER, params, OwnershipRecord, timeout_s=START_TIMEOUT_S)
         return await self.get_domain(domain)
 

@@ -59,6 +59,8 @@ class DomainParams(Struct, frozen=True, kw_only=True):
 class TakeoverParams(Struct, frozen=True, kw_only=True):
     domain: DomainName
     powered_off: NodeName | None
+    user: str = ""
+    """Who asked."""
 
 
 class StopParams(Struct, frozen=True, kw_only=True):
@@ -144,7 +146,7 @@ class ClusterCalls:
         return await self._domains.start(params.domain)
 
     async def _take_over(self, _: NodeName, params: TakeoverParams) -> OwnershipRecord:
-        return await self._takeover.take_over(params.domain, params.powered_off)
+        return await self._takeover.take_over(params.domain, params.powered_off, user=params.user)
 
     async def _stop(self, _: NodeName, params: StopParams) -> Done:
         await self._domains.stop(params.domain, timeout_s=params.timeout_s)

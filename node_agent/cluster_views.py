@@ -52,6 +52,7 @@ def domain_view(
         addresses=status.addresses,
         migration=migration,
         defined_at_s=record.defined_at_s,
+        history=record.history,
     )
 
 

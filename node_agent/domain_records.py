@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Final
+
+import msgspec
 
 from migrator.errors import ConflictError, InvalidRequest, NotFoundError
 from migrator.model import DomainName, DomainSpec, OwnershipRecord, PoolName
-from node_agent.resources import DOMAINS, DomainRecord
+from node_agent.resources import DOMAINS, DomainNote, DomainRecord
 from node_agent.state.ownership import PREFIX as OWNERSHIP
 from node_agent.state.typed import TypedStore, Versioned
+
+HISTORY_MAX: Final = 50
+"""Of a domain's notes; older ones go."""
+ATTEMPTS: Final = 5
 
 
 class DomainRecords:
@@ -51,6 +58,19 @@ class DomainRecords:
         except ConflictError:
             await self._store.delete_if(key, revision)
             raise
+
+    async def note(self, domain: DomainName, text: str, *, user: str, at_s: float) -> None:
+        """Add to the domain's history; durable when it returns. NotFoundError, ConflictError."""
+        key, entry = f"{DOMAINS}{domain}", DomainNote(at_s=at_s, text=text, user=user)
+        for _ in range(ATTEMPTS):
+            found = await self._store.get(key, DomainRecord)
+            if found is None:
+                raise NotFoundError(f"there is no domain {domain}")
+            history = (*found.value.history, entry)[-HISTORY_MAX:]
+            record = msgspec.structs.replace(found.value, history=history)
+            if await self._store.put_if(key, record, found.revision) is not None:
+                return
+        raise ConflictError(f"the record of domain {domain} keeps changing; nothing was noted")
 
     async def remove(self, domain: DomainName) -> None:
         """NotFoundError if it isn't defined."""

@@ -4,15 +4,25 @@
         ─► fence, then verify, each volume ─► start from disk
 
 A silent node may run its guest on. So the storage has to shut it out, and say so, before a vCPU
-runs here; where no volume driver can, the takeover is refused, unless the operator vouches that
-the node is powered off. What the silent node's guest had in
-memory and not on disk is lost. It computes on until it writes, or until its agent finds that the
-record has moved on (`DomainOwnership.end_stale`); none of its writes arrives.
+runs here; where no volume driver can, the takeover is refused.
+
+There an operator's word may stand in the fence's place: the node, named, is powered off. Nobody can
+check that, so everything that speaks against it is a reason to refuse: the name is another node's,
+the node's heartbeat isn't older than its timeout, it answers when it is called, or the storage
+could shut it out after all. The word is written into the domain's history, with the name of who
+gave it, before anything else is done.
+
+What the silent node's guest had in memory and not on disk is lost. It computes on until it writes,
+or until its agent finds that the record has moved on (`DomainOwnership.end_stale`); none of its
+writes arrives.
 """
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final
 
 from migrator.errors import FenceError, FerryError, RefusedError
 from migrator.model import (
@@ -32,6 +42,9 @@ from node_agent.domains import DomainService
 from node_agent.events import EventKind, EventLog
 from node_agent.nodes import NodeView
 
+REACH_S: Final = 3.0
+"""How long a node that is said to be off is called for."""
+
 
 class DomainTakeover:
     """See the module. `nodes` reads every node's heartbeat."""
@@ -45,23 +58,28 @@ class DomainTakeover:
         ownership: OwnershipStore,
         records: DomainRecords,
         nodes: Callable[[], Awaitable[Mapping[NodeName, NodeView]]],
+        reach: Callable[[NodeName], Awaitable[None]],
         events: EventLog,
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        """`reach` calls a node's agent: FerryError if it doesn't answer."""
         self.node = node
         self._domains = domains
         self._pools = pools
         self._ownership = ownership
         self._records = records
         self._nodes = nodes
+        self._reach = reach
         self._events = events
+        self._clock = clock
 
     async def take_over(
-        self, domain: DomainName, powered_off: NodeName | None = None
+        self, domain: DomainName, powered_off: NodeName | None = None, *, user: str = ""
     ) -> OwnershipRecord:
         """Start the domain here, from disk, with its silent owner shut out.
 
-        `powered_off`: the node that the operator vouches for to be off; then it needn't be shut
-        out by the storage. It must be the owner.
+        `powered_off`: the node that `user` vouches for to be off, where the storage can't shut it
+        out. It must be the owner.
 
         RefusedError with every reason: nothing was changed. ConflictError: its owner was faster.
         FenceError: a volume doesn't confirm its fence; the domain is stopped, and this node's.
@@ -72,15 +90,21 @@ class DomainTakeover:
             reasons = await self._reasons(spec, owned, powered_off)
             if reasons or owned is None:
                 raise RefusedError(f"domain {domain} was not taken over: {reasons[0]}", reasons)
+            text = f"takeover by {self.node} from {owned.owner}, which is silent"
+            if powered_off is not None:
+                text += (
+                    f"; no fence: {user or 'somebody'} vouched that {powered_off} is powered off"
+                )
+            await self._records.note(domain, text, user=user, at_s=self._clock())
             record = await self._domains.ownership.take_over(domain, spec, owned)
             await self._domains.launch(record, spec, self._confirm)
         self._events.emit(
             EventKind.DOMAIN_TAKEN_OVER,
-            f"domain {domain} was taken over from {owned.owner}, which is silent, and started "
-            f"on {self.node} from disk",
+            f"domain {domain}: {text}; it was started on {self.node} from disk",
             domain=domain,
             token=record.token,
             vouched_for=powered_off,
+            user=user,
         )
         return record
 
@@ -94,10 +118,31 @@ class DomainTakeover:
         reasons: list[str] = []
         view = (await self._nodes()).get(NodeName(owned.owner))
         if view is not None and view.state is not NodeState.UNREACHABLE:
-            reasons.append(f"its node {owned.owner} is {view.state}: stop or migrate it")
-        if powered_off is not None and powered_off != owned.owner:
+            reasons.append(
+                f"its node {owned.owner} is {view.state}: stop or migrate it (its last heartbeat "
+                f"is {view.heartbeat_age_s:.0f} s old)"
+            )
+        unfenced = self._unfenced(spec, owned.owner)
+        if powered_off is None:
+            return reasons + unfenced
+        if powered_off != owned.owner:
             reasons.append(f"its node is {owned.owner}, not {powered_off}")
-        return reasons if powered_off is not None else reasons + self._unfenced(spec, owned.owner)
+        if not unfenced:
+            reasons.append(
+                f"its storage can shut {owned.owner} out, and does: nobody's word is needed "
+                "(leave --powered-off away)"
+            )
+        if not reasons and await self._answers(NodeName(owned.owner)):
+            reasons.append(f"{owned.owner} is not powered off: its agent answers")
+        return reasons
+
+    async def _answers(self, node: NodeName) -> bool:
+        try:
+            async with asyncio.timeout(REACH_S):
+                await self._reach(node)
+        except (FerryError, TimeoutError):
+            return False
+        return True
 
     def _unfenced(self, spec: DomainSpec, owner: str) -> list[str]:
         """Why the storage can't shut the owner out."""

@@ -71,6 +71,9 @@ class NodeRegistry:
         self._task: asyncio.Task[None] | None = None
         self.on_read: Callable[[Mapping[NodeName, NodeView]], None] = lambda views: None
         """Hears every node with each heartbeat."""
+        self.counts: Callable[[str], bool] = lambda name: True
+        """Whether a node of this name belongs here: a removed one's last heartbeat may come late.
+        """
 
     async def open(self) -> None:
         """Write the first heartbeat and go on in the background. StoreError: nothing runs."""
@@ -99,6 +102,8 @@ class NodeRegistry:
         now = self._monotonic()
         for entry in await self._store.list_prefix(NODES, NodeInfo):
             info = entry.value
+            if not self.counts(info.name):
+                continue
             seen = self._seen.get(info.name)
             if seen is None:
                 age_s = max(0.0, self._clock() - info.heartbeat_at_s)

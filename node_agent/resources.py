@@ -41,11 +41,20 @@ POOLS: Final = "pools/"
 CapacityBytes = Annotated[int, msgspec.Meta(ge=512, le=1 << 50)]
 
 
+class DomainNote(Value, frozen=True, kw_only=True):
+    """What was done to a domain, and by whom, that must be known later."""
+
+    at_s: float
+    text: str
+    user: str = ""
+
+
 class DomainRecord(Value, frozen=True, kw_only=True):
     """`domains/NAME` in the store: the definition, as validated and pinned."""
 
     spec: DomainSpec
     defined_at_s: float
+    history: tuple[DomainNote, ...] = ()
 
 
 class Domain(Value, frozen=True, kw_only=True):
@@ -67,6 +76,8 @@ class Domain(Value, frozen=True, kw_only=True):
     migration: str | None = None
     """The migration that has hold of it now."""
     defined_at_s: float = 0.0
+    history: tuple[DomainNote, ...] = ()
+    """Takeovers, oldest first."""
 
 
 class Node(Value, frozen=True, kw_only=True):
@@ -109,7 +120,8 @@ class TakeoverRequest(Value, frozen=True, kw_only=True):
     node: Name
     """Where the domain is to be started, from disk."""
     powered_off: Name | None = None
-    """The domain's silent node, if somebody has seen that it is powered off."""
+    """The domain's silent node, if you have seen that it is powered off: your word stands for the
+    fence that its storage doesn't have, and is kept with your name in the domain's history."""
 
 
 class StopRequest(Value, frozen=True, kw_only=True):

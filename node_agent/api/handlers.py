@@ -7,6 +7,7 @@ from typing import Final
 from aiohttp import web
 
 from migrator.model import DomainSpec, NodeName
+from node_agent.api.auth import caller_of
 from node_agent.api.requests import (
     CLUSTER,
     domain_of,
@@ -65,7 +66,8 @@ async def take_domain_over(request: web.Request) -> web.StreamResponse:
     domain = domain_of(request)
     body = await read_body(request, TakeoverRequest)
     off = None if body.powered_off is None else NodeName(body.powered_off)
-    return reply(await request.app[CLUSTER].take_over(domain, NodeName(body.node), off))
+    user = caller_of(request).name
+    return reply(await request.app[CLUSTER].take_over(domain, NodeName(body.node), off, user))
 
 
 async def stop_domain(request: web.Request) -> web.StreamResponse:

@@ -12,7 +12,7 @@ import typer
 
 from migrator.model import NicSpec
 from node_agent.cli.errors import CliError, ExitCode
-from node_agent.cli.output import facts, note, settings, show, size, table
+from node_agent.cli.output import facts, moment, note, settings, show, size, table
 from node_agent.cli.spec import load_spec, merge_spec
 from node_agent.resources import Domain, DomainList, StartRequest, StopRequest, TakeoverRequest
 
@@ -91,12 +91,19 @@ def takeover(
     to: Annotated[str, typer.Option("--to", help="Where it is to be started, from disk.")],
     powered_off: Annotated[
         str | None,
-        typer.Option(help="Its node, where you have seen that it is powered off: no fence then."),
+        typer.Option(
+            metavar="NODE",
+            help="You have seen that its node is powered off, and give your word in the place of "
+            "a fence that its storage doesn't have. The node's name, exactly.",
+        ),
     ] = None,
 ) -> None:
     """Start a domain elsewhere whose node is silent, once the storage has shut that node out.
 
-    What the guest had in memory, and not on disk, is lost.
+    What the guest had in memory, and not on disk, is lost. Where the storage can't shut the node
+    out, --powered-off NODE vouches for it; if that isn't true, two guests write to one disk. It is
+    refused where the node still answers or the fence works, and stays in the domain's history with
+    your name.
     """
     body = TakeoverRequest(node=to, powered_off=powered_off)
     domain = settings.client().post(f"{path_of(name)}/takeover", Domain, body)
@@ -180,6 +187,7 @@ def show_domain(name: _NameArgument) -> None:
         ("never with", ", ".join(spec.placement.anti_affinity)),
         *(("disk", f"{disk.pool}/{disk.volume}") for disk in spec.disks),
         *(("nic", _nic(nic)) for nic in spec.nics),
+        *(("history", f"{moment(each.at_s)} {each.user}: {each.text}") for each in domain.history),
         *(("seen at", ", ".join(reversed(texts))) for texts in domain.addresses),
     ]
     show(domain, facts(pairs))

@@ -99,6 +99,11 @@ class Membership:
             return f"this certificate of {node} was revoked"
         return None
 
+    def counts(self, node: str) -> bool:
+        """Whether a node of this name is one of the cluster's. Without TLS whoever says so is."""
+        member = self.members.get(node)
+        return not self.secured or (member is not None and member.active)
+
     def saw(self, views: Mapping[NodeName, NodeView]) -> None:
         """The heartbeats as they were just read."""
         heard: dict[NodeName, tuple[Address, bool]] = {}

@@ -133,7 +133,9 @@ class Agent:
             ownership=self.ownership,
             records=self.records,
             nodes=self._heartbeats,
+            reach=cast(Any, None),  # Nobody's word is taken here.
             events=events,
+            clock=lambda: node.clock_s,
         )
         check = UnencryptedCheck(
             memory_bytes=1 << 40,

@@ -179,6 +179,7 @@ class SimulatedNode:
             ownership=self.ownership,
             records=self.records,
             nodes=self.registry.read,
+            reach=self._reach,
             events=self.events,
         )
         self.migrations = FakeMigrations(self.name, world.migrations)
@@ -202,6 +203,9 @@ class SimulatedNode:
             return self.pool
         shared = self.world.shared_volumes.setdefault(settings.name, SharedVolumes())
         return SimulatedPool(PoolName(settings.name), shared, self.name)
+
+    async def _reach(self, node: NodeName) -> None:
+        await self.hub.reach(node)
 
     async def _describe(self) -> NodeInfo:
         return NodeInfo(

@@ -26,6 +26,7 @@ from migrator.model import (
 )
 from migrator.ports import Launch
 from node_agent.domain_ownership import DomainOwnership
+from node_agent.domain_records import DomainRecords
 from node_agent.events import EventKind
 from storage.simulated import SimulatedPool
 from tests.unit.agent_world import SimulatedNode, World, open_world, spec_of
@@ -93,13 +94,56 @@ async def test_the_record_is_won_and_the_fence_confirmed_before_it_starts(
 async def test_a_storage_that_cannot_fence_refuses_and_says_so(world: World) -> None:
     world.volumes.enforces = False
     await silence(world)
+    await world.a.hub.close()
     with pytest.raises(RefusedError, match="can't shut a out of volume root"):
         await world.b.takeover.take_over(WEB)
     assert await owner(world.b) == (1, "a", OwnershipState.RUNNING)
     with pytest.raises(RefusedError, match="its node is a, not b"):
         await world.b.takeover.take_over(WEB, NodeName("b"))
-    record = await world.b.takeover.take_over(WEB, A)
+    record = await world.b.takeover.take_over(WEB, A, user="eve")
     assert (record.token, record.owner) == (3, "b")
+    (noted,) = (await world.b.records.get(WEB)).history
+    assert noted.user == "eve"
+    assert "no fence: eve vouched that a is powered off" in noted.text
+    shown = await world.b.cluster.get_domain(WEB)
+    assert shown.history == (noted,)
+
+
+async def test_nobody_s_word_is_taken_against_what_can_be_known(world: World) -> None:
+    """The fence works, or the node speaks: by its heartbeat, or when it is called."""
+    with pytest.raises(RefusedError) as refused:
+        await world.b.takeover.take_over(WEB, A, user="eve")
+    speaks, fenced = refused.value.reasons
+    assert "its node a is ready: stop or migrate it (its last heartbeat is" in speaks
+    assert "its storage can shut a out, and does: nobody's word is needed" in fenced
+    await silence(world)
+    with pytest.raises(RefusedError, match="nobody's word is needed"):
+        await world.b.takeover.take_over(WEB, A)
+    world.volumes.enforces = False
+    # Its agent lives, though it can't write its heartbeat.
+    with pytest.raises(RefusedError, match="a is not powered off: its agent answers"):
+        await world.b.takeover.take_over(WEB, A)
+    assert await owner(world.b) == (1, "a", OwnershipState.RUNNING)
+    assert (await world.b.records.get(WEB)).history == ()
+    await world.a.hub.close()
+    assert (await world.b.takeover.take_over(WEB, A)).owner == "b"
+
+
+async def test_a_word_that_can_t_be_written_down_is_no_word(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.volumes.enforces = False
+    await silence(world)
+    await world.a.hub.close()
+
+    async def unavailable(*_: object, **__: object) -> None:
+        raise StoreError("the store is away")
+
+    monkeypatch.setattr(DomainRecords, "note", unavailable)
+    with pytest.raises(StoreError):
+        await world.b.takeover.take_over(WEB, A, user="eve")
+    assert await owner(world.b) == (1, "a", OwnershipState.RUNNING)
+    assert await state(world.b) is DomainState.STOPPED
 
 
 async def test_a_domain_without_a_volume_is_refused(world: World) -> None:
