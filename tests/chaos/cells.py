@@ -62,6 +62,11 @@ class Result:
     """None: the cell doesn't exist (`remark` says why)."""
     remark: str = ""
 
+    @property
+    def restarted(self) -> bool:
+        """Ferry started the guest again, which it does a few times only."""
+        return self.verdict is not None and self.verdict.outcome == "restarted"
+
 
 def pool_of(driver: str) -> str:
     return "default" if driver == "directory" else driver

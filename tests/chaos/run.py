@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -27,10 +28,11 @@ from deploy.guest.build import build_guest, default_cache_directory
 from deploy.lab.storage import check_kinds
 from migrator import hold_points
 from migrator.errors import FerryError, InvalidRequest
+from node_agent import domain_restart
 from tests.chaos import cells, judge
 from tests.chaos.cells import DRIVERS, STEPS, Cell, Result, run_cell
 from tests.chaos.faults import FAULTS
-from tests.integration.cluster.world import Cluster, Guest
+from tests.integration.cluster.world import Cluster
 
 NODE_MEMORY_BYTES: Final = 1024**3
 REMOVAL_S: Final = 60.0
@@ -94,32 +96,38 @@ def run(chosen: Sequence[Cell], repeats: int) -> list[Result]:
 
 
 def run_driver(cluster: Cluster, driver: str, chosen: Sequence[Cell], repeats: int) -> list[Result]:
-    """All cells of a driver on one guest, and its disk at the end."""
+    """All cells of a driver, on as few guests as that takes; the disk of each at its end."""
     results: list[Result] = []
-    load = cells.load(driver)
-    with cluster.guest(f"chaos-{driver}", load=load, removal_s=REMOVAL_S) as guest:
-        for cell in chosen:
-            for number in range(1, repeats + 1):
-                home = _home(guest)
-                result = run_cell(cluster, guest, cell)
-                results.append(result)
-                show(result, number)
-                if result.verdict is not None and result.verdict.violations:
-                    cells.revive(cluster, guest, home)
-        problem = cells.check_at_storage(cluster, guest, driver, _acknowledged(guest))
-        print(f"{driver}: the disk, read at the storage: {problem or 'every record is there'}")
-        if problem:
-            verdict = judge.Verdict("disk damaged", 0.0, (problem,))
-            results.append(Result(chosen[-1], verdict))
+    runs = [(cell, number) for cell in chosen for number in range(1, repeats + 1)]
+    guests = 0
+    while len(results) < len(runs):
+        guests += 1
+        results += run_guest(cluster, f"chaos-{driver}-{guests}", runs[len(results) :])
     return results
 
 
-def _home(guest: Guest) -> str:
-    return guest.node
-
-
-def _acknowledged(guest: Guest) -> int:
-    return guest.status().disk_last_sequence
+def run_guest(cluster: Cluster, name: str, runs: Sequence[tuple[Cell, int]]) -> list[Result]:
+    """The runs, up to the one after which Ferry wouldn't start this guest again."""
+    results: list[Result] = []
+    driver = runs[0][0].driver
+    with cluster.guest(name, load=cells.load(driver), removal_s=REMOVAL_S) as guest:
+        for cell, number in runs:
+            home = guest.node
+            result = run_cell(cluster, guest, cell)
+            results.append(result)
+            show(result, number)
+            if result.verdict is not None and result.verdict.violations:
+                cells.revive(cluster, guest, home)
+            if sum(each.restarted for each in results) == domain_restart.TRIES:
+                break
+        acknowledged = guest.status().disk_last_sequence
+        problem = cells.check_at_storage(cluster, guest, driver, acknowledged)
+        print(f"{driver}: the disk, read at the storage: {problem or 'every record is there'}")
+        if problem:
+            verdict = judge.Verdict("disk damaged", 0.0, (problem,))
+            results[-1] = Result(results[-1].cell, verdict)
+            show(results[-1], runs[len(results) - 1][1])
+    return results
 
 
 def show(result: Result, number: int) -> None:
@@ -144,8 +152,20 @@ def summarise(results: Sequence[Result], seconds: float) -> int:
     broken = [verdict for verdict in judged if verdict.violations]
     slow = [verdict for verdict in judged if verdict.heal_s > judge.PROMISE_S]
     worst = max((verdict.heal_s for verdict in judged), default=0.0)
+    print()
+    for driver in dict.fromkeys(result.cell.driver for result in results):
+        healed = [
+            result.verdict.heal_s
+            for result in results
+            if result.cell.driver == driver and result.verdict is not None
+        ]
+        if healed:
+            print(
+                f"{driver}: {len(healed)} runs, healed after {statistics.median(healed):.1f} s "
+                f"(median), {max(healed):.1f} s at most"
+            )
     print(
-        f"\n{len(judged)} runs in {seconds:.0f} s: {len(broken)} violations; healed within "
+        f"{len(judged)} runs in {seconds:.0f} s: {len(broken)} violations; healed within "
         f"{worst:.1f} s after the fault, {len(slow)} times later than {judge.PROMISE_S:g} s"
     )
     return 1 if broken else 0
