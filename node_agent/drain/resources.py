@@ -164,6 +164,8 @@ class Drain(Value, frozen=True, kw_only=True):
     """Bytes a second that page streams may use, of each node's link."""
     planned_s: float = 0.0
     lower_bound_s: float = 0.0
+    overhead_s: float = 0.0
+    """What its plan assumed a move to take beside its transfer; 0: not known."""
     timeout_s: float = 3600.0
     """After it no move begins any more."""
     exclude: tuple[str, ...] = ()

@@ -23,7 +23,7 @@ from migrator.errors import (
     WrongStateError,
 )
 from migrator.model import NodeName, NodeState
-from node_agent.drain import undrain
+from node_agent.drain import experience, undrain
 from node_agent.drain.balancing import moves_of_balance, plan_balance, shown_balance
 from node_agent.drain.coordinator import Coordinator
 from node_agent.drain.cordons import Cordon, Cordons
@@ -177,7 +177,11 @@ class DrainService:
         await self.set_cordon(node, NodeState.RESTORING, name, _RESTORABLE)
         try:
             survey, plan, left = await undrain.plan(
-                self.world, node, drained if request.restore else None, SAMPLE_S
+                self.world,
+                node,
+                drained if request.restore else None,
+                SAMPLE_S,
+                overhead_s=await self._experience(),
             )
             drain = self._made(name, Operation.UNDRAIN, node, survey, plan, None)
             drain = undrain.complete(drain, drained, left)
@@ -198,7 +202,9 @@ class DrainService:
         """What `undrain` would bring back, and what it would leave. Changes nothing."""
         await self._must_exist(node)
         drained = await self._to_undo(node)
-        survey, plan, left = await undrain.plan(self.world, node, drained, 0.0, ask=False)
+        survey, plan, left = await undrain.plan(
+            self.world, node, drained, 0.0, overhead_s=await self._experience(), ask=False
+        )
         return _shown_plan(node, survey, plan, left)
 
     # --- balancing ---------------------------------------------------------------------------
@@ -273,9 +279,14 @@ class DrainService:
         leaving = [name for name in owned if name not in request.exclude]
         survey = await self.world.survey({node: leaving}, sample_s=sample_s, closed=(node,))
         domains = with_policy(survey.domains, node, request.policy)
+        survey = survey.experienced(await self._experience())
         survey = msgspec.structs.replace(survey, domains=domains)
         options: PlanOptions = survey.options(parallel=request.parallel)
         return survey, await self.world.plan(survey, leaving, options)
+
+    async def _experience(self) -> float | None:
+        """What a move takes beside its transfer, by earlier drains."""
+        return experience.overhead_s(await self._records.list_drains(), self._clock())
 
     def _made(
         self,
@@ -287,7 +298,7 @@ class DrainService:
         request: DrainRequest | None,
     ) -> Drain:
         now = self._clock()
-        request = request or DrainRequest()
+        request, options = request or DrainRequest(), survey.options()
         return Drain(
             id=id,
             operation=operation,
@@ -303,6 +314,7 @@ class DrainService:
             links=survey.shares(PlanOptions()),
             planned_s=plan.makespan_s,
             lower_bound_s=plan.lower_bound_s,
+            overhead_s=options.setup_s + options.finish_s,
             timeout_s=request.timeout_s,
             exclude=request.exclude,
             reboot_hint=request.reboot_hint,

@@ -43,6 +43,10 @@ class Survey(Struct, frozen=True, kw_only=True):
     overhead_s: float | None = None
     move_bytes_per_s: float | None = None
 
+    def experienced(self, overhead_s: float | None) -> Survey:
+        """With what earlier drains have shown, if they have: it counts for more."""
+        return self if overhead_s is None else msgspec.structs.replace(self, overhead_s=overhead_s)
+
     def options(self, **changes: object) -> PlanOptions:
         options = PlanOptions()
         if self.overhead_s is not None:

@@ -19,11 +19,18 @@ _BLANK: Final = Plan(moves=())
 
 
 async def plan(
-    world: DrainWorld, node: str, drained: Drain | None, sample_s: float, *, ask: bool = True
+    world: DrainWorld,
+    node: str,
+    drained: Drain | None,
+    sample_s: float,
+    *,
+    overhead_s: float | None = None,
+    ask: bool = True,
 ) -> tuple[Survey, Plan, tuple[PlanBlocker, ...]]:
     """The moves back to `node` of what `drained` took away. None: nothing comes back.
 
-    `ask`: whether the node is asked about each, which it refuses while it is kept free.
+    `overhead_s`: what earlier drains have shown. `ask`: whether the node is asked about each, which
+    it refuses while it is kept free.
     """
     away = [move for move in drained.moves if move.state in _AWAY] if drained is not None else []
     left: list[PlanBlocker] = []
@@ -37,7 +44,7 @@ async def plan(
             off.append(move.domain)
         else:
             coming[move.destination or ""].append(move.domain)
-    survey = await world.survey(coming, sample_s=sample_s)
+    survey = (await world.survey(coming, sample_s=sample_s)).experienced(overhead_s)
     survey = _as_it_left(survey, away, off, node, await _stopped(world, off, node))
     names = [name for each in coming.values() for name in each] + off
     if not names:
