@@ -379,6 +379,8 @@ class Witness(Value, frozen=True, kw_only=True):
     """Addresses that answered at the NIC's MAC."""
     heard: tuple[str, ...] = ()
     """Kinds of frames of the NIC that reached it meanwhile."""
+    routed: bool = False
+    """It asked the routers, not the switches."""
 
 
 class Cutover(Value, frozen=True, kw_only=True):

@@ -38,6 +38,7 @@ from migrator.model import (
     VolumeInfo,
     VolumeName,
 )
+from migrator.route_port import RouteDriver as RouteDriver
 from migrator.struct import Struct as Struct
 
 if TYPE_CHECKING:

@@ -7,11 +7,13 @@ from typing import Final
 
 from migrator.ports import FabricDriver
 from netfabric.bridge import BridgeFabric
+from netfabric.routed import RoutedFabric
 from netfabric.simulated import SimulatedFabric
 from netfabric.vxlan import VxlanFabric
 
 DRIVERS: Final[Mapping[str, type[FabricDriver]]] = {
     "bridge": BridgeFabric,
     "vxlan": VxlanFabric,
+    "routed": RoutedFabric,
     "simulated": SimulatedFabric,
 }

@@ -5,6 +5,8 @@ only what happens between a pause and a resume is said this way. Synchronous, an
 
     port      RTM_SETLINK of AF_BRIDGE: what a bridge port floods, learns, and whether it is open
     entry     RTM_NEWNEIGH, RTM_DELNEIGH of AF_BRIDGE: one MAC in a bridge's table
+
+Host routes are in `host_routes`, which speaks by `tell`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import enum
 import os
 import socket
 import struct
+from collections.abc import Collection
 from typing import Final
 
 from migrator.errors import FabricError
@@ -25,8 +28,8 @@ _RTM_NEWNEIGH: Final = 28
 _RTM_DELNEIGH: Final = 29
 _NLM_F_REQUEST: Final = 0x1
 _NLM_F_ACK: Final = 0x4
-_NLM_F_REPLACE: Final = 0x100
-_NLM_F_CREATE: Final = 0x400
+NLM_F_REPLACE: Final = 0x100
+NLM_F_CREATE: Final = 0x400
 _NLA_F_NESTED: Final = 0x8000
 _IFLA_PROTINFO: Final = 12
 _BRPORT_STATE: Final = 1
@@ -53,12 +56,12 @@ def set_port(index: int, *, floods: bool, learns: bool) -> None:
     FabricError if it is no bridge port (any more).
     """
     flags = [(_BRPORT_LEARNING, learns), *((flood, floods) for flood in _BRPORT_FLOODS)]
-    _set_port(index, b"".join(_attribute(kind, bytes([value])) for kind, value in flags))
+    _set_port(index, b"".join(attribute(kind, bytes([value])) for kind, value in flags))
 
 
 def set_port_state(index: int, state: PortState) -> None:
     """Shut or open a port altogether. FabricError, e.g. where a spanning tree decides that."""
-    _set_port(index, _attribute(_BRPORT_STATE, bytes([state])))
+    _set_port(index, attribute(_BRPORT_STATE, bytes([state])))
 
 
 def learn(port_index: int, mac: bytes) -> None:
@@ -82,24 +85,27 @@ def forget(port_index: int, mac: bytes) -> None:
 
 def _set_port(index: int, attributes: bytes) -> None:
     header = struct.pack("=BxHiII", _AF_BRIDGE, 0, index, 0, 0)
-    nested = _attribute(_IFLA_PROTINFO | _NLA_F_NESTED, attributes)
-    _tell(_RTM_SETLINK, 0, header + nested, "can't set the bridge port")
+    nested = attribute(_IFLA_PROTINFO | _NLA_F_NESTED, attributes)
+    tell(_RTM_SETLINK, 0, header + nested, "can't set the bridge port")
 
 
 def _entry(kind: int, port_index: int, mac: bytes, state: int, flags: int) -> None:
     header = struct.pack("=BxxxiHBB", _AF_BRIDGE, port_index, state, _NTF_MASTER | flags, 0)
-    create = _NLM_F_REPLACE | _NLM_F_CREATE if kind == _RTM_NEWNEIGH else 0
-    payload = header + _attribute(_NDA_LLADDR, mac)
-    _tell(kind, create, payload, "can't set the bridge's table")
+    create = NLM_F_REPLACE | NLM_F_CREATE if kind == _RTM_NEWNEIGH else 0
+    payload = header + attribute(_NDA_LLADDR, mac)
+    tell(kind, create, payload, "can't set the bridge's table")
 
 
-def _attribute(kind: int, value: bytes) -> bytes:
+def attribute(kind: int, value: bytes) -> bytes:
     """nlattr: length and kind, 16 bits each, padded to 4 bytes."""
     return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
 
 
-def _tell(kind: int, flags: int, payload: bytes, what: str) -> None:
-    """nlmsghdr and the payload; FabricError, beginning with `what`, if the kernel refuses."""
+def tell(kind: int, flags: int, payload: bytes, what: str, tolerated: Collection[int] = ()) -> None:
+    """nlmsghdr and the payload; FabricError, beginning with `what`, if the kernel refuses.
+
+    Error numbers of `tolerated` are as good as success.
+    """
     flags |= _NLM_F_REQUEST | _NLM_F_ACK
     header = struct.pack("=IHHII", 16 + len(payload), kind, flags, 1, 0)
     try:
@@ -110,5 +116,5 @@ def _tell(kind: int, flags: int, payload: bytes, what: str) -> None:
     except OSError as error:
         raise FabricError(f"{what}: {error.strerror or error}") from error
     code: int = -struct.unpack_from("=i", answer, 16)[0]
-    if code:
+    if code and code not in tolerated:
         raise FabricError(f"{what}: {os.strerror(code)}")

@@ -28,8 +28,6 @@ from migrator.journal import MigrationJournal
 from migrator.model import DomainSpec, NodeInfo, NodeName, PoolName
 from migrator.ports import FabricDriver, HypervisorDriver, VolumeDriver
 from migrator.tls import TlsFiles, files_of_node
-from netfabric.bridge import BridgeFabric
-from netfabric.vxlan import Overlay, VxlanFabric
 from node_agent import loop_monitor
 from node_agent.api.server import ApiServer, create_app
 from node_agent.cluster import ClusterService
@@ -45,6 +43,7 @@ from node_agent.drain.service import DrainService
 from node_agent.drain.usage import UsageMeter
 from node_agent.drain.world import DrainWorld
 from node_agent.events import EventKind, EventLog
+from node_agent.fabrics import make_fabric
 from node_agent.hooks.service import HookService
 from node_agent.machines import MachinePinner
 from node_agent.migrations import link_speed
@@ -114,12 +113,6 @@ def make_hypervisor(config: AgentConfig) -> HypervisorDriver:
 def make_pools(config: AgentConfig, store: TypedStore) -> PoolSet:
     node, state = NodeName(config.node.name), Path(config.node.state_directory) / "storage"
     return PoolSet(config.pools, lambda settings: make_pool(settings, node, state), store)
-
-
-def make_fabric(config: AgentConfig) -> FabricDriver:
-    if config.fabric.driver != "vxlan":
-        return BridgeFabric()
-    return VxlanFabric(Overlay.of(config.fabric, config.migration.address))
 
 
 def prepare_folders(config: AgentConfig) -> None:

@@ -28,6 +28,8 @@ import msgspec
 from migrator.errors import ConfigError
 from migrator.model import Name, NodeName
 from migrator.tls import TlsMode
+from node_agent.config_table import Table
+from node_agent.fabric_config import FabricTable, fabric_contradictions
 from storage.settings import BY_DRIVER, DEFAULT_DRIVER, PoolSettings
 
 _GIB: Final = 1024**3
@@ -43,10 +45,6 @@ _AbsolutePath = Annotated[
 _PathOrNone = Annotated[
     str, msgspec.Meta(description="an absolute path", pattern=r"^(/|$)", max_length=4096)
 ]
-
-
-class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every table of the file."""
 
 
 class NodeTable(Table, frozen=True, kw_only=True):
@@ -140,28 +138,6 @@ class HypervisorTable(Table, frozen=True, kw_only=True):
     accelerator: Annotated[
         Literal["auto", "kvm", "tcg"], msgspec.Meta(description='"auto", "kvm" or "tcg"')
     ] = "auto"
-
-
-class FabricTable(Table, frozen=True, kw_only=True):
-    driver: Annotated[
-        Literal["bridge", "vxlan", "simulated"],
-        msgspec.Meta(description='"bridge", "vxlan" or "simulated"'),
-    ] = "bridge"
-    bridge: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{0,15}$")] = ""
-    """vxlan: the bridge that the agent makes, which NICs name."""
-    identifier: Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)] = 0
-    """vxlan: the network identifier, the same on every node."""
-    local: str = ""
-    """vxlan: this node's end. Default: `migration.address`."""
-    remotes: tuple[str, ...] = ()
-    """vxlan: the other nodes' ends."""
-    port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 4789
-    mtu_bytes: Annotated[int, msgspec.Meta(ge=576, le=65521)] = 1450
-    """vxlan: of the guests' network; 50 bytes less than the nodes' own (70 over IPv6)."""
-    grace_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 5.0
-    """For so long the old node of a migrated guest forwards what still arrives there."""
-    verify_limit_s: Annotated[float, msgspec.Meta(gt=0, le=600)] = 5.0
-    tunnel_port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 7782
 
 
 class KnownPeer(Table, frozen=True, kw_only=True):
@@ -387,7 +363,7 @@ def _contradictions(config: AgentConfig) -> Iterator[str]:
             yield f'peers[{index}].name: "{peer.name}" is taken by an earlier peer'
         seen.add(peer.name)
     yield from _store_contradictions(config.store)
-    yield from _fabric_contradictions(config.fabric)
+    yield from fabric_contradictions(config.fabric)
     if config.api.listen == config.peer.listen:
         yield f'peer.listen: "{config.peer.listen}" is api.listen too; must be another port'
     try:
@@ -398,14 +374,6 @@ def _contradictions(config: AgentConfig) -> Iterator[str]:
             )
     except ValueError:
         pass  # A host name.
-
-
-def _fabric_contradictions(fabric: FabricTable) -> Iterator[str]:
-    if fabric.driver == "vxlan":
-        if not fabric.bridge:
-            yield "fabric.bridge: missing; must name the bridge to make, which NICs name"
-        if not fabric.identifier:
-            yield "fabric.identifier: missing; must be 1 to 16777215, the same on every node"
 
 
 def _store_contradictions(store: StoreTable) -> Iterator[str]:

@@ -20,7 +20,7 @@ from typing import Final
 
 import msgspec
 
-from migrator.errors import FerryError, RefusedError, WrongStateError
+from migrator.errors import FabricError, FerryError, RefusedError, WrongStateError
 from migrator.model import (
     DomainName,
     DomainSpec,
@@ -302,6 +302,14 @@ class DomainService:
                 domain=spec.name,
             )
             raise
+        await self._announce(spec)
+
+    async def _announce(self, spec: DomainSpec) -> None:
+        """It may have run elsewhere before: tell the network where it is. Never fails a start."""
+        try:
+            await self._fabric.announce(DomainName(spec.name), spec.nics)
+        except FabricError as error:
+            log.warning("domain %s runs, but the network wasn't told: %s", spec.name, error)
 
     async def _undo_start(self, owned: OwnershipRecord, spec: DomainSpec) -> None:
         try:

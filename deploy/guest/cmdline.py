@@ -6,6 +6,7 @@
 | `ferry.ip=10.77.1.10/24` | IPv4 address of eth0 | /init |
 | `ferry.ip6=fd77::10/64` | IPv6 address of eth0 | /init |
 | `ferry.gw=10.77.1.1` | default IPv4 route | /init |
+| `ferry.gw6=fe80::1` | default IPv6 route | /init |
 | `ferry.udp=10.77.1.250:9999` | where the numbered packets go | workload |
 | `ferry.udp_per_s=1000` | numbered packets a second | workload |
 | `ferry.mem_mib=64` | memory kept and verified; 0 for none | workload |
@@ -57,6 +58,7 @@ def guest_cmdline(
     address: str | None = None,
     address6: str | None = None,
     gateway: str | None = None,
+    gateway6: str | None = None,
     udp: str | None = None,
     udp_per_s: int = 1000,
     memory_mib: int = 64,
@@ -70,8 +72,8 @@ def guest_cmdline(
     """The kernel command line of a guest that does what is asked for; the table is above.
 
     `address` and `address6` are in prefix notation ("10.77.1.10/24"), `gateway` is an IPv4 address,
-    `udp` is "address:port" (IPv4). Pages are 4,096 bytes. Raises ValueError for what the guest
-    would refuse.
+    `gateway6` an IPv6 one, `udp` is "address:port" (IPv4). Pages are 4,096 bytes. Raises ValueError
+    for what the guest would refuse.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(f"guest name {name!r} is not a host name")
@@ -84,6 +86,8 @@ def guest_cmdline(
         words.append("ipv6.disable=1")  # saves boot time and router solicitations
     if gateway is not None:
         words.append(f"ferry.gw={ipaddress.IPv4Address(gateway)}")
+    if gateway6 is not None:
+        words.append(f"ferry.gw6={ipaddress.IPv6Address(gateway6)}")
     if udp is not None:
         words.append(f"ferry.udp={_udp_target(udp)}")
     numbers = {

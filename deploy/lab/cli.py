@@ -16,7 +16,7 @@ import msgspec
 import typer
 
 from deploy.lab import lab as labs
-from deploy.lab.plan import StoreKind
+from deploy.lab.plan import FabricKind, StoreKind
 from deploy.lab.preconditions import remarks, require_root
 from deploy.lab.record import DEFAULT_NAME
 from migrator.errors import FerryError, InvalidRequest, RefusedError
@@ -93,6 +93,10 @@ def up(
             help="Found a cluster and join its nodes: mutual TLS, HTTPS, users. New lab: plain.",
         ),
     ] = None,
+    fabric: Annotated[
+        FabricKind | None,
+        typer.Option("--fabric", help="The guests' network: one bridge for all, or routed."),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say each step.")] = False,
 ) -> None:
     """Make the lab, or repair it and let it grow."""
@@ -105,6 +109,7 @@ def up(
             store=store,
             storage_kinds=[kind for kind in storage.split(",") if kind],
             tls=tls,
+            fabric=fabric,
             report=print if verbose else lambda _line: None,
         )
     names = ", ".join(node.name for node in record.nodes)
@@ -178,7 +183,9 @@ def list_labs(
     "exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
 )
 def execute(
-    where: Annotated[str, typer.Argument(help="A node, client, storage, switch, etcd1 to 3.")],
+    where: Annotated[
+        str, typer.Argument(help="A node, client, storage, switch, router, etcd1 to 3.")
+    ],
     command: Annotated[list[str], typer.Argument(help="The command and its arguments.")],
     name: _Name = DEFAULT_NAME,
 ) -> None:

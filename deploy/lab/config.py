@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
-from deploy.lab import storage
-from deploy.lab.plan import ETCD_CLIENT_PORT, LabPlan, NodePlan, StoreKind
+import msgspec
+
+from deploy.lab import frr, storage
+from deploy.lab.plan import ETCD_CLIENT_PORT, GUEST_BRIDGE, FabricKind, LabPlan, NodePlan, StoreKind
 from migrator.tls import TlsMode
 from node_agent.config import (
     AgentConfig,
     ApiTable,
-    FabricTable,
     HypervisorTable,
     KnownPeer,
     MigrationTable,
@@ -21,6 +22,7 @@ from node_agent.config import (
     format_endpoint,
     render_config,
 )
+from node_agent.fabric_config import FabricTable
 from storage.settings import DirectorySettings
 
 API_PORT: Final = 7780
@@ -42,7 +44,7 @@ def agent_config(plan: LabPlan, node: NodePlan) -> AgentConfig:
         migration=MigrationTable(address=node.mgmt_address),
         store=store_table(plan),
         hypervisor=HypervisorTable(),
-        fabric=FabricTable(),
+        fabric=fabric_table(plan, node),
         pools=(
             DirectorySettings(name="default", path=str(plan.volumes_path)),
             *storage.pools(plan),
@@ -53,6 +55,30 @@ def agent_config(plan: LabPlan, node: NodePlan) -> AgentConfig:
             for other in plan.nodes
             if other.name != node.name and not plan.tls  # Members are in the store.
         ),
+    )
+
+
+def fabric_table(plan: LabPlan, node: NodePlan) -> FabricTable:
+    """The guests' network: bridges, or routes that the other nodes and the router are told of."""
+    if plan.fabric is FabricKind.BRIDGE:
+        return FabricTable()
+    subnets = {each.name: plan.subnet(number) for number, each in enumerate(plan.nodes, 1)}
+    own = subnets.pop(node.name)
+    table = FabricTable(
+        driver="routed",
+        bridge=GUEST_BRIDGE,
+        local=own.address,
+        local6=own.address6,
+        gateways=tuple(filter(None, (plan.guest_gateway,))),
+    )
+    if plan.fabric is FabricKind.BGP:
+        directory = str(frr.vty_directory(plan, node.name))
+        return msgspec.structs.replace(table, routes="frr", frr_vty_directory=directory)
+    return msgspec.structs.replace(
+        table,
+        routes="netlink",
+        route_peers=(own.router, *(other.address for other in subnets.values())),
+        route_key_file=str(plan.route_key_path),
     )
 
 

@@ -24,15 +24,26 @@ from typing import Final
 
 import msgspec
 
-from deploy.lab import etcd, membership, namespaces, network, processes, registry, storage
+from deploy.lab import (
+    etcd,
+    frr,
+    membership,
+    namespaces,
+    network,
+    processes,
+    registry,
+    routed,
+    storage,
+)
 from deploy.lab.config import agent_config_text
+from deploy.lab.merging import merge, with_fabric
 from deploy.lab.plan import (
+    FabricKind,
     LabPlan,
     NodePlan,
     StoreKind,
     check_lab_name,
     lab_of_namespace,
-    make_plan,
 )
 from deploy.lab.preconditions import check_machine, require_root
 from deploy.lab.processes import Process
@@ -46,9 +57,8 @@ from deploy.lab.record import (
     write_record,
 )
 from deploy.lab.removal import interrupts_ignored, remove_everything, remove_traces
-from migrator.errors import ConflictError, FerryError, InvalidRequest
+from migrator.errors import FerryError, InvalidRequest
 
-DEFAULT_NODES: Final = 3
 AGENT_COMMAND: Final = (sys.executable, "-m", "node_agent")
 READY_TIMEOUT_S: Final = 60.0
 """An agent starts in about a second; two dozen at once on two slow cores take their time."""
@@ -88,6 +98,7 @@ def up(
     store: StoreKind | None = None,
     storage_kinds: Sequence[str] = (),
     tls: bool | None = None,
+    fabric: FabricKind | None = None,
     agent_command: Sequence[str] | None = None,
     ready_timeout_s: float = READY_TIMEOUT_S,
     report: Callable[[str], None] = lambda _line: None,
@@ -114,10 +125,12 @@ def up(
                 undo.callback(remove_everything, name, folder, lock, ())
                 check_machine()
                 remove_traces(name, folder, ())
-            plan = _merge(name, index, present, nodes, link_mbit, node_memory_bytes, store, tls)
+            plan = merge(name, index, present, nodes, link_mbit, node_memory_bytes, store, tls)
+            plan = with_fabric(plan, present, fabric)
             kinds = storage.check_kinds([*plan.storage, *storage_kinds])
             storage.check_installed(kinds)
             plan = msgspec.structs.replace(plan, storage=kinds)
+            frr.check_installed(plan)
             if plan.etcd_members:
                 etcd.check_installed()
             command = tuple(agent_command or (present.agent_command if present else AGENT_COMMAND))
@@ -291,7 +304,8 @@ def storage_server(lab: str, kind: str, *, run: bool) -> bool:
 def namespace_of(lab: str, where: str) -> str:
     """The namespace of a node, an etcd member, `client`, `storage` or `switch`. InvalidRequest."""
     plan = load(lab).plan
-    if where in ("client", "storage", "switch", *(each.name for each in plan.etcd_members)):
+    roles = ("client", "storage", "switch", *(("router",) if plan.is_routed else ()))
+    if where in (*roles, *(each.name for each in plan.etcd_members)):
         return plan.namespace(where)
     return plan.node(where).namespace
 
@@ -317,59 +331,6 @@ def run_in(
 
 
 # --- parts -----------------------------------------------------------------------------------
-
-
-def _merge(
-    name: str,
-    index: int,
-    present: LabRecord | None,
-    nodes: int | None,
-    link_mbit: int | None,
-    node_memory_bytes: int | None,
-    store: StoreKind | None,
-    tls: bool | None,
-) -> LabPlan:
-    """What is asked for over what there is. Raises ConflictError if the lab would shrink, or its
-    state would be left behind in another store.
-    """
-    count, rate = DEFAULT_NODES, None
-    extra: dict[str, int] = {}
-    extra_storage: tuple[str, ...] = ()
-    if present is not None:
-        count, rate = present.plan.node_count, present.plan.link_mbit
-        extra["node_memory_bytes"] = present.plan.node_memory_bytes
-        if nodes is not None and nodes < count:
-            raise ConflictError(
-                f"lab {name} has {count} nodes and can't shrink to {nodes}; take it down first"
-            )
-        if store not in (None, present.plan.store):
-            raise ConflictError(
-                f"lab {name} keeps its state in {present.plan.store}, which can't become {store}; "
-                "take it down first"
-            )
-        store = present.plan.store
-        extra_storage = present.plan.storage
-        if tls not in (None, present.plan.tls):
-            raise ConflictError(
-                f"lab {name} was made {'with' if present.plan.tls else 'without'} TLS; take it "
-                "down first"
-            )
-        tls = present.plan.tls
-    if node_memory_bytes is not None:
-        extra["node_memory_bytes"] = node_memory_bytes
-    if link_mbit is not None:
-        rate = link_mbit or None
-    return make_plan(
-        name,
-        index=index,
-        node_count=count if nodes is None else nodes,
-        labs_root=labs_root(),
-        link_mbit=rate,
-        store=store or StoreKind.SQLITE,
-        storage=extra_storage,
-        tls=bool(tls),
-        **extra,
-    )
 
 
 def _make(
@@ -398,6 +359,7 @@ def _make(
         node.state_path.mkdir(parents=True, exist_ok=True)
     network.ensure_network(plan, made)
     etcd.ensure_members(plan, report)
+    routed.ensure_router(plan, report)
     storage.ensure_servers(plan, report)
     agents = {node.name: _ensure_agent(plan, node, command, undo, report) for node in plan.nodes}
     return write_record(plan, command, agents)

@@ -102,6 +102,19 @@ def netlink_socket(name: str) -> int:
     return descriptors[0]
 
 
+def write_setting(name: str, setting: str, value: str) -> None:
+    """Set a value below /proc/sys/net in the namespace. Raises FabricError."""
+
+    def work() -> None:
+        enter(name)
+        Path("/proc/sys/net", setting).write_text(value)
+
+    try:
+        _in_thread(work)
+    except OSError as error:
+        raise FabricError(f"net/{setting} can't be set in {name}: {error}") from error
+
+
 def _share_folder() -> None:
     """Let other mount namespaces see what is mounted in the folder, as `ip netns add` does."""
     NAMESPACES_PATH.mkdir(mode=0o755, exist_ok=True)

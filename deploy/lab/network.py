@@ -8,6 +8,7 @@ straight into its own, so the machine's own namespace never sees an interface of
 from __future__ import annotations
 
 import errno
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -16,17 +17,18 @@ from pyroute2 import IPRoute, NetlinkError
 
 from deploy.lab.namespaces import ensure_namespace, namespace_key, netlink_socket
 from deploy.lab.plan import (
-    GUEST_BRIDGE,
     SWITCH_GUEST_BRIDGE,
     SWITCH_MGMT_BRIDGE,
     LabPlan,
     Link,
+    Subnet,
 )
 from migrator.errors import FabricError
 
 PREFIX_BITS: Final = 24
 _ROOT_QDISC: Final = 0xFFFF_FFFF
 """TC_H_ROOT of linux/pkt_sched.h."""
+_NO_DUPLICATE_DETECTION: Final = 0x02
 _QUEUE_SECONDS: Final = 0.05
 """How long a packet may wait in a shaped link before it's dropped."""
 _BURST_SECONDS: Final = 0.005
@@ -74,6 +76,22 @@ class _Namespace:
         held = {item.get_attr("IFA_ADDRESS") for item in self._route.get_addr(index=index)}
         if address not in held:
             self._route.addr("add", index=index, address=address, prefixlen=PREFIX_BITS)
+
+    def ensure_subnet(
+        self, interface: str, address: str, bits: int, *more: tuple[str, int]
+    ) -> None:
+        """The addresses on an interface that is up."""
+        index = self.interfaces()[interface][0]
+        held = {item.get_attr("IFA_ADDRESS") for item in self._route.get_addr(index=index)}
+        for text, prefix_bits in ((address, bits), *more):
+            if text not in held:
+                flags = {"flags": _NO_DUPLICATE_DETECTION} if ":" in text else {}
+                self._route.addr("add", index=index, address=text, prefixlen=prefix_bits, **flags)
+
+    def ensure_default_route(self, gateway: str) -> None:
+        family = socket.AF_INET6 if ":" in gateway else socket.AF_INET
+        default = "::/0" if ":" in gateway else "0.0.0.0/0"
+        self._route.route("replace", dst=default, gateway=gateway, family=family)
 
     def add_veth(self, name: str, peer_namespace: str, peer: str) -> None:
         self._route.link(
@@ -136,34 +154,55 @@ def ensure_network(plan: LabPlan, made: Callable[[str], None]) -> None:
     for name in plan.namespaces:
         if ensure_namespace(name):
             made(name)
-    with _opened(plan.switch) as switch:
+    with _opened(plan.switch) as switch, _opened(_hub(plan)) as router:
         switch.raise_up("lo")
         switch.ensure_bridge(SWITCH_GUEST_BRIDGE)
         switch.ensure_bridge(SWITCH_MGMT_BRIDGE)
+        router.raise_up("lo")
         for namespace in plan.namespaces[1:]:
             links = [link for link in plan.links if link.namespace == namespace]
             with _opened(namespace) as end:
-                _ensure_links(switch, end, links, plan.link_mbit)
+                _ensure_links(switch, router, end, links, plan.link_mbit)
+
+
+def _hub(plan: LabPlan) -> str:
+    """Where cables without a bridge end: the router; there are none where there is none."""
+    return plan.router if plan.is_routed else plan.switch
 
 
 def _ensure_links(
-    switch: _Namespace, end: _Namespace, links: Iterable[Link], link_mbit: int | None
+    switch: _Namespace,
+    router: _Namespace,
+    end: _Namespace,
+    links: Iterable[Link],
+    link_mbit: int | None,
 ) -> None:
     end.raise_up("lo")
     for link in links:
+        hub = router if link.bridge is None else switch
         if link.node_bridge is not None:
             end.ensure_bridge(link.node_bridge)
-        if link.port not in switch.interfaces() or link.interface not in end.interfaces():
-            switch.delete(link.port)
+        if link.port not in hub.interfaces() or link.interface not in end.interfaces():
+            hub.delete(link.port)
             end.delete(link.interface)
-            switch.add_veth(link.port, end.name, link.interface)
-        switch.raise_up(link.port, bridge=link.bridge)
-        if link.address is not None:
+            hub.add_veth(link.port, end.name, link.interface)
+        hub.raise_up(link.port, bridge=link.bridge)
+        if link.address is not None and link.subnet is None:
             end.ensure_address(link.interface, link.address)
         end.raise_up(link.interface, bridge=link.node_bridge)
+        if link.subnet is not None:
+            _ensure_subnet(hub, end, link, link.subnet)
         if link.shaped:
-            switch.shape(link.port, link_mbit)
+            hub.shape(link.port, link_mbit)
             end.shape(link.interface, link_mbit)
+
+
+def _ensure_subnet(router: _Namespace, end: _Namespace, link: Link, subnet: Subnet) -> None:
+    bits, bits6 = subnet.prefix_bits, subnet.prefix6_bits
+    router.ensure_subnet(link.port, subnet.router, bits, (subnet.router6, bits6))
+    end.ensure_subnet(link.interface, subnet.address, bits, (subnet.address6, bits6))
+    end.ensure_default_route(subnet.router)
+    end.ensure_default_route(subnet.router6)
 
 
 def missing_interfaces(plan: LabPlan) -> list[str]:
@@ -171,10 +210,12 @@ def missing_interfaces(plan: LabPlan) -> list[str]:
     absent = [name for name in plan.namespaces if namespace_key(name) is None]
     wanted: dict[str, set[str]] = {
         plan.switch: {SWITCH_GUEST_BRIDGE, SWITCH_MGMT_BRIDGE},
-        **{node.namespace: {GUEST_BRIDGE} for node in plan.nodes},
+        **{node.namespace: set[str]() for node in plan.nodes},
     }
     for link in plan.links:
-        wanted.setdefault(plan.switch, set()).add(link.port)
+        wanted.setdefault(_hub(plan) if link.bridge is None else plan.switch, set()).add(link.port)
+        if link.node_bridge is not None:
+            wanted[link.namespace].add(link.node_bridge)
         wanted.setdefault(link.namespace, set()).add(link.interface)
     for name, interfaces in wanted.items():
         if name not in absent:

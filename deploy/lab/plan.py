@@ -17,9 +17,12 @@ namespace of their own, the switch, so that guest and migration traffic can be t
 
 Rules:
 - Nothing of a lab is ever visible in the machine's own network namespace.
-- 10.77.L.0/24 carries management, migrations and storage; 10.78.L.0/24 belongs to the guests.
+- 10.77.L.0/24 carries management, migrations and storage; 10.78.L.0/24 belongs to the guests, as
+  does fd78:L::/64.
   L is the lab's index on this machine, so that labs side by side never share an address.
 - `link_mbit` shapes both ends of both of a node's links.
+- With `fabric` routed or bgp there is no guests' network to share: each node, and the client, has a
+  cable to fy-LAB-router and a subnet of its own (`deploy.lab.routed`).
 - With `store` etcd, its three members have hosts of their own: fy-LAB-etcd1 to 3, beside storage.
 - A namespace's name always ends in its role, so a name belongs to exactly one lab.
 """
@@ -37,6 +40,8 @@ from migrator.errors import InvalidRequest
 
 NODES_MAX: Final = 200
 """The host part of an address is the node's number; 201 and up belong to the lab's services."""
+ROUTED_NODES_MAX: Final = 120
+"""Of 10.76.L.0/24 each node has a /31."""
 INDEX_MAX: Final = 255
 LINK_MBIT_MAX: Final = 30_000
 """A tbf qdisc's classic rate field is 32 bits of bytes per second (34 Gbit/s)."""
@@ -61,8 +66,19 @@ SWITCH_MGMT_BRIDGE: Final = "mgmt"
 
 _LAB_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?")
 _NAMESPACE: Final = re.compile(
-    r"fy-(?P<lab>[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?)-(?P<role>n[0-9]+|switch|client|storage|etcd[1-3])"
+    r"fy-(?P<lab>[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?)-(?P<role>n[0-9]+|switch|router|client|storage|etcd[1-3])"
 )
+
+
+class Subnet(msgspec.Struct, frozen=True, kw_only=True):
+    """What one cable of the router has to itself: an end's addresses, and the router's there."""
+
+    address: str
+    router: str
+    prefix_bits: int
+    address6: str
+    router6: str
+    prefix6_bits: int = 64
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,13 +86,15 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
 
     port: str
     """Interface name at the switch, at most 15 characters."""
-    bridge: str
-    """The switch's bridge that the port belongs to."""
+    bridge: str | None
+    """The switch's bridge that the port belongs to; None: it is a port of the router instead."""
     namespace: str
     interface: str
     """Interface name in `namespace`."""
     address: str | None = None
     """IPv4 address of `interface`; None where it is a port of the node's bridge."""
+    subnet: Subnet | None = None
+    """With the router: both ends' addresses, `address` among them."""
     node_bridge: str | None = None
     """Bridge in `namespace` that `interface` belongs to."""
     shaped: bool = False
@@ -116,6 +134,17 @@ class StoreKind(enum.StrEnum):
     """A real etcd of three members, each on a host of its own."""
 
 
+class FabricKind(enum.StrEnum):
+    """How a lab's nodes share the guests' network."""
+
+    BRIDGE = "bridge"
+    """One layer 2 for all."""
+    ROUTED = "routed"
+    """Subnets of their own, and a router that the nodes tell where guests are."""
+    BGP = "bgp"
+    """The same, but the nodes and the router speak BGP, by FRR."""
+
+
 class EtcdMemberPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One member of the lab's etcd: its host, and where it keeps things."""
 
@@ -144,6 +173,7 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Where the cluster's state is."""
     storage: tuple[str, ...] = ()
     """Its storage servers beside the folder of volumes: `deploy.lab.storage` knows them."""
+    fabric: FabricKind = FabricKind.BRIDGE
     tls: bool = False
     """Whether its agents were joined by `ferry cluster init`, `token` and `join`; else plain."""
 
@@ -155,10 +185,60 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
         return self.namespace("switch")
 
     @property
+    def router(self) -> str:
+        """The router's namespace, where the lab is routed."""
+        return self.namespace("router")
+
+    @property
+    def is_routed(self) -> bool:
+        return self.fabric is not FabricKind.BRIDGE
+
+    def subnet(self, number: int) -> Subnet:
+        """A node's, by its number, where the lab is routed."""
+        return Subnet(
+            address=f"10.76.{self.index}.{2 * number}",
+            router=f"10.76.{self.index}.{2 * number + 1}",
+            prefix_bits=31,
+            address6=f"fd76:{self.index:x}:{number:x}::2",
+            router6=f"fd76:{self.index:x}:{number:x}::1",
+        )
+
+    @property
+    def client_subnet(self) -> Subnet:
+        return Subnet(
+            address=f"10.75.{self.index}.250",
+            router=f"10.75.{self.index}.254",
+            prefix_bits=24,
+            address6=f"fd75:{self.index:x}::250",
+            router6=f"fd75:{self.index:x}::254",
+        )
+
+    @property
+    def guest_gateway(self) -> str | None:
+        """What guests have as their router: whichever node they are on. None: they need none."""
+        return f"10.78.{self.index}.254" if self.is_routed else None
+
+    @property
+    def guest_network6(self) -> str:
+        return f"fd78:{self.index:x}::/64"
+
+    def guest_address6(self, number: int) -> str:
+        """The IPv6 address beside `guest_address(number)`."""
+        self.guest_address(number)
+        return f"fd78:{self.index:x}::{number}"
+
+    @property
+    def route_key_path(self) -> Path:
+        """The key that the nodes and the router share."""
+        return self.folder / "routes.key"
+
+    @property
     def namespaces(self) -> tuple[str, ...]:
         """Every namespace of the lab, the switch first."""
+        router = (self.router,) if self.is_routed else ()
         return (
             self.switch,
+            *router,
             self.namespace("client"),
             self.namespace("storage"),
             *(member.namespace for member in self.etcd_members),
@@ -214,7 +294,11 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def client_guest_address(self) -> str:
-        return f"10.78.{self.index}.250"
+        return self.client_subnet.address if self.is_routed else f"10.78.{self.index}.250"
+
+    @property
+    def client_guest_address6(self) -> str:
+        return self.client_subnet.address6 if self.is_routed else f"fd78:{self.index:x}::250"
 
     @property
     def storage_address(self) -> str:
@@ -244,26 +328,18 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
     def links(self) -> tuple[Link, ...]:
         """Every cable of the lab."""
         links: list[Link] = []
-        for node in self.nodes:
-            links.append(
-                Link(
-                    port=f"g-{node.name}",
-                    bridge=SWITCH_GUEST_BRIDGE,
-                    namespace=node.namespace,
-                    interface=NODE_UPLINK,
-                    node_bridge=GUEST_BRIDGE,
-                    shaped=True,
-                )
-            )
+        for number, node in enumerate(self.nodes, 1):
+            links.append(self._guest_link(node, number))
             links.append(self._mgmt_link(node.name, node.namespace, node.mgmt_address, shaped=True))
         client = self.namespace("client")
         links.append(
             Link(
                 port="g-client",
-                bridge=SWITCH_GUEST_BRIDGE,
+                bridge=None if self.is_routed else SWITCH_GUEST_BRIDGE,
                 namespace=client,
                 interface=GUEST_INTERFACE,
                 address=self.client_guest_address,
+                subnet=self.client_subnet if self.is_routed else None,
             )
         )
         links.append(self._mgmt_link("client", client, self.client_mgmt_address))
@@ -273,6 +349,19 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
             for member in self.etcd_members
         )
         return tuple(links)
+
+    def _guest_link(self, node: NodePlan, number: int) -> Link:
+        subnet = self.subnet(number) if self.is_routed else None
+        return Link(
+            port=f"g-{node.name}",
+            bridge=None if subnet else SWITCH_GUEST_BRIDGE,
+            namespace=node.namespace,
+            interface=NODE_UPLINK,
+            address=subnet.address if subnet else None,
+            subnet=subnet,
+            node_bridge=None if subnet else GUEST_BRIDGE,
+            shaped=True,
+        )
 
     @staticmethod
     def _mgmt_link(role: str, namespace: str, address: str, *, shaped: bool = False) -> Link:
@@ -304,6 +393,13 @@ def check_lab_name(name: str) -> None:
             f"{name!r} can't be a lab's name: use 1 to 20 lower-case letters, digits and hyphens, "
             "no hyphen at either end"
         )
+
+
+def check_fabric(node_count: int, fabric: FabricKind) -> None:
+    """Raises InvalidRequest unless so many nodes have room in it."""
+    if fabric is not FabricKind.BRIDGE and node_count > ROUTED_NODES_MAX:
+        text = f"a routed lab has 1 to {ROUTED_NODES_MAX} nodes, not {node_count}"
+        raise InvalidRequest(text, {"nodes": text})
 
 
 def make_plan(

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from deploy.lab import namespaces, processes, registry
+from deploy.lab import frr, namespaces, processes, registry
 from deploy.lab.processes import Process
 from deploy.lab.record import DEFAULT_ROOT
 from migrator.errors import FerryError
@@ -34,6 +34,7 @@ def remove_traces(name: str, folder: Path, agents: Sequence[Process]) -> None:
     processes.kill_all(names, agents)
     for namespace in names:
         namespaces.remove_namespace(namespace)
+    frr.remove(name)
     _remove_folder(folder)
 
 

@@ -156,6 +156,9 @@ class Netlink:
             "replace", "tbf", index=index, rate=bytes_per_s, burst=burst_bytes, limit=queue_bytes
         )
 
+    def set_mac(self, index: int, mac: bytes) -> None:
+        self._route.link("set", index=index, address=mac.hex(":"))
+
     def set_mtu(self, index: int, mtu_bytes: int) -> None:
         self._route.link("set", index=index, mtu=mtu_bytes)
 

@@ -133,7 +133,7 @@ def prepare_arrival(
             failures.append(f"NIC {nic.mac} has no tap here")
             continue
         set_port(exits.tap_index, floods=False, learns=False)
-        _offer_filler(tap, parse_mac(nic.mac))
+        offer_filler(tap, parse_mac(nic.mac))
         arrivals.append(Arrival(nic, tap, parse_mac(nic.mac), exits, announcements(nic), name))
         try:
             tunnels.open_end(name, tunnel, index, nic)
@@ -142,7 +142,7 @@ def prepare_arrival(
     return tuple(arrivals), failures
 
 
-def _offer_filler(tap: str, mac: bytes) -> None:
+def offer_filler(tap: str, mac: bytes) -> None:
     """Put a frame that nobody needs first into a tap whose guest is to come.
 
     A paused QEMU reads one frame from its tap and loses it when it resumes (7.2: its network layer

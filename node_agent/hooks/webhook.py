@@ -62,10 +62,13 @@ class WebhookDriver(HookDriver[WebhookHook]):
             while (left_s := ends_s - loop.time()) > 0:
                 attempts += 1
                 try:
-                    status, answer = await self._post(session, settings, body, delivery, left_s)
+                    status, content = await post(
+                        session, settings.url, settings.secret, body, delivery, left_s
+                    )
                 except (aiohttp.ClientError, TimeoutError, OSError) as error:
                     last = str(error) or type(error).__name__
                 else:
+                    answer = _answer(content)
                     if status == 202 and answer.more_time_s > 0:
                         ends_s = min(max(ends_s, loop.time() + answer.more_time_s), latest_s)
                         last = f"it asked for {answer.more_time_s:g} s more"
@@ -81,32 +84,36 @@ class WebhookDriver(HookDriver[WebhookHook]):
                 gap_s = min(2 * gap_s, _GAP_LONGEST_S)
         raise HookError(f"{settings.url} was not done in time, {attempts} attempts; last: {last}")
 
-    async def _post(
-        self,
-        session: aiohttp.ClientSession,
-        settings: WebhookHook,
-        body: bytes,
-        delivery: str,
-        left_s: float,
-    ) -> tuple[int, _Answer]:
-        timestamp = str(int(time.time()))
-        headers = {
-            "Content-Type": "application/json",
-            "X-Ferry-Delivery": delivery,
-            "X-Ferry-Timestamp": timestamp,
-        }
-        if settings.secret:
-            headers["X-Ferry-Signature"] = signature(settings.secret, timestamp, body)
-        async with session.post(
-            settings.url,
-            data=body,
-            headers=headers,
-            allow_redirects=False,
-            timeout=aiohttp.ClientTimeout(total=min(_ATTEMPT_S, left_s)),
-        ) as response:
-            content = await response.content.read(_BODY_BYTES_MAX)
-            try:
-                answer = msgspec.json.decode(content, type=_Answer)
-            except msgspec.DecodeError:
-                answer = _Answer()
-            return response.status, answer
+
+async def post(
+    session: aiohttp.ClientSession,
+    url: str,
+    secret: str,
+    body: bytes,
+    delivery: str,
+    left_s: float,
+) -> tuple[int, bytes]:
+    """One signed delivery; the status, and the answer's first part. As aiohttp raises."""
+    timestamp = str(int(time.time()))
+    headers = {
+        "Content-Type": "application/json",
+        "X-Ferry-Delivery": delivery,
+        "X-Ferry-Timestamp": timestamp,
+    }
+    if secret:
+        headers["X-Ferry-Signature"] = signature(secret, timestamp, body)
+    async with session.post(
+        url,
+        data=body,
+        headers=headers,
+        allow_redirects=False,
+        timeout=aiohttp.ClientTimeout(total=min(_ATTEMPT_S, left_s)),
+    ) as response:
+        return response.status, await response.content.read(_BODY_BYTES_MAX)
+
+
+def _answer(content: bytes) -> _Answer:
+    try:
+        return msgspec.json.decode(content, type=_Answer)
+    except msgspec.DecodeError:
+        return _Answer()

@@ -69,6 +69,8 @@ def suspects(nics: Sequence[NicSpec], witnesses: Sequence[Witness]) -> str:
 def _suspect(nic: NicSpec, witnesses: Sequence[Witness]) -> str:
     if not witnesses:
         return f"no other node has a way into the network of bridge {nic.bridge} to ask by"
+    if all(witness.routed for witness in witnesses):
+        return _routed_suspect(nic, witnesses)
     heard = {kind for witness in witnesses for kind in witness.heard}
     answered = {address for witness in witnesses for address in witness.answered}
     silent = [text for text in nic.addresses if str(ipaddress.ip_address(text)) not in answered]
@@ -99,6 +101,27 @@ def _suspect(nic: NicSpec, witnesses: Sequence[Witness]) -> str:
             " security (the MAC is bound to the old port), or a guest that doesn't answer"
         )
     return "it is heard but doesn't answer: the guest filters ARP or has other addresses"
+
+
+def _routed_suspect(nic: NicSpec, witnesses: Sequence[Witness]) -> str:
+    answered = {address for witness in witnesses for address in witness.answered}
+    silent = [text for text in nic.addresses if str(ipaddress.ip_address(text)) not in answered]
+    if not answered:
+        return (
+            "no other node reaches it through the routers: look for a router that still leads to"
+            " its old node, that was not told, or that refuses the route; or a guest that answers"
+            " no echo"
+        )
+    if not silent:
+        deaf = [each.node for each in witnesses if set(each.answered) != answered]
+        return (
+            f"{', '.join(deaf)} can't reach it, others can: a router on the way still leads to its"
+            " old node"
+        )
+    return (
+        f"{', '.join(silent)} doesn't answer while its other addresses do: a router has no route"
+        " to it, or the guest filters"
+    )
 
 
 def _able(nic: NicSpec, witnesses: Sequence[Witness]) -> list[Witness]:

@@ -100,6 +100,7 @@ class Witnesses:
                 able=report.able,
                 answered=report.answered,
                 heard=report.heard,
+                routed=report.routed,
             )
             for nic, report in zip(nics, answer.reports, strict=True)
         ]

@@ -23,7 +23,7 @@ from migrator.model import DomainName, NicSpec, NodeName
 from migrator.ports import FabricDriver
 from netfabric.bridge import BridgeFabric, list_taps
 from netfabric.bridge.taps import TAP_NAME
-from netfabric.frames import gratuitous_arp_reply, parse_mac, rarp
+from netfabric.frames import announcements, gratuitous_arp_reply, parse_mac, rarp
 from netfabric.simulated import SimulatedFabric, SimulatedNetwork
 from netfabric.vxlan import Overlay, VxlanFabric
 from tests.contract.namespaces import run_in_new_namespace, unshare_network
@@ -37,6 +37,14 @@ class World(abc.ABC):
     """A node with a bridge `br0` (MTU 1500), and the network beyond it."""
 
     fabric: FabricDriver
+
+    def fit(self, nic: NicSpec) -> NicSpec:
+        """The NIC as this world can have it: a routed one needs an address."""
+        return nic
+
+    def round_of(self, nic: NicSpec) -> Sequence[bytes]:
+        """What one round of an announcement tells the network, as `heard` has it."""
+        return announcements(nic)
 
     @abc.abstractmethod
     async def move_away(self, mac: str) -> None:

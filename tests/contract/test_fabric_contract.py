@@ -32,6 +32,7 @@ from tests.contract.fabric_worlds import (
     run_vxlan,
 )
 from tests.contract.namespaces import run_in_new_namespace
+from tests.contract.routed_world import run_routed
 
 WEB = DomainName("web")
 NIC = NicSpec(mac="52:54:00:aa:bb:cc", bridge="br0", addresses=("10.0.0.5", "2001:db8::5"))
@@ -44,11 +45,17 @@ Run = Callable[[Body], None]
         "simulated",
         pytest.param("bridge", marks=pytest.mark.lab),
         pytest.param("vxlan", marks=pytest.mark.lab),
+        pytest.param("routed", marks=pytest.mark.lab),
     ]
 )
 def run(request: pytest.FixtureRequest) -> Run:
     """Runs a test's body in the world of one driver."""
-    runs: dict[str, Run] = {"simulated": run_simulated, "bridge": run_bridge, "vxlan": run_vxlan}
+    runs: dict[str, Run] = {
+        "simulated": run_simulated,
+        "bridge": run_bridge,
+        "vxlan": run_vxlan,
+        "routed": run_routed,
+    }
     assert set(runs) == set(DRIVERS)
     return runs[request.param]
 
@@ -62,7 +69,7 @@ def test_check_finds_nothing_wrong(run: Run) -> None:
 
 def test_check_gives_every_reason(run: Run) -> None:
     async def body(world: World) -> None:
-        multicast = NicSpec(mac="01:00:5e:00:00:01", bridge="br0", mtu_bytes=9000)
+        multicast = world.fit(NicSpec(mac="01:00:5e:00:00:01", bridge="br0", mtu_bytes=9000))
         assert len(await world.fabric.check(multicast)) == 2
         missing = NicSpec(mac=NIC.mac, bridge="br9", addresses=("nonsense",))
         reasons = await world.fabric.check(missing)
@@ -76,7 +83,7 @@ def test_what_check_refuses_plug_refuses(run: Run) -> None:
     async def body(world: World) -> None:
         for nic in (
             NicSpec(mac=NIC.mac, bridge="br9"),
-            NicSpec(mac=NIC.mac, bridge="br0", mtu_bytes=9000),
+            world.fit(NicSpec(mac=NIC.mac, bridge="br0", mtu_bytes=9000)),
             NicSpec(mac="ff:ff:ff:ff:ff:ff", bridge="br0"),
         ):
             with pytest.raises(FabricError):
@@ -106,7 +113,8 @@ def test_a_tap_dies_with_its_hypervisor(run: Run) -> None:
 
 def test_unplug_removes_the_tap_and_is_idempotent(run: Run) -> None:
     async def body(world: World) -> None:
-        fds = [await world.fabric.plug(WEB, index, nic) for index, nic in enumerate((NIC, BARE))]
+        nics = (NIC, world.fit(BARE))
+        fds = [await world.fabric.plug(WEB, index, nic) for index, nic in enumerate(nics)]
         try:
             await world.fabric.unplug(WEB, 0)
             assert await world.taps() == 1
@@ -123,7 +131,7 @@ def test_unplug_removes_the_tap_and_is_idempotent(run: Run) -> None:
 
 def test_an_announcement_moves_the_guest_here_before_it_returns(run: Run) -> None:
     async def body(world: World) -> None:
-        nics = (NIC, BARE)
+        nics = (NIC, world.fit(BARE))
         fds = [await world.fabric.plug(WEB, index, nic) for index, nic in enumerate(nics)]
         try:
             for nic in nics:
@@ -133,7 +141,7 @@ def test_an_announcement_moves_the_guest_here_before_it_returns(run: Run) -> Non
             await world.fabric.announce(WEB, nics)
             for nic in nics:
                 assert await world.is_here(nic.mac)
-                expected = list(announcements(nic))
+                expected = list(world.round_of(nic))
                 heard = (await world.heard(nic.mac))[before[nic.mac] :]
                 assert list(heard[: len(expected)]) == expected
         finally:
@@ -148,7 +156,7 @@ def test_announcements_are_repeated_and_end(run: Run) -> None:
         fd = await world.fabric.plug(WEB, 0, NIC)
         try:
             await world.fabric.announce(WEB, [NIC])
-            total = len(announcements(NIC)) * (1 + len(GAPS_S))
+            total = len(world.round_of(NIC)) * (1 + len(GAPS_S))
 
             async def complete() -> bool:
                 return len(await world.heard(NIC.mac)) == total
@@ -203,7 +211,7 @@ def test_a_nic_that_is_not_plugged_is_not_announced(run: Run) -> None:
         fd = await world.fabric.plug(WEB, 0, NIC)
         try:
             with pytest.raises(FabricError, match=BARE.mac):
-                await world.fabric.announce(WEB, [NIC, BARE])
+                await world.fabric.announce(WEB, [NIC, world.fit(BARE)])
             assert await world.is_here(NIC.mac), "the NIC that is here is announced nevertheless"
             assert list(await world.heard(BARE.mac)) == []
         finally:

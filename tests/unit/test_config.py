@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -161,3 +162,33 @@ def test_a_vxlan_fabric_names_its_bridge_and_identifier() -> None:
         parse_config(text)
     assert "fabric.bridge: missing" in str(caught.value)
     assert "fabric.identifier: missing" in str(caught.value)
+
+
+ROUTED = MINIMAL + '\n[fabric]\ndriver = "routed"\nbridge = "guests"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (MINIMAL + '\n[fabric]\ndriver = "routed"\n', "fabric.bridge: missing"),
+        (MINIMAL + '\n[fabric]\nroutes = "frr"\n', 'only driver "routed" has routes'),
+        (ROUTED + 'local = "here"\n', 'fabric.local: "here" is not an IPv4'),
+        (ROUTED + 'local6 = "192.0.2.1"\n', 'fabric.local6: "192.0.2.1" is not an IPv6'),
+        (ROUTED + 'gateways = ["10.0.0.0/24"]\n', "fabric.gateways"),
+        (ROUTED + 'routes = "netlink"\n', "fabric.route_key_file: missing"),
+        (ROUTED + 'routes = "netlink"\n', "fabric.route_peers: missing"),
+        (ROUTED + 'routes = "webhook"\nroute_key_file = "/k"\n', "fabric.route_url: missing"),
+        (ROUTED + 'routes = "rip"\n', "fabric.routes"),
+    ],
+)
+def test_what_is_wrong_with_a_routed_fabric_is_said(text: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        parse_config(text)
+
+
+def test_a_routed_fabric_is_read_back_as_it_was_written() -> None:
+    config = parse_config(
+        ROUTED + 'routes = "netlink"\nroute_key_file = "/key"\nroute_peers = ["192.0.2.254"]\n'
+    )
+    assert config.fabric.route_peers == ("192.0.2.254",)
+    assert parse_config(render_config(config)) == config

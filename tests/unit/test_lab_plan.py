@@ -15,9 +15,12 @@ from deploy.lab.network import shaping_bytes
 from deploy.lab.plan import (
     LINK_MBIT_MAX,
     NODES_MAX,
+    ROUTED_NODES_MAX,
     SOCKET_PATH_BYTES_MAX,
+    FabricKind,
     LabPlan,
     StoreKind,
+    check_fabric,
     lab_of_namespace,
     make_plan,
 )
@@ -83,7 +86,7 @@ def test_a_lab_called_like_another_ones_node() -> None:
     assert lab_of_namespace("fy-a-n1-n1") == "a-n1"
     assert lab_of_namespace("fy-a-n1-switch") == "a-n1"
     assert lab_of_namespace("something") is None
-    assert lab_of_namespace("fy-a-router") is None
+    assert lab_of_namespace("fy-a-gate") is None
 
 
 def test_labs_side_by_side_share_no_address() -> None:
@@ -149,3 +152,27 @@ def test_a_lab_with_etcd_has_three_members_on_hosts_of_their_own() -> None:
 def test_a_shaped_link_takes_a_whole_gso_packet(link_mbit: int) -> None:
     burst, queue = shaping_bytes(link_mbit)
     assert 65_536 < burst < queue
+
+
+@given(index=st.integers(0, 255), nodes=st.integers(1, ROUTED_NODES_MAX))
+def test_a_routed_labs_subnets_share_nothing(index: int, nodes: int) -> None:
+    plan = msgspec.structs.replace(plan_of(index=index, nodes=nodes), fabric=FabricKind.ROUTED)
+    subnets = [link.subnet for link in plan.links if link.subnet is not None]
+    assert len(subnets) == nodes + 1
+    networks = [
+        ipaddress.ip_interface(f"{each.address}/{each.prefix_bits}").network for each in subnets
+    ]
+    assert len(set(networks)) == len(networks)
+    for subnet, network in zip(subnets, networks, strict=True):
+        assert ipaddress.ip_address(subnet.router) in network
+    assert "fy-lab-router" in plan.namespaces
+    for node in plan.nodes[:3]:
+        config = parse_config(agent_config_text(plan, node))
+        assert config.fabric.local not in config.fabric.route_peers
+        assert len(config.fabric.route_peers) == nodes
+
+
+def test_a_routed_lab_has_room_for_so_many_nodes() -> None:
+    check_fabric(ROUTED_NODES_MAX, FabricKind.BGP)
+    with pytest.raises(InvalidRequest, match="a routed lab has"):
+        check_fabric(ROUTED_NODES_MAX + 1, FabricKind.ROUTED)

@@ -15,12 +15,14 @@ read -r cmdline < /proc/cmdline
 address=''
 address6=''
 gateway=''
+gateway6=''
 name=guest
 for word in $cmdline; do
     case $word in
         ferry.ip=*) address=${word#*=} ;;
         ferry.ip6=*) address6=${word#*=} ;;
         ferry.gw=*) gateway=${word#*=} ;;
+        ferry.gw6=*) gateway6=${word#*=} ;;
         ferry.name=*) name=${word#*=} ;;
     esac
 done
@@ -36,6 +38,7 @@ if [ -e /sys/class/net/eth0 ]; then
     if [ -n "$address" ]; then ip addr add "$address" dev eth0; fi
     if [ -n "$address6" ]; then ip addr add "$address6" dev eth0; fi
     if [ -n "$gateway" ]; then ip route add default via "$gateway"; fi
+    if [ -n "$gateway6" ]; then ip -6 route add default via "$gateway6" dev eth0; fi
 elif [ -n "$address$address6" ]; then
     echo "FERRY-ERROR an address is given, but the guest has no network interface"
 fi

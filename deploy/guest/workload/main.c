@@ -75,7 +75,7 @@ static void parse_word(const char *word)
         config.disk_records_per_s = parse_number(word, value);
     else if (IS("http"))
         config.http = parse_number(word, value) != 0;
-    else if (!IS("ip") && !IS("ip6") && !IS("gw")) /* those three are for /init */
+    else if (!IS("ip") && !IS("ip6") && !IS("gw") && !IS("gw6")) /* for /init */
         give_up("%s: unknown option", word);
 #undef IS
 }

@@ -6,6 +6,7 @@ A question that was asked during a blackout is answered after it, if the network
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import itertools
 import socket
 import struct
@@ -14,8 +15,8 @@ from typing import Final
 
 from tests.integration.cluster.client import ANSWER_S, _Watch, in_namespace
 
-_ECHO_REQUEST: Final = 8
-_ECHO_REPLY: Final = 0
+_ECHO_REQUEST: Final = {4: 8, 6: 128}
+_ECHO_REPLY: Final = {4: 0, 6: 129}
 _SO_TIMESTAMPNS: Final = 35
 _SO_RCVBUFFORCE: Final = 33
 _BUFFER_BYTES: Final = 16 * 1024**2
@@ -36,6 +37,7 @@ class PingWatch(_Watch):
 
     def __init__(self, namespace: str, address: str, per_s: int = 1000) -> None:
         super().__init__()
+        self._version = ipaddress.ip_address(address).version
         self._socket = in_namespace(namespace, self._opened)
         self._address = address
         self._gap_s = 1.0 / per_s
@@ -44,9 +46,11 @@ class PingWatch(_Watch):
         self.answers: list[tuple[float, int]] = []
         """Kernel's wall-clock time of arrival, number."""
 
-    @staticmethod
-    def _opened() -> socket.socket:
-        opened = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+    def _opened(self) -> socket.socket:
+        if self._version == 4:
+            opened = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+        else:
+            opened = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
         opened.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
         opened.setblocking(False)
@@ -68,8 +72,9 @@ class PingWatch(_Watch):
 
     def _send(self) -> None:
         body = _BODY.pack(self.sent)
-        head = struct.pack("!BBHHH", _ECHO_REQUEST, 0, 0, self._identifier, self.sent & 0xFFFF)
-        checksum = _checksum(head + body)
+        kind = _ECHO_REQUEST[self._version]
+        head = struct.pack("!BBHHH", kind, 0, 0, self._identifier, self.sent & 0xFFFF)
+        checksum = _checksum(head + body)  # The kernel makes that of ICMPv6.
         head = head[:2] + checksum.to_bytes(2, "big") + head[4:]
         with contextlib.suppress(BlockingIOError):
             self._socket.sendto(head + body, (self._address, 0))
@@ -81,9 +86,11 @@ class PingWatch(_Watch):
                 packet, control, _, _ = self._socket.recvmsg(256, 64)
             except BlockingIOError:
                 return
-            message = packet[(packet[0] & 0xF) * 4 :]
+            message = packet[(packet[0] & 0xF) * 4 :] if self._version == 4 else packet
+            if len(message) < 8 + _BODY.size:
+                continue
             kind, _, _, identifier, _ = struct.unpack_from("!BBHHH", message)
-            if kind == _ECHO_REPLY and identifier == self._identifier:
+            if kind == _ECHO_REPLY[self._version] and identifier == self._identifier:
                 seconds, nanoseconds = struct.unpack_from("@ll", control[0][2])
                 at_s = seconds + nanoseconds / 1e9
                 self.answers.append((at_s, _BODY.unpack_from(message, 8)[0]))

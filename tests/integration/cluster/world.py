@@ -82,6 +82,7 @@ class Load:
     memory_mib: int = 24
     disk: bool = False
     udp: bool = True
+    ipv6: bool = False
     guest_memory_bytes: int = GUEST_MEMORY_BYTES
     pool: str = "default"
 
@@ -258,24 +259,29 @@ class Guest:
         self.name = name
         self.load = load
         self.address = cluster.plan.guest_address(number)
+        self.address6 = cluster.plan.guest_address6(number)
         self.mac = f"52:54:00:fe:01:{number:02x}"
         self.udp_port = UDP_PORT_FIRST + number
 
     @property
     def spec(self) -> DomainSpec:
         plan, load = self.cluster.plan, self.load
+        addresses = (self.address, self.address6) if load.ipv6 else (self.address,)
         udp = f"{plan.client_guest_address}:{self.udp_port}" if load.udp else None
         return DomainSpec(
             name=self.name,
             memory_bytes=load.guest_memory_bytes,
             disks=(DiskSpec(volume=self.name, pool=load.pool),) if load.disk else (),
-            nics=(NicSpec(mac=self.mac, bridge=GUEST_BRIDGE, addresses=(self.address,)),),
+            nics=(NicSpec(mac=self.mac, bridge=GUEST_BRIDGE, addresses=addresses),),
             boot=KernelBoot(
                 kernel=str(self.cluster.image.kernel),
                 initrd=str(self.cluster.image.initrd),
                 cmdline=guest_cmdline(
                     name=self.name,
                     address=f"{self.address}/24",
+                    address6=f"{self.address6}/64" if load.ipv6 else None,
+                    gateway=plan.guest_gateway,
+                    gateway6="fe80::1" if load.ipv6 and plan.is_routed else None,
                     udp=udp,
                     memory_mib=load.memory_mib,
                     dirty_pages_per_s=load.dirty_pages_per_s,

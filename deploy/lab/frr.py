@@ -1,0 +1,142 @@
+"""BGP in a routed lab: zebra and bgpd of Debian's frr, in every node and in the router.
+
+One AS; the router reflects what the nodes announce. Each pair of daemons has a folder of its own
+for its configuration, sockets and logs, so that nothing of the machine's own FRR is touched:
+
+    ferry lab exec n1 -- vtysh --vty_socket /run/ferry-frr/LAB/n1 -c 'show bgp summary'
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from deploy.lab import processes
+from deploy.lab.plan import FabricKind, LabPlan
+from migrator.errors import FerryError, RefusedError
+
+PROGRAMS: Final = Path("/usr/lib/frr")
+RUN: Final = Path("/run/ferry-frr")
+"""Not in the labs' folder, which the daemons' user needn't be able to enter."""
+USER: Final = "frr"
+SYSTEM: Final = 64512
+READY_TIMEOUT_S: Final = 30.0
+_POLL_S: Final = 0.02
+
+
+def check_installed(plan: LabPlan) -> None:
+    """RefusedError: the lab wants BGP, and this machine has no FRR."""
+    missing = not (PROGRAMS / "bgpd").exists() or shutil.which("vtysh") is None
+    if plan.fabric is FabricKind.BGP and missing:
+        reason = "FRR is not installed: apt-get install frr"
+        raise RefusedError(f"this machine can't hold the lab's routers: {reason}", [reason])
+
+
+def vty_directory(plan: LabPlan, role: str) -> Path:
+    """Where the daemons of a node, or of `router`, have their sockets."""
+    return RUN / plan.name / role
+
+
+def remove(lab: str) -> None:
+    """What the daemons of a lab have left, once they are ended. Idempotent."""
+    shutil.rmtree(RUN / lab, ignore_errors=True)
+    with contextlib.suppress(OSError):  # Other labs' are there, or none ever was.
+        RUN.rmdir()
+
+
+def ensure_daemons(plan: LabPlan, report: Callable[[str], None]) -> None:
+    """Start what doesn't run. FerryError with a log's end."""
+    if plan.fabric is not FabricKind.BGP:
+        return
+    for role, lines in (("router", _router_lines(plan)), *_node_lines(plan)):
+        folder = vty_directory(plan, role)
+        folder.mkdir(parents=True, exist_ok=True)
+        configuration = folder / "frr.conf"
+        configuration.write_text("\n".join(lines) + "\n")
+        for path in (folder, configuration):  # The daemons give up being root.
+            shutil.chown(path, USER, USER)
+        for daemon in ("zebra", "bgpd"):
+            _ensure(plan, role, daemon, report)
+
+
+def _ensure(plan: LabPlan, role: str, daemon: str, report: Callable[[str], None]) -> None:
+    folder, namespace = vty_directory(plan, role), plan.namespace(role)
+    pid_path, log = folder / f"{daemon}.pid", folder / f"{daemon}.log"
+    running = processes.processes_in([namespace])[namespace]
+    if processes.find_by_argument(running, str(pid_path)) is not None:
+        return
+    command = [
+        str(PROGRAMS / daemon),
+        *("-f", str(folder / "frr.conf"), "-i", str(pid_path), "-z", str(folder / "zserv.api")),
+        *("--vty_socket", str(folder), "-P", "0"),
+        *("--log", f"file:{log}"),
+    ]
+    process = processes.spawn_in(namespace, command, log)
+    deadline_s = time.monotonic() + READY_TIMEOUT_S
+    while not (folder / f"{daemon}.vty").is_socket():
+        if not processes.alive(process) or time.monotonic() > deadline_s:
+            raise FerryError(
+                f"the lab's {daemon} of {role} doesn't serve; the end of {log}:\n"
+                f"{processes.tail(log)}"
+            )
+        time.sleep(_POLL_S)
+    report(f"{daemon} of {role} started")
+
+
+def _node_lines(plan: LabPlan) -> Iterator[tuple[str, list[str]]]:
+    for number, node in enumerate(plan.nodes, 1):
+        subnet = plan.subnet(number)
+        yield (
+            node.name,
+            [
+                *_head(node.name, subnet.address),
+                *_neighbour(subnet.router),
+                *_neighbour(subnet.router6),
+                *_families([subnet.router], [subnet.router6], ""),
+            ],
+        )
+
+
+def _router_lines(plan: LabPlan) -> list[str]:
+    subnets = [plan.subnet(number) for number, _ in enumerate(plan.nodes, 1)]
+    four = [subnet.address for subnet in subnets]
+    six = [subnet.address6 for subnet in subnets]
+    lines = _head("router", plan.client_subnet.router)
+    for address in (*four, *six):
+        lines += _neighbour(address)
+    return [*lines, *_families(four, six, "route-reflector-client")]
+
+
+def _head(name: str, identifier: str) -> list[str]:
+    return [
+        "frr defaults datacenter",
+        f"hostname {name}",
+        "ip nht resolve-via-default",
+        "ipv6 nht resolve-via-default",
+        f"router bgp {SYSTEM}",
+        f" bgp router-id {identifier}",
+        " no bgp default ipv4-unicast",
+        " bgp network import-check",
+    ]
+
+
+def _neighbour(address: str) -> list[str]:
+    return [
+        f" neighbor {address} remote-as {SYSTEM}",
+        f" neighbor {address} timers connect 1",
+        f" neighbor {address} advertisement-interval 0",
+    ]
+
+
+def _families(four: list[str], six: list[str], more: str) -> Iterator[str]:
+    for family, addresses in (("ipv4", four), ("ipv6", six)):
+        yield f" address-family {family} unicast"
+        for address in addresses:
+            yield f"  neighbor {address} activate"
+            if more:
+                yield f"  neighbor {address} {more}"
+        yield " exit-address-family"

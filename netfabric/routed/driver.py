@@ -1,0 +1,283 @@
+"""Guests without any layer 2: each address is a host route to its guest's tap.
+
+                     this node                                routers
+    guest ── tap ── routing table ── uplink ──────────────── host routes ── everybody else
+             │      10.0.0.5/32 dev TAP                      10.0.0.5/32 via this node
+             └ answers every ARP question itself; fe80::1
+
+The node's own table says where the guest is here (`plugging`), the routers' follow by a route
+driver (`netfabric.routes`), which stands where the announcements of a bridge stand: said once in
+the moment of the resume, and again until it is verified.
+
+    metric 1      the guest is here, or has left and what still comes takes the tunnel
+    metric 1024   where another node has said that the address is
+    metric 2048   plugged here, and nobody else has it
+
+Two guests of one node, and two nodes, reach each other through routing tables alone. Needs
+CAP_NET_ADMIN and CAP_NET_RAW. Belongs to one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import ClassVar, Final
+
+from migrator.errors import FabricError
+from migrator.model import DomainName, NicSpec
+from migrator.ports import (
+    FabricDriver,
+    FirstFrames,
+    ProbeReport,
+    RouteDriver,
+    Tunnel,
+    WidthReport,
+)
+from netfabric.addresses import AddressWatcher
+from netfabric.announcer import GAPS_S, Announcer
+from netfabric.bridge import tunnels
+from netfabric.bridge.plugging import sweep, unplug
+from netfabric.bridge.taps import tap_name
+from netfabric.first_frames import watch_first_frames
+from netfabric.frames import parse_mac
+from netfabric.routed import moving, plugging, probing
+from netfabric.routed.network import RoutedNetwork, prepare_node, reasons
+from netfabric.threads import in_thread
+
+FIRST_ROUND_S: Final = 0.5
+"""An announcement waits so long for the routers' answers; it goes on without."""
+HOLD_S: Final = 10.0
+"""What still arrives at the old node is forwarded so much longer, if no new route is seen."""
+_LOOK_S: Final = 0.25
+
+log = logging.getLogger(__name__)
+
+
+class RoutedFabric(FabricDriver):
+    """See the module. Errors: FabricError."""
+
+    name: ClassVar[str] = "routed"
+
+    def __init__(
+        self, network: RoutedNetwork, routes: RouteDriver, *, gaps_s: Sequence[float] = GAPS_S
+    ) -> None:
+        """`gaps_s`: between the rounds of an announcement, seconds."""
+        self.network = network
+        self.routes = routes
+        self._announcer = Announcer(gaps_s)
+        self._addresses = AddressWatcher()
+        self._plugged: dict[DomainName, dict[int, NicSpec]] = {}
+        self._departures: dict[DomainName, tuple[moving.Departure, ...]] = {}
+        self._arrivals: dict[DomainName, tuple[moving.Arrival, ...]] = {}
+
+    async def open(self) -> None:
+        """Also lets this node forward, and starts the route driver."""
+        await in_thread(tunnels.remove_leftovers)
+        await in_thread(sweep)
+        await in_thread(lambda: prepare_node(self.network))
+        await self.routes.open()
+
+    async def check(self, nic: NicSpec) -> Sequence[str]:
+        return await in_thread(lambda: reasons(self.network, nic))
+
+    async def plug(self, domain: DomainName, index: int, nic: NicSpec) -> int:
+        """The NIC's tap, to which its addresses lead if nobody else has them."""
+        tap = tap_name(domain, index)
+        fd = await in_thread(lambda: plugging.plug(self.network, tap, nic), plugging.close)
+        self._plugged.setdefault(domain, {})[index] = nic
+        self._watch(tap, nic)
+        return fd
+
+    async def unplug(self, domain: DomainName, index: int) -> None:
+        """Also withdraws the NIC's addresses, unless the guest has moved."""
+        tap = tap_name(domain, index)
+        await self._announcer.silence(domain)
+        await self._addresses.forget(tap)
+        nic = self._plugged.get(domain, {}).pop(index, None)
+        if not self._plugged.get(domain):
+            self._plugged.pop(domain, None)
+        arrivals = self._arrivals.pop(domain, ())
+        await in_thread(lambda: unplug(tap))
+        await in_thread(lambda: moving.close_tunnels(arrivals))
+        if nic is not None and domain not in self._departures:
+            await self.routes.withdraw(nic.addresses)
+
+    async def announce(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
+        """The addresses lead to the taps here, and the routers here. Bounded by FIRST_ROUND_S.
+
+        Said again with growing gaps. FabricError: a NIC has no tap here, or a router doesn't
+        answer. The other NICs are announced nevertheless, and all of it is repeated.
+        """
+        await self._announcer.silence(domain)
+        if not nics:
+            return
+        nics = self._defined(domain, nics)
+        led, missing = await in_thread(lambda: _lead(self.network, domain, nics))
+        addresses = [text for nic in led for text in nic.addresses]
+        failures = [f"NIC {nic.mac} has no tap here" for nic in missing]
+
+        async def repeat() -> None:
+            await self.routes.lead_here(addresses)
+
+        try:
+            async with asyncio.timeout(FIRST_ROUND_S):
+                await self.routes.lead_here(addresses)
+        except FabricError as error:
+            failures.append(str(error))
+        except TimeoutError:
+            failures.append(f"not every router has answered within {FIRST_ROUND_S:g} s")
+        if addresses:
+            await self._announcer.repeat(domain, repeat)
+        if failures:
+            raise FabricError("; ".join(failures))
+
+    async def close(self) -> None:
+        """Taps and routes stay: the guests go on."""
+        await self._announcer.close()
+        await self._addresses.close()
+        await self.routes.close()
+
+    # --- a domain that moves ---
+
+    async def prepare_departure(
+        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
+    ) -> None:
+        earlier = self._arrivals.pop(domain, ())
+        await in_thread(lambda: moving.close_tunnels(earlier))
+        departures, failures = await in_thread(
+            lambda: moving.prepare_departure(domain, nics, tunnel),
+            lambda made: _discard(made[0]),
+        )
+        self._departures[domain] = departures
+        if failures:
+            raise FabricError("; ".join(failures))
+
+    async def divert(self, domain: DomainName) -> None:
+        departures = self._departures.get(domain, ())
+        await in_thread(lambda: moving.divert(self.network, departures))
+
+    async def shut(self, domain: DomainName) -> None:
+        departures = self._departures.get(domain, ())
+        await in_thread(lambda: moving.shut(departures))
+
+    async def reopen(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
+        self._departures.pop(domain, None)
+        await in_thread(lambda: moving.reopen(self.network, domain, nics))
+
+    async def end_departure(self, domain: DomainName) -> int:
+        """Forwards on for up to HOLD_S, until a newer route is seen from here."""
+        departures = self._departures.get(domain, ())
+        addresses = [text for each in departures for text in each.nic.addresses]
+        if not addresses:
+            return 0
+        seen = await self._seen_elsewhere(domain, departures, addresses)
+        if self._departures.get(domain) is not departures:
+            return 0  # It has come back meanwhile, and that has closed the tunnel.
+        if not seen:
+            log.warning("domain %s: no route elsewhere was seen for %s", domain, addresses)
+        del self._departures[domain]
+        await self.routes.withdraw(addresses)
+        return (await in_thread(lambda: moving.close_tunnels(departures)))[1]
+
+    async def prepare_arrival(
+        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
+    ) -> None:
+        earlier = self._departures.pop(domain, ())
+        await in_thread(lambda: moving.close_tunnels(earlier))
+        arrivals, failures = await in_thread(
+            lambda: moving.prepare_arrival(domain, nics, tunnel),
+            lambda made: _discard(made[0]),
+        )
+        self._arrivals[domain] = arrivals
+        await self.routes.prepare([text for nic in nics for text in nic.addresses])
+        if failures:
+            raise FabricError("; ".join(failures))
+
+    async def open_arrival(self, domain: DomainName, learnt: Sequence[Sequence[str]] = ()) -> None:
+        arrivals = self._arrivals.get(domain, ())
+        for arrival, texts in zip(arrivals, learnt, strict=False):
+            self._addresses.add(arrival.tap, texts)
+        await in_thread(lambda: moving.open_arrival(self.network, arrivals))
+
+    def announce_now(self, domain: DomainName) -> float | None:
+        arrivals = self._arrivals.get(domain, ())
+        addresses = [text for arrival in arrivals for text in arrival.nic.addresses]
+        return self.routes.lead_here_now(addresses) if addresses else None
+
+    async def end_arrival(self, domain: DomainName) -> int:
+        arrivals = self._arrivals.pop(domain, ())
+        return (await in_thread(lambda: moving.close_tunnels(arrivals)))[0]
+
+    async def first_frames(self, domain: DomainName, timeout_s: float) -> FirstFrames:
+        taps = [arrival.tap for arrival in self._arrivals.get(domain, ())]
+        return await watch_first_frames(taps, timeout_s)
+
+    async def probe(self, nic: NicSpec, timeout_s: float) -> ProbeReport:
+        return await in_thread(lambda: probing.probe(self.network, nic, timeout_s))
+
+    async def send_wide(self, nic: NicSpec, token: bytes) -> None:
+        """Routers have MTUs of their own, and tell: nothing is sent."""
+
+    async def hear_wide(self, nic: NicSpec, token: bytes, timeout_s: float) -> WidthReport:
+        return WidthReport()
+
+    # --- addresses ---
+
+    async def watch(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
+        self._plugged[domain] = dict(enumerate(nics))
+        for index, nic in enumerate(nics):
+            self._watch(tap_name(domain, index), nic)
+            self.routes.hold(nic.addresses)
+
+    def learnt(self, domain: DomainName, nics: Sequence[NicSpec]) -> Sequence[tuple[str, ...]]:
+        return [self._addresses.learnt(tap_name(domain, index)) for index, _ in enumerate(nics)]
+
+    # --- inside ---
+
+    def _defined(self, domain: DomainName, nics: Sequence[NicSpec]) -> list[NicSpec]:
+        """Without what was learnt: a guest that says an address doesn't get its route."""
+        known = self._plugged.get(domain, {})
+        return [known.get(index, nic) for index, nic in enumerate(nics)]
+
+    def _watch(self, tap: str, nic: NicSpec) -> None:
+        """Nothing depends on it: a watch that fails is logged."""
+        try:
+            self._addresses.watch(tap, parse_mac(nic.mac))
+        except FabricError as error:
+            log.warning("addresses of NIC %s aren't learnt: %s", nic.mac, error)
+
+    async def _seen_elsewhere(
+        self,
+        domain: DomainName,
+        departures: Sequence[moving.Departure],
+        addresses: Sequence[str],
+    ) -> bool:
+        """False: not within HOLD_S, or this departure is over."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + HOLD_S
+        while not await self.routes.leads_away(addresses):
+            if loop.time() > until or self._departures.get(domain) is not departures:
+                return False
+            await asyncio.sleep(_LOOK_S)
+        return True
+
+
+def _lead(
+    network: RoutedNetwork, domain: DomainName, nics: Sequence[NicSpec]
+) -> tuple[list[NicSpec], list[NicSpec]]:
+    """Those whose addresses lead to their taps now, and those that have none here."""
+    led: list[NicSpec] = []
+    missing: list[NicSpec] = []
+    for index, nic in enumerate(nics):
+        tap_index = moving.tap_index_of(domain, index)
+        if tap_index is None:
+            missing.append(nic)
+            continue
+        plugging.lead(network, tap_index, nic)
+        led.append(nic)
+    return led, missing
+
+
+def _discard(ends: Sequence[moving.Departure | moving.Arrival]) -> None:
+    moving.close_tunnels(ends)

@@ -1,0 +1,1 @@
+"""Host routes by BGP: the node's own FRR says where guests are."""

@@ -1,0 +1,1 @@
+"""Host routes set by netlink on every node and router that is told, over UDP."""

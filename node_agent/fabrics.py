@@ -1,0 +1,72 @@
+"""The guests' network of a node, made as its configuration says: the fabric, and its routes.
+
+A part of the composition root (`agent`), which names drivers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from migrator.errors import ConfigError
+from migrator.ports import FabricDriver, RouteDriver
+from netfabric.bridge import BridgeFabric
+from netfabric.routed import RoutedFabric, RoutedNetwork
+from netfabric.routes.frr.driver import FrrRoutes
+from netfabric.routes.netlink.driver import NetlinkRoutes
+from netfabric.routes.netlink.messages import KEY_BYTES_MIN
+from netfabric.routes.netlink.speaker import SpeakerSettings
+from netfabric.routes.nobody import NobodyRoutes
+from netfabric.vxlan import Overlay, VxlanFabric
+from node_agent.config import AgentConfig
+from node_agent.hooks.routes import WebhookRoutes
+
+_KEY_BYTES_MAX: Final = 4096
+
+
+def make_fabric(config: AgentConfig) -> FabricDriver:
+    """ConfigError: a key file that can't be read."""
+    match config.fabric.driver:
+        case "vxlan":
+            return VxlanFabric(Overlay.of(config.fabric, config.migration.address))
+        case "routed":
+            network = routed_network(config)
+            return RoutedFabric(network, make_routes(config, network))
+        case _:
+            return BridgeFabric()
+
+
+def routed_network(config: AgentConfig) -> RoutedNetwork:
+    """As the configuration has it."""
+    table = config.fabric
+    local = (table.local or config.migration.address, *filter(None, (table.local6,)))
+    return RoutedNetwork(name=table.bridge, local=local, gateways=table.gateways)
+
+
+def make_routes(config: AgentConfig, network: RoutedNetwork) -> RouteDriver:
+    """Who tells the routers."""
+    table = config.fabric
+    if table.routes == "netlink":
+        settings = SpeakerSettings(
+            listen=network.local[0],
+            port=table.route_port,
+            key=_key(table.route_key_file),
+            own_hops=network.local,
+        )
+        return NetlinkRoutes(settings, table.route_peers)
+    if table.routes == "webhook":
+        secret = _key(table.route_key_file).decode(errors="replace")
+        return WebhookRoutes(table.route_url, secret, node=config.node.name, hops=network.local)
+    if table.routes == "frr":
+        return FrrRoutes(Path(table.frr_vty_directory))
+    return NobodyRoutes()
+
+
+def _key(path: str) -> bytes:
+    try:
+        key = Path(path).read_bytes()[:_KEY_BYTES_MAX].strip()
+    except OSError as error:
+        raise ConfigError(f"fabric.route_key_file: {path} can't be read: {error}") from error
+    if len(key) < KEY_BYTES_MIN:
+        raise ConfigError(f"fabric.route_key_file: {path} must have {KEY_BYTES_MIN} bytes or more")
+    return key

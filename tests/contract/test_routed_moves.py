@@ -1,0 +1,271 @@
+"""A routed domain that moves, as the kernel's routing tables see it."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+
+import msgspec
+import pytest
+from pyroute2 import IPRoute
+
+from migrator.errors import FabricError
+from migrator.model import DomainName, NicSpec
+from migrator.ports import Tunnel
+from netfabric.bridge.taps import VNET_HEADER_BYTES, host_side_mac
+from netfabric.bridge.tunnels import tunnel_name
+from netfabric.frames import ethernet, neighbour_solicitation, parse_mac
+from netfabric.host_routes import Hop, Metric, route_of, set_neighbour, set_route, way_to
+from netfabric.routed import RoutedFabric, RoutedNetwork, moving
+from netfabric.routes.nobody import NobodyRoutes
+from tests.contract.fabric_worlds import eventually
+from tests.contract.namespaces import run_in_new_namespace
+from tests.contract.routed_world import FAR, NEAR, NETWORK, RoutedWorld, leads_to_tap, routed_world
+from tests.contract.test_fabric_contract import guest_frames
+
+pytestmark = pytest.mark.lab
+
+WEB = DomainName("web")
+ADDRESS, ADDRESS6 = ipaddress.ip_address("10.0.0.5"), ipaddress.ip_address("2001:db8::5")
+NIC = NicSpec(mac="52:54:00:aa:bb:cc", bridge="br0", addresses=(str(ADDRESS), str(ADDRESS6)))
+MAC = parse_mac(NIC.mac)
+TUNNEL = Tunnel(name="m1", local=NEAR, remote=FAR, port=7782)
+PORT = 9
+
+
+def on_routed(body: Callable[[RoutedWorld], Awaitable[None]]) -> None:
+    async def inside() -> None:
+        async with routed_world() as world:
+            await body(world)
+
+    run_in_new_namespace(inside)
+
+
+def numbers(fd: int) -> list[int]:
+    """The numbers of the test's datagrams (IPv4, UDP) that wait in a tap, in order."""
+    frames = guest_frames(fd)
+    udp = [each for each in frames if each[12:14] == b"\x08\x00" and each[23] == 17]
+    return [each[42] for each in udp if struct.unpack_from("!H", each, 36)[0] == PORT]
+
+
+async def numbers_until(fd: int, last: int) -> list[int]:
+    found: list[int] = []
+
+    async def arrived() -> bool:
+        found.extend(numbers(fd))
+        return last in found
+
+    await eventually(arrived)
+    return found
+
+
+def send(*sent: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.bind((FAR, 0))
+        for number in sent:
+            sender.sendto(bytes([number]), (str(ADDRESS), PORT))
+
+
+def test_a_guest_is_answered_for_everybody_by_its_tap() -> None:
+    """ARP for an address beyond a router, neighbour discovery for the router every guest has."""
+
+    async def body(world: RoutedWorld) -> None:
+        await asyncio.to_thread(set_default_route)
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        try:
+            own = host_side_mac(MAC)
+            question = arp_question(ipaddress.IPv4Address("198.51.100.7"))
+            os.write(fd, bytes(VNET_HEADER_BYTES) + question)
+            asked6 = neighbour_solicitation(MAC, own, ipaddress.IPv6Address("fe80::1"))
+            os.write(fd, bytes(VNET_HEADER_BYTES) + asked6)
+            found: list[bytes] = []
+
+            async def answered() -> bool:
+                found.extend(guest_frames(fd))
+                arp = [each for each in found if each[12:14] == b"\x08\x06" and each[21] == 2]
+                advertised = [
+                    each for each in found if each[12:14] == b"\x86\xdd" and each[54] == 136
+                ]
+                return any(each[22:28] == own for each in arp) and bool(advertised)
+
+            await eventually(answered)
+        finally:
+            os.close(fd)
+
+    on_routed(body)
+
+
+def arp_question(target: ipaddress.IPv4Address) -> bytes:
+    """As the guest asks it: RFC 826."""
+    body = struct.pack(
+        "!HHBBH6s4s6s4s", 1, 0x0800, 6, 4, 1, MAC, ADDRESS.packed, b"", target.packed
+    )
+    return ethernet(b"\xff" * 6, MAC, 0x0806, body)
+
+
+def set_default_route() -> None:
+    with IPRoute() as route:
+        route.route("add", dst="0.0.0.0/0", gateway=FAR)
+
+
+def test_what_comes_for_a_guest_on_its_way_waits_in_its_tap() -> None:
+    async def body(world: RoutedWorld) -> None:
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        try:
+            await world.fabric.prepare_arrival(WEB, [NIC], TUNNEL)
+            guest_frames(fd)
+            assert not await asyncio.to_thread(leads_to_tap, ADDRESS), "nothing leads there yet"
+            await world.router.call(make_other_end)
+            await world.fabric.open_arrival(WEB)
+            assert await asyncio.to_thread(leads_to_tap, ADDRESS)
+            await world.router.call(lambda: send(1, 2, 3))
+            assert await numbers_until(fd, 3) == [1, 2, 3]
+            at_s = world.fabric.announce_now(WEB)
+            assert at_s is not None
+
+            async def here() -> bool:
+                return await world.is_here(NIC.mac)
+
+            await eventually(here)
+            assert await world.fabric.end_arrival(WEB) >= 3
+            assert await asyncio.to_thread(leads_to_tap, ADDRESS)
+        finally:
+            os.close(fd)
+
+    on_routed(body)
+
+
+def make_other_end() -> None:
+    """As the old node's: the address leads into the tunnel."""
+    name = tunnel_name(WEB, 0)
+    back = Tunnel(name="m1", local=FAR, remote=NEAR, port=7782)
+    index = moving._open_end(name, back, 0, NIC, moving._AWAY)
+    set_neighbour(ADDRESS, index, moving._mac(name, moving._HERE))
+    set_route(ADDRESS, Hop(index), Metric.HERE)
+
+
+def tunnels_here() -> list[str]:
+    with IPRoute() as route:
+        names = [link.get_attr("IFLA_IFNAME") for link in route.get_links()]
+        return [name for name in names if name.startswith("fx")]
+
+
+def interface_towards_guest() -> str:
+    way = way_to(ADDRESS)
+    assert way is not None
+    with IPRoute() as route:
+        (link,) = route.get_links(way.interface_index)
+        name: str = link.get_attr("IFLA_IFNAME")
+        return name
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_guest_that_stays_has_everything_back(restarted: bool) -> None:
+    async def body(world: RoutedWorld) -> None:
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        fabric: RoutedFabric = world.driver
+        try:
+            await fabric.announce(WEB, [NIC])
+            await fabric.announce(WEB, ())
+            await fabric.prepare_departure(WEB, [NIC], TUNNEL)
+            assert (await asyncio.to_thread(interface_towards_guest)).startswith("fy")
+            await fabric.divert(WEB)
+            assert (await asyncio.to_thread(interface_towards_guest)).startswith("fx")
+            await fabric.shut(WEB)
+            if restarted:
+                fabric = RoutedFabric(NETWORK, NobodyRoutes(), gaps_s=())
+                await fabric.open()
+                assert await asyncio.to_thread(tunnels_here) == []
+            await fabric.reopen(WEB, [NIC])
+            assert (await asyncio.to_thread(interface_towards_guest)).startswith("fy")
+            await world.router.call(lambda: send(1, 2))
+            assert await numbers_until(fd, 2) == [1, 2]
+            assert await asyncio.to_thread(tunnels_here) == []
+        finally:
+            if restarted:
+                await fabric.close()
+            os.close(fd)
+
+    on_routed(body)
+
+
+def test_the_old_way_ends_when_the_new_one_is_seen_and_not_before() -> None:
+    async def body(world: RoutedWorld) -> None:
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        await world.fabric.announce(WEB, [NIC])
+        await world.fabric.announce(WEB, ())
+        await world.fabric.prepare_departure(WEB, [NIC], TUNNEL)
+        await world.fabric.divert(WEB)
+        await world.fabric.shut(WEB)
+        assert world.addresses(NIC.mac) == NIC.addresses
+        os.close(fd)
+        await world.fabric.unplug(WEB, 0)
+        ending = asyncio.create_task(world.fabric.end_departure(WEB))
+        try:
+            await asyncio.wait({ending}, timeout=0.6)
+            assert not ending.done(), "no router leads elsewhere yet"
+            assert (await asyncio.to_thread(interface_towards_guest)).startswith("fx")
+            assert await world.router.call(lambda: route_of(ADDRESS, Metric.TOLD)) is not None
+            await world.move_away(NIC.mac)
+            assert await asyncio.wait_for(ending, 5.0) >= 0
+            told = await asyncio.to_thread(route_of, ADDRESS, Metric.TOLD)
+            assert told is not None
+            assert str(told.gateway) == FAR
+            assert await asyncio.to_thread(tunnels_here) == []
+        finally:
+            ending.cancel()
+
+    on_routed(body)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"addresses": ()}, "has no addresses; a routed NIC needs them"),
+        ({"vlan": 7}, "a routed network has none"),
+        ({"bridge": "br9"}, "its network is called br0"),
+        ({"mtu_bytes": 9000}, "under0 has an MTU of 1500 bytes"),
+        ({"mac": "01:00:5e:00:00:01"}, "multicast"),
+    ],
+)
+def test_what_a_routed_node_cannot_carry_is_refused(
+    changed: dict[str, object], reason: str
+) -> None:
+    async def body(world: RoutedWorld) -> None:
+        nic = msgspec.structs.replace(NIC, **changed)
+        reasons = await world.fabric.check(nic)
+        assert any(reason in each for each in reasons), reasons
+        with pytest.raises(FabricError, match=reason):
+            await world.fabric.plug(WEB, 0, nic)
+        assert await world.taps() == 0
+
+    on_routed(body)
+
+
+def test_an_address_of_a_version_that_the_node_lacks_is_refused() -> None:
+    async def body(world: RoutedWorld) -> None:
+        network = RoutedNetwork("br0", (NEAR,))
+        fabric = RoutedFabric(network, NobodyRoutes(), gaps_s=())
+        assert any("no IPv6 address" in each for each in await fabric.check(NIC))
+        await fabric.close()
+
+    on_routed(body)
+
+
+def test_a_guest_that_says_an_address_does_not_get_its_route() -> None:
+    async def body(world: RoutedWorld) -> None:
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        try:
+            stolen = msgspec.structs.replace(NIC, addresses=(*NIC.addresses, "10.0.0.66"))
+            await world.fabric.announce(WEB, [stolen])
+            target = ipaddress.ip_address("10.0.0.66")
+            assert await world.router.call(lambda: route_of(target, Metric.TOLD)) is None
+            assert not await asyncio.to_thread(leads_to_tap, target)
+        finally:
+            os.close(fd)
+
+    on_routed(body)

@@ -1,0 +1,158 @@
+"""A guest moves between nodes that share no layer 2: host routes follow it, nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from deploy import lab
+from deploy.guest.build import build_guest, default_cache_directory
+from deploy.lab.plan import FabricKind
+from migrator.model import Cutover, Migration
+from tests.integration.cluster.client import in_namespace
+from tests.integration.cluster.pings import PingWatch
+from tests.integration.cluster.world import Cluster, Load, describe, eventually
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
+
+MOVES = 6
+CUTOVER_MS = 300.0
+RTMGRP_IPV4_ROUTE = 0x40
+QUIET = Load(udp=False, dirty_pages_per_s=500, ipv6=True)
+
+
+@pytest.fixture(scope="module", params=[FabricKind.ROUTED, FabricKind.BGP], ids=str)
+def routed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    """A lab whose nodes share no layer 2; the routers are told by netlink, or by BGP."""
+    name = f"r{os.getpid()}"
+    folder: Path = tmp_path_factory.mktemp("holds")
+    try:
+        lab.up(name, nodes=3, node_memory_bytes=1 << 30, fabric=request.param)
+        yield Cluster(lab.load(name).plan, build_guest(default_cache_directory()), folder)
+    finally:
+        lab.down(name)
+
+
+class RouteWatch:
+    """When the router's IPv4 table changes (wall clock, s): only guests' routes ever do."""
+
+    def __init__(self, namespace: str) -> None:
+        self._socket = in_namespace(namespace, _route_socket)
+        self._changes: list[float] = []
+
+    def changes(self) -> list[float]:
+        """All so far. The kernel stamps none, so a thread's time would be no better."""
+        return list(self._changes)
+
+    def __enter__(self) -> RouteWatch:
+        self._thread = threading.Thread(target=self._run, name="route watch")
+        self._ended = threading.Event()
+        self._thread.start()
+        return self
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            try:
+                self._socket.recv(65536)
+            except TimeoutError:
+                continue
+            self._changes.append(time.time())
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._socket.close()
+
+    def cutover_ms(self, resumed_at_s: float) -> float:
+        """From the resume to the change of the router's route that goes with it."""
+        near = [each for each in self._changes if abs(each - resumed_at_s) < 1.0]
+        assert near, "the router's route didn't change"
+        return min(((each - resumed_at_s) * 1e3 for each in near), key=abs)
+
+
+def _route_socket() -> socket.socket:
+    opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    opened.bind((0, RTMGRP_IPV4_ROUTE))
+    opened.settimeout(0.2)
+    return opened
+
+
+def in_lab(cluster: Cluster, where: str, *command: str) -> str:
+    """A command's output there."""
+    done = lab.run_in(cluster.name, where, command, 20.0)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _cutover(cluster: Cluster, move: Migration) -> Cutover | None:
+    return cluster.migration(move.id).cutover
+
+
+def cutover_of(cluster: Cluster, move: Migration) -> Cutover:
+    return eventually(
+        f"the cutover of {move.id} is recorded", lambda: cluster.migration(move.id).cutover
+    )
+
+
+def said(
+    name: str, pings: PingWatch, cutovers: Sequence[Cutover], moves: Sequence[Migration]
+) -> str:
+    first = [each.first_announcement_ms or -1.0 for each in cutovers]
+    to_guest = [each.first_to_guest_ms or -1.0 for each in cutovers]
+    verified = [each.verified_ms or -1.0 for each in cutovers]
+    blackouts = [move.blackout_ms or 0.0 for move in moves]
+    return (
+        f"\n{name}: {len(moves)} moves, {pings.sent} questions: {pings.lost} lost, "
+        f"{pings.duplicates} twice, {pings.reordered} out of order; routers told "
+        f"+{statistics.median(first):.2f} ms (worst {max(first):.2f}), first to guest "
+        f"+{statistics.median(to_guest):.2f} ms (worst {max(to_guest):.2f}), verified "
+        f"+{statistics.median(verified):.1f} ms (worst {max(verified):.1f}), "
+        f"blackout {statistics.median(blackouts):.1f} ms"
+    )
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_no_question_to_a_guest_whose_routes_move_is_lost(
+    routed: Cluster, capsys: pytest.CaptureFixture[str], version: int
+) -> None:
+    client = routed.plan.namespace("client")
+    name = f"hop{version}"  # A console outlives its guest: another name, another one.
+    with routed.guest(name, load=QUIET) as guest:
+        address = guest.address if version == 4 else guest.address6
+        routed.move(name, "n2")
+        routed.move(name, "n1")
+        moves: list[Migration] = []
+        with RouteWatch(routed.plan.router) as routes, PingWatch(client, address) as pings:
+            pings.wait_answers(300)
+            for number in range(MOVES):
+                moves.append(routed.move(name, "n2" if number % 2 == 0 else "n1"))
+                pings.wait_answers(200)
+        cutovers = [cutover_of(routed, move) for move in moves]
+        where = in_lab(routed, "router", "ip", "route", "get", guest.address)
+        assert f"via {routed.plan.subnet(1).address} " in where, where
+        for move, cutover in zip(moves, cutovers, strict=True):
+            assert cutover.verified_ms is not None, (describe(move), cutover)
+            assert not cutover.problems, cutover
+        led_ms = [routes.cutover_ms(cutover.resumed_at_s) for cutover in cutovers]
+    with capsys.disabled():
+        kind = f"{routed.plan.fabric}, IPv{version}"
+        print(said(kind, pings, cutovers, moves))
+        print(
+            f"the router's route changed +{statistics.median(led_ms):.1f} ms"
+            f" (worst {max(led_ms):.1f}) after the resume"
+        )
+    assert (pings.lost, pings.duplicates, pings.reordered) == (0, 0, 0)
+    assert max(led_ms) < CUTOVER_MS
+    eventually(
+        "the route is withdrawn with the guest",
+        lambda: guest.address not in in_lab(routed, "router", "ip", "route"),
+    )
