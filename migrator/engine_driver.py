@@ -174,8 +174,13 @@ class EngineDriver:
             process.kill()
             await process.stop(STOP_S)
         await self._spawn()
-        if self._session.role is Role.DESTINATION and not self._stopping:
+        if self._stopping:
+            return
+        if self._session.role is Role.DESTINATION:
             await self._configure(memory, self._secret)
+        elif not post_copy:
+            # While the destination starts its hypervisor. The secret comes with `Connect`.
+            await self._configure(memory, b"")
 
     async def _connect_source(self, command: v.ConnectEngine, memory: HypervisorDriver) -> None:
         if self._stopping:
