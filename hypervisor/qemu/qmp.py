@@ -35,12 +35,6 @@ SOCKET_PATH_BYTES_MAX = 107
 DISCONNECT_TIMEOUT_S = 2.0
 """The library flushes what it has to send first, which a stopped QEMU never reads."""
 
-POKES_S = (0.1, 0.5)
-"""A command that waits so long gets company. QEMU 7.2 may lose the wake-up of its main loop: then a
-command lies in its queue until the next one comes (seen in one of 20 starts: `cont`, for 15 s, with
-every thread of QEMU asleep). Few, because its queue is short, and a full one holds `yank` up."""
-POKE_TIMEOUT_S = 5.0
-
 
 class QmpCommandError(HypervisorError):
     """QEMU answered with an error. `error_class` is QEMU's name for it."""
@@ -124,7 +118,6 @@ class Monitor:
         self._client = QMPClient(name)
         self._client.events.event_filter = lambda _event: False
         self._client.register_listener(_Tap(on_event))
-        self._pokes: set[asyncio.Task[None]] = set()
         self._watcher: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._closed = False
@@ -184,8 +177,6 @@ class Monitor:
     ) -> object:
         if not self.connected:
             raise QmpNotSent(f"{self._name}: {command}: not connected")
-        loop = asyncio.get_running_loop()
-        pokes = () if out_of_band else [loop.call_later(each, self._poke) for each in POKES_S]
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._client.execute(command, arguments, oob=out_of_band)
@@ -199,20 +190,6 @@ class Monitor:
             ) from error
         except (QMPError, OSError, EOFError) as error:
             raise QmpDisconnected(f"{self._name}: {command}: not connected: {error}") from error
-        finally:
-            for poke in pokes:
-                poke.cancel()
-
-    def _poke(self) -> None:
-        if self.connected and not self._closed:
-            task = asyncio.create_task(self._keep_company(), name=f"{self._name}-poke")
-            self._pokes.add(task)
-            task.add_done_callback(self._pokes.discard)
-
-    async def _keep_company(self) -> None:
-        with contextlib.suppress(OSError, EOFError, QMPError, TimeoutError):
-            async with asyncio.timeout(POKE_TIMEOUT_S):
-                await self._client.execute("query-status")
 
     async def hear_out(self) -> None:
         """When QEMU has ended: its last events, up to the end of the connection. Bounded."""
@@ -222,8 +199,6 @@ class Monitor:
     async def close(self) -> None:
         """Disconnect. Idempotent; never raises for a connection that is already broken."""
         self._closed = True
-        for poke in self._pokes:
-            poke.cancel()
         await self._disconnect()
         if self._watcher is not None:
             await asyncio.wait([self._watcher])
