@@ -106,6 +106,8 @@ class Guest:
         HypervisorError also if it doesn't answer within `answer_s`; it stays connected then.
         """
         async with self._connecting:
+            if self.process.exited:  # Its successor may listen there by now.
+                raise QmpNotSent(f"{self.name}: QEMU has ended")
             if self._monitor is not None and self._monitor.connected:
                 if not self.run_state_seen:
                     await self.refresh(timeout_s=answer_s)
@@ -393,7 +395,8 @@ class Guest:
         if self._monitor is not None:
             await self._monitor.hear_out()
             await self._monitor.close()
-        await offload(lambda: records.remove_directory(self.directory))
+        async with self._connecting:
+            await offload(lambda: records.remove_directory(self.directory))
         self._on_gone(self)
         self.process.release()
         self.gone.set()
