@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def examine(
         *_hypervisor(capabilities()),
         *_devices(),
         *links.check_kernel_links(),
-        *links.check_bridges(_bridges_in_use(client) if running else frozenset()),
+        *_network(config, _bridges_in_use(client) if running else frozenset()),
         links.check_multicast(config.migration.address),
         _agent(config, running),
         *_ports(config, running),
@@ -48,6 +49,18 @@ def examine(
         *_others(config, nodes),
     ]
     return Diagnosis(node=config.node.name, findings=tuple(findings))
+
+
+def _network(config: AgentConfig, bridges: frozenset[str]) -> list[Finding]:
+    """What the guests' network needs here."""
+    table = config.fabric
+    if table.driver != "routed":
+        return links.check_bridges(bridges)
+    local = (table.local or config.migration.address, *filter(None, (table.local6,)))
+    found = links.check_routed(local)
+    if table.routes == "frr" and shutil.which("vtysh") is None:
+        found.append(failure("FRR", "vtysh isn't installed", "apt-get install frr"))
+    return found
 
 
 def version_of(text: str) -> tuple[int, ...]:

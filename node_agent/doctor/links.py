@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import ipaddress
 import os
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from pyroute2 import IPRoute
@@ -23,6 +25,7 @@ from node_agent.doctor.findings import Finding, failure, fine, warning
 _CLONE_NEWNET: Final = 0x40000000
 _FLAG_UP: Final = 0x1
 _FLAG_MULTICAST: Final = 0x1000
+_FORWARDING: Final = {4: "ipv4/ip_forward", 6: "ipv6/conf/all/forwarding"}
 _GROUP: Final = "239.255.77.81"
 _KERNEL: Final = (
     ("bridges", {"kind": "bridge"}, "every guest with a bridge", "modprobe bridge", True),
@@ -87,6 +90,33 @@ def check_bridges(names: frozenset[str]) -> list[Finding]:
     if not found:
         mend = "make the bridge that NICs name, with the uplink to the guests' network as its port"
         found.append(warning("bridges here", "there are none", mend))
+    return found
+
+
+def check_routed(addresses: Sequence[str]) -> list[Finding]:
+    """A node that routes for its guests: its own addresses in their network, and forwarding."""
+    found: list[Finding] = []
+    with IPRoute() as route:
+        names = {link["index"]: link for link in route.get_links()}
+        held = {entry.get_attr("IFA_ADDRESS"): entry["index"] for entry in route.get_addr()}
+    for address in addresses:
+        check = f"routed network, {address}"
+        link = names.get(held.get(str(ipaddress.ip_address(address)), -1))
+        if link is None:
+            mend = f"give an interface {address}, or correct fabric.local and fabric.local6"
+            found.append(failure(check, "no interface of this node has it", mend))
+            continue
+        name, mtu = link.get_attr("IFLA_IFNAME"), link.get_attr("IFLA_MTU")
+        if link["flags"] & _FLAG_UP:
+            found.append(fine(check, f"on {name}, MTU {mtu}"))
+        else:
+            found.append(failure(check, f"{name} is down", f"ip link set {name} up"))
+    versions = {ipaddress.ip_address(address).version for address in addresses}
+    for version in sorted(versions):
+        setting = _FORWARDING[version]
+        if Path("/proc/sys/net", setting).read_text().strip() == "0":
+            mend = f"sysctl -w net.{setting.replace('/', '.')}=1; the agent does it when it starts"
+            found.append(warning(f"IPv{version} forwarding", "it is off", mend))
     return found
 
 

@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -22,6 +23,8 @@ from netfabric.frames import ethernet, neighbour_solicitation, parse_mac
 from netfabric.host_routes import Hop, Metric, route_of, set_neighbour, set_route, way_to
 from netfabric.routed import RoutedFabric, RoutedNetwork, moving
 from netfabric.routes.nobody import NobodyRoutes
+from node_agent.doctor.findings import Level
+from node_agent.doctor.links import check_routed
 from tests.contract.fabric_worlds import eventually
 from tests.contract.namespaces import run_in_new_namespace
 from tests.contract.routed_world import FAR, NEAR, NETWORK, RoutedWorld, leads_to_tap, routed_world
@@ -267,5 +270,20 @@ def test_a_guest_that_says_an_address_does_not_get_its_route() -> None:
             assert not await asyncio.to_thread(leads_to_tap, target)
         finally:
             os.close(fd)
+
+    on_routed(body)
+
+
+def test_the_doctor_looks_at_a_routed_node() -> None:
+    async def body(world: RoutedWorld) -> None:
+        fine = await asyncio.to_thread(check_routed, NETWORK.local)
+        assert [each.level for each in fine] == [Level.OK, Level.OK]
+        assert "under0" in fine[0].detail
+        wrong = (await asyncio.to_thread(check_routed, ["192.0.2.77"]))[0]
+        assert wrong.level is Level.FAILURE
+        assert "192.0.2.77" in wrong.mend
+        await asyncio.to_thread(lambda: Path("/proc/sys/net/ipv4/ip_forward").write_text("0"))
+        off = await asyncio.to_thread(check_routed, [NEAR])
+        assert [each.level for each in off] == [Level.OK, Level.WARNING]
 
     on_routed(body)
