@@ -308,16 +308,6 @@ class FilledTooEarly(DestinationSession):
         super()._begin_post_copy()
 
 
-class ForgetsThatItIsFull(Sessions):
-    """Post-copy: a restarted destination believes that the gone source has what it needs."""
-
-    found_as: ClassVar = ("4:", "5:")
-    aim: ClassVar = Faults(crash_per_command=0.02, heal_at_s=10.0)
-
-    def restored(self, side: Side, entry: JournalEntry) -> NodeSession:
-        return super().restored(side, msgspec.structs.replace(entry, complete=False))
-
-
 class JournalsAfterwards(Sessions):
     """What may not be forgotten is written once it is done."""
 
@@ -385,7 +375,6 @@ MUTANTS: tuple[type[Mutant], ...] = (
     YieldsToARollback,
     HandsOverWhatItMayHaveRun,
     ForgetsThatItRan,
-    ForgetsThatItIsFull,
     JournalsAfterwards,
     AdmitsEveryPrepare,
     LeavesStaleCopies,
