@@ -41,7 +41,15 @@ CHUNK_PAGES: Final = 32
 """Asked for at once: 128 KiB."""
 _WINDOW_S: Final = 0.02
 """What is under way on the bulk stream takes so long to arrive: a fault's page waits behind it."""
-_WINDOW_BYTES_MIN: Final = 2 * CHUNK_PAGES * PAGE_SIZE_BYTES
+_WINDOW_BUSY_S: Final = 0.003
+"""The same while the guest waits for pages again and again."""
+_BUSY_S: Final = 0.1
+"""After a fault."""
+_CHUNKS: Final = 3
+"""In a window: one arrives, one is on its way, one is asked for."""
+_CHUNK_PAGES_MIN: Final = 4
+_WINDOW_BYTES_MIN: Final = _CHUNKS * _CHUNK_PAGES_MIN * PAGE_SIZE_BYTES
+_WINDOW_BYTES_FIRST: Final = 2 * CHUNK_PAGES * PAGE_SIZE_BYTES
 _WINDOW_BYTES_MAX: Final = 4 * 1024 * 1024
 _HANDOFF_S: Final = 2.0
 """From the armed faults to a running guest, at most; then the rest is pulled all the same."""
@@ -100,6 +108,7 @@ class Filler:
         self._fault_settled = threading.Event()
         self._armed_at_s = 0.0
         self._pages = 0
+        self._fault_at_s = 0.0
 
     # --- from the engine ---
 
@@ -247,6 +256,7 @@ class Filler:
     def _read_faults(self) -> list[tuple[int, int]]:
         """The pages to ask for. What the source has as a hole is filled with zeros at once."""
         found: list[tuple[int, int]] = []
+        self._fault_at_s = time.monotonic()
         for address in kernel.uffd_faults(self._uffd):
             page = self._placer.locate(address)
             if page is None:
@@ -312,12 +322,14 @@ class Filler:
     def _pull(self, sock: PageSocket) -> None:
         """Until nothing is left to ask for and all has come. StreamEndedError."""
         under_way = 0
-        window = _WINDOW_BYTES_MIN
+        rate: float | None = None
         began, came = time.monotonic(), 0
         while not self._closed:
             self._let_faults_pass()
+            window = self._window_bytes(rate)
+            chunk_pages = window // (_CHUNKS * PAGE_SIZE_BYTES)
             while under_way < window:
-                asked = self._missing.ask(CHUNK_PAGES)
+                asked = self._missing.ask(min(chunk_pages, CHUNK_PAGES))
                 if asked is None:
                     break
                 region, content = asked
@@ -332,9 +344,15 @@ class Filler:
             came += count
             seconds = time.monotonic() - began
             if seconds > _WINDOW_S:
-                fitting = int(came / seconds * _WINDOW_S)
-                window = max(_WINDOW_BYTES_MIN, min(fitting, _WINDOW_BYTES_MAX))
-                began, came = time.monotonic(), 0
+                rate, began, came = came / seconds, time.monotonic(), 0
+
+    def _window_bytes(self, bytes_per_s: float | None) -> int:
+        """How much may be under way, at the rate at which it came of late."""
+        if bytes_per_s is None:
+            return _WINDOW_BYTES_FIRST
+        busy = time.monotonic() - self._fault_at_s < _BUSY_S
+        fitting = int(bytes_per_s * (_WINDOW_BUSY_S if busy else _WINDOW_S))
+        return max(_WINDOW_BYTES_MIN, min(fitting, _WINDOW_BYTES_MAX))
 
     def _let_faults_pass(self) -> None:
         """Whoever waits for a page has the link and the processors first."""
