@@ -2,19 +2,19 @@
 
     python tests/integration/quick_agent.py --config PATH
 
-It changes the configuration file that the lab has just written, and becomes the agent.
+The file that the lab has written stays as it is: a lab starts an agent anew whose file differs.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from node_agent.config import load_config, render_config
+from node_agent.agent import run
+from node_agent.config import load_config
 
 GRACE_S: Final = 0.7
 """The verification is over by then; forwarding is a matter of the blackout's milliseconds."""
@@ -22,12 +22,10 @@ COMMAND: Final = (sys.executable, str(Path(__file__).resolve()))
 
 
 def main() -> None:
-    """Never returns."""
-    path = Path(sys.argv[sys.argv.index("--config") + 1])
-    config = load_config(path)
+    """Until SIGTERM."""
+    config = load_config(Path(sys.argv[sys.argv.index("--config") + 1]))
     fabric = msgspec.structs.replace(config.fabric, grace_s=GRACE_S)
-    path.write_text(render_config(msgspec.structs.replace(config, fabric=fabric)))
-    os.execv(sys.executable, [sys.executable, "-m", "node_agent", "--config", str(path)])
+    run(msgspec.structs.replace(config, fabric=fabric))
 
 
 if __name__ == "__main__":
