@@ -10,7 +10,7 @@ import pytest
 
 from deploy.lab.processes import Process
 from migrator.figures import DirtyRate, LinkOrigin
-from migrator.model import Migration, MigrationState
+from migrator.model import Migration, MigrationMode, MigrationState
 from node_agent.cli.errors import ApiProblem, Unreachable
 from node_agent.resources import DryRun, MigrationCreate
 from tests.integration.cluster.world import Cluster, Guest, Load, describe, eventually
@@ -158,8 +158,9 @@ def test_predictions_beside_their_outcomes(
         # The dirty rate is known from the last dry run, the link from the migrations.
         assert rows[-1][1].prediction is not None
         assert rows[-1][1].prediction.link.origin is LinkOrigin.MIGRATIONS
-        rows.append(("capped, 32 MiB/s", _capped(cluster, guest, 32 * MIB)))
-        rows.append(("capped, 5 MiB/s", _capped(cluster, guest, 5 * MIB)))
+        rows.append(("capped, 32 MiB/s", _capped(cluster, guest, 32 * MIB, limit_ms=50)))
+        # It dirties 8 MiB/s: far more than 10 ms of the link are pending whenever it is looked at.
+        rows.append(("capped, 5 MiB/s", _capped(cluster, guest, 5 * MIB, limit_ms=10)))
         guest.verify()
     with capsys.disabled():
         print("\n" + "\n".join(_row(name, move) for name, move in rows))
@@ -167,12 +168,25 @@ def test_predictions_beside_their_outcomes(
         _check(move)
 
 
-def _capped(cluster: Cluster, guest: Guest, cap: int) -> Migration:
+def _capped(cluster: Cluster, guest: Guest, cap: int, *, limit_ms: int) -> Migration:
     """Through a link that is a cap; the dry run says beforehand whether that converges."""
     to = guest.other_node()
-    dry = dry_run(cluster, to, bandwidth_bytes_per_s=cap, timeout_s=TIMEOUT_S).prediction
+    dry = dry_run(
+        cluster,
+        to,
+        bandwidth_bytes_per_s=cap,
+        timeout_s=TIMEOUT_S,
+        downtime_limit_ms=limit_ms,
+        mode=MigrationMode.PRECOPY,
+    ).prediction
     assert dry is not None
-    begun = cluster.migrate("writer", to, bandwidth_bytes_per_s=cap, timeout_s=TIMEOUT_S)
+    begun = cluster.migrate(
+        "writer",
+        to,
+        bandwidth_bytes_per_s=cap,
+        timeout_s=TIMEOUT_S,
+        downtime_limit_ms=limit_ms,
+    )
     move = cluster.ended(begun.id, timeout_s=60.0)
     assert dry.converges == (move.state is MigrationState.COMPLETED), describe(move)
     return move
