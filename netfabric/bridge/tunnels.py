@@ -25,7 +25,7 @@ from typing import Final
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
 from migrator.ports import Tunnel
-from netfabric.bridge.links import netlink
+from netfabric.bridge.links import Link, Netlink, netlink
 from netfabric.bridge.taps import TUNNEL_NAME, tap_name
 from netfabric.rtnetlink import set_port
 
@@ -44,29 +44,29 @@ def network_identifier(name: str, index: int) -> int:
     return int.from_bytes(digest, "big") or 1
 
 
+def make_end(kernel: Netlink, name: str, tunnel: Tunnel, index: int) -> Link:
+    """The bare VXLAN link of one end, down. An older one of the name goes. FabricError."""
+    suffix = "" if ipaddress.ip_address(tunnel.local).version == 4 else "6"
+    found = kernel.find(name)
+    if found is not None:
+        kernel.delete(found)
+    return kernel.add(
+        name,
+        "vxlan",
+        vxlan_id=network_identifier(tunnel.name, index),
+        vxlan_port=tunnel.port,
+        vxlan_learning=0,
+        **{f"vxlan_local{suffix}": tunnel.local, f"vxlan_group{suffix}": tunnel.remote},
+    )
+
+
 def open_end(name: str, tunnel: Tunnel, index: int, nic: NicSpec) -> int:
     """Make one end, a port of the bridge; its interface index. An older one of the name goes.
 
     FabricError: no such bridge, or the kernel refuses; then none is left.
     """
-    address = ipaddress.ip_address(tunnel.local)
-    suffix = "" if address.version == 4 else "6"
-    options = {
-        f"vxlan_local{suffix}": tunnel.local,
-        f"vxlan_group{suffix}": tunnel.remote,
-    }
     with netlink(f"can't make tunnel {name} to {tunnel.remote}") as kernel:
-        found = kernel.find(name)
-        if found is not None:
-            kernel.delete(found)
-        link = kernel.add(
-            name,
-            "vxlan",
-            vxlan_id=network_identifier(tunnel.name, index),
-            vxlan_port=tunnel.port,
-            vxlan_learning=0,
-            **options,
-        )
+        link = make_end(kernel, name, tunnel, index)
         try:
             port = kernel.find(nic.bridge)
             if port is None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import ipaddress
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from netfabric.bridge import tunnels
 from netfabric.bridge.links import netlink
 from netfabric.bridge.moving import ARRIVAL_QUEUE_FRAMES, offer_filler
 from netfabric.bridge.taps import tap_name
-from netfabric.bridge.tunnels import network_identifier, tunnel_name
+from netfabric.bridge.tunnels import tunnel_name
 from netfabric.frames import parse_mac
 from netfabric.host_routes import Hop, Metric, set_neighbour, set_route, set_up
 from netfabric.routed import plugging
@@ -159,20 +158,8 @@ def close_tunnels(ends: Sequence[Departure | Arrival]) -> tuple[int, int]:
 
 def _open_end(name: str, tunnel: Tunnel, index: int, nic: NicSpec, role: str) -> int:
     """Make one end; its interface index. An older one goes. FabricError: none is left."""
-    suffix = "" if ipaddress.ip_address(tunnel.local).version == 4 else "6"
-    options = {f"vxlan_local{suffix}": tunnel.local, f"vxlan_group{suffix}": tunnel.remote}
     with netlink(f"can't make tunnel {name} to {tunnel.remote}") as kernel:
-        found = kernel.find(name)
-        if found is not None:
-            kernel.delete(found)
-        link = kernel.add(
-            name,
-            "vxlan",
-            vxlan_id=network_identifier(tunnel.name, index),
-            vxlan_port=tunnel.port,
-            vxlan_learning=0,
-            **options,
-        )
+        link = tunnels.make_end(kernel, name, tunnel, index)
         try:
             kernel.set_mac(link.index, _mac(name, role))
             kernel.set_mtu(link.index, nic.mtu_bytes)

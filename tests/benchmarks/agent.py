@@ -2,32 +2,29 @@
 
     python tests/benchmarks/agent.py --streams N --config PATH
 
-It changes the configuration file that the lab has just written, and becomes the agent.
+The file that the lab has written stays as it is: a lab starts an agent anew whose file differs.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
 import msgspec
 
-from node_agent.config import load_config, render_config
+from node_agent.agent import run
+from node_agent.config import load_config
 
 
 def main() -> None:
+    """Until SIGTERM."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--streams", type=int, required=True)
     parser.add_argument("--config", type=Path, required=True)
     options = parser.parse_args()
     config = load_config(options.config)
     migration = msgspec.structs.replace(config.migration, streams=options.streams)
-    changed = msgspec.structs.replace(config, migration=migration)
-    options.config.write_text(render_config(changed))
-    command = [sys.executable, "-m", "node_agent", "--config", str(options.config)]
-    os.execv(sys.executable, command)
+    run(msgspec.structs.replace(config, migration=migration))
 
 
 if __name__ == "__main__":
