@@ -22,6 +22,7 @@ from migrator.model import (
     Role,
 )
 from migrator.ports import AbortOutcome
+from migrator.runner import Session
 from migrator.session import vocabulary as v
 from migrator.session.messages import Prepare
 from node_agent.migrations.manager import MigrationManager
@@ -47,6 +48,15 @@ async def check_back_home(world: MigrationWorld, migration: Migration, state: _S
     assert (record.owner, record.state) == ("a", OwnershipState.RUNNING)
     assert not world.script.running
     return ended
+
+
+async def _held_in_precopy(world: MigrationWorld) -> tuple[Migration, Session]:
+    """A migration whose first pass doesn't end, and the source's session of it."""
+    world.script.hold_at_pass = PassKind.FIRST
+    began = await world.migrate()
+    live = world.a.manager._runners[began.id].session
+    await world.until(lambda: live.state is _S.PRECOPY)
+    return began, live
 
 
 async def test_a_guest_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,10 +112,7 @@ async def test_a_late_prepare_harms_nothing(
 
 async def test_a_cancel_brings_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with migration_world(tmp_path, monkeypatch) as world:
-        world.script.hold_at_pass = PassKind.FIRST
-        began = await world.migrate()
-        live = world.a.manager._runners[began.id].session
-        await world.until(lambda: live.state is _S.PRECOPY)
+        began, _ = await _held_in_precopy(world)
         with pytest.raises(ConflictError):
             await world.a.node.domains.stop(WEB)
         with pytest.raises(RefusedError, match="migrated already"):
@@ -122,10 +129,7 @@ async def test_a_removed_node_s_migrations_end_on_both_sides(
 ) -> None:
     """And their engines, which hold the connections that pages travel over."""
     async with migration_world(tmp_path, monkeypatch) as world:
-        world.script.hold_at_pass = PassKind.FIRST
-        began = await world.migrate()
-        live = world.a.manager._runners[began.id].session
-        await world.until(lambda: live.state is _S.PRECOPY)
+        began, live = await _held_in_precopy(world)
         part_with("c", world.a.manager.active_with(NodeName("c")))
         assert live.state is _S.PRECOPY, "another node's removal is nothing to it"
         part_with("b", world.a.manager.active_with(NodeName("b")))
@@ -177,10 +181,7 @@ async def test_an_engine_that_dies_costs_only_the_migration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: Role
 ) -> None:
     async with migration_world(tmp_path, monkeypatch) as world:
-        world.script.hold_at_pass = PassKind.FIRST
-        began = await world.migrate()
-        live = world.a.manager._runners[began.id].session
-        await world.until(lambda: live.state is _S.PRECOPY)
+        began, _ = await _held_in_precopy(world)
         world.script.engine(role).die()
         ended = await check_back_home(world, began, _S.FAILED)
         assert ended.error is not None
@@ -224,10 +225,7 @@ async def test_a_restarted_source_ends_what_it_had_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with migration_world(tmp_path, monkeypatch) as world:
-        world.script.hold_at_pass = PassKind.FIRST
-        began = await world.migrate()
-        live = world.a.manager._runners[began.id].session
-        await world.until(lambda: live.state is _S.PRECOPY)
+        began, _ = await _held_in_precopy(world)
         await world.a.crash()
         await world.a.restart(world.b)
         ended = await check_back_home(world, began, _S.FAILED)
@@ -240,10 +238,7 @@ async def test_a_cancel_while_the_source_s_agent_starts_ends_nothing(
 ) -> None:
     """Peers may call before the restored migrations go on."""
     async with migration_world(tmp_path, monkeypatch) as world:
-        world.script.hold_at_pass = PassKind.FIRST
-        began = await world.migrate()
-        live = world.a.manager._runners[began.id].session
-        await world.until(lambda: live.state is _S.PRECOPY)
+        began, _ = await _held_in_precopy(world)
         await world.a.crash()
         going_on = MigrationManager.open
 
@@ -263,10 +258,7 @@ async def test_a_restarted_destination_is_heard_at_once(
 ) -> None:
     """Its last word goes out although the connection has to be made first."""
     async with migration_world(tmp_path, monkeypatch) as world:
-        world.script.hold_at_pass = PassKind.FIRST
-        began = await world.migrate()
-        live = world.a.manager._runners[began.id].session
-        await world.until(lambda: live.state is _S.PRECOPY)
+        began, _ = await _held_in_precopy(world)
         await world.b.crash()
         started = time.monotonic()
         await world.b.restart(world.a)
@@ -328,10 +320,7 @@ async def test_a_guest_that_ends_in_its_migration_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with migration_world(tmp_path, monkeypatch) as world:
-        world.script.hold_at_pass = PassKind.FIRST
-        began = await world.migrate()
-        live = world.a.manager._runners[began.id].session
-        await world.until(lambda: live.state is _S.PRECOPY)
+        began, _ = await _held_in_precopy(world)
         world.a.node.host.power_off(WEB)
         ended = await world.ended(began)
         assert ended.state is _S.FAILED
