@@ -55,6 +55,7 @@ missing_packages() {
     has etcd || echo etcd-server
     has haproxy || echo haproxy
     has ping || echo iputils-ping
+    [ -x /usr/lib/frr/bgpd ] && has vtysh || echo frr
     has rpcbind || echo rpcbind
     has ganesha.nfsd || echo nfs-ganesha
     [ -n "$(find /usr/lib -name libfsalvfs.so -print -quit 2>/dev/null)" ] || echo nfs-ganesha-vfs
