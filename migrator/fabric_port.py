@@ -100,6 +100,10 @@ class FabricDriver(abc.ABC):
         """The addresses that each NIC was seen to use since it was plugged, the newest last."""
 
     @abc.abstractmethod
+    def addresses_here(self) -> frozenset[str]:
+        """The addresses, defined or learnt, of every NIC that is plugged here."""
+
+    @abc.abstractmethod
     async def announce(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
         """Tell the network where the NICs are now; the first frames are out when this returns.
 

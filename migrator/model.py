@@ -15,6 +15,9 @@ from typing import Annotated, NewType
 
 import msgspec
 
+from migrator.cutover import Cutover as Cutover
+from migrator.cutover import MovedConnections as MovedConnections
+from migrator.cutover import Witness as Witness
 from migrator.disks import BlockDeviceSource as BlockDeviceSource
 from migrator.disks import BlockSource as BlockSource
 from migrator.disks import DiskFormat as DiskFormat
@@ -366,42 +369,6 @@ class MigrationProgress(Value, frozen=True, kw_only=True):
     dirty_rate_bytes_per_s: float | None = None
     predicted_blackout_ms: float | None = None
     eta_s: float | None = None
-
-
-class Witness(Value, frozen=True, kw_only=True):
-    """What one node found when it asked the network for a migrated NIC."""
-
-    node: str
-    mac: str
-    able: bool
-    """False: it has no way into the NIC's network."""
-    answered: tuple[str, ...] = ()
-    """Addresses that answered at the NIC's MAC."""
-    heard: tuple[str, ...] = ()
-    """Kinds of frames of the NIC that reached it meanwhile."""
-    routed: bool = False
-    """It asked the routers, not the switches."""
-
-
-class Cutover(Value, frozen=True, kw_only=True):
-    """How the network followed a guest to its new place. Times are after the resume."""
-
-    resumed_at_s: float
-    first_announcement_ms: float | None = None
-    rounds: int = 0
-    """Of questions to the other nodes, before it was verified or given up."""
-    first_to_guest_ms: float | None = None
-    """The first frame that reached its port there after the resume; those that waited aside."""
-    first_from_guest_ms: float | None = None
-    verified_ms: float | None = None
-    """When every node that could ask had found it at its new place; None: not within the limit."""
-    witnesses: tuple[Witness, ...] = ()
-    suspect: str = ""
-    """What is most likely wrong, where it wasn't verified."""
-    forwarded_frames: int | None = None
-    """That arrived at the old place after all, and went on by the tunnel; None: not counted yet."""
-    problems: tuple[str, ...] = ()
-    """What of it couldn't be done, a tunnel for one. None of this fails a migration."""
 
 
 class Migration(Value, frozen=True, kw_only=True):

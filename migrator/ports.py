@@ -18,6 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from migrator.connection_port import Connection as Connection
+from migrator.connection_port import ConnectionTracker as ConnectionTracker
+from migrator.connection_port import TakenConnections as TakenConnections
 from migrator.fabric_port import FabricDriver as FabricDriver
 from migrator.fabric_port import FirstFrames as FirstFrames
 from migrator.fabric_port import ProbeReport as ProbeReport

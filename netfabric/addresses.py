@@ -154,9 +154,14 @@ class AddressWatcher:
     def __init__(self) -> None:
         self._sockets: dict[str, socket.socket] = {}
         self._learnt: dict[str, dict[str, None]] = {}
+        self._defined: dict[str, tuple[str, ...]] = {}
 
-    def watch(self, tap: str, mac: bytes) -> None:
-        """From now on, in place of an earlier watch of that tap. FabricError: it can't be."""
+    def watch(self, tap: str, mac: bytes, defined: tuple[str, ...] = ()) -> None:
+        """From now on, in place of an earlier watch of that tap. FabricError: it can't be.
+
+        `defined`: addresses that it has by definition.
+        """
+        self._defined[tap] = defined
         earlier = self._stop(tap)
         if earlier is not None:  # Of a tap of that name which is gone. Closing takes some ms.
             asyncio.get_running_loop().run_in_executor(None, earlier.close)
@@ -174,8 +179,14 @@ class AddressWatcher:
         """What was learnt of a tap so far, the oldest first."""
         return tuple(self._learnt.get(tap, ()))
 
+    def known(self) -> frozenset[str]:
+        """The addresses of every tap, defined or learnt."""
+        every = (*self._defined.values(), *self._learnt.values())
+        return frozenset(text for texts in every for text in texts)
+
     async def forget(self, tap: str) -> None:
         """End the watch. Idempotent."""
+        self._defined.pop(tap, None)
         self._learnt.pop(tap, None)
         opened = self._stop(tap)
         if opened is not None:

@@ -43,7 +43,7 @@ from node_agent.drain.service import DrainService
 from node_agent.drain.usage import UsageMeter
 from node_agent.drain.world import DrainWorld
 from node_agent.events import EventKind, EventLog
-from node_agent.fabrics import make_fabric
+from node_agent.fabrics import make_fabric, make_tracker
 from node_agent.hooks.service import HookService
 from node_agent.machines import MachinePinner
 from node_agent.migrations import link_speed
@@ -346,6 +346,7 @@ def make_migrations(
         hub=hub,
         hypervisor=hypervisor,
         fabric=fabric,
+        tracker=make_tracker(),
         nodes=nodes,
         events=events,
         publisher=publisher,

@@ -79,6 +79,8 @@ class EventKind(enum.StrEnum):
     """A step of a drain, an undrain or a balancing; `data.drain` is its id."""
     NETWORK_NOT_VERIFIED = "network-not-verified"
     """A migrated guest runs, but the network wasn't seen to follow; the message names a suspect."""
+    CONNECTIONS_NOT_MOVED = "connections-not-moved"
+    """A guest has moved, but stateful rules at its new place don't know its connections."""
 
 
 class ClusterEvent(Value, frozen=True, kw_only=True):

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Final
 
 from migrator.errors import ConfigError
-from migrator.ports import FabricDriver, RouteDriver
+from migrator.ports import ConnectionTracker, FabricDriver, RouteDriver
 from netfabric.bridge import BridgeFabric
+from netfabric.connections import KernelConnections
 from netfabric.routed import RoutedFabric, RoutedNetwork
 from netfabric.routes.frr.driver import FrrRoutes
 from netfabric.routes.netlink.driver import NetlinkRoutes
@@ -34,6 +35,11 @@ def make_fabric(config: AgentConfig) -> FabricDriver:
             return RoutedFabric(network, make_routes(config, network))
         case _:
             return BridgeFabric()
+
+
+def make_tracker() -> ConnectionTracker:
+    """Who knows the guests' connections."""
+    return KernelConnections()
 
 
 def routed_network(config: AgentConfig) -> RoutedNetwork:

@@ -252,12 +252,15 @@ class BridgeFabric(FabricDriver):
     def learnt(self, domain: DomainName, nics: Sequence[NicSpec]) -> Sequence[tuple[str, ...]]:
         return [self._addresses.learnt(tap_name(domain, index)) for index, _ in enumerate(nics)]
 
+    def addresses_here(self) -> frozenset[str]:
+        return self._addresses.known()
+
     # --- inside ---
 
     def _watch(self, tap: str, nic: NicSpec) -> None:
         """Nothing depends on it: a watch that fails is logged."""
         try:
-            self._addresses.watch(tap, parse_mac(nic.mac))
+            self._addresses.watch(tap, parse_mac(nic.mac), nic.addresses)
         except FabricError as error:
             _log.warning("addresses of NIC %s aren't learnt: %s", nic.mac, error)
 

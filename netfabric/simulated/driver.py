@@ -174,6 +174,9 @@ class SimulatedFabric(FabricDriver):
     def learnt(self, domain: DomainName, nics: Sequence[NicSpec]) -> Sequence[tuple[str, ...]]:
         return [self.learns.get(nic.mac, ()) for nic in nics]
 
+    def addresses_here(self) -> frozenset[str]:
+        return frozenset(text for nic in self._plugged.values() for text in nic.addresses)
+
     async def open_arrival(self, domain: DomainName, learnt: Sequence[Sequence[str]] = ()) -> None:
         self.closed.discard(domain)
 

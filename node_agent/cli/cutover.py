@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from migrator.model import Cutover, Witness
+from migrator.model import Cutover, MovedConnections, Witness
 from node_agent.cli.output import facts, table
 
 
@@ -20,6 +20,7 @@ def cutover_text(cutover: Cutover) -> str:
         ("first from the guest", _after(cutover.first_from_guest_ms)),
         ("rounds", str(cutover.rounds)),
         ("forwarded", _forwarded(cutover.forwarded_frames)),
+        ("connections", _connections(cutover.connections)),
         ("suspect", cutover.suspect),
     ]
     pairs += [("problem", problem) for problem in cutover.problems]
@@ -44,3 +45,12 @@ def _after(at_ms: float | None) -> str:
 
 def _forwarded(frames: int | None) -> str:
     return f"{frames} frames by the old node" if frames is not None else ""
+
+
+def _connections(connections: MovedConnections | None) -> str:
+    if connections is None:
+        return ""
+    text = f"{connections.moved} of stateful rules moved, told in {connections.told_ms:.1f} ms"
+    if connections.begun_late:
+        text += f"; {connections.begun_late} of them began meanwhile"
+    return text + (f"; {connections.left} are translated here, left" if connections.left else "")

@@ -41,6 +41,7 @@ def examine(
         *_hypervisor(capabilities()),
         *_devices(),
         *links.check_kernel_links(),
+        links.check_connection_tracking(),
         *_network(config, _bridges_in_use(client) if running else frozenset()),
         links.check_multicast(config.migration.address),
         _agent(config, running),

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket
 
 from node_agent.doctor.findings import Finding, failure, fine, warning
 
@@ -26,6 +27,7 @@ _CLONE_NEWNET: Final = 0x40000000
 _FLAG_UP: Final = 0x1
 _FLAG_MULTICAST: Final = 0x1000
 _FORWARDING: Final = {4: "ipv4/ip_forward", 6: "ipv6/conf/all/forwarding"}
+_CONNECTIONS: Final = Path("/proc/sys/net/netfilter/nf_conntrack_count")
 _GROUP: Final = "239.255.77.81"
 _KERNEL: Final = (
     ("bridges", {"kind": "bridge"}, "every guest with a bridge", "modprobe bridge", True),
@@ -76,6 +78,22 @@ def _try_kinds() -> Iterator[Finding]:
                 yield failure(name, detail, mend) if needed else warning(name, detail, mend)
             else:
                 yield fine(name, f"for {what_for}")
+
+
+def check_connection_tracking() -> Finding:
+    """Whether a guest's connections can be read here for its next node, and told."""
+    check = "connection tracking"
+    if not _CONNECTIONS.exists():
+        return fine(check, "the kernel tracks no connections: no rule can depend on them")
+    try:
+        with NFCTSocket() as kernel:
+            kernel.count()
+        known = _CONNECTIONS.read_text().strip()
+    except (NetlinkError, OSError) as error:
+        reason = f"the kernel tracks connections, but can't be asked for them ({error})"
+        mend = "modprobe nf_conntrack_netlink; else stateful rules cut what a guest brings along"
+        return warning(check, reason, mend)
+    return fine(check, f"guests' connections can move; {known} known now")
 
 
 def check_bridges(names: frozenset[str]) -> list[Finding]:

@@ -2,6 +2,7 @@
 
     source                                        destination
       │ (setup) the tunnel's end                    (setup) port closed, the tunnel's end
+      │ connections of stateful rules ──────────────► known there (`connections`)
       │ expect ─────────────────────────────────────► port open, frames for the guest wait in it
       │ divert: frames for the guest take the tunnel
       │ pause; the port is shut
@@ -29,8 +30,9 @@ from typing import Any, Final
 import msgspec
 
 from migrator.errors import FerryError, WrongStateError
-from migrator.model import Cutover, DomainName, NodeName
+from migrator.model import Cutover, DomainName, MovedConnections, NodeName
 from migrator.ports import (
+    ConnectionTracker,
     DomainEvent,
     DomainEventKind,
     FabricDriver,
@@ -42,6 +44,7 @@ from migrator.ports import (
 from node_agent.cluster_calls import Done
 from node_agent.config import AgentConfig
 from node_agent.events import EventKind, EventLog
+from node_agent.migrations.connections import ConnectionMover
 from node_agent.migrations.judgement import is_verified, suspects, to_prove, with_learnt
 from node_agent.migrations.publisher import Publisher
 from node_agent.migrations.witnesses import Move, Witnesses
@@ -126,6 +129,7 @@ class _Record:
     cutover: Cutover | None = None
     problems: tuple[str, ...] = ()
     forwarded: int | None = None
+    connections: MovedConnections | None = None
 
 
 class CutoverService:
@@ -138,6 +142,7 @@ class CutoverService:
         hub: PeerHub,
         hypervisor: HypervisorDriver,
         fabric: FabricDriver,
+        tracker: ConnectionTracker,
         nodes: NodeRegistry,
         events: EventLog,
         publisher: Publisher,
@@ -149,6 +154,9 @@ class CutoverService:
         self._fabric = fabric
         self._nodes = nodes
         self._witnesses = Witnesses(node, hub=hub, fabric=fabric, nodes=nodes)
+        self._connections = ConnectionMover(
+            node, hub=hub, fabric=fabric, tracker=tracker, events=events, expected=self._expected
+        )
         self._events = events
         self._publisher = publisher
         self._settings = settings or CutoverSettings()
@@ -164,6 +172,7 @@ class CutoverService:
         """Serve the other nodes' calls."""
         self._hub.handle(EXPECT, ExpectParams, self._on_expect)
         self._witnesses.register()
+        self._connections.register()
         self._hub.handle(OUTCOME, OutcomeParams, self._on_outcome)
 
     async def close(self) -> None:
@@ -190,11 +199,14 @@ class CutoverService:
             self._problem(leaving.problems, move, f"frames won't be forwarded: {error}")
 
     async def depart(self, move: Move) -> None:
-        """Just before the pause. Bounded by EXPECT_S and the kernel; never fails."""
+        """Just before the pause. Bounded by TELL_S, EXPECT_S and the kernel; never fails."""
         leaving = self._leaving.get(move.domain)
         if leaving is None or leaving.move.migration_id != move.migration_id or not move.nics:
             return
         learnt = tuple(self._fabric.learnt(move.domain, move.nics))
+        problem = await self._connections.tell(move, learnt)
+        if problem is not None:
+            self._problem(leaving.problems, move, problem)
         params = ExpectParams(migration_id=move.migration_id, domain=move.domain, learnt=learnt)
         try:
             await self._hub.call(move.destination, EXPECT, params, Done, timeout_s=EXPECT_S)
@@ -206,6 +218,7 @@ class CutoverService:
     async def stays(self, move: Move) -> None:
         """The guest goes on running here. Idempotent, also after a restart; never fails."""
         self._leaving.pop(move.domain, None)
+        self._connections.stays(move.domain)
         try:
             await self._fabric.reopen(move.domain, move.nics)
         except FerryError as error:
@@ -219,12 +232,15 @@ class CutoverService:
     async def _forward(self, move: Move, leaving: _Leaving | None) -> None:
         record = self._records.setdefault(move.migration_id, _Record())
         record.published = True
+        record.connections = self._connections.figures(move.domain)
         record.problems = tuple(leaving.problems) if leaving is not None else ()
         try:
             await self._amend(move.migration_id, record)
             await asyncio.sleep(self._settings.grace_s)
             if move.domain not in self._arriving and move.domain not in self._leaving:
                 record.forwarded = await self._fabric.end_departure(move.domain)
+                record.connections = self._connections.figures(move.domain)
+                await self._connections.left(move.domain)
                 await self._amend(move.migration_id, record)
             await asyncio.sleep(self._settings.verify_limit_s + _CALL_S)  # It may yet be told.
         finally:
@@ -243,6 +259,7 @@ class CutoverService:
         cutover = msgspec.structs.replace(
             record.cutover,
             forwarded_frames=record.forwarded,
+            connections=record.connections,
             problems=(*record.problems, *record.cutover.problems),
         )
         migration = await self._publisher.read(migration_id)
@@ -274,6 +291,7 @@ class CutoverService:
         arriving = self._arriving.get(move.domain)
         if arriving is not None and arriving.move.migration_id == move.migration_id:
             del self._arriving[move.domain]
+            self._own(self._connections.gone(move))
 
     def _on_domain_event(self, event: DomainEvent) -> None:
         leaving, arriving = self._leaving.get(event.domain), self._arriving.get(event.domain)
@@ -283,6 +301,7 @@ class CutoverService:
                 arriving.resumed_at_s = event.at_s
                 self._watch(arriving)
             case DomainEventKind.PAUSED if leaving is not None and leaving.diverted:
+                self._own(self._connections.rest(leaving.move))
                 self._own(self._fabric.shut(event.domain))
             case DomainEventKind.RESUMED if leaving is not None and leaving.diverted:
                 leaving.diverted = False
@@ -373,13 +392,17 @@ class CutoverService:
 
     async def _on_expect(self, _: NodeName, params: ExpectParams) -> Done:
         arriving = self._arriving.get(params.domain)
-        if arriving is None or arriving.move.migration_id != params.migration_id:
+        if arriving is None or self._expected(params.domain) != params.migration_id:
             raise WrongStateError(f"domain {params.domain}", "not expected here", "expected")
         await self._fabric.open_arrival(params.domain, params.learnt)
         arriving.learnt = params.learnt
         return Done()
 
     # --- inside ------------------------------------------------------------------------------
+
+    def _expected(self, domain: DomainName) -> str | None:
+        arriving = self._arriving.get(domain)
+        return arriving.move.migration_id if arriving is not None else None
 
     async def _tunnel(self, migration_id: str, peer: NodeName) -> Tunnel:
         view = await self._nodes.get(peer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import socket
 import statistics
@@ -14,9 +15,11 @@ import pytest
 
 from deploy import lab
 from deploy.guest.build import build_guest, default_cache_directory
+from deploy.lab.enter import enter
 from deploy.lab.plan import FabricKind
 from migrator.model import Cutover, Migration
-from tests.integration.cluster.client import in_namespace
+from netfabric import filters
+from tests.integration.cluster.client import Download, in_namespace
 from tests.integration.cluster.pings import PingWatch
 from tests.integration.cluster.world import Cluster, Load, describe, eventually
 
@@ -25,6 +28,17 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 MOVES = 6
 CUTOVER_MS = 300.0
 RTMGRP_IPV4_ROUTE = 0x40
+STATEFUL = """
+table inet ferrytest {
+  chain forward {
+    type filter hook forward priority 0; policy accept;
+    ct state established,related accept
+    tcp flags & (syn | ack) == syn ct state new accept
+    meta l4proto tcp counter drop
+  }
+}
+"""
+"""Whose connection a node hasn't seen begin can't pass it."""
 QUIET = Load(udp=False, dirty_pages_per_s=500, ipv6=True)
 
 
@@ -156,3 +170,39 @@ def test_no_question_to_a_guest_whose_routes_move_is_lost(
         "the route is withdrawn with the guest",
         lambda: guest.address not in in_lab(routed, "router", "ip", "route"),
     )
+
+
+def keep_state(cluster: Cluster, node: str) -> None:
+    """From now on the node passes on only TCP connections that it knows."""
+    enter(cluster.plan.namespace(node))
+    filters.run(STATEFUL, "test")
+    Path("/proc/sys/net/netfilter/nf_conntrack_tcp_loose").write_text("0")
+
+
+def forget_rules(cluster: Cluster, node: str) -> None:
+    enter(cluster.plan.namespace(node))
+    filters.run("delete table inet ferrytest", "test")
+
+
+@pytest.mark.parametrize("routed", [FabricKind.ROUTED], indirect=True, ids=str)
+def test_a_connection_survives_between_nodes_that_pass_only_known_ones(routed: Cluster) -> None:
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as n1,
+        concurrent.futures.ThreadPoolExecutor(1) as n2,
+        routed.guest("state", load=Load(udp=False, dirty_pages_per_s=0)) as guest,
+    ):
+        n1.submit(keep_state, routed, "n1").result(20)
+        n2.submit(keep_state, routed, "n2").result(20)
+        try:
+            client = routed.plan.namespace("client")
+            with Download(client, guest.address, 1 << 20) as download:
+                download.wait_bytes(1 << 18)
+                for node in ("n2", "n1"):
+                    cutover = cutover_of(routed, routed.move("state", node))
+                    assert cutover.connections is not None, cutover
+                    assert cutover.connections.moved >= 1, cutover
+                    assert not cutover.problems, cutover
+                    download.wait_bytes(1 << 18)
+        finally:
+            n1.submit(forget_rules, routed, "n1").result(20)
+            n2.submit(forget_rules, routed, "n2").result(20)

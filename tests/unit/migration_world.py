@@ -38,6 +38,7 @@ from migrator.model import (
 from migrator.ports import HypervisorDriver
 from migrator.runner import Session
 from migrator.session import vocabulary as v
+from netfabric.simulated.connections import SimulatedConnections
 from node_agent.cluster_calls import ClusterCalls
 from node_agent.hooks.service import HookService
 from node_agent.migrations.checks import DestinationCheck
@@ -167,6 +168,7 @@ class MigratingNode:
         self.node = node
         self.folder = folder
         folder.mkdir(parents=True)
+        self.tracker = SimulatedConnections()
         self.manager = self._manager()
 
     def incoming(self) -> Iterable[DomainSpec]:
@@ -219,6 +221,7 @@ class MigratingNode:
                     hub=node.hub,
                     hypervisor=node.hypervisor,
                     fabric=node.fabric,
+                    tracker=self.tracker,
                     nodes=node.registry,
                     events=node.events,
                     publisher=publisher,

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from migrator.errors import RefusedError
-from migrator.model import Cutover, MigrationState, NodeName
+from migrator.model import Cutover, DomainName, MigrationState, NodeName
+from migrator.ports import Connection
 from netfabric.frames import gratuitous_arp_request, parse_mac
 from node_agent.migrations.path_check import KNOWN_S, PathCheck
 from tests.unit.migration_world import WEB, MigrationWorld, eventually, migration_world
@@ -119,3 +120,74 @@ async def test_what_a_guest_was_seen_to_use_moves_along(world: MigrationWorld) -
     announced = [one.frame for one in world.a.node.fabric.network.announcements]
     learnt = gratuitous_arp_request(parse_mac(spec.nics[0].mac), ipaddress.IPv4Address("10.0.0.8"))
     assert learnt in announced
+
+
+ITS_OWN = Connection(version=4, entry=b"10.0.0.7 192.0.2.1")
+WITH_A_NEIGHBOUR = Connection(version=4, entry=b"10.0.0.7 192.0.2.77")
+ANOTHERS = Connection(version=4, entry=b"10.0.0.9 192.0.2.1")
+
+
+async def test_connections_that_stateful_rules_know_move_along(world: MigrationWorld) -> None:
+    world.a.tracker.known = {ITS_OWN, WITH_A_NEIGHBOUR, ANOTHERS}
+    world.a.tracker.own = frozenset({"192.0.2.77"})
+    migration = await world.ended(await world.migrate())
+    cutover = await recorded(world, migration.id)
+    assert world.b.tracker.known == {ITS_OWN, WITH_A_NEIGHBOUR}
+    assert world.a.tracker.known == {WITH_A_NEIGHBOUR, ANOTHERS}, "what passes here on is kept"
+    assert cutover.connections is not None
+    assert (cutover.connections.moved, cutover.connections.begun_late) == (2, 0)
+    assert cutover.problems == ()
+
+
+async def test_a_connection_that_begins_just_before_the_pause_moves_too(
+    world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fabric, divert = world.a.node.fabric, world.a.node.fabric.divert
+
+    async def begin(domain: DomainName) -> None:
+        world.a.tracker.known.add(ITS_OWN)
+        await divert(domain)
+
+    monkeypatch.setattr(fabric, "divert", begin)
+    migration = await world.ended(await world.migrate())
+    cutover = await recorded(world, migration.id)
+    assert world.b.tracker.known == {ITS_OWN}
+    assert cutover.connections is not None
+    assert (cutover.connections.moved, cutover.connections.begun_late) == (1, 1)
+
+
+async def test_a_kernel_that_cannot_be_told_connections_is_an_event_and_no_failure(
+    world: MigrationWorld,
+) -> None:
+    world.a.tracker.known = {ITS_OWN}
+    world.b.tracker.unable = "simulated: connection tracking can't be told anything"
+    migration = await world.ended(await world.migrate())
+    cutover = await recorded(world, migration.id)
+    assert migration.state is MigrationState.COMPLETED
+    assert any("may cut connections" in each for each in cutover.problems)
+
+    async def told() -> bool:
+        events = await world.a.node.events.read()
+        return any(each.kind == "connections-not-moved" for each in events)
+
+    await eventually(told)
+
+
+async def test_a_destination_that_is_given_up_forgets_what_it_was_told(
+    world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source's guest stays, and its connections with it."""
+    world.a.tracker.known = {ITS_OWN}
+
+    async def fail(domain: DomainName) -> None:
+        world.b.node.hypervisor.host.kill(domain)
+
+    monkeypatch.setattr(world.a.node.fabric, "divert", fail)
+    ended = await world.ended(await world.migrate())
+    assert ended.state is not MigrationState.COMPLETED
+
+    async def forgotten() -> bool:
+        return not world.b.tracker.known
+
+    await eventually(forgotten)
+    assert world.a.tracker.known == {ITS_OWN}
