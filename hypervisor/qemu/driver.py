@@ -19,6 +19,7 @@ from typing import ClassVar
 from hypervisor.qemu import launcher, logs, records, switchover
 from hypervisor.qemu.command_line import TAP_FD, QemuLaunch
 from hypervisor.qemu.config import (
+    MONITORS,
     Accelerator,
     QemuConfig,
     monitor_path,
@@ -59,8 +60,9 @@ LAUNCH_TIMEOUT_S = 30.0
 KILL_TIMEOUT_S = 30.0
 """From SIGKILL to the end: a process in an uninterruptible I/O is in no hurry."""
 ADOPT_TIMEOUT_S = 1.0
-"""For the first answer of a QEMU that is adopted. One that waits for a missing page of its guest
-(post-copy) answers only once the agent that adopts it has made an engine that fills it in."""
+"""For a monitor's greeting, and for the first answer, of a QEMU that is adopted. One that waits for
+a missing page of its guest (post-copy) gives neither before the agent that adopts it has made an
+engine that fills it in."""
 TERMINATE_TIMEOUT_S = 5.0
 """From SIGTERM to the end: QEMU flushes its disks."""
 PAUSE_TIMEOUT_S = 30.0
@@ -131,7 +133,7 @@ class QemuDriver(HypervisorDriver):
             return
         guest = self._take(Launched(directory, process, record))
         try:
-            await guest.connect(answer_s=ADOPT_TIMEOUT_S)
+            await guest.connect(timeout_s=MONITORS * ADOPT_TIMEOUT_S, answer_s=ADOPT_TIMEOUT_S)
             if not guest.record.has_run and guest.run_state_seen == "prelaunch":
                 await self._end(guest, "its start was cut short")
         except HypervisorError as error:

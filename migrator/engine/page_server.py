@@ -33,7 +33,7 @@ _KINDS: Final = (StreamKind.FAULTS, StreamKind.BULK)
 
 
 class PageServer:
-    """Use: `connect`, `start`, `close`. A thread's failure is reported by `fault`."""
+    """Use: `connect` or not, `start`, `close`. A thread's failure is reported by `fault`."""
 
     def __init__(
         self,
@@ -57,6 +57,9 @@ class PageServer:
         self._stop = Signal()
         self._sockets: dict[StreamKind, PageSocket] = {}
         self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._unopened = set(_KINDS)
+        self._on_open: Callable[[], None] = lambda: None
         self.bytes_sent = 0
         self.left_pages = 0
         """As the destination last said."""
@@ -69,7 +72,9 @@ class PageServer:
             if kind not in self._sockets:
                 self._sockets[kind] = self._open(kind, waiter)
 
-    def start(self) -> None:
+    def start(self, on_open: Callable[[], None] = lambda: None) -> None:
+        """Serve. The threads open what isn't open; when all is, one of them calls `on_open`."""
+        self._on_open = on_open
         for kind in _KINDS:
             thread = threading.Thread(target=self._run, args=(kind,), daemon=True)
             self._threads.append(thread)
@@ -107,6 +112,9 @@ class PageServer:
     def _run(self, kind: StreamKind) -> None:
         waiter = HelperWaiter(self._stop)
         try:
+            if kind not in self._sockets:
+                self._open_again(kind, waiter)
+            self._note_open(kind)
             while True:
                 try:
                     self._serve(kind, self._sockets[kind], waiter)
@@ -115,12 +123,23 @@ class PageServer:
                     waiter.tick()
                     self._health.broke(-kind, str(error))
                 self._sockets[kind].close()
-                self._sockets[kind] = self._open(kind, waiter)
+                self._open_again(kind, waiter)
                 self._health.restored(-kind)
         except StoppedError:
             return
         except BaseException as error:
             self._fault(error)
+
+    def _open_again(self, kind: StreamKind, waiter: Waiter) -> None:
+        self._sockets[kind] = self._open(kind, waiter)
+        waiter.tick()  # A `close` that came before this one was there has shut down the others.
+
+    def _note_open(self, kind: StreamKind) -> None:
+        with self._lock:
+            self._unopened.discard(kind)
+            all_open = not self._unopened
+        if all_open:
+            self._on_open()
 
     def _serve(self, kind: StreamKind, sock: PageSocket, waiter: Waiter) -> None:
         """Until BYE. StreamEndedError, RemoteProtocolError."""

@@ -218,9 +218,8 @@ class SourceEngine:
             fault=self._faults.report,
         )
         if configure.post_copy or serving:
-            self._server.connect(self)
-            self._server.start()
-            self._control.send(Connected(streams=0, round_trip_ms=0.0))
+            # This thread goes on listening: the destination's engine may have another successor.
+            self._server.start(lambda: self._control.send(Connected(streams=0, round_trip_ms=0.0)))
             return
         streams = max(1, min(configure.streams, frames.STREAMS_MAX))
         for index in range(streams):

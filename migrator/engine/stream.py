@@ -163,23 +163,32 @@ def _dial(endpoint: Endpoint, waiter: Waiter) -> socket.socket:
 
 
 def _await_welcome(sock: StreamSocket, endpoint: Endpoint, waiter: Waiter) -> None:
-    decoder = wire.FrameDecoder()
+    """Exactly one frame is read: a destination in post-copy asks for pages right behind it."""
     deadline = time.monotonic() + endpoint.silence_s
-    while True:
-        left = deadline - time.monotonic()
-        if left <= 0 or not waiter.wait(sock, POLL_IN, left):
-            raise StreamBrokenError("the destination's engine didn't answer the hello")
+    kind, length = wire.parse_header(_receive(sock, wire.HEADER_BYTES, deadline, waiter))
+    body = _receive(sock, length, deadline, waiter)
+    welcome = wire.Frame(kind, body).decode(_welcome_decoder)
+    if welcome.refusal:
+        raise StreamRefusedError(f"the destination refused a stream: {welcome.refusal}")
+
+
+def _receive(sock: StreamSocket, count: int, deadline: float, waiter: Waiter) -> bytes:
+    """`count` bytes. Read first, then wait: poll(2) doesn't know what TLS has decrypted already."""
+    data = b""
+    while len(data) < count:
         try:
-            data = sock.recv(4096)
+            part = sock.recv(count - len(data))
         except BlockingIOError:
+            left = deadline - time.monotonic()
+            if left <= 0 or not waiter.wait(sock, POLL_IN, left):
+                raise StreamBrokenError(
+                    "the destination's engine didn't answer the hello"
+                ) from None
             continue
-        if not data:
+        if not part:
             raise StreamBrokenError("the destination's engine closed the stream at the hello")
-        for frame in decoder.feed(data):
-            welcome = frame.decode(_welcome_decoder)
-            if welcome.refusal:
-                raise StreamRefusedError(f"the destination refused a stream: {welcome.refusal}")
-            return
+        data += part
+    return data
 
 
 def _broken(error: OSError) -> Exception:

@@ -180,13 +180,16 @@ async def _successor(pair: Pair, name: str) -> Engine:
 async def test_a_successor_tells_whether_pages_are_missing(pair: Pair) -> None:
     """One that died while they were, and one that had filled in all and was never heard."""
     pair.source_guest.tell(f"fill 0 {8 * MIB}")  # The rest stays holes, on both sides.
-    await pair.start()
+    await pair.start(reconnect_s=300.0)
     await pair.run_pass(PassKind.FIRST)
     pair.source_guest.tell(f"fill {4 * MIB} {8 * MIB}")
     await pair.run_pass(PassKind.STALE)
     await pair.run_pass(PassKind.MISSING)
     await pair.destination.expect(PostCopyArmed)
+    dead = next(each for each in pair.destination.heard if isinstance(each, Listening))
     second = await _successor(pair, "second.log")
+    # It goes on dialling where it was told to, until it hears of another place.
+    pair.source.process.send(Connect(host="127.0.0.1", port=dead.port, secret=b"s" * 32))
     listening = await second.expect(Listening)
     assert not [each for each in second.heard if isinstance(each, PostCopyDone)]
     pair.source.process.send(Connect(host="127.0.0.1", port=listening.port, secret=b"s" * 32))

@@ -83,12 +83,24 @@ def connect_successor(side: Side, command: v.ConnectEngine) -> list[v.Event]:
     guest = side.served or side.guest
     if guest is None or not side.engine:
         return [v.EngineLost(reason="no such domain")]
-    if command.port != 7000 + side.other.engine:
-        side.engine = 0
-        return [v.EngineLost(reason="nobody listens there")]
-    side.linked = side.other.engine
     side.served = guest
+    if command.port != 7000 + side.other.engine:
+        _dial_in_vain(side)
+        return []
+    side.linked = side.other.engine
     return [v.EngineConnected(pages_in_use=0, round_trip_ms=0.1)]
+
+
+def _dial_in_vain(side: Side) -> None:
+    """For a while. An engine that is told of another place meanwhile goes there."""
+    engine = side.engine
+    side.linked = 0
+
+    def give_up() -> None:
+        if side.engine == engine and not side.linked:
+            side.kill_engine("nobody listens there")
+
+    side.world.after(side.world.delay(RECONNECT_S), give_up)
 
 
 def begin_filling(side: Side, guest: Guest) -> None:
