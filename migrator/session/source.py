@@ -61,6 +61,7 @@ from migrator.session.vocabulary import (
     PassFinished,
     PeerBack,
     PeerLost,
+    PeerRemoved,
     PrepareSwitchover,
     Received,
     Recover,
@@ -87,6 +88,8 @@ class SourceSession(SourceLeave):
             case CancelRequested() if self.cancellable:
                 self._cancelled = True
                 self._give_up(event.reason)
+            case PeerRemoved():
+                self._peer_removed(event.reason)
             case GuestReported(kind=DomainEventKind.EXITED | DomainEventKind.PANICKED) if (
                 self.state in (_S.SETUP, _S.PRECOPY, _S.SWITCHOVER)
             ):
@@ -105,8 +108,7 @@ class SourceSession(SourceLeave):
                 began_s = max(self._now - event.seconds, self._continued_at_s)
                 self._note("deactivate", began_s, self._now, "at most; a part of device state")
             case GuestReported(kind=DomainEventKind.DEVICE_STATE_SENT):
-                # Also heard where it is too late to act on it: if the guest is gone later, the
-                # destination's copy is known to be whole.
+                # Also where it's too late to act on it: the destination's copy is known to be whole.
                 self.device_state_out = True
                 self._handle_in_state(event)
             case _:

@@ -6,6 +6,7 @@
   it lacks; if the destination's engine has a successor, its Prepared says where.
 - A hypervisor that dies leaves its memory to the engine that has it open. Only when that dies, too,
   the pages are lost, and the destination is told.
+- A destination that was removed from the cluster is given no page more.
 """
 
 from __future__ import annotations
@@ -98,6 +99,18 @@ class SourcePostCopy(SourceRecovery):
             StartTimer(name=TimerName.RETRY, seconds=self.timing.retry_s),
             Journal(state=self.state, durable=False),
         )
+        if self._removed:
+            self._give_no_more()
+
+    def _peer_removed(self, reason: str) -> None:
+        self._removed = reason
+        if self.state is _S.POSTCOPY:
+            self._give_no_more()
+
+    def _give_no_more(self) -> None:
+        """The guest's newest state is there, so the copy here is of no use to anybody else."""
+        self._do(StopEngine())
+        self._discard(f"{self._removed} before it had every page of the guest that runs there")
 
     def _in_post_copy(self, event: Event) -> None:
         match event:

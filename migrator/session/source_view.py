@@ -105,6 +105,8 @@ class SourceView(Session):
         self._swap_token = 0
         self._may_have_resumed = self._may_have_resumed_before = may_have_resumed
         self._discard_error = ""
+        self._removed = ""
+        """The destination was removed from the cluster, and why that ends its post-copy."""
 
     # --- figures and facts that decisions are made from ---
 

@@ -40,6 +40,12 @@ class CancelRequested(Struct, frozen=True, kw_only=True):
     reason: str = "cancelled by request"
 
 
+class PeerRemoved(Struct, frozen=True, kw_only=True):
+    """The other node was removed from the cluster: it is given nothing more."""
+
+    reason: str
+
+
 class TimerName(enum.StrEnum):
     SETUP = "setup"
     TOTAL = "total"
@@ -204,6 +210,7 @@ Event = (
     | PeerLost
     | PeerBack
     | CancelRequested
+    | PeerRemoved
     | TimerFired
     | EngineListening
     | EngineConnected

@@ -5,8 +5,11 @@ connections are closed by the hub (`PeerHub.recheck`), the page streams end here
 
     source here           cancelled, as by an operator: the guest runs on here
     destination here      its copy is given up, as if the source had said Abort
-    after the handoff     nothing: the guest runs at one place, by its record. In post-copy it needs
-                          the other side's pages; to cut that would kill the guest
+    after the handoff     nothing: the guest runs at one place, by its record
+    post-copy from here   the guest runs at the removed node, which is given no page more: it waits
+                          there for ever, and is to be taken over from its disk, behind a fence
+    post-copy to here     goes on. The guest is ours and needs what only its old node has; that had
+                          all of its memory a moment ago, so nobody is trusted anew
 """
 
 from __future__ import annotations
@@ -25,5 +28,6 @@ def part_with(node: str, runners: Iterable[Runner]) -> None:
     for runner in runners:
         if isinstance(runner.session, SourceSession):
             runner.feed(v.CancelRequested(reason=reason))
+            runner.feed(v.PeerRemoved(reason=reason))
         else:
             runner.feed(v.Received(message=Abort(reason=reason)))

@@ -187,6 +187,29 @@ def test_a_record_that_moved_on_frees_the_source() -> None:
     assert "n3 took the domain over" in (pair.source.error or "")
 
 
+@pytest.mark.parametrize("state", [_S.HANDOFF, _S.POSTCOPY])
+def test_a_removed_destination_is_given_no_page_more(state: MigrationState) -> None:
+    """Also if it was removed before it could say that the guest runs there."""
+    request = MigrationRequest(destination="n2", mode=MigrationMode.POSTCOPY)
+    pair = SessionPair(request, pending=lambda number: 900_000)
+    pair.run_until_state(state)
+    pair.push(pair.source, v.PeerRemoved(reason="n2 was removed from the cluster"))
+    pair.run()
+    assert pair.source.state is _S.FAILED
+    assert "n2 was removed from the cluster before it had every page" in (pair.source.error or "")
+    assert "StopEngine" in pair.commands(SOURCE)
+    assert "DestroyGuest" in pair.commands(SOURCE)
+    assert pair.destination.state is not _S.COMPLETED
+
+
+def test_a_removed_source_s_pages_are_still_taken() -> None:
+    """The guest is ours, and needs them. Nothing else is heard from there: the hub refuses it."""
+    pair = running_there()
+    pair.push(pair.destination, v.Received(message=m.Abort(reason="n1 was removed")))
+    assert pair.run() == POSTCOPY
+    assert "DestroyGuest" not in pair.commands(DESTINATION)
+
+
 def test_an_unreadable_or_plain_record_frees_nobody() -> None:
     pair = running_there()
     assert pair.record.state is OwnershipState.RUNNING
