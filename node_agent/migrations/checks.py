@@ -46,8 +46,8 @@ def node_reasons(
         return [f"the domain runs on {destination} already"]
     view = views.get(destination)
     if view is None:
-        known = ", ".join(sorted(name for name in views if name != source)) or "none"
-        return [f"there is no node {destination}; known: {known}"]
+        known = ", ".join(sorted(views)) or "none"
+        return [f"there is no node {destination}; known: {known} (the domain runs on {source})"]
     if view.state is NodeState.UNREACHABLE:
         return [
             f"node {destination} is {view.state}: no heartbeat for {view.heartbeat_age_s:.0f} s"

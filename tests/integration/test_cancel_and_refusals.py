@@ -297,7 +297,8 @@ def assert_reasons(found: tuple[str, ...], *parts: str) -> None:
 
 
 def test_no_place_to_go(cluster: Cluster, guest: Guest) -> None:
-    assert_reasons(reasons(cluster, "mover", "n9"), "there is no node n9")
+    known = f"there is no node n9; known: n1, n2, n3 (the domain runs on {guest.node})"
+    assert_reasons(reasons(cluster, "mover", "n9"), known)
     assert_reasons(reasons(cluster, "mover", guest.node), "runs on")
     api = cluster.api(guest.node)
     api.post("/v1/domains/mover/pause", Domain)

@@ -230,8 +230,9 @@ def test_a_cancelled_drain_opens_the_node(cluster: Cluster, home: list[Guest]) -
     with cluster.held("source", "ContinueSwitchover") as point:
         begun = drain(cluster, via="n3", parallel=1)
         point.wait_reached()
-        asked = cluster.api("n2").delete("/v1/nodes/n1/drain")
-        assert b"let-end" in asked
+        asked = ferry(cluster, "drain", "n1", "--cancel")
+        assert asked.returncode == ExitCode.OK, asked.stderr
+        assert f"drain {begun.id} of node n1 is being cancelled" in asked.stdout
         eventually(
             "the drain is being cancelled",
             lambda: seen(cluster, begun.id).state is DrainState.CANCELLING,
