@@ -108,7 +108,7 @@ class SourceSession(SourceLeave):
                 began_s = max(self._now - event.seconds, self._continued_at_s)
                 self._note("deactivate", began_s, self._now, "at most; a part of device state")
             case GuestReported(kind=DomainEventKind.DEVICE_STATE_SENT):
-                # Also where it's too late to act on it: the destination's copy is known to be whole.
+                # Also when it's too late to act on it: then the destination's copy is whole.
                 self.device_state_out = True
                 self._handle_in_state(event)
             case _:
