@@ -42,8 +42,8 @@ DEFAULT_THROUGHPUT_BYTES_PER_S: Final = 100e6
 def page_streams(cores: int, link_bytes_per_s: float | None, *, tls: bool) -> int:
     """How many page streams to use: as many as fill the link, but no more than the cores feed.
 
-    Plain, a stream takes two cores (the other fills pages in, or is the guest's); encryption is
-    a core's work at each end. `link_bytes_per_s` None: unknown.
+    Plain, a stream takes two cores (the other is the guest's); encryption is a core's work at
+    each end. `link_bytes_per_s` None: unknown.
     """
     by_cores = max(1, cores if tls else cores // 2)
     if link_bytes_per_s is not None:

@@ -35,7 +35,7 @@ from migrator.ranges import Ranges
 
 _BATCH_BYTES: Final = 8 * 1024 * 1024
 _LOOKAHEAD_BYTES: Final = 32 * 1024 * 1024
-"""Announced ahead of what is sent. The destination's prefaulting must not be caught up with."""
+"""Announced ahead of what is sent, where pages are huge: prefaulting mustn't be caught up with."""
 _EXPECT_BYTES_MIN: Final = 1024 * 1024
 """Less than this isn't worth a prefault in another thread."""
 _PACKING_BYTES_MIN: Final = 1024 * 1024

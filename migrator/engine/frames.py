@@ -3,7 +3,7 @@
     source                                                    destination
       │  hello (migrator.wire): version, migration, secret, kind, index ─►│ checks
       │◄──────────────────────────────────── welcome: accepted, or why not │
-      │  EXPECT  ranges ─────────────────────────────────────────────────►│ prefaults ahead
+      │  EXPECT  ranges ─────────────────────────────────────────────────►│ prefaults huge pages
       │  PAGES   ranges, payload ────────────────────────────────────────►│ into guest memory
       │  PACKED  ranges, payload (LZ4 block) ────────────────────────────►│ unpacked, then likewise
       │  ZERO    ranges ─────────────────────────────────────────────────►│ punches out

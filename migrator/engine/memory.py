@@ -43,6 +43,11 @@ class MappedRegion:
         return self.layout.page_size_bytes
 
     @property
+    def can_pwrite(self) -> bool:
+        """hugetlbfs can't."""
+        return self.page_size_bytes == PAGE_SIZE_BYTES
+
+    @property
     def can_sendfile(self) -> bool:
         """hugetlbfs can't: it lacks splice_read."""
         return self.page_size_bytes == PAGE_SIZE_BYTES

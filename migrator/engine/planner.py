@@ -55,7 +55,7 @@ class PassPlanner:
                 holes = ranges.subtract(whole, extents)
                 self._share_out(pieces, index, holes, kind=frames.FrameKind.ZERO, hole=True)
                 if self._regions[index].can_sendfile:
-                    self._share_out(pieces, index, extents, cold=True)
+                    self._share_out(pieces, index, extents)
                 else:
                     mapped = self._mapped(index)
                     self._share_out(pieces, index, ranges.intersect(extents, mapped), cold=True)
@@ -73,7 +73,7 @@ class PassPlanner:
                 continue
             known = self._sent_ever[index]
             fresh = ranges.subtract(pending, known)
-            self._share_out(pieces, index, fresh, cold=True)
+            self._share_out(pieces, index, fresh, cold=not self._regions[index].can_pwrite)
             self._share_out(pieces, index, ranges.subtract(pending, fresh))
             self._sent_ever[index] = ranges.union(known, fresh)
         return pieces

@@ -1,8 +1,8 @@
-"""Prefaulting: makes the destination's memory present before the bytes for it arrive.
+"""Prefaulting: makes the destination's huge pages present before the bytes for them arrive.
 
-Receiving into untouched memory pays for a page fault, an allocation and the clearing of each page
-on the receiving thread. This thread pays for them ahead of it, and without Python's lock.
-It is a hint: whatever goes wrong here only makes the stream slower.
+They are received into a mapping, for hugetlbfs can't be written to (`landing.py`). In untouched
+memory the receiving thread would pay for the clearing of each page. This thread does ahead of it,
+without Python's lock. It is a hint: whatever goes wrong here only makes the stream slower.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ _QUEUE_MAX: Final = 4096
 
 
 class Prefaulter:
-    """One thread. `close` ends it within one piece."""
+    """One thread, from the first `expect` on. `close` ends it within one piece."""
 
     def __init__(self, regions: list[MappedRegion]) -> None:
         self._regions = regions
         self._queue: collections.deque[tuple[int, int, int]] = collections.deque()
         self._more = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="prefault", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     def expect(self, region: int, content: Ranges) -> None:
         with self._more:
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="prefault", daemon=True)
+                self._thread.start()
             room = _QUEUE_MAX - len(self._queue)
             self._queue.extend((region, start, end) for start, end in content[:room].tolist())
             self._more.notify()
@@ -43,7 +45,8 @@ class Prefaulter:
             self._closed = True
             self._queue.clear()
             self._more.notify()
-        self._thread.join(timeout=1.0)
+        if self._thread is not None:
+            self._thread.join(timeout=1.0)
 
     def _run(self) -> None:
         try:

@@ -12,7 +12,6 @@ newer ones.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import socket
 import ssl
@@ -23,9 +22,11 @@ from typing import Final, Protocol
 import lz4.block
 import msgspec
 
-from migrator import wire
+from migrator import ranges, wire
 from migrator.engine import frames, kernel
 from migrator.engine.frames import FrameKind, RegionShape, StreamHello, StreamKind, StreamWelcome
+from migrator.engine.intake import ConnectionEndedError, Intake
+from migrator.engine.landing import Landing
 from migrator.engine.memory import MappedRegion
 from migrator.engine.prefault import Prefaulter
 from migrator.engine.stream import tune
@@ -44,12 +45,8 @@ _FROM_SOURCE: Final = frames.SEQUENCED | {FrameKind.EXPECT, FrameKind.BYE}
 _hello_decoder: Final = msgspec.msgpack.Decoder(StreamHello)
 
 
-class ConnectionEndedError(Exception):
-    """End of file, a reset, a silence within a frame, or `revoke`."""
-
-
 class Memory:
-    """Where pages land: the regions, and the thread that prefaults them."""
+    """Where pages land: the regions, and what prefaults those made of huge pages."""
 
     def __init__(self, regions: list[MappedRegion]) -> None:
         self.regions = regions
@@ -95,6 +92,7 @@ class Connection:
     def __init__(self, sock: socket.socket, memory: Memory, host: Host, silence_s: float) -> None:
         self._accepted = sock
         self._sock: StreamSocket = sock
+        self._intake = Intake(sock, silence_s)
         self._handed_over = False
         self._memory = memory
         self._host = host
@@ -112,10 +110,8 @@ class Connection:
     def revoke(self) -> None:
         """Nothing is written to guest memory any more once the thread has ended."""
         self._revoked = True
-        if self._handed_over:
-            return
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        if not self._handed_over:
+            self._intake.revoke()
 
     def join(self, timeout_s: float) -> bool:
         self._thread.join(timeout_s)
@@ -157,6 +153,9 @@ class Connection:
             self._answer(str(error))
             return None
         limit_waits(self._sock, _HELLO_TIMEOUT_S)
+        self._intake = Intake(self._sock, self._silence_s)
+        if self._revoked:
+            self._intake.revoke()
         try:
             hello = self._read_hello()
             peer = self._sock.peer if isinstance(self._sock, SecureSocket) else None
@@ -180,12 +179,12 @@ class Connection:
         """Exactly one frame is read: page frames may follow it at once."""
         deadline = time.monotonic() + _HELLO_TIMEOUT_S
         header = bytearray(wire.HEADER_BYTES)
-        self._receive(memoryview(header), deadline=deadline)
+        self._intake.fill(memoryview(header), deadline=deadline)
         kind, length = wire.parse_header(bytes(header))
         if kind is not wire.FrameKind.HELLO:
             raise RemoteProtocolError(f"a stream began with a {kind.name} frame")
         body = bytearray(length)
-        self._receive(memoryview(body), deadline=deadline)
+        self._intake.fill(memoryview(body), deadline=deadline)
         return wire.Frame(kind, bytes(body)).decode(_hello_decoder)
 
     def _hand_over(self, kind: StreamKind) -> None:
@@ -200,11 +199,18 @@ class Connection:
 
     def _serve(self) -> None:
         """Until BYE. ConnectionEndedError, RemoteProtocolError: the stream is closed."""
+        landing = Landing(self._intake)
+        try:
+            self._serve_into(landing)
+        finally:
+            landing.close()
+
+    def _serve_into(self, landing: Landing) -> None:
         header_view = memoryview(bytearray(frames.HEADER_BYTES))
         self._packed = bytearray(frames.PACKED_BYTES_MAX)
         ranges_view = memoryview(bytearray(frames.FRAME_RANGES_MAX * frames.RANGE_BYTES))
         while True:
-            self._receive(header_view, idle=True)
+            self._intake.fill(header_view, idle=True)
             header = frames.parse_header(header_view)
             if header.kind is FrameKind.BYE:
                 return
@@ -218,93 +224,40 @@ class Connection:
                     )
             if header.count:
                 encoded = ranges_view[: header.count * frames.RANGE_BYTES]
-                self._receive(encoded)
+                self._intake.fill(encoded)
                 content = frames.parse_ranges(header, encoded, self._memory.shapes)
-                self._apply(header, content)
+                self._apply(header, content, landing)
             if header.kind is FrameKind.ARM:
                 self._host.arm()
             if header.kind in frames.SEQUENCED:
                 self._sock.sendall(frames.encode(FrameKind.ACK, sequence=self._sequence))
 
-    def _apply(self, header: frames.Header, content: Ranges) -> None:
+    def _apply(self, header: frames.Header, content: Ranges, landing: Landing) -> None:
         region = self._memory.regions[header.region]
         match header.kind:
             case FrameKind.EXPECT:
-                self._memory.prefaulter.expect(header.region, content)
+                if not region.can_pwrite:
+                    self._memory.prefaulter.expect(header.region, content)
             case FrameKind.MISSING:
                 self._host.missing(header.region, content)
-            case FrameKind.PAGES if len(content) == 1:
-                start, end = content[0].tolist()
-                self._receive(region.view[start:end])
-            case FrameKind.PACKED:
-                self._unpack(header.payload_bytes, [region.view[a:b] for a, b in content.tolist()])
             case FrameKind.PAGES:
-                self._receive_scattered([region.view[a:b] for a, b in content.tolist()])
+                landing.receive(region, content)
+            case FrameKind.PACKED:
+                payload = self._unpack(header.payload_bytes, ranges.byte_count(content))
+                landing.write(region, content, payload)
             case _:
                 for start, end in content.tolist():
                     if kernel.has_data(region.fd, start, end):
                         kernel.punch_hole(region.fd, start, end)
 
-    def _unpack(self, packed_bytes: int, views: list[memoryview]) -> None:
+    def _unpack(self, packed_bytes: int, size: int) -> memoryview:
         """RemoteProtocolError: it isn't what was announced, and no guest memory was touched."""
         packed = memoryview(self._packed)[:packed_bytes]
-        self._receive(packed)
-        size = sum(map(len, views))
+        self._intake.fill(packed)
         try:
             content = memoryview(lz4.block.decompress(packed, uncompressed_size=size))
         except lz4.block.LZ4BlockError as error:
             raise RemoteProtocolError(f"packed pages are malformed: {error}") from error
         if len(content) != size:
             raise RemoteProtocolError(f"packed pages are {len(content)} bytes, announced {size}")
-        at = 0
-        for view in views:
-            view[:] = content[at : at + len(view)]
-            at += len(view)
-
-    def _receive(
-        self, view: memoryview, *, idle: bool = False, deadline: float | None = None
-    ) -> None:
-        """Fill `view`. `idle`: any time may pass before the first byte."""
-        got = 0
-        while got < len(view):
-            self._check_revoked()
-            if deadline is not None and time.monotonic() > deadline:
-                raise ConnectionEndedError("the hello took too long")
-            try:
-                count = self._sock.recv_into(view[got:], 0, socket.MSG_WAITALL)
-            except BlockingIOError:
-                if idle and not got:
-                    continue
-                raise self._silent() from None
-            except ConnectionError as error:
-                raise ConnectionEndedError(str(error)) from error
-            if count == 0:
-                raise ConnectionEndedError("the source's engine closed the stream")
-            got += count
-
-    def _receive_scattered(self, views: list[memoryview]) -> None:
-        done = 0
-        while done < len(views):
-            self._check_revoked()
-            try:
-                count = self._sock.recvmsg_into(views[done:], 0, socket.MSG_WAITALL)[0]
-            except BlockingIOError:
-                raise self._silent() from None
-            except ConnectionError as error:
-                raise ConnectionEndedError(str(error)) from error
-            if count == 0:
-                raise ConnectionEndedError("the source's engine closed the stream")
-            while done < len(views) and count >= len(views[done]):
-                count -= len(views[done])
-                done += 1
-            if count:
-                views[done] = views[done][count:]
-
-    def _check_revoked(self) -> None:
-        if self._revoked:
-            raise ConnectionEndedError("the stream was replaced")
-
-    def _silent(self) -> ConnectionEndedError:
-        return ConnectionEndedError(
-            f"the source's engine was silent for {self._silence_s:g} s within a frame"
-        )
+        return content

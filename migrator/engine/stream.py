@@ -80,7 +80,7 @@ class Piece(msgspec.Struct):
     through_file: bool = False
     """Read by pread, for reading a hole through the mapping would populate it (huge pages)."""
     cold: bool = False
-    """The destination likely has no memory there yet."""
+    """Huge pages, where the destination likely has no memory yet."""
     hole: bool = False
     """ZERO because the guest has no memory there: not counted as pages."""
 

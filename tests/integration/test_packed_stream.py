@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 import time
@@ -25,6 +26,7 @@ from migrator.engine.receiver import Connection, Memory
 from migrator.engine.stream import Endpoint, PageStream, Piece
 from migrator.engine.transport import StreamSocket
 from migrator.engine_messages import RegionLayout
+from migrator.errors import EngineError
 from migrator.ranges import Ranges
 
 PAGE = 4096
@@ -68,7 +70,7 @@ class _Host:
 
 
 def _region(name: str) -> MappedRegion:
-    fd = os.memfd_create(name)
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, SIZE)
     return MappedRegion(0, fd, RegionLayout(name=name, size_bytes=SIZE, page_size_bytes=PAGE))
 
@@ -274,3 +276,25 @@ def test_malformed_packed_pages_are_refused(
     assert ends.connections[0].join(5.0)
     assert word in ends.host.reasons[0]
     assert ends.arrived == b"\x55" * SIZE
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_destination_that_cant_write_its_memory_fails(ends: _Ends, packed: bool) -> None:
+    """It is no broken link, after which the source would try again."""
+    f_add_seals, f_seal_future_write = 1033, 0x10  # linux/fcntl.h
+    fcntl.fcntl(ends.memory.regions[0].fd, f_add_seals, f_seal_future_write)
+    payload = lz4.block.compress(bytes(PAGE), store_size=False) if packed else bytes(PAGE)
+    with ends.connect() as sock:
+        head = frames.encode(
+            FrameKind.PACKED if packed else FrameKind.PAGES,
+            sequence=1,
+            content=ranges.from_pairs([(0, PAGE)]),
+            packed_bytes=len(payload),
+        )
+        sock.sendall(head + payload)
+        assert sock.recv(100) == b""
+    assert ends.connections[0].join(5.0)
+    (fault,) = ends.host.faults
+    ends.host.faults.clear()
+    assert isinstance(fault, EngineError)
+    assert "can't be written" in str(fault)
