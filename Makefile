@@ -43,7 +43,7 @@ demo: install ## Move a busy web server around three nodes, on this machine (roo
 	$(BIN)/ferry demo
 
 test: install ## Run all tests (root, else those on real networks are skipped); TESTS= picks
-	$(BIN)/pytest $(TESTS)
+	$(BIN)/$(if $(filter-out tests,$(TESTS)),pytest $(TESTS),python -m tests.run)
 
 check: install ## Lint, format, types, and the rule of imports
 	$(BIN)/ruff check .

@@ -67,11 +67,17 @@ class _Session:
         return found
 
     def labs(self) -> list[str]:
-        """Labs of this session, and namespaces of no registered lab that appeared meanwhile."""
-        owned = {item.name for item in registry.registered() if item.folder.parent == self.lab_root}
-        elsewhere = {item.name for item in registry.registered()} - owned
-        owned.update(entry.name for entry in self.lab_root.iterdir())
+        """Labs of this session, and namespaces of no registered lab that appeared meanwhile.
+
+        Another session's lab is registered before its first namespace is made and until after
+        its last is gone: asked before and after, the registry knows it.
+        """
+        before = registry.registered()
         appeared = map(lab_of_namespace, set(lab_namespaces()) - self.namespaces_before)
+        known = [*before, *registry.registered()]
+        owned = {item.name for item in known if item.folder.parent == self.lab_root}
+        elsewhere = {item.name for item in known} - owned
+        owned.update(entry.name for entry in self.lab_root.iterdir())
         return sorted(owned | ({name for name in appeared if name} - elsewhere))
 
     def finish(self) -> None:
