@@ -151,7 +151,9 @@ def _is_owned(text: str) -> bool:
 class AddressWatcher:
     """Watches taps. Belongs to one event loop; `close` ends it all."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, outgoing_to_guest: bool = True) -> None:
+        """`outgoing_to_guest`: what leaves by the interface goes to the guest: a tap's does."""
+        self._outgoing_to_guest = outgoing_to_guest
         self._sockets: dict[str, socket.socket] = {}
         self._learnt: dict[str, dict[str, None]] = {}
         self._defined: dict[str, tuple[str, ...]] = {}
@@ -213,7 +215,8 @@ class AddressWatcher:
             if received is None:
                 return
             frame, outgoing, _ = received
-            for text in addresses_in(frame, mac, to_guest=outgoing):
+            to_guest = outgoing is self._outgoing_to_guest
+            for text in addresses_in(frame, mac, to_guest=to_guest):
                 self._note(tap, text)
 
     def _note(self, tap: str, text: str) -> None:

@@ -19,6 +19,9 @@ Instruction = tuple[int, int, int, int]
 ETH_P_ALL: Final = 0x0003
 PACKET_OUTGOING: Final = 4
 SO_TIMESTAMPNS: Final = 35
+_SOL_PACKET: Final = 263
+_PACKET_ADD_MEMBERSHIP: Final = 1
+_PACKET_MR_PROMISCUOUS: Final = 1
 _SO_ATTACH_FILTER: Final = 26
 _SO_RCVBUF_BYTES: Final = 1 << 18
 _LOAD_WORD: Final = 0x20
@@ -51,8 +54,12 @@ def of_ethertype(ethertype: int) -> list[Instruction]:
     ]
 
 
-def open_capture(interface: str, program: Sequence[Instruction] = ()) -> socket.socket:
+def open_capture(
+    interface: str, program: Sequence[Instruction] = (), *, promiscuous: bool = False
+) -> socket.socket:
     """A non-blocking socket that gets, and sends, the interface's frames; with time stamps.
+
+    `promiscuous`: also those for MACs that the interface was never told of.
 
     FabricError: no such interface, no right to.
     """
@@ -67,6 +74,10 @@ def open_capture(interface: str, program: Sequence[Instruction] = ()) -> socket.
         if program:
             _attach(opened, program)
         opened.bind((interface, ETH_P_ALL))
+        if promiscuous:
+            index = socket.if_nametoindex(interface)
+            request = struct.pack("iHH8x", index, _PACKET_MR_PROMISCUOUS, 0)
+            opened.setsockopt(_SOL_PACKET, _PACKET_ADD_MEMBERSHIP, request)
     except OSError as error:
         opened.close()
         raise FabricError(f"can't listen on {interface}: {error.strerror}") from error

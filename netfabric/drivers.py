@@ -7,6 +7,7 @@ from typing import Final
 
 from migrator.ports import FabricDriver
 from netfabric.bridge import BridgeFabric
+from netfabric.macvtap import MacvtapFabric
 from netfabric.routed import RoutedFabric
 from netfabric.simulated import SimulatedFabric
 from netfabric.vxlan import VxlanFabric
@@ -15,5 +16,6 @@ DRIVERS: Final[Mapping[str, type[FabricDriver]]] = {
     "bridge": BridgeFabric,
     "vxlan": VxlanFabric,
     "routed": RoutedFabric,
+    "macvtap": MacvtapFabric,
     "simulated": SimulatedFabric,
 }

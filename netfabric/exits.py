@@ -12,3 +12,5 @@ class Exit:
     port: str
     vlan_id: int | None = None
     vlan_ethertype: int = 0x8100
+    addressed: bool = False
+    """The port takes only frames for MACs that it was told of; a bridge's port takes all."""

@@ -16,9 +16,10 @@ Synchronous; belongs into a thread.
 from __future__ import annotations
 
 import ctypes
+import enum
 import ipaddress
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from migrator.errors import FabricError
@@ -30,6 +31,16 @@ _BURST_BYTES_MIN: Final = 80 * 1024
 """One full GSO packet."""
 _BURST_S: Final = 0.02
 _QUEUE_S: Final = 0.05
+
+
+class Side(enum.Enum):
+    """Which of its ends a guest's interface turns to the node."""
+
+    BESIDE = "beside"
+    """A tap: what the guest sends comes in by it."""
+    ABOVE = "above"
+    """A macvtap above an uplink: what the guest sends goes out by it. No queue is behind it, so
+    what the guest receives can only be policed, too."""
 
 
 def wanted(nic: NicSpec) -> bool:
@@ -53,17 +64,26 @@ def table_of(tap: str) -> str:
     return f"ferry_{tap}"
 
 
-def ruleset(tap: str, nic: NicSpec) -> str:
+def ruleset(tap: str, nic: NicSpec, side: Side = Side.BESIDE) -> str:
     """The table, as nft reads it: made anew whatever was there. Pure."""
-    rules = "\n".join(f"    {rule}" for rule in _rules(nic))
     name = table_of(tap)
+    chains = _chain("sent", tap, "ingress" if side is Side.BESIDE else "egress", _rules(nic))
+    if side is Side.ABOVE and nic.receive_limit_bytes_per_s is not None:
+        chains += _chain("received", tap, "ingress", [_limit(nic.receive_limit_bytes_per_s)])
+    return f"table netdev {name}\ndelete table netdev {name}\ntable netdev {name} {{\n{chains}}}\n"
+
+
+def _chain(name: str, tap: str, hook: str, rules: Iterable[str]) -> str:
+    lines = "".join(f"    {rule}\n" for rule in rules)
     return (
-        f"table netdev {name}\ndelete table netdev {name}\n"
-        f"table netdev {name} {{\n"
-        f"  chain sent {{\n"
-        f'    type filter hook ingress device "{tap}" priority 0; policy accept;\n'
-        f"{rules}\n  }}\n}}\n"
+        f"  chain {name} {{\n"
+        f'    type filter hook {hook} device "{tap}" priority 0; policy accept;\n{lines}  }}\n'
     )
+
+
+def _limit(bytes_per_s: int) -> str:
+    burst = burst_bytes(bytes_per_s)
+    return f"limit rate over {bytes_per_s} bytes/second burst {burst} bytes counter drop"
 
 
 def _rules(nic: NicSpec) -> Iterator[str]:
@@ -82,8 +102,7 @@ def _rules(nic: NicSpec) -> Iterator[str]:
             yield f"ether type ip ip saddr != {own4} counter drop"
             yield f"ether type ip6 ip6 saddr != {{ {', '.join(['::', 'fe80::/10', *v6])} }} drop"
     if nic.send_limit_bytes_per_s is not None:
-        rate, burst = nic.send_limit_bytes_per_s, burst_bytes(nic.send_limit_bytes_per_s)
-        yield f"limit rate over {rate} bytes/second burst {burst} bytes counter drop"
+        yield _limit(nic.send_limit_bytes_per_s)
 
 
 def burst_bytes(bytes_per_s: int) -> int:
@@ -96,10 +115,11 @@ def queue_bytes(bytes_per_s: int) -> int:
     return burst_bytes(bytes_per_s) + max(_BURST_BYTES_MIN, int(bytes_per_s * _QUEUE_S))
 
 
-def apply(tap: str, nic: NicSpec) -> None:
+def apply(tap: str, nic: NicSpec, side: Side = Side.BESIDE) -> None:
     """Make the tap's rules, in one transaction. FabricError: none were made."""
-    if wanted(nic):
-        run(ruleset(tap, nic), f"can't filter on {tap}")
+    limited = side is Side.ABOVE and nic.receive_limit_bytes_per_s is not None
+    if wanted(nic) or limited:
+        run(ruleset(tap, nic, side), f"can't filter on {tap}")
 
 
 def remove(tap: str) -> None:

@@ -14,7 +14,8 @@ from netfabric.threads import in_thread
 
 
 class _Watch:
-    def __init__(self) -> None:
+    def __init__(self, outgoing_to_guest: bool) -> None:
+        self._outgoing_to_guest = outgoing_to_guest
         self.to_guest_at_s: float | None = None
         self.from_guest_at_s: float | None = None
         self.done = asyncio.Event()
@@ -28,7 +29,7 @@ class _Watch:
         if received is None:
             return
         _, outgoing, at_s = received
-        if outgoing:
+        if outgoing is self._outgoing_to_guest:
             self.to_guest_at_s = self.to_guest_at_s or at_s
         else:
             self.from_guest_at_s = self.from_guest_at_s or at_s
@@ -36,9 +37,14 @@ class _Watch:
             self.done.set()
 
 
-async def watch_first_frames(interfaces: Sequence[str], timeout_s: float) -> FirstFrames:
-    """From now on, until a frame went each way on any of them, or time is up. FabricError."""
-    watch, loop = _Watch(), asyncio.get_running_loop()
+async def watch_first_frames(
+    interfaces: Sequence[str], timeout_s: float, *, outgoing_to_guest: bool = True
+) -> FirstFrames:
+    """From now on, until a frame went each way on any of them, or time is up. FabricError.
+
+    `outgoing_to_guest`: what leaves by them goes to the guest, as with taps.
+    """
+    watch, loop = _Watch(outgoing_to_guest), asyncio.get_running_loop()
     sockets: list[socket.socket] = []
     try:
         for interface in interfaces:

@@ -46,6 +46,7 @@ _NDA_LLADDR: Final = 2
 _NUD_PERMANENT: Final = 0x80
 _NTF_PROXY: Final = 0x08
 _IFF_UP: Final = 0x1
+_IFF_ALLMULTI: Final = 0x200
 _GONE: Final = frozenset({errno.ESRCH, errno.ENOENT, errno.ENODEV})
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -112,8 +113,17 @@ def set_up(interface_index: int, *, up: bool) -> None:
 
     Nothing happens if it is gone.
     """
-    flags = _IFF_UP if up else 0
-    payload = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, interface_index, flags, _IFF_UP)
+    _set_flag(interface_index, _IFF_UP, up)
+
+
+def take_all_multicast(interface_index: int) -> None:
+    """The interface takes frames for every multicast MAC, not only for those it was told of."""
+    _set_flag(interface_index, _IFF_ALLMULTI, True)
+
+
+def _set_flag(interface_index: int, flag: int, on: bool) -> None:
+    flags = flag if on else 0
+    payload = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, interface_index, flags, flag)
     tell(_RTM_NEWLINK, 0, payload, "can't switch the interface", _GONE)
 
 

@@ -80,7 +80,8 @@ def probe(
         sockets: list[socket.socket] = []
         for way in uplinks:
             try:
-                opened = capture.open_capture(way.port, capture.from_mac(mac))
+                program = capture.from_mac(mac)
+                opened = capture.open_capture(way.port, program, promiscuous=way.addressed)
                 sockets.append(stack.enter_context(opened))
                 _ask(opened, way, questions.values())
             except (OSError, FabricError) as error:

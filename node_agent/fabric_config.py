@@ -15,11 +15,14 @@ _Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 class FabricTable(Table, frozen=True, kw_only=True):
     driver: Annotated[
-        Literal["bridge", "vxlan", "routed", "simulated"],
-        msgspec.Meta(description='"bridge", "vxlan", "routed" or "simulated"'),
+        Literal["bridge", "vxlan", "routed", "macvtap", "simulated"],
+        msgspec.Meta(description='"bridge", "vxlan", "routed", "macvtap" or "simulated"'),
     ] = "bridge"
     bridge: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{0,15}$")] = ""
-    """vxlan: the bridge that the agent makes, which NICs name. routed: the name that NICs give."""
+    """vxlan: the bridge that the agent makes, which NICs name. routed, macvtap: the name that
+    NICs give."""
+    uplink: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{0,15}$")] = ""
+    """macvtap: the interface into the guests' network, which is no bridge's port."""
     identifier: Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)] = 0
     """vxlan: the network identifier, the same on every node."""
     local: str = ""
@@ -67,6 +70,11 @@ def fabric_contradictions(fabric: FabricTable) -> Iterator[str]:
             yield "fabric.bridge: missing; must name the bridge to make, which NICs name"
         if not fabric.identifier:
             yield "fabric.identifier: missing; must be 1 to 16777215, the same on every node"
+    if fabric.driver == "macvtap":
+        if not fabric.bridge:
+            yield "fabric.bridge: missing; must be the network's name, which NICs give"
+        if not fabric.uplink:
+            yield "fabric.uplink: missing; must name the interface into the guests' network"
     if fabric.driver == "routed":
         if not fabric.bridge:
             yield "fabric.bridge: missing; must be the network's name, which NICs give"

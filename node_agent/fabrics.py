@@ -12,6 +12,7 @@ from migrator.errors import ConfigError
 from migrator.ports import ConnectionTracker, FabricDriver, RouteDriver
 from netfabric.bridge import BridgeFabric
 from netfabric.connections import KernelConnections
+from netfabric.macvtap import MacvtapFabric, MacvtapNetwork
 from netfabric.routed import RoutedFabric, RoutedNetwork
 from netfabric.routes.frr.driver import FrrRoutes
 from netfabric.routes.netlink.driver import NetlinkRoutes
@@ -33,6 +34,8 @@ def make_fabric(config: AgentConfig) -> FabricDriver:
         case "routed":
             network = routed_network(config)
             return RoutedFabric(network, make_routes(config, network))
+        case "macvtap":
+            return MacvtapFabric(MacvtapNetwork(config.fabric.bridge, config.fabric.uplink))
         case _:
             return BridgeFabric()
 

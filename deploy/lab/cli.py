@@ -95,7 +95,7 @@ def up(
     ] = None,
     fabric: Annotated[
         FabricKind | None,
-        typer.Option("--fabric", help="The guests' network: one bridge for all, or routed."),
+        typer.Option("--fabric", help="The guests' network; one bridge for all, if not said."),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say each step.")] = False,
 ) -> None:

@@ -7,7 +7,15 @@ from typing import Final
 import msgspec
 
 from deploy.lab import frr, storage
-from deploy.lab.plan import ETCD_CLIENT_PORT, GUEST_BRIDGE, FabricKind, LabPlan, NodePlan, StoreKind
+from deploy.lab.plan import (
+    ETCD_CLIENT_PORT,
+    GUEST_BRIDGE,
+    NODE_UPLINK,
+    FabricKind,
+    LabPlan,
+    NodePlan,
+    StoreKind,
+)
 from migrator.tls import TlsMode
 from node_agent.config import (
     AgentConfig,
@@ -59,9 +67,11 @@ def agent_config(plan: LabPlan, node: NodePlan) -> AgentConfig:
 
 
 def fabric_table(plan: LabPlan, node: NodePlan) -> FabricTable:
-    """The guests' network: bridges, or routes that the other nodes and the router are told of."""
+    """The guests' network: bridges, uplinks, or routes that others are told of."""
     if plan.fabric is FabricKind.BRIDGE:
         return FabricTable()
+    if plan.fabric is FabricKind.MACVTAP:
+        return FabricTable(driver="macvtap", bridge=GUEST_BRIDGE, uplink=NODE_UPLINK)
     subnets = {each.name: plan.subnet(number) for number, each in enumerate(plan.nodes, 1)}
     own = subnets.pop(node.name)
     table = FabricTable(

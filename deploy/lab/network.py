@@ -26,6 +26,7 @@ from deploy.lab.plan import (
 from migrator.errors import FabricError
 
 PREFIX_BITS: Final = 24
+PREFIX6_BITS: Final = 64
 _ROOT_QDISC: Final = 0xFFFF_FFFF
 """TC_H_ROOT of linux/pkt_sched.h."""
 _NO_DUPLICATE_DETECTION: Final = 0x02
@@ -190,6 +191,8 @@ def _ensure_links(
         if link.address is not None and link.subnet is None:
             end.ensure_address(link.interface, link.address)
         end.raise_up(link.interface, bridge=link.node_bridge)
+        if link.address6 is not None:
+            end.ensure_subnet(link.interface, link.address6, PREFIX6_BITS)
         if link.subnet is not None:
             _ensure_subnet(hub, end, link, link.subnet)
         if link.shaped:

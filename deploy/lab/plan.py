@@ -23,6 +23,7 @@ Rules:
 - `link_mbit` shapes both ends of both of a node's links.
 - With `fabric` routed or bgp there is no guests' network to share: each node, and the client, has a
   cable to fy-LAB-router and a subnet of its own (`deploy.lab.routed`).
+- With `fabric` macvtap there is no br0: guests are above uplink0.
 - With `store` etcd, its three members have hosts of their own: fy-LAB-etcd1 to 3, beside storage.
 - A namespace's name always ends in its role, so a name belongs to exactly one lab.
 """
@@ -36,6 +37,8 @@ from typing import Final
 
 import msgspec
 
+from deploy.lab.cables import Link as Link
+from deploy.lab.cables import Subnet as Subnet
 from migrator.errors import InvalidRequest
 
 NODES_MAX: Final = 200
@@ -68,36 +71,6 @@ _LAB_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?")
 _NAMESPACE: Final = re.compile(
     r"fy-(?P<lab>[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?)-(?P<role>n[0-9]+|switch|router|client|storage|etcd[1-3])"
 )
-
-
-class Subnet(msgspec.Struct, frozen=True, kw_only=True):
-    """What one cable of the router has to itself: an end's addresses, and the router's there."""
-
-    address: str
-    router: str
-    prefix_bits: int
-    address6: str
-    router6: str
-    prefix6_bits: int = 64
-
-
-class Link(msgspec.Struct, frozen=True, kw_only=True):
-    """One cable: a veth pair between a port of the switch and an interface of a namespace."""
-
-    port: str
-    """Interface name at the switch, at most 15 characters."""
-    bridge: str | None
-    """The switch's bridge that the port belongs to; None: it is a port of the router instead."""
-    namespace: str
-    interface: str
-    """Interface name in `namespace`."""
-    address: str | None = None
-    """IPv4 address of `interface`; None where it is a port of the node's bridge."""
-    subnet: Subnet | None = None
-    """With the router: both ends' addresses, `address` among them."""
-    node_bridge: str | None = None
-    """Bridge in `namespace` that `interface` belongs to."""
-    shaped: bool = False
 
 
 class NodePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,6 +116,8 @@ class FabricKind(enum.StrEnum):
     """Subnets of their own, and a router that the nodes tell where guests are."""
     BGP = "bgp"
     """The same, but the nodes and the router speak BGP, by FRR."""
+    MACVTAP = "macvtap"
+    """One layer 2 for all, without bridges: guests are above each node's uplink."""
 
 
 class EtcdMemberPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,7 +166,7 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_routed(self) -> bool:
-        return self.fabric is not FabricKind.BRIDGE
+        return self.fabric in (FabricKind.ROUTED, FabricKind.BGP)
 
     def subnet(self, number: int) -> Subnet:
         """A node's, by its number, where the lab is routed."""
@@ -339,6 +314,7 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
                 namespace=client,
                 interface=GUEST_INTERFACE,
                 address=self.client_guest_address,
+                address6=None if self.is_routed else self.client_guest_address6,
                 subnet=self.client_subnet if self.is_routed else None,
             )
         )
@@ -359,7 +335,7 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
             interface=NODE_UPLINK,
             address=subnet.address if subnet else None,
             subnet=subnet,
-            node_bridge=None if subnet else GUEST_BRIDGE,
+            node_bridge=GUEST_BRIDGE if self.fabric is FabricKind.BRIDGE else None,
             shaped=True,
         )
 
@@ -397,7 +373,7 @@ def check_lab_name(name: str) -> None:
 
 def check_fabric(node_count: int, fabric: FabricKind) -> None:
     """Raises InvalidRequest unless so many nodes have room in it."""
-    if fabric is not FabricKind.BRIDGE and node_count > ROUTED_NODES_MAX:
+    if fabric in (FabricKind.ROUTED, FabricKind.BGP) and node_count > ROUTED_NODES_MAX:
         text = f"a routed lab has 1 to {ROUTED_NODES_MAX} nodes, not {node_count}"
         raise InvalidRequest(text, {"nodes": text})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from migrator.errors import FabricError
@@ -104,12 +105,17 @@ def unplug(tap: str) -> None:
 
 def sweep() -> None:
     """Remove the rules of taps that exist no more: their hypervisors died."""
+    sweep_rules({tap.name for tap in list_taps()})
+
+
+def sweep_rules(taps: Collection[str]) -> None:
+    """Remove the rules of all taps but these."""
     try:
         tables = filters.tables()
     except FabricError as error:
         _log.info("rules aren't looked after: %s", error)
         return
-    names = {filters.table_of(tap.name) for tap in list_taps()}
+    names = {filters.table_of(tap) for tap in taps}
     for table in tables - names:
         filters.remove(table.removeprefix(filters.table_of("")))
 

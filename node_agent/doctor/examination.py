@@ -55,6 +55,8 @@ def examine(
 def _network(config: AgentConfig, bridges: frozenset[str]) -> list[Finding]:
     """What the guests' network needs here."""
     table = config.fabric
+    if table.driver == "macvtap":
+        return [links.check_uplink(table.uplink)]
     if table.driver != "routed":
         return links.check_bridges(bridges)
     local = (table.local or config.migration.address, *filter(None, (table.local6,)))

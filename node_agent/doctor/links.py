@@ -138,6 +138,22 @@ def check_routed(addresses: Sequence[str]) -> list[Finding]:
     return found
 
 
+def check_uplink(name: str) -> Finding:
+    """An interface that guests are above, each by its own macvtap."""
+    check = f"uplink {name}"
+    with IPRoute() as route:
+        found = [link for link in route.get_links() if link.get_attr("IFLA_IFNAME") == name]
+    if not found:
+        mend = "correct fabric.uplink, or make the interface"
+        return failure(check, "there is no such interface", mend)
+    link = found[0]
+    if link.get_attr("IFLA_MASTER") is not None:
+        return failure(check, "it is a bridge's or bond's port", f"ip link set {name} nomaster")
+    if not link["flags"] & _FLAG_UP:
+        return failure(check, "it is down", f"ip link set {name} up")
+    return fine(check, f"MTU {link.get_attr('IFLA_MTU')}")
+
+
 def _bridge(link: Any, links: list[Any]) -> Finding:
     name = link.get_attr("IFLA_IFNAME")
     check = f"bridge {name}"

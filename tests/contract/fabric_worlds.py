@@ -24,6 +24,8 @@ from migrator.ports import FabricDriver
 from netfabric.bridge import BridgeFabric, list_taps
 from netfabric.bridge.taps import TAP_NAME
 from netfabric.frames import announcements, gratuitous_arp_reply, parse_mac, rarp
+from netfabric.macvtap import MacvtapFabric, MacvtapNetwork
+from netfabric.macvtap.network import macvtaps, unplug
 from netfabric.simulated import SimulatedFabric, SimulatedNetwork
 from netfabric.vxlan import Overlay, VxlanFabric
 from tests.contract.namespaces import run_in_new_namespace, unshare_network
@@ -118,7 +120,7 @@ def run_simulated(body: Body) -> None:
 
 class BridgeWorld(World):
     def __init__(self, far: socket.socket) -> None:
-        self.fabric = BridgeFabric(gaps_s=GAPS_S)
+        self.fabric: FabricDriver = BridgeFabric(gaps_s=GAPS_S)
         self.far = far
         self.frames: list[tuple[int, bytes]] = []
         """Kernel's wall-clock time of arrival (ns), frame."""
@@ -209,13 +211,17 @@ def make_network() -> None:
 
 
 @contextlib.asynccontextmanager
-async def bridge_world() -> AsyncIterator[BridgeWorld]:
+async def bridge_world(
+    change: Callable[[], None] = lambda: None,
+    make: Callable[[socket.socket], BridgeWorld] | None = None,
+) -> AsyncIterator[BridgeWorld]:
     await asyncio.to_thread(make_network)
+    await asyncio.to_thread(change)
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as far:
         far.bind(("far1", 3))
         far.setblocking(False)
         far.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-        world = BridgeWorld(far)
+        world = (make or BridgeWorld)(far)
         try:
             with blockbuster_ctx(["netfabric"]):
                 yield world
@@ -312,6 +318,56 @@ async def vxlan_world() -> AsyncIterator[VxlanWorld]:
 def run_vxlan(body: Body) -> None:
     async def run() -> None:
         async with vxlan_world() as world:
+            await body(world)
+
+    run_in_new_namespace(run)
+
+
+# --- macvtap above an uplink -----------------------------------------------------------------
+
+
+class MacvtapWorld(BridgeWorld):
+    """No `br0`: the uplink is the guests' own, and the switch's is the only table."""
+
+    def __init__(self, far: socket.socket) -> None:
+        super().__init__(far)
+        self.fabric = MacvtapFabric(MacvtapNetwork("br0", "up0"), gaps_s=GAPS_S)
+
+    async def move_away(self, mac: str) -> None:
+        await self.announce_elsewhere(mac)
+
+    async def is_here(self, mac: str) -> bool:
+        return (await learnt(mac)).get("sw0") == "up1"
+
+    async def taps(self) -> int:
+        return len(await asyncio.to_thread(macvtaps))
+
+
+def free_uplink() -> None:
+    with IPRoute() as route:
+        route.link("set", index=route.link_lookup(ifname="up0")[0], master=0)
+        route.link("del", index=route.link_lookup(ifname="br0")[0])
+
+
+def remove_macvtaps() -> None:
+    """With their nodes, which would outlive the namespace."""
+    for link in macvtaps():
+        unplug(link.name)
+
+
+@contextlib.asynccontextmanager
+async def macvtap_world() -> AsyncIterator[MacvtapWorld]:
+    async with bridge_world(free_uplink, MacvtapWorld) as world:
+        assert isinstance(world, MacvtapWorld)
+        try:
+            yield world
+        finally:
+            await asyncio.to_thread(remove_macvtaps)
+
+
+def run_macvtap(body: Body) -> None:
+    async def run() -> None:
+        async with macvtap_world() as world:
             await body(world)
 
     run_in_new_namespace(run)

@@ -28,6 +28,7 @@ from tests.contract.fabric_worlds import (
     eventually,
     learnt,
     run_bridge,
+    run_macvtap,
     run_simulated,
     run_vxlan,
 )
@@ -46,6 +47,7 @@ Run = Callable[[Body], None]
         pytest.param("bridge", marks=pytest.mark.lab),
         pytest.param("vxlan", marks=pytest.mark.lab),
         pytest.param("routed", marks=pytest.mark.lab),
+        pytest.param("macvtap", marks=pytest.mark.lab),
     ]
 )
 def run(request: pytest.FixtureRequest) -> Run:
@@ -55,6 +57,7 @@ def run(request: pytest.FixtureRequest) -> Run:
         "bridge": run_bridge,
         "vxlan": run_vxlan,
         "routed": run_routed,
+        "macvtap": run_macvtap,
     }
     assert set(runs) == set(DRIVERS)
     return runs[request.param]

@@ -24,7 +24,7 @@ from netfabric.frames import (
     parse_mac,
     rarp,
 )
-from tests.contract.fabric_worlds import BridgeWorld, bridge_world, eventually
+from tests.contract.fabric_worlds import BridgeWorld, bridge_world, eventually, macvtap_world
 from tests.contract.namespaces import run_in_new_namespace
 
 WEB = DomainName("web")
@@ -95,8 +95,19 @@ FRAMES = {
 }
 
 
+def on_macvtap(body: Callable[[BridgeWorld], Awaitable[None]]) -> None:
+    async def inside() -> None:
+        async with macvtap_world() as world:
+            await body(world)
+
+    run_in_new_namespace(inside)
+
+
 @pytest.mark.lab
-def test_a_guest_can_only_be_itself() -> None:
+@pytest.mark.parametrize("on", [on_bridge, on_macvtap])
+def test_a_guest_can_only_be_itself(
+    on: Callable[[Callable[[BridgeWorld], Awaitable[None]]], None],
+) -> None:
     async def body(world: BridgeWorld) -> None:
         tap = await world.fabric.plug(WEB, 0, NIC)
         try:
@@ -105,7 +116,7 @@ def test_a_guest_can_only_be_itself() -> None:
         finally:
             os.close(tap)
 
-    on_bridge(body)
+    on(body)
 
 
 @pytest.mark.lab

@@ -33,6 +33,7 @@ from tests.contract.fabric_worlds import (
     eventually,
     learnt,
     run_bridge,
+    run_macvtap,
     run_simulated,
 )
 from tests.contract.namespaces import run_in_new_namespace
@@ -47,9 +48,9 @@ CLIENT = bytes.fromhex("525400000001")
 TEST = 0x88B6
 
 
-@pytest.fixture(params=["simulated", "bridge"])
+@pytest.fixture(params=["simulated", "bridge", "macvtap"])
 def run(request: pytest.FixtureRequest) -> Callable[[Body], None]:
-    runs = {"simulated": run_simulated, "bridge": run_bridge}
+    runs = {"simulated": run_simulated, "bridge": run_bridge, "macvtap": run_macvtap}
     return runs[request.param]
 
 

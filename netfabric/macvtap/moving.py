@@ -1,0 +1,275 @@
+"""What both nodes are told when a guest on their uplinks moves. Synchronous; belongs into threads.
+
+    source      prepare_departure   tunnel's end made; the uplink goes on taking the guest's MAC
+                divert              a rule at the uplink: frames for the guest's MAC take the tunnel
+                shut                its macvtap is down: the guest is paused
+                reopen              all of that undone
+    destination prepare_arrival     its macvtap is down, tunnel's end and forwarder made
+                open_arrival        its macvtap is up: frames wait in it; so do those of the tunnel
+
+    uplink ── macvtap (guest)       The kernel hands what one interface above an uplink sends to
+          └── forwarder ◄─ tunnel   another one there: so the tunnel's frames reach the guest.
+
+The rules are nftables' (`fwd`), in a table of the tunnel's name at each end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import socket
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from migrator.errors import FabricError
+from migrator.model import DomainName, NicSpec
+from migrator.ports import Tunnel
+from netfabric import filters
+from netfabric.bridge import tunnels
+from netfabric.bridge.links import netlink
+from netfabric.bridge.moving import ARRIVAL_QUEUE_FRAMES, offer_filler
+from netfabric.bridge.taps import TUNNEL_NAME, tap_name
+from netfabric.bridge.tunnels import tunnel_name
+from netfabric.frames import announcements, parse_mac
+from netfabric.host_routes import set_up
+from netfabric.macvtap.network import FORWARDER_NAME, MacvtapNetwork, be_mute, uplink_of
+
+_SOL_PACKET: Final = 263
+_PACKET_ADD_MEMBERSHIP: Final = 1
+_PACKET_MR_UNICAST: Final = 3
+
+_TABLE: Final = re.compile(r"table netdev ferry_(fx[0-9a-f]{10}n[0-9]{1,2})\b")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """One NIC that is to leave. `claim` None: nothing can be forwarded."""
+
+    nic: NicSpec
+    tap_index: int
+    tunnel: str
+    claim: socket.socket | None
+    """As long as it is open the uplink takes frames for the guest's MAC."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One NIC that is to come, and its announcement's frames."""
+
+    nic: NicSpec
+    tap: str
+    tap_index: int
+    tunnel: str
+    forwarder: str | None
+    """None: nothing can be forwarded to it."""
+    frames: tuple[bytes, ...]
+    learnt: tuple[str, ...] = ()
+
+
+def tap_index_of(domain: DomainName, index: int) -> int | None:
+    """The interface index of a NIC's macvtap; None: it has none here."""
+    tap = tap_name(domain, index)
+    with netlink(f"can't look at macvtap {tap}") as kernel:
+        link = kernel.find(tap)
+    return None if link is None else link.index
+
+
+def prepare_departure(
+    network: MacvtapNetwork, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
+) -> tuple[tuple[Departure, ...], list[str]]:
+    """The NICs, and why some can't be forwarded for."""
+    departures: list[Departure] = []
+    failures: list[str] = []
+    for index, nic in enumerate(nics):
+        tap_index = tap_index_of(domain, index)
+        if tap_index is None:
+            failures.append(f"NIC {nic.mac} has no macvtap here")
+            continue
+        name, claim = tunnel_name(domain, index), None
+        try:
+            _open_end(name, tunnel, index, nic)
+            claim = _claim(network, nic)
+        except FabricError as error:
+            failures.append(str(error))
+        departures.append(Departure(nic, tap_index, name, claim))
+    return tuple(departures), failures
+
+
+def divert(network: MacvtapNetwork, departures: Sequence[Departure]) -> None:
+    for each in departures:
+        if each.claim is not None:
+            rule = f"ether daddr {each.nic.mac} fwd to {each.tunnel}"
+            filters.run(_table(each.tunnel, network.uplink, rule), f"can't divert to {each.tunnel}")
+
+
+def shut(departures: Sequence[Departure]) -> None:
+    for departure in departures:
+        set_up(departure.tap_index, up=False)
+
+
+def reopen(domain: DomainName, nics: Sequence[NicSpec]) -> None:
+    """By names alone, so that a restarted agent can do it."""
+    for index, _ in enumerate(nics):
+        tap_index = tap_index_of(domain, index)
+        if tap_index is not None:
+            set_up(tap_index, up=True)
+        _close(tunnel_name(domain, index))
+
+
+def prepare_arrival(
+    network: MacvtapNetwork, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
+) -> tuple[tuple[Arrival, ...], list[str]]:
+    """The NICs, and why some can't be forwarded to."""
+    arrivals: list[Arrival] = []
+    failures: list[str] = []
+    for index, nic in enumerate(nics):
+        tap, name = tap_name(domain, index), tunnel_name(domain, index)
+        tap_index = tap_index_of(domain, index)
+        if tap_index is None:
+            failures.append(f"NIC {nic.mac} has no macvtap here")
+            continue
+        with netlink(f"can't prepare macvtap {tap}") as kernel:
+            kernel.set_queue(tap_index, ARRIVAL_QUEUE_FRAMES)
+        set_up(tap_index, up=False)
+        forwarder: str | None = None
+        try:
+            _open_end(name, tunnel, index, nic)
+            forwarder = _make_forwarder(network, name)
+        except FabricError as error:
+            failures.append(str(error))
+        arrivals.append(Arrival(nic, tap, tap_index, name, forwarder, announcements(nic)))
+    return tuple(arrivals), failures
+
+
+def with_addresses(
+    arrivals: Sequence[Arrival], learnt: Sequence[Sequence[str]]
+) -> tuple[Arrival, ...]:
+    """The same NICs, announced also under what was learnt of each. Pure."""
+    found: list[Arrival] = []
+    for index, arrival in enumerate(arrivals):
+        more = tuple(learnt[index]) if index < len(learnt) else ()
+        texts = tuple(dict.fromkeys((*arrival.nic.addresses, *more)))
+        nic = msgspec.structs.replace(arrival.nic, addresses=texts)
+        fields = (arrival.nic, arrival.tap, arrival.tap_index, arrival.tunnel, arrival.forwarder)
+        found.append(Arrival(*fields, announcements(nic), more))
+    return tuple(found)
+
+
+def open_arrival(arrivals: Sequence[Arrival]) -> None:
+    """Before the macvtap is up the forwarder would send into the network."""
+    for each in arrivals:
+        set_up(each.tap_index, up=True)
+        if each.forwarder is not None:
+            offer_filler(each.forwarder, parse_mac(each.nic.mac))
+            rule = f"fwd to {each.forwarder}"
+            filters.run(_table(each.tunnel, each.tunnel, rule), f"can't forward to {each.tap}")
+
+
+def close_ends(ends: Sequence[Departure | Arrival]) -> tuple[int, int]:
+    """Remove the tunnels; frames that came out of them, and that went in."""
+    if not ends:
+        return 0, 0
+    counted = tunnels.frames([end.tunnel for end in ends])
+    give_up_claims([end for end in ends if isinstance(end, Departure)])
+    for end in ends:
+        try:
+            _close(end.tunnel)
+        except FabricError as error:
+            log.warning("%s", error)
+    return counted
+
+
+def give_up_claims(departures: Sequence[Departure]) -> None:
+    """As the end of this process would. Idempotent."""
+    for departure in departures:
+        if departure.claim is not None:
+            departure.claim.close()
+
+
+def remove_leftovers() -> None:
+    """What an earlier agent left of unfinished moves."""
+    with netlink("can't remove old tunnels") as kernel:
+        names = [link.name for link in kernel.links()]
+    found = {name for name in names if TUNNEL_NAME.fullmatch(name)}
+    found |= {_tunnel_of(name) for name in names if FORWARDER_NAME.fullmatch(name)}
+    try:
+        listed = filters.run("list tables netdev\n", "can't list the rules")
+    except FabricError as error:
+        log.info("rules aren't looked after: %s", error)
+    else:
+        found |= set(_TABLE.findall(listed))
+    for name in found:
+        _close(name)
+
+
+def _close(tunnel: str) -> None:
+    """The rules first: they name the links."""
+    table = filters.table_of(tunnel)
+    filters.run(f"table netdev {table}\ndelete table netdev {table}\n", f"can't close {tunnel}")
+    with netlink(f"can't remove tunnel {tunnel}") as kernel:
+        for name in (_forwarder_of(tunnel), tunnel):
+            link = kernel.find(name)
+            if link is not None:
+                kernel.delete(link)
+
+
+def _table(tunnel: str, device: str, rule: str) -> str:
+    name = filters.table_of(tunnel)
+    return (
+        f"table netdev {name}\ndelete table netdev {name}\n"
+        f'table netdev {name} {{\n  chain on {{\n    type filter hook ingress device "{device}"'
+        f" priority 0; policy accept;\n    {rule}\n  }}\n}}\n"
+    )
+
+
+def _open_end(name: str, tunnel: Tunnel, index: int, nic: NicSpec) -> None:
+    _close(name)
+    with netlink(f"can't make tunnel {name} to {tunnel.remote}") as kernel:
+        link = tunnels.make_end(kernel, name, tunnel, index)
+        try:
+            kernel.set_mtu(link.index, nic.mtu_bytes)
+            be_mute(name)
+            kernel.raise_up(link)
+        except BaseException:
+            kernel.delete(link)
+            raise
+
+
+def _make_forwarder(network: MacvtapNetwork, tunnel: str) -> str:
+    name = _forwarder_of(tunnel)
+    with netlink(f"can't forward what comes by {tunnel}") as kernel:
+        uplink = uplink_of(kernel, network)
+        link = kernel.add(name, "macvlan", link=uplink.index, macvlan_mode="bridge")
+        digest = hashlib.blake2b(name.encode(), digest_size=5).digest()
+        kernel.set_mac(link.index, b"\xfe" + digest)
+        be_mute(name)
+        kernel.raise_up(link)
+    return name
+
+
+def _claim(network: MacvtapNetwork, nic: NicSpec) -> socket.socket:
+    with netlink(f"can't look at {network.uplink}") as kernel:
+        index = uplink_of(kernel, network).index
+    opened = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    try:
+        request = struct.pack("iHH8s", index, _PACKET_MR_UNICAST, 6, parse_mac(nic.mac))
+        opened.setsockopt(_SOL_PACKET, _PACKET_ADD_MEMBERSHIP, request)
+    except OSError as error:
+        opened.close()
+        raise FabricError(f"{network.uplink} doesn't take {nic.mac}: {error.strerror}") from error
+    return opened
+
+
+def _forwarder_of(tunnel: str) -> str:
+    return "fz" + tunnel[2:]
+
+
+def _tunnel_of(forwarder: str) -> str:
+    return "fx" + forwarder[2:]
