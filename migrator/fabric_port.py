@@ -45,6 +45,8 @@ class WidthReport(Struct, frozen=True, kw_only=True):
 
     short: bool = False
     full: bool = False
+    hops: tuple[str, ...] = ()
+    """No frame of another node comes to this one: routers lie between. Here it can be asked."""
 
 
 class FirstFrames(Struct, frozen=True, kw_only=True):
@@ -187,3 +189,12 @@ class FabricDriver(abc.ABC):
     @abc.abstractmethod
     async def hear_wide(self, nic: NicSpec, token: bytes, timeout_s: float) -> WidthReport:
         """Which of the two that another node sends with `token` come here, within `timeout_s`."""
+
+    async def measure_width(
+        self, nic: NicSpec, hops: Sequence[str], timeout_s: float
+    ) -> WidthReport:
+        """Which packets of the NIC's length, and short ones, the routers carry to a node at `hops`.
+
+        Nothing where this node's fabric asks no routers.
+        """
+        return WidthReport()

@@ -217,10 +217,16 @@ class RoutedFabric(FabricDriver):
         return await in_thread(lambda: probing.probe(self.network, nic, timeout_s))
 
     async def send_wide(self, nic: NicSpec, token: bytes) -> None:
-        """Routers have MTUs of their own, and tell: nothing is sent."""
+        """No frame reaches another node. See `measure_width`."""
 
     async def hear_wide(self, nic: NicSpec, token: bytes, timeout_s: float) -> WidthReport:
-        return WidthReport()
+        return WidthReport(hops=self.network.local)
+
+    async def measure_width(
+        self, nic: NicSpec, hops: Sequence[str], timeout_s: float
+    ) -> WidthReport:
+        """By ICMP echo, unfragmented, in each IP version that the NIC has."""
+        return await in_thread(lambda: probing.width(self.network, nic, hops, timeout_s))
 
     # --- addresses ---
 

@@ -13,23 +13,33 @@ Synchronous; belongs into a thread.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import select
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from migrator.errors import FabricError
 from migrator.model import NicSpec
-from migrator.ports import ProbeReport
+from migrator.ports import ProbeReport, WidthReport
 from netfabric.host_routes import Address
 from netfabric.routed.network import RoutedNetwork, addresses_of, uplink_of
 
 _ECHO_REQUEST: Final = {4: 8, 6: 128}
 _ECHO_REPLY: Final = {4: 0, 6: 129}
 _TOKEN_BYTES: Final = 8
+_ECHO_BYTES: Final = 8
+_HEADERS_BYTES: Final = {4: 20 + _ECHO_BYTES, 6: 40 + _ECHO_BYTES}
+"""Of IP and of the echo, before what it carries."""
+_WIDTH_AGAIN_S: Final = 0.1
+_PACKET_BYTES_MAX: Final = 65_535
+_IP_MTU_DISCOVER: Final = 10
+_IPV6_MTU_DISCOVER: Final = 23
+_IPV6_DONTFRAG: Final = 62
+_PMTUDISC_PROBE: Final = 3
 
 
 def probe(network: RoutedNetwork, nic: NicSpec, timeout_s: float) -> ProbeReport:
@@ -68,18 +78,73 @@ def probe(network: RoutedNetwork, nic: NicSpec, timeout_s: float) -> ProbeReport
     )
 
 
+def width(
+    network: RoutedNetwork, nic: NicSpec, hops: Sequence[str], timeout_s: float
+) -> WidthReport:
+    """Whether the node at `hops` answers short questions, and those of the NIC's MTU.
+
+    The question may not be fragmented on its way; the answer may. Only where every IP version's
+    short ones are answered, and some full one isn't, is anything proved.
+    """
+    versions = {address.version for address in addresses_of(nic)}
+    targets = [hop for hop in map(ipaddress.ip_address, hops) if hop.version in versions]
+    token = os.urandom(_TOKEN_BYTES)
+    answered: set[tuple[int, bool]] = set()
+    wanted: set[tuple[int, bool]] = {
+        (hop.version, full) for hop in targets for full in (False, True)
+    }
+    with contextlib.ExitStack() as stack:
+        sockets: dict[socket.socket, tuple[Address, int]] = {}
+        for hop in targets:
+            try:
+                opened = stack.enter_context(_open(network, hop.version, whole=True))
+            except (OSError, FabricError):
+                continue
+            sockets[opened] = hop, nic.mtu_bytes - _HEADERS_BYTES[hop.version]
+        deadline = time.monotonic() + timeout_s
+        while sockets and answered < wanted and (left_s := deadline - time.monotonic()) > 0:
+            for opened, (hop, full_bytes) in sockets.items():
+                for padding in (0, full_bytes - _TOKEN_BYTES):
+                    message = echo_request(hop.version, token.ljust(_TOKEN_BYTES + padding, b"\0"))
+                    with contextlib.suppress(OSError):  # EMSGSIZE: this node's own uplink
+                        opened.sendto(message, (str(hop), 0))
+            _take_widths(sockets, token, min(left_s, _WIDTH_AGAIN_S), answered, wanted)
+    shorts = {(hop.version, False) for hop in targets}
+    return WidthReport(
+        short=bool(shorts) and shorts <= answered, full=bool(shorts) and wanted <= answered
+    )
+
+
+def _take_widths(
+    sockets: Mapping[socket.socket, tuple[Address, int]],
+    token: bytes,
+    timeout_s: float,
+    answered: set[tuple[int, bool]],
+    wanted: set[tuple[int, bool]],
+) -> None:
+    until = time.monotonic() + timeout_s
+    while answered < wanted and (left_s := until - time.monotonic()) > 0:
+        for ready in select.select(list(sockets), [], [], left_s)[0]:
+            hop, full_bytes = sockets[ready]
+            message = _echo_reply(ready, hop.version, token)
+            if message is not None and message[0] == str(hop):
+                answered.add((hop.version, message[1] == full_bytes + _ECHO_BYTES))
+
+
 def echo_request(version: int, token: bytes) -> bytes:
     """The ICMP message (RFC 792, RFC 4443). The kernel fills in the checksum of ICMPv6. Pure."""
     message = struct.pack("!BBHHH", _ECHO_REQUEST[version], 0, 0, 0x6665, 1) + token
     if version == 4:
-        total = sum(struct.unpack(f"!{len(message) // 2}H", message))
+        even = message + bytes(len(message) % 2)
+        total = sum(struct.unpack(f"!{len(even) // 2}H", even))
         total = (total & 0xFFFF) + (total >> 16)
         checksum = ~(total + (total >> 16)) & 0xFFFF
         message = message[:2] + checksum.to_bytes(2, "big") + message[4:]
     return message
 
 
-def _open(network: RoutedNetwork, version: int) -> socket.socket:
+def _open(network: RoutedNetwork, version: int, *, whole: bool = False) -> socket.socket:
+    """`whole`: what is sent may not be fragmented, whatever is known of the way."""
     uplink = uplink_of(network, version)
     if uplink is None:
         raise FabricError(f"this node has no IPv{version} uplink into network {network.name}")
@@ -89,6 +154,11 @@ def _open(network: RoutedNetwork, version: int) -> socket.socket:
     try:
         opened.setblocking(False)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, uplink.encode())
+        if whole and version == 4:
+            opened.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_PROBE)
+        elif whole:
+            opened.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE)
+            opened.setsockopt(socket.IPPROTO_IPV6, _IPV6_DONTFRAG, 1)
     except OSError:
         opened.close()
         raise
@@ -101,12 +171,18 @@ def _ask(opened: socket.socket, addresses: Sequence[Address], token: bytes) -> N
 
 
 def _answer(ready: socket.socket, version: int, token: bytes) -> str | None:
+    found = _echo_reply(ready, version, token)
+    return None if found is None else found[0]
+
+
+def _echo_reply(ready: socket.socket, version: int, token: bytes) -> tuple[str, int] | None:
+    """Who has answered, and the message's length; None: it is no answer to this token."""
     try:
-        packet, sender = ready.recvfrom(2048)
+        packet, sender = ready.recvfrom(_PACKET_BYTES_MAX)
     except (BlockingIOError, InterruptedError):
         return None
     message = packet[(packet[0] & 0xF) * 4 :] if version == 4 else packet
     if message[:1] != bytes([_ECHO_REPLY[version]]) or message[8:16] != token:
         return None
     address: str = sender[0]
-    return address
+    return address, len(message)

@@ -2,7 +2,7 @@
 
 source ── hear(token) ──► destination listens
        ── a short and a full frame, by the guests' network, until that has answered ──►
-       ◄── what came
+       ◄── what came; or, behind routers, where it can be asked, and the source asks by ICMP echo
 
 What was wide enough is taken to be so for a minute: a drain sends many guests the same way.
 """
@@ -59,7 +59,7 @@ class PathCheck:
         self._hub.handle(HEAR, HearParams, self._on_hear)
 
     async def reasons(self, spec: DomainSpec, destination: NodeName) -> list[str]:
-        """Why its NICs would find too narrow a network there; takes LISTEN_S at most.
+        """Why its NICs would find too narrow a network there; takes twice LISTEN_S at most.
 
         Empty also where it can't be told: that is no reason against a migration.
         """
@@ -79,6 +79,8 @@ class PathCheck:
             report = await self._hub.call(
                 destination, HEAR, params, WidthReport, timeout_s=LISTEN_S + _CALL_S
             )
+            if report.hops:
+                report = await self._fabric.measure_width(nic, report.hops, LISTEN_S)
             if report.full:
                 while len(self._wide_at) >= KNOWN_MAX:
                     del self._wide_at[next(iter(self._wide_at))]

@@ -16,7 +16,7 @@ from pyroute2 import IPRoute
 
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
-from migrator.ports import Tunnel
+from migrator.ports import Tunnel, WidthReport
 from netfabric.bridge.taps import VNET_HEADER_BYTES, host_side_mac
 from netfabric.bridge.tunnels import tunnel_name
 from netfabric.frames import ethernet, neighbour_solicitation, parse_mac
@@ -27,7 +27,16 @@ from node_agent.doctor.findings import Level
 from node_agent.doctor.links import check_routed
 from tests.contract.fabric_worlds import eventually
 from tests.contract.namespaces import run_in_new_namespace
-from tests.contract.routed_world import FAR, NEAR, NETWORK, RoutedWorld, leads_to_tap, routed_world
+from tests.contract.routed_world import (
+    FAR,
+    FAR6,
+    NEAR,
+    NEAR6,
+    NETWORK,
+    RoutedWorld,
+    leads_to_tap,
+    routed_world,
+)
 from tests.contract.test_fabric_contract import guest_frames
 
 pytestmark = pytest.mark.lab
@@ -270,6 +279,30 @@ def test_a_guest_that_says_an_address_does_not_get_its_route() -> None:
             assert not await asyncio.to_thread(leads_to_tap, target)
         finally:
             os.close(fd)
+
+    on_routed(body)
+
+
+def set_mtu(name: str, mtu_bytes: int) -> None:
+    with IPRoute() as route:
+        route.link("set", index=route.link_lookup(ifname=name)[0], mtu=mtu_bytes)
+
+
+def test_routers_that_are_too_narrow_are_told_from_those_that_are_not() -> None:
+    async def body(world: RoutedWorld) -> None:
+        fabric, four = world.driver, msgspec.structs.replace(NIC, addresses=(str(ADDRESS),))
+        assert (await fabric.hear_wide(NIC, b"12345678", 0.1)).hops == (NEAR, NEAR6)
+        wide = WidthReport(short=True, full=True)
+        assert await fabric.measure_width(NIC, (FAR, FAR6), 5.0) == wide
+        await world.router.call(lambda: set_mtu("under1", 1400))
+        narrow = WidthReport(short=True, full=False)
+        assert await fabric.measure_width(NIC, (FAR, FAR6), 0.5) == narrow
+        assert await fabric.measure_width(four, (FAR, FAR6), 0.5) == narrow
+        for mtu_bytes in (1399, 1400):
+            smaller = msgspec.structs.replace(NIC, mtu_bytes=mtu_bytes)
+            assert await fabric.measure_width(smaller, (FAR, FAR6), 5.0) == wide
+        silent = ("192.0.2.77",)
+        assert await fabric.measure_width(four, silent, 0.2) == WidthReport(), "nothing is proved"
 
     on_routed(body)
 
