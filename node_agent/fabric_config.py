@@ -31,6 +31,8 @@ class FabricTable(Table, frozen=True, kw_only=True):
     """routed: its IPv6 address in the network, where guests have such."""
     remotes: tuple[str, ...] = ()
     """vxlan: the other nodes' ends."""
+    evpn: bool = False
+    """vxlan: this node's FRR tells and hears by BGP where guests are, instead of `remotes`."""
     port: _Port = 4789
     mtu_bytes: Annotated[int, msgspec.Meta(ge=576, le=65521)] = 1450
     """vxlan: of the guests' network; 50 bytes less than the nodes' own (70 over IPv6)."""

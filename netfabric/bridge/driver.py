@@ -66,6 +66,8 @@ class BridgeFabric(FabricDriver):
     """
 
     name: ClassVar[str] = "bridge"
+    _pins = True
+    """Whether a moving guest's MAC is pinned: somebody may speak in its name at its old place."""
 
     def __init__(self, *, gaps_s: Sequence[float] = GAPS_S) -> None:
         """`gaps_s`: between the rounds of an announcement, seconds."""
@@ -180,7 +182,7 @@ class BridgeFabric(FabricDriver):
 
     async def divert(self, domain: DomainName) -> None:
         departures = self._departures.get(domain, ())
-        await in_thread(lambda: moving.divert(departures))
+        await in_thread(lambda: moving.divert(departures, pins=self._pins))
 
     async def shut(self, domain: DomainName) -> None:
         departures = self._departures.get(domain, ())
@@ -216,7 +218,7 @@ class BridgeFabric(FabricDriver):
             self._arrivals[domain] = arrivals
         for arrival in arrivals:
             self._addresses.add(arrival.tap, arrival.learnt)
-        await in_thread(lambda: moving.open_arrival(arrivals))
+        await in_thread(lambda: moving.open_arrival(arrivals, pins=self._pins))
 
     def announce_now(self, domain: DomainName) -> float | None:
         at_s: float | None = None

@@ -162,8 +162,8 @@ class Netlink:
     def set_mtu(self, index: int, mtu_bytes: int) -> None:
         self._route.link("set", index=index, mtu=mtu_bytes)
 
-    def vxlan_of(self, name: str) -> tuple[int, str, int] | None:
-        """Identifier, own address and UDP port of a VXLAN; None if it is none, or isn't there."""
+    def vxlan_of(self, name: str) -> tuple[int, str, int, bool] | None:
+        """Identifier, own address, UDP port of a VXLAN, and whether it learns; None: no VXLAN."""
         try:
             messages = list(self._route.link("get", ifname=name))
         except NetlinkError:
@@ -173,7 +173,12 @@ class Netlink:
         if data is None or information.get_attr("IFLA_INFO_KIND") != "vxlan":
             return None
         local = data.get_attr("IFLA_VXLAN_LOCAL") or data.get_attr("IFLA_VXLAN_LOCAL6")
-        return data.get_attr("IFLA_VXLAN_ID"), local, data.get_attr("IFLA_VXLAN_PORT")
+        return (
+            data.get_attr("IFLA_VXLAN_ID"),
+            local,
+            data.get_attr("IFLA_VXLAN_PORT"),
+            bool(data.get_attr("IFLA_VXLAN_LEARNING")),
+        )
 
     def set_remotes(self, name: str, remotes: Sequence[str]) -> None:
         """To whom a VXLAN sends what is for everybody, or for nobody that it knows."""

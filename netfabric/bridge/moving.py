@@ -90,10 +90,11 @@ def prepare_departure(
     return tuple(departures), failures
 
 
-def divert(departures: Sequence[Departure]) -> None:
+def divert(departures: Sequence[Departure], *, pins: bool = True) -> None:
+    """`pins`: the bridge keeps the entry, whatever it hears. Not so where somebody else sets it."""
     for departure in departures:
         if departure.tunnel_index is not None:
-            pin(departure.tunnel_index, departure.mac)
+            (pin if pins else learn)(departure.tunnel_index, departure.mac)
         set_port(departure.tap_index, floods=False, learns=False)
 
 
@@ -169,9 +170,10 @@ def with_addresses(
     return tuple(found)
 
 
-def open_arrival(arrivals: Sequence[Arrival]) -> None:
+def open_arrival(arrivals: Sequence[Arrival], *, pins: bool = True) -> None:
+    """`pins`: as in `divert`."""
     for arrival in arrivals:
-        pin(arrival.exits.tap_index, arrival.mac)
+        (pin if pins else learn)(arrival.exits.tap_index, arrival.mac)
         set_port(arrival.exits.tap_index, floods=True, learns=True)
 
 

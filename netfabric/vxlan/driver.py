@@ -2,6 +2,11 @@
 
 All that `netfabric.bridge` says of taps, announcements and moves holds here: the VXLAN is the
 bridge's uplink, and learns as a switch does.
+
+With EVPN (`Overlay.evpn`) it learns nothing: the node's FRR hears of every entry of the bridge,
+says by BGP which MACs are here (type 2), and enters where the others are. So `learn` is the
+announcement that counts, and of two nodes that say they have a MAC the later one wins (RFC 7432,
+section 15). A pinned entry would be said to be one that never moves, so nothing is pinned.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ class VxlanFabric(BridgeFabric):
     def __init__(self, overlay: Overlay, *, gaps_s: Sequence[float] = GAPS_S) -> None:
         super().__init__(gaps_s=gaps_s)
         self.overlay = overlay
+        self._pins = not overlay.evpn
 
     async def open(self) -> None:
         """Also makes the bridge and the VXLAN, or corrects them. FabricError: what is wrong."""

@@ -19,6 +19,7 @@ from typing import Final, Protocol
 
 from migrator.errors import FabricError
 from netfabric.bridge.links import Netlink, netlink
+from netfabric.rtnetlink import set_port
 
 OVERHEAD_BYTES: Final = {4: 50, 6: 70}
 """Outer Ethernet, IP, UDP and VXLAN headers, by the version of the outer IP (RFC 7348)."""
@@ -39,6 +40,8 @@ class OverlayTable(Protocol):
     def port(self) -> int: ...
     @property
     def mtu_bytes(self) -> int: ...
+    @property
+    def evpn(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +54,21 @@ class Overlay:
     remotes: tuple[str, ...]
     port: int = 4789
     mtu_bytes: int = 1450
+    evpn: bool = False
+    """The node's FRR says where MACs are, and to whom broadcasts go: no remotes, no learning."""
 
     @classmethod
     def of(cls, table: OverlayTable, address: str) -> Overlay:
         """As a node's configuration has it; `address` is its end where that names none."""
         local = table.local or address
         return cls(
-            table.bridge, table.identifier, local, table.remotes, table.port, table.mtu_bytes
+            bridge=table.bridge,
+            identifier=table.identifier,
+            local=local,
+            remotes=table.remotes,
+            port=table.port,
+            mtu_bytes=table.mtu_bytes,
+            evpn=table.evpn,
         )
 
     @property
@@ -82,6 +93,8 @@ def overlay_reasons(overlay: Overlay) -> list[str]:
         found.append("local and remotes must be all IPv4 or all IPv6")
     if overlay.local in overlay.remotes:
         found.append(f"{overlay.local} is this node itself: leave it out of the remotes")
+    if overlay.evpn and overlay.remotes:
+        found.append("with EVPN, FRR knows the remotes: leave them out")
     if len(set(overlay.remotes)) < len(overlay.remotes):
         found.append("a remote is listed twice")
     return found
@@ -95,7 +108,12 @@ def ensure(overlay: Overlay) -> None:
     with netlink(f"can't make the overlay {overlay.bridge}") as kernel:
         _ensure_bridge(kernel, overlay)
         _ensure_device(kernel, overlay)
-        kernel.set_remotes(overlay.device, overlay.remotes)
+        if overlay.evpn:
+            device = kernel.find(overlay.device)
+            if device is not None:
+                set_port(device.index, floods=True, learns=False)
+        else:
+            kernel.set_remotes(overlay.device, overlay.remotes)
 
 
 def _ensure_bridge(kernel: Netlink, overlay: Overlay) -> None:
@@ -118,11 +136,8 @@ def _ensure_device(kernel: Netlink, overlay: Overlay) -> None:
     bridge, device = kernel.find(overlay.bridge), kernel.find(overlay.device)
     if bridge is None:
         raise FabricError(f"{overlay.bridge} was removed by somebody else")
-    if device is not None and kernel.vxlan_of(overlay.device) != (
-        overlay.identifier,
-        overlay.local,
-        overlay.port,
-    ):
+    wanted = (overlay.identifier, overlay.local, overlay.port, not overlay.evpn)
+    if device is not None and kernel.vxlan_of(overlay.device) != wanted:
         kernel.delete(device)
         device = None
     if device is None:
@@ -132,7 +147,7 @@ def _ensure_device(kernel: Netlink, overlay: Overlay) -> None:
             "vxlan",
             vxlan_id=overlay.identifier,
             vxlan_port=overlay.port,
-            vxlan_learning=1,
+            vxlan_learning=int(not overlay.evpn),
             **{f"vxlan_local{suffix}": overlay.local},
         )
     mac = b"\xfe" + hashlib.blake2b(overlay.local.encode(), digest_size=5).digest()

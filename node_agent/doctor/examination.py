@@ -57,13 +57,18 @@ def _network(config: AgentConfig, bridges: frozenset[str]) -> list[Finding]:
     table = config.fabric
     if table.driver == "macvtap":
         return [links.check_uplink(table.uplink)]
+    needs_frr = (table.driver == "vxlan" and table.evpn) or table.routes == "frr"
+    frr = [_frr()] if needs_frr else []
     if table.driver != "routed":
-        return links.check_bridges(bridges)
+        return [*links.check_bridges(bridges), *frr]
     local = (table.local or config.migration.address, *filter(None, (table.local6,)))
-    found = links.check_routed(local)
-    if table.routes == "frr" and shutil.which("vtysh") is None:
-        found.append(failure("FRR", "vtysh isn't installed", "apt-get install frr"))
-    return found
+    return [*links.check_routed(local), *frr]
+
+
+def _frr() -> Finding:
+    if shutil.which("vtysh") is None:
+        return failure("FRR", "vtysh isn't installed", "apt-get install frr")
+    return fine("FRR", "is installed")
 
 
 def version_of(text: str) -> tuple[int, ...]:

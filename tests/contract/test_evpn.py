@@ -1,0 +1,232 @@
+"""A guest's MAC follows it by EVPN: real FRR daemons on two nodes, a namespace each.
+
+guest ── tap ── br0 ── VXLAN ── under0 ═══════ under1 ── VXLAN ── br9 ── port
+                zebra, bgpd     192.0.2.1      192.0.2.2          zebra, bgpd
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import pytest
+from pyroute2 import IPRoute
+
+from deploy.lab.frr import PROGRAMS, SYSTEM, USER
+from migrator.model import DomainName, NicSpec
+from migrator.ports import Tunnel
+from netfabric.bridge.taps import tap_name
+from netfabric.frames import parse_mac
+from netfabric.routes.frr.vtysh import Vtysh
+from netfabric.rtnetlink import learn
+from netfabric.vxlan import Overlay, VxlanFabric
+from netfabric.vxlan.overlay import ensure
+from tests.contract.fabric_worlds import SOON_S, eventually
+from tests.contract.namespaces import run_in_new_namespace, unshare_network
+
+pytestmark = pytest.mark.lab
+
+T = TypeVar("T")
+WEB = DomainName("web")
+NIC = NicSpec(mac="52:54:00:aa:bb:cc", bridge="br0", addresses=("10.0.0.5",), mtu_bytes=1400)
+NEAR, FAR = "192.0.2.1", "192.0.2.2"
+NETWORK = 77
+TUNNEL = Tunnel(name="m1", local=NEAR, remote=FAR, port=7782)
+
+
+def configuration(address: str, neighbour: str) -> str:
+    return "\n".join(
+        [
+            "frr defaults datacenter",
+            f"hostname node{address[-1]}",
+            f"router bgp {SYSTEM}",
+            f" bgp router-id {address}",
+            " no bgp default ipv4-unicast",
+            f" neighbor {neighbour} remote-as {SYSTEM}",
+            f" neighbor {neighbour} timers connect 1",
+            f" neighbor {neighbour} advertisement-interval 0",
+            " address-family l2vpn evpn",
+            f"  neighbor {neighbour} activate",
+            "  advertise-all-vni",
+            " exit-address-family",
+            "",
+        ]
+    )
+
+
+def start_daemons(folder: Path, address: str, neighbour: str) -> list[subprocess.Popen[bytes]]:
+    """In the calling thread's network namespace."""
+    folder.mkdir()
+    path = folder / "frr.conf"
+    path.write_text(configuration(address, neighbour))
+    for each in (folder, path):  # The daemons give up being root.
+        shutil.chown(each, USER, USER)
+    started = []
+    for daemon in ("zebra", "bgpd"):
+        command = [
+            *(str(PROGRAMS / daemon), "-f", str(path), "-i", str(folder / f"{daemon}.pid")),
+            *("-z", str(folder / "zserv.api"), "--vty_socket", str(folder), "-P", "0"),
+            *("--log", f"file:{folder / daemon}.log"),
+        ]
+        with (folder / f"{daemon}.out").open("wb") as out:
+            started.append(subprocess.Popen(command, stdout=out, stderr=out))
+        # A bgpd that finds no zebra looks again after 10 s.
+        deadline = time.monotonic() + SOON_S
+        while not (folder / f"{daemon}.vty").is_socket():
+            assert time.monotonic() < deadline, f"{daemon} doesn't serve"
+            time.sleep(0.01)
+    return started
+
+
+class FarNode:
+    """The other node; what it is asked is done in its namespace."""
+
+    def __init__(self, executor: concurrent.futures.Executor) -> None:
+        self._executor = executor
+        self.port_index = 0
+
+    async def do(self, work: Callable[[], T]) -> T:
+        return await asyncio.wrap_future(self._executor.submit(work))
+
+    def make(self, near: int) -> None:
+        unshare_network()
+        with IPRoute() as route:
+            peer = {"ifname": "under0", "net_ns_fd": near}
+            route.link("add", ifname="under1", kind="veth", peer=peer)
+            (index,) = route.link_lookup(ifname="under1")
+            route.addr("add", index=index, address=FAR, prefixlen=24)
+            route.link("set", index=index, state="up")
+            route.link("set", index=1, state="up")
+        ensure(Overlay("br9", NETWORK, FAR, (), mtu_bytes=1400, evpn=True))
+        with IPRoute() as route:
+            route.link("add", ifname="port0", kind="veth", peer="port1")
+            (bridge,) = route.link_lookup(ifname="br9")
+            (self.port_index,) = route.link_lookup(ifname="port0")
+            route.link("set", index=self.port_index, master=bridge, state="up")
+            route.link("set", index=route.link_lookup(ifname="port1")[0], state="up")
+
+
+def make_near() -> None:
+    with IPRoute() as route:
+        (index,) = route.link_lookup(ifname="under0")
+        route.addr("add", index=index, address=NEAR, prefixlen=24)
+        route.link("set", index=index, state="up")
+        route.link("set", index=1, state="up")
+
+
+@contextlib.contextmanager
+def a_folder() -> Iterator[Path]:
+    """That the daemons' user may enter."""
+    made = Path(tempfile.mkdtemp(prefix="ferry-evpn", dir="/run"))
+    made.chmod(0o755)
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def end(daemons: Sequence[subprocess.Popen[bytes]]) -> None:
+    for daemon in daemons:
+        daemon.send_signal(signal.SIGTERM)
+    for daemon in daemons:
+        try:
+            daemon.wait(10.0)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait(10.0)
+
+
+def test_a_guests_mac_follows_it_to_and_fro_by_type_2_routes() -> None:
+    async def inside() -> None:
+        near = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        daemons: list[subprocess.Popen[bytes]] = []
+        fabric = VxlanFabric(Overlay("br0", NETWORK, NEAR, (), mtu_bytes=1400, evpn=True))
+        with a_folder() as folder, concurrent.futures.ThreadPoolExecutor(1) as executor:
+            far = FarNode(executor)
+            try:
+                await far.do(lambda: far.make(near))
+                await asyncio.to_thread(make_near)
+                await fabric.open()
+                daemons += await asyncio.to_thread(start_daemons, folder / "near", NEAR, FAR)
+                daemons += await far.do(lambda: start_daemons(folder / "far", FAR, NEAR))
+                await moves(fabric, far, Vtysh(folder / "near"))
+            finally:
+                await fabric.close()
+                await asyncio.to_thread(end, daemons)
+                os.close(near)
+
+    run_in_new_namespace(inside)
+
+
+def leads_to(mac: str) -> str | None:
+    """Where the bridge of this thread's namespace has the MAC: a port here, or another node."""
+    with IPRoute() as route:
+        names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in route.get_links()}
+        entries = [each for each in route.fdb("dump") if each.get_attr("NDA_LLADDR") == mac]
+    for entry in entries:
+        if entry.get_attr("NDA_MASTER") is not None:
+            port: str = names[entry["ifindex"]]
+            remotes: list[str] = [
+                each.get_attr("NDA_DST")
+                for each in entries
+                if each["ifindex"] == entry["ifindex"] and each.get_attr("NDA_DST") is not None
+            ]
+            return remotes[0] if remotes else port
+    return None
+
+
+async def moves(fabric: VxlanFabric, far: FarNode, vtysh: Vtysh) -> None:
+    async def led_here() -> bool:
+        here = await asyncio.to_thread(leads_to, NIC.mac)
+        return here == tap_name(WEB, 0) and await far.do(lambda: leads_to(NIC.mac)) == NEAR
+
+    async def led_away() -> bool:
+        there = await far.do(lambda: leads_to(NIC.mac))
+        return there == "port0" and await asyncio.to_thread(leads_to, NIC.mac) == FAR
+
+    fd = await fabric.plug(WEB, 0, NIC)
+    try:
+        await fabric.announce(WEB, [NIC])
+        await fabric.announce(WEB, ())
+        await eventually(led_here)
+        await fabric.prepare_departure(WEB, [NIC], TUNNEL)
+        await far.do(lambda: learn(far.port_index, parse_mac(NIC.mac)))  # It opens its port.
+        await fabric.divert(WEB)
+        await fabric.shut(WEB)
+        await eventually(led_away)
+        assert await sequence(vtysh) == 1
+        await fabric.end_departure(WEB)
+        assert await led_away()
+    finally:
+        os.close(fd)
+    await fabric.unplug(WEB, 0)
+    fd = await fabric.plug(WEB, 0, NIC)
+    try:  # And it comes back.
+        await fabric.prepare_arrival(WEB, [NIC], TUNNEL)
+        assert await led_away(), "not yet"
+        await fabric.open_arrival(WEB)
+        assert fabric.announce_now(WEB) is not None
+        await eventually(led_here)
+        assert await sequence(vtysh) == 2
+        await fabric.end_arrival(WEB)
+        assert await led_here()
+    finally:
+        os.close(fd)
+
+
+async def sequence(vtysh: Vtysh) -> int:
+    """The MAC's mobility sequence number (RFC 7432, section 15)."""
+    text = await vtysh.run([f"show evpn mac vni {NETWORK} mac {NIC.mac} json"])
+    found = msgspec.json.decode(text)[NIC.mac]
+    return max(int(found["localSequence"]), int(found["remoteSequence"]))
