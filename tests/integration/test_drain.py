@@ -230,7 +230,7 @@ def test_a_cancelled_drain_opens_the_node(cluster: Cluster, home: list[Guest]) -
     with cluster.held("source", "ContinueSwitchover") as point:
         begun = drain(cluster, via="n3", parallel=1)
         point.wait_reached()
-        asked = ferry(cluster, "drain", "n1", "--cancel")
+        asked = ferry(cluster, "drain", "n1", "--cancel", "--no-wait")
         assert asked.returncode == ExitCode.OK, asked.stderr
         assert f"drain {begun.id} of node n1 is being cancelled" in asked.stdout
         eventually(
