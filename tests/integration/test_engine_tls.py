@@ -87,6 +87,26 @@ async def test_memory_arrives_through_cuts_and_nothing_readable_is_on_the_wire(p
         await proxy.close()
 
 
+async def test_the_bandwidth_cap_counts_what_is_on_the_wire(pair: Pair) -> None:
+    """Records' headers and tags are a part of it: exact to 5 %, as without TLS."""
+    cap = 32 * MIB
+    os.pwrite(pair.source_guest.fd, os.urandom(48 * MIB), 0)
+    listening = await pair.configure(bandwidth_bytes_per_s=cap)
+    proxy = Proxy(listening.port)
+    await proxy.start()
+    try:
+        await pair.connect(proxy.port)
+        before = proxy.carried_bytes
+        first = await pair.run_pass(PassKind.FIRST)
+        carried = proxy.carried_bytes - before
+        assert first.bytes_sent >= 48 * MIB
+        assert abs(carried / first.bytes_sent - 1) < 0.01
+        assert abs(carried / first.seconds / cap - 1) < 0.05
+        await pair.stop_engines()
+    finally:
+        await proxy.close()
+
+
 async def test_the_device_channel_carries_both_ways(pair: Pair, tmp_path: Path) -> None:
     await pair.start()
     source_path, destination_path = tmp_path / "s.sock", tmp_path / "d.sock"

@@ -85,6 +85,16 @@ def assert_nothing_left(
         raise AssertionError(f"{error}: {_changes(before, last)}") from None
 
 
+def tracked(cluster: Cluster, node: str) -> bool:
+    """Whether writes of a guest there are tracked: "uw" is userfaultfd's write protection."""
+    for process in cluster.processes(node):
+        if _kind(command_of(process.pid)) == "qemu":
+            smaps = Path(f"/proc/{process.pid}/smaps").read_text()
+            if any("uw" in line.split() for line in smaps.splitlines() if "VmFlags" in line):
+                return True
+    return False
+
+
 def _changes(before: Counter[str], after: Counter[str]) -> str:
     changes = [
         f"{kind}: {before[kind]}, then {after[kind]}"
