@@ -99,7 +99,8 @@ class Bench:
         for name in names:
             if name in _OTHERS:
                 most, known = _OTHERS[name]
-                takers = [each for each in known if each in (*self._chosen, raw_speed.PLAIN)]
+                always = (raw_speed.PLAIN, raw_speed.PREFAULTED)
+                takers = [each for each in known if each in (*self._chosen, *always)]
                 found.append(list(turns(name, takers, min(repeats, most))))
                 continue
             (case,) = cases.select(name)
