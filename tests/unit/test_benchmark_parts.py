@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
+from scapy.layers.inet import IP, TCP, UDP
+from scapy.packet import Raw
 
 from deploy.guest.build import GuestImage
 from tests.benchmarks import bars, engines, newer_qemu
@@ -14,6 +16,7 @@ from tests.benchmarks.results import Run, with_work, work_rate
 from tests.benchmarks.run import Bench
 from tests.benchmarks.schedule import Budget, turns
 from tests.benchmarks.site import Sites
+from tests.benchmarks.tcp import Segment, recovery, segment_in
 
 SECOND_NS = 10**9
 IMAGE = GuestImage(Path("kernel"), Path("initrd"))
@@ -106,3 +109,37 @@ def test_what_was_measured_stays_until_its_case_is_measured_anew(
     assert [len(bench.runs[key]) for key in (("1", "ferry"), ("1", "qemu-10ms"))] == [3, 3]
     assert len(bench.runs["2", "ferry"]) == 1
     assert len(written) == 2
+
+
+def _stream(from_s: float, until_s: float, bytes_per_s: float) -> list[Segment]:
+    """A segment a millisecond; sequence numbers begin just below their end."""
+    count = int((until_s - from_s) * 1e3)
+    length = int(bytes_per_s / 1e3)
+    return [
+        Segment(from_s + n / 1e3, ((1 << 32) - 5000 + n * length) % (1 << 32), length)
+        for n in range(count)
+    ]
+
+
+def test_a_streams_recovery_is_read_from_its_segments() -> None:
+    before = _stream(100.0, 103.0, 50e6)
+    slow = _stream(103.2, 103.4, 20e6)
+    full = _stream(103.4, 106.3, 48e6)
+    found = recovery([*before, *slow, *full], 100.0, 103.0, 103.15, 3.0)
+    assert found.before_bytes_per_s == pytest.approx(50e6, rel=0.05)
+    assert found.back_ms == pytest.approx(300.0, abs=60.0)
+    assert found.silence_ms == pytest.approx(50.0, abs=2.0)
+
+
+def test_a_segment_that_comes_again_is_counted_and_one_past_the_numbers_end_is_not() -> None:
+    stream = _stream(100.0, 103.0, 50e6)
+    again = [*stream[:500], *stream[490:500], *stream[500:]]
+    assert recovery(stream, 100.0, 100.1, 100.2, 2.0).repeated == 0
+    assert recovery(again, 100.0, 100.1, 100.2, 2.0).repeated == 10
+
+
+def test_a_segments_numbers_are_read_from_its_packet() -> None:
+    packet = IP(src="10.0.0.5") / TCP(seq=77, options=[("NOP", None)] * 4) / Raw(b"x" * 30)
+    assert segment_in(bytes(packet)) == (77, 30)
+    assert segment_in(bytes(IP() / UDP() / Raw(b"x" * 30))) is None
+    assert segment_in(b"") is None
