@@ -169,8 +169,13 @@ class FabricDriver(abc.ABC):
         """Destination, after the grace time: close the tunnel. Frames that came out of it."""
 
     @abc.abstractmethod
-    async def first_frames(self, domain: DomainName, timeout_s: float) -> FirstFrames:
-        """Watch the domain's ports, from now on, until a frame went each way or time is up."""
+    async def first_frames(
+        self, domain: DomainName, since_s: float, timeout_s: float
+    ) -> FirstFrames:
+        """The first frame each way since then (wall clock, s), waited for until time is up.
+
+        Its ports are watched from `open_arrival` on.
+        """
 
     @abc.abstractmethod
     async def probe(self, nic: NicSpec, timeout_s: float) -> ProbeReport:

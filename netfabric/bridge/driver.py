@@ -52,7 +52,7 @@ from netfabric.bridge.links import Exits
 from netfabric.bridge.plugging import Tap
 from netfabric.bridge.taps import tap_name
 from netfabric.exits import Exit
-from netfabric.first_frames import watch_first_frames
+from netfabric.first_frames import FirstFrameWatches
 from netfabric.frames import announcements, parse_mac
 from netfabric.threads import in_thread
 
@@ -76,6 +76,7 @@ class BridgeFabric(FabricDriver):
         self._exits: dict[str, Exits] = {}
         self._socket: socket.socket | None = None
         self._addresses = AddressWatcher()
+        self._first = FirstFrameWatches()
         self._departures: dict[DomainName, tuple[moving.Departure, ...]] = {}
         self._arrivals: dict[DomainName, tuple[moving.Arrival, ...]] = {}
 
@@ -109,6 +110,7 @@ class BridgeFabric(FabricDriver):
         await self._silence(domain)
         self._exits.pop(tap, None)
         await self._addresses.forget(tap)
+        await self._first.discard(domain)
         arrivals = self._arrivals.pop(domain, ())
         await in_thread(lambda: plugging.unplug(tap))
         await in_thread(lambda: moving.close_tunnels(arrivals))
@@ -160,6 +162,7 @@ class BridgeFabric(FabricDriver):
         self._ended.clear()
         await self._announcer.close()
         await self._addresses.close()
+        await self._first.close()
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -219,6 +222,7 @@ class BridgeFabric(FabricDriver):
         for arrival in arrivals:
             self._addresses.add(arrival.tap, arrival.learnt)
         await in_thread(lambda: moving.open_arrival(arrivals, pins=self._pins))
+        await self._first.open(domain, [arrival.tap for arrival in arrivals])
 
     def announce_now(self, domain: DomainName) -> float | None:
         at_s: float | None = None
@@ -230,11 +234,14 @@ class BridgeFabric(FabricDriver):
 
     async def end_arrival(self, domain: DomainName) -> int:
         arrivals = self._arrivals.pop(domain, ())
+        await self._first.discard(domain)
         return (await in_thread(lambda: moving.close_tunnels(arrivals)))[0]
 
-    async def first_frames(self, domain: DomainName, timeout_s: float) -> FirstFrames:
+    async def first_frames(
+        self, domain: DomainName, since_s: float, timeout_s: float
+    ) -> FirstFrames:
         taps = [arrival.tap for arrival in self._arrivals.get(domain, ())]
-        return await watch_first_frames(taps, timeout_s)
+        return await self._first.wait(domain, taps, since_s, timeout_s)
 
     async def probe(self, nic: NicSpec, timeout_s: float) -> ProbeReport:
         return await in_thread(lambda: moving.probe_from_bridge(nic, timeout_s))

@@ -34,7 +34,7 @@ from netfabric.bridge.links import netlink
 from netfabric.bridge.plugging import sweep_rules
 from netfabric.bridge.taps import tap_name
 from netfabric.exits import Exit
-from netfabric.first_frames import watch_first_frames
+from netfabric.first_frames import FirstFrameWatches
 from netfabric.frames import announcements, parse_mac
 from netfabric.host_routes import set_up
 from netfabric.macvtap import moving, network
@@ -60,6 +60,7 @@ class MacvtapFabric(FabricDriver):
         self._closings = Closings(self._on_closed)
         self._removals: set[asyncio.Task[None]] = set()
         self._socket: socket.socket | None = None
+        self._first = FirstFrameWatches(outgoing_to_guest=False)
         self._departures: dict[DomainName, tuple[moving.Departure, ...]] = {}
         self._arrivals: dict[DomainName, tuple[moving.Arrival, ...]] = {}
 
@@ -85,6 +86,7 @@ class MacvtapFabric(FabricDriver):
         tap = tap_name(domain, index)
         await self._announcer.silence(domain)
         await self._addresses.forget(tap)
+        await self._first.discard(domain)
         arrivals = self._arrivals.pop(domain, ())
         await in_thread(lambda: network.unplug(tap))
         await in_thread(lambda: moving.close_ends(arrivals))
@@ -116,6 +118,7 @@ class MacvtapFabric(FabricDriver):
         """End the announcements. The macvtaps stay: their hypervisors hold them."""
         await self._announcer.close()
         await self._addresses.close()
+        await self._first.close()
         self._closings.close()
         moving.give_up_claims([each for every in self._departures.values() for each in every])
         if self._removals:
@@ -177,6 +180,7 @@ class MacvtapFabric(FabricDriver):
         for arrival in arrivals:
             self._addresses.add(arrival.tap, arrival.learnt)
         await in_thread(lambda: moving.open_arrival(arrivals))
+        await self._first.open(domain, [arrival.tap for arrival in arrivals])
 
     def announce_now(self, domain: DomainName) -> float | None:
         at_s: float | None = None
@@ -188,11 +192,14 @@ class MacvtapFabric(FabricDriver):
 
     async def end_arrival(self, domain: DomainName) -> int:
         arrivals = self._arrivals.pop(domain, ())
+        await self._first.discard(domain)
         return (await in_thread(lambda: moving.close_ends(arrivals)))[0]
 
-    async def first_frames(self, domain: DomainName, timeout_s: float) -> FirstFrames:
+    async def first_frames(
+        self, domain: DomainName, since_s: float, timeout_s: float
+    ) -> FirstFrames:
         taps = [arrival.tap for arrival in self._arrivals.get(domain, ())]
-        return await watch_first_frames(taps, timeout_s, outgoing_to_guest=False)
+        return await self._first.wait(domain, taps, since_s, timeout_s)
 
     async def probe(self, nic: NicSpec, timeout_s: float) -> ProbeReport:
         if nic.bridge != self.network.name:

@@ -39,7 +39,7 @@ from netfabric.announcer import GAPS_S, Announcer
 from netfabric.bridge import tunnels
 from netfabric.bridge.plugging import sweep, unplug
 from netfabric.bridge.taps import tap_name
-from netfabric.first_frames import watch_first_frames
+from netfabric.first_frames import FirstFrameWatches
 from netfabric.frames import parse_mac
 from netfabric.routed import moving, plugging, probing
 from netfabric.routed.network import RoutedNetwork, prepare_node, reasons
@@ -68,6 +68,7 @@ class RoutedFabric(FabricDriver):
         self._announcer = Announcer(gaps_s)
         self._addresses = AddressWatcher()
         self._plugged: dict[DomainName, dict[int, NicSpec]] = {}
+        self._first = FirstFrameWatches()
         self._departures: dict[DomainName, tuple[moving.Departure, ...]] = {}
         self._arrivals: dict[DomainName, tuple[moving.Arrival, ...]] = {}
 
@@ -94,6 +95,7 @@ class RoutedFabric(FabricDriver):
         tap = tap_name(domain, index)
         await self._announcer.silence(domain)
         await self._addresses.forget(tap)
+        await self._first.discard(domain)
         nic = self._plugged.get(domain, {}).pop(index, None)
         if not self._plugged.get(domain):
             self._plugged.pop(domain, None)
@@ -136,6 +138,7 @@ class RoutedFabric(FabricDriver):
         """Taps and routes stay: the guests go on."""
         await self._announcer.close()
         await self._addresses.close()
+        await self._first.close()
         await self.routes.close()
 
     # --- a domain that moves ---
@@ -199,6 +202,7 @@ class RoutedFabric(FabricDriver):
         for arrival, texts in zip(arrivals, learnt, strict=False):
             self._addresses.add(arrival.tap, texts)
         await in_thread(lambda: moving.open_arrival(self.network, arrivals))
+        await self._first.open(domain, [arrival.tap for arrival in arrivals])
 
     def announce_now(self, domain: DomainName) -> float | None:
         arrivals = self._arrivals.get(domain, ())
@@ -207,11 +211,14 @@ class RoutedFabric(FabricDriver):
 
     async def end_arrival(self, domain: DomainName) -> int:
         arrivals = self._arrivals.pop(domain, ())
+        await self._first.discard(domain)
         return (await in_thread(lambda: moving.close_tunnels(arrivals)))[0]
 
-    async def first_frames(self, domain: DomainName, timeout_s: float) -> FirstFrames:
+    async def first_frames(
+        self, domain: DomainName, since_s: float, timeout_s: float
+    ) -> FirstFrames:
         taps = [arrival.tap for arrival in self._arrivals.get(domain, ())]
-        return await watch_first_frames(taps, timeout_s)
+        return await self._first.wait(domain, taps, since_s, timeout_s)
 
     async def probe(self, nic: NicSpec, timeout_s: float) -> ProbeReport:
         return await in_thread(lambda: probing.probe(self.network, nic, timeout_s))

@@ -191,7 +191,9 @@ class SimulatedFabric(FabricDriver):
         self._arriving.pop(domain, None)
         return 0
 
-    async def first_frames(self, domain: DomainName, timeout_s: float) -> FirstFrames:
+    async def first_frames(
+        self, domain: DomainName, since_s: float, timeout_s: float
+    ) -> FirstFrames:
         return FirstFrames()
 
     async def send_wide(self, nic: NicSpec, token: bytes) -> None:

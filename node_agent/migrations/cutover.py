@@ -338,8 +338,9 @@ class CutoverService:
             await self._fabric.end_arrival(move.domain)
 
     def _watch(self, arriving: _Arriving) -> asyncio.Task[FirstFrames]:
-        domain, limit_s = arriving.move.domain, self._settings.verify_limit_s
-        arriving.watching = asyncio.create_task(self._fabric.first_frames(domain, limit_s))
+        since_s, limit_s = arriving.resumed_at_s or self._clock(), self._settings.verify_limit_s
+        work = self._fabric.first_frames(arriving.move.domain, since_s, limit_s)
+        arriving.watching = asyncio.create_task(work)
         return arriving.watching
 
     async def _ask_until_verified(self, arriving: _Arriving) -> Cutover:

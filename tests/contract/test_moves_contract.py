@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
+import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 
 import msgspec
 import pytest
@@ -32,6 +34,7 @@ from tests.contract.fabric_worlds import (
     bridge_world,
     eventually,
     learnt,
+    macvtap_world,
     run_bridge,
     run_macvtap,
     run_simulated,
@@ -150,6 +153,40 @@ def test_the_first_announcement_moves_the_switch_and_the_last_gives_the_guest_fr
             os.close(fd)
 
     on_bridge(body)
+
+
+@pytest.mark.parametrize("make", [bridge_world, macvtap_world])
+def test_a_guests_first_frames_are_those_after_its_resume(
+    make: Callable[[], AbstractAsyncContextManager[BridgeWorld]],
+) -> None:
+    """Stamped by the kernel, however late they are read; what waited for it doesn't count."""
+
+    async def body(world: BridgeWorld) -> None:
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        try:
+            await world.fabric.prepare_arrival(WEB, [NIC], TUNNEL)
+            await world.fabric.open_arrival(WEB)
+            world.far.send(to_all(1))
+            assert await numbers_until(fd, 1) == [1]
+            resumed_at_s = time.time()
+            world.far.send(to_all(2))
+            assert await numbers_until(fd, 2) == [2]
+            own = ethernet(b"\xff" * 6, parse_mac(NIC.mac), TEST, bytes([3]))
+            os.write(fd, bytes(VNET_HEADER_BYTES) + own)
+            read_at_s = time.time()
+            first = await world.fabric.first_frames(WEB, resumed_at_s, 5.0)
+            assert first.to_guest_at_s is not None
+            assert first.from_guest_at_s is not None
+            assert resumed_at_s <= first.to_guest_at_s <= first.from_guest_at_s <= read_at_s
+            await world.fabric.end_arrival(WEB)
+        finally:
+            os.close(fd)
+
+    async def inside() -> None:
+        async with make() as world:
+            await body(world)
+
+    run_in_new_namespace(inside)
 
 
 def test_what_is_for_a_guest_that_leaves_takes_the_tunnel() -> None:
