@@ -11,6 +11,7 @@ import errno
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from typing import Any, Final
 
 from pyroute2 import IPRoute, NetlinkError
@@ -83,9 +84,10 @@ class _Namespace:
     ) -> None:
         """The addresses on an interface that is up."""
         index = self.interfaces()[interface][0]
-        held = {item.get_attr("IFA_ADDRESS") for item in self._route.get_addr(index=index)}
+        told = (item.get_attr("IFA_ADDRESS") for item in self._route.get_addr(index=index))
+        held = {ip_address(text) for text in told}  # "fd78:0::1" is told as "fd78::1".
         for text, prefix_bits in ((address, bits), *more):
-            if text not in held:
+            if ip_address(text) not in held:
                 flags = {"flags": _NO_DUPLICATE_DETECTION} if ":" in text else {}
                 self._route.addr("add", index=index, address=text, prefixlen=prefix_bits, **flags)
 
