@@ -213,8 +213,10 @@ def test_a_healthy_guest(image: GuestImage, tmp_path: Path) -> None:
 def damage_page(memory: Path, page_number: int) -> None:
     """Changes a byte of one of the guest's pages of known contents, behind its back."""
     with memory.open("r+b") as file, mmap.mmap(file.fileno(), 0) as ram:
-        # The first two words of such a page: its number, and a generation that is still small.
-        wanted = re.compile(re.escape(struct.pack("<Q", page_number)) + rb"[\1-\x09]\0{7}[^\0]")
+        # Such a page begins with its number, and a generation: how often it was written.
+        generation = rb"(?:[\1-\xff]\0|[\0-\xff][\1-\xff])\0{6}"
+        number = re.escape(struct.pack("<Q", page_number))
+        wanted = re.compile(number + generation + rb"[^\0]", re.DOTALL)
         found = [match.start() for match in wanted.finditer(ram) if match.start() % 4096 == 0]
         assert len(found) == 1, found
         at = found[0] + 2000
