@@ -72,6 +72,10 @@ def fabric_contradictions(fabric: FabricTable) -> Iterator[str]:
             yield "fabric.bridge: missing; must name the bridge to make, which NICs name"
         if not fabric.identifier:
             yield "fabric.identifier: missing; must be 1 to 16777215, the same on every node"
+        if fabric.evpn and fabric.remotes:
+            yield "fabric.remotes: with evpn, FRR knows the other nodes; leave them out"
+    elif fabric.evpn:
+        yield f'fabric.evpn: only driver "vxlan" has EVPN, not "{fabric.driver}"'
     if fabric.driver == "macvtap":
         if not fabric.bridge:
             yield "fabric.bridge: missing; must be the network's name, which NICs give"

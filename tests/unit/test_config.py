@@ -164,6 +164,7 @@ def test_a_vxlan_fabric_names_its_bridge_and_identifier() -> None:
     assert "fabric.identifier: missing" in str(caught.value)
 
 
+EVPN = MINIMAL + '\n[fabric]\ndriver = "vxlan"\nbridge = "g0"\nidentifier = 7\nevpn = true\n'
 ROUTED = MINIMAL + '\n[fabric]\ndriver = "routed"\nbridge = "guests"\n'
 
 
@@ -172,6 +173,10 @@ ROUTED = MINIMAL + '\n[fabric]\ndriver = "routed"\nbridge = "guests"\n'
     [
         (MINIMAL + '\n[fabric]\ndriver = "routed"\n', "fabric.bridge: missing"),
         (MINIMAL + '\n[fabric]\nroutes = "frr"\n', 'only driver "routed" has routes'),
+        (MINIMAL + "\n[fabric]\nevpn = true\n", 'only driver "vxlan" has EVPN'),
+        (EVPN + 'remotes = ["192.0.2.2"]\n', "fabric.remotes: with evpn, FRR knows"),
+        (MINIMAL + '\n[fabric]\ndriver = "macvtap"\n', "fabric.bridge: missing"),
+        (MINIMAL + '\n[fabric]\ndriver = "macvtap"\n', "fabric.uplink: missing"),
         (ROUTED + 'local = "here"\n', 'fabric.local: "here" is not an IPv4'),
         (ROUTED + 'local6 = "192.0.2.1"\n', 'fabric.local6: "192.0.2.1" is not an IPv6'),
         (ROUTED + 'gateways = ["10.0.0.0/24"]\n', "fabric.gateways"),
@@ -181,7 +186,7 @@ ROUTED = MINIMAL + '\n[fabric]\ndriver = "routed"\nbridge = "guests"\n'
         (ROUTED + 'routes = "rip"\n', "fabric.routes"),
     ],
 )
-def test_what_is_wrong_with_a_routed_fabric_is_said(text: str, problem: str) -> None:
+def test_what_is_wrong_with_a_fabric_is_said(text: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(problem)):
         parse_config(text)
 
