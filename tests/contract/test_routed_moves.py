@@ -296,8 +296,8 @@ def test_routers_that_are_too_narrow_are_told_from_those_that_are_not() -> None:
         assert await fabric.measure_width(NIC, (FAR, FAR6), 5.0) == wide
         await world.router.call(lambda: set_mtu("under1", 1400))
         narrow = WidthReport(short=True, full=False)
-        assert await fabric.measure_width(NIC, (FAR, FAR6), 0.5) == narrow
-        assert await fabric.measure_width(four, (FAR, FAR6), 0.5) == narrow
+        assert await fabric.measure_width(NIC, (FAR, FAR6), 1.0) == narrow
+        assert await fabric.measure_width(four, (FAR, FAR6), 1.0) == narrow
         for mtu_bytes in (1399, 1400):
             smaller = msgspec.structs.replace(NIC, mtu_bytes=mtu_bytes)
             assert await fabric.measure_width(smaller, (FAR, FAR6), 5.0) == wide
