@@ -3,12 +3,17 @@
 Starting an engine takes a quarter of a second of CPU, most of it imports. Of a migration that lasts
 half a second, that is too much; so the agent keeps one engine waiting, and starts the next when a
 migration has ended, not while one needs the cores.
+
+Just then the guest needs them, whose connections recover at its new place. So the next one starts
+with what nobody else wants of the cores (niceness 19), until it is taken. On two full cores it took
+more of them than the guest, from 100 to 500 ms after its resume (measured).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from pathlib import Path
 
 from migrator.engine.client import EngineProcess
@@ -16,6 +21,7 @@ from migrator.errors import FerryError
 
 log = logging.getLogger(__name__)
 STOP_S = 2.0
+NICENESS_WAITING = 19
 
 
 class EngineSpares:
@@ -36,7 +42,11 @@ class EngineSpares:
     def take(self) -> EngineProcess | None:
         """The waiting engine, now the caller's; None if there is none. `attach` it at once."""
         spare, self._spare = self._spare, None
-        return spare if spare is not None and spare.running else None
+        if spare is None or not spare.running:
+            return None
+        if not _share(spare.pid, os.getpriority(os.PRIO_PROCESS, 0)):
+            log.warning("the engine that waits can't be given its share of the cores")
+        return spare
 
     async def close(self) -> None:
         """Idempotent."""
@@ -56,6 +66,16 @@ class EngineSpares:
         except FerryError as error:
             log.warning("no engine could be started ahead: %s", error)
         else:
+            _share(spare.pid, NICENESS_WAITING)
             self._spare = spare
         finally:
             self._task = None
+
+
+def _share(pid: int, niceness: int) -> bool:
+    """Of an engine, which is a session of its own, all threads; False: the kernel refuses."""
+    try:
+        os.setpriority(os.PRIO_PGRP, pid, niceness)
+    except OSError:
+        return False
+    return True
