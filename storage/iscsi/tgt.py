@@ -87,7 +87,7 @@ class TgtFolder:
                 self._ensure(volume, state)
             except BaseException:
                 with contextlib.suppress(StorageError, ConflictError):
-                    self._control.delete_target(state.number)
+                    self._control.delete_target(state.number, f"volume {volume}")
                 self._state_path(volume).unlink(missing_ok=True)
                 self._image(volume).unlink(missing_ok=True)
                 raise
@@ -108,7 +108,7 @@ class TgtFolder:
         """tgtd learns a size only with a new target: nobody may be logged in."""
         with self._locked():
             state = self._read(volume)
-            self._control.delete_target(state.number)
+            self._control.delete_target(state.number, f"volume {volume}")
             try:
                 os.truncate(self._image(volume), capacity_bytes)
             finally:
@@ -118,7 +118,7 @@ class TgtFolder:
     def delete(self, volume: VolumeName) -> None:
         with self._locked():
             state = self._read(volume)
-            self._control.delete_target(state.number)
+            self._control.delete_target(state.number, f"volume {volume}")
             self._image(volume).unlink(missing_ok=True)
             self._state_path(volume).unlink()
 

@@ -71,11 +71,13 @@ class TgtControl:
             raise ConflictError(f"tgtd has a target {iqn}, or number {number}, already")
         self._must(error, f"make target {iqn}")
 
-    def delete_target(self, number: int) -> None:
-        """Idempotent. ConflictError while somebody is logged in."""
+    def delete_target(self, number: int, what: str) -> None:
+        """Idempotent. ConflictError while somebody is logged in; it says `what` the target is."""
         error, _ = self._request(_Mode.TARGET, _Operation.DELETE, number)
         if error == _Error.TARGET_ACTIVE:
-            raise ConflictError(f"somebody is logged in to target {number}; it was not removed")
+            raise ConflictError(
+                f"{what}: somebody is logged in to its target {number}; nothing was changed"
+            )
         if error != _Error.NO_TARGET:
             self._must(error, f"remove target {number}")
 

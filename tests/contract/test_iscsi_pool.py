@@ -281,9 +281,9 @@ async def test_a_volume_that_somebody_uses_is_not_deleted(nodes: Pools, writers:
     await new_volume(nodes)
     writer = await hypervisor(nodes[1], 1, 0xA1, writers)
     assert writer.write()
-    with pytest.raises(ConflictError, match="logged in"):
+    with pytest.raises(ConflictError, match=f"volume {DISK}: somebody is logged in"):
         await nodes[0].delete(DISK)
-    with pytest.raises(ConflictError, match="logged in"):
+    with pytest.raises(ConflictError, match=f"volume {DISK}: somebody is logged in"):
         await nodes[0].resize(DISK, 2 * MIB)
     assert writer.write()
 
