@@ -65,7 +65,11 @@ def test_what_tells_nothing_is_passed_over(silent: Drain) -> None:
 
 def test_a_plan_takes_it_within_bounds() -> None:
     survey = Survey(nodes=(), domains=(), links={}, link="", overhead_s=0.3)
-    assert survey.experienced(None) == survey
+    untold = survey.experienced(None).overhead_s
+    assert untold is not None
+    assert 0.3 < untold < 1.0, "a lone migration's, and what a drain adds"
+    nothing = msgspec.structs.replace(survey, overhead_s=None)
+    assert nothing.experienced(None) == nothing
 
     def assumed(overhead: float) -> float:
         options = survey.experienced(overhead).options()
