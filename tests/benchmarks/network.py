@@ -37,6 +37,7 @@ TCP_AFTER_S = 3.0
 SETTLED_S = 6.0
 """The grace time of the last move, and a little more."""
 LOST_MOVES = 5
+LOSSES_MAX = 5_000
 TCP_MOVES = 5
 TUNNEL = "udp dport 7782 counter drop"
 """What forwards is dropped where it leaves."""
@@ -99,9 +100,12 @@ def _questions(cluster: Cluster, guest: Guest, count: int) -> None:
     row("answered twice, out of order", f"{pings.duplicates}, {pings.reordered}", "0, 0")
 
 
-def _to_and_fro(cluster: Cluster, guest: Guest, count: int) -> tuple[PingWatch, list[Migration]]:
+def _to_and_fro(
+    cluster: Cluster, guest: Guest, count: int, **options: int
+) -> tuple[PingWatch, list[Migration]]:
+    """`options`: of PingWatch."""
     moves: list[Migration] = []
-    with PingWatch(cluster.plan.namespace("client"), guest.address) as pings:
+    with PingWatch(cluster.plan.namespace("client"), guest.address, **options) as pings:
         pings.wait_answers(500)
         for number in range(count):
             moves.append(cluster.move("bench", "n2" if number % 2 == 0 else "n1"))
@@ -115,7 +119,7 @@ def _without_forwarding(cluster: Cluster, guest: Guest) -> None:
             namespace = cluster.plan.namespace(node)
             rules = _table("inet", "output", TUNNEL)
             stack.enter_context(_dropping(namespace, "inet", rules))
-        pings, moves = _to_and_fro(cluster, guest, LOST_MOVES)
+        pings, moves = _to_and_fro(cluster, guest, LOST_MOVES, waiting_max=LOSSES_MAX)
     blackout_ms = sum(move.blackout_ms or 0.0 for move in moves)
     measured = f"{pings.lost} in {blackout_ms:.0f} ms of blackout"
     row("questions lost, without forwarding", measured, "1 a ms")

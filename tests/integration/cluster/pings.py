@@ -38,8 +38,12 @@ def _checksum(data: bytes) -> int:
 class PingWatch(_Watch):
     """ICMP echo requests at `per_s`; the numbers of the answers in the order of their arrival."""
 
-    def __init__(self, namespace: str, address: str, per_s: int = 1000) -> None:
+    def __init__(
+        self, namespace: str, address: str, per_s: int = 1000, *, waiting_max: int = _WAITING_MAX
+    ) -> None:
+        """`waiting_max`: more than that are lost where losses are what is measured."""
         super().__init__()
+        self._waiting_max = waiting_max
         self._version = ipaddress.ip_address(address).version
         self._socket = in_namespace(namespace, self._opened)
         self._address = address
@@ -64,7 +68,7 @@ class PingWatch(_Watch):
             due = time.monotonic()
             while not self._stop.is_set():
                 self._drain()
-                if len(self.sent_at_s) - len(self.answers) < _WAITING_MAX:
+                if len(self.sent_at_s) - len(self.answers) < self._waiting_max:
                     self._send()
                 due = max(due + self._gap_s, time.monotonic() - 0.05)
                 time.sleep(max(0.0, due - time.monotonic()))
