@@ -139,11 +139,17 @@ class DestinationPostCopy(DestinationView):
             case Lost() | Farewell() if self._listening is None:
                 pass  # Until an engine has looked, nobody knows what is missing. We ask again.
             case Lost() if self.pages_missing:
-                self._lost(message.reason)
+                self._hear_lost(message.reason)
             case Farewell() if self.pages_missing:
-                self._lost("the source's copy is gone, and pages are missing here")
+                self._hear_lost("the source's copy is gone, and pages are missing here")
             case _:
                 pass
+
+    def _hear_lost(self, reason: str) -> None:
+        """The engine may have every page, and its word be on its way: it counts when said again."""
+        self._told_lost_at_s = self._told_lost_at_s or self._now
+        if self._now - self._told_lost_at_s >= self.timing.retry_s:
+            self._lost(reason)
 
     def _lost(self, reason: str) -> None:
         """The guest can't go on: pages of it are nowhere. It ends before anybody is told."""

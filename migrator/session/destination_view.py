@@ -68,6 +68,8 @@ class DestinationView(Session):
         self._dead = False
         self._discarded = False
         """The copy is gone, and never ran."""
+        self._told_lost_at_s = 0.0
+        """Post-copy: when the source first said that its pages are gone."""
         self._lost_reason = ""
         """Post-copy: why pages of the guest are nowhere any more; it is being ended."""
         self._restored = False
