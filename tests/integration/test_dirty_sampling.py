@@ -79,8 +79,10 @@ def engines_of(guest: Guest) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                command = (entry / "cmdline").read_bytes()
-                if b"migrator.engine" in command and inode in (entry / "maps").read_text():
+                if b"migrator.engine" not in (entry / "cmdline").read_bytes():
+                    continue
+                mapped = [line.split() for line in (entry / "maps").read_text().splitlines()]
+                if any(each[4] == inode and each[-2].startswith("/memfd:") for each in mapped):
                     found.append(int(entry.name))
             except OSError:
                 continue
