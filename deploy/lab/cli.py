@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Annotated, NoReturn
@@ -42,16 +42,27 @@ class MemberAction(StrEnum):
 
 
 @contextmanager
-def _errors_as_sentences() -> Iterator[None]:
-    """FerryError becomes its sentence and exit status 1; SIGTERM ends as orderly as Ctrl-C."""
+def _errors_as_sentences() -> Iterator[Callable[[], None]]:
+    """FerryError becomes its sentence and exit status 1; SIGTERM ends as orderly as Ctrl-C.
+
+    Yields what raises KeyboardInterrupt once more if one was lost: Python drops what is raised in
+    a weak reference's callback or a `__del__`, and a signal may come just then.
+    """
+    heard = False
 
     def interrupt(_number: int, _frame: object) -> NoReturn:
+        nonlocal heard
+        heard = True
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    def check() -> None:
+        if heard:
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     try:
-        yield
+        yield check
     except RefusedError as error:
         if len(error.reasons) > 1:
             print("This machine can't hold a lab:", file=sys.stderr)
@@ -101,7 +112,13 @@ def up(
 ) -> None:
     """Make the lab, or repair it and let it grow."""
     started = time.monotonic()
-    with _errors_as_sentences():
+    with _errors_as_sentences() as check:
+
+        def step(line: str) -> None:
+            check()
+            if verbose:
+                print(line)
+
         record = labs.up(
             name,
             nodes=nodes,
@@ -110,7 +127,7 @@ def up(
             storage_kinds=[kind for kind in storage.split(",") if kind],
             tls=tls,
             fabric=fabric,
-            report=print if verbose else lambda _line: None,
+            report=step,
         )
     names = ", ".join(node.name for node in record.nodes)
     seconds = time.monotonic() - started

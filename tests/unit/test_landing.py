@@ -52,7 +52,7 @@ class _Ends:
 
         def work() -> None:
             at = 0
-            with contextlib.suppress(ConnectionError):  # The other end may have had enough.
+            with contextlib.suppress(OSError):  # The other end, or ours, may have had enough.
                 for size in (*parts, len(data)):
                     self.source.sendall(data[at : at + size])
                     at += size
