@@ -276,7 +276,7 @@ class EngineDriver:
             case m.PassDone():
                 self._feed(v.PassFinished(report=message.report))
             case m.DisksDeactivated():
-                self._feed(v.DisksDeactivated(seconds=message.seconds))
+                self._feed(v.DisksDeactivated(seconds=message.seconds, at_s=message.at_s))
             case m.ChannelBroken():
                 self._feed(v.ChannelNoted(broken=True, detail=message.reason))
             case m.ChannelRestored():

@@ -179,9 +179,13 @@ class DeviceChannelOpen(Message, frozen=True, kw_only=True):
 
 
 class DisksDeactivated(Message, frozen=True, kw_only=True):
-    """Source: the hypervisor has let go of the guest's disks, which took at most so long."""
+    """Source: the hypervisor had let go of the guest's disks at `at_s`, by the wall clock.
+
+    It took `seconds` at most.
+    """
 
     seconds: float
+    at_s: float
 
 
 class ChannelBroken(Message, frozen=True, kw_only=True):

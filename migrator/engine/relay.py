@@ -81,9 +81,10 @@ class Pumps:
         peer: StreamSocket,
         *,
         at_source: bool,
-        deactivated: Callable[[float], None] | None = None,
+        deactivated: Callable[[float, float], None] | None = None,
     ) -> None:
-        """`deactivated` is told, from a helper thread, how long the disks took (`DisksGap`)."""
+        """`deactivated` is told, from a helper thread, how long the disks took (`DisksGap`), and
+        when they were let go, by the monotonic clock."""
         self._deactivated = deactivated
         hypervisor.setblocking(True)
         limit_waits(peer, 0)
@@ -137,7 +138,7 @@ class Pumps:
             if self._deactivated is not None:
                 took_s = gap.saw(view[_HEADER.size : _HEADER.size + count], at_s)
                 if took_s is not None:
-                    self._deactivated(took_s)
+                    self._deactivated(took_s, at_s)
 
     def _inward(self) -> None:
         """Peer to hypervisor. EOFError if the peer ends without saying so."""
@@ -251,9 +252,10 @@ class SourceRelay:
             self._peer = None  # It belongs to the pumps now.
             self._pumps.run()
 
-    def _tell_deactivated(self, seconds: float) -> None:
+    def _tell_deactivated(self, seconds: float, monotonic_s: float) -> None:
+        at_s = time.time() - (time.monotonic() - monotonic_s)
         with contextlib.suppress(AgentGoneError):  # The main thread sees it, too.
-            self._tell(DisksDeactivated(seconds=seconds))
+            self._tell(DisksDeactivated(seconds=seconds, at_s=at_s))
 
     def _end(self) -> None:
         self._stop.set()

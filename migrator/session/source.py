@@ -105,8 +105,7 @@ class SourceSession(SourceLeave):
             case Received(message=message):
                 self._hear(message)
             case DisksDeactivated():
-                began_s = max(self._now - event.seconds, self._continued_at_s)
-                self._note("deactivate", began_s, self._now, "at most; a part of device state")
+                self._note_disks(event)
             case GuestReported(kind=DomainEventKind.DEVICE_STATE_SENT):
                 # Also when it's too late to act on it: then the destination's copy is whole.
                 self.device_state_out = True

@@ -24,7 +24,7 @@ from migrator.policy import (
 )
 from migrator.session.base import Session, Timing
 from migrator.session.messages import Prepared
-from migrator.session.vocabulary import EngineReported
+from migrator.session.vocabulary import DisksDeactivated, EngineReported
 
 _S = MigrationState
 
@@ -121,6 +121,14 @@ class SourceView(Session):
         if self.request.mode is MigrationMode.HYBRID and self.no_post_copy:
             return MigrationMode.PRECOPY
         return self.request.mode
+
+    def _note_disks(self, event: DisksDeactivated) -> None:
+        """A part of the device state's time, however late it is heard."""
+        device_state = [phase for phase in self.timeline if phase.name == "device state"]
+        ends_s = [phase.started_at_s + phase.seconds for phase in device_state]
+        ended_s = min(event.at_s, self._now, *ends_s)
+        began_s = max(ended_s - event.seconds, self._continued_at_s)
+        self._note("deactivate", began_s, ended_s, "at most; a part of device state")
 
     def _note_mode(self) -> None:
         """Say in the timeline that hybrid isn't."""

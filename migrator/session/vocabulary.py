@@ -93,9 +93,13 @@ class ChannelNoted(Struct, frozen=True, kw_only=True):
 
 
 class DisksDeactivated(Struct, frozen=True, kw_only=True):
-    """Source: the hypervisor let go of the guest's disks, in `seconds` at most."""
+    """Source: the hypervisor had let go of the guest's disks at `at_s`, in `seconds` at most.
+
+    It may be heard late, also after the device state's end.
+    """
 
     seconds: float
+    at_s: float
 
 
 class PagesMissing(Struct, frozen=True, kw_only=True):

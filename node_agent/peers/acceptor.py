@@ -18,6 +18,19 @@ HANDSHAKES_LIMIT: Final = 64
 _REASON_CHARACTERS: Final = 200
 
 
+async def stop_listening(server: asyncio.Server) -> None:
+    """Close it, and forget no connection that it has just accepted.
+
+    asyncio accepts a connection in one turn of its loop and makes its transport in the next: a
+    server closed in between leaves a socket that nobody owns (3.11: `Server._attach` fails).
+    """
+    for listener in server.sockets:
+        asyncio.get_running_loop().remove_reader(listener.fileno())
+    await asyncio.sleep(0)  # The transports are made,
+    await asyncio.sleep(0)  # and their protocols told.
+    server.close()
+
+
 class Acceptor:
     """Makes the protocols of new TCP connections; `close` when the server is closed."""
 
@@ -30,7 +43,7 @@ class Acceptor:
         self._context = context
         self._make = make
         self._failed = failed
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], asyncio.Transport] = {}
         self._closed = False
 
     def __call__(self) -> asyncio.Protocol:
@@ -39,9 +52,10 @@ class Acceptor:
     async def close(self) -> None:
         """Give the handshakes under way up, and those of connections that were just accepted."""
         self._closed = True
-        tasks = list(self._tasks)
-        for task in tasks:
+        tasks = dict(self._tasks)
+        for task, transport in tasks.items():
             task.cancel()
+            transport.abort()  # A task that hasn't begun never runs, and so closes nothing.
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def connected(self, transport: asyncio.Transport, plain: _Plain) -> None:
@@ -52,8 +66,8 @@ class Acceptor:
         task = asyncio.get_running_loop().create_task(
             self._shake_hands(transport, plain), name="TLS handshake"
         )
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = transport
+        task.add_done_callback(self._tasks.pop)
 
     async def _shake_hands(self, transport: asyncio.Transport, plain: _Plain) -> None:
         address = transport.get_extra_info("peername")

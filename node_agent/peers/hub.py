@@ -23,7 +23,7 @@ from typing import Final, TypeVar
 from migrator.errors import FerryError, PeerError
 from migrator.model import NodeName
 from node_agent.peers import messages
-from node_agent.peers.acceptor import Acceptor
+from node_agent.peers.acceptor import Acceptor, stop_listening
 from node_agent.peers.connection import Connection, Timing
 from node_agent.peers.link import Link
 from node_agent.peers.messages import Hello, Side
@@ -98,7 +98,7 @@ class PeerHub:
         """Stop listening, cancel handlers, fail calls in flight, close connections. Idempotent."""
         self._closed = True
         if self._server is not None:
-            self._server.close()
+            await stop_listening(self._server)
         if self._acceptor is not None:
             await self._acceptor.close()
         tasks = [task for inbound in self._inbound for task in inbound.tasks]

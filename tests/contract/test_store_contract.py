@@ -163,7 +163,7 @@ async def test_another_instances_change_arrives_within_100_ms(make: MakeStore) -
         await two.get("d/a")
         loop = asyncio.get_running_loop()
         late_s = []
-        for _ in range(10):
+        for _ in range(20):  # A busy machine may make some late.
             await one.put("d/a", b"")
             written_s = loop.time()
             await take(changes, 1)

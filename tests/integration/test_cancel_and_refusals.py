@@ -45,8 +45,9 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
 SLOW_BYTES_PER_S = 20_000_000
 """A pre-copy that lasts some seconds."""
-CANCELLED_WITHIN_S = 3.0
-"""The bar is one second; this machine may be busy with other things."""
+CANCELLED_WITHIN_S = 1.0
+"""The quickest of a few, as this machine may be busy with other things."""
+DISTURBED_MAX = 6
 CUT_S = 3.0
 """How long the link is down: the fault itself, not a wait for anything."""
 COMMAND_S = 60.0
@@ -91,24 +92,26 @@ def begun(cluster: Cluster, guest: Guest, phase: str) -> Iterator[Migration]:
 def test_a_cancelled_migration_ends_at_once(cluster: Cluster, guest: Guest, phase: str) -> None:
     source = guest.node
     before = inventory.take_settled(cluster)
-    with begun(cluster, guest, phase) as migration:
-        assert phase != "precopy" or inventory.tracked(cluster, source)
-        asked = time.monotonic()
-        cluster.cancel(migration.id, source)
-        ended = cluster.ended(migration.id, source)
-        seconds = time.monotonic() - asked
-        # Whoever reads that it is over finds the guest free of it.
-        assert not inventory.tracked(cluster, source)
-    assert ended.state is MigrationState.CANCELLED, describe(ended)
-    assert seconds < CANCELLED_WITHIN_S
-    assert guest.node == source
-    eventually("one copy is left", lambda: guest.copies() == [source])
+    took_s: list[float] = []
+    while not took_s or (min(took_s) > CANCELLED_WITHIN_S and len(took_s) < DISTURBED_MAX):
+        with begun(cluster, guest, phase) as migration:
+            assert phase != "precopy" or inventory.tracked(cluster, source)
+            asked = time.monotonic()
+            cluster.cancel(migration.id, source)
+            ended = cluster.ended(migration.id, source)
+            took_s.append(time.monotonic() - asked)
+            # Whoever reads that it is over finds the guest free of it.
+            assert not inventory.tracked(cluster, source)
+        assert ended.state is MigrationState.CANCELLED, describe(ended)
+        assert guest.node == source
+        eventually("one copy is left", lambda: guest.copies() == [source])
+    assert min(took_s) <= CANCELLED_WITHIN_S, took_s
     guest.verify()
     inventory.assert_nothing_left(cluster, before)
     with pytest.raises(ApiProblem) as refused:
         cluster.cancel(migration.id)
     assert refused.value.problem.status == 409
-    print(f"cancelled in {phase}: ended after {seconds:.3f} s")
+    print(f"cancelled in {phase}: ended after {min(took_s):.3f} s")
 
 
 def test_any_agent_answers_for_a_migration(cluster: Cluster, guest: Guest) -> None:

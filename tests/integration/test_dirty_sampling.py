@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -93,12 +94,15 @@ async def test_it_counts_what_is_written(guest: Guest, tmp_path: Path) -> None:
     guest.tell(f"fill 0 {32 * MIB}")
     guest.tell(f"zero 0 {8 * MIB}")
     guest.tell(f"run 4000 {16 * MIB} {20 * MIB}")
+    began = time.monotonic()
     sampled = await Sampled(guest, tmp_path).sampler.sample(WEB, 2.0)
     written = guest.tell("pause")
+    ran_s = time.monotonic() - began
     assert written > 0
-    assert 2.0 <= sampled.seconds < 4.0
+    assert 2.0 <= sampled.seconds <= ran_s
     rate = sampled.fresh_bytes / PAGE / sampled.seconds
-    assert 1500 <= rate <= 4100  # A page that is written twice between two scans counts once.
+    # As the guest counts, but a page that is written twice between two scans counts once.
+    assert 0.35 * written / ran_s <= rate <= written / sampled.seconds
     assert sampled.memory_in_use_bytes == 32 * MIB
     assert sampled.zero_share == pytest.approx(0.25, abs=0.01)
     # The curve grows, and flattens at the 4 MiB that are written to.
@@ -155,8 +159,7 @@ async def test_an_engine_whose_agent_dies_unregisters(guest: Guest, tmp_path: Pa
     engine.process.send(configuration(Role.SOURCE, guest), guest.fds)
     await engine.expect(Configured)
     engine.process.send(SampleDirty(seconds=30.0))
-    await asyncio.sleep(0.2)
-    assert guest.tracked()
+    await wait_tracked(guest)
     engine.process._sock.shutdown(2)
     assert await engine.exited() == 0
     assert not guest.tracked()

@@ -40,6 +40,7 @@ from tests.integration.engine_lab.lab import (
     Engine,
     Pair,
     Proxy,
+    as_fast_as_its_cap,
     compile_guest,
     configuration,
     free_huge_pages,
@@ -47,6 +48,8 @@ from tests.integration.engine_lab.lab import (
 )
 
 SIZE = 128 * MIB
+A_PASS_S = 64.0
+"""What 64 MiB take at 1 MiB/s: an end that doesn't wait for the pass is far quicker."""
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd needs root")
 
@@ -212,16 +215,21 @@ async def test_a_silent_destination_is_noticed(pair: Pair) -> None:
 async def test_the_bandwidth_cap_is_exact_and_can_change(pair: Pair) -> None:
     for at in range(0, 96 * MIB, MIB):  # Noise: a cap counts bytes on the wire, as they are packed.
         os.pwrite(pair.source_guest.fd, os.urandom(MIB), at)
-    await pair.start(bandwidth_bytes_per_s=32 * MIB)
-    pair.source.process.send(RunPass(number=1, kind=PassKind.FIRST))
-    began = time.monotonic()
-    await asyncio.sleep(1.0)
-    pair.source.process.send(SetBandwidth(bandwidth_bytes_per_s=64 * MIB))
-    done = await pair.source.expect(PassDone)
-    expected_s = 1.0 + (96 - 32) / 64
-    assert abs(done.report.seconds - expected_s) < 0.05 * expected_s + 0.02
-    assert time.monotonic() - began < expected_s + 0.5
-    reports = [m for m in pair.source.heard if isinstance(m, Report)]
+    reports: list[Report] = []
+
+    async def one_pass() -> tuple[float, float]:
+        await pair.start(bandwidth_bytes_per_s=32 * MIB)
+        pair.source.process.send(RunPass(number=1, kind=PassKind.FIRST))
+        began = time.monotonic()
+        await asyncio.sleep(1.0)
+        pair.source.process.send(SetBandwidth(bandwidth_bytes_per_s=64 * MIB))
+        slow_s = time.monotonic() - began
+        done = await pair.source.expect(PassDone)
+        reports[:] = [m for m in pair.source.heard if isinstance(m, Report)]
+        await pair.stop_engines()
+        return done.report.seconds, slow_s + (96 - 32 * slow_s) / 64
+
+    await as_fast_as_its_cap(one_pass)
     assert len(reports) >= 5
     assert [r.remaining_bytes for r in reports] == sorted(
         (r.remaining_bytes for r in reports), reverse=True
@@ -303,25 +311,25 @@ async def test_agents_death_in_the_middle_of_a_pass(pair: Pair) -> None:
     began = time.monotonic()
     pair.source.process._sock.shutdown(socket.SHUT_RDWR)
     assert await pair.source.exited() == 0
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < A_PASS_S / 4
     assert not pair.source_guest.tracked()
 
 
 @pytest.mark.parametrize("how", ["stop", "sigterm", "sigkill"])
 async def test_cancel_in_a_pass_and_migrate_again(pair: Pair, how: str) -> None:
     guest = pair.source_guest
-    guest.tell(f"fill 0 {32 * MIB}")
-    await pair.start(bandwidth_bytes_per_s=4 * MIB)
+    guest.tell(f"fill 0 {64 * MIB}")
+    await pair.start(bandwidth_bytes_per_s=MIB)
     pair.source.process.send(RunPass(number=1, kind=PassKind.FIRST))
     await pair.source.expect(Report)
     began = time.monotonic()
     if how == "stop":
         pair.source.process.send(Stop())
-        await pair.source.expect(Stopped, 1.0)
+        await pair.source.expect(Stopped)
     else:
         os.kill(pair.source.process.pid, getattr(signal, how.upper()))
     await pair.source.exited()
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < A_PASS_S / 4
     assert guest.tracked() == (how == "sigkill")
     await pair.stop_engines()
     guest.tell(f"fill 0 {2 * MIB}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -109,7 +108,6 @@ async def test_the_source_sees_its_device_channel_closed(
     with source, destination:
         source.sendall(b"begin")
         assert _receive(destination, 5) == b"begin"
-        began = time.monotonic()
         if victim == "hypervisor":
             destination.close()
         else:
@@ -119,8 +117,7 @@ async def test_the_source_sees_its_device_channel_closed(
             with pytest.raises((BrokenPipeError, ConnectionResetError)):
                 source.sendall(b"more")
         except ConnectionResetError:
-            pass
-        assert time.monotonic() - began < 1.0
+            pass  # Any end will do; none (the socket's time runs out) won't.
 
 
 @pytest.mark.parametrize("role", list(Role))

@@ -193,9 +193,7 @@ async def test_a_death_in_the_switchover_leaves_the_source_running(move: Move, v
         case _:
             await move.world.kill(move.world.b)
     await asyncio.sleep(0.1)  # The time in which the news must reach the source's socket.
-    began = time.monotonic()
     await a.driver.continue_switchover(VM)
     await a.wait(DomainEventKind.RESUMED)
-    assert time.monotonic() - began < 1.0
     assert DomainEventKind.DEVICE_STATE_SENT not in a.kinds()
     await counts(a)

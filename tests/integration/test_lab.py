@@ -323,11 +323,13 @@ def test_links_are_shaped_in_both_directions_and_freed_again(name: str) -> None:
     """4 MiB take 0.34 s at 100 Mbit/s and 1.7 s at 20; asserted as ratios, not as speeds."""
     lab.up(name, nodes=2, link_mbit=20, agent_command=STUB)
     slow = [transfer_seconds(name, "n1", "n2"), transfer_seconds(name, "n2", "n1")]
+    # Other work only ever slows one: the quickest counts.
     lab.up(name, link_mbit=100)
-    fast = transfer_seconds(name, "n1", "n2")
+    fast = min(transfer_seconds(name, "n1", "n2") for _ in range(4))
     lab.up(name, link_mbit=0)
-    free = transfer_seconds(name, "n1", "n2")
+    free = min(transfer_seconds(name, "n1", "n2") for _ in range(4))
     ideal = TRANSFER_BYTES * 8 / 20e6
-    assert all(0.8 * ideal < seconds < 3 * ideal for seconds in slow), slow
+    assert all(seconds > 0.8 * ideal for seconds in slow), slow
+    assert fast > 0.8 * ideal / 5, fast
     assert min(slow) / fast > 2.5, (slow, fast)
     assert fast / free > 2, (fast, free)

@@ -13,8 +13,10 @@ def test_a_block_is_measured_and_waiting_is_not() -> None:
         monitor = loop_monitor.current()
         assert monitor is not None
         monitor.reset()
+        began_s = time.monotonic()
         await asyncio.sleep(0.2)
-        idle_ms = monitor.longest_ms
+        late_s = time.monotonic() - began_s - 0.2  # A busy machine's doing.
+        idle_ms = monitor.longest_ms - late_s * 1e3
         time.sleep(0.2)  # noqa: ASYNC251 - the block to be found
         await asyncio.sleep(0)
         assert max(block.milliseconds for block in monitor.blocks) == monitor.longest_ms

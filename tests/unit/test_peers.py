@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
 
@@ -108,7 +107,7 @@ async def test_calls_in_flight_are_bounded_and_the_rest_waits() -> None:
             asyncio.create_task(w.one.call(N2, "hang", Text(str(n)), Text)) for n in range(100)
         ]
         await until(lambda: w.running == IN_FLIGHT_LIMIT)
-        await asyncio.sleep(0.4)  # Longer than the silence: keepalive isn't behind them.
+        await asyncio.sleep(1.3 * FAST.silence_s)  # Keepalive isn't behind them.
         assert w.running == IN_FLIGHT_LIMIT
         w.release.set()
         assert await asyncio.gather(*calls) == [Text(str(n)) for n in range(100)]
@@ -216,10 +215,10 @@ async def test_keepalive_measures_and_survives_idleness() -> None:
         await w.one.call(N2, "echo", Text(""), Text)
         changes: list[bool] = []
         w.one.on_peer_change(lambda _, connected: changes.append(connected))
-        await asyncio.sleep(0.6)  # Twice the silence.
+        await asyncio.sleep(2 * FAST.silence_s)
         assert changes == []
         round_trip_ms = w.one.round_trip_ms(N2)
-        assert round_trip_ms is not None and 0 < round_trip_ms < 100
+        assert round_trip_ms is not None and 0 < round_trip_ms < 1000 * FAST.silence_s
 
 
 async def test_a_peer_that_falls_silent_is_lost() -> None:
@@ -235,10 +234,8 @@ async def test_a_peer_that_falls_silent_is_lost() -> None:
     server = await asyncio.start_server(greet_then_hang, *LOOPBACK)
     async with world() as w:
         w.one.set_peers({N3: server.sockets[0].getsockname()[:2]})
-        started_s = time.monotonic()
-        with pytest.raises(PeerError, match="silent"):
+        with pytest.raises(PeerError, match="silent"):  # That, and not the call's own bound.
             await w.one.call(N3, "echo", Text(""), Text)
-        assert time.monotonic() - started_s < 2
     server.close()
     await server.wait_closed()
 

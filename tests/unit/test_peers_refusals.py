@@ -153,11 +153,32 @@ async def test_unrelated_error_types_stay_in_the_tree() -> None:
     assert type(messages.from_failure(messages.to_failure(ConflictError("x")))) is ConflictError
 
 
-async def test_a_round_trip_is_well_below_a_millisecond() -> None:
+async def test_a_round_trip_waits_for_nothing_but_the_network() -> None:
+    """Beside bare streams in the same run. Measured: 0.2 ms against 0.07."""
+
+    async def repeat(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(4096):
+            writer.write(data)
+        writer.close()
+        await writer.wait_closed()
+        over.set()
+
+    over = asyncio.Event()
+    server = await asyncio.start_server(repeat, *LOOPBACK)
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname()[:2])
+    bare_s, took_s = [], []
     async with world(Timing()) as w:
-        took_ms = []
         for _ in range(300):
             started_s = time.perf_counter()
+            writer.write(b"hi")
+            await reader.read(4096)
+            between_s = time.perf_counter()
             await w.one.call(N2, "echo", Text("hi"), Text)
-            took_ms.append((time.perf_counter() - started_s) * 1000)
-        assert statistics.median(took_ms) < 2  # Measured: 0.2. The rest is for a busy machine.
+            bare_s.append(between_s - started_s)
+            took_s.append(time.perf_counter() - between_s)
+    writer.close()
+    await writer.wait_closed()
+    await over.wait()
+    server.close()
+    await server.wait_closed()
+    assert statistics.median(took_s) < 20 * statistics.median(bare_s)

@@ -99,10 +99,20 @@ def test_the_timeline_has_the_phases_and_the_blackout_is_paused_to_resumed() -> 
 def test_what_the_disks_took_is_in_the_timeline_whenever_it_is_heard(state: MigrationState) -> None:
     pair = SessionPair()
     pair.run_until_state(state)
-    pair.push(pair.source, v.DisksDeactivated(seconds=0.002))
+    pair.push(pair.source, v.DisksDeactivated(seconds=0.002, at_s=pair.now_s))
     assert pair.run() == COMPLETED
     (phase,) = [each for each in pair.source.view().timeline if each.name == "deactivate"]
     assert phase.seconds == pytest.approx(0.002)
+
+
+def test_what_the_disks_took_is_a_part_of_the_device_state_however_late_it_is_heard() -> None:
+    pair = SessionPair()
+    pair.run_until_state(_S.HANDOFF)
+    pair.push(pair.source, v.DisksDeactivated(seconds=10.0, at_s=pair.now_s + 1.0))
+    assert pair.run() == COMPLETED
+    parts = {phase.name: phase for phase in pair.source.view().timeline}
+    part, whole = parts["deactivate"], parts["device state"]
+    assert (part.started_at_s, part.seconds) == (whole.started_at_s, whole.seconds)
 
 
 def test_a_blackout_over_two_clocks_stays_within_the_bounds_of_one() -> None:
