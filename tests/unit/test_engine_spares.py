@@ -6,7 +6,7 @@ import asyncio
 import os
 from pathlib import Path
 
-from migrator.engine.spares import NICENESS_WAITING, EngineSpares
+from migrator.engine.spares import NICENESS_WAITING, EngineSpares, session_niceness
 
 
 async def niceness(pid: int) -> set[int]:
@@ -19,6 +19,11 @@ async def niceness(pid: int) -> set[int]:
     return await asyncio.to_thread(look)
 
 
+def session_niceness_of_a_waiting_one() -> int | None:
+    """None where the kernel has no shares of sessions."""
+    return NICENESS_WAITING if Path("/proc/self/autogroup").exists() else None
+
+
 async def test_a_spare_starts_with_what_is_left_and_works_as_others_do(tmp_path: Path) -> None:
     spares = EngineSpares(tmp_path / "engines.log")
     try:
@@ -28,9 +33,13 @@ async def test_a_spare_starts_with_what_is_left_and_works_as_others_do(tmp_path:
                 await asyncio.sleep(0.01)
         waiting = spares._spare
         assert await niceness(waiting.pid) == {NICENESS_WAITING}
+        expected = await asyncio.to_thread(session_niceness_of_a_waiting_one)
+        assert await asyncio.to_thread(session_niceness, waiting.pid) == expected
         taken = spares.take()
         assert taken is waiting
         assert await niceness(taken.pid) == {os.getpriority(os.PRIO_PROCESS, 0)}
+        own = await asyncio.to_thread(session_niceness, os.getpid())
+        assert await asyncio.to_thread(session_niceness, taken.pid) == own
         assert spares.take() is None
         await taken.stop(2.0)
     finally:
