@@ -25,7 +25,7 @@ from netfabric.routed import RoutedFabric, RoutedNetwork, moving
 from netfabric.routes.nobody import NobodyRoutes
 from node_agent.doctor.findings import Level
 from node_agent.doctor.links import check_routed
-from tests.contract.fabric_worlds import eventually
+from tests.contract.fabric_worlds import SOON_S, eventually
 from tests.contract.namespaces import run_in_new_namespace
 from tests.contract.routed_world import (
     FAR,
@@ -223,7 +223,7 @@ def test_the_old_way_ends_when_the_new_one_is_seen_and_not_before() -> None:
             assert (await asyncio.to_thread(interface_towards_guest)).startswith("fx")
             assert await world.router.call(lambda: route_of(ADDRESS, Metric.TOLD)) is not None
             await world.move_away(NIC.mac)
-            assert await asyncio.wait_for(ending, 5.0) >= 0
+            assert await asyncio.wait_for(ending, SOON_S) >= 0
             told = await asyncio.to_thread(route_of, ADDRESS, Metric.TOLD)
             assert told is not None
             assert str(told.gateway) == FAR

@@ -26,8 +26,6 @@ from tests.integration.cluster.world import Cluster, Load, describe, eventually
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
 MOVES = 6
-GRACE_MS = 5000.0
-"""The old node forwards so long; how fast the routers follow is `make bench`'s to judge."""
 RTMGRP_IPV4_ROUTE = 0x40
 STATEFUL = """
 table inet ferrytest {
@@ -88,10 +86,10 @@ class RouteWatch:
         self._socket.close()
 
     def cutover_ms(self, resumed_at_s: float) -> float:
-        """From the resume to the change of the router's route that goes with it."""
-        near = [each for each in self._changes if abs(each - resumed_at_s) < 1.0]
-        assert near, "the router's route didn't change"
-        return min(((each - resumed_at_s) * 1e3 for each in near), key=abs)
+        """From the resume to the change of the router's route that is nearest to it."""
+        changes = self.changes()
+        assert changes, "the router's route never changed"
+        return min(((each - resumed_at_s) * 1e3 for each in changes), key=abs)
 
 
 def _route_socket() -> socket.socket:
@@ -108,8 +106,12 @@ def in_lab(cluster: Cluster, where: str, *command: str) -> str:
     return done.stdout
 
 
-def _cutover(cluster: Cluster, move: Migration) -> Cutover | None:
-    return cluster.migration(move.id).cutover
+def wait_led(cluster: Cluster, address: str, node: str) -> None:
+    """Until the router leads to that node. How fast it does is `make bench`'s to judge."""
+    eventually(
+        f"the router leads to {node}",
+        lambda: f" dev g-{node} " in in_lab(cluster, "router", "ip", "route", "get", address),
+    )
 
 
 def cutover_of(cluster: Cluster, move: Migration) -> Cutover:
@@ -149,11 +151,11 @@ def test_no_question_to_a_guest_whose_routes_move_is_lost(
         with RouteWatch(routed.plan.router) as routes, PingWatch(client, address) as pings:
             pings.wait_answers(300)
             for number in range(MOVES):
-                moves.append(routed.move(name, "n2" if number % 2 == 0 else "n1"))
+                node = "n2" if number % 2 == 0 else "n1"
+                moves.append(routed.move(name, node))
+                wait_led(routed, address, node)
                 pings.wait_answers(200)
         cutovers = [cutover_of(routed, move) for move in moves]
-        where = in_lab(routed, "router", "ip", "route", "get", guest.address)
-        assert f"via {routed.plan.subnet(1).address} " in where, where
         for move, cutover in zip(moves, cutovers, strict=True):
             assert cutover.verified_ms is not None, (describe(move), cutover)
             assert not cutover.problems, cutover
@@ -166,7 +168,6 @@ def test_no_question_to_a_guest_whose_routes_move_is_lost(
             f" (worst {max(led_ms):.1f}) after the resume"
         )
     assert (pings.lost, pings.duplicates, pings.reordered) == (0, 0, 0)
-    assert max(led_ms) < GRACE_MS, led_ms
     eventually(
         "the route is withdrawn with the guest",
         lambda: guest.address not in in_lab(routed, "router", "ip", "route"),
