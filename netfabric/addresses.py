@@ -165,8 +165,8 @@ class AddressWatcher:
         """
         self._defined[tap] = defined
         earlier = self._stop(tap)
-        if earlier is not None:  # Of a tap of that name which is gone. Closing takes some ms.
-            asyncio.get_running_loop().run_in_executor(None, earlier.close)
+        if earlier is not None:  # Of a tap of that name which is gone.
+            _close_aside(earlier)
         self._learnt[tap] = {}
         opened = capture.open_capture(tap, PROGRAM)
         self._sockets[tap] = opened
@@ -210,7 +210,7 @@ class AddressWatcher:
                 received = capture.receive(opened)
             except FabricError:  # The tap is gone; `forget` does the rest.
                 self._stop(tap)
-                opened.close()
+                _close_aside(opened)
                 return
             if received is None:
                 return
@@ -227,3 +227,8 @@ class AddressWatcher:
         learnt[text] = None
         while len(learnt) > ADDRESSES_MAX:
             del learnt[next(iter(learnt))]
+
+
+def _close_aside(opened: socket.socket) -> None:
+    """Closing waits until no packet is under way to it: some ms, in which guests may stand still."""
+    asyncio.get_running_loop().run_in_executor(None, opened.close)

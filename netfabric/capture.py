@@ -7,6 +7,7 @@ given its filter before it is bound, so that it never holds a frame that the fil
 from __future__ import annotations
 
 import ctypes
+import errno
 import socket
 import struct
 from collections.abc import Sequence
@@ -87,13 +88,15 @@ def open_capture(
 def receive(opened: socket.socket) -> tuple[bytes, bool, float] | None:
     """One frame, whether it left by the interface, and the kernel's time of it (s); None: no more.
 
-    FabricError if the interface is gone.
+    An interface that is down has none; it is heard again once it is up. FabricError if it is gone.
     """
     try:
         frame, control, _, sender = opened.recvmsg(65_600, 64)
     except (BlockingIOError, InterruptedError):
         return None
     except OSError as error:
+        if error.errno == errno.ENETDOWN and opened.getsockname()[0]:
+            return None
         raise FabricError(f"can't listen any more: {error.strerror}") from error
     seconds, nanoseconds = struct.unpack("@ll", control[0][2]) if control else (0, 0)
     return frame, sender[2] == PACKET_OUTGOING, seconds + nanoseconds / 1e9

@@ -15,7 +15,7 @@ from pyroute2 import IPRoute
 
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
-from migrator.ports import Tunnel, WidthReport
+from migrator.ports import FabricDriver, Tunnel, WidthReport
 from netfabric import wide_frames
 from netfabric.bridge import BridgeFabric
 from netfabric.bridge.taps import VNET_HEADER_BYTES
@@ -305,6 +305,48 @@ def test_a_guests_addresses_are_learnt_from_its_own_frames_and_told_on() -> None
             os.close(fd)
 
     on_bridge(body)
+
+
+@pytest.mark.parametrize("make", [bridge_world, macvtap_world])
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_guest_is_watched_on_where_it_stays_and_where_it_comes(
+    make: Callable[[], AbstractAsyncContextManager[BridgeWorld]], stays: bool
+) -> None:
+    """Its port may have been down meanwhile, which is no end."""
+
+    async def body(world: BridgeWorld) -> None:
+        fabric, nic = world.fabric, NicSpec(mac=NIC.mac, bridge="br0")
+        fd = await fabric.plug(WEB, 0, nic)
+        try:
+            if stays:
+                await fabric.prepare_departure(WEB, [nic], TUNNEL)
+                await fabric.divert(WEB)
+                await fabric.shut(WEB)
+                await fabric.reopen(WEB, [nic])
+            else:
+                await fabric.prepare_arrival(WEB, [nic], TUNNEL)
+                await fabric.open_arrival(WEB)
+                fabric.announce_now(WEB)
+            await says_its_address(fabric, fd, nic)
+        finally:
+            os.close(fd)
+
+    async def inside() -> None:
+        async with make() as world:
+            await body(world)
+
+    run_in_new_namespace(inside)
+
+
+async def says_its_address(fabric: FabricDriver, fd: int, nic: NicSpec) -> None:
+    """And the fabric learns it."""
+    own = gratuitous_arp_reply(parse_mac(nic.mac), ipaddress.IPv4Address("10.0.0.6"))
+    os.write(fd, bytes(VNET_HEADER_BYTES) + own)
+
+    async def learnt_it() -> bool:
+        return "10.0.0.6" in fabric.learnt(WEB, [nic])[0]
+
+    await eventually(learnt_it)
 
 
 def test_an_agent_that_restarts_watches_what_runs() -> None:

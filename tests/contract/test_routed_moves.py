@@ -38,6 +38,7 @@ from tests.contract.routed_world import (
     routed_world,
 )
 from tests.contract.test_fabric_contract import guest_frames
+from tests.contract.test_moves_contract import says_its_address
 
 pytestmark = pytest.mark.lab
 
@@ -197,6 +198,8 @@ def test_a_guest_that_stays_has_everything_back(restarted: bool) -> None:
             await world.router.call(lambda: send(1, 2))
             assert await numbers_until(fd, 2) == [1, 2]
             assert await asyncio.to_thread(tunnels_here) == []
+            if not restarted:
+                await says_its_address(fabric, fd, NIC)
         finally:
             if restarted:
                 await fabric.close()
