@@ -230,5 +230,5 @@ class AddressWatcher:
 
 
 def _close_aside(opened: socket.socket) -> None:
-    """Closing waits until no packet is under way to it: some ms, in which guests may stand still."""
+    """Closing waits until no packet is under way to it: some ms, for which a guest may wait."""
     asyncio.get_running_loop().run_in_executor(None, opened.close)

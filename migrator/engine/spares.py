@@ -68,7 +68,8 @@ class EngineSpares:
 
     async def _start(self) -> None:
         try:
-            self._own_session = await asyncio.to_thread(session_niceness, os.getpid()) or 0
+            own = await asyncio.to_thread(session_niceness, os.getpid())
+            self._own_session = own or 0
             spare = await EngineProcess.spawn(
                 log_path=self.log_path, on_message=lambda _: None, on_exit=lambda _: None
             )
