@@ -6,7 +6,8 @@
   it lacks; if the destination's engine has a successor, its Prepared says where.
 - A hypervisor that dies leaves its memory to the engine that has it open. Only when that dies, too,
   the pages are lost, and the destination is told.
-- A destination that was removed from the cluster is given no page more.
+- A destination that was removed from the cluster is given no page more. The agent is told so again
+  after a restart; as nothing is heard of that node any more, its record stands for its word then.
 """
 
 from __future__ import annotations

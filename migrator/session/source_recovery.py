@@ -132,7 +132,9 @@ class SourceRecovery(SourceView):
             self._recover_own(record)
         elif record == self.record_before.passed_to(self.destination):
             # The destination won. Keep our copy until its vCPUs are known to run, or to never run.
-            if not self._destination_refused:
+            if self._removed and self.post_copy and not self._destination_refused:
+                self._give_no_more()  # Its word can't come any more.
+            elif not self._destination_refused:
                 self._send(Inquire())
                 self._retry_later()
             elif self._gone:
@@ -239,6 +241,9 @@ class SourceRecovery(SourceView):
         self._do(StopTimer(name=TimerName.HANDOFF), StopTimer(name=TimerName.RETRY), DestroyGuest())
 
     def _begin_post_copy(self) -> None:
+        raise NotImplementedError  # In `source_post_copy`.
+
+    def _give_no_more(self) -> None:
         raise NotImplementedError  # In `source_post_copy`.
 
     def _note_blackout(self, resumed_at_s: float) -> None:

@@ -10,6 +10,8 @@ connections are closed by the hub (`PeerHub.recheck`), the page streams end here
                           there for ever, and is to be taken over from its disk, behind a fence
     post-copy to here     goes on. The guest is ours and needs what only its old node has; that had
                           all of its memory a moment ago, so nobody is trusted anew
+
+A restarted agent hears of each removed node again, from the store; nothing of it is journalled.
 """
 
 from __future__ import annotations

@@ -203,6 +203,37 @@ def test_a_removed_destination_is_given_no_page_more(state: MigrationState) -> N
     assert pair.destination.state is not _S.COMPLETED
 
 
+@pytest.mark.parametrize("told_first", [False, True])
+@pytest.mark.parametrize("state", [_S.HANDOFF, _S.POSTCOPY])
+def test_a_restart_forgets_no_removal(state: MigrationState, told_first: bool) -> None:
+    """Nothing is heard of a removed node any more, and the agent is told of it at any moment."""
+    request = MigrationRequest(destination="n2", mode=MigrationMode.POSTCOPY)
+    pair = SessionPair(request, pending=lambda number: 900_000)
+    if state is _S.HANDOFF:
+        pair.silence(m.Running)
+    pair.run()
+    assert pair.source.state is state
+    assert pair.record.owner == "n2"
+    session = restore(entry_of(pair.source, boot_id="b"), boot_id="b")
+    assert isinstance(session, SourceSession)
+    pair.source = session
+    pair.silence(m.Running, m.Prepared, m.Pending, m.Filled, m.Inquire, m.Commit)
+    begin = [v.Recover(), v.PeerRemoved(reason="n2 was removed from the cluster")]
+    if told_first:
+        begin.reverse()
+    else:
+        pair.push(session, begin.pop(0))
+        pair.run()
+        assert session.state is _S.RECOVERING
+    for event in begin:
+        pair.push(session, event)
+    pair.run(timers=6)
+    assert session.state is _S.FAILED
+    assert "n2 was removed from the cluster before it had every page" in (session.error or "")
+    assert pair.commands(SOURCE)[-1] != "ResumeGuest"
+    assert "DestroyGuest" in pair.commands(SOURCE)
+
+
 def test_a_removed_source_s_pages_are_still_taken() -> None:
     """The guest is ours, and needs them. Nothing else is heard from there: the hub refuses it."""
     pair = running_there()
