@@ -157,7 +157,7 @@ class EngineDriver:
         def on_exit(status: int) -> None:
             self._on_exit(status, generation)
 
-        spare = settings.spares.take()
+        spare = await settings.spares.take()
         if spare is not None:
             spare.attach(on_message, on_exit)
             self._process = spare

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from hypervisor.qemu.driver import QemuDriver
+from migrator import cores
 from migrator.dirty_sampler import DirtySampler
 from migrator.engine.spares import EngineSpares
 from migrator.engine_driver import EngineSettings
@@ -438,5 +439,6 @@ def run(config: AgentConfig) -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    cores.favour_ourselves()
     with asyncio.Runner(loop_factory=loop_monitor.monitored_loop) as runner:
         runner.run(serve(config))

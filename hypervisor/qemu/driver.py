@@ -270,6 +270,7 @@ class QemuDriver(HypervisorDriver):
     async def _end(self, guest: Guest, reason: str) -> None:
         if not guest.process.exited:  # Else it ended by itself, and that is what is reported.
             guest.end_reason = guest.end_reason or reason
+        await guest.urgency.calm()
         guest.process.signal(signal.SIGKILL)
         await self._wait_gone(guest)
 

@@ -27,6 +27,7 @@ from hypervisor.qemu.process import QemuProcess
 from hypervisor.qemu.qmp import Monitor, QmpCommandError, QmpDisconnected, QmpEvent, QmpNotSent
 from hypervisor.qemu.records import ProcessRecord
 from hypervisor.qemu.status import MigrationStatus, domain_state
+from hypervisor.qemu.urgency import Urgency
 from migrator.errors import HypervisorError, NotResumedError
 from migrator.model import DomainName, DomainState
 from migrator.ports import DomainEvent, DomainEventKind
@@ -59,6 +60,7 @@ class Guest:
         self.directory = directory
         self.record = record
         self.process = process
+        self.urgency = Urgency(process.pid)
         self.gone = asyncio.Event()
         self.told_to_end = False
         """QEMU said that it was told to end, by the guest, a signal or a monitor."""
@@ -139,7 +141,7 @@ class Guest:
         self.migration = MigrationStatus.parse(status)
         self.loaded = self.incoming and run_state != "inmigrate"
         if run_state == "running":
-            self._has_run()
+            self._runs()
         return run_state
 
     async def run_state(self, *, timeout_s: float) -> str:
@@ -235,8 +237,13 @@ class Guest:
         self.io_error = None
         self._resumed_at_s = at_s
         self._resumes += 1
-        self._has_run()
+        self._runs()
         self._emit(DomainEventKind.RESUMED, at_s)
+
+    def _runs(self) -> None:
+        self._has_run()
+        if self.urgency.possible:
+            self.spawn_task(self.urgency.calm_soon(), "calm")
 
     def _on_migration(self, status: MigrationStatus, at_s: float) -> None:
         self.migration = status

@@ -69,6 +69,7 @@ async def begin(guest: Guest, device_channel: Path) -> None:
     """
     if not guest.prepared:
         await prepare(guest)
+    await guest.urgency.hurry()
     await start(guest, f"unix:{device_channel}")
 
 
@@ -92,6 +93,7 @@ async def proceed(guest: Guest) -> None:
 
 async def receive(guest: Guest, device_channel: Path) -> None:
     """Destination: listen on a unix socket for the device state. HypervisorError if it can't."""
+    await guest.urgency.hurry()  # Until it is sent a guest, it does nothing.
     await set_capabilities(guest, _CAPABILITIES)
     await guest.execute("migrate-incoming", {"uri": f"unix:{device_channel}"})
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from migrator import cores
 from migrator.engine.control import AgentGoneError, ChannelLostError, Control, StoppedError
 from migrator.engine.destination import DestinationEngine
 from migrator.engine.source import SourceEngine
@@ -35,6 +36,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = Control(socket.socket(fileno=int(arguments[1])))
+    control.at_switchover = _go_first
     engine: SourceEngine | DestinationEngine | None = None
     try:
         configure, descriptors = control.receive_configure()
@@ -67,6 +69,10 @@ def _close(engine: SourceEngine | DestinationEngine | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if engine is not None:
         engine.close()
+
+
+def _go_first() -> None:
+    cores.set_niceness(os.getpid(), cores.URGENT)  # Refused: the blackout may be longer.
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -12,6 +12,7 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Final, Protocol
 
 import msgspec
@@ -49,6 +50,8 @@ class Control:
         self.pipelined: list[ToEngine] = []
         """What came together with `Configure`: to be handled before the next `receive`."""
         self._descriptors: list[int] = []
+        self.at_switchover: Callable[[], None] = lambda: None
+        """Called from a helper thread when the guest is about to stand still."""
 
     def fileno(self) -> int:
         return self._sock.fileno()

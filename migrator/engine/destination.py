@@ -70,7 +70,9 @@ class DestinationEngine:
         self._closing = False
         self.tls = make_server_context(configure.tls) if configure.tls is not None else None
         """See `receiver.Host`."""
-        self._relay = DestinationRelay(configure.device_connect_s, self._device_open)
+        self._relay = DestinationRelay(
+            configure.device_connect_s, self._device_open, control.at_switchover
+        )
         try:
             self._listener = _listen(configure.bind_address)
         except OSError as error:

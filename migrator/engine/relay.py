@@ -30,6 +30,7 @@ from migrator.engine.control import (
     POLL_IN,
     AgentGoneError,
     ChannelLostError,
+    Control,
     Signal,
     Waiter,
     poll,
@@ -37,7 +38,7 @@ from migrator.engine.control import (
 from migrator.engine.frames import StreamHello
 from migrator.engine.stream import Endpoint, StreamBrokenError, open_stream
 from migrator.engine.transport import StreamSocket, is_alive, limit_waits
-from migrator.engine_messages import DisksDeactivated, FromEngine
+from migrator.engine_messages import DisksDeactivated
 from migrator.errors import EngineError, RemoteProtocolError
 
 _DATA, _END, _GONE = 1, 2, 3
@@ -81,10 +82,14 @@ class Pumps:
         peer: StreamSocket,
         *,
         at_source: bool,
+        begun: Callable[[], None],
         deactivated: Callable[[float, float], None] | None = None,
     ) -> None:
-        """`deactivated` is told, from a helper thread, how long the disks took (`DisksGap`), and
-        when they were let go, by the monotonic clock."""
+        """Called from helper threads: `begun` before the first byte of the source's hypervisor is
+        passed on; `deactivated` with how long the disks took (`DisksGap`), and when they were let
+        go, by the monotonic clock.
+        """
+        self._begun = begun
         self._deactivated = deactivated
         hypervisor.setblocking(True)
         limit_waits(peer, 0)
@@ -121,6 +126,8 @@ class Pumps:
         buffer = bytearray(_HEADER.size + _CHUNK_BYTES)
         view = memoryview(buffer)
         gap = DisksGap(time.monotonic())
+        if self._at_source:
+            self._begun()
         while True:
             try:
                 count = self._hypervisor.recv_into(view[_HEADER.size :])
@@ -143,9 +150,12 @@ class Pumps:
     def _inward(self) -> None:
         """Peer to hypervisor. EOFError if the peer ends without saying so."""
         view = memoryview(bytearray(_CHUNK_BYTES))
-        listening = True
+        listening, begun = True, self._at_source
         while True:
             kind, length = _HEADER.unpack(self._receive(view, _HEADER.size))
+            if not begun:
+                begun = True
+                self._begun()
             if kind == _DATA and 0 < length <= _CHUNK_BYTES:
                 data = self._receive(view, length)
                 if listening:
@@ -179,10 +189,10 @@ class SourceRelay:
         endpoint: Endpoint,
         hello: StreamHello,
         patience_s: float,
-        tell: Callable[[FromEngine], None],
+        control: Control,
     ) -> None:
-        """`tell` is called from a helper thread."""
-        self._tell = tell
+        """`control` is told from a helper thread."""
+        self._control = control
         self._endpoint = endpoint
         self._hello = hello
         self._patience_s = patience_s
@@ -247,7 +257,11 @@ class SourceRelay:
         with contextlib.suppress(OSError):
             hypervisor, _ = listener.accept()
             self._pumps = Pumps(
-                hypervisor, peer, at_source=True, deactivated=self._tell_deactivated
+                hypervisor,
+                peer,
+                at_source=True,
+                begun=self._control.at_switchover,
+                deactivated=self._tell_deactivated,
             )
             self._peer = None  # It belongs to the pumps now.
             self._pumps.run()
@@ -255,7 +269,7 @@ class SourceRelay:
     def _tell_deactivated(self, seconds: float, monotonic_s: float) -> None:
         at_s = time.time() - (time.monotonic() - monotonic_s)
         with contextlib.suppress(AgentGoneError):  # The main thread sees it, too.
-            self._tell(DisksDeactivated(seconds=seconds, at_s=at_s))
+            self._control.send(DisksDeactivated(seconds=seconds, at_s=at_s))
 
     def _end(self) -> None:
         self._stop.set()
@@ -277,8 +291,13 @@ class SourceRelay:
 class DestinationRelay:
     """The destination's side: waits for a TCP stream and a path, in any order, and joins them."""
 
-    def __init__(self, connect_s: float, opened: Callable[[Path], None]) -> None:
-        """`opened` is called from a helper thread when the hypervisor is connected."""
+    def __init__(
+        self, connect_s: float, opened: Callable[[Path], None], begun: Callable[[], None]
+    ) -> None:
+        """Called from helper threads: `opened` when the hypervisor is connected, `begun` when the
+        source's has begun to send.
+        """
+        self._begun = begun
         self._connect_s = connect_s
         self._opened = opened
         self._lock = threading.Lock()
@@ -336,7 +355,7 @@ class DestinationRelay:
         with self._lock:
             if self._peer is None or self._hypervisor is None:
                 return
-            pumps = Pumps(self._hypervisor, self._peer, at_source=False)
+            pumps = Pumps(self._hypervisor, self._peer, at_source=False, begun=self._begun)
             self._peer = self._hypervisor = None
             self._pumps = pumps
         threading.Thread(target=pumps.run, daemon=True).start()

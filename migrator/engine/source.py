@@ -229,7 +229,7 @@ class SourceEngine:
             connect_patiently(stream, configure.reconnect_s, self)
             self._streams.append(stream)
         hello = self._hello(StreamKind.DEVICE)
-        self._relay = SourceRelay(self._endpoint, hello, configure.reconnect_s, self._control.send)
+        self._relay = SourceRelay(self._endpoint, hello, configure.reconnect_s, self._control)
         self._relay.prepare(self)
         self._control.send(Connected(streams=streams, round_trip_ms=self._round_trip_ms()))
 

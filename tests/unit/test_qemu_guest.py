@@ -21,6 +21,7 @@ class Ended:
     """A QEMU that is gone; its watcher hasn't been told yet."""
 
     exited = True
+    pid = 0
 
     def watch(self, _: object) -> None: ...
 

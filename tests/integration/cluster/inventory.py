@@ -13,6 +13,7 @@ from pyroute2 import IPRoute
 
 from deploy.lab.namespaces import lab_namespaces, netlink_socket
 from deploy.lab.processes import command_of
+from migrator.engine.spares import SPARES
 from netfabric.bridge.taps import TUNNEL_NAME
 from tests.integration.cluster.world import Cluster, eventually
 
@@ -42,7 +43,7 @@ def take(cluster: Cluster) -> Counter[str]:
 
 
 def take_settled(cluster: Cluster) -> Counter[str]:
-    """The same once each node has its one spare engine, and nothing changes any more.
+    """The same once each node has its spare engines, and nothing changes any more.
 
     The tunnels of an earlier migration live through its grace time: they are waited for.
     """
@@ -51,7 +52,7 @@ def take_settled(cluster: Cluster) -> Counter[str]:
     def settled() -> bool:
         nonlocal before, last
         before, last = last, take(cluster)
-        spares = last["engine processes"] == len(cluster.plan.nodes)
+        spares = last["engine processes"] == SPARES * len(cluster.plan.nodes)
         return before == last and spares and not last["tunnels"]
 
     try:

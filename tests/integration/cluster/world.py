@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from deploy.lab.processes import (
     processes_in,
     send_signal,
 )
+from migrator import cores
 from migrator.model import (
     DiskSpec,
     DomainSpec,
@@ -200,13 +202,11 @@ class Cluster:
         return found
 
     def engines(self, node: str) -> list[Process]:
-        """Those at work; where there is none, those that wait for work or for their role.
-
-        A source's engine gets its role, and the name that goes with it, when the destination is
-        ready. A node's spare is taken for a migration and replaced after it.
-        """
+        """Those of migrations: an engine gets its role, and the name that goes with it, a moment
+        after it was taken for one; what waits to be taken is known by its niceness."""
         every = [each for each in self.processes(node) if "migrator.engine" in command_of(each.pid)]
-        return [each for each in every if _name_of(each.pid).startswith("ferry-")] or every
+        named = [each for each in every if _name_of(each.pid).startswith("ferry-")]
+        return named or [each for each in every if _niceness_of(each.pid) != cores.WAITING]
 
     def qemus(self, node: str, domain: str) -> list[Process]:
         """The hypervisor processes of one domain: they name it."""
@@ -386,3 +386,10 @@ def _name_of(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text().strip()
     return ""
+
+
+def _niceness_of(pid: int) -> int | None:
+    """None: it is gone."""
+    with contextlib.suppress(OSError):
+        return os.getpriority(os.PRIO_PROCESS, pid)
+    return None

@@ -1,0 +1,42 @@
+"""A QEMU in a switchover goes before what else wants the cores: its guest stands still.
+
+    hurry      source: just before the guest is stopped; destination: at its start, where it waits
+    calm_soon  when the guest has run for `CATCH_UP_S`: what came for it meanwhile is dealt with
+    calm       before it is ended: giving its memory back takes longer than a blackout
+
+What an earlier agent may have left urgent is calmed when it is seen to run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from hypervisor.qemu.offload import offload
+from migrator import cores
+
+CATCH_UP_S: Final = 0.2
+
+
+class Urgency:
+    """Of one QEMU. Where the kernel refuses, blackouts may be longer; nothing else."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.possible = True
+        """It may be urgent: it is, or an earlier agent left it so."""
+
+    async def hurry(self) -> None:
+        self.possible = True
+        await offload(lambda: cores.set_niceness(self._pid, cores.URGENT))
+
+    async def calm(self) -> None:
+        """As it was started. Idempotent."""
+        if self.possible:
+            self.possible = False
+            await offload(lambda: cores.set_niceness(self._pid, cores.usual()))
+
+    async def calm_soon(self) -> None:
+        """When it has caught up."""
+        await asyncio.sleep(CATCH_UP_S)
+        await self.calm()
