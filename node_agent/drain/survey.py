@@ -28,7 +28,8 @@ _SETUP_SHARE: Final = 0.7
 _OVERHEAD_S_MIN: Final = 0.2
 _OVERHEAD_S_MAX: Final = 1.5
 """Busy nodes take longer to set a move up. More moves at once would hide that in the plan, and make
-each set-up and each blackout longer still (measured)."""
+each set-up and each blackout longer still (measured): what is beyond counts in the times alone."""
+_LATE_S_MAX: Final = 30.0
 _DRAIN_ADDS_S: Final = 0.35
 """To what a migration takes alone, while no drain has told: the nodes are asked first (0.05 s), its
 end is noticed later (0.1 s), two at once share the processors. Measured on two cores, three guests
@@ -61,6 +62,7 @@ class Survey(Struct, frozen=True, kw_only=True):
                 options,
                 setup_s=overhead_s * _SETUP_SHARE,
                 finish_s=overhead_s * (1 - _SETUP_SHARE),
+                late_s=min(max(self.overhead_s - overhead_s, 0.0), _LATE_S_MAX),
             )
         if self.move_bytes_per_s is not None:
             fastest = min(self.move_bytes_per_s, ENGINE_BYTES_PER_S)

@@ -82,6 +82,9 @@ class PlanOptions(Struct, frozen=True, kw_only=True):
     """Of each move, before its first page: nodes are asked, the destination is made ready."""
     finish_s: float = 0.25
     """Of each move, after its last page of pre-copy: switchover, and the source's end."""
+    late_s: float = 0.0
+    """What a move takes beyond that where nodes are busy. It counts in the times of a plan, and
+    not in the choice how many move at once: more of them would make the nodes busier still."""
     stop_s: float = 20.0
     """Assumed for a domain that is powered off, and started elsewhere."""
     forbidden: frozenset[tuple[str, str]] = frozenset()

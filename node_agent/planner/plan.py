@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
+import msgspec
 import numpy as np
 
 from migrator.model import MaintenancePolicy
@@ -72,7 +73,7 @@ def plan_moves(
     stops = _stops([each for each in movable if each not in live], placement, options)
     moves = sorted([*moves, *stops], key=lambda move: (move.start_s, move.domain))
     makespan_s = max((move.end_s for move in moves), default=0.0)
-    bound_s = _lower_bound(nodes, live, stops, placement, lanes, options)
+    bound_s = _lower_bound(nodes, live, stops, placement, lanes, _as_late(options))
     if math.isclose(bound_s, makespan_s, rel_tol=1e-9):
         bound_s = makespan_s  # The same sum in another order: its last bit may say "below".
     return Plan(
@@ -138,8 +139,18 @@ def _schedule(
         tried.append((schedule.run(jobs, links, options), number, jobs))
     fastest = min(seconds for seconds, _, _ in tried)
     _, number, jobs = next(one for one in tried if one[0] <= fastest * _GOOD_ENOUGH)
+    if options.late_s > 0.0:
+        limits = [min(number, bound) for bound in bounds]
+        jobs = _jobs(index, speeds, live, placement, limits, options)
+        links = schedule.Limits(speeds, speeds, limits, arrivals)
+        schedule.run(jobs, links, _as_late(options))
     facts = {each.name: each for each in live}
     return [_planned(job, facts[job.key], nodes) for job in jobs], number
+
+
+def _as_late(options: PlanOptions) -> PlanOptions:
+    """With what moves take on busy nodes in their set-ups."""
+    return msgspec.structs.replace(options, setup_s=options.setup_s + options.late_s, late_s=0.0)
 
 
 def _parallel_bounds(

@@ -8,6 +8,8 @@ import pytest
 from node_agent.drain.experience import KNOWN_FOR_S, overhead_s
 from node_agent.drain.resources import Drain, DrainState, Move, MoveState, Operation
 from node_agent.drain.survey import Survey
+from node_agent.planner.model import DomainFacts, NodeFacts, Plan
+from node_agent.planner.plan import plan_moves
 
 NOW_S = 1_000_000.0
 
@@ -79,3 +81,23 @@ def test_a_plan_takes_it_within_bounds() -> None:
     assert assumed(60.0) == pytest.approx(1.5)
     assert assumed(0.0) == pytest.approx(0.2)
     assert msgspec.structs.replace(survey, overhead_s=0.9) == survey.experienced(0.9)
+
+
+def test_busy_nodes_lengthen_a_plan_and_not_its_parallelism() -> None:
+    survey = Survey(nodes=(), domains=(), links={}, link="", overhead_s=0.3)
+    nodes = [NodeFacts(name=f"n{number}", memory_bytes=1 << 40, cpus=8) for number in (1, 2)]
+    domains = [
+        DomainFacts(name=f"d{number}", node="n1", memory_bytes=1 << 30, content_bytes=1 << 27)
+        for number in range(8)
+    ]
+
+    def planned(overhead: float) -> Plan:
+        options = survey.experienced(overhead).options()
+        return plan_moves(nodes, domains, [each.name for each in domains], options)
+
+    usual, late = planned(1.5), planned(4.5)
+    assert late.parallel == usual.parallel
+    rounds = len(domains) / late.parallel
+    assert late.makespan_s == pytest.approx(usual.makespan_s + 3.0 * rounds, rel=0.2)
+    assert late.lower_bound_s <= late.makespan_s
+    assert planned(600.0).makespan_s < 40.0 * rounds
