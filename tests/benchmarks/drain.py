@@ -1,8 +1,9 @@
-"""A node with ten guests is drained over 1 Gbit/s, behind HAProxy, and undrained.
+"""A node with ten guests is drained, behind HAProxy, and undrained; and again.
 
 Each guest first moves alone, there and back, which tells its blackout when nothing else moves, and
-teaches the nodes what a migration takes. Then the plan is asked for and carried out. Visitors ask
-HAProxy for pages all the while.
+teaches the nodes what a migration takes. The second drain and its way home are planned with what
+the first have shown. Visitors ask HAProxy for pages all the while. Over 1 Gbit/s, where the link
+bounds the time, and unshaped, where set-ups and processors do.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ from node_agent.drain.resources import Drain, DrainState, Move
 from node_agent.hooks.model import HookSpec
 from node_agent.resources import Domain, MigrationCreate, StartRequest, StopRequest
 from tests.benchmarks.cases import MBIT, MIB, PAGE_BYTES
-from tests.benchmarks.results import DrainFigures, MoveFigures, Run, worst
+from tests.benchmarks.results import DrainFigures, MoveFigures, Run, TripFigures, worst
 
 T = TypeVar("T")
 
 CASE: Final = "drain"
+UNSHAPED: Final = "drain-unshaped"
+LINKS_MBIT: Final = {CASE: 1_000, UNSHAPED: None}
 REPEATS: Final = 2
 ENGINES: Final = ("ferry",)
 GUESTS: Final = 10
-LINK_MBIT: Final = 1_000
 _MEMORY_MIB: Final = 256
 _KEPT_MIB: Final = 64
 _NODE_MEMORY_BYTES: Final = 8 * 1024 * MIB
@@ -49,20 +51,21 @@ _SETTLE_S: Final = 1.0
 _POLL_S: Final = 0.05
 
 
-def measure(image: GuestImage) -> Run:
-    """One drain and undrain; what goes wrong is in the result."""
+def measure(image: GuestImage, case: str) -> Run:
+    """Two drains and undrains; what goes wrong is in the result."""
+    link_mbit = LINKS_MBIT[case]
     name = f"drain{os.getpid()}"
     try:
-        plan = lab.up(name, nodes=3, link_mbit=LINK_MBIT, node_memory_bytes=_NODE_MEMORY_BYTES).plan
+        plan = lab.up(name, nodes=3, link_mbit=link_mbit, node_memory_bytes=_NODE_MEMORY_BYTES).plan
         with _guests(plan, image) as guests:
-            return _measure(plan, guests)
+            return _measure(plan, guests, link_mbit)
     except (FerryError, CliError, OSError) as error:
         return Run(completed=False, error=f"{type(error).__name__}: {error}")
     finally:
         lab.down(name)
 
 
-def _measure(plan: LabPlan, guests: dict[str, str]) -> Run:
+def _measure(plan: LabPlan, guests: dict[str, str], link_mbit: int | None) -> Run:
     """`guests`: addresses by domain. All on n1."""
     api = _api(plan)
     with load_balancer(plan, guests) as balancer:
@@ -71,15 +74,13 @@ def _measure(plan: LabPlan, guests: dict[str, str]) -> Run:
             time.sleep(_SETTLE_S)
             alone = {name: [_move(api, name, "n2"), _move(api, name, "n1")] for name in guests}
             before = len(visits.errors)
-            drained = _ended(api, api.post("/v1/nodes/n1/drain", Drain))
-            moved = [
-                api.get(f"/v1/migrations/{each.migration}", Migration) for each in drained.moves
-            ]
-            time.sleep(_SETTLE_S)
-            home = _ended(api, api.post("/v1/nodes/n1/undrain", Drain))
-            time.sleep(_SETTLE_S)
+            trips: list[Drain] = []
+            for operation in ("drain", "undrain") * 2:
+                trips.append(_ended(api, api.post(f"/v1/nodes/n1/{operation}", Drain)))
+                time.sleep(_SETTLE_S)
+    drained = trips[0]
+    moved = [api.get(f"/v1/migrations/{each.migration}", Migration) for each in drained.moves]
     first_bytes = sum(_first_pass_bytes(each) for each in moved)
-    actual_s = (drained.ended_at_s or drained.started_at_s) - drained.started_at_s
     moves = tuple(
         _figures(drained, move, migration, alone[move.domain])
         for move, migration in zip(drained.moves, moved, strict=True)
@@ -87,24 +88,35 @@ def _measure(plan: LabPlan, guests: dict[str, str]) -> Run:
     figures = DrainFigures(
         domains=len(drained.moves),
         planned_s=drained.planned_s,
-        actual_s=actual_s,
+        actual_s=_took_s(drained),
         parallel=drained.parallel,
-        link_s=first_bytes / (LINK_MBIT * MBIT),
+        link_s=first_bytes / (link_mbit * MBIT) if link_mbit else 0.0,
         moves=moves,
         client_errors=len(visits.errors) - before,
         requests=visits.asked,
-        undrain_planned_s=home.planned_s,
-        undrain_actual_s=(home.ended_at_s or home.started_at_s) - home.started_at_s,
+        trips=tuple(
+            TripFigures(
+                operation=each.operation.value,
+                parallel=each.parallel,
+                planned_s=each.planned_s,
+                actual_s=_took_s(each),
+            )
+            for each in trips
+        ),
     )
     return Run(
-        completed=all(each.state is DrainState.DONE for each in (drained, home)),
-        error=drained.error or home.error,
+        completed=all(each.state is DrainState.DONE for each in trips),
+        error=next((each.error for each in trips if each.error), None),
         blackout_ms=worst(each.blackout_ms for each in moves),
-        total_s=actual_s,
+        total_s=_took_s(drained),
         bytes_sent=sum(each.bytes_sent for each in drained.moves),
         drain=figures,
         load_average=os.getloadavg()[0],
     )
+
+
+def _took_s(drain: Drain) -> float:
+    return (drain.ended_at_s or drain.started_at_s) - drain.started_at_s
 
 
 def _figures(

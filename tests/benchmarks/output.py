@@ -39,11 +39,12 @@ def say_run(where: str, case: str, engine: str, run: Run) -> None:
     if not run.completed:
         what = f"not completed: {run.error}"
     elif (drain := run.drain) is not None:
+        trips = ", ".join(
+            f"{each.operation} {each.actual_s:.2f} s ({each.planned_s:.2f})" for each in drain.trips
+        )
         what = (
-            f"{drain.domains} guests in {drain.actual_s:.2f} s, planned {drain.planned_s:.2f}, "
-            f"{drain.parallel} at once; undrain {drain.undrain_actual_s:.2f} s, planned "
-            f"{drain.undrain_planned_s:.2f}; worst blackout {_figure(run.blackout_ms, 'ms')}, "
-            f"{drain.client_errors} errors of {drain.requests}"
+            f"{drain.domains} guests (planned), {drain.parallel} at once: {trips}; worst blackout "
+            f"{_figure(run.blackout_ms, 'ms')}, {drain.client_errors} errors of {drain.requests}"
         )
     elif run.blackout_ms is not None:
         what = (

@@ -45,6 +45,20 @@ class MoveFigures(msgspec.Struct, frozen=True, kw_only=True):
         return self.blackout_ms * len(self.alone_ms) / alone if alone else None
 
 
+class TripFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """A drain, or the way home after it: the plan beside what became of it."""
+
+    operation: str
+    parallel: int
+    planned_s: float
+    actual_s: float
+
+    @property
+    def off(self) -> float:
+        """How far off the plan was, as a share of it."""
+        return abs(self.actual_s - self.planned_s) / self.planned_s
+
+
 class DrainFigures(msgspec.Struct, frozen=True, kw_only=True):
     """A node that was emptied."""
 
@@ -57,8 +71,8 @@ class DrainFigures(msgspec.Struct, frozen=True, kw_only=True):
     moves: tuple[MoveFigures, ...]
     client_errors: int
     requests: int
-    undrain_planned_s: float
-    undrain_actual_s: float
+    trips: tuple[TripFigures, ...]
+    """In their order: there and back, and again with what the nodes have learnt."""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):

@@ -57,7 +57,7 @@ _NODE_MEMORY_BYTES: Final = 16 * 1024 * MIB
 _OTHERS: Final = {
     raw_speed.CASE: (raw_speed.REPEATS, [*raw_speed.ENGINES]),
     slowdown.CASE: (slowdown.REPEATS, [*slowdown.ENGINES]),
-    drain.CASE: (drain.REPEATS, [*drain.ENGINES]),
+    **{each: (drain.REPEATS, [*drain.ENGINES]) for each in drain.LINKS_MBIT},
     planning.CASE: (planning.REPEATS, [*planning.ENGINES]),
 }
 """Cases that are no migration of one guest: how often at most, and whose."""
@@ -114,8 +114,8 @@ class Bench:
             return raw_speed.measure(self._folder, turn.engine, raw_speed.SIZE_BYTES)
         if turn.case == slowdown.CASE:
             return slowdown.measure(self._sites, turn.engine)
-        if turn.case == drain.CASE:
-            return drain.measure(self._sites.image)
+        if turn.case in drain.LINKS_MBIT:
+            return drain.measure(self._sites.image, turn.case)
         if turn.case == planning.CASE:
             return planning.measure()
         (case,) = cases.select(turn.case)
