@@ -18,6 +18,7 @@ from node_agent.drain.resources import (
     DrainPlan,
     DrainPolicy,
     DrainRequest,
+    Operation,
     UndrainRequest,
 )
 from node_agent.resources import Node
@@ -125,7 +126,7 @@ def undrain(
     client = settings.client()
     if dry_run:
         plan = client.post(f"{_path(node)}/undrain?dry_run=true", DrainPlan)
-        show(plan, plan_text(plan))
+        show(plan, plan_text(plan, Operation.UNDRAIN))
         return
     body = UndrainRequest(restore=not no_restore)
     begun = client.post(f"{_path(node)}/undrain", Drain, body)

@@ -14,7 +14,7 @@ from node_agent.drain.resources import (
 )
 
 
-def plan_text(plan: DrainPlan) -> str:
+def plan_text(plan: DrainPlan, operation: Operation = Operation.DRAIN) -> str:
     """A plan: a line a move, what stands in the way, and the whole."""
     parts: list[str] = []
     if plan.moves:
@@ -35,9 +35,11 @@ def plan_text(plan: DrainPlan) -> str:
         parts.append(table(headings, rows))
         over = plan.planned_s / plan.lower_bound_s if plan.lower_bound_s else 1.0
         parts.append(
-            f"{len(plan.moves)} domains, {plan.parallel} at once, {plan.planned_s:.1f} s in all "
+            f"{_domains(len(plan.moves))}, {plan.parallel} at once, {plan.planned_s:.1f} s in all "
             f"({over:.2f} times the shortest possible); link {plan.link}"
         )
+    elif operation is Operation.UNDRAIN and not plan.left:
+        parts.append(f"nothing is to come back to node {plan.node}: no drain of it is to be undone")
     elif not plan.blockers and not plan.left:
         parts.append(f"nothing has to move; node {plan.node} can be emptied at once")
     if plan.left:
@@ -50,6 +52,10 @@ def plan_text(plan: DrainPlan) -> str:
         ]
         parts.append("\n".join(["BLOCKED: these domains can't leave:", *lines]))
     return "\n\n".join(parts)
+
+
+def _domains(count: int) -> str:
+    return f"{count} domain" if count == 1 else f"{count} domains"
 
 
 def balance_text(plan: BalancePlan) -> str:
@@ -135,9 +141,13 @@ def outcome(drain: Drain) -> str:
     took = (drain.ended_at_s or drain.started_at_s) - drain.started_at_s
     moved = sum(move.state in (MoveState.MOVED, MoveState.STOPPED) for move in drain.moves)
     dark = [move.blackout_ms for move in drain.moves if move.blackout_ms is not None]
-    text = f"{moved} of {len(drain.moves)} domains in {took:.1f} s (planned {drain.planned_s:.1f})"
+    text = (
+        f"{moved} of {_domains(len(drain.moves))} in {took:.1f} s (planned {drain.planned_s:.1f})"
+    )
     if dark:
         text += f", longest blackout {max(dark):.1f} ms"
+    if drain.operation is Operation.UNDRAIN and not drain.moves:
+        return f"node {drain.node} is open; nothing was brought back"
     if drain.operation is Operation.DRAIN and drain.state is DrainState.DONE:
         head = f"node {drain.node} is empty: "
     elif drain.operation is Operation.UNDRAIN and drain.state is DrainState.DONE:

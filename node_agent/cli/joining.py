@@ -76,8 +76,8 @@ def find_members(token: JoinToken, address: str | None, interfaces: Sequence[str
         raise CliError(f"{error}; give --address HOST:PORT of a member's API") from error
     if not found:
         raise Unreachable(
-            f"no member of the token's cluster was found within {FIND_S:g} s; give --address "
-            "HOST:PORT of a member's API"
+            f"no member of the token's cluster was found within {FIND_S:g} s: is the token whole, "
+            "and does multicast reach here? else give --address HOST:PORT of a member's API"
         )
     return [format_endpoint(each.host, each.port) for each in found]
 

@@ -13,6 +13,7 @@ from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import facts, moment, note, settings, show, table
 from node_agent.trust.records import (
     TOKEN_TTL_S,
+    TOKEN_TTL_S_MAX,
     ClusterView,
     JoinTokenCreate,
     JoinTokenMade,
@@ -95,7 +96,10 @@ def token(
     ] = f"{TOKEN_TTL_S / 3600:g}h",
 ) -> None:
     """Make a join token, which lets one node in. Treat it as a password."""
-    body = JoinTokenCreate(ttl_s=parse_duration(ttl))
+    ttl_s = parse_duration(ttl)
+    if not 1.0 <= ttl_s <= TOKEN_TTL_S_MAX:
+        raise CliError(f"--ttl {ttl}: a join token holds from 1s to 7d", ExitCode.USAGE)
+    body = JoinTokenCreate(ttl_s=ttl_s)
     made = settings.client().post("/v1/cluster/tokens", JoinTokenMade, body)
     note(f"for one node, until {moment(made.expires_at_s)}; on that node: ferry cluster join TOKEN")
     show(made, made.token)

@@ -179,7 +179,9 @@ class Drain(Value, frozen=True, kw_only=True):
     restores: str | None = None
     """Undrain: the drain that it undoes."""
     restored_by: str | None = None
-    """Drain: the undrain that undid it."""
+    """Drain: the undrain that undid it, or began to."""
+    continues: str | None = None
+    """Drain: an earlier one of the node, whose domains hadn't come back when this one began."""
     error: str | None = None
     history: tuple[Note, ...] = ()
 

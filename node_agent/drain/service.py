@@ -20,7 +20,6 @@ from migrator.errors import (
     FerryError,
     NotFoundError,
     RefusedError,
-    WrongStateError,
 )
 from migrator.model import NodeName, NodeState
 from node_agent.drain import experience, undrain
@@ -55,6 +54,10 @@ SAMPLE_S: Final = 0.25
 _CORDONABLE: Final = frozenset({NodeState.READY, NodeState.CORDONED, NodeState.RESTORING})
 _UNCORDONABLE: Final = frozenset({NodeState.READY, NodeState.CORDONED, NodeState.DRAINED})
 _DRAINABLE: Final = frozenset({NodeState.READY, NodeState.CORDONED, NodeState.DRAINED})
+_FROM_OUTSIDE: Final = (
+    "its domains can't be moved from outside; if it is dead, `ferry domain takeover` starts them "
+    "elsewhere"
+)
 _RESTORABLE: Final = frozenset({NodeState.READY, NodeState.CORDONED, NodeState.DRAINED})
 
 
@@ -140,6 +143,7 @@ class DrainService:
         await self._refuse_second(node)
         name = secrets.token_hex(6)
         before = await self.set_cordon(node, NodeState.DRAINING, name, _DRAINABLE)
+        cordoned_by = None if before is None else before.drain
         try:
             survey, plan = await self._plan(node, request, SAMPLE_S)
             if plan.blockers:
@@ -153,16 +157,13 @@ class DrainService:
                     reasons,
                 )
             drain = self._made(name, Operation.DRAIN, node, survey, plan, request)
+            earlier = undrain.continued(await self._records.list_drains(), node, cordoned_by)
+            drain = msgspec.structs.replace(drain, continues=earlier)
             entry = await self._records.add(drain)
         except BaseException:
             state = NodeState.READY if before is None else before.state
             await asyncio.shield(
-                self.set_cordon(
-                    node,
-                    state,
-                    None if before is None else before.drain,
-                    frozenset({NodeState.DRAINING}),
-                )
+                self.set_cordon(node, state, cordoned_by, frozenset({NodeState.DRAINING}))
             )
             raise
         self.begin(entry)
@@ -170,30 +171,31 @@ class DrainService:
 
     async def undrain(self, node: NodeName, request: UndrainRequest) -> Drain:
         """Open the node again, and bring back what its last drain took away."""
-        await self._must_speak(node)
+        if request.restore:
+            await self._must_speak(node, "nothing can be brought back to it; --no-restore opens it")
+        else:
+            await self._must_exist(node)
         await self._refuse_second(node)
-        drained = await self._to_undo(node)
+        drained = await self._to_undo(node) if request.restore else ()
         name = secrets.token_hex(6)
-        await self.set_cordon(node, NodeState.RESTORING, name, _RESTORABLE)
+        before = await self.set_cordon(node, NodeState.RESTORING, name, _RESTORABLE)
         try:
             survey, plan, left = await undrain.plan(
                 self.world,
                 node,
-                drained if request.restore else None,
+                drained,
                 SAMPLE_S,
                 overhead_s=await self._experience(),
             )
             drain = self._made(name, Operation.UNDRAIN, node, survey, plan, None)
             drain = undrain.complete(drain, drained, left)
             entry = await self._records.add(drain)
-            if drained is not None and request.restore:
-                await self._records.mark_restored(drained.id, name)
+            for each in drained:
+                await self._records.mark_restored(each.id, name)
         except BaseException:
             allowed = frozenset({NodeState.RESTORING})
-            state = NodeState.DRAINED if drained is not None else NodeState.CORDONED
-            await asyncio.shield(
-                self.set_cordon(node, state, None if drained is None else drained.id, allowed)
-            )
+            state, by = (NodeState.READY, None) if before is None else (before.state, before.drain)
+            await asyncio.shield(self.set_cordon(node, state, by, allowed))
             raise
         self.begin(entry)
         return drain
@@ -238,12 +240,8 @@ class DrainService:
         self.begin(await self._records.add(drain))
         return drain
 
-    async def _to_undo(self, node: NodeName) -> Drain | None:
-        """The newest drain of the node, if nothing has undone it."""
-        for drain in await self._records.list_drains():
-            if drain.node == node and drain.operation is Operation.DRAIN and drain.ended:
-                return drain if drain.restored_by is None else None
-        return None
+    async def _to_undo(self, node: NodeName) -> tuple[Drain, ...]:
+        return undrain.to_undo(await self._records.list_drains(), node)
 
     async def cancel(self, id: str, mode: CancelMode) -> Drain:
         """Begin no more moves, and let those under way end, or cancel them. WrongStateError."""
@@ -255,7 +253,7 @@ class DrainService:
         for drain in await self._records.list_drains():
             if drain.node == node and not drain.ended:
                 return await self.cancel(drain.id, mode)
-        raise WrongStateError(f"node {node}", "without a drain under way", "draining")
+        raise ConflictError(f"no drain or undrain of node {node} is under way; nothing was changed")
 
     async def get(self, id: str) -> Drain:
         """As its coordinator sees it, if that is this agent; else as it was saved last."""
@@ -314,7 +312,7 @@ class DrainService:
             links=survey.shares(PlanOptions()),
             planned_s=plan.makespan_s,
             lower_bound_s=plan.lower_bound_s,
-            overhead_s=options.setup_s + options.finish_s,
+            overhead_s=options.setup_s + options.finish_s + options.late_s,
             timeout_s=request.timeout_s,
             exclude=request.exclude,
             reboot_hint=request.reboot_hint,
@@ -326,12 +324,10 @@ class DrainService:
             known = ", ".join(sorted(views)) or "none"
             raise NotFoundError(f"there is no node {node}; known: {known}")
 
-    async def _must_speak(self, node: NodeName) -> None:
+    async def _must_speak(self, node: NodeName, because: str = _FROM_OUTSIDE) -> None:
         await self._must_exist(node)
         if node in await self.world.unreachable():
-            raise ConflictError(
-                f"node {node} is unreachable: its domains can't be moved from outside"
-            )
+            raise ConflictError(f"node {node} is unreachable: {because}")
 
     async def _refuse_second(self, node: NodeName) -> None:
         for drain in await self._records.list_drains():

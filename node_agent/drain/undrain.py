@@ -1,38 +1,87 @@
-"""Which domains an undrain brings back, and which it leaves where they are, and why."""
+"""Which domains an undrain brings back, and which it leaves where they are, and why.
+
+A node may be drained again before its domains are back: while it is drained (nothing happens then),
+after a drain that was cancelled or that left something, after an undrain that was. Such a drain
+continues the one before it, and an undrain undoes them together.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import msgspec
 
 from migrator.errors import NotFoundError
 from migrator.model import DomainName, DomainState, MaintenancePolicy
-from node_agent.drain.resources import Drain, Move, MoveState, PlanBlocker
+from node_agent.drain.resources import (
+    Drain,
+    DrainState,
+    Move,
+    MoveState,
+    Operation,
+    PlanBlocker,
+)
 from node_agent.drain.survey import Survey
 from node_agent.drain.world import DrainWorld
 from node_agent.planner.model import Blocker, DomainFacts, Plan
 
 _AWAY: Final = frozenset({MoveState.MOVED, MoveState.STOPPED})
+_LEFT: Final = frozenset({MoveState.LEFT, MoveState.FAILED})
 _BLANK: Final = Plan(moves=())
+
+
+def to_undo(drains: Sequence[Drain], node: str) -> tuple[Drain, ...]:
+    """Of the node, newest first: its newest drain that has ended, and those that it continues, as
+    far as nothing has undone them, each with what hasn't come back. `drains` newest first."""
+    by_id = {each.id: each for each in drains}
+    mine = (each for each in drains if each.node == node and each.operation is Operation.DRAIN)
+    found: list[Drain] = []
+    at = next((each for each in mine if each.ended), None)
+    while at is not None and len(found) < len(drains):
+        rest = _not_back(at, by_id)
+        if rest is None:
+            break
+        found.append(msgspec.structs.replace(at, moves=rest))
+        at = by_id.get(at.continues or "")
+    return tuple(found)
+
+
+def continued(drains: Sequence[Drain], node: str, cordoned_by: str | None) -> str | None:
+    """The drain that a new one of the node continues. `cordoned_by`: what keeps it free now."""
+    earlier = to_undo(drains, node)
+    if not earlier:
+        return None
+    newest = earlier[0]
+    still = newest.id == cordoned_by or newest.state is DrainState.CANCELLED
+    return newest.id if still or newest.restored_by is not None else None
+
+
+def _not_back(drain: Drain, by_id: Mapping[str, Drain]) -> tuple[Move, ...] | None:
+    """Its moves that weren't undone; None: all of it was."""
+    if drain.restored_by is None:
+        return drain.moves
+    by = by_id.get(drain.restored_by)
+    left = {move.domain for move in by.moves if move.state in _LEFT} if by is not None else set()
+    return tuple(move for move in drain.moves if move.domain in left) or None
 
 
 async def plan(
     world: DrainWorld,
     node: str,
-    drained: Drain | None,
+    drained: Sequence[Drain],
     sample_s: float,
     *,
     overhead_s: float | None = None,
     ask: bool = True,
 ) -> tuple[Survey, Plan, tuple[PlanBlocker, ...]]:
-    """The moves back to `node` of what `drained` took away. None: nothing comes back.
+    """The moves back to `node` of what `drained`, newest first, took away.
 
     `overhead_s`: what earlier drains have shown. `ask`: whether the node is asked about each, which
     it refuses while it is kept free.
     """
-    away = [move for move in drained.moves if move.state in _AWAY] if drained is not None else []
+    away = _away(drained)
     left: list[PlanBlocker] = []
     coming: dict[str, list[str]] = defaultdict(list)
     off: list[str] = []
@@ -55,7 +104,17 @@ async def plan(
     return survey, msgspec.structs.replace(found, blockers=()), tuple(left)
 
 
-def complete(drain: Drain, drained: Drain | None, left: tuple[PlanBlocker, ...]) -> Drain:
+def _away(drained: Sequence[Drain]) -> list[Move]:
+    """Each domain by its newest move."""
+    found: dict[str, Move] = {}
+    for drain in drained:
+        for move in drain.moves:
+            if move.state in _AWAY:
+                found.setdefault(move.domain, move)
+    return list(found.values())
+
+
+def complete(drain: Drain, drained: Sequence[Drain], left: tuple[PlanBlocker, ...]) -> Drain:
     """The undrain, with what it leaves among its moves."""
     stays = tuple(
         Move(
@@ -71,7 +130,7 @@ def complete(drain: Drain, drained: Drain | None, left: tuple[PlanBlocker, ...])
     return msgspec.structs.replace(
         drain,
         moves=drain.moves + stays,
-        restores=None if drained is None else drained.id,
+        restores=drained[0].id if drained else None,
     )
 
 

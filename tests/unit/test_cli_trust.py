@@ -148,8 +148,9 @@ async def test_a_node_joins_with_one_command(
 
 
 async def test_what_can_not_be_joined_says_why(
-    world: TrustWorld, ferry: Ferry, tmp_path: Path
+    world: TrustWorld, ferry: Ferry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(new_config, "STATE_DIRECTORY", str(tmp_path / "not-joined"))
     config = ["--config", str(tmp_path / "c.toml"), "--name", "n7", "--listen", "127.0.0.7"]
     wrong = await ferry("cluster", "join", "nonsense", *config, code=ExitCode.USAGE)
     assert "not a join token" in wrong.err
@@ -161,7 +162,8 @@ async def test_what_can_not_be_joined_says_why(
     there = ["--address", "127.0.0.1"]
     await ferry("cluster", "join", token, *there, *config, code=ExitCode.USAGE)
     await ferry("cluster", "token", "--ttl", "soon", *local, code=ExitCode.USAGE)
-    await ferry("cluster", "token", "--ttl", "30d", *local, code=ExitCode.USAGE)
+    long = await ferry("cluster", "token", "--ttl", "30d", *local, code=ExitCode.USAGE)
+    assert "a join token holds from 1s to 7d" in long.err
     assert not (tmp_path / "c.toml").exists()
 
 

@@ -218,7 +218,7 @@ def test_a_restart_forgets_no_removal(state: MigrationState, told_first: bool) -
     assert isinstance(session, SourceSession)
     pair.source = session
     pair.silence(m.Running, m.Prepared, m.Pending, m.Filled, m.Inquire, m.Commit)
-    begin = [v.Recover(), v.PeerRemoved(reason="n2 was removed from the cluster")]
+    begin: list[v.Event] = [v.Recover(), v.PeerRemoved(reason="n2 was removed from the cluster")]
     if told_first:
         begin.reverse()
     else:

@@ -1,0 +1,86 @@
+"""Which drains an undrain undoes together: a node may be drained again before all are back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from node_agent.cli.drain_text import outcome, plan_text
+from node_agent.drain.resources import Drain, DrainPlan, DrainState, Move, MoveState, Operation
+from node_agent.drain.undrain import continued, to_undo
+
+S = DrainState
+M = MoveState
+
+
+def move(domain: str, state: MoveState = M.MOVED) -> Move:
+    return Move(domain=domain, source="n1", destination="n2", state=state)
+
+
+def drain(id: str, *moves: Move, **changes: object) -> Drain:
+    values: dict[str, object] = {
+        "id": id,
+        "operation": Operation.DRAIN,
+        "node": "n1",
+        "state": S.DONE,
+        "created_at_s": 1.0,
+        "started_at_s": 1.0,
+        "ended_at_s": 9.0,
+        "moves": moves,
+    }
+    return Drain(**(values | changes))  # type: ignore[arg-type]
+
+
+def undrain(id: str, *moves: Move, **changes: object) -> Drain:
+    return drain(id, *moves, operation=Operation.UNDRAIN, **changes)
+
+
+def names(drains: Sequence[Drain]) -> list[list[str]]:
+    return [[each.domain for each in one.moves] for one in to_undo(drains, "n1")]
+
+
+def test_a_drained_node_that_is_drained_again_loses_no_home() -> None:
+    first = drain("d1", move("a"), move("b"))
+    assert continued([first], "n1", cordoned_by="d1") == "d1"
+    second = drain("d2", continues="d1")
+    assert names([second, first]) == [[], ["a", "b"]]
+
+
+def test_a_cancelled_drain_is_continued_though_the_node_was_open() -> None:
+    first = drain("d1", move("a"), move("b", M.LEFT), state=S.CANCELLED)
+    assert continued([first], "n1", cordoned_by=None) == "d1"
+    second = drain("d2", move("b"), continues="d1")
+    assert names([second, first]) == [["b"], ["a", "b"]]
+
+
+def test_what_an_operator_has_opened_again_stays_away() -> None:
+    first = drain("d1", move("a"))
+    assert continued([first], "n1", cordoned_by=None) is None
+    assert continued([first], "n1", cordoned_by="another") is None
+    assert names([drain("d2", move("b")), first]) == [["b"]]
+
+
+def test_what_has_come_back_is_undone_and_what_was_left_is_not() -> None:
+    first = drain("d1", move("a"), move("b"), restored_by="u1")
+    home = undrain("u1", move("a"), move("b"))
+    assert names([home, first]) == []
+    assert continued([home, first], "n1", cordoned_by=None) is None
+    left = undrain("u1", move("a"), move("b", M.FAILED), state=S.PARTIAL)
+    assert names([left, first]) == [["b"]]
+    assert continued([left, first], "n1", cordoned_by=None) == "d1"
+    second = drain("d2", move("a"), continues="d1")
+    assert names([second, left, first]) == [["a"], ["b"]]
+
+
+def test_drains_of_other_nodes_and_those_under_way_are_nothing_to_it() -> None:
+    first = drain("d1", move("a"))
+    other = drain("x", move("z"), node="n2")
+    running = drain("d2", move("b", M.MOVING), state=S.RUNNING, ended_at_s=None, continues="d1")
+    assert names([running, other, first]) == [["a"]]
+    assert names([]) == []
+
+
+def test_nobody_is_said_to_be_back_where_nobody_was_away() -> None:
+    assert outcome(undrain("u1")) == "node n1 is open; nothing was brought back"
+    empty = DrainPlan(node="n1", moves=())
+    assert "nothing is to come back to node n1" in plan_text(empty, Operation.UNDRAIN)
+    assert "nothing has to move" in plan_text(empty)
