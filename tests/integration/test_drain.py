@@ -194,6 +194,9 @@ def test_a_node_is_emptied_and_its_guests_come_home(cluster: Cluster, home: list
     with pytest.raises(ApiProblem, match="n1 is drained"):
         cluster.migrate(home[0].name, "n1")
 
+    again = ferry(cluster, "drain", "n1")
+    assert again.returncode == ExitCode.OK, again.stderr
+    assert "0 of 0 domains" in again.stdout  # And where they belong isn't forgotten:
     back = ferry(cluster, "undrain", "n1")
     assert back.returncode == ExitCode.OK, back.stdout + back.stderr
     assert "its domains are back" in back.stdout
