@@ -21,6 +21,7 @@ from migrator.errors import (
     ConflictError,
     FerryError,
     RefusedError,
+    StoreError,
     WrongStateError,
 )
 from migrator.figures import DirtyRate, Prediction
@@ -125,12 +126,20 @@ class ClusterService:
         records = await self._records.list_records()
         owned = await self._records.list_ownership()
         return [
-            node_view(view, records, owned, self._hub.round_trip_ms(name))
+            node_view(
+                view,
+                records,
+                owned,
+                self._hub.round_trip_ms(name),
+                self._nodes.trouble if name == self.node else "",
+            )
             for name, view in sorted(views.items())
         ]
 
     async def health(self) -> Health:
-        """StoreError if the store doesn't answer."""
+        """StoreError if the store doesn't answer, or didn't take this node's last heartbeat."""
+        if self._nodes.trouble:
+            raise StoreError(f"this node's heartbeat isn't written: {self._nodes.trouble}")
         own = (await self._nodes.read()).get(self.node)
         version = own.info.agent_version if own else ""
         monitor = loop_monitor.current()

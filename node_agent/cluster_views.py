@@ -61,6 +61,7 @@ def node_view(
     records: Mapping[DomainName, DomainRecord],
     owned: Mapping[DomainName, OwnershipRecord],
     round_trip_ms: float | None,
+    trouble: str = "",
 ) -> Node:
     """The node resource, with the domains that run on it."""
     info = view.info
@@ -84,4 +85,5 @@ def node_view(
         agent_version=info.agent_version,
         round_trip_ms=round_trip_ms,
         round_trips_ms=info.round_trips_ms,
+        trouble=trouble,
     )

@@ -69,6 +69,8 @@ class NodeRegistry:
         self._monotonic = monotonic
         self._seen: dict[str, _Seen] = {}
         self._task: asyncio.Task[None] | None = None
+        self.trouble = ""
+        """Why this node's last heartbeat wasn't written; "": it was."""
         self.on_read: Callable[[Mapping[NodeName, NodeView]], None] = lambda views: None
         """Hears every node with each heartbeat."""
         self.counts: Callable[[str], bool] = lambda name: True
@@ -134,8 +136,10 @@ class NodeRegistry:
             await asyncio.sleep(self._interval_s)
             try:
                 await self.beat()
+                self.trouble = ""
                 self.on_read(await self.read())
             except FerryError as error:
+                self.trouble = str(error)
                 log.warning("heartbeat failed, trying again in %g s: %s", self._interval_s, error)
             except Exception:
                 log.exception("heartbeat failed, trying again in %g s", self._interval_s)

@@ -101,6 +101,8 @@ class Node(Value, frozen=True, kw_only=True):
     """Between the agent that was asked and this node; None: they have no connection."""
     round_trips_ms: dict[str, float] = msgspec.field(default_factory=dict)
     """What this node last measured to its neighbours."""
+    trouble: str = ""
+    """Of the node that was asked: why its own heartbeat couldn't be written. Others know less."""
 
     @property
     def memory_free_bytes(self) -> int:

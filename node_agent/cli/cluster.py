@@ -8,7 +8,7 @@ import msgspec
 import typer
 
 from node_agent.cli.nodes import remove_node, round_trip, show_node
-from node_agent.cli.output import moment, settings, show, size, table
+from node_agent.cli.output import moment, note, settings, show, size, table
 from node_agent.events import ClusterEvent, EventList
 from node_agent.resources import NodeList
 
@@ -48,6 +48,9 @@ def list_nodes() -> None:
         "ROUND TRIP",
     )
     show(found, table(headings, rows))
+    for node in found:
+        if node.trouble:
+            note(f"ferry: {node.name}: its heartbeat isn't written: {node.trouble}")
 
 
 def events(

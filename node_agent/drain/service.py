@@ -20,6 +20,7 @@ from migrator.errors import (
     FerryError,
     NotFoundError,
     RefusedError,
+    StoreError,
 )
 from migrator.model import NodeName, NodeState
 from node_agent.drain import experience, undrain
@@ -327,6 +328,8 @@ class DrainService:
     async def _must_speak(self, node: NodeName, because: str = _FROM_OUTSIDE) -> None:
         await self._must_exist(node)
         if node in await self.world.unreachable():
+            if self.world.trouble:  # Of the agent that was asked: then all seem to be silent.
+                raise StoreError(f"{self.node} can't write to the store: {self.world.trouble}")
             raise ConflictError(f"node {node} is unreachable: {because}")
 
     async def _refuse_second(self, node: NodeName) -> None:

@@ -68,6 +68,11 @@ class DrainWorld:
     async def views(self) -> Mapping[str, NodeView]:
         return {str(name): view for name, view in (await self._nodes.read()).items()}
 
+    @property
+    def trouble(self) -> str:
+        """Why this node's heartbeat can't be written, and so all seem to be silent; "": it can."""
+        return self._nodes.trouble
+
     async def unreachable(self) -> frozenset[str]:
         views = await self.views()
         return frozenset(

@@ -16,7 +16,7 @@ from aiohttp import ClientSession, web
 from aiohttp.test_utils import TestClient, TestServer
 from openapi_spec_validator import validate
 
-from migrator.errors import ConfigError
+from migrator.errors import ConfigError, StoreError
 from migrator.model import DomainName, DomainState, MigrationState
 from node_agent.api.openapi import document
 from node_agent.api.routes import ROUTES
@@ -246,6 +246,36 @@ async def test_health_follows_the_store(client: Client, world: World) -> None:
     problem = await ask(client, "GET", "/healthz", status=503)
     assert problem["code"] == "store-unavailable"
     world.a.store.faults.unavailable = False
+
+
+async def test_health_and_the_list_of_nodes_say_that_the_store_takes_no_writes(
+    client: Client, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk: everything can be read, and every node seems to be silent."""
+
+    async def full() -> None:
+        raise StoreError("database or disk is full")
+
+    async def health() -> int:
+        async with client.get("/healthz") as response:
+            return response.status
+
+    async def until(status: int) -> None:
+        async with asyncio.timeout(20.0):
+            while await health() != status:  # noqa: ASYNC110 - it says nothing
+                await asyncio.sleep(0.01)
+
+    registry = world.a.registry
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "beat", full)
+        await until(503)
+        problem = await ask(client, "GET", "/healthz", status=503)
+        assert "this node's heartbeat isn't written: database or disk is full" in problem["detail"]
+        nodes = (await ask(client, "GET", "/v1/nodes", status=200))["nodes"]
+        told = {each["name"]: each["trouble"] for each in nodes}
+        assert told["a"] == "database or disk is full"
+        assert not any(text for name, text in told.items() if name != "a")
+    await until(200)
 
 
 # --- events --------------------------------------------------------------------------------------
