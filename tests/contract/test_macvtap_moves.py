@@ -82,10 +82,15 @@ def out_of_the_tunnel(frame: bytes) -> None:
 def test_a_guest_on_its_way_is_silent_and_what_comes_for_it_waits() -> None:
     async def body(world: MacvtapWorld) -> None:
         fd = await world.fabric.plug(WEB, 0, NIC)
+        beside_nic = msgspec.structs.replace(NIC, mac="52:54:00:aa:bb:ee", addresses=())
+        beside = await world.fabric.plug(DomainName("db"), 0, beside_nic)
         try:
             await world.fabric.prepare_arrival(WEB, [NIC], TUNNEL)
             guest_frames(fd)
             world.far.send(to_all(1))
+            world.far.send(to_all(6))
+            # An uplink's broadcasts wait in a queue: who has the second one, has the first as well.
+            assert await numbers_until(beside, 6) == [1, 6]
             with contextlib.suppress(OSError):  # what a paused guest doesn't do
                 own = ethernet(b"\xff" * 6, parse_mac(NIC.mac), TEST, bytes([2]))
                 os.write(fd, bytes(VNET_HEADER_BYTES) + own)
@@ -112,6 +117,7 @@ def test_a_guest_on_its_way_is_silent_and_what_comes_for_it_waits() -> None:
             assert await asyncio.to_thread(links_of_moves) == []
         finally:
             os.close(fd)
+            os.close(beside)
 
     on_macvtap(body)
 
