@@ -193,7 +193,10 @@ class RoutedFabric(FabricDriver):
             lambda made: _discard(made[0]),
         )
         self._arrivals[domain] = arrivals
-        await self.routes.prepare([text for nic in nics for text in nic.addresses])
+        try:
+            await self.routes.prepare([text for nic in nics for text in nic.addresses])
+        except FabricError as error:
+            failures.append(f"the routers aren't prepared: {error}")
         if failures:
             raise FabricError("; ".join(failures))
 

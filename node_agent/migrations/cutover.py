@@ -276,7 +276,7 @@ class CutoverService:
                 tunnel = await self._tunnel(move.migration_id, move.source)
                 await self._fabric.prepare_arrival(move.domain, move.nics, tunnel)
         except (FerryError, TimeoutError) as error:
-            self._problem(arriving.problems, move, f"no forwarded frame will arrive: {error}")
+            self._problem(arriving.problems, move, f"not all is ready for its frames: {error}")
 
     async def announce(self, move: Move) -> None:
         """The session's word that the guest runs here. FabricError: nothing could be sent."""

@@ -7,7 +7,7 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -203,6 +203,28 @@ def test_a_guest_that_stays_has_everything_back(restarted: bool) -> None:
         finally:
             if restarted:
                 await fabric.close()
+            os.close(fd)
+
+    on_routed(body)
+
+
+class UnpreparedRoutes(NobodyRoutes):
+    async def prepare(self, addresses: Sequence[str]) -> None:
+        raise FabricError("routes: nobody answers")
+
+
+def test_routers_that_are_not_prepared_are_named_and_keep_no_frame_away() -> None:
+    async def body(world: RoutedWorld) -> None:
+        fabric = RoutedFabric(NETWORK, UnpreparedRoutes(), gaps_s=())
+        fd = await fabric.plug(WEB, 0, NIC)
+        try:
+            with pytest.raises(FabricError, match=r"^the routers aren't prepared: routes: nobody"):
+                await fabric.prepare_arrival(WEB, [NIC], TUNNEL)
+            assert await asyncio.to_thread(tunnels_here) == [tunnel_name(WEB, 0)]
+            await fabric.open_arrival(WEB)
+            assert (await asyncio.to_thread(interface_towards_guest)).startswith("fy")
+        finally:
+            await fabric.close()
             os.close(fd)
 
     on_routed(body)
