@@ -58,6 +58,8 @@ class Timing(Struct, frozen=True, kw_only=True):
     retry_s_max: float = 5.0
     respawn_s: float = 0.1
     """Before an engine that died in post-copy gets a successor: the guest may wait for it."""
+    settle_s: float = 5.0
+    """That a hypervisor whose engine is lost may take to load what it was given, or to end."""
     abandoned_s: float = 60.0
     """That a destination keeps its copy without any word from the source."""
 

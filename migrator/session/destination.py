@@ -4,6 +4,7 @@ Its rules (DESIGN: "Handoff"):
 - It tries the compare-and-set only when both are true: its hypervisor has loaded the device state
   (so every page and every device is here), and the source said Commit (so the source's hypervisor
   won't resume by itself any more).
+- It gives no copy up that may be whole (`destination_arrival`).
 - It resumes the guest only after it won, and fenced every volume with the token that it won.
 - An unknown outcome of the compare-and-set is resolved by reading the record, never by a guess;
   until then it keeps its copy, and hears no Abort.
@@ -27,24 +28,20 @@ from migrator.model import (
     OwnershipState,
 )
 from migrator.ports import DomainEventKind
-from migrator.session.destination_post_copy import DestinationPostCopy
+from migrator.session.destination_arrival import DestinationArrival
 from migrator.session.messages import (
     Abort,
     Aborted,
     Commit,
     Farewell,
     Inquire,
-    Pending,
     Prepare,
-    Refused,
     SessionMessage,
 )
 from migrator.session.vocabulary import (
     Announce,
-    Begin,
     CommandFailed,
     DestroyGuest,
-    EngineListening,
     EngineLost,
     Event,
     Fence,
@@ -54,19 +51,13 @@ from migrator.session.vocabulary import (
     GuestInspected,
     GuestReported,
     GuestResumed,
-    IncomingReady,
     InspectGuest,
     Journal,
-    PeerBack,
-    PeerLost,
-    PrepareIncoming,
     ReadRecord,
     Received,
     RecordRead,
     RecordSwapped,
-    Recover,
     ResumeGuest,
-    StartEngine,
     StartTimer,
     StopEngine,
     StopTimer,
@@ -79,7 +70,7 @@ _S = MigrationState
 _BEFORE_HANDOFF = (_S.SETUP, _S.PRECOPY, _S.SWITCHOVER)
 
 
-class DestinationSession(DestinationPostCopy):
+class DestinationSession(DestinationArrival):
     """See the module. Public attributes are for reading; `handle` alone changes them."""
 
     # --- dispatch ---
@@ -89,14 +80,14 @@ class DestinationSession(DestinationPostCopy):
             case Received(message=message):
                 self._hear(message)
             case GuestReported(kind=DomainEventKind.DEVICE_STATE_LOADED):
-                self._loaded_at_s = self._loaded_at_s or self._now
-                self._try_commit()
+                self._loaded()
             case GuestReported(kind=DomainEventKind.EXITED | DomainEventKind.MIGRATION_FAILED) if (
                 self.state in _BEFORE_HANDOFF
             ):
-                self._give_up(f"the destination's hypervisor failed: {event.detail or event.kind}")
-            case EngineLost() if self.state in _BEFORE_HANDOFF and not self._loaded_at_s:
-                self._give_up(f"the destination's engine: {event.reason}")
+                failure = f"the destination's hypervisor failed: {event.detail or event.kind}"
+                self._give_up(self._engine_lost_reason or failure)
+            case EngineLost() if self.state in _BEFORE_HANDOFF:
+                self._engine_gone(event.reason)
             case _ if self._heard_of_pages(event):
                 pass
             case _:
@@ -131,7 +122,6 @@ class DestinationSession(DestinationPostCopy):
                 self._try_commit()
             case Commit() if self.state is _S.RECOVERING and not self._commit:
                 self._note_commit(message)
-                self._start_successor()
                 self._do(InspectGuest())
             case Commit() if self._begins_anew(message):
                 self._note_commit(message)
@@ -142,10 +132,12 @@ class DestinationSession(DestinationPostCopy):
                 self._give_up(message.reason)
             case Abort(over=True) if self._taken_back and self.state is _S.RECOVERING:
                 self._give_up(message.reason)
+            case Prepare() if self._cut_off:
+                self._send(self._pending())
             case Prepare() if self.state in _BEFORE_HANDOFF:
                 self._answer_ready()
             case Inquire():
-                self._send(Pending(state=self.state.value))
+                self._send(self._pending())
                 if self.pages_missing:
                     self._answer_ready()
             case Farewell() if self.state in _BEFORE_HANDOFF:
@@ -156,67 +148,16 @@ class DestinationSession(DestinationPostCopy):
     def _note_commit(self, message: Commit) -> None:
         self._commit = True
         self._taken_back = False
-        self.post_copy = self.post_copy or message.post_copy
         self.token = max(self.token, message.token)
+        if message.post_copy:
+            self._note_post_copy()
 
     def _begins_anew(self, message: Commit) -> bool:
         """It is said under a token that is newer than ours, and nothing was won under ours."""
         won = self._won_at_s or self._resume_issued
         return self.state in (_S.HANDOFF, _S.RECOVERING) and message.token > self.token and not won
 
-    # --- before the handoff ---
-
-    def _in_created(self, event: Event) -> None:
-        match event:
-            case Begin():
-                self._enter(_S.SETUP)
-                self._journal()
-                self._do(
-                    StartTimer(name=TimerName.PEER, seconds=self.timing.abandoned_s),
-                    PrepareIncoming(),
-                )
-            case Recover():
-                self._restored = True
-                self._enter(_S.RECOVERING, "the agent restarted")
-                self._start_successor()  # First: the hypervisor may wait for a page.
-                self._do(InspectGuest())
-            case _:
-                pass
-
-    def _before_handoff(self, event: Event) -> None:
-        match event:
-            case IncomingReady() if not self._incoming_ready:
-                self._incoming_ready = True
-                self._do(StartEngine())
-            case EngineListening():
-                self._listening = event
-                self._enter(_S.PRECOPY)
-                self._do(StartTimer(name=TimerName.RETRY, seconds=self.timing.peer_s))
-                self._answer_ready()
-            case PeerBack():
-                self._send(Inquire())
-            case PeerLost():
-                pass  # The PEER timer runs since the last word; the page streams may well live on.
-            case TimerFired(name=TimerName.RETRY):
-                # The source may have forgotten us, or its Abort may be lost: ask now and then.
-                self._send(Inquire())
-                self._do(StartTimer(name=TimerName.RETRY, seconds=self.timing.peer_s))
-            case TimerFired(name=TimerName.PEER) if self._loaded_at_s:
-                # The source may be dead, and this the only copy: the record decides, no timeout.
-                self._enter(_S.RECOVERING, "no word from the source")
-                self._do(ReadRecord())
-            case TimerFired(name=TimerName.PEER) if not self._commit:
-                self._give_up(f"no word from the source for {self.timing.abandoned_s:g} s")
-            case CommandFailed(command="PrepareIncoming"):
-                self._refuse(event.reasons or (event.error,))
-            case CommandFailed():
-                self._give_up(f"{event.command}: {event.error}")
-            case _:
-                pass
-
-    def _refuse(self, reasons: tuple[str, ...]) -> None:
-        self._send(Refused(reasons=reasons))
-        self._give_up("; ".join(reasons))
+    # --- the handoff ---
 
     def _try_commit(self) -> None:
         if self.state not in _BEFORE_HANDOFF:
@@ -226,8 +167,6 @@ class DestinationSession(DestinationPostCopy):
         if self._loaded_at_s and self._commit and self.state is _S.SWITCHOVER:
             self._enter(_S.HANDOFF)
             self._swap()
-
-    # --- the handoff ---
 
     def _swap(self) -> None:
         before = self.record_before

@@ -40,6 +40,7 @@ from migrator.session.vocabulary import (
 )
 
 _S = MigrationState
+_WITH_PAGES_MISSING = (_S.PRECOPY, _S.SWITCHOVER, _S.HANDOFF, _S.RECOVERING, _S.POSTCOPY)
 
 
 class DestinationPostCopy(DestinationView):
@@ -49,7 +50,7 @@ class DestinationPostCopy(DestinationView):
 
     def _heard_of_pages(self, event: Event) -> bool:
         """What is about missing pages and their engine, in whatever state. Whether that was all."""
-        alive = self.state in (_S.SWITCHOVER, _S.HANDOFF, _S.RECOVERING, _S.POSTCOPY)
+        alive = self.state in _WITH_PAGES_MISSING
         alive = alive and not self._lost_reason
         match event:
             case EngineLost() if self.pages_missing and alive:
@@ -63,7 +64,7 @@ class DestinationPostCopy(DestinationView):
                 self._respawns = 0
                 self._answer_ready()
             case PagesMissing():
-                self.post_copy = True
+                self._note_post_copy()
             case PagesComplete():
                 self.complete = event
                 return False
@@ -75,6 +76,12 @@ class DestinationPostCopy(DestinationView):
         self._listening = None
         self._note("engine lost", self._now, self._now, reason)
         self._respawn_later()
+
+    def _note_post_copy(self) -> None:
+        """Pages are missing, or will be. If that is news, the engine may be lost already."""
+        known, self.post_copy = self.post_copy, True
+        if not known and self.state in _WITH_PAGES_MISSING:
+            self._start_successor()
 
     def _start_successor(self) -> None:
         if self.pages_missing and self._listening is None and not self._lost_reason:

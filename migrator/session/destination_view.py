@@ -51,6 +51,9 @@ class DestinationView(Session):
         self.complete = PagesComplete() if complete else None
         self._incoming_ready = False
         self._listening: EngineListening | None = None
+        self._engine_lost_at_s = 0.0
+        self._engine_lost_reason = ""
+        """The engine was lost before the device state was known to be loaded, and why."""
         self._loaded_at_s = 0.0
         self._commit = committed
         self._swap_pending = False

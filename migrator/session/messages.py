@@ -80,9 +80,14 @@ class Running(Message, frozen=True, kw_only=True):
 
 
 class Pending(Message, frozen=True, kw_only=True):
-    """Answer to Inquire: the destination is still at it."""
+    """Answer to Inquire: the other side is still at it.
+
+    `cut_off`: the destination lost its engine, and why; unless its hypervisor has been given
+    everything already it will never run the guest. It keeps its copy until the source says more.
+    """
 
     state: str
+    cut_off: str = ""
 
 
 class Abort(Message, frozen=True, kw_only=True):

@@ -164,6 +164,8 @@ class SourceSession(SourceLeave):
                 self._destination_runs_now(message)
             case Aborted():
                 self._destination_gave_up(message.reason)
+            case Pending() if message.cut_off:
+                self._destination_cut_off(message.cut_off)
             case Inquire():
                 if self.state is _S.HANDOFF:
                     self._commit()
@@ -396,19 +398,6 @@ class SourceSession(SourceLeave):
                 pass
 
     # --- the ends ---
-
-    def _destination_gave_up(self, reason: str) -> None:
-        if self.state in (_S.SETUP, _S.PRECOPY, _S.SWITCHOVER):
-            self._give_up(f"the destination gave up: {reason}")
-        elif self.state is _S.CANCELLING:
-            self._destination_refused = True
-        elif self.state in (_S.HANDOFF, _S.RECOVERING) and not self._destination_runs:
-            self._destination_refused = True
-            if self.state is _S.HANDOFF:
-                self._recover(f"the destination gave up: {reason}")
-            elif self._rollback_token is None:
-                # After a restart the guest may never have been paused: ask it before the record.
-                self._do(InspectGuest())
 
     def _give_up(self, reason: str) -> None:
         """Before the handoff: whatever happened, bring the guest back here."""

@@ -38,6 +38,7 @@ from migrator.session.vocabulary import (
 )
 
 _S = MigrationState
+_BEFORE_HANDOFF = (_S.SETUP, _S.PRECOPY, _S.SWITCHOVER)
 
 
 class SourceRecovery(SourceView):
@@ -217,6 +218,26 @@ class SourceRecovery(SourceView):
 
     # --- the ends ---
 
+    def _destination_gave_up(self, reason: str) -> None:
+        if self.state in _BEFORE_HANDOFF:
+            self._give_up(f"the destination gave up: {reason}")
+        elif self.state is _S.CANCELLING:
+            self._destination_refused = True
+        elif self.state in (_S.HANDOFF, _S.RECOVERING) and not self._destination_runs:
+            self._destination_refused = True
+            if self.state is _S.HANDOFF:
+                self._recover(f"the destination gave up: {reason}")
+            elif self._rollback_token is None:
+                # After a restart the guest may never have been paused: ask it before the record.
+                self._do(InspectGuest())
+
+    def _destination_cut_off(self, reason: str) -> None:
+        """It will hardly get the rest of the guest, but keeps its copy until we say so."""
+        if self.state in _BEFORE_HANDOFF:
+            self._give_up(f"the destination gave up: {reason}")
+        elif self.state is _S.HANDOFF and not self._destination_runs:
+            self._recover(f"the destination gave up: {reason}")
+
     def _destination_runs_now(self, message: Running) -> None:
         if self.state is _S.POSTCOPY and not message.resumed_at_s:
             self._discard("the destination's hypervisor died during post-copy")
@@ -239,6 +260,9 @@ class SourceRecovery(SourceView):
             return
         self._destination_runs = True
         self._do(StopTimer(name=TimerName.HANDOFF), StopTimer(name=TimerName.RETRY), DestroyGuest())
+
+    def _give_up(self, reason: str) -> None:
+        raise NotImplementedError  # In `source`.
 
     def _begin_post_copy(self) -> None:
         raise NotImplementedError  # In `source_post_copy`.

@@ -360,7 +360,8 @@ def _continue_switchover(side: Side, guest: Guest | None) -> list[v.Event]:
     def loaded() -> None:
         if destination is None or _gone(side.other, destination):
             return
-        if destination.state is G.INCOMING and side.other.engine == engines[1]:
+        whole = side.other.engine == engines[1] or destination.fed
+        if destination.state is G.INCOMING and whole:
             destination.state = G.LOADED
             destination.epoch = epoch
             side.other.node.guest_event(side.domain, destination, _K.DEVICE_STATE_LOADED)
@@ -378,8 +379,18 @@ def channel_broke(side: Side, guest: Guest) -> None:
         _resume_by_itself(side, guest)
     elif guest.state is G.SENDING:
         _settle(side, guest)
-    elif guest.state is G.INCOMING and side.world.random.random() < 0.5:
+    elif guest.state is G.INCOMING:
+        _lose_stream(side, guest)
+
+
+def _lose_stream(side: Side, guest: Guest) -> None:
+    """A destination loads what it was given, if that was all of it. It may need longer to notice
+    that it wasn't than anybody waits."""
+    chance, source = side.world.random.random(), side.other.guest
+    if chance < 0.5:
         side.node.kill_guest(side.domain, "device channel broke")
+    elif chance < 0.75:
+        guest.fed = source is None or source.state is G.POSTMIGRATE
 
 
 def _settle(side: Side, guest: Guest) -> None:

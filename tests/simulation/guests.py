@@ -72,6 +72,8 @@ class Guest:
     armed: bool = False
     doomed: bool = False
     """What is missing is nowhere any more, or its domain is being stopped: it may be destroyed."""
+    fed: bool = False
+    """Incoming: all of the device state was given to it, and it loads that without its engine."""
     deposed: bool = False
     """Its domain was taken over: it may compute until its node notices, and can't write."""
     monitor_due_s: float = 0.0
