@@ -10,15 +10,13 @@ from migrator.session import vocabulary as v
 from tests.simulation.agent import Agent
 from tests.simulation.node import Node
 from tests.simulation.side import Envelope, Side
-from tests.simulation.world import Faults
 
 
 class AdmitsEveryPrepare(Node):
     """A late Prepare, of a migration that has ended, is taken for a new one."""
 
     found_as: ClassVar = ("4:",)
-    first_seed: ClassVar = 85
-    aim: ClassVar = Faults(straggler=0.5, duplicate=0.9, loss=0.3, heal_at_s=30.0)
+    first_seed: ClassVar = 659
 
     async def _admit(
         self, agent: Agent, side: Side, envelope: Envelope, prepare: m.Prepare
@@ -32,7 +30,6 @@ class LeavesStaleCopies(Node):
     """A node that finds that its domain was taken over lets its copy be."""
 
     found_as: ClassVar = ("1:", "2:", "3:", "5:")
-    aim: ClassVar = Faults(takeover=True, store_outage_mean_s=5.0, long_down=0.5, kill_mean_s=2.0)
 
     def boot_up(self) -> None:
         super().boot_up()
@@ -60,10 +57,7 @@ class TakesOverAsAHandoffWould(Node):
     """The record of a takeover looks like the outcome of the handoff that the silent node began."""
 
     found_as: ClassVar = ("1:", "2:")
-    first_seed: ClassVar = 223
-    aim: ClassVar = Faults(
-        takeover=True, long_down=0.6, aimed=0.5, reboot_share=0.1, loss=0.2, heal_at_s=90.0
-    )
+    among: ClassVar = "takeovers"
 
     def boot_up(self) -> None:
         super().boot_up()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from migrator.model import NodeName
 from migrator.session import vocabulary as v
@@ -10,11 +11,61 @@ from tests.simulation.cluster import Cluster
 from tests.simulation.node import Node
 from tests.simulation.world import Faults
 
+AIMED = Faults(aimed=1.0, hypervisor_share=0.35, heal_at_s=10.0)
+"""Nothing but kills around the switchover: most sequences that matter are made of these."""
+NAMED = {
+    "kills": AIMED,
+    "kills, lost messages": replace(AIMED, hypervisor_share=0.5, loss=0.3),
+    "kills, failures": replace(AIMED, hypervisor_share=0.5, command_failure=0.2),
+    "kills, stalls": replace(AIMED, hypervisor_share=0.5, stall=0.3, hang=0.1),
+    "late writes": Faults(
+        store_unknown=0.5, store_late=0.9, aimed=0.5, hypervisor_share=0.5, loss=0.5, heal_at_s=12.0
+    ),
+    "deaths before resumes": Faults(
+        death_before_resume=0.5, loss=0.3, kill_mean_s=1.0, store_unknown=0.3, heal_at_s=10.0
+    ),
+    "failing resumes": Faults(
+        resume_failure=0.5, aimed=0.5, hypervisor_share=0.5, loss=0.5, heal_at_s=10.0
+    ),
+    "crashes": Faults(
+        crash_per_command=0.05, kill_mean_s=0.4, hypervisor_share=0.9, heal_at_s=10.0
+    ),
+    "stalled device states": Faults(aimed=0.5, hypervisor_share=0.5, stall=0.2, heal_at_s=10.0),
+    "disorder": Faults(
+        straggler=0.5, duplicate=0.8, delay_s_max=1.5, command_failure=0.05, heal_at_s=30.0
+    ),
+    "takeovers": Faults(
+        takeover=True, long_down=0.6, aimed=0.5, reboot_share=0.1, loss=0.2, heal_at_s=90.0
+    ),
+}
+"""What each of the rarer rules is for. Chance alone brings such mixes about in few seeds of
+thousands."""
+_KILLS = tuple(NAMED)[:4]
+_OTHERS = tuple(NAMED)[4:]
+
+
+def name_of(seed: int) -> str | None:
+    """Which of the NAMED mixes a seed has: three tenths have one."""
+    match seed % 10:
+        case 2:
+            return _KILLS[seed // 10 % len(_KILLS)]
+        case 4:
+            return _OTHERS[seed // 10 % len(_OTHERS)]
+        case 9:
+            return _OTHERS[(seed // 10 + 3) % len(_OTHERS)]
+        case _:
+            return None
+
 
 def faults_of(seed: int) -> Faults:
     """The mix of faults of a seed. A fifth has none."""
     if seed % 10 < 2:
         return Faults()
+    name = name_of(seed)
+    return _mixed(seed) if name is None else NAMED[name]
+
+
+def _mixed(seed: int) -> Faults:
     r = random.Random(f"faults {seed}")
     scale = r.choice((0.2, 0.5, 1.0, 1.0, 2.0))
 
@@ -54,10 +105,6 @@ def faults_of(seed: int) -> Faults:
         diverging=r.random() < 0.1,
         heal_at_s=r.choice((5.0, 10.0, 30.0, 60.0)),
     )
-
-
-AIMED = Faults(aimed=1.0, hypervisor_share=0.35, heal_at_s=10.0)
-"""Nothing but kills around the switchover: most sequences that matter are made of these."""
 
 
 class Injector:

@@ -1,13 +1,15 @@
 """Code that breaks a rule on purpose. `test_mutants` asserts that the simulation finds each.
 
 A checker that can't fail proves nothing. Each mutant says which rule it breaks; `found_as` are the
-first words of the violations that may be its undoing, and `aim`, where it is rare, are the faults
-that it is looked for with; `first_seed` is where the search begins. Most are sessions; the rest are
-`Sessions` (what is restored, written and performed) and `Node`s (what an agent does with domains).
+first words of the violations that may be its undoing; `among`, where it is rare, names the faults
+of the seeds that it is looked for among; `first_seed` is where the search begins. Most are
+sessions; the rest are `Sessions` (what is restored, written and performed) and `Node`s (what an
+agent does with domains).
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import ClassVar, TypeVar
 
 import msgspec
@@ -30,11 +32,10 @@ from tests.simulation.agent_mutants import (
     TakesOverAsAHandoffWould,
     TakesOverWithoutAFence,
 )
-from tests.simulation.faults import AIMED
+from tests.simulation.faults import name_of
 from tests.simulation.node import Node
 from tests.simulation.scenario import play
 from tests.simulation.side import NodeSession, Sessions, Side
-from tests.simulation.world import Faults
 
 T = TypeVar("T")
 Mutant = SourceSession | DestinationSession | Sessions | Node
@@ -44,7 +45,7 @@ class CommitsEarly(SourceSession):
     """Commit at the pause, while the source's hypervisor may still resume by itself."""
 
     found_as: ClassVar = ("1:", "2:", "3:")
-    first_seed: ClassVar = 114
+    first_seed: ClassVar = 18
 
     def _switch_over(self, detail: str) -> None:
         super()._switch_over(detail)
@@ -97,8 +98,8 @@ class CommitsWhatMayBeStale(SourceSession):
     """The source's hypervisor is gone, so the destination's copy must be the newest: not so."""
 
     found_as: ClassVar = ("1:", "2:")
-    first_seed: ClassVar = 256
-    aim: ClassVar = Faults(aimed=0.5, hypervisor_share=0.5, stall=0.2, heal_at_s=10.0)
+    among: ClassVar = "stalled device states"
+    first_seed: ClassVar = 12_364
 
     def _recover_unpassed(self, record: OwnershipRecord) -> None:
         self.device_state_out = self.device_state_out or self._gone
@@ -139,7 +140,7 @@ class ResumesOnAnUnknownOutcome(DestinationSession):
     """The store didn't answer, so it will have worked."""
 
     found_as: ClassVar = ("1:",)
-    aim: ClassVar = Faults(store_unknown=0.5, store_late=0.5, loss=0.3, heal_at_s=10.0)
+    first_seed: ClassVar = 176
 
     def _in_handoff(self, event: v.Event) -> None:
         unknown = isinstance(event, v.RecordSwapped) and event.won is None
@@ -160,7 +161,6 @@ class TakesWithoutCommit(DestinationSession):
     """Loaded is enough: but the source may resume by itself."""
 
     found_as: ClassVar = ("1:", "2:")
-    first_seed: ClassVar = 47
 
     def _try_commit(self) -> None:
         self._commit = True
@@ -184,7 +184,6 @@ class TakesEveryFailedResumeForOne(DestinationSession):
     """Its hypervisor died before `cont`, and yet it tells the source that the guest ran."""
 
     found_as: ClassVar = ("4:",)
-    aim: ClassVar = Faults(death_before_resume=0.5, heal_at_s=10.0)
 
     def _in_handoff(self, event: v.Event) -> None:
         if isinstance(event, v.CommandFailed):
@@ -196,8 +195,7 @@ class GivesUpALoadedCopy(DestinationSession):
     """Discards the only copy because nobody called for a while."""
 
     found_as: ClassVar = ("4:",)
-    first_seed: ClassVar = 101
-    aim: ClassVar = Faults(aimed=0.6, hypervisor_share=0.8, store_unknown=0.8, heal_at_s=10.0)
+    first_seed: ClassVar = 515
 
     def _in_handoff(self, event: v.Event) -> None:
         if isinstance(event, v.RecordRead) and not event.known:
@@ -210,10 +208,8 @@ class EndsBeforeItsWriteHasLanded(DestinationSession):
     """Gives up while its compare-and-set is under way, and is gone when that lands."""
 
     found_as: ClassVar = ("4:",)
-    first_seed: ClassVar = 1300
-    aim: ClassVar = Faults(
-        store_unknown=0.5, store_late=0.9, aimed=0.5, hypervisor_share=0.5, loss=0.5, heal_at_s=12.0
-    )
+    among: ClassVar = "late writes"
+    first_seed: ClassVar = 16_804
 
     def _pass_back(self) -> None:
         self._swap_open = False
@@ -224,9 +220,7 @@ class YieldsToARollback(DestinationSession):
     """The source won the record back, so its guest will run: but it may have died."""
 
     found_as: ClassVar = ("4:",)
-    aim: ClassVar = Faults(
-        death_before_resume=0.5, loss=0.3, kill_mean_s=1.0, store_unknown=0.3, heal_at_s=10.0
-    )
+    first_seed: ClassVar = 88
 
     def _lost_to(self, record: OwnershipRecord | None) -> None:
         self._dead = True
@@ -237,20 +231,40 @@ class HandsOverWhatItMayHaveRun(SourceSession):
     """A rollback that failed has run nothing: but its `cont` may have been given."""
 
     found_as: ClassVar = ("1:", "2:", "3:")
-    aim: ClassVar = Faults(
-        aimed=0.5, hypervisor_share=0.5, loss=0.5, resume_failure=0.5, heal_at_s=10.0
-    )
+    among: ClassVar = "failing resumes"
 
     def _gone_after_rollback(self, token: int) -> None:
         self._may_have_resumed = False
         super()._gone_after_rollback(token)
 
 
+class GivesUpWithItsEngine(DestinationSession):
+    """Without its engine it can't go on, so it needs its copy no more: but that may be whole."""
+
+    found_as: ClassVar = ("4:",)
+    first_seed: ClassVar = 165
+
+    def _engine_gone(self, reason: str) -> None:
+        self._give_up(reason)
+
+
+class DoubtsThatItIsFull(DestinationSession):
+    """Post-copy: an engine's successor finds that no page is missing, and isn't believed."""
+
+    found_as: ClassVar = ("4:", "5:")
+    first_seed: ClassVar = 863
+
+    def _heard_of_pages(self, event: v.Event) -> bool:
+        if isinstance(event, v.PagesComplete) and self._listening is None:
+            return True
+        return super()._heard_of_pages(event)
+
+
 class ForgetsThatItRan(Sessions):
     """A journal that loses `resuming`: after a restart the destination says that it never ran."""
 
     found_as: ClassVar = ("1:", "2:", "3:", "4:")
-    first_seed: ClassVar = 93
+    first_seed: ClassVar = 509
 
     def restored(self, side: Side, entry: JournalEntry) -> NodeSession:
         forgetful = msgspec.structs.replace(entry, resuming=False, boot_id=side.node.boot_id)
@@ -312,10 +326,7 @@ class JournalsAfterwards(Sessions):
     """What may not be forgotten is written once it is done."""
 
     found_as: ClassVar = ("1:", "2:", "3:", "4:")
-    first_seed: ClassVar = 275
-    aim: ClassVar = Faults(
-        crash_per_command=0.05, kill_mean_s=0.4, hypervisor_share=0.9, heal_at_s=10.0
-    )
+    first_seed: ClassVar = 585
 
     def commands(self, side: Side, commands: list[v.Command]) -> list[v.Command]:
         journals = [each for each in commands if isinstance(each, v.Journal)]
@@ -342,7 +353,7 @@ class KeepsWhatItCannotRun(DestinationSession):
     """It won, can't run the guest, and doesn't pass the record back: its node stops the domain."""
 
     found_as: ClassVar = ("4:",)
-    aim: ClassVar = Faults(death_before_resume=0.5, loss=0.5, heal_at_s=10.0)
+    first_seed: ClassVar = 56
 
     def _pass_back(self) -> None:
         self._finish(MigrationState.CANCELLED)
@@ -374,6 +385,8 @@ MUTANTS: tuple[type[Mutant], ...] = (
     EndsBeforeItsWriteHasLanded,
     YieldsToARollback,
     HandsOverWhatItMayHaveRun,
+    GivesUpWithItsEngine,
+    DoubtsThatItIsFull,
     ForgetsThatItRan,
     JournalsAfterwards,
     AdmitsEveryPrepare,
@@ -405,17 +418,20 @@ class MutantSessions(Sessions):
         return self._mutate(super().restored(side, entry))
 
 
-def play_mutant(mutant: type[Mutant], seed: int, faults: Faults | None) -> None:
+def play_mutant(mutant: type[Mutant], seed: int) -> None:
     """Play a seed in a cluster whose code is broken in that way. Raises InvariantViolation."""
     if issubclass(mutant, Node):
-        play(seed, faults=faults, make_node=mutant)
+        play(seed, make_node=mutant)
     elif issubclass(mutant, Sessions):
-        play(seed, faults=faults, sessions=mutant())
+        play(seed, sessions=mutant())
     else:
-        play(seed, faults=faults, sessions=MutantSessions(mutant))
+        play(seed, sessions=MutantSessions(mutant))
 
 
-def aims(mutant: type[Mutant]) -> tuple[Faults | None, ...]:
-    """With which faults each seed is played: its own, or those that the mutant is sensitive to."""
-    aim: Faults | None = getattr(mutant, "aim", None)
-    return (None, AIMED) if aim is None else (aim,)
+def seeds_for(mutant: type[Mutant], count: int) -> list[int]:
+    """`count` seeds of `make sim` that the mutant is looked for in: the first, or those `among`."""
+    among: str | None = getattr(mutant, "among", None)
+    first: int = getattr(mutant, "first_seed", 0)
+    fitting = (seed for seed in itertools.count() if among is None or name_of(seed) == among)
+    seeds = list(itertools.islice(fitting, count))
+    return [seed for seed in seeds if seed >= first] + [seed for seed in seeds if seed < first]

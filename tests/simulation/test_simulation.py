@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.simulation.faults import faults_of
+from tests.simulation.faults import NAMED, faults_of, name_of
+from tests.simulation.mutants import GivesUpWithItsEngine, MutantSessions
 from tests.simulation.run import play_range, playing, replay_command
-from tests.simulation.scenario import Scenario
-from tests.simulation.world import Faults
+from tests.simulation.scenario import Scenario, play
+from tests.simulation.world import Faults, InvariantViolation
 
 SEEDS = 2_000
 """`make sim SEEDS=100000` plays more."""
@@ -53,6 +54,15 @@ def test_what_was_once_violated_holds(seed: int) -> None:
     Scenario(seed).play()
 
 
+@pytest.mark.parametrize(("seed", "faults"), [(5061, "kills"), (279, "kills, lost messages")])
+def test_a_whole_copy_outlives_its_engine(seed: int, faults: str) -> None:
+    """A destination loses its engine just as its hypervisor has loaded everything; then the source,
+    paused, dies. A destination that gives its copy up with the engine destroys the only one."""
+    play(seed, faults=NAMED[faults])
+    with pytest.raises(InvariantViolation, match=r"4: .* destroyed the last whole copy"):
+        play(seed, faults=NAMED[faults], sessions=MutantSessions(GivesUpWithItsEngine))
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2, 7, 28, 333, 599, 675])
 def test_a_seed_gives_the_same_transcript_twice(seed: int) -> None:
     transcripts = []
@@ -62,6 +72,14 @@ def test_a_seed_gives_the_same_transcript_twice(seed: int) -> None:
         transcripts.append(scenario.world.transcript())
     assert transcripts[0] == transcripts[1]
     assert len(transcripts[0]) > 20
+
+
+def test_each_named_mix_is_played_and_the_kills_alone_in_every_fortieth_seed() -> None:
+    names = Counter(name_of(seed) for seed in range(SEEDS))
+    assert set(names) == {None, *NAMED}
+    assert names["kills"] == SEEDS / 40
+    assert min(names.values()) >= SEEDS / 40
+    assert [seed for seed in range(100) if name_of(seed) == "kills"] == [2, 42, 82]
 
 
 def test_a_seed_without_faults_moves_each_domain_twice() -> None:
