@@ -57,7 +57,8 @@ class TakesOverAsAHandoffWould(Node):
     """The record of a takeover looks like the outcome of the handoff that the silent node began."""
 
     found_as: ClassVar = ("1:", "2:")
-    among: ClassVar = "takeovers"
+    mix: ClassVar = "takeovers"
+    first_seed: ClassVar = 162
 
     def boot_up(self) -> None:
         super().boot_up()

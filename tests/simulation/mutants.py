@@ -1,10 +1,10 @@
 """Code that breaks a rule on purpose. `test_mutants` asserts that the simulation finds each.
 
 A checker that can't fail proves nothing. Each mutant says which rule it breaks; `found_as` are the
-first words of the violations that may be its undoing; `among`, where it is rare, names the faults
-of the seeds that it is looked for among; `first_seed` is where the search begins. Most are
-sessions; the rest are `Sessions` (what is restored, written and performed) and `Node`s (what an
-agent does with domains).
+first words of the violations that may be its undoing; `first_seed` is where the search begins. Of
+the rare ones `among` names the faults of the seeds that it is looked for among, or `mix` those that
+every seed is played with. Most are sessions; the rest are `Sessions` (what is restored, written and
+performed) and `Node`s (what an agent does with domains).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.simulation.agent_mutants import (
     TakesOverAsAHandoffWould,
     TakesOverWithoutAFence,
 )
-from tests.simulation.faults import name_of
+from tests.simulation.faults import NAMED, name_of
 from tests.simulation.node import Node
 from tests.simulation.scenario import play
 from tests.simulation.side import NodeSession, Sessions, Side
@@ -231,7 +231,8 @@ class HandsOverWhatItMayHaveRun(SourceSession):
     """A rollback that failed has run nothing: but its `cont` may have been given."""
 
     found_as: ClassVar = ("1:", "2:", "3:")
-    among: ClassVar = "failing resumes"
+    mix: ClassVar = "failing resumes"
+    first_seed: ClassVar = 54
 
     def _gone_after_rollback(self, token: int) -> None:
         self._may_have_resumed = False
@@ -420,12 +421,14 @@ class MutantSessions(Sessions):
 
 def play_mutant(mutant: type[Mutant], seed: int) -> None:
     """Play a seed in a cluster whose code is broken in that way. Raises InvariantViolation."""
+    mix: str | None = getattr(mutant, "mix", None)
+    faults = None if mix is None else NAMED[mix]
     if issubclass(mutant, Node):
-        play(seed, make_node=mutant)
+        play(seed, faults=faults, make_node=mutant)
     elif issubclass(mutant, Sessions):
-        play(seed, sessions=mutant())
+        play(seed, faults=faults, sessions=mutant())
     else:
-        play(seed, sessions=MutantSessions(mutant))
+        play(seed, faults=faults, sessions=MutantSessions(mutant))
 
 
 def seeds_for(mutant: type[Mutant], count: int) -> list[int]:
