@@ -11,8 +11,8 @@ from tests.simulation.mutants import MUTANTS, Mutant, play_mutant, seeds_for
 from tests.simulation.world import InvariantViolation
 
 SEEDS_MAX = 2_000
-"""The first of `make sim`, as it plays them. Rare ones are found among the first that have one mix of
-its faults (`make sim SEEDS=70000` has so many), or that are played with it."""
+"""The first of `make sim`, as it plays them. Rare ones are found among the first that have one
+mix of its faults (`make sim SEEDS=70000` has so many), or that are played with it."""
 RARE_MAX = 4
 
 

@@ -164,7 +164,7 @@ def test_a_lost_answer_is_found_out_by_asking_for_the_engine_again() -> None:
 @pytest.mark.parametrize("news_first", [True, False])
 def test_a_guest_that_lacks_pages_gets_another_engine_before_it_runs(news_first: bool) -> None:
     pair = handed_off(MigrationMode.POSTCOPY)
-    news = [LOST, v.PagesMissing()]
+    news: list[v.Event] = [LOST, v.PagesMissing()]
     for event in reversed(news) if news_first else news:
         pair.push(pair.destination, event)
     pair.push(pair.destination, LOADED)
