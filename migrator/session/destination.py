@@ -246,6 +246,8 @@ class DestinationSession(DestinationArrival):
         self.error = None
         if self.post_copy:
             self._begin_post_copy()
+            if self._dead:  # Its end was heard first, and is heard only once.
+                self._lost("the guest ended right after it was resumed")
             return
         self._do(StopEngine())
         self._finish(_S.COMPLETED)

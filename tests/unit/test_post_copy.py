@@ -114,6 +114,18 @@ def test_a_dead_engine_of_the_source_gets_a_successor_where_the_destination_list
     assert {each.port for each in connects} == {7000}
 
 
+def test_an_end_that_is_heard_before_the_resume_ends_both_sides() -> None:
+    """The hypervisor dies right after `cont`: its exit may be reported before the answer is."""
+    pair = SessionPair(MigrationRequest(destination="n2", mode=MigrationMode.POSTCOPY))
+    pair.silence(v.ResumeGuest)
+    pair.run()
+    pair.push(pair.destination, v.GuestReported(kind=DomainEventKind.EXITED, at_s=pair.now_s))
+    pair.push(pair.destination, v.GuestResumed(at_s=pair.now_s))
+    assert pair.run() == (_S.FAILED, _S.FAILED)
+    assert pair.source.error == "the guest ended right after it was resumed"
+    assert "DestroyGuest" in pair.commands(SOURCE)
+
+
 def test_a_prepared_that_is_known_already_disturbs_nobody() -> None:
     pair = running_there()
     before = pair.commands(SOURCE)
