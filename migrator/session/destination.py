@@ -35,6 +35,7 @@ from migrator.session.messages import (
     Commit,
     Farewell,
     Inquire,
+    Lost,
     Prepare,
     SessionMessage,
 )
@@ -140,7 +141,7 @@ class DestinationSession(DestinationArrival):
                 self._send(self._pending())
                 if self.pages_missing:
                     self._answer_ready()
-            case Farewell() if self.state in _BEFORE_HANDOFF:
+            case Farewell() | Lost() if self.state in _BEFORE_HANDOFF:
                 self._give_up("the source ended the migration without us")
             case _:
                 pass

@@ -177,3 +177,16 @@ def test_a_guest_that_lacks_pages_gets_another_engine_before_it_runs(news_first:
     pair.push(pair.destination, v.Received(message=m.Commit(post_copy=True)))
     assert pair.run() == (_S.POSTCOPY, _S.POSTCOPY)
     assert len(starts) == len([each for _, each in pair.given if isinstance(each, v.StartEngine)])
+
+
+@pytest.mark.parametrize("word", [m.Lost(reason="taken over"), m.Farewell()])
+def test_a_source_that_ended_and_has_no_copy_leaves_nothing_to_wait_for(
+    word: m.SessionMessage,
+) -> None:
+    """Its Commit was lost, its node silent; the domain was taken over by a third one meanwhile."""
+    pair = handed_off(MigrationMode.POSTCOPY)
+    pair.push(pair.destination, v.PagesMissing())
+    pair.push(pair.destination, v.Received(message=word))
+    pair.run()
+    assert pair.destination.state is _S.CANCELLED
+    assert DESTINATION not in pair.resumed_on
