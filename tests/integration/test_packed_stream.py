@@ -91,13 +91,13 @@ class _Ends:
         self.accept()
         hello = wire.encode_frame(wire.FrameKind.HELLO, _hello())
         sock.sendall(hello)
-        sock.settimeout(5.0)
+        sock.settimeout(30.0)
         assert sock.recv(4096)
         return sock
 
     def accept(self) -> None:
         sock, _ = self.listener.accept()
-        connection = Connection(sock, self.memory, self.host, 5.0)
+        connection = Connection(sock, self.memory, self.host, 30.0)
         self.connections.append(connection)
         connection.start()
 
@@ -108,7 +108,7 @@ class _Ends:
     def close(self) -> None:
         for connection in self.connections:
             connection.revoke()
-            assert connection.join(5.0)
+            assert connection.join(30.0)
         self.memory.prefaulter.close()
         self.listener.close()
         os.close(self.source.fd)
@@ -273,7 +273,7 @@ def test_malformed_packed_pages_are_refused(
         sock.sendall(head + payload)
         with contextlib.suppress(ConnectionResetError):
             assert sock.recv(100) == b""
-    assert ends.connections[0].join(5.0)
+    assert ends.connections[0].join(30.0)
     assert word in ends.host.reasons[0]
     assert ends.arrived == b"\x55" * SIZE
 
@@ -293,7 +293,7 @@ def test_a_destination_that_cant_write_its_memory_fails(ends: _Ends, packed: boo
         )
         sock.sendall(head + payload)
         assert sock.recv(100) == b""
-    assert ends.connections[0].join(5.0)
+    assert ends.connections[0].join(30.0)
     (fault,) = ends.host.faults
     ends.host.faults.clear()
     assert isinstance(fault, EngineError)

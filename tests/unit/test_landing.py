@@ -69,7 +69,7 @@ class _Ends:
         self._sock.close()
         self.source.close()
         for thread in self._threads:
-            thread.join(5.0)
+            thread.join(30.0)
         os.close(self.region.fd)
 
 
