@@ -34,8 +34,6 @@ to give a guest away must not go on announcing it: `announce(domain, ())` ends t
 
 from __future__ import annotations
 
-import logging
-import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -43,23 +41,22 @@ from typing import ClassVar
 
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
-from migrator.ports import FabricDriver, FirstFrames, ProbeReport, Tunnel, WidthReport
-from netfabric.addresses import AddressWatcher
-from netfabric.announcer import GAPS_S, Announcer
+from migrator.ports import ProbeReport, Tunnel, WidthReport
+from netfabric.announcer import GAPS_S
 from netfabric.bridge import announcing, moving, plugging, tunnels
 from netfabric.bridge.announcing import Announced
 from netfabric.bridge.links import Exits
+from netfabric.bridge.moving import BridgeArrival, BridgeDeparture
 from netfabric.bridge.plugging import Tap
-from netfabric.bridge.taps import tap_name
 from netfabric.exits import Exit
-from netfabric.first_frames import FirstFrameWatches
 from netfabric.frames import announcements, parse_mac
+from netfabric.kernel_fabric import KernelFabric
+from netfabric.moves import Arrival, Departure
+from netfabric.taps import tap_name
 from netfabric.threads import in_thread
 
-_log = logging.getLogger(__name__)
 
-
-class BridgeFabric(FabricDriver):
+class BridgeFabric(KernelFabric[BridgeDeparture, BridgeArrival]):
     """Taps on the bridges of this process's network namespace. Needs CAP_NET_ADMIN and _NET_RAW.
 
     Belongs to one event loop. Errors: FabricError.
@@ -71,14 +68,9 @@ class BridgeFabric(FabricDriver):
 
     def __init__(self, *, gaps_s: Sequence[float] = GAPS_S) -> None:
         """`gaps_s`: between the rounds of an announcement, seconds."""
-        self._announcer = Announcer(gaps_s)
+        super().__init__(gaps_s)
         self._ended: dict[DomainName, threading.Event] = {}
         self._exits: dict[str, Exits] = {}
-        self._socket: socket.socket | None = None
-        self._addresses = AddressWatcher()
-        self._first = FirstFrameWatches()
-        self._departures: dict[DomainName, tuple[moving.Departure, ...]] = {}
-        self._arrivals: dict[DomainName, tuple[moving.Arrival, ...]] = {}
 
     async def open(self) -> None:
         """Remove the tunnels, and the rules of taps long gone, that an earlier agent left."""
@@ -98,22 +90,12 @@ class BridgeFabric(FabricDriver):
         tap = tap_name(domain, index)
         fd, exits = await in_thread(lambda: plugging.plug(tap, nic), plugging.close_plugged)
         self._exits[tap] = exits
-        self._watch(tap, nic)
+        await self._watch(tap, nic)
         return fd
 
     async def unplug(self, domain: DomainName, index: int) -> None:
-        """Remove the tap, also from under a hypervisor that holds it. Ends announcements.
-
-        A tunnel that still leads from this node to the domain's new one stays, for its time.
-        """
-        tap = tap_name(domain, index)
-        await self._silence(domain)
-        self._exits.pop(tap, None)
-        await self._addresses.forget(tap)
-        await self._first.discard(domain)
-        arrivals = self._arrivals.pop(domain, ())
-        await in_thread(lambda: plugging.unplug(tap))
-        await in_thread(lambda: moving.close_tunnels(arrivals))
+        self._exits.pop(tap_name(domain, index), None)
+        await super().unplug(domain, index)
 
     async def announce(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
         """Say where the NICs are. On return a first round is out and the bridge knows the taps.
@@ -156,73 +138,12 @@ class BridgeFabric(FabricDriver):
             raise failure
 
     async def close(self) -> None:
-        """End the announcements. Taps stay. Idempotent; the driver can be used again."""
         for ended in self._ended.values():
             ended.set()
         self._ended.clear()
-        await self._announcer.close()
-        await self._addresses.close()
-        await self._first.close()
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        await super().close()
 
     # --- a domain that moves ---
-
-    async def prepare_departure(
-        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
-    ) -> None:
-        """FabricError: some NIC can't be forwarded for. It departs all the same."""
-        earlier = self._arrivals.pop(domain, ())
-        await in_thread(lambda: moving.discard(earlier))
-        departures, failures = await in_thread(
-            lambda: moving.prepare_departure(domain, nics, tunnel),
-            lambda made: moving.discard(made[0]),
-        )
-        self._departures[domain] = departures
-        if failures:
-            raise FabricError("; ".join(failures))
-
-    async def divert(self, domain: DomainName) -> None:
-        departures = self._departures.get(domain, ())
-        await in_thread(lambda: moving.divert(departures, pins=self._pins))
-
-    async def shut(self, domain: DomainName) -> None:
-        departures = self._departures.get(domain, ())
-        await in_thread(lambda: moving.shut(departures))
-
-    async def reopen(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
-        self._departures.pop(domain, None)
-        await in_thread(lambda: moving.reopen(domain, nics))
-
-    async def end_departure(self, domain: DomainName) -> int:
-        departures = self._departures.pop(domain, ())
-        return (await in_thread(lambda: moving.close_tunnels(departures)))[1]
-
-    async def prepare_arrival(
-        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
-    ) -> None:
-        """FabricError: some NIC can't be forwarded to. It arrives all the same."""
-        earlier = self._departures.pop(domain, ())
-        await in_thread(lambda: moving.discard(earlier))
-        known = [self._exits.get(tap_name(domain, index)) for index in range(len(nics))]
-        arrivals, failures = await in_thread(
-            lambda: moving.prepare_arrival(domain, nics, tunnel, known),
-            lambda made: moving.discard(made[0]),
-        )
-        self._arrivals[domain] = arrivals
-        self._packet_socket()
-        if failures:
-            raise FabricError("; ".join(failures))
-
-    async def open_arrival(self, domain: DomainName, learnt: Sequence[Sequence[str]] = ()) -> None:
-        arrivals = moving.with_addresses(self._arrivals.get(domain, ()), learnt)
-        if arrivals:
-            self._arrivals[domain] = arrivals
-        for arrival in arrivals:
-            self._addresses.add(arrival.tap, arrival.learnt)
-        await in_thread(lambda: moving.open_arrival(arrivals, pins=self._pins))
-        await self._first.open(domain, [arrival.tap for arrival in arrivals])
 
     def announce_now(self, domain: DomainName) -> float | None:
         at_s: float | None = None
@@ -231,17 +152,6 @@ class BridgeFabric(FabricDriver):
                 if announcing.send(self._socket, arrival.exits.uplinks, arrival.frames):
                     at_s = at_s or time.time()
         return at_s
-
-    async def end_arrival(self, domain: DomainName) -> int:
-        arrivals = self._arrivals.pop(domain, ())
-        await self._first.discard(domain)
-        return (await in_thread(lambda: moving.close_tunnels(arrivals)))[0]
-
-    async def first_frames(
-        self, domain: DomainName, since_s: float, timeout_s: float
-    ) -> FirstFrames:
-        taps = [arrival.tap for arrival in self._arrivals.get(domain, ())]
-        return await self._first.wait(domain, taps, since_s, timeout_s)
 
     async def probe(self, nic: NicSpec, timeout_s: float) -> ProbeReport:
         return await in_thread(lambda: moving.probe_from_bridge(nic, timeout_s))
@@ -252,42 +162,44 @@ class BridgeFabric(FabricDriver):
     async def hear_wide(self, nic: NicSpec, token: bytes, timeout_s: float) -> WidthReport:
         return await in_thread(lambda: moving.hear_wide(nic, token, timeout_s))
 
-    # --- addresses ---
+    # --- what the kernel is told ---
 
-    async def watch(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
-        for index, nic in enumerate(nics):
-            self._watch(tap_name(domain, index), nic)
+    def _leave(
+        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
+    ) -> tuple[tuple[BridgeDeparture, ...], list[str]]:
+        return moving.prepare_departure(domain, nics, tunnel)
 
-    def learnt(self, domain: DomainName, nics: Sequence[NicSpec]) -> Sequence[tuple[str, ...]]:
-        return [self._addresses.learnt(tap_name(domain, index)) for index, _ in enumerate(nics)]
+    def _divert(self, departures: Sequence[BridgeDeparture]) -> None:
+        moving.divert(departures, pins=self._pins)
 
-    def addresses_here(self) -> frozenset[str]:
-        return self._addresses.known()
+    def _shut(self, departures: Sequence[BridgeDeparture]) -> None:
+        moving.shut(departures)
+
+    def _reopen(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
+        moving.reopen(domain, nics)
+
+    def _come(
+        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
+    ) -> tuple[tuple[BridgeArrival, ...], list[str]]:
+        known = [self._exits.get(tap_name(domain, index)) for index in range(len(nics))]
+        return moving.prepare_arrival(domain, nics, tunnel, known)
+
+    def _open(self, arrivals: Sequence[BridgeArrival]) -> None:
+        moving.open_arrival(arrivals, pins=self._pins)
+
+    def _close(self, ends: Sequence[Departure | Arrival]) -> tuple[int, int]:
+        return tunnels.close_ends(ends)
+
+    def _remove(self, tap: str) -> None:
+        plugging.unplug(tap)
 
     # --- inside ---
-
-    def _watch(self, tap: str, nic: NicSpec) -> None:
-        """Nothing depends on it: a watch that fails is logged."""
-        try:
-            self._addresses.watch(tap, parse_mac(nic.mac), nic.addresses)
-        except FabricError as error:
-            _log.warning("addresses of NIC %s aren't learnt: %s", nic.mac, error)
 
     async def _silence(self, domain: DomainName) -> None:
         ended = self._ended.pop(domain, None)
         if ended is not None:
             ended.set()
-        await self._announcer.silence(domain)
-
-    def _packet_socket(self) -> socket.socket:
-        """One socket for all ports. Protocol 0: it receives nothing."""
-        if self._socket is None:
-            try:
-                self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-            except OSError as error:
-                raise FabricError(f"can't open a packet socket: {error.strerror}") from error
-            self._socket.setblocking(False)
-        return self._socket
+        await super()._silence(domain)
 
 
 async def list_taps() -> Sequence[Tap]:

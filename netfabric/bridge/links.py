@@ -17,8 +17,8 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
 
 from migrator.errors import FabricError
-from netfabric.bridge.taps import TAP_MTU_BYTES_MAX, TAP_NAME, TUNNEL_NAME
 from netfabric.exits import Exit
+from netfabric.taps import TAP_MTU_BYTES_MAX, TAP_NAME, TUNNEL_NAME
 
 _IFF_UP: Final = 0x1
 _PORT_FORWARDING: Final = 3
@@ -231,6 +231,13 @@ def netlink(what: str) -> Iterator[Netlink]:
         raise FabricError(f"{what}: {os.strerror(error.code)}") from error
     except OSError as error:
         raise FabricError(f"{what}: {error.strerror or error}") from error
+
+
+def index_of(interface: str) -> int | None:
+    """Its index; None: there is none of that name here. FabricError."""
+    with netlink(f"can't look at {interface}") as kernel:
+        link = kernel.find(interface)
+    return None if link is None else link.index
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,65 +19,58 @@ Pinned entries are given up by `learn`, which the announcement does, and by the 
 from __future__ import annotations
 
 import contextlib
-import logging
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
-
-import msgspec
 
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
 from migrator.ports import ProbeReport, Tunnel, WidthReport
 from netfabric import wide_frames
 from netfabric.bridge import tunnels
-from netfabric.bridge.links import Exits, Uplink, bridge_uplinks, find_exits, netlink
-from netfabric.bridge.taps import host_side_mac, tap_name
+from netfabric.bridge.links import (
+    Exits,
+    Uplink,
+    bridge_uplinks,
+    find_exits,
+    index_of,
+    netlink,
+)
 from netfabric.frames import ETHERTYPE_EXPERIMENTAL, announcements, ethernet, parse_mac
+from netfabric.moves import Arrival, Departure
 from netfabric.probing import probe, probing_mac
 from netfabric.rtnetlink import PortState, learn, pin, set_port, set_port_state
+from netfabric.taps import host_side_mac, tap_name
 
 ARRIVAL_QUEUE_FRAMES: Final = 4096
 """Of a tap whose guest is on its way: 50 ms at 80,000 frames/s."""
 
-_log = logging.getLogger(__name__)
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BridgeDeparture(Departure):
+    """`tunnel_index` None: nothing can be forwarded."""
 
-@dataclass(frozen=True, slots=True)
-class Departure:
-    """One NIC that is to leave. `tunnel_index` None: nothing can be forwarded."""
-
-    tap_index: int
-    mac: bytes
-    tunnel: str
     tunnel_index: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """One NIC that is to come, and its announcement's frames."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BridgeArrival(Arrival):
+    """And where its announcement leaves."""
 
-    nic: NicSpec
-    tap: str
-    mac: bytes
     exits: Exits
-    frames: tuple[bytes, ...]
-    tunnel: str
-    learnt: tuple[str, ...] = ()
 
 
 def prepare_departure(
     domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
-) -> tuple[tuple[Departure, ...], list[str]]:
+) -> tuple[tuple[BridgeDeparture, ...], list[str]]:
     """The NICs, and why some can't be forwarded for."""
-    departures: list[Departure] = []
+    departures: list[BridgeDeparture] = []
     failures: list[str] = []
     for index, nic in enumerate(nics):
         tap = tap_name(domain, index)
-        with netlink(f"can't look at tap {tap}") as kernel:
-            link = kernel.find(tap)
-        if link is None:
+        tap_index = index_of(tap)
+        if tap_index is None:
             failures.append(f"NIC {nic.mac} has no tap here")
             continue
         name = tunnels.tunnel_name(domain, index)
@@ -86,19 +79,21 @@ def prepare_departure(
             end = tunnels.open_end(name, tunnel, index, nic)
         except FabricError as error:
             failures.append(str(error))
-        departures.append(Departure(link.index, parse_mac(nic.mac), name, end))
+        departures.append(
+            BridgeDeparture(nic=nic, tap_index=tap_index, tunnel=name, tunnel_index=end)
+        )
     return tuple(departures), failures
 
 
-def divert(departures: Sequence[Departure], *, pins: bool = True) -> None:
+def divert(departures: Sequence[BridgeDeparture], *, pins: bool = True) -> None:
     """`pins`: the bridge keeps the entry, whatever it hears. Not so where somebody else sets it."""
     for departure in departures:
         if departure.tunnel_index is not None:
-            (pin if pins else learn)(departure.tunnel_index, departure.mac)
+            (pin if pins else learn)(departure.tunnel_index, parse_mac(departure.nic.mac))
         set_port(departure.tap_index, floods=False, learns=False)
 
 
-def shut(departures: Sequence[Departure]) -> None:
+def shut(departures: Sequence[BridgeDeparture]) -> None:
     for departure in departures:
         with contextlib.suppress(FabricError):  # a spanning tree's, or gone: nothing learns it
             set_port_state(departure.tap_index, PortState.DISABLED)
@@ -120,9 +115,9 @@ def reopen(domain: DomainName, nics: Sequence[NicSpec]) -> None:
 
 def prepare_arrival(
     domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel, known: Sequence[Exits | None]
-) -> tuple[tuple[Arrival, ...], list[str]]:
+) -> tuple[tuple[BridgeArrival, ...], list[str]]:
     """The NICs, and why some can't be forwarded to."""
-    arrivals: list[Arrival] = []
+    arrivals: list[BridgeArrival] = []
     failures: list[str] = []
     for index, (nic, exits) in enumerate(zip(nics, known, strict=True)):
         tap, name = tap_name(domain, index), tunnels.tunnel_name(domain, index)
@@ -135,7 +130,16 @@ def prepare_arrival(
             continue
         set_port(exits.tap_index, floods=False, learns=False)
         offer_filler(tap, parse_mac(nic.mac))
-        arrivals.append(Arrival(nic, tap, parse_mac(nic.mac), exits, announcements(nic), name))
+        arrivals.append(
+            BridgeArrival(
+                nic=nic,
+                tap=tap,
+                tap_index=exits.tap_index,
+                tunnel=name,
+                frames=announcements(nic),
+                exits=exits,
+            )
+        )
         try:
             tunnels.open_end(name, tunnel, index, nic)
         except FabricError as error:
@@ -157,42 +161,11 @@ def offer_filler(tap: str, mac: bytes) -> None:
             sender.sendto(frame, (tap, 0))
 
 
-def with_addresses(
-    arrivals: Sequence[Arrival], learnt: Sequence[Sequence[str]]
-) -> tuple[Arrival, ...]:
-    """The same NICs, announced also under what was learnt of each. Pure."""
-    found: list[Arrival] = []
-    for index, arrival in enumerate(arrivals):
-        more = tuple(learnt[index]) if index < len(learnt) else ()
-        texts = tuple(dict.fromkeys((*arrival.nic.addresses, *more)))
-        nic = msgspec.structs.replace(arrival.nic, addresses=texts)
-        found.append(replace(arrival, frames=announcements(nic), learnt=more))
-    return tuple(found)
-
-
-def open_arrival(arrivals: Sequence[Arrival], *, pins: bool = True) -> None:
+def open_arrival(arrivals: Sequence[BridgeArrival], *, pins: bool = True) -> None:
     """`pins`: as in `divert`."""
     for arrival in arrivals:
-        (pin if pins else learn)(arrival.exits.tap_index, arrival.mac)
-        set_port(arrival.exits.tap_index, floods=True, learns=True)
-
-
-def close_tunnels(ends: Sequence[Departure | Arrival]) -> tuple[int, int]:
-    """Remove them; frames that came out of them, and that went in."""
-    if not ends:
-        return 0, 0
-    counted = tunnels.frames([end.tunnel for end in ends])
-    for end in ends:
-        try:
-            tunnels.close_end(end.tunnel)
-        except FabricError as error:
-            _log.warning("%s", error)
-    return counted
-
-
-def discard(ends: Sequence[Departure | Arrival]) -> None:
-    """Remove the tunnels of a move that a newer one of the domain replaces, or nobody waits for."""
-    close_tunnels(ends)
+        (pin if pins else learn)(arrival.tap_index, parse_mac(arrival.nic.mac))
+        set_port(arrival.tap_index, floods=True, learns=True)
 
 
 def probe_from_bridge(nic: NicSpec, timeout_s: float) -> ProbeReport:

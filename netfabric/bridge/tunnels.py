@@ -18,7 +18,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import ipaddress
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -26,8 +27,11 @@ from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
 from migrator.ports import Tunnel
 from netfabric.bridge.links import Link, Netlink, netlink
-from netfabric.bridge.taps import TUNNEL_NAME, tap_name
+from netfabric.moves import Arrival, Departure
 from netfabric.rtnetlink import set_port
+from netfabric.taps import TUNNEL_NAME, tap_name
+
+_log = logging.getLogger(__name__)
 
 _IPV6_SETTINGS: Final = Path("/proc/sys/net/ipv6/conf")
 """Of the calling thread's network namespace, other than /sys."""
@@ -92,6 +96,21 @@ def close_end(name: str) -> None:
         link = kernel.find(name)
         if link is not None:
             kernel.delete(link)
+
+
+def close_ends(
+    ends: Sequence[Departure | Arrival], close: Callable[[str], None] = close_end
+) -> tuple[int, int]:
+    """Remove all of them by `close`; frames that came out of them, and that went in."""
+    if not ends:
+        return 0, 0
+    counted = frames([end.tunnel for end in ends])
+    for end in ends:
+        try:
+            close(end.tunnel)
+        except FabricError as error:
+            _log.warning("%s", error)
+    return counted
 
 
 def remove_leftovers() -> None:

@@ -18,51 +18,46 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import time
 from collections.abc import Sequence
 from typing import ClassVar
 
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
-from migrator.ports import FabricDriver, FirstFrames, ProbeReport, Tunnel, WidthReport
+from migrator.ports import ProbeReport, Tunnel, WidthReport
 from netfabric import wide_frames
-from netfabric.addresses import AddressWatcher
-from netfabric.announcer import GAPS_S, Announcer
+from netfabric.announcer import GAPS_S
 from netfabric.bridge import announcing
-from netfabric.bridge.links import netlink
+from netfabric.bridge.links import index_of, netlink
 from netfabric.bridge.plugging import sweep_rules
-from netfabric.bridge.taps import tap_name
 from netfabric.exits import Exit
-from netfabric.first_frames import FirstFrameWatches
-from netfabric.frames import announcements, parse_mac
+from netfabric.frames import announcements
 from netfabric.host_routes import set_up
+from netfabric.kernel_fabric import KernelFabric
 from netfabric.macvtap import moving, network
 from netfabric.macvtap.closings import Closings
+from netfabric.macvtap.moving import MacvtapArrival, MacvtapDeparture
 from netfabric.macvtap.network import MacvtapNetwork
+from netfabric.moves import Arrival, Departure
 from netfabric.probing import probe, probing_mac
+from netfabric.taps import tap_name
 from netfabric.threads import in_thread
 
 log = logging.getLogger(__name__)
 
 
-class MacvtapFabric(FabricDriver):
+class MacvtapFabric(KernelFabric[MacvtapDeparture, MacvtapArrival]):
     """See the module."""
 
     name: ClassVar[str] = "macvtap"
 
     def __init__(self, network: MacvtapNetwork, *, gaps_s: Sequence[float] = GAPS_S) -> None:
         """`gaps_s`: between the rounds of an announcement, seconds."""
+        super().__init__(gaps_s, outgoing_to_guest=False)
         self.network = network
         self._exit = Exit(network.uplink, addressed=True)
-        self._announcer = Announcer(gaps_s)
-        self._addresses = AddressWatcher(outgoing_to_guest=False)
         self._closings = Closings(self._on_closed)
         self._removals: set[asyncio.Task[None]] = set()
-        self._socket: socket.socket | None = None
-        self._first = FirstFrameWatches(outgoing_to_guest=False)
-        self._departures: dict[DomainName, tuple[moving.Departure, ...]] = {}
-        self._arrivals: dict[DomainName, tuple[moving.Arrival, ...]] = {}
 
     async def open(self) -> None:
         """Also removes the macvtaps of hypervisors that died without an agent."""
@@ -82,18 +77,9 @@ class MacvtapFabric(FabricDriver):
         await self._watch(tap, nic)
         return fd
 
-    async def unplug(self, domain: DomainName, index: int) -> None:
-        tap = tap_name(domain, index)
-        await self._announcer.silence(domain)
-        await self._addresses.forget(tap)
-        await self._first.discard(domain)
-        arrivals = self._arrivals.pop(domain, ())
-        await in_thread(lambda: network.unplug(tap))
-        await in_thread(lambda: moving.close_ends(arrivals))
-
     async def announce(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
         """One round by the uplink; the macvtaps are up when it returns."""
-        await self._announcer.silence(domain)
+        await self._silence(domain)
         if not nics:
             return
         sender = self._packet_socket()
@@ -115,72 +101,14 @@ class MacvtapFabric(FabricDriver):
             raise FabricError("; ".join(failures))
 
     async def close(self) -> None:
-        """End the announcements. The macvtaps stay: their hypervisors hold them."""
-        await self._announcer.close()
-        await self._addresses.close()
-        await self._first.close()
+        """The macvtaps stay: their hypervisors hold them."""
+        await super().close()
         self._closings.close()
         moving.give_up_claims([each for every in self._departures.values() for each in every])
         if self._removals:
             await asyncio.wait(self._removals)
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
 
     # --- a domain that moves ---
-
-    async def prepare_departure(
-        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
-    ) -> None:
-        earlier = self._arrivals.pop(domain, ())
-        await in_thread(lambda: moving.close_ends(earlier))
-        departures, failures = await in_thread(
-            lambda: moving.prepare_departure(self.network, domain, nics, tunnel),
-            lambda made: _discard(made[0]),
-        )
-        self._departures[domain] = departures
-        if failures:
-            raise FabricError("; ".join(failures))
-
-    async def divert(self, domain: DomainName) -> None:
-        departures = self._departures.get(domain, ())
-        await in_thread(lambda: moving.divert(self.network, departures))
-
-    async def shut(self, domain: DomainName) -> None:
-        departures = self._departures.get(domain, ())
-        await in_thread(lambda: moving.shut(departures))
-
-    async def reopen(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
-        departures = self._departures.pop(domain, ())
-        await in_thread(lambda: moving.reopen(domain, nics))
-        await in_thread(lambda: moving.close_ends(departures))
-
-    async def end_departure(self, domain: DomainName) -> int:
-        departures = self._departures.pop(domain, ())
-        return (await in_thread(lambda: moving.close_ends(departures)))[1]
-
-    async def prepare_arrival(
-        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
-    ) -> None:
-        earlier = self._departures.pop(domain, ())
-        await in_thread(lambda: moving.close_ends(earlier))
-        arrivals, failures = await in_thread(
-            lambda: moving.prepare_arrival(self.network, domain, nics, tunnel),
-            lambda made: _discard(made[0]),
-        )
-        self._arrivals[domain] = arrivals
-        self._packet_socket()
-        if failures:
-            raise FabricError("; ".join(failures))
-
-    async def open_arrival(self, domain: DomainName, learnt: Sequence[Sequence[str]] = ()) -> None:
-        arrivals = moving.with_addresses(self._arrivals.get(domain, ()), learnt)
-        if arrivals:
-            self._arrivals[domain] = arrivals
-        for arrival in arrivals:
-            self._addresses.add(arrival.tap, arrival.learnt)
-        await in_thread(lambda: moving.open_arrival(arrivals))
-        await self._first.open(domain, [arrival.tap for arrival in arrivals])
 
     def announce_now(self, domain: DomainName) -> float | None:
         at_s: float | None = None
@@ -189,17 +117,6 @@ class MacvtapFabric(FabricDriver):
                 if announcing.send(self._socket, [self._exit], arrival.frames):
                     at_s = at_s or time.time()
         return at_s
-
-    async def end_arrival(self, domain: DomainName) -> int:
-        arrivals = self._arrivals.pop(domain, ())
-        await self._first.discard(domain)
-        return (await in_thread(lambda: moving.close_ends(arrivals)))[0]
-
-    async def first_frames(
-        self, domain: DomainName, since_s: float, timeout_s: float
-    ) -> FirstFrames:
-        taps = [arrival.tap for arrival in self._arrivals.get(domain, ())]
-        return await self._first.wait(domain, taps, since_s, timeout_s)
 
     async def probe(self, nic: NicSpec, timeout_s: float) -> ProbeReport:
         if nic.bridge != self.network.name:
@@ -221,30 +138,47 @@ class MacvtapFabric(FabricDriver):
             lambda: wide_frames.hear([self._exit], token, nic.mtu_bytes, timeout_s)
         )
 
-    # --- addresses ---
+    # --- what the kernel is told ---
 
-    async def watch(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
-        for index, nic in enumerate(nics):
-            await self._watch(tap_name(domain, index), nic)
+    def _leave(
+        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
+    ) -> tuple[tuple[MacvtapDeparture, ...], list[str]]:
+        return moving.prepare_departure(self.network, domain, nics, tunnel)
 
-    def learnt(self, domain: DomainName, nics: Sequence[NicSpec]) -> Sequence[tuple[str, ...]]:
-        return [self._addresses.learnt(tap_name(domain, index)) for index, _ in enumerate(nics)]
+    def _divert(self, departures: Sequence[MacvtapDeparture]) -> None:
+        moving.divert(self.network, departures)
 
-    def addresses_here(self) -> frozenset[str]:
-        return self._addresses.known()
+    def _shut(self, departures: Sequence[MacvtapDeparture]) -> None:
+        moving.shut(departures)
+
+    def _reopen(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
+        moving.reopen(domain, nics)
+
+    def _come(
+        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
+    ) -> tuple[tuple[MacvtapArrival, ...], list[str]]:
+        return moving.prepare_arrival(self.network, domain, nics, tunnel)
+
+    def _open(self, arrivals: Sequence[MacvtapArrival]) -> None:
+        moving.open_arrival(arrivals)
+
+    def _close(self, ends: Sequence[Departure | Arrival]) -> tuple[int, int]:
+        return moving.close_ends(ends)
+
+    def _remove(self, tap: str) -> None:
+        network.unplug(tap)
 
     # --- inside ---
 
     async def _watch(self, tap: str, nic: NicSpec) -> None:
-        """Nothing that runs depends on it: a watch that fails is logged."""
+        await super()._watch(tap, nic)
         try:
-            self._addresses.watch(tap, parse_mac(nic.mac), nic.addresses)
             found = await in_thread(lambda: network.node_of(tap))
             if found is not None:
                 index, node = found
                 self._closings.watch((tap, index), node)
         except FabricError as error:
-            log.warning("NIC %s isn't watched: %s", nic.mac, error)
+            log.warning("the end of macvtap %s isn't watched: %s", tap, error)
 
     def _on_closed(self, closed: tuple[str, int]) -> None:
         tap, index = closed
@@ -263,16 +197,6 @@ class MacvtapFabric(FabricDriver):
         with netlink(f"can't look at {self.network.uplink}") as kernel:
             return probing_mac(network.uplink_of(kernel, self.network).mac)
 
-    def _packet_socket(self) -> socket.socket:
-        """Protocol 0: it receives nothing."""
-        if self._socket is None:
-            try:
-                self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-            except OSError as error:
-                raise FabricError(f"can't open a packet socket: {error.strerror}") from error
-            self._socket.setblocking(False)
-        return self._socket
-
 
 def _sweep() -> None:
     network.sweep()
@@ -283,12 +207,8 @@ def _raise(domain: DomainName, nics: Sequence[NicSpec]) -> list[NicSpec]:
     """The NICs that have a macvtap here; it is up."""
     found: list[NicSpec] = []
     for index, nic in enumerate(nics):
-        tap_index = moving.tap_index_of(domain, index)
+        tap_index = index_of(tap_name(domain, index))
         if tap_index is not None:
             set_up(tap_index, up=True)
             found.append(nic)
     return found
-
-
-def _discard(ends: Sequence[moving.Departure | moving.Arrival]) -> None:
-    moving.close_ends(ends)

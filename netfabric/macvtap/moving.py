@@ -24,20 +24,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import msgspec
-
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
 from migrator.ports import Tunnel
 from netfabric import filters
 from netfabric.bridge import tunnels
-from netfabric.bridge.links import netlink
+from netfabric.bridge.links import index_of, netlink
 from netfabric.bridge.moving import ARRIVAL_QUEUE_FRAMES, offer_filler
-from netfabric.bridge.taps import TUNNEL_NAME, tap_name
 from netfabric.bridge.tunnels import tunnel_name
 from netfabric.frames import announcements, parse_mac
 from netfabric.host_routes import set_up
 from netfabric.macvtap.network import FORWARDER_NAME, MacvtapNetwork, be_mute, uplink_of
+from netfabric.moves import Arrival, Departure
+from netfabric.taps import TUNNEL_NAME, tap_name
 
 _SOL_PACKET: Final = 263
 _PACKET_ADD_MEMBERSHIP: Final = 1
@@ -48,47 +47,29 @@ _TABLE: Final = re.compile(r"table netdev ferry_(fx[0-9a-f]{10}n[0-9]{1,2})\b")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Departure:
-    """One NIC that is to leave. `claim` None: nothing can be forwarded."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MacvtapDeparture(Departure):
+    """`claim` None: nothing can be forwarded."""
 
-    nic: NicSpec
-    tap_index: int
-    tunnel: str
     claim: socket.socket | None
     """As long as it is open the uplink takes frames for the guest's MAC."""
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """One NIC that is to come, and its announcement's frames."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MacvtapArrival(Arrival):
+    """`forwarder` None: nothing can be forwarded to it."""
 
-    nic: NicSpec
-    tap: str
-    tap_index: int
-    tunnel: str
     forwarder: str | None
-    """None: nothing can be forwarded to it."""
-    frames: tuple[bytes, ...]
-    learnt: tuple[str, ...] = ()
-
-
-def tap_index_of(domain: DomainName, index: int) -> int | None:
-    """The interface index of a NIC's macvtap; None: it has none here."""
-    tap = tap_name(domain, index)
-    with netlink(f"can't look at macvtap {tap}") as kernel:
-        link = kernel.find(tap)
-    return None if link is None else link.index
 
 
 def prepare_departure(
     network: MacvtapNetwork, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
-) -> tuple[tuple[Departure, ...], list[str]]:
+) -> tuple[tuple[MacvtapDeparture, ...], list[str]]:
     """The NICs, and why some can't be forwarded for."""
-    departures: list[Departure] = []
+    departures: list[MacvtapDeparture] = []
     failures: list[str] = []
     for index, nic in enumerate(nics):
-        tap_index = tap_index_of(domain, index)
+        tap_index = index_of(tap_name(domain, index))
         if tap_index is None:
             failures.append(f"NIC {nic.mac} has no macvtap here")
             continue
@@ -98,18 +79,18 @@ def prepare_departure(
             claim = _claim(network, nic)
         except FabricError as error:
             failures.append(str(error))
-        departures.append(Departure(nic, tap_index, name, claim))
+        departures.append(MacvtapDeparture(nic=nic, tap_index=tap_index, tunnel=name, claim=claim))
     return tuple(departures), failures
 
 
-def divert(network: MacvtapNetwork, departures: Sequence[Departure]) -> None:
+def divert(network: MacvtapNetwork, departures: Sequence[MacvtapDeparture]) -> None:
     for each in departures:
         if each.claim is not None:
             rule = f"ether daddr {each.nic.mac} fwd to {each.tunnel}"
             filters.run(_table(each.tunnel, network.uplink, rule), f"can't divert to {each.tunnel}")
 
 
-def shut(departures: Sequence[Departure]) -> None:
+def shut(departures: Sequence[MacvtapDeparture]) -> None:
     for departure in departures:
         set_up(departure.tap_index, up=False)
 
@@ -117,7 +98,7 @@ def shut(departures: Sequence[Departure]) -> None:
 def reopen(domain: DomainName, nics: Sequence[NicSpec]) -> None:
     """By names alone, so that a restarted agent can do it."""
     for index, _ in enumerate(nics):
-        tap_index = tap_index_of(domain, index)
+        tap_index = index_of(tap_name(domain, index))
         if tap_index is not None:
             set_up(tap_index, up=True)
         _close(tunnel_name(domain, index))
@@ -125,13 +106,13 @@ def reopen(domain: DomainName, nics: Sequence[NicSpec]) -> None:
 
 def prepare_arrival(
     network: MacvtapNetwork, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
-) -> tuple[tuple[Arrival, ...], list[str]]:
+) -> tuple[tuple[MacvtapArrival, ...], list[str]]:
     """The NICs, and why some can't be forwarded to."""
-    arrivals: list[Arrival] = []
+    arrivals: list[MacvtapArrival] = []
     failures: list[str] = []
     for index, nic in enumerate(nics):
         tap, name = tap_name(domain, index), tunnel_name(domain, index)
-        tap_index = tap_index_of(domain, index)
+        tap_index = index_of(tap_name(domain, index))
         if tap_index is None:
             failures.append(f"NIC {nic.mac} has no macvtap here")
             continue
@@ -144,25 +125,20 @@ def prepare_arrival(
             forwarder = _make_forwarder(network, name)
         except FabricError as error:
             failures.append(str(error))
-        arrivals.append(Arrival(nic, tap, tap_index, name, forwarder, announcements(nic)))
+        arrivals.append(
+            MacvtapArrival(
+                nic=nic,
+                tap=tap,
+                tap_index=tap_index,
+                tunnel=name,
+                frames=announcements(nic),
+                forwarder=forwarder,
+            )
+        )
     return tuple(arrivals), failures
 
 
-def with_addresses(
-    arrivals: Sequence[Arrival], learnt: Sequence[Sequence[str]]
-) -> tuple[Arrival, ...]:
-    """The same NICs, announced also under what was learnt of each. Pure."""
-    found: list[Arrival] = []
-    for index, arrival in enumerate(arrivals):
-        more = tuple(learnt[index]) if index < len(learnt) else ()
-        texts = tuple(dict.fromkeys((*arrival.nic.addresses, *more)))
-        nic = msgspec.structs.replace(arrival.nic, addresses=texts)
-        fields = (arrival.nic, arrival.tap, arrival.tap_index, arrival.tunnel, arrival.forwarder)
-        found.append(Arrival(*fields, announcements(nic), more))
-    return tuple(found)
-
-
-def open_arrival(arrivals: Sequence[Arrival]) -> None:
+def open_arrival(arrivals: Sequence[MacvtapArrival]) -> None:
     """Before the macvtap is up the forwarder would send into the network."""
     for each in arrivals:
         set_up(each.tap_index, up=True)
@@ -174,19 +150,12 @@ def open_arrival(arrivals: Sequence[Arrival]) -> None:
 
 def close_ends(ends: Sequence[Departure | Arrival]) -> tuple[int, int]:
     """Remove the tunnels; frames that came out of them, and that went in."""
-    if not ends:
-        return 0, 0
-    counted = tunnels.frames([end.tunnel for end in ends])
-    give_up_claims([end for end in ends if isinstance(end, Departure)])
-    for end in ends:
-        try:
-            _close(end.tunnel)
-        except FabricError as error:
-            log.warning("%s", error)
+    counted = tunnels.close_ends(ends, _close)
+    give_up_claims([end for end in ends if isinstance(end, MacvtapDeparture)])
     return counted
 
 
-def give_up_claims(departures: Sequence[Departure]) -> None:
+def give_up_claims(departures: Sequence[MacvtapDeparture]) -> None:
     """As the end of this process would. Idempotent."""
     for departure in departures:
         if departure.claim is not None:

@@ -26,10 +26,10 @@ from migrator.errors import FabricError
 from migrator.model import NicSpec
 from netfabric import filters
 from netfabric.bridge.links import Link, Netlink, netlink
-from netfabric.bridge.taps import TAP_NAME
 from netfabric.checks import nic_reasons
 from netfabric.filters import Side
 from netfabric.host_routes import take_all_multicast
+from netfabric.taps import TAP_NAME
 
 NODES: Final = Path("/dev")
 """Where the devices' nodes are made: what else lies in memory forbids devices."""

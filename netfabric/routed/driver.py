@@ -26,23 +26,17 @@ from typing import ClassVar, Final
 
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
-from migrator.ports import (
-    FabricDriver,
-    FirstFrames,
-    ProbeReport,
-    RouteDriver,
-    Tunnel,
-    WidthReport,
-)
-from netfabric.addresses import AddressWatcher
-from netfabric.announcer import GAPS_S, Announcer
+from migrator.ports import ProbeReport, RouteDriver, Tunnel, WidthReport
+from netfabric.announcer import GAPS_S
 from netfabric.bridge import tunnels
+from netfabric.bridge.links import index_of
 from netfabric.bridge.plugging import sweep, unplug
-from netfabric.bridge.taps import tap_name
-from netfabric.first_frames import FirstFrameWatches
-from netfabric.frames import parse_mac
+from netfabric.kernel_fabric import KernelFabric
+from netfabric.moves import Arrival, Departure
 from netfabric.routed import moving, plugging, probing
+from netfabric.routed.moving import RoutedDeparture
 from netfabric.routed.network import RoutedNetwork, prepare_node, reasons
+from netfabric.taps import tap_name
 from netfabric.threads import in_thread
 
 FIRST_ROUND_S: Final = 0.5
@@ -54,7 +48,7 @@ _LOOK_S: Final = 0.25
 log = logging.getLogger(__name__)
 
 
-class RoutedFabric(FabricDriver):
+class RoutedFabric(KernelFabric[RoutedDeparture, Arrival]):
     """See the module. Errors: FabricError."""
 
     name: ClassVar[str] = "routed"
@@ -63,14 +57,10 @@ class RoutedFabric(FabricDriver):
         self, network: RoutedNetwork, routes: RouteDriver, *, gaps_s: Sequence[float] = GAPS_S
     ) -> None:
         """`gaps_s`: between the rounds of an announcement, seconds."""
+        super().__init__(gaps_s)
         self.network = network
         self.routes = routes
-        self._announcer = Announcer(gaps_s)
-        self._addresses = AddressWatcher()
         self._plugged: dict[DomainName, dict[int, NicSpec]] = {}
-        self._first = FirstFrameWatches()
-        self._departures: dict[DomainName, tuple[moving.Departure, ...]] = {}
-        self._arrivals: dict[DomainName, tuple[moving.Arrival, ...]] = {}
 
     async def open(self) -> None:
         """Also lets this node forward, and starts the route driver."""
@@ -87,21 +77,15 @@ class RoutedFabric(FabricDriver):
         tap = tap_name(domain, index)
         fd = await in_thread(lambda: plugging.plug(self.network, tap, nic), plugging.close)
         self._plugged.setdefault(domain, {})[index] = nic
-        self._watch(tap, nic)
+        await self._watch(tap, nic)
         return fd
 
     async def unplug(self, domain: DomainName, index: int) -> None:
         """Also withdraws the NIC's addresses, unless the guest has moved."""
-        tap = tap_name(domain, index)
-        await self._announcer.silence(domain)
-        await self._addresses.forget(tap)
-        await self._first.discard(domain)
         nic = self._plugged.get(domain, {}).pop(index, None)
         if not self._plugged.get(domain):
             self._plugged.pop(domain, None)
-        arrivals = self._arrivals.pop(domain, ())
-        await in_thread(lambda: unplug(tap))
-        await in_thread(lambda: moving.close_tunnels(arrivals))
+        await super().unplug(domain, index)
         if nic is not None and domain not in self._departures:
             await self.routes.withdraw(nic.addresses)
 
@@ -111,7 +95,7 @@ class RoutedFabric(FabricDriver):
         Said again with growing gaps. FabricError: a NIC has no tap here, or a router doesn't
         answer. The other NICs are announced nevertheless, and all of it is repeated.
         """
-        await self._announcer.silence(domain)
+        await self._silence(domain)
         if not nics:
             return
         nics = self._defined(domain, nics)
@@ -136,37 +120,10 @@ class RoutedFabric(FabricDriver):
 
     async def close(self) -> None:
         """Taps and routes stay: the guests go on."""
-        await self._announcer.close()
-        await self._addresses.close()
-        await self._first.close()
+        await super().close()
         await self.routes.close()
 
     # --- a domain that moves ---
-
-    async def prepare_departure(
-        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
-    ) -> None:
-        earlier = self._arrivals.pop(domain, ())
-        await in_thread(lambda: moving.close_tunnels(earlier))
-        departures, failures = await in_thread(
-            lambda: moving.prepare_departure(domain, nics, tunnel),
-            lambda made: _discard(made[0]),
-        )
-        self._departures[domain] = departures
-        if failures:
-            raise FabricError("; ".join(failures))
-
-    async def divert(self, domain: DomainName) -> None:
-        departures = self._departures.get(domain, ())
-        await in_thread(lambda: moving.divert(self.network, departures))
-
-    async def shut(self, domain: DomainName) -> None:
-        departures = self._departures.get(domain, ())
-        await in_thread(lambda: moving.shut(departures))
-
-    async def reopen(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
-        self._departures.pop(domain, None)
-        await in_thread(lambda: moving.reopen(self.network, domain, nics))
 
     async def end_departure(self, domain: DomainName) -> int:
         """Forwards on for up to HOLD_S, until a newer route is seen from here."""
@@ -181,47 +138,12 @@ class RoutedFabric(FabricDriver):
             log.warning("domain %s: no route elsewhere was seen for %s", domain, addresses)
         del self._departures[domain]
         await self.routes.withdraw(addresses)
-        return (await in_thread(lambda: moving.close_tunnels(departures)))[1]
-
-    async def prepare_arrival(
-        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
-    ) -> None:
-        earlier = self._departures.pop(domain, ())
-        await in_thread(lambda: moving.close_tunnels(earlier))
-        arrivals, failures = await in_thread(
-            lambda: moving.prepare_arrival(domain, nics, tunnel),
-            lambda made: _discard(made[0]),
-        )
-        self._arrivals[domain] = arrivals
-        try:
-            await self.routes.prepare([text for nic in nics for text in nic.addresses])
-        except FabricError as error:
-            failures.append(f"the routers aren't prepared: {error}")
-        if failures:
-            raise FabricError("; ".join(failures))
-
-    async def open_arrival(self, domain: DomainName, learnt: Sequence[Sequence[str]] = ()) -> None:
-        arrivals = self._arrivals.get(domain, ())
-        for arrival, texts in zip(arrivals, learnt, strict=False):
-            self._addresses.add(arrival.tap, texts)
-        await in_thread(lambda: moving.open_arrival(self.network, arrivals))
-        await self._first.open(domain, [arrival.tap for arrival in arrivals])
+        return (await in_thread(lambda: self._close(departures)))[1]
 
     def announce_now(self, domain: DomainName) -> float | None:
         arrivals = self._arrivals.get(domain, ())
         addresses = [text for arrival in arrivals for text in arrival.nic.addresses]
         return self.routes.lead_here_now(addresses) if addresses else None
-
-    async def end_arrival(self, domain: DomainName) -> int:
-        arrivals = self._arrivals.pop(domain, ())
-        await self._first.discard(domain)
-        return (await in_thread(lambda: moving.close_tunnels(arrivals)))[0]
-
-    async def first_frames(
-        self, domain: DomainName, since_s: float, timeout_s: float
-    ) -> FirstFrames:
-        taps = [arrival.tap for arrival in self._arrivals.get(domain, ())]
-        return await self._first.wait(domain, taps, since_s, timeout_s)
 
     async def probe(self, nic: NicSpec, timeout_s: float) -> ProbeReport:
         return await in_thread(lambda: probing.probe(self.network, nic, timeout_s))
@@ -238,19 +160,48 @@ class RoutedFabric(FabricDriver):
         """By ICMP echo, unfragmented, in each IP version that the NIC has."""
         return await in_thread(lambda: probing.width(self.network, nic, hops, timeout_s))
 
-    # --- addresses ---
-
     async def watch(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
         self._plugged[domain] = dict(enumerate(nics))
-        for index, nic in enumerate(nics):
-            self._watch(tap_name(domain, index), nic)
+        await super().watch(domain, nics)
+        for nic in nics:
             self.routes.hold(nic.addresses)
 
-    def learnt(self, domain: DomainName, nics: Sequence[NicSpec]) -> Sequence[tuple[str, ...]]:
-        return [self._addresses.learnt(tap_name(domain, index)) for index, _ in enumerate(nics)]
+    # --- what the kernel is told ---
 
-    def addresses_here(self) -> frozenset[str]:
-        return self._addresses.known()
+    def _leave(
+        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
+    ) -> tuple[tuple[RoutedDeparture, ...], list[str]]:
+        return moving.prepare_departure(domain, nics, tunnel)
+
+    def _divert(self, departures: Sequence[RoutedDeparture]) -> None:
+        moving.divert(self.network, departures)
+
+    def _shut(self, departures: Sequence[RoutedDeparture]) -> None:
+        moving.shut(departures)
+
+    def _reopen(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
+        moving.reopen(self.network, domain, nics)
+
+    def _come(
+        self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
+    ) -> tuple[tuple[Arrival, ...], list[str]]:
+        return moving.prepare_arrival(domain, nics, tunnel)
+
+    async def _be_ready(self, nics: Sequence[NicSpec]) -> None:
+        try:
+            await self.routes.prepare([text for nic in nics for text in nic.addresses])
+        except FabricError as error:
+            raise FabricError(f"the routers aren't prepared: {error}") from error
+
+    def _open(self, arrivals: Sequence[Arrival]) -> None:
+        moving.open_arrival(self.network, arrivals)
+
+    def _close(self, ends: Sequence[Departure | Arrival]) -> tuple[int, int]:
+        """And the routes into them."""
+        return tunnels.close_ends(ends)
+
+    def _remove(self, tap: str) -> None:
+        unplug(tap)
 
     # --- inside ---
 
@@ -259,17 +210,10 @@ class RoutedFabric(FabricDriver):
         known = self._plugged.get(domain, {})
         return [known.get(index, nic) for index, nic in enumerate(nics)]
 
-    def _watch(self, tap: str, nic: NicSpec) -> None:
-        """Nothing depends on it: a watch that fails is logged."""
-        try:
-            self._addresses.watch(tap, parse_mac(nic.mac), nic.addresses)
-        except FabricError as error:
-            log.warning("addresses of NIC %s aren't learnt: %s", nic.mac, error)
-
     async def _seen_elsewhere(
         self,
         domain: DomainName,
-        departures: Sequence[moving.Departure],
+        departures: Sequence[RoutedDeparture],
         addresses: Sequence[str],
     ) -> bool:
         """False: not within HOLD_S, or this departure is over."""
@@ -289,14 +233,10 @@ def _lead(
     led: list[NicSpec] = []
     missing: list[NicSpec] = []
     for index, nic in enumerate(nics):
-        tap_index = moving.tap_index_of(domain, index)
+        tap_index = index_of(tap_name(domain, index))
         if tap_index is None:
             missing.append(nic)
             continue
         plugging.lead(network, tap_index, nic)
         led.append(nic)
     return led, missing
-
-
-def _discard(ends: Sequence[moving.Departure | moving.Arrival]) -> None:
-    moving.close_tunnels(ends)

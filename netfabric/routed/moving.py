@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -25,49 +24,35 @@ from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
 from migrator.ports import Tunnel
 from netfabric.bridge import tunnels
-from netfabric.bridge.links import netlink
+from netfabric.bridge.links import index_of, netlink
 from netfabric.bridge.moving import ARRIVAL_QUEUE_FRAMES, offer_filler
-from netfabric.bridge.taps import tap_name
 from netfabric.bridge.tunnels import tunnel_name
 from netfabric.frames import parse_mac
 from netfabric.host_routes import Hop, Metric, set_neighbour, set_route, set_up
+from netfabric.moves import Arrival, Departure
 from netfabric.routed import plugging
 from netfabric.routed.network import RoutedNetwork, addresses_of, be_router4, set_value
+from netfabric.taps import tap_name
 
 _AWAY: Final = "away"
 _HERE: Final = "here"
 
-log = logging.getLogger(__name__)
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutedDeparture(Departure):
+    """`tunnel_index` None: nothing can be forwarded."""
 
-@dataclass(frozen=True, slots=True)
-class Departure:
-    """One NIC that is to leave. `tunnel_index` None: nothing can be forwarded."""
-
-    nic: NicSpec
-    tap_index: int
-    tunnel: str
     tunnel_index: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """One NIC that is to come."""
-
-    nic: NicSpec
-    tap: str
-    tap_index: int
-    tunnel: str
 
 
 def prepare_departure(
     domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
-) -> tuple[tuple[Departure, ...], list[str]]:
+) -> tuple[tuple[RoutedDeparture, ...], list[str]]:
     """The NICs, and why some can't be forwarded for."""
-    departures: list[Departure] = []
+    departures: list[RoutedDeparture] = []
     failures: list[str] = []
     for index, nic in enumerate(nics):
-        tap_index = tap_index_of(domain, index)
+        tap_index = index_of(tap_name(domain, index))
         if tap_index is None:
             failures.append(f"NIC {nic.mac} has no tap here")
             continue
@@ -79,11 +64,13 @@ def prepare_departure(
                 set_neighbour(address, end, _mac(name, _HERE))
         except FabricError as error:
             failures.append(str(error))
-        departures.append(Departure(nic, tap_index, name, end))
+        departures.append(
+            RoutedDeparture(nic=nic, tap_index=tap_index, tunnel=name, tunnel_index=end)
+        )
     return tuple(departures), failures
 
 
-def divert(network: RoutedNetwork, departures: Sequence[Departure]) -> None:
+def divert(network: RoutedNetwork, departures: Sequence[RoutedDeparture]) -> None:
     for departure in departures:
         if departure.tunnel_index is not None:
             for address in addresses_of(departure.nic):
@@ -91,7 +78,7 @@ def divert(network: RoutedNetwork, departures: Sequence[Departure]) -> None:
                 set_route(address, hop, Metric.HERE)
 
 
-def shut(departures: Sequence[Departure]) -> None:
+def shut(departures: Sequence[RoutedDeparture]) -> None:
     for departure in departures:
         set_up(departure.tap_index, up=False)
 
@@ -99,7 +86,7 @@ def shut(departures: Sequence[Departure]) -> None:
 def reopen(network: RoutedNetwork, domain: DomainName, nics: Sequence[NicSpec]) -> None:
     """By names alone, so that a restarted agent can do it."""
     for index, nic in enumerate(nics):
-        tap_index = tap_index_of(domain, index)
+        tap_index = index_of(tap_name(domain, index))
         if tap_index is not None:
             plugging.place(network, tap_index, nic, Metric.WAITING)
             plugging.lead(network, tap_index, nic)
@@ -114,7 +101,7 @@ def prepare_arrival(
     failures: list[str] = []
     for index, nic in enumerate(nics):
         tap, name = tap_name(domain, index), tunnel_name(domain, index)
-        tap_index = tap_index_of(domain, index)
+        tap_index = index_of(tap_name(domain, index))
         if tap_index is None:
             failures.append(f"NIC {nic.mac} has no tap here")
             continue
@@ -122,7 +109,7 @@ def prepare_arrival(
             kernel.set_queue(tap_index, ARRIVAL_QUEUE_FRAMES)
         plugging.keep_silent(nic)
         offer_filler(tap, parse_mac(nic.mac))
-        arrivals.append(Arrival(nic, tap, tap_index, name))
+        arrivals.append(Arrival(nic=nic, tap=tap, tap_index=tap_index, tunnel=name))
         try:
             _open_end(name, tunnel, index, nic, _HERE)
         except FabricError as error:
@@ -133,27 +120,6 @@ def prepare_arrival(
 def open_arrival(network: RoutedNetwork, arrivals: Sequence[Arrival]) -> None:
     for arrival in arrivals:
         plugging.lead(network, arrival.tap_index, arrival.nic)
-
-
-def tap_index_of(domain: DomainName, index: int) -> int | None:
-    """The interface index of a NIC's tap; None: it has none here."""
-    tap = tap_name(domain, index)
-    with netlink(f"can't look at tap {tap}") as kernel:
-        link = kernel.find(tap)
-    return None if link is None else link.index
-
-
-def close_tunnels(ends: Sequence[Departure | Arrival]) -> tuple[int, int]:
-    """Remove them, and the routes into them; frames that came out of them, and that went in."""
-    if not ends:
-        return 0, 0
-    counted = tunnels.frames([end.tunnel for end in ends])
-    for end in ends:
-        try:
-            tunnels.close_end(end.tunnel)
-        except FabricError as error:
-            log.warning("%s", error)
-    return counted
 
 
 def _open_end(name: str, tunnel: Tunnel, index: int, nic: NicSpec, role: str) -> int:

@@ -21,7 +21,6 @@ from migrator.errors import FabricError
 from migrator.model import NicSpec
 from netfabric import filters
 from netfabric.bridge.links import Link, Netlink, netlink
-from netfabric.bridge.taps import host_side_mac, open_tap
 from netfabric.frames import parse_mac
 from netfabric.host_routes import (
     Hop,
@@ -40,6 +39,7 @@ from netfabric.routed.network import (
     reasons,
     set_value,
 )
+from netfabric.taps import host_side_mac, open_tap
 
 
 def plug(network: RoutedNetwork, tap: str, nic: NicSpec) -> int:

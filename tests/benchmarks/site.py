@@ -25,7 +25,7 @@ from deploy.lab.namespaces import netlink_socket
 from deploy.lab.plan import GUEST_BRIDGE, MGMT_INTERFACE
 from migrator.errors import FerryError
 from migrator.model import DomainSpec, KernelBoot, NicSpec
-from netfabric.bridge import taps
+from netfabric import taps
 from tests.benchmarks.cases import MIB, UDP_PORT, Case
 from tests.benchmarks.client import Observed
 

@@ -22,11 +22,11 @@ from pyroute2 import IPRoute
 from migrator.model import DomainName, NicSpec, NodeName
 from migrator.ports import FabricDriver
 from netfabric.bridge import BridgeFabric, list_taps
-from netfabric.bridge.taps import TAP_NAME
 from netfabric.frames import announcements, gratuitous_arp_reply, parse_mac, rarp
 from netfabric.macvtap import MacvtapFabric, MacvtapNetwork
 from netfabric.macvtap.network import macvtaps, unplug
 from netfabric.simulated import SimulatedFabric, SimulatedNetwork
+from netfabric.taps import TAP_NAME
 from netfabric.vxlan import Overlay, VxlanFabric
 from tests.contract.namespaces import run_in_new_namespace, unshare_network
 

@@ -22,12 +22,12 @@ from pyroute2 import IPRoute
 
 from migrator.model import DomainName, NicSpec
 from netfabric.bridge import list_taps
-from netfabric.bridge.taps import TAP_NAME
 from netfabric.host_routes import Metric, route_of, way_to
 from netfabric.routed import RoutedFabric, RoutedNetwork
 from netfabric.routes.netlink.driver import NetlinkRoutes
 from netfabric.routes.netlink.messages import Claim, Claims
 from netfabric.routes.netlink.speaker import Speaker, SpeakerSettings
+from netfabric.taps import TAP_NAME
 from tests.contract.fabric_worlds import GAPS_S, Body, World
 from tests.contract.namespaces import run_in_new_namespace, unshare_network
 

@@ -26,10 +26,10 @@ from pyroute2 import IPRoute
 from deploy.lab.frr import PROGRAMS, SYSTEM, USER
 from migrator.model import DomainName, NicSpec
 from migrator.ports import Tunnel
-from netfabric.bridge.taps import tap_name
 from netfabric.frames import parse_mac
 from netfabric.routes.frr.vtysh import Vtysh
 from netfabric.rtnetlink import learn
+from netfabric.taps import tap_name
 from netfabric.vxlan import Overlay, VxlanFabric
 from netfabric.vxlan.overlay import ensure
 from tests.contract.fabric_worlds import SOON_S, eventually

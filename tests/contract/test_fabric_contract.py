@@ -16,9 +16,9 @@ from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
 from netfabric.bridge import BridgeFabric, announcing, list_taps
 from netfabric.bridge.links import Link, Vlan, _exit
-from netfabric.bridge.taps import TAP_NAME, VNET_HEADER_BYTES, host_side_mac, tap_name
 from netfabric.drivers import DRIVERS
 from netfabric.frames import announcements
+from netfabric.taps import TAP_NAME, VNET_HEADER_BYTES, host_side_mac, tap_name
 from tests.contract.fabric_worlds import (
     GAPS_S,
     Body,

@@ -16,7 +16,6 @@ from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
 from netfabric import filters
 from netfabric.bridge import BridgeFabric
-from netfabric.bridge.taps import VNET_HEADER_BYTES, tap_name
 from netfabric.frames import (
     ethernet,
     gratuitous_arp_reply,
@@ -24,6 +23,7 @@ from netfabric.frames import (
     parse_mac,
     rarp,
 )
+from netfabric.taps import VNET_HEADER_BYTES, tap_name
 from tests.contract.fabric_worlds import BridgeWorld, bridge_world, eventually, macvtap_world
 from tests.contract.namespaces import run_in_new_namespace
 

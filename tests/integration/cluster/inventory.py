@@ -14,7 +14,7 @@ from pyroute2 import IPRoute
 from deploy.lab.namespaces import lab_namespaces, netlink_socket
 from deploy.lab.processes import command_of
 from migrator.engine.spares import SPARES
-from netfabric.bridge.taps import TUNNEL_NAME
+from netfabric.taps import TUNNEL_NAME
 from tests.integration.cluster.world import Cluster, eventually
 
 SETTLE_S = 20.0
