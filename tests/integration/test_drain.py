@@ -229,8 +229,8 @@ def test_what_can_t_leave_is_named_and_nothing_moves(cluster: Cluster, home: lis
 
 
 def test_a_cancelled_drain_opens_the_node(cluster: Cluster, home: list[Guest]) -> None:
-    """The source is held in the first move: so there is a move under way, and others wait."""
-    with cluster.held("source", "ContinueSwitchover") as point:
+    """A move is held where it may wait long (30 s): so one is under way, and others wait."""
+    with cluster.held("destination", "Prepared") as point:
         begun = drain(cluster, via="n3", parallel=1)
         point.wait_reached()
         asked = ferry(cluster, "drain", "n1", "--cancel", "--no-wait")
@@ -257,7 +257,7 @@ def test_ctrl_c_detaches_and_the_live_view_shows_each_move(
     cluster: Cluster, home: list[Guest]
 ) -> None:
     """On a terminal, as a user sees it."""
-    with cluster.held("source", "ContinueSwitchover") as point:
+    with cluster.held("destination", "Prepared") as point:
         status, seen_text = on_terminal(
             ["--api", f"unix:{cluster.plan.node('n2').api_socket}", "drain", "n1"],
             until=lambda text: "moving" in text and "1 s gone" in text,

@@ -101,7 +101,7 @@ def _refusals(cluster: Cluster, guest: Guest) -> None:
     watched(cluster)
     with pytest.raises(ApiProblem, match="sampled already"):
         sample(cluster, 0.5)
-    with cluster.held("source", "BeginSwitchover") as point:
+    with cluster.held("source", "AskLeave") as point:
         migration = cluster.migrate("writer", "n2")
         assert "for the sake of a migration" in str(sampling.ended())
         point.wait_reached()
