@@ -17,6 +17,7 @@ from deploy.lab import frr, namespaces, processes, registry
 from deploy.lab.processes import Process
 from deploy.lab.record import DEFAULT_ROOT
 from migrator.errors import FerryError
+from netfabric.macvtap.network import remove_nodes
 
 _MNT_DETACH: Final = 2
 
@@ -33,7 +34,10 @@ def remove_traces(name: str, folder: Path, agents: Sequence[Process]) -> None:
     names = namespaces.lab_namespaces(name)
     processes.kill_all(names, agents)
     for namespace in names:
+        key = namespaces.namespace_key(namespace)
         namespaces.remove_namespace(namespace)
+        if key is not None:
+            remove_nodes(key[1])
     frr.remove(name)
     _remove_folder(folder)
 

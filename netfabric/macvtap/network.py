@@ -183,6 +183,12 @@ def sweep() -> None:
                 node.unlink()
 
 
+def remove_nodes(namespace: int) -> None:
+    """Remove the devices' nodes of the network namespace with this inode, which is going away."""
+    for node in NODES.glob(f"{_NODE}{namespace}-*"):
+        node.unlink(missing_ok=True)
+
+
 def _living_namespaces() -> set[str]:
     found: set[str] = set()
     for process in Path("/proc").iterdir():

@@ -17,6 +17,7 @@ import pytest
 from deploy import lab
 from deploy.lab import namespaces, network, processes, registry
 from migrator.errors import ConflictError, FerryError, InvalidRequest, NotFoundError
+from netfabric.macvtap.network import NODES
 
 pytestmark = pytest.mark.lab
 
@@ -317,6 +318,23 @@ def transfer_seconds(name: str, sender: str, receiver: str) -> float:
             return float(done.stdout)
         finally:
             server.kill()
+
+
+def test_macvtaps_nodes_go_with_the_lab_whose_guests_they_are(name: str) -> None:
+    """They are in /dev, where every namespace's are. A lab with guests may be taken down."""
+    lab.up(name, nodes=2, agent_command=STUB)
+    (namespace,) = [each for each in namespaces.lab_namespaces(name) if each.endswith("-n2")]
+    key = namespaces.namespace_key(namespace)
+    assert key is not None
+    left, others = NODES / f"ferry-macvtap-{key[1]}-7", NODES / f"ferry-macvtap-{key[1]}0-7"
+    try:
+        for node in (left, others):
+            node.touch(exist_ok=False)
+        assert lab.down(name)
+        assert (left.exists(), others.exists()) == (False, True)
+    finally:
+        for node in (left, others):
+            node.unlink(missing_ok=True)
 
 
 def test_links_are_shaped_in_both_directions_and_freed_again(name: str) -> None:
