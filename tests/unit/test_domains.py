@@ -258,7 +258,8 @@ async def test_a_domain_whose_hypervisor_died_is_started_again(world: World) -> 
     before = await world.a.domains.start(WEB)
     for number in range(1, TRIES + 1):
         world.a.host.kill(WEB, crashed=True)
-        await eventually(partial(_runs_under, world.a, before.token + number))
+        await eventually(partial(_started_again, world.a, number))
+        assert await _runs_under(world.a, before.token + number)
     world.a.host.kill(WEB, crashed=True)
     await eventually(lambda: _reported(world.a, "domain-start-failed"))
     assert await _stopped(world.a)
@@ -278,6 +279,12 @@ async def test_a_crash_of_a_domain_that_moved_away_starts_nothing(world: World) 
 async def _runs_under(node: SimulatedNode, token: int) -> bool:
     record = await owned(node)
     return record[0] == token and record[2] is OwnershipState.RUNNING
+
+
+async def _started_again(node: SimulatedNode, times: int) -> bool:
+    """Told when its process is there; the record says so before."""
+    kinds = [event.kind for event in await node.events.read()]
+    return kinds.count("domain-started") == 1 + times
 
 
 async def _reported(node: SimulatedNode, kind: str) -> bool:
