@@ -14,7 +14,8 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from hypervisor.qemu.driver import QemuDriver
@@ -265,3 +266,14 @@ async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 async def _close(server: asyncio.Server) -> None:
     server.close()
     await server.wait_closed()
+
+
+@asynccontextmanager
+async def open_qemus(folder: Path) -> AsyncIterator[QemuWorld]:
+    """A world of real QEMUs, which are gone afterwards."""
+    world = QemuWorld(folder)
+    await world.open()
+    try:
+        yield world
+    finally:
+        await world.close()

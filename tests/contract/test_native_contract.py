@@ -26,6 +26,7 @@ from tests.contract.hypervisor_worlds import (
     SimulatedWorld,
     World,
     eventually,
+    open_qemus,
 )
 
 PATTERN_OFFSET = 16 * 1024**2
@@ -220,12 +221,8 @@ async def test_a_domain_that_is_not_here(world: World) -> None:
 
 @pytest.fixture
 async def qemu(tmp_path: Path) -> AsyncIterator[QemuWorld]:
-    made = QemuWorld(tmp_path)
-    await made.open()
-    try:
+    async with open_qemus(tmp_path) as made:
         yield made
-    finally:
-        await made.close()
 
 
 @pytest.mark.lab

@@ -8,31 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from deploy import lab
-from deploy.guest.build import build_guest, default_cache_directory
 from deploy.lab.plan import FabricKind
 from migrator.model import Cutover, Migration
 from tests.integration import quick_agent
 from tests.integration.cluster.pings import PingWatch
-from tests.integration.cluster.world import Cluster, Load, describe, eventually
+from tests.integration.cluster.world import Cluster, Load, describe, eventually, two_nodes
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
 
 @pytest.fixture
 def uplinks(tmp_path: Path) -> Iterator[Cluster]:
-    name = f"m{os.getpid()}"
-    try:
-        lab.up(
-            name,
-            nodes=2,
-            node_memory_bytes=1 << 30,
-            fabric=FabricKind.MACVTAP,
-            agent_command=quick_agent.COMMAND,
-        )
-        yield Cluster(lab.load(name).plan, build_guest(default_cache_directory()), tmp_path)
-    finally:
-        lab.down(name)
+    with two_nodes(f"m{os.getpid()}", FabricKind.MACVTAP, quick_agent.COMMAND, tmp_path) as made:
+        yield made
 
 
 def cutover_of(cluster: Cluster, move: Migration) -> Cutover:

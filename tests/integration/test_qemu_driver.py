@@ -29,7 +29,14 @@ from migrator.model import (
     NicSpec,
 )
 from migrator.ports import AbortOutcome, DomainEventKind, Launch
-from tests.contract.hypervisor_worlds import VM, Node, QemuWorld, copy_memory, eventually
+from tests.contract.hypervisor_worlds import (
+    VM,
+    Node,
+    QemuWorld,
+    copy_memory,
+    eventually,
+    open_qemus,
+)
 from tests.integration.agent_process import Orders
 from tests.integration.bare_metal import (
     COUNT,
@@ -46,12 +53,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[QemuWorld]:
-    made = QemuWorld(tmp_path)
-    await made.open()
-    try:
+    async with open_qemus(tmp_path) as made:
         yield made
-    finally:
-        await made.close()
 
 
 def boot(world: QemuWorld, program: bytes, *, machine: str = "pc-q35-7.2") -> Launch:

@@ -11,7 +11,7 @@ import pytest
 
 from migrator import cores
 from migrator.ports import AbortOutcome
-from tests.contract.hypervisor_worlds import VM, Node, QemuWorld, eventually
+from tests.contract.hypervisor_worlds import VM, Node, QemuWorld, eventually, open_qemus
 from tests.integration.bare_metal import COUNT, write_disk
 
 pytestmark = pytest.mark.lab
@@ -19,12 +19,8 @@ pytestmark = pytest.mark.lab
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[QemuWorld]:
-    made = QemuWorld(tmp_path)
-    await made.open()
-    try:
+    async with open_qemus(tmp_path) as made:
         yield made
-    finally:
-        await made.close()
 
 
 async def niceness(node: Node) -> set[int | None]:

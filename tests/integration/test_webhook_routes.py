@@ -15,15 +15,13 @@ from typing import Any, Final, Self
 import msgspec
 import pytest
 
-from deploy import lab
-from deploy.guest.build import build_guest, default_cache_directory
 from deploy.lab.enter import enter
 from deploy.lab.plan import FabricKind, LabPlan
 from node_agent.hooks.routes import RouteCall
 from node_agent.hooks.webhook import signature
 from tests.integration import webhook_agent
 from tests.integration.cluster.pings import PingWatch
-from tests.integration.cluster.world import Cluster, Load, describe, eventually
+from tests.integration.cluster.world import Cluster, Load, describe, eventually, two_nodes
 from tests.integration.test_routed_network import cutover_of, wait_led
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
@@ -118,18 +116,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def told(tmp_path: Path) -> Iterator[Cluster]:
-    name = f"w{os.getpid()}"
-    try:
-        lab.up(
-            name,
-            nodes=2,
-            node_memory_bytes=1 << 30,
-            fabric=FabricKind.ROUTED,
-            agent_command=webhook_agent.COMMAND,
-        )
-        yield Cluster(lab.load(name).plan, build_guest(default_cache_directory()), tmp_path)
-    finally:
-        lab.down(name)
+    with two_nodes(f"w{os.getpid()}", FabricKind.ROUTED, webhook_agent.COMMAND, tmp_path) as made:
+        yield made
 
 
 def test_a_controller_moves_a_guests_route_and_nothing_is_lost(told: Cluster) -> None:

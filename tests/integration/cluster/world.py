@@ -7,19 +7,19 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
 from deploy import lab
-from deploy.guest.build import GuestImage
+from deploy.guest.build import GuestImage, build_guest, default_cache_directory
 from deploy.guest.cmdline import guest_cmdline
 from deploy.guest.disk_check import check_disk
 from deploy.guest.protocol import READY, ConsoleReport, GuestStatus, parse_status, read_console
 from deploy.guest.records import DiskReport
-from deploy.lab.plan import GUEST_BRIDGE, LabPlan
+from deploy.lab.plan import GUEST_BRIDGE, FabricKind, LabPlan
 from deploy.lab.processes import (
     Process,
     alive,
@@ -249,6 +249,18 @@ class Cluster:
             yield guest
         finally:
             guest.remove(removal_s)
+
+
+@contextmanager
+def two_nodes(
+    name: str, fabric: FabricKind, agent_command: Sequence[str], hold_folder: Path
+) -> Iterator[Cluster]:
+    """A lab of its own for a test whose guests need another network."""
+    try:
+        lab.up(name, nodes=2, node_memory_bytes=1 << 30, fabric=fabric, agent_command=agent_command)
+        yield Cluster(lab.load(name).plan, build_guest(default_cache_directory()), hold_folder)
+    finally:
+        lab.down(name)
 
 
 class Guest:
