@@ -43,17 +43,14 @@ from migrator.model import (
     VolumeName,
 )
 from migrator.ports import VolumeDriver
+from storage import raw_only
 from storage.block.tokens import TokenFolder
 from storage.bounded import bounded, run_program
 from storage.holder_keys import key_of
 from storage.hooks import call_hook
-from storage.images import image_capacity
 from storage.names import (
-    capacity_below_image,
-    check_capacity,
     check_growth,
     check_volume_name,
-    linked_unsupported,
 )
 from storage.settings import BlockSettings
 
@@ -129,27 +126,21 @@ class BlockPool(VolumeDriver):
         image: Path | None = None,
     ) -> VolumeInfo:
         """By the hook; raw only. InvalidRequest where there is no hook."""
-        check_volume_name(volume)
-        check_capacity(volume, capacity_bytes)
-        if format is not DiskFormat.RAW:
-            raise InvalidRequest(
-                f"a volume on a block device is raw, not {format}; nothing was made",
-                {"format": "raw"},
-            )
-        if image is not None:
-            image_bytes = await self._bounded(lambda: image_capacity(image, format))
-            if capacity_bytes < image_bytes:
-                raise capacity_below_image(volume, capacity_bytes, image_bytes)
+        await raw_only.check_new(
+            f"pool {self._pool}",
+            volume,
+            capacity_bytes=capacity_bytes,
+            format=format,
+            image=image,
+            why_raw="a device's bytes are the disk's",
+        )
         await self._make(volume, capacity_bytes, image)
         return await self.inspect(volume)
 
     async def clone(
         self, volume: VolumeName, new: VolumeName, *, linked: bool = False
     ) -> VolumeInfo:
-        check_volume_name(volume)
-        check_volume_name(new)
-        if linked:
-            raise linked_unsupported(self.name)
+        raw_only.check_clone(self.name, volume, new, linked=linked)
         source = await self.inspect(volume)
         await self._make(new, source.capacity_bytes, self._device(volume))
         return await self.inspect(new)

@@ -28,7 +28,6 @@ from migrator.errors import (
     ConflictError,
     FenceError,
     FerryError,
-    InvalidRequest,
     NotFoundError,
     StorageError,
 )
@@ -45,9 +44,8 @@ from migrator.model import (
     VolumeName,
 )
 from migrator.ports import VolumeDriver
-from storage.bounded import bounded
+from storage import raw_only
 from storage.holder_keys import HolderKey, key_of
-from storage.images import image_capacity
 from storage.iscsi.copying import LunEnd, copy_to_lun
 from storage.iscsi.names import iqn_part
 from storage.iscsi.provisioner import Lun, Provisioner
@@ -55,11 +53,8 @@ from storage.iscsi.reservations import Reservations, Unknown, fence, look, refus
 from storage.iscsi.secrets import ChapFile
 from storage.iscsi.session import IscsiSession
 from storage.names import (
-    capacity_below_image,
-    check_capacity,
     check_growth,
     check_volume_name,
-    linked_unsupported,
 )
 
 HEALTH_TIMEOUT_S: Final = 4.0
@@ -137,16 +132,14 @@ class IscsiPool(VolumeDriver):
         image: Path | None = None,
     ) -> VolumeInfo:
         """A new LUN, with what `image` holds. Raw only: a LUN's bytes are the disk's."""
-        check_volume_name(volume)
-        check_capacity(volume, capacity_bytes)
-        if format is not DiskFormat.RAW:
-            raise InvalidRequest(
-                f"a volume on iSCSI is raw, not {format}; nothing was made", {"format": "raw"}
-            )
-        if image is not None:
-            image_bytes = await bounded(lambda: image_capacity(image, format), f"image {image}")
-            if capacity_bytes < image_bytes:
-                raise capacity_below_image(volume, capacity_bytes, image_bytes)
+        await raw_only.check_new(
+            f"pool {self._pool}",
+            volume,
+            capacity_bytes=capacity_bytes,
+            format=format,
+            image=image,
+            why_raw="a LUN's bytes are the disk's",
+        )
         async with self._made(volume, capacity_bytes):
             if image is not None:
                 lun = await self._provisioner.grant(volume, self._initiator)
@@ -157,10 +150,7 @@ class IscsiPool(VolumeDriver):
         self, volume: VolumeName, new: VolumeName, *, linked: bool = False
     ) -> VolumeInfo:
         """A full copy, read and written by this node."""
-        check_volume_name(volume)
-        check_volume_name(new)
-        if linked:
-            raise linked_unsupported(self.name)
+        raw_only.check_clone(self.name, volume, new, linked=linked)
         source = await self._provisioner.inspect(volume)
         async with self._made(new, source.capacity_bytes):
             source = await self._provisioner.grant(volume, self._initiator)

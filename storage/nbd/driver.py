@@ -32,13 +32,10 @@ from migrator.model import (
     VolumeName,
 )
 from migrator.ports import VolumeDriver
+from storage import raw_only
 from storage.bounded import bounded, run_program
-from storage.images import image_capacity
 from storage.names import (
-    capacity_below_image,
-    check_capacity,
     check_volume_name,
-    linked_unsupported,
 )
 from storage.nbd import protocol as p
 from storage.settings import NbdSettings
@@ -99,17 +96,17 @@ class NbdPool(VolumeDriver):
         format: DiskFormat,
         image: Path | None = None,
     ) -> VolumeInfo:
-        check_volume_name(volume)
-        check_capacity(volume, capacity_bytes)
-        if format is not DiskFormat.RAW:
-            right = "raw: an export can't grow, as a qcow2 file must"
-            raise InvalidRequest(f"{self._where}: format must be {right}", {"format": right})
+        await raw_only.check_new(
+            self._where,
+            volume,
+            capacity_bytes=capacity_bytes,
+            format=format,
+            image=image,
+            why_raw="an export can't grow, as a qcow2 file must",
+        )
         if image is None:
             request = p.Create(volume=volume, capacity_bytes=capacity_bytes)
             return self._one(await self._ask(request))
-        image_bytes = await bounded(lambda: image_capacity(image, format), self._where)
-        if capacity_bytes < image_bytes:
-            raise capacity_below_image(volume, capacity_bytes, image_bytes)
         drafted = p.Create(volume=volume, capacity_bytes=capacity_bytes, draft=True)
         draft = await self._ask(drafted)
         if draft.draft is None:
@@ -142,10 +139,7 @@ class NbdPool(VolumeDriver):
         self, volume: VolumeName, new: VolumeName, *, linked: bool = False
     ) -> VolumeInfo:
         """A full copy, made by the provisioner."""
-        check_volume_name(volume)
-        check_volume_name(new)
-        if linked:
-            raise linked_unsupported(self.name)
+        raw_only.check_clone(self.name, volume, new, linked=linked)
         request = p.Clone(volume=volume, new=new)
         return self._one(await self._ask(request, timeout_s=COPY_TIMEOUT_S))
 
