@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 from migrator.model import DomainName, NicSpec
@@ -49,6 +49,16 @@ class WidthReport(Struct, frozen=True, kw_only=True):
     """No frame of another node comes to this one: routers lie between. Here it can be asked."""
 
 
+class TunnelReport(Struct, frozen=True, kw_only=True):
+    """Which test frames have come out of the tunnel of one NIC."""
+
+    made: bool = True
+    """False: this node has no end of it."""
+    short: bool = False
+    full: bool = False
+    """As long as the NIC's MTU."""
+
+
 class FirstFrames(Struct, frozen=True, kw_only=True):
     """Wall-clock time (s) of the first frame in each direction; None: none seen in time."""
 
@@ -63,6 +73,7 @@ class FabricDriver(abc.ABC):
 
         source                                     destination
         prepare_departure   tunnel's end           plug, prepare_arrival   port closed, tunnel's end
+        send_through   test frames ──────────────► heard_through
                                                    open_arrival     frames for the guest wait for it
         divert   frames for the guest take the tunnel
         shut     (paused) the port is shut
@@ -126,8 +137,19 @@ class FabricDriver(abc.ABC):
         """Source, long before the pause: make what `divert` needs. Changes no frame's way."""
 
     @abc.abstractmethod
-    async def divert(self, domain: DomainName) -> None:
-        """Source, just before the pause: what is for the guest goes to the destination."""
+    async def send_through(self, domain: DomainName, nics: Sequence[NicSpec]) -> Sequence[bool]:
+        """Source, after `prepare_departure`: a short and a full test frame into each tunnel.
+
+        NIC by NIC, whether there is an end to send them into. They reach no guest.
+        """
+
+    @abc.abstractmethod
+    async def divert(self, domain: DomainName, without: Collection[int] = ()) -> None:
+        """Source, just before the pause: what is for the guest goes to the destination.
+
+        But not what is for the NICs `without`, by index, whose tunnels pass nothing: they get it
+        as before, until the pause.
+        """
 
     @abc.abstractmethod
     async def shut(self, domain: DomainName) -> None:
@@ -149,6 +171,15 @@ class FabricDriver(abc.ABC):
         self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
     ) -> None:
         """Destination, after `plug`: the ports take nothing, the announcement is ready to go."""
+
+    @abc.abstractmethod
+    async def heard_through(
+        self, domain: DomainName, nics: Sequence[NicSpec]
+    ) -> Sequence[TunnelReport]:
+        """Destination, after `prepare_arrival`: what `send_through` sent that came so far, by NIC.
+
+        Doesn't wait.
+        """
 
     @abc.abstractmethod
     async def open_arrival(self, domain: DomainName, learnt: Sequence[Sequence[str]] = ()) -> None:

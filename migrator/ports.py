@@ -25,6 +25,7 @@ from migrator.fabric_port import FabricDriver as FabricDriver
 from migrator.fabric_port import FirstFrames as FirstFrames
 from migrator.fabric_port import ProbeReport as ProbeReport
 from migrator.fabric_port import Tunnel as Tunnel
+from migrator.fabric_port import TunnelReport as TunnelReport
 from migrator.fabric_port import WidthReport as WidthReport
 from migrator.model import (
     BlockSource,

@@ -16,19 +16,21 @@ from __future__ import annotations
 import abc
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Generic
 
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
-from migrator.ports import FabricDriver, FirstFrames, Tunnel
+from migrator.ports import FabricDriver, FirstFrames, Tunnel, TunnelReport
 from netfabric.addresses import AddressWatcher
 from netfabric.announcer import Announcer
 from netfabric.first_frames import FirstFrameWatches
 from netfabric.frames import parse_mac
 from netfabric.moves import Arrival, Coming, Departure, Leaving, with_addresses
-from netfabric.taps import tap_name
+from netfabric.taps import tap_name, tunnel_name
 from netfabric.threads import in_thread
+from netfabric.tunnel_tests import TunnelTests
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class KernelFabric(FabricDriver, Generic[Leaving, Coming]):
         self._first = FirstFrameWatches(outgoing_to_guest=outgoing_to_guest)
         self._departures: dict[DomainName, tuple[Leaving, ...]] = {}
         self._arrivals: dict[DomainName, tuple[Coming, ...]] = {}
+        self._tests = TunnelTests()
         self._socket: socket.socket | None = None
 
     # --- what the kernel is told; synchronous, in threads ---
@@ -98,6 +101,7 @@ class KernelFabric(FabricDriver, Generic[Leaving, Coming]):
         await self._silence(domain)
         await self._addresses.forget(tap)
         await self._first.discard(domain)
+        await self._tests.deafen(domain)
         arrivals = self._arrivals.pop(domain, ())
         await in_thread(lambda: self._remove(tap))
         await in_thread(lambda: self._close(arrivals))
@@ -107,6 +111,7 @@ class KernelFabric(FabricDriver, Generic[Leaving, Coming]):
         await self._announcer.close()
         await self._addresses.close()
         await self._first.close()
+        await self._tests.close()
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -133,11 +138,25 @@ class KernelFabric(FabricDriver, Generic[Leaving, Coming]):
             lambda: self._leave(domain, nics, tunnel), lambda made: self._discard(made[0])
         )
         self._departures[domain] = departures
+        await self._tests.deafen(domain)
+        self._tests.forget_sent(domain)
         if failures:
             raise FabricError("; ".join(failures))
 
-    async def divert(self, domain: DomainName) -> None:
-        departures = self._departures.get(domain, ())
+    async def send_through(self, domain: DomainName, nics: Sequence[NicSpec]) -> Sequence[bool]:
+        ends = {each.tunnel for each in self._departures.get(domain, ())}
+        names = [tunnel_name(domain, index) for index in range(len(nics))]
+        widths = [
+            nic.mtu_bytes if name in ends else None for name, nic in zip(names, nics, strict=True)
+        ]
+        return await self._tests.send(domain, names, widths)
+
+    async def divert(self, domain: DomainName, without: Collection[int] = ()) -> None:
+        names = {tunnel_name(domain, index) for index in without}
+        departures = tuple(
+            replace(each, forwards=False) if each.tunnel in names else each
+            for each in self._departures.get(domain, ())
+        )
         await in_thread(lambda: self._divert(departures))
 
     async def shut(self, domain: DomainName) -> None:
@@ -146,12 +165,12 @@ class KernelFabric(FabricDriver, Generic[Leaving, Coming]):
 
     async def reopen(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
         departures = self._departures.pop(domain, ())
+        self._tests.forget_sent(domain)
         await in_thread(lambda: self._reopen(domain, nics))
         await in_thread(lambda: self._close(departures))
 
     async def end_departure(self, domain: DomainName) -> int:
-        departures = self._departures.pop(domain, ())
-        return (await in_thread(lambda: self._close(departures)))[1]
+        return await self._forwarded(domain, self._departures.pop(domain, ()))
 
     async def prepare_arrival(
         self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
@@ -163,12 +182,21 @@ class KernelFabric(FabricDriver, Generic[Leaving, Coming]):
             lambda: self._come(domain, nics, tunnel), lambda made: self._discard(made[0])
         )
         self._arrivals[domain] = arrivals
+        await self._tests.listen(domain, [arrival.tunnel for arrival in arrivals])
         try:
             await self._be_ready(nics)
         except FabricError as error:
             failures.append(str(error))
         if failures:
             raise FabricError("; ".join(failures))
+
+    async def heard_through(
+        self, domain: DomainName, nics: Sequence[NicSpec]
+    ) -> Sequence[TunnelReport]:
+        return [
+            self._tests.heard(domain, tunnel_name(domain, index), nic.mtu_bytes)
+            for index, nic in enumerate(nics)
+        ]
 
     async def open_arrival(self, domain: DomainName, learnt: Sequence[Sequence[str]] = ()) -> None:
         arrivals = with_addresses(self._arrivals.get(domain, ()), learnt)
@@ -182,7 +210,8 @@ class KernelFabric(FabricDriver, Generic[Leaving, Coming]):
     async def end_arrival(self, domain: DomainName) -> int:
         arrivals = self._arrivals.pop(domain, ())
         await self._first.discard(domain)
-        return (await in_thread(lambda: self._close(arrivals)))[0]
+        tests = await self._tests.deafen(domain)
+        return max((await in_thread(lambda: self._close(arrivals)))[0] - tests, 0)
 
     async def first_frames(
         self, domain: DomainName, since_s: float, timeout_s: float
@@ -191,6 +220,11 @@ class KernelFabric(FabricDriver, Generic[Leaving, Coming]):
         return await self._first.wait(domain, taps, since_s, timeout_s)
 
     # --- inside ---
+
+    async def _forwarded(self, domain: DomainName, departures: Sequence[Leaving]) -> int:
+        """Closes the tunnels' ends; frames that went in, but for those that tried them."""
+        tests = self._tests.forget_sent(domain)
+        return max((await in_thread(lambda: self._close(departures)))[1] - tests, 0)
 
     async def _silence(self, domain: DomainName) -> None:
         await self._announcer.silence(domain)

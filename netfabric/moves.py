@@ -19,6 +19,8 @@ class Departure:
     nic: NicSpec
     tap_index: int
     tunnel: str
+    forwards: bool = True
+    """False: what was tried didn't come out at the other end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,6 +46,11 @@ def tap_name(domain: DomainName, index: int) -> str:
     return f"fy{digest}n{index}"
 
 
+def tunnel_name(domain: DomainName, index: int) -> str:
+    """The name of the tunnel's end for a domain's NIC `index`. FabricError for an index over 99."""
+    return "fx" + tap_name(domain, index)[2:]
+
+
 def open_tap(name: str) -> int:
     """Make the tap and return its descriptor (non-blocking, closed on exec).
 

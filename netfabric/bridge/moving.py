@@ -41,7 +41,7 @@ from netfabric.frames import ETHERTYPE_EXPERIMENTAL, announcements, ethernet, pa
 from netfabric.moves import Arrival, Departure
 from netfabric.probing import probe, probing_mac
 from netfabric.rtnetlink import PortState, learn, pin, set_port, set_port_state
-from netfabric.taps import host_side_mac, tap_name
+from netfabric.taps import host_side_mac, tap_name, tunnel_name
 
 ARRIVAL_QUEUE_FRAMES: Final = 4096
 """Of a tap whose guest is on its way: 50 ms at 80,000 frames/s."""
@@ -73,7 +73,7 @@ def prepare_departure(
         if tap_index is None:
             failures.append(f"NIC {nic.mac} has no tap here")
             continue
-        name = tunnels.tunnel_name(domain, index)
+        name = tunnel_name(domain, index)
         end: int | None = None
         try:
             end = tunnels.open_end(name, tunnel, index, nic)
@@ -86,9 +86,12 @@ def prepare_departure(
 
 
 def divert(departures: Sequence[BridgeDeparture], *, pins: bool = True) -> None:
-    """`pins`: the bridge keeps the entry, whatever it hears. Not so where somebody else sets it."""
+    """`pins`: the bridge keeps the entry, whatever it hears. Not so where somebody else sets it.
+
+    Where nothing can be forwarded the guest reads on what is sent to its MAC, until it is paused.
+    """
     for departure in departures:
-        if departure.tunnel_index is not None:
+        if departure.forwards and departure.tunnel_index is not None:
             (pin if pins else learn)(departure.tunnel_index, parse_mac(departure.nic.mac))
         set_port(departure.tap_index, floods=False, learns=False)
 
@@ -110,7 +113,7 @@ def reopen(domain: DomainName, nics: Sequence[NicSpec]) -> None:
                 set_port_state(link.index, PortState.FORWARDING)
             set_port(link.index, floods=True, learns=True)
             learn(link.index, parse_mac(nic.mac))
-        tunnels.close_end(tunnels.tunnel_name(domain, index))
+        tunnels.close_end(tunnel_name(domain, index))
 
 
 def prepare_arrival(
@@ -120,7 +123,7 @@ def prepare_arrival(
     arrivals: list[BridgeArrival] = []
     failures: list[str] = []
     for index, (nic, exits) in enumerate(zip(nics, known, strict=True)):
-        tap, name = tap_name(domain, index), tunnels.tunnel_name(domain, index)
+        tap, name = tap_name(domain, index), tunnel_name(domain, index)
         with netlink(f"can't prepare tap {tap}") as kernel:
             exits = exits or find_exits(kernel, tap)  # noqa: PLW2901
             if exits is not None:

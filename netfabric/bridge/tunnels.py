@@ -24,22 +24,17 @@ from pathlib import Path
 from typing import Final
 
 from migrator.errors import FabricError
-from migrator.model import DomainName, NicSpec
+from migrator.model import NicSpec
 from migrator.ports import Tunnel
 from netfabric.bridge.links import Link, Netlink, netlink
 from netfabric.moves import Arrival, Departure
 from netfabric.rtnetlink import set_port
-from netfabric.taps import TUNNEL_NAME, tap_name
+from netfabric.taps import TUNNEL_NAME
 
 _log = logging.getLogger(__name__)
 
 _IPV6_SETTINGS: Final = Path("/proc/sys/net/ipv6/conf")
 """Of the calling thread's network namespace, other than /sys."""
-
-
-def tunnel_name(domain: DomainName, index: int) -> str:
-    """The name of the tunnel's end for a domain's NIC `index`. FabricError for an index over 99."""
-    return "fx" + tap_name(domain, index)[2:]
 
 
 def network_identifier(name: str, index: int) -> int:

@@ -31,12 +31,11 @@ from netfabric import filters
 from netfabric.bridge import tunnels
 from netfabric.bridge.links import index_of, netlink
 from netfabric.bridge.moving import ARRIVAL_QUEUE_FRAMES, offer_filler
-from netfabric.bridge.tunnels import tunnel_name
 from netfabric.frames import announcements, parse_mac
 from netfabric.host_routes import set_up
 from netfabric.macvtap.network import FORWARDER_NAME, MacvtapNetwork, be_mute, uplink_of
 from netfabric.moves import Arrival, Departure
-from netfabric.taps import TUNNEL_NAME, tap_name
+from netfabric.taps import TUNNEL_NAME, tap_name, tunnel_name
 
 _SOL_PACKET: Final = 263
 _PACKET_ADD_MEMBERSHIP: Final = 1
@@ -85,7 +84,7 @@ def prepare_departure(
 
 def divert(network: MacvtapNetwork, departures: Sequence[MacvtapDeparture]) -> None:
     for each in departures:
-        if each.claim is not None:
+        if each.forwards and each.claim is not None:
             rule = f"ether daddr {each.nic.mac} fwd to {each.tunnel}"
             filters.run(_table(each.tunnel, network.uplink, rule), f"can't divert to {each.tunnel}")
 
@@ -144,7 +143,7 @@ def open_arrival(arrivals: Sequence[MacvtapArrival]) -> None:
         set_up(each.tap_index, up=True)
         if each.forwarder is not None:
             offer_filler(each.forwarder, parse_mac(each.nic.mac))
-            rule = f"fwd to {each.forwarder}"
+            rule = f"ether daddr {each.nic.mac} fwd to {each.forwarder}"
             filters.run(_table(each.tunnel, each.tunnel, rule), f"can't forward to {each.tap}")
 
 

@@ -138,7 +138,7 @@ class RoutedFabric(KernelFabric[RoutedDeparture, Arrival]):
             log.warning("domain %s: no route elsewhere was seen for %s", domain, addresses)
         del self._departures[domain]
         await self.routes.withdraw(addresses)
-        return (await in_thread(lambda: self._close(departures)))[1]
+        return await self._forwarded(domain, departures)
 
     def announce_now(self, domain: DomainName) -> float | None:
         arrivals = self._arrivals.get(domain, ())

@@ -26,13 +26,12 @@ from migrator.ports import Tunnel
 from netfabric.bridge import tunnels
 from netfabric.bridge.links import index_of, netlink
 from netfabric.bridge.moving import ARRIVAL_QUEUE_FRAMES, offer_filler
-from netfabric.bridge.tunnels import tunnel_name
 from netfabric.frames import parse_mac
 from netfabric.host_routes import Hop, Metric, set_neighbour, set_route, set_up
 from netfabric.moves import Arrival, Departure
 from netfabric.routed import plugging
 from netfabric.routed.network import RoutedNetwork, addresses_of, be_router4, set_value
-from netfabric.taps import tap_name
+from netfabric.taps import tap_name, tunnel_name
 
 _AWAY: Final = "away"
 _HERE: Final = "here"
@@ -72,7 +71,7 @@ def prepare_departure(
 
 def divert(network: RoutedNetwork, departures: Sequence[RoutedDeparture]) -> None:
     for departure in departures:
-        if departure.tunnel_index is not None:
+        if departure.forwards and departure.tunnel_index is not None:
             for address in addresses_of(departure.nic):
                 hop = Hop(departure.tunnel_index, source=network.hop_for(address))
                 set_route(address, hop, Metric.HERE)

@@ -13,18 +13,26 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Final
 
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec, NodeName
-from migrator.ports import FabricDriver, FirstFrames, ProbeReport, Tunnel, WidthReport
+from migrator.ports import (
+    FabricDriver,
+    FirstFrames,
+    ProbeReport,
+    Tunnel,
+    TunnelReport,
+    WidthReport,
+)
 from netfabric.announcer import GAPS_S, Announcer
 from netfabric.checks import mtu_reason, nic_reasons
 from netfabric.frames import announcements
 
 NICS_MAX: Final = 100
+SHORT_BYTES: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,10 @@ class SimulatedNetwork:
     tokens: set[bytes] = field(default_factory=set)
     width_bytes: int = 65_535
     """The longest frame's payload that passes between two nodes."""
+    tunnel_width_bytes: int = 65_535
+    """The longest that passes the tunnels between two nodes; 0: a firewall drops all of it."""
+    tried: dict[str, frozenset[int]] = field(default_factory=dict)
+    """The lengths of the test frames that came through the tunnels, by the tunnel's name."""
 
 
 @dataclass(slots=True)
@@ -58,6 +70,8 @@ class FabricFaults:
     plug_fails: bool = False
     announce_fails: bool = False
     """No frame can be sent: FabricError."""
+    tunnel_fails: bool = False
+    """This node can't make its ends of tunnels: FabricError."""
     frames_lost: int = 0
     """So many of the next frames are sent and lost on the way."""
 
@@ -87,6 +101,8 @@ class SimulatedFabric(FabricDriver):
         self.learns: dict[str, tuple[str, ...]] = {}
         """What the guests behind these MACs were seen to use."""
         self._arriving: dict[DomainName, tuple[NicSpec, ...]] = {}
+        self._tunnels: dict[DomainName, str] = {}
+        """Of the domains that leave or come."""
 
     @property
     def plugged(self) -> frozenset[tuple[DomainName, int]]:
@@ -146,9 +162,19 @@ class SimulatedFabric(FabricDriver):
         self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
     ) -> None:
         self.diverted.discard(domain)
+        self._make_tunnel(domain, tunnel)
 
-    async def divert(self, domain: DomainName) -> None:
-        self.diverted.add(domain)
+    async def send_through(self, domain: DomainName, nics: Sequence[NicSpec]) -> Sequence[bool]:
+        name, widest = self._tunnels.get(domain), self.network.tunnel_width_bytes
+        if name is None:
+            return [False for _ in nics]
+        lengths = {length for nic in nics for length in (SHORT_BYTES, nic.mtu_bytes)}
+        self.network.tried[name] = frozenset(each for each in lengths if each <= widest)
+        return [True for _ in nics]
+
+    async def divert(self, domain: DomainName, without: Collection[int] = ()) -> None:
+        if not without:
+            self.diverted.add(domain)
 
     async def shut(self, domain: DomainName) -> None:
         self.closed.add(domain)
@@ -156,10 +182,12 @@ class SimulatedFabric(FabricDriver):
     async def reopen(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
         self.closed.discard(domain)
         self.diverted.discard(domain)
+        self._tunnels.pop(domain, None)
 
     async def end_departure(self, domain: DomainName) -> int:
         self.closed.discard(domain)
         self.diverted.discard(domain)
+        self._tunnels.pop(domain, None)
         return 0
 
     async def prepare_arrival(
@@ -167,6 +195,19 @@ class SimulatedFabric(FabricDriver):
     ) -> None:
         self.closed.add(domain)
         self._arriving[domain] = tuple(nics)
+        self._make_tunnel(domain, tunnel)
+
+    async def heard_through(
+        self, domain: DomainName, nics: Sequence[NicSpec]
+    ) -> Sequence[TunnelReport]:
+        name = self._tunnels.get(domain)
+        if name is None or domain not in self._arriving:
+            return [TunnelReport(made=False) for _ in nics]
+        lengths = self.network.tried.get(name, frozenset())
+        return [
+            TunnelReport(short=SHORT_BYTES in lengths, full=nic.mtu_bytes in lengths)
+            for nic in nics
+        ]
 
     async def watch(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
         pass
@@ -189,6 +230,7 @@ class SimulatedFabric(FabricDriver):
 
     async def end_arrival(self, domain: DomainName) -> int:
         self._arriving.pop(domain, None)
+        self._tunnels.pop(domain, None)
         return 0
 
     async def first_frames(
@@ -224,6 +266,12 @@ class SimulatedFabric(FabricDriver):
             return [*reasons, f"there is no bridge {nic.bridge} here"]
         narrow = mtu_reason(nic, mtu_bytes)
         return [*reasons, narrow] if narrow else reasons
+
+    def _make_tunnel(self, domain: DomainName, tunnel: Tunnel) -> None:
+        self._tunnels.pop(domain, None)
+        if self.faults.tunnel_fails:
+            raise FabricError(f"simulated: no tunnel to {tunnel.remote}")
+        self._tunnels[domain] = tunnel.name
 
     def _send(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
         for nic in nics:

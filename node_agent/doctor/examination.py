@@ -207,6 +207,7 @@ def _others(config: AgentConfig, nodes: Sequence[Node]) -> Iterator[Finding]:
             continue
         yield fine(f"peer port of {name}", peer_address)
         yield paths.check_mtu(name, migration_address, mtu_bytes)
+        yield paths.check_tunnel_port(name, migration_address, config.fabric.tunnel_port)
         yield paths.check_clock(name, migration_address)
 
 

@@ -1,8 +1,9 @@
-"""The ways to other nodes: packets as large as the link's MTU, and what their clocks say.
+"""The ways to other nodes: packets as large as the link's MTU, the tunnels' port, their clocks.
 
 ICMP alone, so that it works before any agent does: an echo request that must not be fragmented
-(RFC 792, RFC 1191), and a timestamp request, which a Linux host answers with its milliseconds since
-midnight UTC. Synchronous.
+(RFC 792, RFC 1191), a timestamp request, which a Linux host answers with its milliseconds since
+midnight UTC, and a datagram to a port where nobody listens, which it answers with "port
+unreachable" (RFC 1122, section 4.1.3.1). Synchronous.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ ANSWER_S: Final = 1.0
 TRIES: Final = 3
 CLOCK_OFFSET_MS_MAX: Final = 100.0
 """Timelines of two nodes are compared; heartbeats and leases don't need it this close."""
+_OTHER_PORT: Final = 7789
+"""Near the tunnels' own; nobody is known to listen there."""
 _IP_HEADER_BYTES: Final = 20
 _ICMP_HEADER_BYTES: Final = 8
 _IP_MTU_DISCOVER: Final = 10
@@ -49,6 +52,46 @@ def check_mtu(node: str, address: str, mtu_bytes: int) -> Finding:
         f"small packets pass to {address}, packets of {mtu_bytes} bytes don't",
         f"set the same MTU on both nodes and on every switch between, or {mtu_bytes} is too much",
     )
+
+
+def check_tunnel_port(node: str, address: str, port: int) -> Finding:
+    """Whether datagrams to the port that migrations' tunnels use reach `address`.
+
+    Outside of migrations nobody listens there. A firewall that answers in the node's stead, as
+    `reject` does without further words, isn't told from it.
+    """
+    name = f"UDP port {port} of {node}"
+    lost = "what arrives for a guest while it moves there is lost"
+    mend = f"allow UDP port {port} between the nodes' migration addresses"
+    try:
+        if _refuses(address, port):
+            return fine(name, f"datagrams reach {address}")
+        others = _refuses(address, _OTHER_PORT)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return warning(name, f"datagrams to {address} are refused ({reason}): {lost}", mend)
+    if others:
+        detail = f"{address} answers for other ports, not for this one: {lost}"
+        return warning(name, f"{detail}, unless a migration uses it now", mend)
+    detail = f"{address} answers no datagrams: unknown"
+    return warning(name, detail, f"{mend}; `ferry migration show` names what wasn't forwarded")
+
+
+def _refuses(address: str, port: int) -> bool:
+    """Whether the node says that nobody listens there. OSError: somebody else says something."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as opened:
+        opened.settimeout(ANSWER_S / TRIES)
+        opened.connect((address, port))
+        for _ in range(TRIES):
+            try:
+                opened.send(b"ferry")
+                opened.recv(1)
+            except ConnectionRefusedError:
+                return True
+            except TimeoutError:
+                continue
+    return False
 
 
 def check_clock(node: str, address: str) -> Finding:

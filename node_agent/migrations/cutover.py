@@ -2,9 +2,10 @@
 
     source                                        destination
       │ (setup) the tunnel's end                    (setup) port closed, the tunnel's end
+      │ ◄────── test frames by it? ──────────────── whether they came   (`tunnel_trial`)
       │ connections of stateful rules ──────────────► known there (`connections`)
       │ expect ─────────────────────────────────────► port open, frames for the guest wait in it
-      │ divert: frames for the guest take the tunnel
+      │ divert: frames for the guest take the tunnel, if it passes any
       │ pause; the port is shut
       │                                              resume: announcement, in the same turn
       │◄──────────────────────────────────── probe   and other nodes: where do you find it?
@@ -23,14 +24,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
 
 from migrator.errors import FerryError, WrongStateError
-from migrator.model import Cutover, DomainName, MovedConnections, NodeName
+from migrator.model import Cutover, DomainName, NodeName
 from migrator.ports import (
     ConnectionTracker,
     DomainEvent,
@@ -45,8 +46,10 @@ from node_agent.cluster_calls import Done
 from node_agent.config import AgentConfig
 from node_agent.events import EventKind, EventLog
 from node_agent.migrations.connections import ConnectionMover
+from node_agent.migrations.cutover_records import CutoverRecords, with_first
 from node_agent.migrations.judgement import is_verified, suspects, to_prove, with_learnt
 from node_agent.migrations.publisher import Publisher
+from node_agent.migrations.tunnel_trial import Trial, TunnelTrial, TunnelTrials, closed, complaint
 from node_agent.migrations.witnesses import Move, Witnesses
 from node_agent.nodes import NodeRegistry
 from node_agent.peers.hub import PeerHub
@@ -97,6 +100,11 @@ class ExpectParams(Struct, frozen=True, kw_only=True):
     """The addresses that each NIC was seen to use."""
 
 
+class Expected(Struct, frozen=True, kw_only=True):
+    tunnels: tuple[TunnelTrial, ...] = ()
+    """NIC by NIC; nothing: it isn't known."""
+
+
 class OutcomeParams(Struct, frozen=True, kw_only=True):
     migration_id: str
     cutover: Cutover
@@ -106,7 +114,9 @@ class OutcomeParams(Struct, frozen=True, kw_only=True):
 class _Leaving:
     move: Move
     problems: list[str] = field(default_factory=list)
-    diverted: bool = False
+    tunnel: Tunnel | None = None
+    expected: bool = False
+    """The destination's port is open: the guest's frames are not for this node any more."""
 
 
 @dataclass(slots=True)
@@ -116,20 +126,9 @@ class _Arriving:
     resumed_at_s: float | None = None
     announced_at_s: float | None = None
     learnt: tuple[tuple[str, ...], ...] = ()
+    trial: Trial | None = None
     watching: asyncio.Task[FirstFrames] | None = None
     followed: bool = False
-
-
-@dataclass(slots=True)
-class _Record:
-    """What the source knows of one migration's cutover, in whichever order it hears of it."""
-
-    published: bool = False
-    """The migration's end is in the store: it may be amended."""
-    cutover: Cutover | None = None
-    problems: tuple[str, ...] = ()
-    forwarded: int | None = None
-    connections: MovedConnections | None = None
 
 
 class CutoverService:
@@ -157,14 +156,13 @@ class CutoverService:
         self._connections = ConnectionMover(
             node, hub=hub, fabric=fabric, tracker=tracker, events=events, expected=self._expected
         )
+        self._trials = TunnelTrials(hub, fabric, departing=self._departing)
         self._events = events
-        self._publisher = publisher
+        self._records = CutoverRecords(publisher)
         self._settings = settings or CutoverSettings()
         self._clock = clock
         self._leaving: dict[DomainName, _Leaving] = {}
         self._arriving: dict[DomainName, _Arriving] = {}
-        self._records: dict[str, _Record] = {}
-        """Of migrations away from here, until their grace time is over."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._unsubscribe = hypervisor.subscribe(self._on_domain_event)
 
@@ -173,6 +171,7 @@ class CutoverService:
         self._hub.handle(EXPECT, ExpectParams, self._on_expect)
         self._witnesses.register()
         self._connections.register()
+        self._trials.register()
         self._hub.handle(OUTCOME, OutcomeParams, self._on_outcome)
 
     async def close(self) -> None:
@@ -194,6 +193,7 @@ class CutoverService:
         try:
             async with asyncio.timeout(PREPARE_S):
                 tunnel = await self._tunnel(move.migration_id, move.destination)
+                leaving.tunnel = tunnel
                 await self._fabric.prepare_departure(move.domain, move.nics, tunnel)
         except (FerryError, TimeoutError) as error:
             self._problem(leaving.problems, move, f"frames won't be forwarded: {error}")
@@ -209,11 +209,27 @@ class CutoverService:
             self._problem(leaving.problems, move, problem)
         params = ExpectParams(migration_id=move.migration_id, domain=move.domain, learnt=learnt)
         try:
-            await self._hub.call(move.destination, EXPECT, params, Done, timeout_s=EXPECT_S)
-            leaving.diverted = True
-            await self._fabric.divert(move.domain)
+            known = await self._hub.call(
+                move.destination, EXPECT, params, Expected, timeout_s=EXPECT_S
+            )
+            leaving.expected = True
+            await self._fabric.divert(move.domain, closed(known.tunnels))
         except FerryError as error:
             self._problem(leaving.problems, move, f"nothing was forwarded: {error}")
+        else:
+            self._complain_of_tunnels(leaving, known.tunnels)
+
+    def _complain_of_tunnels(self, leaving: _Leaving, trials: Sequence[TunnelTrial]) -> None:
+        move, tunnel = leaving.move, leaving.tunnel
+        text = complaint(move, trials, tunnel) if tunnel is not None else None
+        if text is not None:
+            self._problem(leaving.problems, move, text)
+            self._events.emit(
+                EventKind.FRAMES_NOT_FORWARDED,
+                f"domain {move.domain} moves to {move.destination}: {text}",
+                domain=move.domain,
+                migration=move.migration_id,
+            )
 
     async def stays(self, move: Move) -> None:
         """The guest goes on running here. Idempotent, also after a restart; never fails."""
@@ -230,40 +246,26 @@ class CutoverService:
         self._own(self._forward(move, leaving))
 
     async def _forward(self, move: Move, leaving: _Leaving | None) -> None:
-        record = self._records.setdefault(move.migration_id, _Record())
+        record = self._records.of(move.migration_id)
         record.published = True
         record.connections = self._connections.figures(move.domain)
         record.problems = tuple(leaving.problems) if leaving is not None else ()
         try:
-            await self._amend(move.migration_id, record)
+            await self._records.amend(move.migration_id)
             await asyncio.sleep(self._settings.grace_s)
             if move.domain not in self._arriving and move.domain not in self._leaving:
                 record.forwarded = await self._fabric.end_departure(move.domain)
                 record.connections = self._connections.figures(move.domain)
                 await self._connections.left(move.domain)
-                await self._amend(move.migration_id, record)
+                await self._records.amend(move.migration_id)
             await asyncio.sleep(self._settings.verify_limit_s + _CALL_S)  # It may yet be told.
         finally:
-            self._records.pop(move.migration_id, None)
+            self._records.forget(move.migration_id)
 
     async def _on_outcome(self, _: NodeName, params: OutcomeParams) -> Done:
-        record = self._records.setdefault(params.migration_id, _Record())
-        record.cutover = params.cutover
-        await self._amend(params.migration_id, record)
+        self._records.of(params.migration_id).cutover = params.cutover
+        await self._records.amend(params.migration_id)
         return Done()
-
-    async def _amend(self, migration_id: str, record: _Record) -> None:
-        """Put what is known into the migration's record, once that says how it ended."""
-        if record.cutover is None or not record.published:
-            return
-        cutover = msgspec.structs.replace(
-            record.cutover,
-            forwarded_frames=record.forwarded,
-            connections=record.connections,
-            problems=(*record.problems, *record.cutover.problems),
-        )
-        migration = await self._publisher.read(migration_id)
-        await self._publisher.write(msgspec.structs.replace(migration, cutover=cutover))
 
     # --- the destination ---------------------------------------------------------------------
 
@@ -277,6 +279,9 @@ class CutoverService:
                 await self._fabric.prepare_arrival(move.domain, move.nics, tunnel)
         except (FerryError, TimeoutError) as error:
             self._problem(arriving.problems, move, f"not all is ready for its frames: {error}")
+        if move.nics:
+            arriving.trial = Trial(move)
+            self._own(self._trials.run(arriving.trial))
 
     async def announce(self, move: Move) -> None:
         """The session's word that the guest runs here. FabricError: nothing could be sent."""
@@ -300,11 +305,11 @@ class CutoverService:
                 arriving.announced_at_s = self._fabric.announce_now(event.domain)
                 arriving.resumed_at_s = event.at_s
                 self._watch(arriving)
-            case DomainEventKind.PAUSED if leaving is not None and leaving.diverted:
+            case DomainEventKind.PAUSED if leaving is not None and leaving.expected:
                 self._own(self._connections.rest(leaving.move))
                 self._own(self._fabric.shut(event.domain))
-            case DomainEventKind.RESUMED if leaving is not None and leaving.diverted:
-                leaving.diverted = False
+            case DomainEventKind.RESUMED if leaving is not None and leaving.expected:
+                leaving.expected = False
                 self._own(self.stays(leaving.move))
             case _:
                 pass
@@ -331,7 +336,7 @@ class CutoverService:
         finally:
             watching.cancel()
             await asyncio.wait({watching}, timeout=_CALL_S)
-        await self._report(move, _with_first(cutover, first))
+        await self._report(move, with_first(cutover, first))
         await asyncio.sleep(max(0.0, self._settings.grace_s - (loop.time() - started)))
         if self._arriving.get(move.domain) is arriving:
             del self._arriving[move.domain]
@@ -391,15 +396,21 @@ class CutoverService:
 
     # --- for others --------------------------------------------------------------------------
 
-    async def _on_expect(self, _: NodeName, params: ExpectParams) -> Done:
+    async def _on_expect(self, _: NodeName, params: ExpectParams) -> Expected:
         arriving = self._arriving.get(params.domain)
         if arriving is None or self._expected(params.domain) != params.migration_id:
             raise WrongStateError(f"domain {params.domain}", "not expected here", "expected")
+        tunnels = await self._trials.verdict(arriving.trial)
         await self._fabric.open_arrival(params.domain, params.learnt)
         arriving.learnt = params.learnt
-        return Done()
+        return Expected(tunnels=tunnels)
 
     # --- inside ------------------------------------------------------------------------------
+
+    def _departing(self, domain: DomainName) -> Move | None:
+        leaving = self._leaving.get(domain)
+        ready = leaving is not None and leaving.tunnel is not None and not leaving.expected
+        return leaving.move if leaving is not None and ready else None
 
     def _expected(self, domain: DomainName) -> str | None:
         arriving = self._arriving.get(domain)
@@ -435,14 +446,3 @@ def _result(watching: asyncio.Task[FirstFrames]) -> FirstFrames:
     if not watching.done() or watching.cancelled() or watching.exception() is not None:
         return FirstFrames()
     return watching.result()
-
-
-def _with_first(cutover: Cutover, first: FirstFrames) -> Cutover:
-    def after_ms(at_s: float | None) -> float | None:
-        return None if at_s is None else max(at_s - cutover.resumed_at_s, 0.0) * 1e3
-
-    return msgspec.structs.replace(
-        cutover,
-        first_to_guest_ms=after_ms(first.to_guest_at_s),
-        first_from_guest_ms=after_ms(first.from_guest_at_s),
-    )

@@ -17,11 +17,11 @@ from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
 from netfabric import filters
 from netfabric.bridge import tunnels
-from netfabric.bridge.tunnels import network_identifier, tunnel_name
+from netfabric.bridge.tunnels import network_identifier
 from netfabric.frames import ETHERTYPE_EXPERIMENTAL, ethernet, parse_mac
 from netfabric.macvtap import MacvtapFabric, network
 from netfabric.macvtap.network import NODES, device_in, macvtaps
-from netfabric.taps import VNET_HEADER_BYTES, tap_name
+from netfabric.taps import VNET_HEADER_BYTES, tap_name, tunnel_name
 from node_agent.doctor.findings import Level
 from node_agent.doctor.links import check_uplink
 from tests.contract.fabric_worlds import MacvtapWorld, eventually, learnt, macvtap_world

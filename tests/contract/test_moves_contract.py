@@ -18,7 +18,7 @@ from migrator.model import DomainName, NicSpec
 from migrator.ports import FabricDriver, Tunnel, WidthReport
 from netfabric import wide_frames
 from netfabric.bridge import BridgeFabric
-from netfabric.bridge.tunnels import network_identifier, tunnel_name
+from netfabric.bridge.tunnels import network_identifier
 from netfabric.frames import (
     ETHERTYPE_EXPERIMENTAL,
     ethernet,
@@ -26,7 +26,7 @@ from netfabric.frames import (
     gratuitous_arp_request,
     parse_mac,
 )
-from netfabric.taps import VNET_HEADER_BYTES
+from netfabric.taps import VNET_HEADER_BYTES, tunnel_name
 from tests.contract.fabric_worlds import (
     Body,
     BridgeWorld,

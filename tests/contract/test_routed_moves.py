@@ -17,12 +17,11 @@ from pyroute2 import IPRoute
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
 from migrator.ports import Tunnel, WidthReport
-from netfabric.bridge.tunnels import tunnel_name
 from netfabric.frames import ethernet, neighbour_solicitation, parse_mac
 from netfabric.host_routes import Hop, Metric, route_of, set_neighbour, set_route, way_to
 from netfabric.routed import RoutedFabric, RoutedNetwork, moving
 from netfabric.routes.nobody import NobodyRoutes
-from netfabric.taps import VNET_HEADER_BYTES, host_side_mac
+from netfabric.taps import VNET_HEADER_BYTES, host_side_mac, tunnel_name
 from node_agent.doctor.findings import Level
 from node_agent.doctor.links import check_routed
 from tests.contract.fabric_worlds import SOON_S, eventually

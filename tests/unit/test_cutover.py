@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 
 import pytest
@@ -144,9 +144,9 @@ async def test_a_connection_that_begins_just_before_the_pause_moves_too(
 ) -> None:
     fabric, divert = world.a.node.fabric, world.a.node.fabric.divert
 
-    async def begin(domain: DomainName) -> None:
+    async def begin(domain: DomainName, without: Collection[int] = ()) -> None:
         world.a.tracker.known.add(ITS_OWN)
-        await divert(domain)
+        await divert(domain, without)
 
     monkeypatch.setattr(fabric, "divert", begin)
     migration = await world.ended(await world.migrate())
@@ -179,7 +179,7 @@ async def test_a_destination_that_is_given_up_forgets_what_it_was_told(
     """The source's guest stays, and its connections with it."""
     world.a.tracker.known = {ITS_OWN}
 
-    async def fail(domain: DomainName) -> None:
+    async def fail(domain: DomainName, without: Collection[int] = ()) -> None:
         world.b.node.hypervisor.host.kill(domain)
 
     monkeypatch.setattr(world.a.node.fabric, "divert", fail)
