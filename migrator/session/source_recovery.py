@@ -59,6 +59,9 @@ class SourceRecovery(SourceView):
                 self._recover_guest(event.condition)
             case RecordRead() if not self._destination_runs and self._rollback_token is None:
                 self._recover_by(event)
+            case RecordRead() if not self._destination_runs and self._doubts_rollback:
+                self._doubts_rollback = False
+                self._roll_back_by(event, self._rollback_token)
             case RecordSwapped(won=True) if self._rollback_token is None:
                 self._rollback(self._swap_token)
             case RecordSwapped() if self._rollback_token is None:
@@ -90,7 +93,9 @@ class SourceRecovery(SourceView):
         if self._destination_runs:
             self._do(DestroyGuest())
         elif self._rollback_token is not None:
-            self._do(Fence(token=self._rollback_token))
+            # While it couldn't go on, another node may have taken the domain over.
+            self._doubts_rollback = True
+            self._do(ReadRecord())
         else:
             self._send(Inquire())
             self._do(InspectGuest())
@@ -201,6 +206,18 @@ class SourceRecovery(SourceView):
         """The destination keeps its copy until the guest runs here."""
         self._rollback_token = token
         self._do(Fence(token=token))
+
+    def _roll_back_by(self, event: RecordRead, token: int | None) -> None:
+        """Go on with a rollback that was interrupted, if the record is still the one we won."""
+        record = event.record
+        if not event.known:
+            self._retry_later()
+        elif record is None or record.state is not OwnershipState.RUNNING:
+            self._discard("the domain was stopped or removed meanwhile")
+        elif record.owner == self.source and record.token == token:
+            self._do(Fence(token=record.token))
+        else:
+            self._discard(f"{record.owner} took the domain over, with token {record.token}")
 
     def _gone_after_rollback(self, token: int) -> None:
         """The record is ours, and our hypervisor is gone."""

@@ -99,6 +99,7 @@ class SourceView(Session):
         """Where the destination's engine listens, as it last said."""
         self._cancelled = False
         self._rollback_token: int | None = None
+        self._doubts_rollback = False
         self._destination_runs = False
         self._destination_refused = False
         self._gone = False

@@ -8,6 +8,7 @@ from migrator.journal_entry import answer_without_session, entry_of, restore
 from migrator.model import (
     MigrationState,
     NodeName,
+    OwnershipRecord,
     OwnershipState,
     Role,
 )
@@ -246,6 +247,67 @@ def test_a_source_that_may_have_run_in_its_rollback_hands_nothing_over() -> None
     pair.run(timers=1)
     assert pair.source.state is _S.FAILED
     assert pair.source.last_word() == m.Abort(reason=pair.source.error or "", over=True)
+    assert pair.resumed_on == []
+
+
+def _held_up(pair: SessionPair) -> None:
+    """`cont` isn't answered, and the hypervisor says that the guest didn't run."""
+    pair.silence(v.InspectGuest)
+    pair.push(pair.source, v.CommandFailed(command="ResumeGuest", error="timeout"))
+    pair.push(pair.source, v.GuestInspected(condition=v.GuestCondition.SENT))
+    pair.run()
+    assert pair.source.state is _S.RECOVERING
+
+
+def _try_again(pair: SessionPair) -> None:
+    pair.push(pair.source, v.TimerFired(name=v.TimerName.RETRY))
+    pair.run()
+
+
+def test_a_rollback_whose_fence_fails_goes_on_while_the_record_is_its_own() -> None:
+    pair = _rolling_back()
+    _held_up(pair)
+    pair.fail(v.Fence)
+    _try_again(pair)
+    assert pair.commands(SOURCE)[-2:] == ["ReadRecord", "Fence"]
+    assert (pair.source.state, pair.resumed_on) == (_S.RECOVERING, [])
+    pair.failing.clear()
+    pair.silent.remove(v.ResumeGuest)
+    _try_again(pair)
+    assert (pair.source.state, pair.resumed_on) == (_S.FAILED, [SOURCE])
+    assert "DestroyGuest" not in pair.commands(SOURCE)
+
+
+def test_a_rollback_that_cannot_read_the_record_waits() -> None:
+    pair = _rolling_back()
+    _held_up(pair)
+    pair.silence(v.ReadRecord)
+    _try_again(pair)
+    fences = pair.commands(SOURCE).count("Fence")
+    pair.push(pair.source, v.RecordRead(known=False, record=None))
+    pair.run()
+    assert (SOURCE, v.TimerName.RETRY) in pair.timers
+    assert pair.commands(SOURCE).count("Fence") == fences
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        (OwnershipState.RUNNING, "n3 took the domain over, with token 4"),
+        (OwnershipState.STOPPED, "the domain was stopped or removed meanwhile"),
+    ],
+)
+def test_a_rollback_that_another_node_overtakes_destroys_its_copy(
+    state: OwnershipState, reason: str
+) -> None:
+    pair = _rolling_back()
+    _held_up(pair)
+    pair.record = OwnershipRecord(domain="vm", token=4, owner="n3", state=state)
+    fences = pair.commands(SOURCE).count("Fence")
+    _try_again(pair)
+    assert (pair.source.state, pair.source.error) == (_S.FAILED, reason)
+    assert pair.commands(SOURCE).count("Fence") == fences
+    assert "DestroyGuest" in pair.commands(SOURCE)
     assert pair.resumed_on == []
 
 
