@@ -35,6 +35,7 @@ class ConnectionTracker(abc.ABC):
 
         source                                  destination
         take      just before the pause         install     before the guest's port opens
+        loosen    meanwhile
         take_new  (paused) begun since          install     before the resume
         forget    after the grace time
 
@@ -53,6 +54,14 @@ class ConnectionTracker(abc.ABC):
     @abc.abstractmethod
     def take_new(self, domain: DomainName) -> TakenConnections:
         """Those that have begun since `take`, without waiting. Ends the notes."""
+
+    @abc.abstractmethod
+    async def loosen(self, connections: Sequence[Connection]) -> None:
+        """Check no sequence numbers in them here any more, where they are known.
+
+        What is for the guest may come here for a while, and be sent on; what it answers doesn't.
+        FabricError: the node keeps state, and can't be told any.
+        """
 
     @abc.abstractmethod
     async def install(self, connections: Sequence[Connection], addresses: Collection[str]) -> int:

@@ -158,6 +158,20 @@ def _protocol_info(data: bytes) -> tuple[bytes, bool]:
     return attribute(PROTOINFO | _NESTED, inner), handshake
 
 
+def loosened(entry: Entry) -> bytes | None:
+    """The payload after which its sequence numbers aren't checked; None: they never are.
+
+    A node that one direction of a connection doesn't pass any more takes the other's
+    acknowledgements for invalid: it hasn't seen what they acknowledge.
+    """
+    if _PROTOINFO_TCP not in split(entry.attributes.get(PROTOINFO, b"")):
+        return None
+    liberal = bytes([_FLAG_LIBERAL, _FLAG_LIBERAL])
+    flags = [attribute(kind, liberal) for kind in (_TCP_FLAGS_ORIGINAL, _TCP_FLAGS_REPLY)]
+    inner = attribute(_PROTOINFO_TCP | _NESTED, b"".join(flags))
+    return removal(entry) + attribute(PROTOINFO | _NESTED, inner)
+
+
 def of_addresses(entry: Entry, packed: Collection[bytes]) -> bool:
     """Whether one of its two ends has one of the addresses."""
     return any(each in packed for each in entry.sources)
@@ -183,7 +197,7 @@ def generic(version: int | None = None) -> bytes:
 
 
 def removal(entry: Entry) -> bytes:
-    """The payload that removes it."""
+    """The payload that removes it, and begins what changes it: nothing but which one it is."""
     kinds = [ORIGINAL | _NESTED, *([ZONE] if ZONE in entry.attributes else [])]
     parts = [attribute(kind, entry.attributes[kind & _TYPE_MASK]) for kind in kinds]
     return generic(entry.version) + b"".join(parts)

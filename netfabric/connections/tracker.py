@@ -2,6 +2,7 @@
 
     take       subscribe to connections that begin; then ask for those that there are, by address
     take_new   read what the subscription has
+    loosen     change entries that there are, a hundred a conversation
     install    new entries, a hundred a conversation
 
 Messages by hand (see `messages`): a busy guest has thousands of entries, and a library that decodes
@@ -31,6 +32,7 @@ from netfabric.connections.messages import (
     REPLY,
     Entry,
     generic,
+    loosened,
     messages,
     of_addresses,
     parse,
@@ -92,6 +94,12 @@ class KernelConnections(ConnectionTracker):
             log.warning("not every new connection of %s is known: %s", domain, error.strerror)
         self._end_notes(domain)
         return _sorted(entries)
+
+    async def loosen(self, connections: Sequence[Connection]) -> None:
+        entries = [entry for each in connections if (entry := received(each)) is not None]
+        payloads = [each for each in map(loosened, entries) if each is not None]
+        if payloads:
+            await in_thread(lambda: _loosen(payloads))
 
     async def install(self, connections: Sequence[Connection], addresses: Collection[str]) -> int:
         packed = frozenset(ipaddress.ip_address(each).packed for each in addresses)
@@ -207,6 +215,13 @@ def _install(payloads: Sequence[bytes]) -> int:
     for code in sorted(set(refused)):
         log.warning("%d connections weren't taken: %s", refused.count(code), os.strerror(code))
     return len(payloads) - len(refused)
+
+
+def _loosen(payloads: Sequence[bytes]) -> None:
+    if not is_tracking():
+        return
+    for code in set(_tell(_NEW, 0, payloads)):
+        log.warning("connections aren't known loosely here: %s", os.strerror(code))
 
 
 def _forget(addresses: Collection[str], here: Collection[str]) -> int:

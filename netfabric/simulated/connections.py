@@ -19,6 +19,8 @@ class SimulatedConnections(ConnectionTracker):
         self.known: set[Connection] = set()
         self.own: frozenset[str] = frozenset()
         """The node's own addresses."""
+        self.loose: set[Connection] = set()
+        """Whose sequence numbers aren't checked."""
         self.unable = ""
         """Why its kernel can't be asked or told."""
         self._noted: dict[DomainName, tuple[frozenset[Connection], frozenset[str]]] = {}
@@ -31,6 +33,10 @@ class SimulatedConnections(ConnectionTracker):
     def take_new(self, domain: DomainName) -> TakenConnections:
         before, addresses = self._noted.pop(domain, (frozenset(self.known), frozenset[str]()))
         return TakenConnections(connections=self._of(self.known - before, addresses))
+
+    async def loosen(self, connections: Sequence[Connection]) -> None:
+        self._check()
+        self.loose |= self.known & set(connections)
 
     async def install(self, connections: Sequence[Connection], addresses: Collection[str]) -> int:
         self._check()

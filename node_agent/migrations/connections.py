@@ -3,6 +3,7 @@
     source                                    destination
       │ take: what its kernel knows
       │ connections ────────────────────────────► install, before the port opens
+      │ loosen: what answers them won't pass here
       │ (network.expect, divert)                  so what comes by the tunnel is known, too
       │ pause: those that have begun since
       │ connections ────────────────────────────► install, before the resume
@@ -101,7 +102,12 @@ class ConnectionMover:
                 taken = await self._tracker.take(move.domain, addresses)
                 told = _Told(MovedConnections(left=taken.translated), addresses)
                 self._told[move.domain] = told
-                count = await self._send(move, addresses, taken.connections)
+                loosening = asyncio.create_task(self._loosen(move, taken.connections))
+                try:
+                    count = await self._send(move, addresses, taken.connections)
+                    await loosening
+                finally:
+                    loosening.cancel()
         except (FerryError, TimeoutError) as error:
             reason = str(error) or f"not told within {TELL_S:g} s"
             return self._complain(move, f"stateful rules may cut connections: {reason}")
@@ -123,6 +129,7 @@ class ConnectionMover:
             return
         try:
             count = await self._send(move, told.addresses, taken.connections)
+            await self._loosen(move, taken.connections)
             figures = told.figures
             told.figures = msgspec.structs.replace(
                 figures,
@@ -150,6 +157,13 @@ class ConnectionMover:
             )
             count += answer.count
         return count
+
+    async def _loosen(self, move: Move, connections: Sequence[Connection]) -> None:
+        """What takes the tunnel passes this node's rules, too. Never fails."""
+        try:
+            await self._tracker.loosen(connections)
+        except FerryError as error:
+            log.warning("migration %s: stateful rules may drop: %s", move.migration_id, error)
 
     def stays(self, domain: DomainName) -> None:
         """The guest doesn't leave after all. Idempotent."""

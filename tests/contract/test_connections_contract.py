@@ -291,6 +291,44 @@ def test_a_connection_lives_on_where_it_was_told_and_is_cut_where_not(version: i
     on_kernel(body)
 
 
+def test_what_is_not_known_here_is_loosened_without_a_word(run: Callable[[Body], None]) -> None:
+    async def body(world: World) -> None:
+        await world.connect()
+        taken = (await world.tracker.take(WEB, [GUEST])).connections
+        await world.tracker.loosen(taken)
+        assert (await world.tracker.take(WEB, [GUEST])).connections != ()
+        await world.tracker.forget([GUEST], [])
+        await world.tracker.loosen(taken)
+        assert (await world.tracker.take(WEB, [GUEST])).connections == ()
+
+    run(body)
+
+
+@pytest.mark.lab
+def test_a_loosened_connection_is_checked_no_more_and_else_the_same() -> None:
+    async def body(world: KernelWorld) -> None:
+        near, far = await world.pair(await world.listen())
+        (before,) = await asyncio.to_thread(as_others_read)
+        await world.tracker.loosen((await world.tracker.take(WEB, [GUEST])).connections)
+        (after,) = await asyncio.to_thread(as_others_read)
+        was, now = tcp_of(before), tcp_of(after)
+        for kind in ("CTA_PROTOINFO_TCP_FLAGS_ORIGINAL", "CTA_PROTOINFO_TCP_FLAGS_REPLY"):
+            liberal = was.get_attr(kind)[0] | 0x8
+            assert now.get_attr(kind)[0] == liberal, "IP_CT_TCP_FLAG_BE_LIBERAL"
+        for kind in ("STATE", "WSCALE_ORIGINAL", "WSCALE_REPLY"):
+            name = f"CTA_PROTOINFO_TCP_{kind}"
+            assert now.get_attr(name) == was.get_attr(name)
+        assert after.get_attr("CTA_STATUS") == before.get_attr("CTA_STATUS")
+        near.send(b"to the guest")
+        assert await asyncio.to_thread(far.recv, 100) == b"to the guest"
+
+    on_kernel(body)
+
+
+def tcp_of(entry: Any) -> Any:
+    return entry.get_attr("CTA_PROTOINFO").get_attr("CTA_PROTOINFO_TCP")
+
+
 @pytest.mark.lab
 def test_of_many_connections_the_kernel_is_asked_by_address(
     monkeypatch: pytest.MonkeyPatch,
