@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import msgspec
 
@@ -31,6 +31,11 @@ DEFAULT_SOCKET: Final = Path("/run/ferry/api.sock")
 CONNECT_TIMEOUT_S: Final = 5.0
 ANSWER_TIMEOUT_S: Final = 120.0
 ANSWER_CAP_BYTES: Final = 64 * 1024 * 1024
+
+
+def path_of(domain: str) -> str:
+    """The API's path of a domain."""
+    return f"/v1/domains/{quote(domain, safe='')}"
 
 
 def find_address(api: str | None, lab: str | None) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import quote
 
 import msgspec
 import typer
 
+from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN, DirtyRate
 from migrator.model import NicSpec
+from node_agent.cli.client import path_of
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import facts, moment, note, settings, show, size, table
+from node_agent.cli.prediction import dirty_rate_text
 from node_agent.cli.spec import load_spec, merge_spec
 from node_agent.resources import Domain, DomainList, StartRequest, StopRequest, TakeoverRequest
 
@@ -21,11 +23,6 @@ app = typer.Typer(
 )
 
 _NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The domain.")]
-
-
-def path_of(name: str) -> str:
-    """The API's path of a domain."""
-    return f"/v1/domains/{quote(name, safe='')}"
 
 
 @app.command()
@@ -220,3 +217,16 @@ def console(
         sys.stdout.buffer.flush()
     if follow:
         note("the console's stream has ended")
+
+
+@app.command("dirty-rate")
+def dirty_rate(
+    name: _NameArgument,
+    seconds: Annotated[
+        float, typer.Option(min=SAMPLE_S_MIN, max=SAMPLE_S_MAX, help="How long to sample.")
+    ] = 1.0,
+) -> None:
+    """How fast a running domain dirties its memory, and how much of it."""
+    path = f"{path_of(name)}/dirty-rate?seconds={seconds:g}"
+    rate = settings.client().get(path, DirtyRate)
+    show(rate, dirty_rate_text(rate))

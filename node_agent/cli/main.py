@@ -1,8 +1,9 @@
 """`ferry`: the command line. Everything goes through the HTTP API of one agent.
 
 `--api`, `--context`, `--lab` and `--json` may stand anywhere. Results go to stdout, errors to
-stderr as one sentence; `ExitCode` lists the exit codes. Nothing heavy is imported until a command
-needs it, and `lab` and `demo`, which bring their own options, are mounted only when called.
+stderr as one sentence; `ExitCode` lists the exit codes. Of the commands only the one that is called
+is imported and mounted, all of them where the help lists them; nothing heavy before a command needs
+it. `lab` and `demo` bring options of their own.
 """
 
 from __future__ import annotations
@@ -12,27 +13,36 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Final
 
 import msgspec
 import typer
 
-from node_agent.cli import (
-    cluster,
-    contexts,
-    domains,
-    drain,
-    hooks,
-    migrations,
-    storage,
-    trust,
-    users,
-)
-from node_agent.cli.doctor import doctor
 from node_agent.cli.errors import EXIT_CODES_HELP, ApiProblem, CliError, ExitCode
 from node_agent.cli.output import settings
 
+_COMMANDS: Final = {
+    "domain": "domains.app",
+    "migrate": "migrations.migrate",
+    "migration": "migrations.app",
+    "drain": "drain.drain",
+    "undrain": "drain.undrain",
+    "balance": "drain.balance",
+    "cordon": "drain.cordon",
+    "uncordon": "drain.uncordon",
+    "drains": "drain.drains",
+    "node": "cluster.nodes",
+    "cluster": "trust.app",
+    "user": "users.app",
+    "context": "contexts.app",
+    "volume": "storage.volumes",
+    "pool": "storage.pools",
+    "hook": "hooks.app",
+    "events": "cluster.events",
+    "agent": "agent.agent",
+    "doctor": "doctor.doctor",
+}
+"""Where each is, in `node_agent.cli`."""
 _MOUNTED: Final = {
     "lab": ("deploy.lab.cli", "A cluster on this one machine, for trying and testing."),
     "demo": ("deploy.demo.cli", "A demonstration."),
@@ -53,8 +63,8 @@ Without them: the current context, /run/ferry/api.sock, or the only lab of this 
 """
 
 
-def build_app(mounted: str | None = None) -> typer.Typer:
-    """The application; `mounted` names the sub-application that is really called."""
+def build_app(called: str | None = None) -> typer.Typer:
+    """The application, with the command that is called alone; with all if there is none such."""
     app = typer.Typer(
         name="ferry",
         help=_HELP,
@@ -63,51 +73,50 @@ def build_app(mounted: str | None = None) -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
-    app.add_typer(domains.app, name="domain")
-    app.command("migrate")(migrations.migrate)
-    app.add_typer(migrations.app, name="migration")
-    app.command("drain")(drain.drain)
-    app.command("undrain")(drain.undrain)
-    app.command("balance")(drain.balance)
-    app.command("cordon")(drain.cordon)
-    app.command("uncordon")(drain.uncordon)
-    app.add_typer(drain.drains, name="drains")
-    app.add_typer(cluster.nodes, name="node")
-    app.add_typer(trust.app, name="cluster")
-    app.add_typer(users.app, name="user")
-    app.add_typer(contexts.app, name="context")
-    app.add_typer(storage.volumes, name="volume")
-    app.add_typer(storage.pools, name="pool")
-    app.add_typer(hooks.app, name="hook")
-    app.command("events")(cluster.events)
-    app.command("agent")(agent)
-    app.command("doctor")(doctor)
+    app.callback()(_version)  # Without any, one command alone would be the application itself.
+    if called in _COMMANDS:
+        _mount(app, called)
+        return app
+    for name in _COMMANDS:
+        _mount(app, name)
     for name, (module, help_text) in _MOUNTED.items():
-        if name == mounted:
+        if name == called:
             app.add_typer(importlib.import_module(module).app, name=name)
         elif importlib.util.find_spec(module.rpartition(".")[0]) is not None:
-            app.add_typer(typer.Typer(help=help_text, callback=_never), name=name)
+            app.add_typer(typer.Typer(help=help_text, callback=_nothing), name=name)
     return app
 
 
-def _never() -> None:
-    """Only for the line in the help: the real application is mounted when it is called."""
+def _mount(app: typer.Typer, name: str) -> None:
+    module, _, attribute = _COMMANDS[name].partition(".")
+    found = getattr(importlib.import_module(f"node_agent.cli.{module}"), attribute)
+    if isinstance(found, typer.Typer):
+        app.add_typer(found, name=name)
+    else:
+        app.command(name)(found)
 
 
-def agent(
-    config: Annotated[Path, typer.Option("--config", "-c", help="Its TOML file.")],
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"ferry {version('ferry')}")
+        raise typer.Exit
+
+
+def _version(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_show_version, help="Show the version and exit."
+        ),
+    ] = False,
 ) -> None:
-    """Run the agent of this node, until SIGTERM."""
-    from migrator.errors import FerryError
-    from node_agent.config import load_config
+    """For its option."""
 
-    try:
-        loaded = load_config(config)
-        run = importlib.import_module("node_agent.agent").run
-        code = run(loaded)
-    except FerryError as error:
-        raise CliError(str(error)) from error
-    raise typer.Exit(int(code or 0))
+
+def _nothing() -> None:
+    """In the place of a command that isn't called."""
 
 
 def take_settings(arguments: Sequence[str]) -> list[str]:
@@ -160,9 +169,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; errors are on stderr by then."""
     try:
         rest = take_leading(arguments)
-        mounted = rest[0] if rest else None
         rest = rest or take_settings(arguments)
-        build_app(mounted)(args=rest, prog_name="ferry", standalone_mode=True)
+        build_app(rest[0] if rest else None)(args=rest, prog_name="ferry", standalone_mode=True)
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else ExitCode.OK
     except ModuleNotFoundError as error:

@@ -9,8 +9,8 @@ import typer
 
 from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN
 from migrator.model import EngineKind, Migration, MigrationMode, OnTimeout, PassReport
+from node_agent.cli.client import path_of
 from node_agent.cli.cutover import cutover_text
-from node_agent.cli.domains import path_of
 from node_agent.cli.errors import ExitCode
 from node_agent.cli.output import facts, moment, parse_size, settings, show, size, table
 from node_agent.cli.prediction import comparison, dry_run_text

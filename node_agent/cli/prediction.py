@@ -1,22 +1,10 @@
-"""`ferry domain dirty-rate`; how predictions are shown, and one beside its outcome."""
+"""How dirty rates and predictions are shown, and a prediction beside its outcome."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from migrator.figures import (
-    SAMPLE_S_MAX,
-    SAMPLE_S_MIN,
-    DirtyRate,
-    LinkOrigin,
-    LinkSpeed,
-    Prediction,
-)
+from migrator.figures import DirtyRate, LinkOrigin, LinkSpeed, Prediction
 from migrator.model import Migration, MigrationState
-from node_agent.cli.domains import app, path_of
-from node_agent.cli.output import facts, settings, show, size, table
+from node_agent.cli.output import facts, size, table
 from node_agent.resources import DryRun
 
 _ORIGINS = {
@@ -25,19 +13,6 @@ _ORIGINS = {
     LinkOrigin.PROBE: "measured now",
     LinkOrigin.FIRST_PASS: "measured by its first iteration",
 }
-
-
-@app.command("dirty-rate")
-def dirty_rate(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The domain.")],
-    seconds: Annotated[
-        float, typer.Option(min=SAMPLE_S_MIN, max=SAMPLE_S_MAX, help="How long to sample.")
-    ] = 1.0,
-) -> None:
-    """How fast a running domain dirties its memory, and how much of it."""
-    path = f"{path_of(name)}/dirty-rate?seconds={seconds:g}"
-    rate = settings.client().get(path, DirtyRate)
-    show(rate, dirty_rate_text(rate))
 
 
 def dirty_rate_text(rate: DirtyRate) -> str:

@@ -6,6 +6,7 @@ The commands run in a thread: they are synchronous, and the API runs in the test
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -346,3 +347,25 @@ def test_the_help_is_complete_and_imports_nothing_heavy() -> None:
     for word in ("Exit codes", "migrate", "events", "agent", "lab", "--api", "drain"):
         assert word in done.stdout
     assert done.stdout.splitlines()[-1] == "imported: []"
+
+
+def test_a_command_imports_no_other() -> None:
+    program = (
+        "import sys\n"
+        "from node_agent.cli.main import run\n"
+        "run(['migrate', '--help'])\n"
+        "own = [each for each in sys.modules if each.startswith('node_agent.cli.')]\n"
+        "print(sorted({'asyncio', 'pydantic', 'rich', *own} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    imported = done.stdout.splitlines()[-1]
+    assert "node_agent.cli.migrations" in imported
+    for other in ("asyncio", "pydantic", "node_agent.cli.storage", "node_agent.cli.drain"):
+        assert f"'{other}'" not in imported, imported
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["--version"]) == ExitCode.OK
+    assert capsys.readouterr().out == f"ferry {importlib.metadata.version('ferry')}\n"
