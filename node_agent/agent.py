@@ -35,6 +35,7 @@ from node_agent.cluster import ClusterService
 from node_agent.cluster_calls import ClusterCalls
 from node_agent.config import AgentConfig, advertised
 from node_agent.domain_records import DomainRecords
+from node_agent.domain_restart import RestartPolicy
 from node_agent.domain_takeover import DomainTakeover
 from node_agent.domains import DomainService
 from node_agent.drain.cordons import Cordons
@@ -61,6 +62,7 @@ from node_agent.nodes import NodeRegistry
 from node_agent.peers.hub import PeerHub
 from node_agent.pools import PoolSet
 from node_agent.pressure.service import PressureService
+from node_agent.restart_notes import RestartFile
 from node_agent.state.etcd import EtcdSettings, EtcdStore
 from node_agent.state.ownership import StoreOwnership
 from node_agent.state.port import StateStore
@@ -187,7 +189,11 @@ async def running_agent(
             events=events,
             pin_machine=MachinePinner(nodes),
             cordon=cordon,
-            restart_crashed=config.node.restart_crashed,
+            restart=RestartPolicy(
+                boot_id=boot_id,
+                store=RestartFile(Path(config.node.state_directory) / "restarts.json"),
+                enabled=config.node.restart_crashed,
+            ),
         )
         link = LinkProbe(hub, config.migration.address)
         link.register()

@@ -216,11 +216,28 @@ class ClusterService:
         return await self.get_domain(domain)
 
     async def stop(self, domain: DomainName, timeout_s: float) -> Domain:
-        """Power it off where it runs; by force after `timeout_s`."""
+        """Power it off where it runs; by force after `timeout_s`. Or don't start it again there."""
         params = StopParams(domain=domain, timeout_s=timeout_s)
         wait_s = timeout_s + OPERATION_TIMEOUT_S
-        await self._hub.call(await self._owner(domain), STOP, params, Done, timeout_s=wait_s)
+        try:
+            owner = await self._owner(domain)
+        except WrongStateError as error:  # It may wait there to be started again.
+            await self._call_off(params, error)
+        else:
+            await self._hub.call(owner, STOP, params, Done, timeout_s=wait_s)
         return await self.get_domain(domain)
+
+    async def _call_off(self, params: StopParams, stopped: WrongStateError) -> None:
+        """By the node that had the domain last. `stopped` if that isn't to start it again."""
+        owned = await self._ownership.read(params.domain)
+        view = (await self._nodes.read()).get(NodeName(owned.owner)) if owned else None
+        if owned is None or view is None or view.state is NodeState.UNREACHABLE:
+            raise stopped
+        node, wait_s = NodeName(owned.owner), OPERATION_TIMEOUT_S
+        try:
+            await self._hub.call(node, STOP, params, Done, timeout_s=wait_s)
+        except ConflictError:
+            raise stopped from None
 
     async def pause(self, domain: DomainName) -> Domain:
         """Stop its vCPUs where it runs."""

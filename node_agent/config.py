@@ -56,7 +56,8 @@ class NodeTable(Table, frozen=True, kw_only=True):
     ]
     """What the node offers to domains. Default: host memory less 1 GiB, at least half of it."""
     restart_crashed: Annotated[bool, msgspec.Meta(description="true or false")] = True
-    """Start a domain again, here and from its disk, when its hypervisor died under it."""
+    """Start a domain again, here and from its disk, when its hypervisor died under it, or when the
+    node was rebooted or lost power while it ran."""
 
 
 class ApiTable(Table, frozen=True, kw_only=True):

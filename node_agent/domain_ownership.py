@@ -4,8 +4,8 @@
     give_back ──► process gone, all closed ──► STOPPED  when none does
 
 A crash in between leaves at worst a RUNNING record without a process. `settle` notices, when a
-guest exits by itself and in a sweep every few seconds; and has a domain whose hypervisor died
-started again (`domain_restart`).
+guest exits by itself and in a sweep every few seconds; and has a domain that was lost though it
+should run started again (`domain_restart`).
 
 A node that was cut off, or dead, may find that its domain was taken over meanwhile: its copy is
 stale, and is destroyed before anything else is done with the domain (`end_stale`). It looks when
@@ -36,7 +36,7 @@ from migrator.ports import DomainEvent, DomainEventKind, HypervisorDriver, Owner
 from node_agent.domain_launch import LaunchBuilder, uninterrupted
 from node_agent.domain_locks import DomainLocks
 from node_agent.domain_records import DomainRecords
-from node_agent.domain_restart import CrashRestarts
+from node_agent.domain_restart import DomainRestarts, RestartPolicy
 from node_agent.events import EventKind, EventLog
 
 log = logging.getLogger(__name__)
@@ -64,9 +64,11 @@ class DomainOwnership:
         events: EventLog,
         locks: DomainLocks,
         sweep_s: float = SWEEP_S,
-        start_again: Callable[[DomainName], Awaitable[object]] | None = None,
+        restart: RestartPolicy,
+        start_again: Callable[[DomainName], Awaitable[bool]],
+        remark: Callable[[DomainName, str], Awaitable[None]],
     ) -> None:
-        """`start_again`: how a domain whose hypervisor died is started; None: it stays stopped."""
+        """See `DomainRestarts` for the last three."""
         self.node = node
         self._hypervisor = hypervisor
         self._launches = launches
@@ -75,7 +77,16 @@ class DomainOwnership:
         self._events = events
         self._locks = locks
         self._sweep_s = sweep_s
-        self._crashes = CrashRestarts(start_again, events)
+        self.restarts = DomainRestarts(
+            node,
+            restart,
+            settle=self.settle,
+            start=start_again,
+            remark=remark,
+            own=self._run,
+            events=events,
+        )
+        self._waiting: Sequence[DomainName] = ()
         self._tasks: set[asyncio.Task[None]] = set()
         self._unsubscribe: list[Callable[[], None]] = []
 
@@ -85,7 +96,8 @@ class DomainOwnership:
             self._hypervisor.subscribe(self._on_hypervisor_event),
             self._locks.on_release(self._settle_later),
         ]
-        self._own(asyncio.create_task(self._sweep(), name="domain-sweep"))
+        self._run(self._sweep(), "domain-sweep")
+        self.restarts.go_on(self._waiting)
 
     async def close(self) -> None:
         """Guests go on; only the background tasks end."""
@@ -177,15 +189,23 @@ class DomainOwnership:
         """At the agent's start: compare the processes found with the ownership records.
 
         `claimed` domains are left alone: a migration's journal decides about them. StoreError:
-        nothing more was changed; guests go on.
+        nothing more was changed; guests go on. What is to be started again is settled by that, once
+        this is open: its storage may take long to answer.
         """
         records = await self._records.list_ownership()
+        wanted = set(await self.restarts.begin(records, adopted, claimed)) - set(claimed)
+        self._waiting = await self._by_priority(wanted) if wanted else ()
         for domain in adopted:
             if domain not in claimed:
                 await self._reconcile_guest(domain, records.get(domain))
         for domain, owned in records.items():
-            if self._ours(owned) and domain not in claimed and domain not in adopted:
+            if self._ours(owned) and not {domain} & {*claimed, *adopted, *wanted}:
                 await self.settle(domain)
+
+    async def _by_priority(self, domains: Collection[DomainName]) -> Sequence[DomainName]:
+        known = await self._records.list_records()
+        priority = {name: known[name].spec.priority for name in domains if name in known}
+        return sorted(domains, key=lambda name: (-priority.get(name, 0), name))
 
     async def end_stale(self, domain: DomainName) -> None:
         """Destroy what runs here of a domain that isn't this node's. Idempotent.
@@ -200,26 +220,58 @@ class DomainOwnership:
             await self._end_copy(domain, owned)
 
     async def settle(self, domain: DomainName) -> None:
-        """If the record says that it runs here and it doesn't: close everything, STOPPED."""
+        """If the record says that it runs here and it doesn't: close everything, STOPPED.
+
+        What is to be started again then, is; what isn't any more is not.
+        """
         async with self._locks.hold(domain, "clean-up"):
             owned = await self._ownership.read(domain)
             if owned is None or owned.owner != self.node:
-                self._crashes.take(domain)  # A crash of a copy that wasn't the domain.
+                self.restarts.forget_crash(domain)  # Of a copy that wasn't the domain.
+                await self.restarts.drop(domain)
                 return
-            if owned.state is not OwnershipState.RUNNING:
-                return
-            if (await self._hypervisor.inspect(domain)).state is not DomainState.STOPPED:
-                return
-            await self.give_back(owned, (await self._records.get(domain)).spec)
-            crashed = self._crashes.take(domain)  # Its end has been reported by now.
+            if owned.state is OwnershipState.RUNNING:
+                if (await self._hypervisor.inspect(domain)).state is not DomainState.STOPPED:
+                    await self.restarts.drop(domain)
+                    return
+                await self._stop_lost(owned)
+            else:
+                await self.restarts.stands(owned)
+        self.restarts.start_soon(domain)
+
+    async def _stop_lost(self, owned: OwnershipRecord) -> None:
+        domain = DomainName(owned.domain)
+        spec = (await self._records.get(domain)).spec
+        why = await self.restarts.lost(domain, owned)  # Its end has been reported by now.
+        await self.give_back(owned, spec)
+        then = f"it is to be started again: {why}" if why else "it is stopped now"
         self._events.emit(
             EventKind.DOMAIN_LOST,
-            f"domain {domain} doesn't run on {self.node} any more; it is stopped now",
+            f"domain {domain} doesn't run on {self.node} any more; {then}",
             domain=domain,
         )
-        if crashed:
-            again = self._crashes.start_again(domain)
-            self._own(asyncio.create_task(again, name=f"start-again-{domain}"))
+
+    async def may_start_again(self, domain: DomainName) -> bool:
+        """Under the domain's lock: whether it is stopped, and still to be started again."""
+        owned = await self._ownership.read(domain)
+        stopped = owned is not None and owned.state is OwnershipState.STOPPED
+        return stopped and owned is not None and self.restarts.due(owned)
+
+    async def call_off(self, domain: DomainName) -> bool:
+        """Under the domain's lock: if it waits to be started again, it doesn't any more. Whether.
+
+        StoreError, HypervisorError: it is called off, and not settled yet; the sweep comes again.
+        """
+        owned = await self._ownership.read(domain)
+        waited = owned is not None and self.restarts.due(owned)
+        await self.restarts.drop(domain)
+        if owned is None or not waited:
+            return False
+        if owned.state is OwnershipState.RUNNING:
+            if (await self._hypervisor.inspect(domain)).state is not DomainState.STOPPED:
+                return False
+            await self._stop_lost(owned)
+        return True
 
     async def _reconcile_guest(self, domain: DomainName, owned: OwnershipRecord | None) -> None:
         if owned is None:
@@ -280,6 +332,8 @@ class DomainOwnership:
         for domain, owned in records.items():
             if self._ours(owned) and domain not in here:
                 await self._unless_busy(domain, self.settle(domain))
+        for domain in self.restarts.idle():  # The store's answer was lost, say, when they stopped.
+            await self._unless_busy(domain, self.settle(domain))
 
     async def _end_stale_locked(self, domain: DomainName) -> None:
         async with self._locks.hold(domain, "clean-up"):
@@ -296,15 +350,16 @@ class DomainOwnership:
             detail = f" ({event.detail})" if event.detail else ""
             self._events.emit(kind, f"domain {event.domain}: {text}{detail}", domain=event.domain)
         if event.kind is DomainEventKind.EXITED:
-            self._crashes.note(event)
+            self.restarts.note(event)
             self._settle_later(event.domain)
 
     def _settle_later(self, domain: DomainName) -> None:
         """From callbacks. A domain that a migration has is settled when it lets go."""
         if self._locks.migration_of(domain) is None:
-            self._own(asyncio.create_task(self._settle_logged(domain), name=f"settle-{domain}"))
+            self._run(self._settle_logged(domain), f"settle-{domain}")
 
-    def _own(self, task: asyncio.Task[None]) -> None:
+    def _run(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

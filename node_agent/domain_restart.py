@@ -1,73 +1,300 @@
-"""Domains whose hypervisor died under them: started again here, from their disks.
+"""Domains that were lost though they should run: started again here, from their disks.
+
+    its hypervisor died under a living agent ──┐
+    the node was rebooted, or lost power ──────┼─► wanted, on the disk ─► record STOPPED ─► start
+    an agent died between here and there ──────┘        ▲                     │ failed
+                                                        └──── a longer pause ─┘
 
 Only where nobody asked for the end: a guest that powered itself off, a stop and a SIGTERM don't
-count, and neither does an end that no agent saw (it may have been a power-off). Three times within
-ten minutes; then the domain stays stopped, for whatever kills it would kill it again.
+count, and neither does an end in this boot that no agent saw (it may have been a power-off).
+
+What is wanted is noted before the record says STOPPED (`restart_notes`), so that the next agent
+goes on whenever this one dies. Whether a domain may still be started is the record's word alone: it
+must be this node's, with the token under which the domain was lost, or the next one, which only a
+start of this node's own can have won from it. So a domain that was taken over, or started, or moved
+elsewhere meanwhile is left alone. What a migration has hold of is left to it first.
+
+A start that fails (the storage may be on its way up, too) is tried again, for 12 hours. A domain
+that is started and lost again three times within ten minutes stays stopped, over agents' ends and
+reboots: whatever kills it, and maybe the node with it, would do that again.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from typing import Any, Final
 
-from migrator.errors import FerryError
-from migrator.model import DomainName
+import msgspec
+
+from migrator.errors import FerryError, StoreError
+from migrator.model import DomainName, NodeName, OwnershipRecord, OwnershipState
 from migrator.ports import DomainEvent
 from node_agent.events import EventKind, EventLog
+from node_agent.restart_notes import RestartNotes, RestartStore, VolatileRestarts, Wanted
 
 log = logging.getLogger(__name__)
 
 TRIES: Final = 3
 WITHIN_S: Final = 600.0
+PARALLEL: Final = 4
+"""Starts at the same time: a node with all its guests to start has its disks busy enough."""
+PAUSE_S: Final = 5.0
+"""After a start that failed; doubled from one to the next, up to PAUSE_S_MAX."""
+PAUSE_S_MAX: Final = 300.0
+GIVE_UP_S: Final = 12 * 3600.0
+"""From the loss to the last try: who has gone without a domain for so long has seen to it."""
 
 
-class CrashRestarts:
-    """Which domains crashed, and how often. `start` is how one is started."""
+class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node starts again, and what it remembers it by."""
+
+    boot_id: str = "-"
+    """Which boot of the host this is."""
+    store: RestartStore = msgspec.field(default_factory=VolatileRestarts)
+    enabled: bool = True
+    """False: what is lost stays stopped."""
+    clock: Callable[[], float] = time.time
+    """Wall clock, s."""
+
+
+class DomainRestarts:
+    """See the module. `begin`, then `go_on`; everything in one event loop."""
 
     def __init__(
         self,
-        start: Callable[[DomainName], Awaitable[object]] | None,
+        node: NodeName,
+        policy: RestartPolicy,
+        *,
+        settle: Callable[[DomainName], Awaitable[None]],
+        start: Callable[[DomainName], Awaitable[bool]],
+        remark: Callable[[DomainName, str], Awaitable[None]],
+        own: Callable[[Coroutine[Any, Any, None], str], None],
         events: EventLog,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Without `start` nothing is ever started again."""
+        """`settle` brings record and process together, `start` starts it if it is still `due`
+        (False: it isn't), `remark` adds to its history, `own` runs a task with a name."""
+        self._node = node
+        self._policy = policy
+        self._settle = settle
         self._start = start
+        self._remark = remark
+        self._own = own
         self._events = events
-        self._clock = clock
+        self._notes = RestartNotes()
         self._crashed: set[DomainName] = set()
-        self._starts: dict[DomainName, deque[float]] = {}
+        self._running: set[DomainName] = set()
+        self._slots = asyncio.Semaphore(PARALLEL)
+
+    # --- what is wanted ----------------------------------------------------------------------
+
+    async def begin(
+        self,
+        records: Mapping[DomainName, OwnershipRecord],
+        here: Collection[DomainName],
+        claimed: Collection[DomainName],
+    ) -> Collection[DomainName]:
+        """At the agent's start: which domains are to be started again.
+
+        `here` have a process, `claimed` ones a migration that decides about them first.
+        """
+        try:
+            notes = await self._policy.store.load()
+        except StoreError as error:
+            log.error("which domains were to be started again is not known: %s", error)
+            notes = RestartNotes()
+        wanted: dict[str, Wanted] = {}
+        if self._policy.enabled:
+            ours = {domain for domain, each in records.items() if each.owner == self._node}
+            left = (ours | set(claimed)) - set(here)
+            wanted = {name: each for name, each in notes.wanted.items() if name in left}
+            if notes.boot_id not in ("", self._policy.boot_id):
+                wanted |= self._lost_with_the_boot(records, left, claimed)
+        self._notes = msgspec.structs.replace(
+            notes, boot_id=self._policy.boot_id, wanted=wanted, tries=self._recent(notes.tries)
+        )
+        if self._notes != notes:
+            await self._save()
+        return [DomainName(name) for name in wanted]
+
+    def _lost_with_the_boot(
+        self,
+        records: Mapping[DomainName, OwnershipRecord],
+        left: Collection[DomainName],
+        claimed: Collection[DomainName],
+    ) -> Mapping[str, Wanted]:
+        why, now_s = f"{self._node} was rebooted, or lost power", self._policy.clock()
+        lost: dict[str, Wanted] = {}
+        for domain in left:
+            owned = records.get(domain)
+            if domain in claimed:
+                lost[domain] = Wanted(token=None, why=why, since_s=now_s)
+            elif owned is not None and owned.state is OwnershipState.RUNNING:
+                lost[domain] = Wanted(token=owned.token, why=why, since_s=now_s)
+        return lost
+
+    def go_on(self, domains: Sequence[DomainName]) -> None:
+        """Start them again, in this order, where they are wanted."""
+        for domain in domains:
+            self.start_soon(domain)
 
     def note(self, event: DomainEvent) -> None:
-        """An EXITED event."""
+        """An EXITED event. What follows from it is decided when the record is settled."""
         (self._crashed.add if event.crashed else self._crashed.discard)(event.domain)
 
-    def take(self, domain: DomainName) -> bool:
-        """Whether it crashed; forgets it. Call it when the domain's record has been settled."""
+    async def lost(self, domain: DomainName, owned: OwnershipRecord) -> str:
+        """`owned` is this node's and RUNNING, and there is no process. Call it before STOPPED.
+
+        Returns why the domain is to be started again; "" if it isn't.
+        """
         crashed = domain in self._crashed
         self._crashed.discard(domain)
-        return crashed and self._start is not None
+        if crashed and self._policy.enabled:
+            why, since_s = "its hypervisor died", self._policy.clock()
+            await self._want(domain, Wanted(token=owned.token, why=why, since_s=since_s))
+        return await self.stands(owned)
 
-    async def start_again(self, domain: DomainName) -> None:
-        """Start it, unless that was tried too often. Errors are logged, and stand in the events."""
-        if self._start is None:
+    async def stands(self, owned: OwnershipRecord) -> str:
+        """There is no process of its domain. Why it is still to be started again; "": it isn't."""
+        domain = DomainName(owned.domain)
+        wanted = self._notes.wanted.get(domain)
+        if wanted is None or not self.due(owned):
+            await self.drop(domain)
+            return ""
+        await self._want(domain, msgspec.structs.replace(wanted, token=owned.token))
+        return wanted.why
+
+    def due(self, owned: OwnershipRecord) -> bool:
+        """Whether the domain with this record is to be started again."""
+        wanted = self._notes.wanted.get(owned.domain)
+        if wanted is None or owned.owner != self._node:
+            return False
+        if wanted.token is None:
+            return owned.state is OwnershipState.RUNNING
+        return owned.token in (wanted.token, wanted.token + 1)
+
+    def wanted(self, domain: DomainName) -> Wanted | None:
+        """Why, and since when."""
+        return self._notes.wanted.get(domain)
+
+    def idle(self) -> Sequence[DomainName]:
+        """Those that are wanted, and that nobody starts now: they have yet to be settled."""
+        return [
+            domain for domain in map(DomainName, self._notes.wanted) if domain not in self._running
+        ]
+
+    async def drop(self, domain: DomainName) -> bool:
+        """It needn't be started again any more. Whether it was to be."""
+        if domain not in self._notes.wanted:
+            return False
+        wanted = {name: each for name, each in self._notes.wanted.items() if name != domain}
+        self._notes = msgspec.structs.replace(self._notes, wanted=wanted)
+        await self._save()
+        return True
+
+    def forget_crash(self, domain: DomainName) -> None:
+        """It was a copy's that wasn't the domain."""
+        self._crashed.discard(domain)
+
+    async def _want(self, domain: DomainName, wanted: Wanted) -> None:
+        if self._notes.wanted.get(domain) == wanted:
             return
-        tried = self._starts.setdefault(domain, deque())
-        now = self._clock()
-        while tried and tried[0] < now - WITHIN_S:
-            tried.popleft()
-        if len(tried) >= TRIES:
-            self._events.emit(
-                EventKind.DOMAIN_START_FAILED,
-                f"domain {domain} was started again {TRIES} times in {WITHIN_S / 60:.0f} minutes, "
-                "and its hypervisor died again; it is left stopped",
-                domain=domain,
-            )
-            return
-        tried.append(now)
+        self._notes = msgspec.structs.replace(
+            self._notes, wanted={**self._notes.wanted, domain: wanted}
+        )
+        await self._save()
+
+    async def _save(self) -> None:
+        """Where that fails, only this agent knows."""
         try:
-            await self._start(domain)
+            await self._policy.store.save(self._notes)
+        except StoreError as error:
+            log.error("which domains are to be started again was not noted: %s", error)
+
+    # --- starting ----------------------------------------------------------------------------
+
+    def start_soon(self, domain: DomainName) -> None:
+        """Start it in the background, if it is wanted. Idempotent."""
+        if domain in self._notes.wanted and domain not in self._running:
+            self._running.add(domain)
+            self._own(self._until_started(domain), f"start-again-{domain}")
+
+    async def _until_started(self, domain: DomainName) -> None:
+        pause_s, told = PAUSE_S, False
+        try:
+            while domain in self._notes.wanted:  # Bounded by GIVE_UP_S.
+                async with self._slots:
+                    error = await self._try(domain)
+                if error is None:
+                    continue
+                log.warning("domain %s could not be started again: %s", domain, error)
+                if not told:
+                    told = True
+                    await self._tell(domain, f"could not be started again yet: {error}")
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, PAUSE_S_MAX)
+        finally:
+            self._running.discard(domain)
+
+    async def _try(self, domain: DomainName) -> FerryError | None:
+        """One start, if it is still wanted; afterwards it isn't, or the error says why it is."""
+        wanted, now_s = self._notes.wanted.get(domain), self._policy.clock()
+        if wanted is None:
+            return None
+        reason = ""
+        if len(self._recent(self._notes.tries).get(domain, ())) >= TRIES:
+            minutes = f"{WITHIN_S / 60:.0f} minutes"
+            reason = f"it was started again {TRIES} times in {minutes}, and lost again"
+        elif now_s - wanted.since_s > GIVE_UP_S:
+            reason = f"it could not be started again for {GIVE_UP_S / 3600:.0f} hours"
+        if reason:
+            await self._give_up(domain, f"{reason} ({wanted.why}); it is left stopped")
+        try:
+            await self._settle(domain)
+            if domain not in self._notes.wanted:
+                return None
+            await self._count(domain, now_s)
+            if not await self._start(domain):
+                await self.drop(domain)
         except FerryError as error:
-            log.warning("domain %s crashed and could not be started again: %s", domain, error)
+            await self._uncount(domain, now_s)
+            return error
+        return None
+
+    async def _give_up(self, domain: DomainName, text: str) -> None:
+        await self.drop(domain)
+        self._events.emit(
+            EventKind.DOMAIN_START_FAILED, f"domain {domain}: {text}", domain=domain, left=True
+        )
+        await self._tell(domain, text)
+
+    async def _tell(self, domain: DomainName, text: str) -> None:
+        try:
+            await self._remark(domain, text)
+        except FerryError as error:
+            log.warning("domain %s: %s; that was not added to its history: %s", domain, text, error)
+
+    async def _count(self, domain: DomainName, at_s: float) -> None:
+        """Before the start: it may be what kills this agent, or this node."""
+        tries = self._recent(self._notes.tries)
+        await self._set_tries({**tries, domain: (*tries.get(domain, ()), at_s)})
+
+    async def _uncount(self, domain: DomainName, at_s: float) -> None:
+        """That start failed, and was undone."""
+        left = tuple(each for each in self._notes.tries.get(domain, ()) if each != at_s)
+        await self._set_tries(self._recent({**self._notes.tries, domain: left}))
+
+    async def _set_tries(self, tries: dict[str, tuple[float, ...]]) -> None:
+        if tries != self._notes.tries:
+            self._notes = msgspec.structs.replace(self._notes, tries=tries)
+            await self._save()
+
+    def _recent(self, tries: Mapping[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+        now_s = self._policy.clock()
+        recent = {
+            name: tuple(at_s for at_s in each if now_s - WITHIN_S <= at_s <= now_s)
+            for name, each in tries.items()
+        }
+        return {name: each for name, each in recent.items() if each}

@@ -43,6 +43,7 @@ from node_agent.domain_launch import LaunchBuilder, LaunchUndo
 from node_agent.domain_locks import DomainLocks
 from node_agent.domain_ownership import DomainOwnership
 from node_agent.domain_records import DomainRecords, check_spec
+from node_agent.domain_restart import RestartPolicy
 from node_agent.events import EventKind, EventLog
 from node_agent.io_recovery import IoRecovery
 from node_agent.resources import DomainRecord
@@ -87,12 +88,12 @@ class DomainService:
         pin_machine: Callable[[str], Awaitable[str]],
         locks: DomainLocks | None = None,
         cordon: Callable[[], Awaitable[list[str]]] | None = None,
-        restart_crashed: bool = True,
+        restart: RestartPolicy | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`cordon`: why nothing may start here now; None: something always may.
 
-        `restart_crashed`: a domain whose hypervisor died is started again (`domain_restart`).
+        `restart`: which of its domains that were lost are started again; None: until it ends.
         """
         self.node = node
         self._cordon = cordon
@@ -113,7 +114,9 @@ class DomainService:
             records=records,
             events=events,
             locks=self.locks,
-            start_again=self.start if restart_crashed else None,
+            restart=restart or RestartPolicy(),
+            start_again=self._start_again,
+            remark=self._remark,
         )
         self._io_recovery = IoRecovery(
             hypervisor=hypervisor,
@@ -176,27 +179,52 @@ class DomainService:
 
         ConflictError says who runs it, where it runs already; RefusedError: the node is kept free.
         """
+        await self._refuse_cordoned(domain)
+        async with self.locks.hold(domain, "start"):
+            owned = await self._take_and_launch(domain)
+        self._emit_started(owned, f"domain {domain} was started on {self.node}")
+        return owned
+
+    async def _start_again(self, domain: DomainName) -> bool:
+        """Start it if it is still to be (`domain_restart`). Whether it was; errors as `start`."""
+        await self._refuse_cordoned(domain)
+        async with self.locks.hold(domain, "start"):
+            wanted = self.ownership.restarts.wanted(domain)
+            if wanted is None or not await self.ownership.may_start_again(domain):
+                return False
+            owned = await self._take_and_launch(domain)
+        self._emit_started(owned, f"domain {domain} was started again on {self.node}: {wanted.why}")
+        return True
+
+    async def _refuse_cordoned(self, domain: DomainName) -> None:
         if self._cordon is not None and (reasons := await self._cordon()):
             raise RefusedError(f"domain {domain} was not started: {reasons[0]}", reasons)
-        async with self.locks.hold(domain, "start"):
-            spec = (await self._records.get(domain)).spec
-            owned = await self.ownership.take(domain, spec)
-            await self.launch(owned, spec)
-        self._events.emit(
-            EventKind.DOMAIN_STARTED,
-            f"domain {domain} was started on {self.node}",
-            domain=domain,
-            token=owned.token,
-        )
+
+    async def _take_and_launch(self, domain: DomainName) -> OwnershipRecord:
+        spec = (await self._records.get(domain)).spec
+        owned = await self.ownership.take(domain, spec)
+        await self.launch(owned, spec)
+        await self.ownership.restarts.drop(domain)
         return owned
+
+    def _emit_started(self, owned: OwnershipRecord, text: str) -> None:
+        kind = EventKind.DOMAIN_STARTED
+        self._events.emit(kind, text, domain=owned.domain, token=owned.token)
+
+    async def _remark(self, domain: DomainName, text: str) -> None:
+        await self._records.note(domain, text, user="", at_s=self._clock())
 
     async def stop(self, domain: DomainName, *, timeout_s: float = 30.0) -> bool:
         """Power the guest off; by force after `timeout_s`. True: it went by itself.
 
-        WrongStateError if it doesn't run.
+        One that waits to be started again isn't any more. WrongStateError if it doesn't run.
         """
         async with self.locks.hold(domain, "stop"):
             spec = (await self._records.get(domain)).spec
+            if await self.ownership.call_off(domain):
+                text = f"domain {domain} is not started again, and stays stopped"
+                self._events.emit(EventKind.DOMAIN_STOPPED, text, domain=domain)
+                return True
             owned = await self.ownership.owned_here(domain)
             by_itself = await self._hypervisor.stop(domain, timeout_s=timeout_s)
             await self.ownership.give_back(owned, spec)

@@ -35,12 +35,11 @@ from migrator.ports import (
 from netfabric.simulated.driver import SimulatedFabric
 from node_agent.domain_locks import DomainLocks
 from node_agent.domain_records import DomainRecords
+from node_agent.domain_restart import RestartPolicy
 from node_agent.domain_takeover import DomainTakeover
 from node_agent.domains import DomainService
 from node_agent.events import EventKind, EventLog
-from node_agent.hooks.model import HookReport
 from node_agent.migrations.admission import Admissions
-from node_agent.migrations.checks import DestinationCheck
 from node_agent.migrations.cutover import CutoverService
 from node_agent.migrations.moments import MigrationMoments
 from node_agent.migrations.site import NodeSite
@@ -51,6 +50,12 @@ from node_agent.state.typed import TypedStore
 from tests.simulation.checkers import writes
 from tests.simulation.guests import PAGES, STATES, G, Guest
 from tests.simulation.loop import AgentDead
+from tests.simulation.stand_ins import (
+    NoHooks,
+    NoNetwork,
+    SimulatedRestarts,
+    UnencryptedCheck,
+)
 from tests.simulation.storage import SimulatedVolumes
 from tests.simulation.store import SimulatedStore
 
@@ -88,6 +93,8 @@ class QuietEvents(EventLog):
     ) -> None:
         if self._agent.alive:
             self._agent.world.log("{}: {}: {}", self._agent.node.name, kind.value, message)
+            if domain is not None and (data.get("left") or kind is EventKind.DOMAIN_STOPPED):
+                self._agent.node.cluster.domains[DomainName(domain)].left_stopped()
 
 
 class Agent:
@@ -122,6 +129,11 @@ class Agent:
             events=events,
             pin_machine=_as_it_is,
             locks=self.locks,
+            restart=RestartPolicy(
+                boot_id=node.boot_id,
+                store=SimulatedRestarts(self),
+                clock=lambda: node.clock_s,
+            ),
             clock=lambda: node.clock_s,
         )
         self.domains.ownership._sweep_s = SWEEP_S
@@ -266,28 +278,6 @@ def _info(name: str) -> NodeInfo:
     )
 
 
-class UnencryptedCheck(DestinationCheck):
-    """Without a look at files."""
-
-    async def _encryption(self, source: bool | None) -> list[str]:
-        return []
-
-
-class NoHooks:
-    """Instead of `MigrationMoments`: nobody has to be asked."""
-
-    async def before_switchover(self, _: object) -> HookReport:
-        return HookReport()
-
-
-class NoNetwork:
-    """Instead of `CutoverService`: guests without NICs."""
-
-    async def prepare_arrival(self, _: object) -> None: ...
-
-    def gone(self, _: object) -> None: ...
-
-
 class SimulatedHypervisor(HypervisorDriver):
     """What domain operations need of a hypervisor. A session's own commands are in `effects`."""
 
@@ -338,7 +328,7 @@ class SimulatedHypervisor(HypervisorDriver):
 
         def effect() -> Guest:
             guest = self._spawn(launch, G.INCOMING, [0] * PAGES)
-            domain.memory_lost = None  # The guest is another one now: what is left is stale.
+            domain.begin_anew()
             guest.doomed = True  # Until its start has succeeded.
             writes.check_start(domain, guest)
             domain.set_running(guest)

@@ -7,6 +7,7 @@ from typing import ClassVar
 from migrator.model import DomainName, DomainSpec, OwnershipRecord
 from migrator.session import messages as m
 from migrator.session import vocabulary as v
+from node_agent.restart_notes import RestartNotes
 from tests.simulation.agent import Agent
 from tests.simulation.node import Node
 from tests.simulation.side import Envelope, Side
@@ -88,3 +89,13 @@ class TakesBeforeItLooks(Node):
             return await ownership._win(domain, spec, await ownership._ownership.read(domain))
 
         ownership.take = take  # type: ignore[method-assign]
+
+
+class ForgetsWhatItLost(Node):
+    """What was to be started again is known to nobody but the agent that noticed, in its boot."""
+
+    found_as: ClassVar = ("4:",)
+
+    def boot_up(self) -> None:
+        self.restarts = RestartNotes(boot_id=self.boot_id)
+        super().boot_up()

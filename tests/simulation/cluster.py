@@ -47,6 +47,8 @@ class Domain:
         self.memory_lost: str | None = None
         """Why invariant 4 makes its exception (`checkers.liveness`). A start ends it."""
         self.losses: list[str] = []
+        self.must_start = False
+        """Its memory died with the host that was its owner, or an agent noted to start it again."""
         self.volume.opened[owner] = 1
         self.volume.fence(owner, FencingToken(1))
         self.guests[owner] = Guest(
@@ -67,6 +69,11 @@ class Domain:
                 return guest
         return None
 
+    @property
+    def died(self) -> bool:
+        """A fault took its memory."""
+        return (self.memory_lost or "").startswith("died")
+
     def lose(self, kind: str, detail: str = "") -> None:
         """Its memory is gone, or nobody may use it; the first word on that counts."""
         if self.memory_lost is None:
@@ -74,9 +81,18 @@ class Domain:
             self.losses.append(kind)
             self.world.log("{} lost, {}", self.name, self.memory_lost)
 
+    def begin_anew(self) -> None:
+        """It boots: the guest is another one now, and what is left of the old one is stale."""
+        self.memory_lost = None
+
+    def left_stopped(self) -> None:
+        """It was started again too often, or an operator doesn't want it."""
+        self.must_start = False
+
     def depose(self) -> None:
         """It was taken over: what there is of it is stale from now on."""
         self.epoch += 1
+        self.must_start = False
         self.lose("taken over")
         for guest in self.guests.values():
             guest.deposed = True
@@ -88,6 +104,7 @@ class Domain:
             guest.epoch = self.epoch
         guest.state = G.RUNNING
         guest.begun = False
+        self.must_start = False
         one_runner.check(self)
 
 

@@ -27,6 +27,7 @@ from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
 from tests.simulation.agent_mutants import (
     AdmitsEveryPrepare,
+    ForgetsWhatItLost,
     LeavesStaleCopies,
     TakesBeforeItLooks,
     TakesOverAsAHandoffWould,
@@ -395,6 +396,7 @@ MUTANTS: tuple[type[Mutant], ...] = (
     TakesOverWithoutAFence,
     TakesOverAsAHandoffWould,
     TakesBeforeItLooks,
+    ForgetsWhatItLost,
 )
 
 

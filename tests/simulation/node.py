@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from migrator.errors import ConflictError, FerryError
 from migrator.journal_entry import JournalEntry, answer_without_session, entry_of
-from migrator.model import DomainState, MigrationRequest, NodeName, OwnershipState, Role
+from migrator.model import DomainName, DomainState, MigrationRequest, NodeName, OwnershipState, Role
 from migrator.ports import DomainEvent, DomainEventKind
 from migrator.session import messages as m
 from migrator.session import vocabulary as v
+from node_agent.restart_notes import RestartNotes
 from tests.simulation import effects, post_copy
 from tests.simulation.agent import Agent
 from tests.simulation.checkers import liveness, writes
@@ -39,6 +40,8 @@ class Node:
         self.boot = 1
         self.journal: dict[str, JournalEntry] = {}
         self.durable: dict[str, JournalEntry] = {}
+        self.restarts = RestartNotes(boot_id=self.boot_id)
+        """Always durable."""
         self.store_cut = False
         self.storage_cut = False
         self._silent_since_s = world.now_s
@@ -85,6 +88,13 @@ class Node:
         """Those of migrations that have not ended, oldest first. Reading the journal syncs it."""
         self.durable = dict(self.journal)
         return sorted(self.open_entries(), key=lambda entry: entry.created_at_s)
+
+    def note_restarts(self, notes: RestartNotes) -> None:
+        """What is noted to be started again must be."""
+        for name, wanted in notes.wanted.items():
+            if wanted.token is not None and name not in self.restarts.wanted:
+                self.cluster.domains[DomainName(name)].must_start = True
+        self.restarts = notes
 
     def side_of(self, entry: JournalEntry) -> Side:
         return self.cluster.migrations[entry.migration_id].sides[entry.role]
@@ -134,7 +144,11 @@ class Node:
             if entry.committed and entry.role is Role.DESTINATION:
                 self.cluster.migrations[entry.migration_id].destination.rebooted_committed = True
         for domain in self.cluster.domains.values():
+            owned, here = domain.record, self.name in domain.guests
             self.kill_guest(domain, "host died", told=False)
+            noted = self.restarts.boot_id == self.boot_id
+            if here and domain.died and noted and owned is not None and owned.owner == self.name:
+                domain.must_start |= owned.state is OwnershipState.RUNNING
         self.crash("host died", down_s=12.0)
         self.journal = dict(self.durable)
         self.boot += 1
@@ -174,7 +188,8 @@ class Node:
             domain.lose("stopped")
         else:
             liveness.died(domain, guest, why)
-        self._gone(domain, guest, told=told)
+        ran = guest.state not in (G.INCOMING, G.LOADED)
+        self._gone(domain, guest, told=told, crashed=ran and not stopped)
 
     def end_guest(self, domain: Domain, guest: Guest) -> None:
         """It is destroyed on purpose."""
@@ -183,10 +198,10 @@ class Node:
         liveness.check_destroy(domain, guest, self)
         self._gone(domain, guest, told=True)
 
-    def _gone(self, domain: Domain, guest: Guest, *, told: bool) -> None:
+    def _gone(self, domain: Domain, guest: Guest, *, told: bool, crashed: bool = False) -> None:
         migration = self.cluster_migration(domain, Role.DESTINATION)
         if told:
-            self.guest_event(domain, guest, DomainEventKind.EXITED)
+            self.guest_event(domain, guest, DomainEventKind.EXITED, crashed=crashed)
         for each in self.cluster.migrations.values():
             if each.domain is domain:
                 post_copy.note_loss(each)
@@ -202,12 +217,14 @@ class Node:
                 return migration
         return None
 
-    def guest_event(self, domain: Domain, guest: Guest, kind: DomainEventKind) -> None:
+    def guest_event(
+        self, domain: Domain, guest: Guest, kind: DomainEventKind, *, crashed: bool = False
+    ) -> None:
         """A monitor's events arrive in their order, at whoever listens then."""
         world, agent = self.world, self.agent
         at_s = max(world.now_s + world.delay(0.002), guest.events_due_s)
         guest.events_due_s = at_s
-        event = DomainEvent(domain=domain.name, kind=kind, at_s=self.clock_s)
+        event = DomainEvent(domain=domain.name, kind=kind, at_s=self.clock_s, crashed=crashed)
 
         def deliver() -> None:
             if agent is None or self.agent is not agent:

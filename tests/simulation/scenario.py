@@ -56,7 +56,7 @@ class Scenario:
         self.migrations = Migrations(operator, seed=seed, calm=self.faultless, cancels=cancels)
         self.stories: list[Story] = [GuestsWork(operator), self.migrations]
         if not self.faultless:
-            self.stories.append(StartsAndStops(operator))
+            self.stories.append(StartsAndStops(operator, leaves_lost=seed // 10 % 2 == 0))
         if self.world.faults.takeover:
             self.stories.append(Takeovers(operator))
         self._must_complete = self.faultless and not cancels

@@ -197,7 +197,14 @@ class Migrations(Story):
 
 
 class StartsAndStops(Story):
-    """Operators start what is stopped, anywhere, and now and then stop what runs."""
+    """Operators start what is stopped, anywhere, and now and then stop what runs.
+
+    Those of every other seed leave what the agents have to start again to them.
+    """
+
+    def __init__(self, operator: Operator, *, leaves_lost: bool) -> None:
+        super().__init__(operator)
+        self.leaves_lost = leaves_lost
 
     def start(self) -> None:
         self.world.after(1.0 + self.world.delay(3.0), self._act)
@@ -218,6 +225,8 @@ class StartsAndStops(Story):
             if record is None:
                 continue
             if record.state is OwnershipState.STOPPED:
+                if self.leaves_lost and domain.must_start:
+                    continue
                 self._run(node, domain, "start")
             elif world.random.random() < 0.2 and not world.healed:
                 # A second start is refused with who owns it; a stop is done where it runs.
@@ -233,6 +242,7 @@ class StartsAndStops(Story):
             if what == "start":
                 await agent.domains.start(domain.name)
             else:
+                domain.must_start = False
                 await agent.domains.stop(domain.name, timeout_s=1.0)
 
         self.operator.run(node, work)

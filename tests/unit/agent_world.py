@@ -31,6 +31,7 @@ from netfabric.simulated.driver import SimulatedFabric, SimulatedNetwork
 from node_agent.cluster import ClusterService
 from node_agent.cluster_calls import ClusterCalls
 from node_agent.domain_records import DomainRecords
+from node_agent.domain_restart import RestartPolicy
 from node_agent.domain_takeover import DomainTakeover
 from node_agent.domains import DomainService
 from node_agent.events import EventLog
@@ -41,6 +42,7 @@ from node_agent.migrations.service import MigrationService
 from node_agent.nodes import NodeRegistry
 from node_agent.peers.hub import PeerHub
 from node_agent.pools import PoolSet
+from node_agent.restart_notes import VolatileRestarts
 from node_agent.state.memory import SimulatedData, SimulatedStore
 from node_agent.state.ownership import StoreOwnership
 from node_agent.state.typed import TypedStore
@@ -162,16 +164,8 @@ class SimulatedNode:
         self.records = DomainRecords(self.typed)
         self.events = EventLog(self.typed, name)
         self.registry = NodeRegistry(self.typed, self._describe, interval_s=0.05)
-        self.domains = DomainService(
-            self.name,
-            hypervisor=self.hypervisor,
-            pools=self.pools,
-            fabric=self.fabric,
-            ownership=self.ownership,
-            records=self.records,
-            events=self.events,
-            pin_machine=MachinePinner(self.registry),
-        )
+        self.restarts = VolatileRestarts()
+        self.domains = self.make_domains()
         self.takeover = DomainTakeover(
             self.name,
             domains=self.domains,
@@ -196,6 +190,20 @@ class SimulatedNode:
             volumes=VolumeService(self.pools, self.records, self.events),
             events=self.events,
             hooks=HookService(self.typed, self.events),
+        )
+
+    def make_domains(self, boot_id: str = "boot-1", *, restart: bool = True) -> DomainService:
+        """An agent's, in that boot of the host."""
+        return DomainService(
+            self.name,
+            hypervisor=self.hypervisor,
+            pools=self.pools,
+            fabric=self.fabric,
+            ownership=self.ownership,
+            records=self.records,
+            events=self.events,
+            pin_machine=MachinePinner(self.registry),
+            restart=RestartPolicy(boot_id=boot_id, store=self.restarts, enabled=restart),
         )
 
     def _make_pool(self, settings: PoolSettings) -> SimulatedPool:

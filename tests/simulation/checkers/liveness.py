@@ -110,6 +110,10 @@ def check_end(cluster: Cluster) -> dict[str, str]:
         copies = {guest.node: guest.state.value for guest in domain.guests.values()}
         if running is None and domain.memory_lost is None:
             raise InvariantViolation(f"4: {domain.name} runs nowhere: {copies}, {domain.record}")
+        if running is None and domain.must_start:
+            raise InvariantViolation(
+                f"4: {domain.name} was lost with its host, and not started again: {domain.record}"
+            )
         lost = (domain.memory_lost or "").partition(":")[0]
         ends[domain.name] = running.node if running is not None else lost
     return ends

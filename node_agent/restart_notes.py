@@ -1,0 +1,108 @@
+"""What must outlive the agent, and the host, for a lost domain to be started again.
+
+    STATE/restarts.json   the boot that the agent last saw, the domains that wait for their start,
+                          and when domains were started again lately
+
+The boot is noted together with the domains that were lost with the one before: an agent that dies
+in between finds the old boot again, and with it the same domains.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import os
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from migrator.errors import StoreError
+from migrator.unknown_fields import decode
+from node_agent.domain_launch import uninterrupted
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """A domain that is to be started again."""
+
+    token: int | None
+    """That of its record when it was lost. None: a migration's recovery has yet to say."""
+    why: str
+    since_s: float
+    """Wall clock."""
+
+
+class RestartNotes(msgspec.Struct, frozen=True, kw_only=True):
+    """The file. Immutable: what is changed is written whole."""
+
+    boot_id: str = ""
+    """Of the boot in which it was written; empty before the first."""
+    wanted: dict[str, Wanted] = {}
+    tries: dict[str, tuple[float, ...]] = {}
+    """Wall clock, oldest first, of the latest starts of each domain."""
+
+
+class RestartStore(abc.ABC):
+    """Where the notes are kept."""
+
+    @abc.abstractmethod
+    async def load(self) -> RestartNotes:
+        """The notes as they were last saved. StoreError: they can't be read."""
+
+    @abc.abstractmethod
+    async def save(self, notes: RestartNotes) -> None:
+        """Replace them, durably, all or nothing. StoreError: they are as before."""
+
+
+class VolatileRestarts(RestartStore):
+    """In memory, for tests."""
+
+    def __init__(self) -> None:
+        self.notes = RestartNotes()
+
+    async def load(self) -> RestartNotes:
+        return self.notes
+
+    async def save(self, notes: RestartNotes) -> None:
+        self.notes = notes
+
+
+_decoder: Final = msgspec.json.Decoder(RestartNotes)
+
+
+class RestartFile(RestartStore):
+    """See the module. A file that no release could have written counts as empty."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writing = asyncio.Lock()
+
+    async def load(self) -> RestartNotes:
+        try:
+            return decode(await asyncio.to_thread(self._path.read_bytes), _decoder)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return RestartNotes()
+        except OSError as error:
+            raise StoreError(f"{self._path} can't be read: {error}") from error
+
+    async def save(self, notes: RestartNotes) -> None:
+        encoded = msgspec.json.format(msgspec.json.encode(notes), indent=2)
+        async with self._writing:  # In their order.
+            try:
+                await uninterrupted(asyncio.to_thread(_replace, self._path, encoded))
+            except OSError as error:
+                raise StoreError(f"{self._path} can't be written: {error}") from error
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_suffix(".new")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
