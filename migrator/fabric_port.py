@@ -47,6 +47,8 @@ class WidthReport(Struct, frozen=True, kw_only=True):
     full: bool = False
     hops: tuple[str, ...] = ()
     """No frame of another node comes to this one: routers lie between. Here it can be asked."""
+    cut_off: str = ""
+    """Why the NIC's network leads to no other node from here, where that is certain."""
 
 
 class TunnelReport(Struct, frozen=True, kw_only=True):

@@ -180,16 +180,20 @@ class Netlink:
             bool(data.get_attr("IFLA_VXLAN_LEARNING")),
         )
 
-    def set_remotes(self, name: str, remotes: Sequence[str]) -> None:
-        """To whom a VXLAN sends what is for everybody, or for nobody that it knows."""
-        (index,) = self._route.link_lookup(ifname=name)
-        known = [
+    def remotes(self, index: int) -> list[str]:
+        """To whom the VXLAN of that index sends what is for everybody."""
+        return [
             entry.get_attr("NDA_DST")
             for entry in self._route.fdb("dump", ifindex=index)
             if entry["ifindex"] == index
             and entry.get_attr("NDA_LLADDR") == _EVERYBODY
             and entry.get_attr("NDA_DST") is not None
         ]
+
+    def set_remotes(self, name: str, remotes: Sequence[str]) -> None:
+        """To whom a VXLAN sends what is for everybody, or for nobody that it knows."""
+        (index,) = self._route.link_lookup(ifname=name)
+        known = self.remotes(index)
         for remote in remotes:
             if remote not in known:
                 self._route.fdb("append", ifindex=index, lladdr=_EVERYBODY, dst=remote)

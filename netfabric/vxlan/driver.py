@@ -14,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+from migrator.model import NicSpec
+from migrator.ports import WidthReport
 from netfabric.announcer import GAPS_S
 from netfabric.bridge.driver import BridgeFabric
 from netfabric.threads import in_thread
-from netfabric.vxlan.overlay import Overlay, ensure
+from netfabric.vxlan.overlay import Overlay, ensure, remotes
 
 
 class VxlanFabric(BridgeFabric):
@@ -34,3 +36,10 @@ class VxlanFabric(BridgeFabric):
         """Also makes the bridge and the VXLAN, or corrects them. FabricError: what is wrong."""
         await in_thread(lambda: ensure(self.overlay))
         await super().open()
+
+    async def hear_wide(self, nic: NicSpec, token: bytes, timeout_s: float) -> WidthReport:
+        """Where FRR knows no other node a guest would be cut off, and nobody would hear of it."""
+        by_frr = self.overlay.evpn and nic.bridge == self.overlay.bridge
+        if by_frr and not await in_thread(lambda: remotes(self.overlay)):
+            return WidthReport(cut_off="FRR has told it of no other node by EVPN")
+        return await super().hear_wide(nic, token, timeout_s)

@@ -100,6 +100,13 @@ def overlay_reasons(overlay: Overlay) -> list[str]:
     return found
 
 
+def remotes(overlay: Overlay) -> list[str]:
+    """To which nodes it leads now, as configured or as FRR has said. FabricError."""
+    with netlink(f"can't look at {overlay.device}") as kernel:
+        device = kernel.find(overlay.device)
+        return kernel.remotes(device.index) if device is not None else []
+
+
 def ensure(overlay: Overlay) -> None:
     """Make it. FabricError: what is wrong, or what the kernel refuses; the next call goes on."""
     reasons = overlay_reasons(overlay)

@@ -59,6 +59,8 @@ def _network(config: AgentConfig, bridges: frozenset[str]) -> list[Finding]:
         return [links.check_uplink(table.uplink)]
     needs_frr = (table.driver == "vxlan" and table.evpn) or table.routes == "frr"
     frr = [_frr()] if needs_frr else []
+    if table.driver == "vxlan" and table.evpn:
+        frr.append(links.check_evpn(table.bridge))
     if table.driver != "routed":
         return [*links.check_bridges(bridges), *frr]
     local = (table.local or config.migration.address, *filter(None, (table.local6,)))

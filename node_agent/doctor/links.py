@@ -29,6 +29,8 @@ _FLAG_MULTICAST: Final = 0x1000
 _FORWARDING: Final = {4: "ipv4/ip_forward", 6: "ipv6/conf/all/forwarding"}
 _CONNECTIONS: Final = Path("/proc/sys/net/netfilter/nf_conntrack_count")
 _GROUP: Final = "239.255.77.81"
+_EVERYBODY: Final = "00:00:00:00:00:00"
+"""A VXLAN's entry for broadcasts: where they go."""
 _KERNEL: Final = (
     ("bridges", {"kind": "bridge"}, "every guest with a bridge", "modprobe bridge", True),
     (
@@ -186,6 +188,33 @@ def _bridge(link: Any, links: list[Any]) -> Finding:
             f"ip link set {name} type bridge stp_state 0, unless it closes a loop",
         )
     return fine(check, detail)
+
+
+def check_evpn(bridge: str) -> Finding:
+    """Whether the node's FRR has told the VXLAN of this bridge of any other node."""
+    check = f"EVPN of bridge {bridge}"
+    with IPRoute() as route:
+        masters = route.link_lookup(ifname=bridge)
+        ports = [
+            link["index"]
+            for link in route.get_links()
+            if _kind(link) == "vxlan" and link.get_attr("IFLA_MASTER") in masters
+        ]
+        known = {
+            entry.get_attr("NDA_DST")
+            for entry in route.fdb("dump")
+            if entry["ifindex"] in ports and entry.get_attr("NDA_LLADDR") == _EVERYBODY
+        } - {None}
+    if not ports:
+        return failure(check, "it has no VXLAN", "start the agent, which makes it")
+    if known:
+        return fine(check, f"leads to {', '.join(sorted(known))}")
+    return failure(
+        check,
+        "its VXLAN leads to no other node: guests here are cut off",
+        "systemctl status frr; in `vtysh -c 'show bgp l2vpn evpn summary'` its neighbours must be"
+        " up; bgpd needs `advertise-all-vni`, and all nodes the same identifier",
+    )
 
 
 def mtu_towards(address: str) -> int:

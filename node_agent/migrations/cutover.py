@@ -46,7 +46,7 @@ from node_agent.cluster_calls import Done
 from node_agent.config import AgentConfig
 from node_agent.events import EventKind, EventLog
 from node_agent.migrations.connections import ConnectionMover
-from node_agent.migrations.cutover_records import CutoverRecords, with_first
+from node_agent.migrations.cutover_records import CutoverRecords, seen_by, with_first
 from node_agent.migrations.judgement import is_verified, suspects, to_prove, with_learnt
 from node_agent.migrations.publisher import Publisher
 from node_agent.migrations.tunnel_trial import Trial, TunnelTrial, TunnelTrials, closed, complaint
@@ -64,7 +64,8 @@ EXPECT_S: Final = 0.5
 PREPARE_S: Final = 3.0
 PROBE_GAPS_S: Final = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 PROBE_S: Final = 0.1
-"""One question's wait for its answers, the first time; the last is four times as long."""
+"""One question's wait for its answers, the first time; it doubles."""
+PROBE_LONGEST_S: Final = 0.4
 FIRST_FRAMES_S: Final = 0.1
 """Longer than the verification, a quiet guest's first frames aren't waited for."""
 _CALL_S: Final = 2.0
@@ -332,7 +333,7 @@ class CutoverService:
             else:
                 await self._fabric.announce(move.domain, ())  # It is known: no more of them.
             await asyncio.wait({watching}, timeout=FIRST_FRAMES_S)
-            first = _result(watching)
+            first = seen_by(watching)
         finally:
             watching.cancel()
             await asyncio.wait({watching}, timeout=_CALL_S)
@@ -362,15 +363,17 @@ class CutoverService:
         others = await self._witnesses.choose(move)
         deadline = resumed_at_s + self._settings.verify_limit_s
         for number, gap_s in enumerate(PROBE_GAPS_S):
-            await asyncio.sleep(gap_s)
-            timeout_s = min(PROBE_S * 2 ** min(number, 2), max(deadline - self._clock(), 0.0))
+            last_s = deadline - self._clock() - PROBE_LONGEST_S
+            await asyncio.sleep(min(gap_s, max(last_s, 0.0)))
+            left_s = max(deadline - self._clock(), 0.0)
+            if number and left_s < PROBE_S:
+                break  # Nobody would answer in time, and that would look like evidence.
+            timeout_s = min(PROBE_S * 2**number, PROBE_LONGEST_S, left_s)
             witnesses = await self._witnesses.ask(move.migration_id, nics, others, timeout_s)
             cutover = msgspec.structs.replace(cutover, rounds=number + 1, witnesses=witnesses)
-            now = self._clock()
             if is_verified(nics, witnesses):
-                return msgspec.structs.replace(cutover, verified_ms=(now - resumed_at_s) * 1e3)
-            if now >= deadline:
-                break
+                verified_ms = (self._clock() - resumed_at_s) * 1e3
+                return msgspec.structs.replace(cutover, verified_ms=verified_ms)
         return msgspec.structs.replace(cutover, suspect=suspects(nics, cutover.witnesses))
 
     async def _complain(self, move: Move, cutover: Cutover) -> None:
@@ -439,10 +442,3 @@ class CutoverService:
             await work
         except FerryError as error:
             log.warning("%s", error)
-
-
-def _result(watching: asyncio.Task[FirstFrames]) -> FirstFrames:
-    """What was seen; nothing where that goes on, or failed."""
-    if not watching.done() or watching.cancelled() or watching.exception() is not None:
-        return FirstFrames()
-    return watching.result()

@@ -6,6 +6,7 @@ first, and both may come before the migration's end is published.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 import msgspec
@@ -71,3 +72,10 @@ def with_first(cutover: Cutover, first: FirstFrames) -> Cutover:
         first_to_guest_ms=after_ms(first.to_guest_at_s),
         first_from_guest_ms=after_ms(first.from_guest_at_s),
     )
+
+
+def seen_by(watching: asyncio.Task[FirstFrames]) -> FirstFrames:
+    """What was seen; nothing where that goes on, or failed."""
+    if not watching.done() or watching.cancelled() or watching.exception() is not None:
+        return FirstFrames()
+    return watching.result()

@@ -85,6 +85,11 @@ class PathCheck:
                 while len(self._wide_at) >= KNOWN_MAX:
                     del self._wide_at[next(iter(self._wide_at))]
                 self._wide_at[way] = self._monotonic()
+            if report.cut_off:
+                return (
+                    f"the network of bridge {nic.bridge} leads nowhere from {destination}:"
+                    f" {report.cut_off}; `ferry doctor` there says more"
+                )
             if report.full or not report.short:
                 return None
             why = ""

@@ -32,6 +32,8 @@ from netfabric.rtnetlink import learn
 from netfabric.taps import tap_name
 from netfabric.vxlan import Overlay, VxlanFabric
 from netfabric.vxlan.overlay import ensure
+from node_agent.doctor.findings import Level
+from node_agent.doctor.links import check_evpn
 from tests.contract.fabric_worlds import SOON_S, eventually
 from tests.contract.namespaces import run_in_new_namespace, unshare_network
 
@@ -158,6 +160,7 @@ def test_a_guests_mac_follows_it_to_and_fro_by_type_2_routes() -> None:
                 await far.do(lambda: far.make(near))
                 await asyncio.to_thread(make_near)
                 await fabric.open()
+                await is_cut_off(fabric)
                 daemons += await asyncio.to_thread(start_daemons, folder / "near", NEAR, FAR)
                 daemons += await far.do(lambda: start_daemons(folder / "far", FAR, NEAR))
                 await moves(fabric, far, Vtysh(folder / "near"))
@@ -186,6 +189,14 @@ def leads_to(mac: str) -> str | None:
     return None
 
 
+async def is_cut_off(fabric: VxlanFabric) -> None:
+    """Before FRR has said anything: a guest isn't to come, and the doctor knows why."""
+    report = await fabric.hear_wide(NIC, b"12345678", 0.01)
+    assert "no other node" in report.cut_off
+    finding = await asyncio.to_thread(check_evpn, "br0")
+    assert finding.level is Level.FAILURE
+
+
 async def moves(fabric: VxlanFabric, far: FarNode, vtysh: Vtysh) -> None:
     async def led_here() -> bool:
         here = await asyncio.to_thread(leads_to, NIC.mac)
@@ -195,11 +206,16 @@ async def moves(fabric: VxlanFabric, far: FarNode, vtysh: Vtysh) -> None:
         there = await far.do(lambda: leads_to(NIC.mac))
         return there == "port0" and await asyncio.to_thread(leads_to, NIC.mac) == FAR
 
+    async def leads_on() -> bool:
+        return (await fabric.hear_wide(NIC, b"12345678", 0.01)).cut_off == ""
+
     fd = await fabric.plug(WEB, 0, NIC)
     try:
         await fabric.announce(WEB, [NIC])
         await fabric.announce(WEB, ())
         await eventually(led_here)
+        await eventually(leads_on)
+        assert (await asyncio.to_thread(check_evpn, "br0")).level is Level.OK
         await fabric.prepare_departure(WEB, [NIC], TUNNEL)
         await far.do(lambda: learn(far.port_index, parse_mac(NIC.mac)))  # It opens its port.
         await fabric.divert(WEB)

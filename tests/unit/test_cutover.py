@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 from collections.abc import AsyncIterator, Collection
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from migrator.errors import RefusedError
-from migrator.model import Cutover, DomainName, MigrationState, NodeName
-from migrator.ports import Connection
+from migrator.model import Cutover, DomainName, MigrationState, NicSpec, NodeName
+from migrator.ports import Connection, ProbeReport, WidthReport
 from netfabric.frames import gratuitous_arp_request, parse_mac
+from node_agent.migrations import cutover as cutover_module
+from node_agent.migrations.cutover import PROBE_S
 from node_agent.migrations.path_check import KNOWN_S, PathCheck
 from tests.unit.migration_world import WEB, MigrationWorld, eventually, migration_world
 
@@ -74,6 +77,25 @@ async def test_a_network_that_does_not_follow_is_told_of(world: MigrationWorld) 
     await eventually(told)
 
 
+async def test_who_is_asked_has_the_time_to_answer(
+    world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A question that nobody could have answered is no evidence for a suspect."""
+    given_s: list[float] = []
+
+    async def silent(nic: NicSpec, timeout_s: float) -> ProbeReport:
+        given_s.append(timeout_s)
+        await asyncio.sleep(timeout_s)
+        return ProbeReport(able=True)
+
+    monkeypatch.setattr(world.a.node.fabric, "probe", silent)
+    monkeypatch.setattr(cutover_module, "PROBE_GAPS_S", (0.0, 10.0))
+    migration = await world.ended(await world.migrate())
+    assert (await recorded(world, migration.id)).verified_ms is None
+    assert given_s != []
+    assert all(each >= PROBE_S for each in given_s[1:])
+
+
 async def test_a_guest_that_stays_has_its_ports_back(world: MigrationWorld) -> None:
     await world.a.node.fabric.divert(WEB)
     await world.a.node.fabric.shut(WEB)
@@ -95,6 +117,18 @@ async def test_a_network_that_is_too_narrow_is_found_before_anything_moves(
     world.a.node.fabric.network.width_bytes = 1500
     migration = await world.ended(await world.migrate())
     assert migration.state is MigrationState.COMPLETED
+
+
+async def test_a_node_whose_network_leads_nowhere_is_not_moved_to(
+    world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def cut_off(nic: NicSpec, token: bytes, timeout_s: float) -> WidthReport:
+        return WidthReport(cut_off="it has heard of no other node")
+
+    monkeypatch.setattr(world.b.node.fabric, "hear_wide", cut_off)
+    with pytest.raises(RefusedError, match="leads nowhere from b: it has heard of no other node"):
+        await world.migrate()
+    assert world.running() == ["a"]
 
 
 async def test_a_way_that_was_wide_enough_is_asked_again_after_a_minute(
