@@ -53,6 +53,7 @@ from deploy.lab.record import (
     labs_root,
     load,
     read_record,
+    recorded,
     write_atomically,
     write_record,
 )
@@ -181,10 +182,7 @@ def list_labs() -> list[str]:
     """Every lab that left a trace: a registration, a folder or a namespace."""
     names = {item.name for item in registry.registered()}
     names.update(filter(None, map(lab_of_namespace, namespaces.lab_namespaces())))
-    root = labs_root()
-    if root.is_dir():
-        names.update(entry.name for entry in root.iterdir() if (entry / "lab.json").exists())
-    return sorted(names)
+    return sorted(names.union(recorded()))
 
 
 def status(name: str = DEFAULT_NAME) -> LabStatus:

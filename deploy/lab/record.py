@@ -20,6 +20,7 @@ from migrator.errors import NotFoundError
 
 DEFAULT_NAME: Final = "lab"
 DEFAULT_ROOT: Final = Path("/var/lib/ferry/labs")
+_FILE: Final = "lab.json"
 
 
 class AgentRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +45,15 @@ class LabRecord(msgspec.Struct, frozen=True, kw_only=True):
 def labs_root() -> Path:
     """The folder that labs live in: $FERRY_LAB_ROOT or /var/lib/ferry/labs."""
     return Path(os.environ.get("FERRY_LAB_ROOT") or DEFAULT_ROOT)
+
+
+def recorded() -> list[str]:
+    """The labs that have a lab.json, by name: those that `load` finds."""
+    names = {entry.name for entry in registry.registered() if (entry.folder / _FILE).exists()}
+    root = labs_root()
+    if root.is_dir():
+        names.update(entry.name for entry in root.iterdir() if (entry / _FILE).exists())
+    return sorted(names)
 
 
 def load(name: str = DEFAULT_NAME) -> LabRecord:
@@ -81,7 +91,7 @@ def write_record(
 def read_record(folder: Path) -> LabRecord | None:
     """lab.json of this folder; None: there's none, or not one that this version wrote."""
     try:
-        text = (folder / "lab.json").read_bytes()
+        text = (folder / _FILE).read_bytes()
         return msgspec.json.decode(text, type=LabRecord, dec_hook=lambda kind, value: kind(value))
     except (FileNotFoundError, msgspec.DecodeError):
         return None

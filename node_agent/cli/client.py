@@ -60,15 +60,15 @@ def find_address(api: str | None, lab: str | None) -> str:
 
 def _labs() -> list[str]:
     try:
-        found: list[str] = _lab_module().list_labs()
+        found: list[str] = _lab_module().recorded()
     except ImportError:
         return []
     return found
 
 
 def _lab_module() -> Any:
-    """`deploy.lab`, which an installation may lack, and which `node_agent` doesn't depend on."""
-    return importlib.import_module("deploy.lab")
+    """What labs have noted: an installation may lack it, and `node_agent` doesn't depend on it."""
+    return importlib.import_module("deploy.lab.record")
 
 
 def _lab_address(name: str) -> str:
