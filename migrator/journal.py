@@ -42,6 +42,11 @@ class MigrationJournal:
         self._connection: sqlite3.Connection | None = None
         self._entries: dict[str, JournalEntry] = {}
 
+    @property
+    def folder(self) -> Path:
+        """Where it is, on the disk that has to have room for it."""
+        return self._path.parent
+
     async def open(self) -> Sequence[JournalEntry]:
         """Every entry, ended ones too. StoreError if the file can't be used."""
         entries = await self._run(self._open)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -320,9 +321,7 @@ def make_migrations(
     publisher = Publisher(typed, events)
     incoming: list[Callable[[], Iterable[DomainSpec]]] = []
 
-    def tls() -> TlsFiles | None:
-        return files_of_node(state, config.tls.mode)
-
+    tls = functools.partial(files_of_node, state, config.tls.mode)
     check = DestinationCheck(
         memory_bytes=config.node.memory_bytes,
         hypervisor=hypervisor,
@@ -330,6 +329,7 @@ def make_migrations(
         fabric=fabric,
         incoming=lambda: [spec for each in incoming for spec in each()],
         tls=tls,
+        state=state,
         cordon=cordon,
     )
     moments = MigrationMoments(hooks)

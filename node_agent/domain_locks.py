@@ -36,6 +36,10 @@ class DomainLocks:
         """The migration that has hold of the domain on this node."""
         return self._claims.get(domain)
 
+    def is_ending(self, domain: DomainName) -> bool:
+        """Whether that migration has ended, and has only to let go."""
+        return domain in self._ending
+
     @contextlib.asynccontextmanager
     async def hold(
         self, domain: DomainName, purpose: str, *, wait_s: float = WAIT_S

@@ -11,8 +11,10 @@ import importlib
 import os
 import socket
 import ssl
+import sys
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -30,6 +32,10 @@ T = TypeVar("T")
 DEFAULT_SOCKET: Final = Path("/run/ferry/api.sock")
 CONNECT_TIMEOUT_S: Final = 5.0
 ANSWER_TIMEOUT_S: Final = 120.0
+READ_TIMEOUT_S: Final = 60.0
+"""Of a GET: an agent that asks a silent one itself has given up by then."""
+PATIENCE_S: Final = 10.0
+"""After so long without an answer the user hears what is being waited for."""
 ANSWER_CAP_BYTES: Final = 64 * 1024 * 1024
 
 
@@ -173,9 +179,9 @@ class ApiClient:
                     ExitCode.USAGE,
                 )
 
-    def get(self, path: str, kind: type[T]) -> T:
+    def get(self, path: str, kind: type[T], *, timeout_s: float = READ_TIMEOUT_S) -> T:
         """GET a JSON resource."""
-        return self.decoded(self._exchange("GET", path), kind)
+        return self.decoded(self._exchange("GET", path, timeout_s=timeout_s), kind)
 
     def post(
         self, path: str, kind: type[T], body: object = None, *, timeout_s: float = ANSWER_TIMEOUT_S
@@ -219,16 +225,43 @@ class ApiClient:
         headers = {"Accept": "application/json", **self._authorization}
         if data is not None:
             headers["Content-Type"] = "application/json"
-        with closing(self._connection(timeout_s)) as connection:
+        with closing(self._connection(timeout_s)) as connection, self._telling(timeout_s):
             try:
                 connection.request(method, path, body=data, headers=headers)
                 response = connection.getresponse()
                 answer = response.read(ANSWER_CAP_BYTES)
             except (OSError, http.client.HTTPException) as error:
                 raise self._unreachable(error) from error
+            except KeyboardInterrupt:
+                if method == "GET":
+                    raise
+                raise CliError(
+                    f"interrupted before {self.address} answered: what was asked for may be done "
+                    "all the same",
+                    ExitCode.INTERRUPTED,
+                ) from None
         if response.status >= 300:
             self._raise_problem(response.status, answer)
         return answer
+
+    @contextmanager
+    def _telling(self, timeout_s: float) -> Iterator[None]:
+        """Say on stderr that an answer takes long, instead of standing there in silence."""
+        told = threading.Timer(
+            PATIENCE_S,
+            lambda: print(
+                f"ferry: {self.address} has not answered for {PATIENCE_S:.0f} s; it is given "
+                f"{timeout_s:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            ),
+        )
+        told.daemon = True
+        told.start()
+        try:
+            yield
+        finally:
+            told.cancel()
 
     def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
         if self.address.startswith("unix:"):

@@ -11,7 +11,7 @@ import typer
 
 from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN, DirtyRate
 from migrator.model import NicSpec
-from node_agent.cli.client import path_of
+from node_agent.cli.client import READ_TIMEOUT_S, path_of
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import facts, moment, note, settings, show, size, table
 from node_agent.cli.prediction import dirty_rate_text
@@ -228,5 +228,5 @@ def dirty_rate(
 ) -> None:
     """How fast a running domain dirties its memory, and how much of it."""
     path = f"{path_of(name)}/dirty-rate?seconds={seconds:g}"
-    rate = settings.client().get(path, DirtyRate)
+    rate = settings.client().get(path, DirtyRate, timeout_s=seconds + READ_TIMEOUT_S)
     show(rate, dirty_rate_text(rate))

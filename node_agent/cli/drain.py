@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import typer
 
-from node_agent.cli.drain_text import balance_text, details, plan_text
+from node_agent.cli.drain_text import balance_text, counted, details, moved, plan_text
 from node_agent.cli.drain_view import watch_drain
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import moment, settings, show, table
@@ -34,7 +34,9 @@ _NoWait = Annotated[bool, typer.Option("--no-wait", help="Don't wait for its end
 def cordon(node: _NodeArgument) -> None:
     """Let no domain start on a node or move there; what runs there goes on."""
     found = settings.client().post(f"{_path(node)}/cordon", Node)
-    show(found, f"node {node} is {found.state.value}; {len(found.domains)} domains run on it")
+    show(
+        found, f"node {node} is {found.state.value}; {counted(len(found.domains), 'domain')} there"
+    )
 
 
 def uncordon(node: _NodeArgument) -> None:
@@ -156,7 +158,7 @@ def balance(
         return
     begun = client.post("/v1/balance", Drain)
     if no_wait:
-        show(begun, f"balancing {begun.id} has begun: {len(begun.moves)} moves")
+        show(begun, f"balancing {begun.id} has begun: {counted(len(begun.moves), 'move')}")
         return
     raise typer.Exit(watch_drain(begun))
 
@@ -171,7 +173,7 @@ def list_drains() -> None:
             each.operation.value,
             each.node or "-",
             each.state.value,
-            f"{sum(move.state.ended for move in each.moves)} of {len(each.moves)}",
+            f"{moved(each)} of {len(each.moves)}",
             f"{each.planned_s:.1f} s",
             f"{each.ended_at_s - each.started_at_s:.1f} s" if each.ended_at_s else "-",
             each.coordinator,

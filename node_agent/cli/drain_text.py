@@ -35,8 +35,9 @@ def plan_text(plan: DrainPlan, operation: Operation = Operation.DRAIN) -> str:
         parts.append(table(headings, rows))
         over = plan.planned_s / plan.lower_bound_s if plan.lower_bound_s else 1.0
         parts.append(
-            f"{_domains(len(plan.moves))}, {plan.parallel} at once, {plan.planned_s:.1f} s in all "
-            f"({over:.2f} times the shortest possible); link {plan.link}"
+            f"{counted(len(plan.moves), 'domain')}, {plan.parallel} at once, "
+            f"{plan.planned_s:.1f} s in all ({over:.2f} times the shortest possible); "
+            f"link {plan.link}"
         )
     elif operation is Operation.UNDRAIN and not plan.left:
         parts.append(f"nothing is to come back to node {plan.node}: no drain of it is to be undone")
@@ -54,8 +55,14 @@ def plan_text(plan: DrainPlan, operation: Operation = Operation.DRAIN) -> str:
     return "\n\n".join(parts)
 
 
-def _domains(count: int) -> str:
-    return f"{count} domain" if count == 1 else f"{count} domains"
+def counted(count: int, what: str) -> str:
+    """1 domain, 2 domains."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def moved(drain: Drain) -> int:
+    """How many domains are no longer where they were."""
+    return sum(move.state in (MoveState.MOVED, MoveState.STOPPED) for move in drain.moves)
 
 
 def balance_text(plan: BalancePlan) -> str:
@@ -77,7 +84,7 @@ def balance_text(plan: BalancePlan) -> str:
             for each in plan.moves
         ]
         parts.append(table(("DOMAIN", "MOVE", "TO SEND", "COSTS", "GAINS"), moves))
-    parts.append(f"{len(plan.moves)} moves: {plan.reason}")
+    parts.append(f"{counted(len(plan.moves), 'move')}: {plan.reason}")
     return "\n\n".join(parts)
 
 
@@ -139,13 +146,15 @@ def sentence(move: Move) -> str:
 def outcome(drain: Drain) -> str:
     """The end, in a sentence, and each domain that was left."""
     took = (drain.ended_at_s or drain.started_at_s) - drain.started_at_s
-    moved = sum(move.state in (MoveState.MOVED, MoveState.STOPPED) for move in drain.moves)
     dark = [move.blackout_ms for move in drain.moves if move.blackout_ms is not None]
     text = (
-        f"{moved} of {_domains(len(drain.moves))} in {took:.1f} s (planned {drain.planned_s:.1f})"
+        f"{moved(drain)} of {counted(len(drain.moves), 'domain')} in {took:.1f} s "
+        f"(planned {drain.planned_s:.1f})"
     )
     if dark:
         text += f", longest blackout {max(dark):.1f} ms"
+    if drain.operation is Operation.BALANCE and not drain.moves:
+        return "the nodes are even enough; nothing was moved"
     if drain.operation is Operation.UNDRAIN and not drain.moves:
         return f"node {drain.node} is open; nothing was brought back"
     if drain.operation is Operation.DRAIN and drain.state is DrainState.DONE:

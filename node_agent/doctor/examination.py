@@ -23,11 +23,13 @@ from node_agent.cli.errors import ApiProblem, CliError
 from node_agent.config import AgentConfig, parse_endpoint
 from node_agent.doctor import links, paths
 from node_agent.doctor.findings import Diagnosis, Finding, failure, fine, warning
+from node_agent.migrations.room import STATE_ROOM_BYTES, free_bytes
 from node_agent.resources import DomainList, Node, NodeList, PoolList
 
 KERNEL_MIN: Final = (6, 7)
 QEMU_MIN: Final = (7, 2)
 CONNECT_S: Final = 2.0
+STATE_ROOM_WARN_BYTES: Final = 64 * 2**20
 
 
 def examine(
@@ -40,6 +42,7 @@ def examine(
         _kernel(),
         *_hypervisor(capabilities()),
         *_devices(),
+        state_directory(Path(config.node.state_directory)),
         *links.check_kernel_links(),
         links.check_connection_tracking(),
         *_network(config, _bridges_in_use(client) if running else frozenset()),
@@ -125,6 +128,21 @@ def _devices() -> Iterator[Finding]:
         yield fine("/dev/net/tun", "opens")
 
 
+def state_directory(folder: Path) -> Finding:
+    """Whether there is room for the journal, without which nothing migrates."""
+    check = "state directory"
+    try:
+        free = free_bytes(folder)
+    except OSError as error:
+        return failure(check, f"{folder}: {error.strerror}", "correct node.state_directory")
+    told = f"{folder}: {free / 2**20:.0f} MiB free"
+    if free < STATE_ROOM_BYTES:
+        return failure(check, told, "free space there: nothing starts or migrates without it")
+    if free < STATE_ROOM_WARN_BYTES:
+        return warning(check, told, "free space there, before nothing starts or migrates any more")
+    return fine(check, told)
+
+
 def _nodes(client: ApiClient) -> tuple[Sequence[Node], bool]:
     try:
         return client.get("/v1/nodes", NodeList).nodes, True
@@ -187,7 +205,7 @@ def _others(config: AgentConfig, nodes: Sequence[Node]) -> Iterator[Finding]:
     known = {node.name: (node.peer_address, node.migration_address) for node in nodes}
     for peer in config.peers:
         known.setdefault(peer.name, (peer.address, peer.endpoint[0]))
-    silent = {node.name for node in nodes if node.state is not NodeState.READY}
+    silent = {node.name for node in nodes if node.state is NodeState.UNREACHABLE}
     mtu_bytes = links.mtu_towards(config.migration.address)
     for name, (peer_address, migration_address) in sorted(known.items()):
         if name == own:

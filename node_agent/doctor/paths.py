@@ -103,7 +103,7 @@ def check_clock(node: str, address: str) -> Finding:
         return warning(name, f"{address}: {error.strerror or error}", "mend the route to it")
     if offset_ms is None:
         return warning(name, "unknown: no answer to ICMP timestamps", "look at `chronyc tracking`")
-    detail = f"{offset_ms:+.0f} ms"
+    detail = f"{round(offset_ms):+d} ms"
     if abs(offset_ms) <= CLOCK_OFFSET_MS_MAX:
         return fine(name, detail)
     return warning(name, detail, "run chrony or another NTP client on both nodes")

@@ -59,6 +59,7 @@ _FROM_OUTSIDE: Final = (
     "its domains can't be moved from outside; if it is dead, `ferry domain takeover` starts them "
     "elsewhere"
 )
+_EXCLUDED: Final = "it is excluded; the node isn't called drained while it is there"
 _RESTORABLE: Final = frozenset({NodeState.READY, NodeState.CORDONED, NodeState.DRAINED})
 
 
@@ -135,7 +136,11 @@ class DrainService:
         """What `drain` would do, and what stands in its way. Changes nothing."""
         await self._must_speak(node)
         survey, plan = await self._plan(node, request, DRY_RUN_SAMPLE_S)
-        return _shown_plan(node, survey, plan)
+        left = [
+            PlanBlocker(domain=each, reason=_EXCLUDED, remedy="")
+            for each in sorted(set(request.exclude))
+        ]
+        return _shown_plan(node, survey, plan, left)
 
     async def drain(self, node: NodeName, request: DrainRequest) -> Drain:
         """Cordon the node and begin to empty it. RefusedError names every blocker: then nothing

@@ -127,6 +127,7 @@ def _node(view: NodeView, default: float, figures: NodeFigures | None, closed: b
         admits=not why_not,
         why_not=why_not,
         cpus=info.cpus,
+        silent=view.state is NodeState.UNREACHABLE,
         link_bytes_per_s=info.link_bytes_per_s or own or default,
         kinds=_kinds(info),
     )

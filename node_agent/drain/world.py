@@ -180,19 +180,25 @@ class DrainWorld:
         In a thread of its own: of a large cluster it takes some seconds.
         """
         forbidden = set(options.forbidden)
+        refusals = dict(options.refusals)
         for _ in range(_REPLANS_MAX):
-            asked = msgspec.structs.replace(options, forbidden=frozenset(forbidden))
+            asked = msgspec.structs.replace(
+                options, forbidden=frozenset(forbidden), refusals=refusals
+            )
             plan = await asyncio.to_thread(plan_moves, survey.nodes, survey.domains, leaving, asked)
-            refused = await self._refused(plan) if ask else set()
-            if not refused - forbidden:
+            refused = await self._refused(plan) if ask else {}
+            if not refused.keys() - forbidden:
                 break
-            forbidden |= refused
+            forbidden |= refused.keys()
+            refusals |= refused
         return plan
 
-    async def _refused(self, plan: Plan) -> set[tuple[str, str]]:
-        """(domain, node) of the moves that their nodes refuse now."""
+    async def _refused(self, plan: Plan) -> dict[tuple[str, str], str]:
+        """(domain, node) of the moves that their nodes refuse now, and why."""
 
-        async def ask(domain: str, source: str, destination: str) -> tuple[str, str] | None:
+        async def ask(
+            domain: str, source: str, destination: str
+        ) -> tuple[tuple[str, str], str] | None:
             body = MigrationCreate(destination=destination).towards(destination)
             params = MigrationParams(domain=DomainName(domain), request=body)
             try:
@@ -202,11 +208,12 @@ class DrainWorld:
             except FerryError:
                 return None
             mark = f"node {destination}"
-            theirs = any(reason.startswith(mark) for reason in answer.reasons)
-            return (domain, destination) if theirs else None
+            theirs = [each for each in answer.reasons if each.startswith(mark)]
+            said = "; ".join(each.removeprefix(f"{mark}: ") for each in theirs)
+            return ((domain, destination), said) if theirs else None
 
         moves = [move for move in plan.moves if move.destination and move.rates][:_CHECKED_MAX]
         answers = await asyncio.gather(
             *(ask(move.domain, move.source, move.destination or "") for move in moves)
         )
-        return {answer for answer in answers if answer is not None}
+        return dict(answer for answer in answers if answer is not None)

@@ -25,6 +25,8 @@ from migrator.model import (
 )
 from migrator.ports import FabricDriver, HypervisorDriver, Struct, VolumeDriver
 from migrator.tls import TlsFiles
+from node_agent.domain_locks import DomainLocks
+from node_agent.migrations.room import room_reasons
 from node_agent.nodes import NodeView
 
 
@@ -70,6 +72,19 @@ def state_reasons(domain: DomainName, state: DomainState) -> list[str]:
     return [f"domain {domain} is {state}, it must be running"]
 
 
+def claim_reasons(locks: DomainLocks, domain: DomainName) -> list[str]:
+    """Why a domain's migration can't begin yet: another one has it."""
+    migration = locks.migration_of(domain)
+    if migration is None:
+        return []
+    if locks.is_ending(domain):
+        return [
+            f"domain {domain} is still held by migration {migration}, which has ended but could "
+            "not be journalled: the agent's log says why"
+        ]
+    return [f"domain {domain} is being migrated already (migration {migration})"]
+
+
 class DestinationCheck:
     """What this node says when it is to be a destination."""
 
@@ -82,11 +97,13 @@ class DestinationCheck:
         fabric: FabricDriver,
         incoming: Callable[[], Iterable[DomainSpec]],
         tls: Callable[[], TlsFiles | None],
+        state: Path,
         cordon: Callable[[], Awaitable[list[str]]] | None = None,
     ) -> None:
         """`incoming`: the domains on their way here, which have no process yet or one.
 
         `tls`: what this node's engines will use; called in a thread.
+        `state`: where migrations are journalled.
         `cordon`: why nothing may come here now, read anew each time.
         """
         self._memory_bytes = memory_bytes
@@ -95,6 +112,7 @@ class DestinationCheck:
         self._fabric = fabric
         self._incoming = incoming
         self._tls = tls
+        self._state = state
         self._cordon = cordon
 
     async def reasons(self, inspection: Inspection) -> Sequence[str]:
@@ -109,6 +127,7 @@ class DestinationCheck:
             lambda: self._nics(spec),
             lambda: self._boot(spec),
             lambda: self._encryption(inspection.tls),
+            self._room,
         )
         found: list[str] = []
         for check in checks:  # Each made only when its turn comes: this may be cancelled.
@@ -126,6 +145,9 @@ class DestinationCheck:
         return [
             f"its pages travel {here} TLS, the source's {there}: tls.mode and the keys must agree"
         ]
+
+    async def _room(self) -> list[str]:
+        return await room_reasons(self._state)
 
     async def _here(self, spec: DomainSpec) -> list[str]:
         status = await self._hypervisor.inspect(DomainName(spec.name))

@@ -50,6 +50,7 @@ from node_agent.migrations.admission import Admissions
 from node_agent.migrations.checks import (
     DestinationCheck,
     Inspection,
+    claim_reasons,
     node_reasons,
     state_reasons,
 )
@@ -57,6 +58,7 @@ from node_agent.migrations.engine_choice import EngineChoice, EngineChooser
 from node_agent.migrations.forecast import Forecaster
 from node_agent.migrations.moments import MigrationMoments
 from node_agent.migrations.publisher import Publisher
+from node_agent.migrations.room import room_reasons
 from node_agent.migrations.service import MigrationService
 from node_agent.migrations.site import MESSAGE, SEND_S, Envelope, NodeSite
 from node_agent.nodes import NodeRegistry
@@ -253,11 +255,11 @@ class MigrationManager(MigrationService):
         spec = (await self._records.get(name)).spec
         reasons: list[str] = []
         await self._domains.locks.settle(name)
-        running = self._domains.locks.migration_of(name)
-        if running is not None:
-            reasons.append(f"domain {domain} is being migrated already (migration {running})")
-        else:
+        reasons += claim_reasons(self._domains.locks, name)
+        if not reasons:
             reasons += state_reasons(name, (await self._hypervisor.inspect(name)).state)
+        room = await room_reasons(self._journal.folder)
+        reasons += [f"{self.node}, where it runs: {each}" for each in room]
         own = await self._hypervisor.capabilities()
         choice = await self._chooser.choose(name, request)
         reasons += choice.refused

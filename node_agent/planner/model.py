@@ -25,6 +25,8 @@ class NodeFacts(Struct, frozen=True, kw_only=True):
     """Whether domains may come."""
     why_not: str = ""
     """Where they may not: the node's state, in words."""
+    silent: bool = False
+    """Nobody can open it from outside: its agent doesn't answer."""
     cpus: int = 1
     link_bytes_per_s: float = DEFAULT_LINK_BYTES_PER_S
     """Of its migration interface, each way."""
@@ -89,6 +91,10 @@ class PlanOptions(Struct, frozen=True, kw_only=True):
     """Assumed for a domain that is powered off, and started elsewhere."""
     forbidden: frozenset[tuple[str, str]] = frozenset()
     """(domain, node) pairs that were refused or have failed."""
+    refusals: Mapping[tuple[str, str], str] = msgspec.field(
+        default_factory=dict[tuple[str, str], str]
+    )
+    """Of `forbidden`, in the node's own words where they are known."""
     wanted: tuple[tuple[str, str], ...] = ()
     """(domain, node): where a domain has to go; it goes nowhere else."""
 

@@ -177,7 +177,8 @@ class _Placer:
         if wanted is not None and node.name != wanted:
             return f"it is to go to {wanted}"
         if node.name in self._forbidden.get(domain.name, ()):
-            return "it was refused there, or failed"
+            said = self._options.refusals.get((domain.name, node.name))
+            return said or "it was refused there, or failed"
         if contradiction(group):
             return f"its rules contradict those of {_others(domain, group)}"
         missing = sorted(domain.needs - node.kinds)
@@ -198,9 +199,13 @@ def _remedy(
     if short:
         missing, name = min(short)
         ways.append(f"free {max(missing, 0.0) / _MIB:.0f} MiB on {name}")
-    cordoned = [each.name for each in nodes if not each.admits and each.name != domain.node]
-    if cordoned:
-        ways.append(f"open {', '.join(cordoned[:_NODES_TOLD_MAX])}")
+    closed = [each for each in nodes if not each.admits and each.name != domain.node]
+    for how, names in (
+        ("open", [each.name for each in closed if not each.silent]),
+        ("start the agent of", [each.name for each in closed if each.silent]),
+    ):
+        if names:
+            ways.append(f"{how} {', '.join(names[:_NODES_TOLD_MAX])}")
     if domain.pinned or domain.affinity or domain.anti_affinity:
         ways.append("change its placement rules")
     if len(nodes) < 2:

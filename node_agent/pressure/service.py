@@ -13,13 +13,15 @@ from typing import Final
 
 import msgspec
 
-from migrator.errors import ConflictError, FerryError, InvalidRequest
+from migrator.errors import ConflictError, FerryError, InvalidRequest, NotFoundError
 from migrator.model import DomainName, Migration, NodeState
 from node_agent.drain.world import DrainWorld
 from node_agent.events import EventKind, EventLog
 from node_agent.planner.model import DomainFacts, PlanOptions
 from node_agent.pressure.policy import (
     COOLDOWN_S,
+    REPORTS_MIN,
+    SUSTAINED_S,
     History,
     PressureAnswer,
     PressureReport,
@@ -64,7 +66,7 @@ class PressureService:
         """
         if (report.domain is None) == (report.node is None):
             raise InvalidRequest(
-                "pressure is of one domain or one node",
+                "pressure is of one domain or one node: name exactly one of domain and node",
                 {"domain": "named, if node isn't", "node": "named, if domain isn't"},
             )
         source = await self._source(report)
@@ -76,9 +78,9 @@ class PressureService:
                 standing=standing, reason=f"level {report.level:g} is no pressure"
             )
         if standing is Standing.NOTED:
-            reports = entry.value.reports
             reason = (
-                f"{reports} reports of it within {since_s:.0f} s are not enough to move anything"
+                f"{entry.value.reports} of {REPORTS_MIN} reports, {since_s:.0f} of "
+                f"{SUSTAINED_S:.0f} s: so long it has to last before anything is moved"
             )
             return PressureAnswer(standing=standing, reason=reason)
         if standing is Standing.RESTING:
@@ -101,7 +103,7 @@ class PressureService:
         assert report.node is not None
         if report.node not in (views := await self._world.views()):
             known = ", ".join(sorted(views))
-            raise InvalidRequest(f"there is no node {report.node}", {"node": f"one of {known}"})
+            raise NotFoundError(f"there is no node {report.node}; known: {known}")
         return report.node
 
     async def _note(self, key: str, report: PressureReport) -> tuple[Versioned[History], Standing]:

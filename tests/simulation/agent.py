@@ -156,6 +156,7 @@ class Agent:
             fabric=fabric,
             incoming=tuple,
             tls=lambda: None,
+            state=Path(),
         )
         self.site = NodeSite(
             hub=cast(PeerHub, None),  # Messages go by the simulated network.

@@ -24,6 +24,9 @@ class UnencryptedCheck(DestinationCheck):
     async def _encryption(self, source: bool | None) -> list[str]:
         return []
 
+    async def _room(self) -> list[str]:
+        return []
+
 
 class NoHooks:
     """Instead of `MigrationMoments`: nobody has to be asked."""

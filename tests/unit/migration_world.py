@@ -179,6 +179,7 @@ class MigratingNode:
         pools = {PoolName("default"): node.pool}
         check = DestinationCheck(
             tls=lambda: None,
+            state=self.folder,
             memory_bytes=node.memory_bytes,
             hypervisor=node.hypervisor,
             pools=pools,

@@ -6,9 +6,11 @@ The commands run in a thread: they are synchronous, and the API runs in the test
 from __future__ import annotations
 
 import asyncio
+import http.client
 import importlib.metadata
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -24,6 +26,7 @@ from node_agent.cli import main, progress
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import parse_size, size
 from node_agent.cli.spec import load_spec, parse_disk, parse_nic
+from node_agent.resources import NodeList
 from tests.unit.agent_world import MAC, World, open_world
 
 pytestmark = pytest.mark.allow_blocking("the CLI is synchronous; it runs in a thread")
@@ -306,8 +309,8 @@ def test_where_the_agent_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert cli_client.find_address(None, None) == "unix:/env"
     monkeypatch.delenv("FERRY_API")
     monkeypatch.delenv("FERRY_LAB", raising=False)
-    socket = tmp_path / "api.sock"
-    monkeypatch.setattr(cli_client, "DEFAULT_SOCKET", socket)
+    default = tmp_path / "api.sock"
+    monkeypatch.setattr(cli_client, "DEFAULT_SOCKET", default)
     monkeypatch.setattr(cli_client, "_labs", lambda: ["one", "two"])
     with pytest.raises(CliError, match="several labs"):
         cli_client.find_address(None, None)
@@ -317,8 +320,8 @@ def test_where_the_agent_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("FERRY_LAB", "two")
     assert cli_client.find_address(None, None) == "unix:/two"
     monkeypatch.delenv("FERRY_LAB")
-    socket.touch()
-    assert cli_client.find_address(None, None) == f"unix:{socket}"
+    default.touch()
+    assert cli_client.find_address(None, None) == f"unix:{default}"
 
 
 def test_the_options_before_a_mounted_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,3 +372,38 @@ def test_a_command_imports_no_other() -> None:
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["--version"]) == ExitCode.OK
     assert capsys.readouterr().out == f"ferry {importlib.metadata.version('ferry')}\n"
+
+
+def test_an_agent_that_is_asked_and_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A stopped process still takes connections: the user hears what is waited for, and an end."""
+    path = tmp_path / "api.sock"
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(path))
+        silent.listen()
+        monkeypatch.setattr(cli_client, "PATIENCE_S", 0.01)
+        client = cli_client.ApiClient(f"unix:{path}")
+        with pytest.raises(CliError, match="it doesn't answer in time") as raised:
+            client.get("/v1/nodes", NodeList, timeout_s=0.5)
+        assert raised.value.code is ExitCode.UNREACHABLE
+        assert f"unix:{path} has not answered for" in capfd.readouterr().err
+
+
+def test_a_request_that_is_interrupted_may_have_been_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "api.sock"
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(path))
+        silent.listen()
+        monkeypatch.setattr(http.client.HTTPConnection, "getresponse", interrupted)
+        client = cli_client.ApiClient(f"unix:{path}")
+        with pytest.raises(CliError, match="may be done all the same") as raised:
+            client.post("/v1/nodes/n1/drain", NodeList)
+        assert raised.value.code is ExitCode.INTERRUPTED
+        with pytest.raises(KeyboardInterrupt):
+            client.get("/v1/nodes", NodeList)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import time
 
+import msgspec
+import pytest
 from rich.console import Console
 
+from node_agent.cli import drain_view
+from node_agent.cli.drain_text import moved, outcome
 from node_agent.cli.drain_view import _done_whole, _picture, _whole
+from node_agent.cli.errors import ExitCode
 from node_agent.drain.resources import Drain, DrainState, Move, MoveState, Operation
 
 
@@ -69,3 +74,29 @@ def test_a_large_drain_shows_its_most_interesting_moves() -> None:
     text = seen(drain(*many, move("busy", MoveState.MOVING, bandwidth_bytes_per_s=1 << 20)))
     assert "busy" in text and "1.0 MiB/s" in text
     assert "and 21 more" in text
+
+
+def test_what_was_left_isnt_counted_as_moved() -> None:
+    partial = drain(
+        move("a", MoveState.MOVED),
+        move("b", MoveState.LEFT, error="the time was over"),
+        state=DrainState.PARTIAL,
+    )
+    assert moved(partial) == 1
+    assert "1 of 2 domains" in outcome(partial)
+
+
+def test_a_detached_balance_names_a_way_to_cancel_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no node that a `ferry drain NODE --cancel` could name."""
+
+    def interrupt(now: Drain) -> Drain:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(drain_view, "_watch_lines", interrupt)
+    balance = msgspec.structs.replace(drain(), operation=Operation.BALANCE, node="")
+    assert drain_view.watch_drain(balance) == ExitCode.INTERRUPTED
+    assert "`ferry drains cancel d1`" in "".join(capsys.readouterr())
+    ended = msgspec.structs.replace(balance, state=DrainState.DONE)
+    assert outcome(ended) == "the nodes are even enough; nothing was moved"

@@ -13,6 +13,7 @@ from migrator.model import (
     ENDED,
     DomainState,
     Migration,
+    MigrationId,
     MigrationProgress,
     MigrationRequest,
     MigrationState,
@@ -25,6 +26,9 @@ from migrator.ports import AbortOutcome
 from migrator.runner import Session
 from migrator.session import vocabulary as v
 from migrator.session.messages import Prepare
+from node_agent.domain_locks import DomainLocks
+from node_agent.migrations import room
+from node_agent.migrations.checks import claim_reasons
 from node_agent.migrations.manager import MigrationManager
 from node_agent.migrations.removed_peers import part_with
 from node_agent.migrations.site import Envelope
@@ -340,3 +344,32 @@ async def test_a_guest_that_ends_in_its_migration_is_stopped(
 
         await eventually(is_stopped)
         assert world.state(world.a) in (None, DomainState.STOPPED)
+
+
+async def test_a_full_disk_is_a_reason_against_it_on_either_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither can journal: found out before the domain is claimed, not in the middle."""
+    async with migration_world(tmp_path, monkeypatch) as world:
+        full = world.b.folder
+        monkeypatch.setattr(room, "free_bytes", lambda folder: 0 if folder == full else 2**30)
+        with pytest.raises(RefusedError, match="node b: its disk is full: 0 KiB free"):
+            await world.migrate()
+        full = world.a.folder
+        with pytest.raises(RefusedError, match="a, where it runs: its disk is full"):
+            await world.migrate()
+        assert world.running() == ["a"]
+        full = tmp_path
+        began = await world.migrate()
+        assert (await world.ended(began)).state is _S.COMPLETED
+
+
+async def test_a_claim_that_only_waits_for_the_journal_is_told_as_that() -> None:
+    locks = DomainLocks()
+    assert claim_reasons(locks, WEB) == []
+    await locks.claim_for_migration(WEB, MigrationId("m1"))
+    assert "being migrated already (migration m1)" in claim_reasons(locks, WEB)[0]
+    locks.end_migration(WEB, MigrationId("m1"))
+    assert "has ended but could not be journalled" in claim_reasons(locks, WEB)[0]
+    locks.release_from_migration(WEB, MigrationId("m1"))
+    assert claim_reasons(locks, WEB) == []

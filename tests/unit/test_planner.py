@@ -319,3 +319,19 @@ def test_planning_grows_with_the_cluster_not_with_its_square() -> None:
     quarter = min(seconds(250, 5) for _ in range(3))
     whole = min(seconds(1000, 20) for _ in range(2))
     assert whole / quarter < 4 * 2.5, f"{quarter:.2f} s for a quarter, {whole:.2f} s for all"
+
+
+def test_a_node_s_own_words_and_what_would_open_it_are_told() -> None:
+    nodes = [
+        node("n1", admits=False, why_not="it is draining"),
+        node("n2"),
+        node("n3", admits=False, why_not="it is cordoned"),
+        node("n4", admits=False, why_not="it is unreachable", silent=True),
+    ]
+    refused = ("g", "n2")
+    plan = plan_of(
+        nodes, [domain("g")], forbidden=frozenset({refused}), refusals={refused: "its disk is full"}
+    )
+    (blocker,) = plan.blockers
+    assert "n2: its disk is full" in blocker.reason
+    assert blocker.remedy.startswith("open n3, or start the agent of n4, or ")
