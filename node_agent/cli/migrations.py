@@ -86,7 +86,9 @@ def migrate(
         timeout_s=timeout_s,
         mode=mode,
         on_timeout=on_timeout,
-        bandwidth_bytes_per_s=parse_size(bandwidth) if bandwidth is not None else None,
+        bandwidth_bytes_per_s=parse_size(bandwidth, "--bandwidth")
+        if bandwidth is not None
+        else None,
         engine=engine,
     )
     client = settings.client()
@@ -202,7 +204,7 @@ def limit(
     bandwidth: Annotated[str, typer.Argument(help="Bytes a second, as 50M or 1G; or none.")],
 ) -> None:
     """Change the bandwidth cap of a migration that runs."""
-    cap = None if bandwidth == "none" else parse_size(bandwidth)
+    cap = None if bandwidth == "none" else parse_size(bandwidth, "the bandwidth")
     change = MigrationChange(bandwidth_bytes_per_s=cap)
     settings.client().patch(_path(id), Migration, change)
     each = settings.client().get(_path(id), Migration)

@@ -80,11 +80,11 @@ def facts(pairs: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"{name + ':':<{width}} {value}" for name, value in shown)
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "512M", "1.5G", "4096". CliError (usage) otherwise."""
+def parse_size(text: str, what: str) -> int:
+    """Bytes of "512M", "1.5G", "4096". CliError (usage) otherwise, which names the option."""
     matched = _SIZE.match(text.strip())
     if matched is None:
-        raise CliError(f"{text} is not a size: 4096, 512M, 1.5G", ExitCode.USAGE)
+        raise CliError(f"{what}: {text} is not a size: 4096, 512M, 1.5G", ExitCode.USAGE)
     return int(float(matched[1]) * _UNITS[matched[2].upper()])
 
 

@@ -38,7 +38,7 @@ def load_spec(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CliError(f"{path} must hold one domain", ExitCode.USAGE)
     if isinstance(memory := values.pop("memory", None), str):
-        values["memory_bytes"] = parse_size(memory)
+        values["memory_bytes"] = parse_size(memory, "memory")
     return values
 
 
@@ -73,7 +73,11 @@ def parse_nic(text: str) -> dict[str, Any]:
             if not pairs[key][-1].isdigit():
                 raise CliError(f"--nic {text}: {key} is not a number", ExitCode.USAGE)
             nic[name] = int(pairs[key][-1])
-    nic |= {name: parse_size(pairs[key][-1]) for key, name in _NIC_LIMITS.items() if key in pairs}
+    nic |= {
+        name: parse_size(pairs[key][-1], f"--nic {key}")
+        for key, name in _NIC_LIMITS.items()
+        if key in pairs
+    }
     if "net" in pairs:
         nic["networks"] = pairs["net"]
     if "antispoof" in pairs:
@@ -110,7 +114,7 @@ def merge_spec(
     merged = dict(values)
     simple: dict[str, Any] = {
         "name": name,
-        "memory_bytes": parse_size(memory) if memory is not None else None,
+        "memory_bytes": parse_size(memory, "--memory") if memory is not None else None,
         "vcpus": vcpus,
         "machine": machine,
         "cpu_model": cpu_model,

@@ -157,7 +157,7 @@ def create_volume(
     """Create a volume, empty or as a copy of an image."""
     body = VolumeCreate(
         name=name,
-        capacity_bytes=parse_size(capacity),
+        capacity_bytes=parse_size(capacity, "--size"),
         format=format,
         image=None if image is None else str(image.absolute()),
     )
@@ -170,7 +170,7 @@ def resize_volume(
     name: _VolumeArgument, capacity: _SizeOption, pool: _PoolOption = "default"
 ) -> None:
     """Grow a volume while no domain that has it runs."""
-    body = VolumeResize(capacity_bytes=parse_size(capacity))
+    body = VolumeResize(capacity_bytes=parse_size(capacity, "--size"))
     grown = settings.client().post(f"{_volume(pool, name)}/resize", VolumeInfo, body)
     show(grown, f"volume {pool}/{name} is {size(grown.capacity_bytes)} large")
 

@@ -8,6 +8,7 @@ their own timeouts. Nobody dials while nobody calls.
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections.abc import Callable
 from typing import Final
@@ -194,9 +195,13 @@ class Link(Owner):
             self._next_dial_at_s = loop.time() + min(pause_s, self._timing.backoff_longest_s)
             if not isinstance(error, OSError | PeerError):  # A TimeoutError is an OSError.
                 raise
-            why = "no answer" if isinstance(error, TimeoutError) else str(error)
-            if isinstance(error, ssl.SSLError):
+            why = str(error)
+            if isinstance(error, TimeoutError):
+                why = "no answer"
+            elif isinstance(error, ssl.SSLError):
                 why = explain(error)
+            elif isinstance(error, OSError) and error.errno:  # asyncio's own text has the address.
+                why = os.strerror(error.errno)
             host, port = self.address
             raise PeerError(
                 f"{self.node} can't be reached at {host} port {port}: {why}; nothing was sent"

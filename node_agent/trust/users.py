@@ -57,8 +57,14 @@ class Users:
         self._clock = clock
 
     async def create(self, body: UserCreate) -> User:
-        """A user without tokens."""
-        await self._remove_tokens(body.name)  # Of a namesake whose removal broke off.
+        """A user without tokens. ConflictError if there is one, who keeps what he has."""
+        # Of a namesake whose removal broke off. Found before it is seen that there is no user: so
+        # they aren't those of one that is added at the same moment.
+        left_over = await self._tokens(body.name)
+        if await self._store.get(f"{USERS}{body.name}", UserRecord) is not None:
+            raise ConflictError(f"there is a user {body.name} already")
+        for entry in left_over:
+            await self._store.delete_if(entry.key, entry.revision)
         record = UserRecord(name=body.name, role=body.role, created_at_s=self._clock())
         if await self._store.put_if(f"{USERS}{body.name}", record, None) is None:
             raise ConflictError(f"there is a user {body.name} already")

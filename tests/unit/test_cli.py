@@ -271,7 +271,13 @@ async def test_interrupted_on_a_terminal_it_asks(
     ("text", "count"), [("4096", 4096), ("512M", 512 << 20), ("1.5g", 3 << 29), ("2KiB", 2048)]
 )
 def test_sizes(text: str, count: int) -> None:
-    assert parse_size(text) == count
+    assert parse_size(text, "--size") == count
+
+
+def test_what_is_no_size_is_named() -> None:
+    with pytest.raises(CliError, match="--bandwidth: 10X is not a size") as raised:
+        parse_size("10X", "--bandwidth")
+    assert raised.value.code is ExitCode.USAGE
 
 
 def test_sizes_for_people() -> None:

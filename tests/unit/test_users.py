@@ -19,10 +19,12 @@ from node_agent.state.memory import SimulatedStore
 from node_agent.state.typed import TypedStore
 from node_agent.trust.records import (
     API_TOKENS,
+    USERS,
     ApiTokenCreate,
     ApiTokenRecord,
     Role,
     UserCreate,
+    UserRecord,
 )
 from node_agent.trust.users import TOKENS_MAX, Users
 from tests.unit.trust_world import Clock, TrustWorld, trust_world
@@ -239,3 +241,21 @@ async def test_what_is_not_there_and_what_is_there_already(
         await service.issue("bob", ApiTokenCreate())
     with pytest.raises(ConflictError, match="remove one first"):
         await service.issue("bob", ApiTokenCreate())
+
+
+async def test_adding_a_user_again_takes_no_token_from_the_one_who_is_there(
+    users: tuple[Users, TypedStore, Clock],
+) -> None:
+    """A refused request changes nothing: it had locked the user out."""
+    service, store, _ = users
+    await service.create(UserCreate(name="bob", role=Role.VIEWER))
+    made = await service.issue("bob", ApiTokenCreate())
+    with pytest.raises(ConflictError, match="there is a user bob already"):
+        await service.create(UserCreate(name="bob", role=Role.OPERATOR))
+    assert (await service.authenticate(made.token)).role is Role.VIEWER
+    # Of a removal that broke off: the user is gone, the token isn't.
+    entry = await store.get(f"{USERS}bob", UserRecord)
+    assert entry is not None and await store.delete_if(entry.key, entry.revision)
+    await service.create(UserCreate(name="bob", role=Role.ADMIN))
+    with pytest.raises(UnauthenticatedError):
+        await service.authenticate(made.token)
