@@ -166,6 +166,13 @@ class DomainRestarts:
         await self._want(domain, msgspec.structs.replace(wanted, token=owned.token))
         return wanted.why
 
+    async def follow(self, owned: OwnershipRecord) -> None:
+        """A start of this node's has taken the record, an operator's maybe; it may fail yet."""
+        domain = DomainName(owned.domain)
+        wanted = self._notes.wanted.get(domain)
+        if wanted is not None:
+            await self._want(domain, msgspec.structs.replace(wanted, token=owned.token))
+
     def due(self, owned: OwnershipRecord) -> bool:
         """Whether the domain with this record is to be started again."""
         wanted = self._notes.wanted.get(owned.domain)

@@ -203,6 +203,7 @@ class DomainService:
     async def _take_and_launch(self, domain: DomainName) -> OwnershipRecord:
         spec = (await self._records.get(domain)).spec
         owned = await self.ownership.take(domain, spec)
+        await self.ownership.restarts.follow(owned)
         await self.launch(owned, spec)
         await self.ownership.restarts.drop(domain)
         return owned

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from migrator.errors import StoreError, WrongStateError
+from migrator.errors import FabricError, StoreError, WrongStateError
 from migrator.model import DomainName, MigrationId, NodeName, OwnershipRecord, OwnershipState
 from node_agent import domain_restart
 from node_agent.domain_restart import GIVE_UP_S, PARALLEL, TRIES, WITHIN_S
@@ -351,6 +351,23 @@ async def test_an_operators_start_is_enough(
     assert await record_of(world.a) == record
     assert record.owner == where
     assert not world.a.restarts.notes.wanted
+
+
+async def test_an_operators_start_that_fails_calls_nothing_off(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(domain_restart, "PAUSE_S", 3600.0)
+    await fails_to_start_again(world.a)
+    for _ in range(2):
+        with pytest.raises(FabricError):
+            await world.a.domains.start(WEB)
+    await world.a.domains.ownership.settle(WEB)
+    last = await record_of(world.a)
+    assert world.a.restarts.notes.wanted[WEB].token == last.token
+    world.a.fabric.faults.plug_fails = False
+    await agent_dies(world.a)
+    await agent_starts(world.a)
+    await runs_under(world.a, last.token + 1)
 
 
 async def test_a_disk_that_takes_no_notes_costs_no_restart(
