@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -158,6 +158,13 @@ class HypervisorDriver(abc.ABC):
     @abc.abstractmethod
     async def close(self) -> None:
         """Let go of every domain without disturbing it."""
+
+    def crashed_unseen(self) -> Collection[DomainName]:
+        """Whose processes were found gone by `open`, though nobody had asked for their end.
+
+        Known, also to the next driver, until the domain is destroyed or launched.
+        """
+        return ()
 
     @abc.abstractmethod
     async def capabilities(self) -> HypervisorCapabilities: ...

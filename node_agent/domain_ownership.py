@@ -193,7 +193,11 @@ class DomainOwnership:
         this is open: its storage may take long to answer.
         """
         records = await self._records.list_ownership()
-        wanted = set(await self.restarts.begin(records, adopted, claimed)) - set(claimed)
+        crashed = self._hypervisor.crashed_unseen()
+        all_wanted = await self.restarts.begin(records, adopted, claimed, crashed)
+        for domain in set(crashed) - {*all_wanted, *claimed}:
+            await self._hypervisor.destroy(domain)  # What it left is of no use to anybody.
+        wanted = set(all_wanted) - set(claimed)
         self._waiting = await self._by_priority(wanted) if wanted else ()
         for domain in adopted:
             if domain not in claimed:

@@ -1,12 +1,13 @@
 """Domains that were lost though they should run: started again here, from their disks.
 
-    its hypervisor died under a living agent ──┐
+    its hypervisor died, seen or not ───────────┐
     the node was rebooted, or lost power ──────┼─► wanted, on the disk ─► record STOPPED ─► start
     an agent died between here and there ──────┘        ▲                     │ failed
                                                         └──── a longer pause ─┘
 
 Only where nobody asked for the end: a guest that powered itself off, a stop and a SIGTERM don't
-count, and neither does an end in this boot that no agent saw (it may have been a power-off).
+count. Of an end in this boot that no agent saw the driver says whether it is certain to be a crash
+(`HypervisorDriver.crashed_unseen`); one that may have been a power-off doesn't count either.
 
 What is wanted is noted before the record says STOPPED (`restart_notes`), so that the next agent
 goes on whenever this one dies. Whether a domain may still be started is the record's word alone: it
@@ -95,10 +96,12 @@ class DomainRestarts:
         records: Mapping[DomainName, OwnershipRecord],
         here: Collection[DomainName],
         claimed: Collection[DomainName],
+        crashed: Collection[DomainName],
     ) -> Collection[DomainName]:
         """At the agent's start: which domains are to be started again.
 
-        `here` have a process, `claimed` ones a migration that decides about them first.
+        `here` have a process, `claimed` ones a migration that decides about them first; of the
+        `crashed` it is certain that nobody asked for their end, which no agent saw.
         """
         try:
             notes = await self._policy.store.load()
@@ -110,8 +113,11 @@ class DomainRestarts:
             ours = {domain for domain, each in records.items() if each.owner == self._node}
             left = (ours | set(claimed)) - set(here)
             wanted = {name: each for name, each in notes.wanted.items() if name in left}
+            why = "its hypervisor died while no agent ran"
+            wanted |= self._lost(why, left & set(crashed), records, claimed)
             if notes.boot_id not in ("", self._policy.boot_id):
-                wanted |= self._lost_with_the_boot(records, left, claimed)
+                why = f"{self._node} was rebooted, or lost power"
+                wanted |= self._lost(why, left, records, claimed)
         self._notes = msgspec.structs.replace(
             notes, boot_id=self._policy.boot_id, wanted=wanted, tries=self._recent(notes.tries)
         )
@@ -119,13 +125,14 @@ class DomainRestarts:
             await self._save()
         return [DomainName(name) for name in wanted]
 
-    def _lost_with_the_boot(
+    def _lost(
         self,
-        records: Mapping[DomainName, OwnershipRecord],
+        why: str,
         left: Collection[DomainName],
+        records: Mapping[DomainName, OwnershipRecord],
         claimed: Collection[DomainName],
     ) -> Mapping[str, Wanted]:
-        why, now_s = f"{self._node} was rebooted, or lost power", self._policy.clock()
+        now_s = self._policy.clock()
         lost: dict[str, Wanted] = {}
         for domain in left:
             owned = records.get(domain)

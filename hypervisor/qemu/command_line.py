@@ -35,6 +35,8 @@ TAP_FD = 110
 """The first NIC's tap; the others follow."""
 UFFD_FD = 200
 """Where the preloaded shim parks the userfaultfd."""
+END_FD = 201
+"""Where it tells how QEMU ended (`records.END`)."""
 
 RNG_SLOT = 2
 NIC_SLOTS = range(0x03, 0x0B)

@@ -12,12 +12,12 @@ import logging
 import os
 import signal
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from hypervisor.qemu import launcher, logs, records, switchover
-from hypervisor.qemu.command_line import TAP_FD, QemuLaunch
+from hypervisor.qemu import held_taps, launcher, logs, records, switchover
+from hypervisor.qemu.command_line import QemuLaunch
 from hypervisor.qemu.config import (
     MONITORS,
     Accelerator,
@@ -28,7 +28,7 @@ from hypervisor.qemu.config import (
 from hypervisor.qemu.guest import COMMAND_TIMEOUT_S, Guest
 from hypervisor.qemu.host import HostProbe
 from hypervisor.qemu.launcher import Launched
-from hypervisor.qemu.memory import duplicate_from, memory_in_use_bytes, open_memory
+from hypervisor.qemu.memory import memory_in_use_bytes, open_memory
 from hypervisor.qemu.native import QemuNative
 from hypervisor.qemu.offload import offload
 from hypervisor.qemu.process import QemuProcess
@@ -91,6 +91,7 @@ class QemuDriver(HypervisorDriver):
         self._probe = HostProbe(self.config)
         self._guests: dict[str, Guest] = {}
         self._launching: set[str] = set()
+        self._crashed_unseen: dict[DomainName, Path] = {}
         self._subscribers: list[Callable[[DomainEvent], None]] = []
         self._lock: int | None = None
         self._native = QemuNative(self._guest)
@@ -116,6 +117,7 @@ class QemuDriver(HypervisorDriver):
         """Let go of every domain without disturbing it. Idempotent."""
         guests = list(self._guests.values())
         self._guests.clear()
+        self._crashed_unseen.clear()
         for guest in guests:
             await guest.let_go()
         if self._lock is not None:
@@ -129,7 +131,10 @@ class QemuDriver(HypervisorDriver):
             return
         process = await offload(lambda: QemuProcess.hold(record.process), undo=_let_go)
         if process is None:
-            await offload(lambda: records.remove_directory(directory))
+            if await offload(lambda: records.crashed(directory, record)):
+                self._crashed_unseen[DomainName(record.spec.name)] = directory
+            else:
+                await offload(lambda: records.remove_directory(directory))
             return
         guest = self._take(Launched(directory, process, record))
         try:
@@ -184,6 +189,9 @@ class QemuDriver(HypervisorDriver):
 
         return unsubscribe
 
+    def crashed_unseen(self) -> Collection[DomainName]:
+        return tuple(self._crashed_unseen)
+
     async def capabilities(self) -> HypervisorCapabilities:
         return (await self._probe.facts()).capabilities
 
@@ -202,6 +210,7 @@ class QemuDriver(HypervisorDriver):
         if name in self._guests or name in self._launching:
             raise HypervisorError(f"{name} is here already; nothing was started")
         self._launching.add(name)
+        self._crashed_unseen.pop(DomainName(name), None)  # Its folder is made anew.
         try:
             await self._launch_and_run(launch, incoming=incoming)
         finally:
@@ -259,18 +268,22 @@ class QemuDriver(HypervisorDriver):
         """SIGKILL, like pulling the plug: a QEMU that lost its right to write flushes nothing."""
         guest = self._guests.get(domain)
         if guest is None:
+            left = self._crashed_unseen.pop(domain, None)
+            if left is not None:
+                await offload(lambda: records.remove_directory(left))
             return
         # The kernel takes some 30 ms to remove a tap, and so would the process's end.
-        taps = await offload(lambda: _hold_taps(guest), undo=_close_aside)
+        taps = await offload(lambda: held_taps.hold(guest), undo=held_taps.close_aside)
         try:
             await self._end(guest, "destroyed")
         finally:
-            _close_aside(taps)
+            held_taps.close_aside(taps)
 
     async def _end(self, guest: Guest, reason: str) -> None:
         if not guest.process.exited:  # Else it ended by itself, and that is what is reported.
             guest.end_reason = guest.end_reason or reason
         await guest.urgency.calm()
+        await offload(lambda: records.expect_end(guest.directory))
         guest.process.signal(signal.SIGKILL)
         await self._wait_gone(guest)
 
@@ -405,26 +418,6 @@ def _ignore_event(_event: QmpEvent) -> None:
 def _let_go(process: QemuProcess | None) -> None:
     if process is not None:
         process.release()
-
-
-def _hold_taps(guest: Guest) -> list[int]:
-    """Duplicates of its taps, as far as it has them."""
-    held: list[int] = []
-    for index in range(len(guest.record.spec.nics)):
-        with contextlib.suppress(OSError):
-            held.append(duplicate_from(guest.process.pidfd, TAP_FD + index))
-    return held
-
-
-def _close_aside(descriptors: list[int]) -> None:
-    """Close them off the event loop: the last of a tap's takes until its interface is gone."""
-    if descriptors:
-        asyncio.get_running_loop().run_in_executor(None, _close_all, descriptors)
-
-
-def _close_all(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
 
 
 def _discard(launched: Launched) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from hypervisor.qemu import records
 from hypervisor.qemu.command_line import (
+    END_FD,
     MONITOR_FD,
     RAM_FD,
     TAP_FD,
@@ -67,6 +68,8 @@ def launch_process(request: QemuLaunch, directory: Path, log: Path) -> Launched:
             ram = create_memfd(f"ferry-{spec.name}", spec.memory_bytes)
             ours.callback(os.close, ram)
             descriptors[RAM_FD] = ram
+            descriptors[END_FD] = records.make_end(directory)
+            ours.callback(os.close, descriptors[END_FD])
             for index in range(MONITORS):
                 listener = ours.enter_context(_listen(monitor_path(directory, index)))
                 descriptors[MONITOR_FD + index] = listener.fileno()
@@ -146,6 +149,7 @@ def _environment(binary: str, reservation_key: int | None) -> dict[str, str]:
         environment |= {
             "LD_PRELOAD": str(SHIM),
             "FERRY_UFFD_FD": str(UFFD_FD),
+            "FERRY_END_FD": str(END_FD),
             "FERRY_QEMU": binary,
         }
     if reservation_key is not None:

@@ -32,11 +32,16 @@ class ProcessIdentity(msgspec.Struct, frozen=True, kw_only=True):
     boot_id: str
 
 
+def current_boot() -> str:
+    """The id of this boot. OSError if there is no /proc."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
 def identify(pid: int) -> ProcessIdentity | None:
     """The identity of the live process `pid`; None if there is none, or only its zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        boot_id = current_boot()
     except OSError:
         return None
     fields = stat.rpartition(")")[2].split()

@@ -1,6 +1,7 @@
 """What is known about a running process, on disk: so that the next agent adopts it.
 
     run/DOMAIN/state.json    written atomically, before the guest's vCPUs first run
+    run/DOMAIN/end           "r" while QEMU runs, "e" when it ended by exit(): the shim writes both
 
 A folder without a readable record is a launch that an agent's death cut short before that: the
 guest in it has never run. All functions block on the disk; call them off the event loop.
@@ -15,11 +16,12 @@ from typing import Final
 
 import msgspec
 
-from hypervisor.qemu.process import ProcessIdentity
+from hypervisor.qemu.process import ProcessIdentity, current_boot
 from migrator.model import DomainSpec
 from migrator.unknown_fields import decode
 
 FORMAT = 1
+END: Final = "end"
 
 
 class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +59,28 @@ def read_record(directory: Path) -> ProcessRecord | None:
         return decode((directory / "state.json").read_bytes(), _decoder)
     except (OSError, msgspec.DecodeError):
         return None
+
+
+def make_end(directory: Path) -> int:
+    """A descriptor for the shim, which tells there how QEMU ends. It is the caller's to close."""
+    return os.open(directory / END, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
+
+def expect_end(directory: Path) -> None:
+    """From here on its end is wanted, whatever it is. Idempotent."""
+    (directory / END).unlink(missing_ok=True)
+
+
+def crashed(directory: Path, record: ProcessRecord) -> bool:
+    """Whether its process, which is gone, has run the guest and ended unasked, in this boot.
+
+    False also where that can't be known: a QEMU without the shim, or with an older one.
+    """
+    try:
+        running = (directory / END).read_bytes() == b"r"
+        return running and record.has_run and record.process.boot_id == current_boot()
+    except OSError:
+        return False
 
 
 def list_directories(run_directory: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -70,6 +70,9 @@ class SimulatedHypervisor(HypervisorDriver):
             for domain in self._native.under_way():
                 self._cancel(self.host.guests[domain])
 
+    def crashed_unseen(self) -> Collection[DomainName]:
+        return [DomainName(name) for name in sorted(self.host.crashed_unseen)]
+
     def _deliver(self, event: DomainEvent) -> None:
         """Events come from the event loop, not from inside the call that caused them."""
         asyncio.get_running_loop().call_soon(self._call_back, event)
@@ -128,6 +131,7 @@ class SimulatedHypervisor(HypervisorDriver):
     async def destroy(self, domain: DomainName) -> None:
         await self.host.faults.strike("destroy")
         self.host.kill(domain, "destroyed")
+        self.host.crashed_unseen.discard(domain)
 
     async def pause(self, domain: DomainName) -> None:
         guest = self._guest(domain)

@@ -292,7 +292,7 @@ async def test_the_remains_of_a_dead_process_are_cleared(world: QemuWorld) -> No
         directory,
         world.folder / "kept",
         dirs_exist_ok=True,
-        ignore=shutil.ignore_patterns("m*"),
+        ignore=shutil.ignore_patterns("m*", "end"),
     )
     await world.a.driver.destroy(VM)
     await world.a.driver.close()

@@ -9,7 +9,7 @@ agent dies its tasks are cancelled, and nothing that they do in cleaning up has 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
@@ -317,6 +317,9 @@ class SimulatedHypervisor(HypervisorDriver):
 
     async def close(self) -> None: ...
 
+    def crashed_unseen(self) -> Collection[DomainName]:
+        return sorted(self._agent.node.crashed_unseen)
+
     async def capabilities(self) -> HypervisorCapabilities:
         return CAPABILITIES
 
@@ -348,6 +351,7 @@ class SimulatedHypervisor(HypervisorDriver):
             raise AgentDead("the agent is dead")
         if node in domain.guests:
             raise HypervisorError("the domain is here")
+        self._agent.node.crashed_unseen.discard(domain.name)
         guest = domain.guests[node] = Guest(
             node=node,
             token=launch.token,
@@ -375,6 +379,7 @@ class SimulatedHypervisor(HypervisorDriver):
             guest = self._here(domain)
             if guest is not None:
                 self._agent.node.end_guest(self._domain(domain), guest)
+            self._agent.node.crashed_unseen.discard(domain)
             return True
 
         await self._call(effect)

@@ -44,6 +44,7 @@ class Node:
         """Always durable."""
         self.store_cut = False
         self.storage_cut = False
+        self.crashed_unseen: set[DomainName] = set()
         self._silent_since_s = world.now_s
 
     @property
@@ -152,6 +153,7 @@ class Node:
         self.crash("host died", down_s=12.0)
         self.journal = dict(self.durable)
         self.boot += 1
+        self.crashed_unseen.clear()
 
     def kill_randomly(self, side: Side | None = None) -> None:
         """Something of this node; an engine or a hypervisor of `side`, where one is meant."""
@@ -189,7 +191,15 @@ class Node:
         else:
             liveness.died(domain, guest, why)
         ran = guest.state not in (G.INCOMING, G.LOADED)
+        if self.agent is None and ran and not stopped:
+            self._crash_unseen(domain)
         self._gone(domain, guest, told=told, crashed=ran and not stopped)
+
+    def _crash_unseen(self, domain: Domain) -> None:
+        self.crashed_unseen.add(domain.name)
+        owned = domain.record
+        if owned is not None and owned.owner == self.name and domain.died:
+            domain.must_start |= owned.state is OwnershipState.RUNNING
 
     def end_guest(self, domain: Domain, guest: Guest) -> None:
         """It is destroyed on purpose."""

@@ -51,6 +51,7 @@ async def started(node: SimulatedNode) -> OwnershipRecord:
 
 async def agent_dies(node: SimulatedNode) -> None:
     await node.domains.close()
+    await node.hypervisor.close()
 
 
 async def host_dies(node: SimulatedNode) -> None:
@@ -172,6 +173,26 @@ async def test_what_ended_unseen_in_the_same_boot_stays_stopped(world: World) ->
     await host_dies(world.a)
     await agent_starts(world.a)
     await stays(world.a, STOPPED, before.token)
+
+
+async def test_what_crashed_unseen_is_started_again(world: World) -> None:
+    before = await started(world.a)
+    await agent_dies(world.a)
+    world.a.host.kill(WEB, crashed=True)
+    await agent_starts(world.a)
+    await runs_under(world.a, before.token + 1)
+    await told(world.a, "its hypervisor died while no agent ran")
+
+
+async def test_what_crashed_unseen_and_was_taken_over_is_forgotten(world: World) -> None:
+    before = await started(world.a)
+    await agent_dies(world.a)
+    world.a.host.kill(WEB, crashed=True)
+    after = OwnershipRecord(domain=WEB, token=before.token + 2, owner="b", state=RUNNING)
+    assert await world.a.ownership.compare_and_set(before, after)
+    await agent_starts(world.a)
+    await stays(world.a, RUNNING, after.token, "b")
+    assert not world.a.hypervisor.crashed_unseen()
 
 
 async def test_the_first_agent_knows_of_no_boot_before(world: World) -> None:
