@@ -134,6 +134,8 @@ def _actual(drain: Drain, move: Move) -> str:
 
 def sentence(move: Move) -> str:
     """One move that has changed."""
+    if move.state is MoveState.LEFT and not move.source:  # It was planned from nowhere.
+        return f"{move.domain}: {move.state.value}: {move.error}"
     where = f"{move.source or 'off'} -> {move.destination or 'off'}"
     text = f"{move.domain}: {where}: {move.state.value}"
     if move.state is MoveState.MOVED and move.blackout_ms is not None:

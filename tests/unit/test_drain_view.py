@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from node_agent.cli import drain_view
-from node_agent.cli.drain_text import moved, outcome
+from node_agent.cli.drain_text import moved, outcome, sentence
 from node_agent.cli.drain_view import _done_whole, _picture, _whole
 from node_agent.cli.errors import ExitCode
 from node_agent.drain.resources import Drain, DrainState, Move, MoveState, Operation
@@ -100,3 +100,8 @@ def test_a_detached_balance_names_a_way_to_cancel_it(
     assert "`ferry drains cancel d1`" in "".join(capsys.readouterr())
     ended = msgspec.structs.replace(balance, state=DrainState.DONE)
     assert outcome(ended) == "the nodes are even enough; nothing was moved"
+
+
+def test_a_domain_that_was_left_is_not_told_to_be_off() -> None:
+    left = move("a", MoveState.LEFT, source="", error="no node can take it")
+    assert sentence(left) == "a: left: no node can take it"
