@@ -9,12 +9,12 @@ from __future__ import annotations
 import http.client
 import importlib
 import os
+import select
 import socket
 import ssl
 import sys
-import threading
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -225,9 +225,10 @@ class ApiClient:
         headers = {"Accept": "application/json", **self._authorization}
         if data is not None:
             headers["Content-Type"] = "application/json"
-        with closing(self._connection(timeout_s)) as connection, self._telling(timeout_s):
+        with closing(self._connection(timeout_s)) as connection:
             try:
                 connection.request(method, path, body=data, headers=headers)
+                self._wait(connection, timeout_s)
                 response = connection.getresponse()
                 answer = response.read(ANSWER_CAP_BYTES)
             except (OSError, http.client.HTTPException) as error:
@@ -244,24 +245,16 @@ class ApiClient:
             self._raise_problem(response.status, answer)
         return answer
 
-    @contextmanager
-    def _telling(self, timeout_s: float) -> Iterator[None]:
+    def _wait(self, connection: http.client.HTTPConnection, timeout_s: float) -> None:
         """Say on stderr that an answer takes long, instead of standing there in silence."""
-        told = threading.Timer(
-            PATIENCE_S,
-            lambda: print(
-                f"ferry: {self.address} has not answered for {PATIENCE_S:.0f} s; it is given "
-                f"{timeout_s:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            ),
+        if connection.sock is None or select.select([connection.sock], [], [], PATIENCE_S)[0]:
+            return
+        print(
+            f"ferry: {self.address} has not answered for {PATIENCE_S:.0f} s; it is given "
+            f"{timeout_s:.0f} s more",
+            file=sys.stderr,
+            flush=True,
         )
-        told.daemon = True
-        told.start()
-        try:
-            yield
-        finally:
-            told.cancel()
 
     def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
         if self.address.startswith("unix:"):

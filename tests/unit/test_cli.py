@@ -406,6 +406,7 @@ def test_a_request_that_is_interrupted_may_have_been_done(
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(path))
         silent.listen()
+        monkeypatch.setattr(cli_client, "PATIENCE_S", 0.01)
         monkeypatch.setattr(http.client.HTTPConnection, "getresponse", interrupted)
         client = cli_client.ApiClient(f"unix:{path}")
         with pytest.raises(CliError, match="may be done all the same") as raised:
