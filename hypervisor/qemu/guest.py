@@ -407,7 +407,9 @@ class Guest:
         self._on_gone(self)
         self.process.release()
         self.gone.set()
-        crashed = self.end_reason is None and not self.told_to_end and self.record.has_run
+        # A destination's copy may be the domain before it runs; whether it is, the record tells.
+        counts = self.record.has_run or self.record.incoming
+        crashed = self.end_reason is None and not self.told_to_end and counts
         self._emit(DomainEventKind.EXITED, time.time(), self._exit_detail(), crashed=crashed)
 
     def _exit_detail(self) -> str:

@@ -193,7 +193,7 @@ class Node:
         ran = guest.state not in (G.INCOMING, G.LOADED)
         if self.agent is None and ran and not stopped:
             self._crash_unseen(domain)
-        self._gone(domain, guest, told=told, crashed=ran and not stopped)
+        self._gone(domain, guest, told=told, crashed=not stopped)
 
     def _crash_unseen(self, domain: Domain) -> None:
         self.crashed_unseen.add(domain.name)

@@ -58,6 +58,12 @@ def test_what_was_once_violated_holds(seed: int) -> None:
     Scenario(seed).play()
 
 
+@pytest.mark.parametrize("seed", [55462, 58845, 175883])
+def test_what_was_once_not_started_again_is(seed: int) -> None:
+    """Both hypervisors died in the handoff; an operator's start took the record, and failed."""
+    Scenario(seed).play()
+
+
 @pytest.mark.parametrize(("seed", "faults"), [(5061, "kills"), (279, "kills, lost messages")])
 def test_a_whole_copy_outlives_its_engine(seed: int, faults: str) -> None:
     """A destination loses its engine just as its hypervisor has loaded everything; then the source,
