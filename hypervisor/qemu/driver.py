@@ -319,13 +319,20 @@ class QemuDriver(HypervisorDriver):
             raise NotFoundError(f"domain {domain} has no QEMU process here")
         return guest
 
+    async def _ended(self, domain: DomainName, guest: Guest | None) -> DomainStatus:
+        """STOPPED, once its end has been reported: what follows depends on how it ended."""
+        if guest is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(guest.gone.wait(), INSPECT_TIMEOUT_S)
+        return DomainStatus(name=domain, state=DomainState.STOPPED)
+
     async def inspect(self, domain: DomainName) -> DomainStatus:
         """A silent QEMU is UNKNOWN, with the reason; it raises nothing."""
         guest = self._guests.get(domain)
         reason: str | None
         await offload(lambda: self._trim_logs(domain))
         if guest is None or guest.process.exited:
-            return DomainStatus(name=domain, state=DomainState.STOPPED)
+            return await self._ended(domain, guest)
         in_use = await offload(lambda: memory_in_use_bytes(guest.process.pid, guest.record.ram_fd))
         try:
             run_state = await guest.run_state(timeout_s=INSPECT_TIMEOUT_S)
@@ -335,7 +342,7 @@ class QemuDriver(HypervisorDriver):
             if isinstance(error, QmpDisconnected):  # It may be ending: the pidfd says so next.
                 await guest.process.wait(timeout_s=EXIT_NOTICE_TIMEOUT_S)
             if guest.process.exited:
-                return DomainStatus(name=domain, state=DomainState.STOPPED)
+                return await self._ended(domain, guest)
             state, reason = DomainState.UNKNOWN, str(error)
         else:
             state, cause = guest.domain_state(run_state)
