@@ -6,7 +6,8 @@
                                                         └──── a longer pause ─┘
 
 Only where nobody asked for the end: a guest that powered itself off, a stop and a SIGTERM don't
-count. Of an end in this boot that no agent saw the driver says whether it is certain to be a crash
+count, nor does what becomes of the host while a domain is being stopped. Of an end in this boot
+that no agent saw the driver says whether it is certain to be a crash
 (`HypervisorDriver.crashed_unseen`); one that may have been a power-off doesn't count either.
 
 What is wanted is noted before the record says STOPPED (`restart_notes`), so that the next agent
@@ -23,9 +24,18 @@ reboots: whatever kills it, and maybe the node with it, would do that again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
 from typing import Any, Final
 
 import msgspec
@@ -34,7 +44,7 @@ from migrator.errors import FerryError, StoreError
 from migrator.model import DomainName, NodeName, OwnershipRecord, OwnershipState
 from migrator.ports import DomainEvent
 from node_agent.events import EventKind, EventLog
-from node_agent.restart_notes import RestartNotes, RestartStore, VolatileRestarts, Wanted
+from node_agent.restart_notes import RestartNotes, RestartStore, Wanted
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +62,9 @@ GIVE_UP_S: Final = 12 * 3600.0
 class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """What a node starts again, and what it remembers it by."""
 
-    boot_id: str = "-"
+    boot_id: str
     """Which boot of the host this is."""
-    store: RestartStore = msgspec.field(default_factory=VolatileRestarts)
+    store: RestartStore
     enabled: bool = True
     """False: what is lost stays stopped."""
     clock: Callable[[], float] = time.time
@@ -109,17 +119,29 @@ class DomainRestarts:
             log.error("which domains were to be started again is not known: %s", error)
             notes = RestartNotes()
         wanted: dict[str, Wanted] = {}
+        # What still runs here was stopped by nobody in the end.
+        ending = {
+            name: token
+            for name, token in notes.ending.items()
+            if (owned := records.get(DomainName(name))) is not None
+            and name not in here
+            and owned.token == token
+        }
         if self._policy.enabled:
             ours = {domain for domain, each in records.items() if each.owner == self._node}
             left = (ours | set(claimed)) - set(here)
             wanted = {name: each for name, each in notes.wanted.items() if name in left}
+            left -= set(ending)
             why = "its hypervisor died while no agent ran"
             wanted |= self._lost(why, left & set(crashed), records, claimed)
             if notes.boot_id not in ("", self._policy.boot_id):
                 why = f"{self._node} was rebooted, or lost power"
                 wanted |= self._lost(why, left, records, claimed)
-        self._notes = msgspec.structs.replace(
-            notes, boot_id=self._policy.boot_id, wanted=wanted, tries=self._recent(notes.tries)
+        self._notes = RestartNotes(
+            boot_id=self._policy.boot_id,
+            wanted=wanted,
+            tries=self._recent(notes.tries),
+            ending=ending,
         )
         if self._notes != notes:
             await self._save()
@@ -207,6 +229,27 @@ class DomainRestarts:
         self._notes = msgspec.structs.replace(self._notes, wanted=wanted)
         await self._save()
         return True
+
+    @contextlib.asynccontextmanager
+    async def ending(self, owned: OwnershipRecord) -> AsyncIterator[None]:
+        """While somebody has a domain stopped: if all this dies meanwhile, it stays stopped."""
+        await self._set_ending({**self._notes.ending, owned.domain: owned.token})
+        try:
+            yield
+        except asyncio.CancelledError:
+            raise  # This agent ends, and the guest may yet do what it was asked for.
+        except BaseException:
+            await self._not_ending(owned)
+            raise
+        await self._not_ending(owned)
+
+    async def _not_ending(self, owned: OwnershipRecord) -> None:
+        left = {name: each for name, each in self._notes.ending.items() if name != owned.domain}
+        await self._set_ending(left)
+
+    async def _set_ending(self, ending: dict[str, int]) -> None:
+        self._notes = msgspec.structs.replace(self._notes, ending=ending)
+        await self._save()
 
     def forget_crash(self, domain: DomainName) -> None:
         """It was a copy's that wasn't the domain."""

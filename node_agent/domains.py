@@ -86,14 +86,14 @@ class DomainService:
         records: DomainRecords,
         events: EventLog,
         pin_machine: Callable[[str], Awaitable[str]],
+        restart: RestartPolicy,
         locks: DomainLocks | None = None,
         cordon: Callable[[], Awaitable[list[str]]] | None = None,
-        restart: RestartPolicy | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`cordon`: why nothing may start here now; None: something always may.
+        """`restart`: which of its domains that were lost are started again.
 
-        `restart`: which of its domains that were lost are started again; None: until it ends.
+        `cordon`: why nothing may start here now; None: something always may.
         """
         self.node = node
         self._cordon = cordon
@@ -114,7 +114,7 @@ class DomainService:
             records=records,
             events=events,
             locks=self.locks,
-            restart=restart or RestartPolicy(),
+            restart=restart,
             start_again=self._start_again,
             remark=self._remark,
         )
@@ -227,8 +227,9 @@ class DomainService:
                 self._events.emit(EventKind.DOMAIN_STOPPED, text, domain=domain)
                 return True
             owned = await self.ownership.owned_here(domain)
-            by_itself = await self._hypervisor.stop(domain, timeout_s=timeout_s)
-            await self.ownership.give_back(owned, spec)
+            async with self.ownership.restarts.ending(owned):
+                by_itself = await self._hypervisor.stop(domain, timeout_s=timeout_s)
+                await self.ownership.give_back(owned, spec)
         how = "powered off" if by_itself else "was ended by force"
         self._events.emit(EventKind.DOMAIN_STOPPED, f"domain {domain} {how}", domain=domain)
         return by_itself

@@ -1,7 +1,7 @@
 """What must outlive the agent, and the host, for a lost domain to be started again.
 
     STATE/restarts.json   the boot that the agent last saw, the domains that wait for their start,
-                          and when domains were started again lately
+                          when domains were started again lately, and which are being stopped
 
 The boot is noted together with the domains that were lost with the one before: an agent that dies
 in between finds the old boot again, and with it the same domains.
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import abc
 import asyncio
-import os
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from migrator import durable
 from migrator.errors import StoreError
 from migrator.unknown_fields import decode
 from node_agent.domain_launch import uninterrupted
@@ -40,6 +40,8 @@ class RestartNotes(msgspec.Struct, frozen=True, kw_only=True):
     wanted: dict[str, Wanted] = {}
     tries: dict[str, tuple[float, ...]] = {}
     """Wall clock, oldest first, of the latest starts of each domain."""
+    ending: dict[str, int] = {}
+    """Those whose end somebody asked for, with the token that they run under."""
 
 
 class RestartStore(abc.ABC):
@@ -52,19 +54,6 @@ class RestartStore(abc.ABC):
     @abc.abstractmethod
     async def save(self, notes: RestartNotes) -> None:
         """Replace them, durably, all or nothing. StoreError: they are as before."""
-
-
-class VolatileRestarts(RestartStore):
-    """In memory, for tests."""
-
-    def __init__(self) -> None:
-        self.notes = RestartNotes()
-
-    async def load(self) -> RestartNotes:
-        return self.notes
-
-    async def save(self, notes: RestartNotes) -> None:
-        self.notes = notes
 
 
 _decoder: Final = msgspec.json.Decoder(RestartNotes)
@@ -89,20 +78,6 @@ class RestartFile(RestartStore):
         encoded = msgspec.json.format(msgspec.json.encode(notes), indent=2)
         async with self._writing:  # In their order.
             try:
-                await uninterrupted(asyncio.to_thread(_replace, self._path, encoded))
+                await uninterrupted(asyncio.to_thread(durable.replace, self._path, encoded))
             except OSError as error:
                 raise StoreError(f"{self._path} can't be written: {error}") from error
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".new")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -17,6 +17,7 @@ from typing import Final
 import msgspec
 
 from hypervisor.qemu.process import ProcessIdentity, current_boot
+from migrator import durable
 from migrator.model import DomainSpec
 from migrator.unknown_fields import decode
 
@@ -41,13 +42,8 @@ class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 def write_record(directory: Path, record: ProcessRecord) -> None:
     """Replace the record, all or nothing. OSError leaves the old one."""
-    temporary = directory / "state.json.new"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(record), indent=2))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(directory / "state.json")
+    encoded = msgspec.json.format(msgspec.json.encode(record), indent=2)
+    durable.replace(directory / "state.json", encoded)
 
 
 _decoder: Final = msgspec.json.Decoder(ProcessRecord)

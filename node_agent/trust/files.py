@@ -12,13 +12,12 @@ between the two would find a pair that doesn't match.
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from migrator import durable
 from migrator.errors import ConfigError, FerryError
 from migrator.ports import Struct
 from migrator.tls import TlsFiles
@@ -95,19 +94,11 @@ class TrustFolder:
 
     def write(self, name: str, content: bytes) -> None:
         """Replace a file in one step, mode 0600, durably. ConfigError if it can't be written."""
-        path, draft = self.path / name, self.path / f".{name}.new"
+        path = self.path / name
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            draft.unlink(missing_ok=True)
-            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
+            durable.replace(path, content)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                draft.unlink(missing_ok=True)
             raise ConfigError(f"{path} can't be written: {error}") from error
 
     def load(self, node: str) -> Identity:

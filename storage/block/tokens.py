@@ -7,6 +7,7 @@ import fcntl
 import os
 from pathlib import Path
 
+from migrator import durable
 from migrator.errors import FenceError, StorageError
 from migrator.model import FencingToken, VolumeName
 
@@ -35,9 +36,7 @@ class TokenFolder:
             newest = self.read(volume)
             if newest is not None and token < newest:
                 raise FenceError(f"volume {volume} is fenced by token {newest}; {token} is too old")
-            temporary = self._path(volume).with_suffix(".new")
-            temporary.write_text(f"{token}\n")
-            temporary.replace(self._path(volume))
+            durable.replace(self._path(volume), f"{token}\n".encode())
         finally:
             os.close(lock)
 

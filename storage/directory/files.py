@@ -20,6 +20,7 @@ import uuid
 from pathlib import Path
 from typing import Final
 
+from migrator import durable
 from migrator.errors import ConflictError, FenceError, NotFoundError, StorageError
 from migrator.model import (
     DiskFormat,
@@ -101,12 +102,12 @@ class PoolFolder:
 
     def publish(self, temporary: Path, volume: VolumeName, format: DiskFormat) -> VolumeInfo:
         """Give a complete file its name, durably. ConflictError if somebody else took it."""
-        _sync(temporary)
+        durable.sync(temporary)
         with pool_lock(self.path):
             self.refuse_existing(volume)
             self._token_file(volume).unlink(missing_ok=True)
             temporary.rename(self.image(volume, format))
-        _sync(self.path)
+        durable.sync(self.path)
         return self._describe(volume, self.image(volume, format), format)
 
     def remove(self, volume: VolumeName) -> None:
@@ -127,7 +128,7 @@ class PoolFolder:
             self._token_file(volume).unlink(missing_ok=True)
             if base is not None and _is_file(base) and not self._leaning_on(base):
                 base.chmod(_WRITABLE)
-        _sync(self.path)
+        durable.sync(self.path)
 
     def unused(self, volume: VolumeName, *, by_writers: bool = False) -> VolumeInfo:
         """The volume. ConflictError while a hypervisor of this host uses it (or writes to it).
@@ -293,11 +294,3 @@ def _is_file(path: Path) -> bool:
         return stat.S_ISREG(path.lstat().st_mode)
     except FileNotFoundError:
         return False
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

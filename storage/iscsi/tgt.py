@@ -23,6 +23,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from migrator import durable
 from migrator.errors import ConflictError, FenceError, NotFoundError, StorageError
 from migrator.model import FencingToken, PoolHealth, VolumeName
 from storage.iscsi.names import iqn_part
@@ -236,18 +237,7 @@ class TgtFolder:
             raise StorageError(f"{self._state_path(volume)} is damaged: {error}") from error
 
     def _write(self, volume: VolumeName, state: VolumeState) -> None:
-        path = self._state_path(volume)
-        temporary = path.with_suffix(".json.new")
-        with temporary.open("wb") as file:
-            file.write(msgspec.json.encode(state))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        durable.replace(self._state_path(volume), msgspec.json.encode(state))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

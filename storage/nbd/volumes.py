@@ -19,6 +19,7 @@ from typing import Final
 
 import msgspec
 
+from migrator import durable
 from migrator.errors import ConflictError, NotFoundError, StorageError
 from migrator.model import DiskFormat, PoolHealth, VolumeInfo, VolumeName
 from storage.copying import copy_image
@@ -118,15 +119,14 @@ class VolumeFolder:
         """ConflictError: the name was taken meanwhile; the draft is still there."""
         path = self.draft_path(draft)
         check_volume_name(VolumeName(volume))
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        durable.sync(path)
         try:
             os.link(path, self.disk(volume))
         except FileExistsError as error:
             raise ConflictError(f"there is a volume {volume} already") from error
         self._state_file(volume).unlink(missing_ok=True)
         path.unlink()
-        self._sync()
+        durable.sync(self.path)
         return self.describe(volume)
 
     def discard(self, draft: str) -> None:
@@ -167,7 +167,7 @@ class VolumeFolder:
         self.describe(volume)
         self.disk(volume).unlink()
         self._state_file(volume).unlink(missing_ok=True)
-        self._sync()
+        durable.sync(self.path)
 
     def _refuse_existing(self, volume: str) -> None:
         if self.disk(volume).exists():
@@ -187,21 +187,7 @@ class VolumeFolder:
 
     def write_state(self, volume: str, state: VolumeState) -> None:
         """Durable when this returns: after a power loss no ended export may begin again."""
-        target = self._state_file(volume)
-        fresh = target.with_suffix(".new")
-        with fresh.open("wb") as file:
-            file.write(msgspec.json.encode(state))
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(target)
-        self._sync()
+        durable.replace(self._state_file(volume), msgspec.json.encode(state))
 
     def _state_file(self, volume: str) -> Path:
         return self.path / f".{volume}.json"
-
-    def _sync(self) -> None:
-        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

@@ -2,7 +2,7 @@
 
 node_agent -> hypervisor, storage, netfabric (drivers: only in its composition root), migrator
 hypervisor | storage | netfabric -> migrator.model, .errors, .ports, .native_port, .unknown_fields,
-                                    .cores
+                                    .cores, .durable
 migrator -> no sibling; its pure modules no clock, randomness, sockets, event loop, threads
 deploy, tests -> anything
 """
@@ -28,6 +28,7 @@ DRIVERS_MAY_IMPORT = (
     "migrator.native_port",
     "migrator.unknown_fields",
     "migrator.cores",
+    "migrator.durable",
 )
 COMPOSITION_ROOT = ("node_agent/agent.py", "node_agent/fabrics.py")
 NOT_DRIVERS = ("hypervisor.machine_types", "storage.settings")
@@ -36,6 +37,7 @@ NOT_DRIVERS = ("hypervisor.machine_types", "storage.settings")
 SHELL = (
     "migrator/engine/",
     "migrator/cores.py",
+    "migrator/durable.py",
     "migrator/runner.py",
     "migrator/journal.py",
     "migrator/engine_driver.py",

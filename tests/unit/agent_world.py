@@ -42,7 +42,7 @@ from node_agent.migrations.service import MigrationService
 from node_agent.nodes import NodeRegistry
 from node_agent.peers.hub import PeerHub
 from node_agent.pools import PoolSet
-from node_agent.restart_notes import VolatileRestarts
+from node_agent.restart_notes import RestartNotes, RestartStore
 from node_agent.state.memory import SimulatedData, SimulatedStore
 from node_agent.state.ownership import StoreOwnership
 from node_agent.state.typed import TypedStore
@@ -51,6 +51,19 @@ from storage.settings import PoolSettings, SimulatedSettings
 from storage.simulated import SharedVolumes, SimulatedPool
 
 MAC = "52:54:00:00:00:01"
+
+
+class VolatileRestarts(RestartStore):
+    """Notes in memory, which outlive an agent and no test."""
+
+    def __init__(self) -> None:
+        self.notes = RestartNotes()
+
+    async def load(self) -> RestartNotes:
+        return self.notes
+
+    async def save(self, notes: RestartNotes) -> None:
+        self.notes = notes
 
 
 class FakeMigrations(MigrationService):

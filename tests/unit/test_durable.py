@@ -1,0 +1,65 @@
+"""Files that are replaced whole."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from migrator import durable
+
+
+def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    durable.replace(path, b"old")
+    durable.replace(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_the_draft_of_a_writer_that_died_is_no_hindrance_nor_does_it_lend_its_mode(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "key.pem"
+    draft = tmp_path / ".key.pem.new"
+    draft.write_bytes(b"half of it")
+    draft.chmod(0o644)
+    durable.replace(path, b"whole")
+    assert path.read_bytes() == b"whole"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert not draft.exists()
+
+
+def test_what_cannot_be_written_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.json"
+    durable.replace(path, b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        durable.replace(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_content_is_on_the_disk_before_its_name_and_the_name_before_the_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.json"
+    durable.replace(path, b"old")
+    seen: list[tuple[bool, bytes]] = []
+
+    def watched(descriptor: int) -> None:
+        folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        seen.append((folder, path.read_bytes()))
+
+    monkeypatch.setattr(os, "fsync", watched)
+    durable.replace(path, b"new")
+    assert seen == [(False, b"old"), (True, b"new")]
