@@ -20,6 +20,7 @@ from deploy.lab.plan import FabricKind, StoreKind
 from deploy.lab.preconditions import remarks, require_root
 from deploy.lab.record import DEFAULT_NAME
 from migrator.errors import FerryError, InvalidRequest, RefusedError
+from node_agent.cli.errors import exit_code
 
 app = typer.Typer(
     name="lab", help="A cluster on this one machine, for trying and testing.", no_args_is_help=True
@@ -43,7 +44,7 @@ class MemberAction(StrEnum):
 
 @contextmanager
 def _errors_as_sentences() -> Iterator[Callable[[], None]]:
-    """FerryError becomes its sentence and exit status 1; SIGTERM ends as orderly as Ctrl-C.
+    """FerryError becomes its sentence and exit code; SIGTERM ends as orderly as Ctrl-C.
 
     Yields what raises KeyboardInterrupt once more if one was lost: Python drops what is raised in
     a weak reference's callback or a `__del__`, and a signal may come just then.
@@ -70,10 +71,10 @@ def _errors_as_sentences() -> Iterator[Callable[[], None]]:
                 print(f"  - {reason}", file=sys.stderr)
         else:
             print(f"ferry lab: {error}", file=sys.stderr)
-        raise typer.Exit(_FAILED) from None
+        raise typer.Exit(exit_code(error.http_status)) from None
     except FerryError as error:
         print(f"ferry lab: {error}", file=sys.stderr)
-        raise typer.Exit(_FAILED) from None
+        raise typer.Exit(exit_code(error.http_status)) from None
     except KeyboardInterrupt:
         print("Interrupted; nothing was left half-made.", file=sys.stderr)
         raise typer.Exit(_INTERRUPTED) from None

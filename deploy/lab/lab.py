@@ -58,7 +58,7 @@ from deploy.lab.record import (
     write_record,
 )
 from deploy.lab.removal import interrupts_ignored, remove_everything, remove_traces
-from migrator.errors import FerryError, InvalidRequest
+from migrator.errors import FerryError, NotFoundError
 
 AGENT_COMMAND: Final = (sys.executable, "-m", "node_agent")
 READY_TIMEOUT_S: Final = 60.0
@@ -261,7 +261,7 @@ def kill_agent(lab: str, node: str) -> bool:
 def etcd_member(lab: str, member: str, *, run: bool) -> bool:
     """Start one member of the lab's etcd with what it has on its disk, or SIGKILL it.
 
-    False: it was so already. InvalidRequest: there is no such member.
+    False: it was so already. NotFoundError: there is no such member.
     """
     require_root()
     with registry.lab_lock(lab):
@@ -271,9 +271,7 @@ def etcd_member(lab: str, member: str, *, run: bool) -> bool:
             names = (
                 ", ".join(each.name for each in plan.etcd_members) or "none: its store is a file"
             )
-            raise InvalidRequest(
-                f"lab {lab} has no etcd member {member!r}; its members are {names}"
-            )
+            raise NotFoundError(f"lab {lab} has no etcd member {member!r}; its members are {names}")
         process = etcd.find_member(found)
         if (process is not None) is run:
             return False
@@ -288,19 +286,19 @@ def etcd_member(lab: str, member: str, *, run: bool) -> bool:
 def storage_server(lab: str, kind: str, *, run: bool) -> bool:
     """Start the lab's storage server of a kind with what it has on its disk, or SIGKILL it.
 
-    False: it was so already. InvalidRequest: it has no such server.
+    False: it was so already. NotFoundError: it has no such server.
     """
     require_root()
     with registry.lab_lock(lab):
         plan = load(lab).plan
         if kind not in plan.storage:
             names = ", ".join(plan.storage) or "none"
-            raise InvalidRequest(f"lab {lab} has no storage server {kind!r}; it has {names}")
+            raise NotFoundError(f"lab {lab} has no storage server {kind!r}; it has {names}")
         return storage.start(plan, kind) if run else storage.kill(plan, kind)
 
 
 def namespace_of(lab: str, where: str) -> str:
-    """The namespace of a node, an etcd member, `client`, `storage` or `switch`. InvalidRequest."""
+    """The namespace of a node, an etcd member, `client`, `storage` or `switch`. NotFoundError."""
     plan = load(lab).plan
     roles = ("client", "storage", "switch", *(("router",) if plan.is_routed else ()))
     if where in (*roles, *(each.name for each in plan.etcd_members)):

@@ -39,7 +39,7 @@ import msgspec
 
 from deploy.lab.cables import Link as Link
 from deploy.lab.cables import Subnet as Subnet
-from migrator.errors import InvalidRequest
+from migrator.errors import InvalidRequest, NotFoundError
 
 NODES_MAX: Final = 200
 """The host part of an address is the node's number; 201 and up belong to the lab's services."""
@@ -248,12 +248,12 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def node(self, name: str) -> NodePlan:
-        """The node called `name`. Raises InvalidRequest naming the ones there are."""
+        """The node called `name`. Raises NotFoundError naming the ones there are."""
         for node in self.nodes:
             if node.name == name:
                 return node
         names = ", ".join(node.name for node in self.nodes)
-        raise InvalidRequest(f"lab {self.name} has no node {name!r}; its nodes are {names}")
+        raise NotFoundError(f"lab {self.name} has no node {name!r}; its nodes are {names}")
 
     @property
     def guest_network(self) -> str:

@@ -247,7 +247,11 @@ class ApiClient:
 
     def _wait(self, connection: http.client.HTTPConnection, timeout_s: float) -> None:
         """Say on stderr that an answer takes long, instead of standing there in silence."""
-        if connection.sock is None or select.select([connection.sock], [], [], PATIENCE_S)[0]:
+        if connection.sock is None:
+            return
+        answer = select.poll()  # select(2) takes no descriptor above 1,023.
+        answer.register(connection.sock, select.POLLIN)
+        if answer.poll(1000 * PATIENCE_S):
             return
         print(
             f"ferry: {self.address} has not answered for {PATIENCE_S:.0f} s; it is given "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Final
 
 from node_agent.resources import Problem
 
@@ -40,6 +41,22 @@ Exit codes:
   130  interrupted; a migration or drain that was being watched goes on"""
 
 
+_BY_STATUS: Final = {
+    400: ExitCode.USAGE,
+    401: ExitCode.NOT_PERMITTED,
+    403: ExitCode.NOT_PERMITTED,
+    404: ExitCode.NOT_FOUND,
+    409: ExitCode.REFUSED,
+    413: ExitCode.USAGE,
+    415: ExitCode.USAGE,
+}
+
+
+def exit_code(http_status: int) -> ExitCode:
+    """For an error that the API would answer with this status."""
+    return _BY_STATUS.get(http_status, ExitCode.FAILED)
+
+
 class CliError(Exception):
     """One sentence for stderr, and the exit code."""
 
@@ -59,14 +76,5 @@ class ApiProblem(CliError):
     """The agent answered with a problem document."""
 
     def __init__(self, problem: Problem) -> None:
-        codes = {
-            400: ExitCode.USAGE,
-            401: ExitCode.NOT_PERMITTED,
-            403: ExitCode.NOT_PERMITTED,
-            404: ExitCode.NOT_FOUND,
-            409: ExitCode.REFUSED,
-            413: ExitCode.USAGE,
-            415: ExitCode.USAGE,
-        }
-        super().__init__(problem.detail, codes.get(problem.status, ExitCode.FAILED))
+        super().__init__(problem.detail, exit_code(problem.status))
         self.problem = problem

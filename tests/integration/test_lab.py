@@ -270,7 +270,10 @@ def test_the_command_line_looks_into_a_lab(name: str) -> None:
     shown = ferry_lab("exec", "--name", name, "n1", "--", "ip", "-4", "address", "show", "mgmt0")
     assert address in shown.stdout
     assert ferry_lab("exec", "--name", name, "client", "false").returncode == 1
-    assert ferry_lab("exec", "--name", name, "n1", "--").returncode == 1
+    assert ferry_lab("exec", "--name", name, "n1", "--").returncode == 2
+    nobody = ferry_lab("exec", "--name", name, "n7", "--", "true")
+    assert (nobody.returncode, "its nodes are n1" in nobody.stderr) == (3, True)
+    assert ferry_lab("status", "--name", "nowhere").returncode == 3
     assert lab.load(name).nodes[0].api in ferry_lab("status", "--name", name).stdout
     ferry_lab("agent", "--name", name, "n1", "kill")
     damaged = ferry_lab("status", "--name", name, "--json")

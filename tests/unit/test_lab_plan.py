@@ -24,7 +24,7 @@ from deploy.lab.plan import (
     lab_of_namespace,
     make_plan,
 )
-from migrator.errors import InvalidRequest
+from migrator.errors import InvalidRequest, NotFoundError
 from node_agent.config import parse_config
 
 ROOT = Path("/var/lib/ferry/labs")
@@ -119,7 +119,7 @@ def test_a_folder_too_deep_for_sockets_is_refused() -> None:
 
 
 def test_an_unknown_node_and_guest_address_are_refused() -> None:
-    with pytest.raises(InvalidRequest, match="n1, n2, n3"):
+    with pytest.raises(NotFoundError, match="n1, n2, n3"):
         plan_of().node("n4")
     with pytest.raises(InvalidRequest, match="1 to 249"):
         plan_of().guest_address(250)
