@@ -207,7 +207,10 @@ class HypervisorDriver(abc.ABC):
 
     @abc.abstractmethod
     async def inspect(self, domain: DomainName) -> DomainStatus:
-        """STOPPED for a domain that is not here; never raises NotFoundError."""
+        """STOPPED for a domain that is not here; never raises NotFoundError.
+
+        Of one that was here, once its EXITED has been given out: how it ended decides what follows.
+        """
 
     @abc.abstractmethod
     async def list_domains(self) -> Sequence[DomainStatus]: ...

@@ -53,6 +53,8 @@ class SimulatedHypervisor(HypervisorDriver):
         self._directory = directory
         self._subscribers: list[Callable[[DomainEvent], None]] = []
         self._open = False
+        self._ending: set[str] = set()
+        """Gone, and those who listen have yet to hear of it."""
         self._native = SimulatedNative(host, self._receive)
 
     # --- the driver's life -----------------------------------------------------------------
@@ -75,9 +77,13 @@ class SimulatedHypervisor(HypervisorDriver):
 
     def _deliver(self, event: DomainEvent) -> None:
         """Events come from the event loop, not from inside the call that caused them."""
+        if event.kind is DomainEventKind.EXITED:
+            self._ending.add(event.domain)
         asyncio.get_running_loop().call_soon(self._call_back, event)
 
     def _call_back(self, event: DomainEvent) -> None:
+        if event.kind is DomainEventKind.EXITED:
+            self._ending.discard(event.domain)
         for callback in list(self._subscribers):
             callback(event)
 
@@ -169,6 +175,8 @@ class SimulatedHypervisor(HypervisorDriver):
         return guest
 
     async def inspect(self, domain: DomainName) -> DomainStatus:
+        while domain in self._ending:  # noqa: ASYNC110 - the event loop's next turn tells it.
+            await asyncio.sleep(0)
         guest = self.host.guests.get(domain)
         if guest is None:
             return DomainStatus(name=domain, state=DomainState.STOPPED)
@@ -181,7 +189,8 @@ class SimulatedHypervisor(HypervisorDriver):
         )
 
     async def list_domains(self) -> Sequence[DomainStatus]:
-        return [await self.inspect(DomainName(name)) for name in sorted(self.host.guests)]
+        names = sorted({*self.host.guests, *self._ending})
+        return [await self.inspect(DomainName(name)) for name in names]
 
     def console_log(self, domain: DomainName) -> Path:
         return self._directory / f"{domain}.console.log"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ from migrator.model import PAGE_SIZE_BYTES, DomainState
 from migrator.ports import AbortOutcome, DomainEventKind
 from tests.contract.hypervisor_worlds import (
     MEMORY_BYTES,
+    SOON_S,
     VM,
     QemuWorld,
     SimulatedWorld,
@@ -115,6 +117,24 @@ async def test_a_process_that_ends_by_itself_is_noticed(world: World) -> None:
     assert "signal 9" in event.detail
     assert await world.a.state() is DomainState.STOPPED
     await world.a.driver.start(world.launch(2))
+
+
+@pytest.mark.parametrize("ask", ["inspect", "list"])
+async def test_who_hears_that_it_is_stopped_has_heard_how_it_ended(world: World, ask: str) -> None:
+    """Else a crash is taken for a power-off, and nobody starts the domain again."""
+    await world.a.driver.start(world.launch())
+
+    async def stopped() -> bool:
+        if ask == "inspect":
+            return await world.a.state() is DomainState.STOPPED
+        found = {each.name: each.state for each in await world.a.driver.list_domains()}
+        return found.get(VM, DomainState.STOPPED) is DomainState.STOPPED
+
+    await world.kill(world.a)
+    async with asyncio.timeout(SOON_S):
+        while not await stopped():
+            pass  # As often as can be: it is about a moment.
+    assert world.a.kinds()[-1] is DomainEventKind.EXITED
 
 
 @pytest.mark.parametrize("state", [DomainState.RUNNING, DomainState.PAUSED, DomainState.INCOMING])
