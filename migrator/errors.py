@@ -27,8 +27,23 @@ stable, machine-readable name that the HTTP API and the agents' protocol carry.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from typing import ClassVar
+
+
+def words(error: Exception) -> str:
+    """Why, in words, for a sentence that names the file or address: "Connection refused".
+
+    Of an error of the kernel's neither its number nor what the library adds to it.
+    """
+    # Name resolution, TLS and others have numbers of their own.
+    if isinstance(error, OSError) and type(error).__module__ == "builtins":
+        number = error.errno
+        if number is not None and number in errno.errorcode:
+            return os.strerror(number)
+    return str(error) or type(error).__name__
 
 
 class FerryError(Exception):

@@ -24,7 +24,7 @@ from migrator import cores
 from migrator.dirty_sampler import DirtySampler
 from migrator.engine.spares import EngineSpares
 from migrator.engine_driver import EngineSettings
-from migrator.errors import ConfigError
+from migrator.errors import ConfigError, words
 from migrator.figures import LinkSpeed
 from migrator.journal import MigrationJournal
 from migrator.model import DomainSpec, NodeInfo, NodeName, PoolName
@@ -126,7 +126,7 @@ def prepare_folders(config: AgentConfig) -> None:
         for directory in (state / "run", state / "logs"):
             directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"node.state_directory: {state} can't be used: {error}") from error
+        raise ConfigError(f"node.state_directory: {state} can't be used: {words(error)}") from error
     for index, pool in enumerate(config.pools):
         if isinstance(pool, DirectorySettings) and not Path(pool.path).is_dir():
             # It may be mounted later: no reason to leave the node's guests without an agent.

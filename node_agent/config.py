@@ -25,7 +25,7 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-from migrator.errors import ConfigError
+from migrator.errors import ConfigError, words
 from migrator.model import Name, NodeName
 from migrator.tls import TlsMode
 from node_agent.config_table import Table
@@ -225,7 +225,7 @@ def load_config(path: Path) -> AgentConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read: {error}") from error
+        raise ConfigError(f"{path}: can't be read: {words(error)}") from error
     try:
         return parse_config(text)
     except ConfigError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from migrator.errors import ConfigError
+from migrator.errors import ConfigError, words
 from migrator.ports import ConnectionTracker, FabricDriver, RouteDriver
 from netfabric.bridge import BridgeFabric
 from netfabric.connections import KernelConnections
@@ -75,7 +75,7 @@ def _key(path: str) -> bytes:
     try:
         key = Path(path).read_bytes()[:_KEY_BYTES_MAX].strip()
     except OSError as error:
-        raise ConfigError(f"fabric.route_key_file: {path} can't be read: {error}") from error
+        raise ConfigError(f"fabric.route_key_file: {path} can't be read: {words(error)}") from error
     if len(key) < KEY_BYTES_MIN:
         raise ConfigError(f"fabric.route_key_file: {path} must have {KEY_BYTES_MIN} bytes or more")
     return key

@@ -17,7 +17,7 @@ from typing import Final
 import msgspec
 
 from migrator import durable
-from migrator.errors import StoreError
+from migrator.errors import StoreError, words
 from migrator.unknown_fields import decode
 from node_agent.domain_launch import uninterrupted
 
@@ -72,7 +72,7 @@ class RestartFile(RestartStore):
         except (FileNotFoundError, msgspec.DecodeError):
             return RestartNotes()
         except OSError as error:
-            raise StoreError(f"{self._path} can't be read: {error}") from error
+            raise StoreError(f"{self._path} can't be read: {words(error)}") from error
 
     async def save(self, notes: RestartNotes) -> None:
         encoded = msgspec.json.format(msgspec.json.encode(notes), indent=2)
@@ -80,4 +80,4 @@ class RestartFile(RestartStore):
             try:
                 await uninterrupted(asyncio.to_thread(durable.replace, self._path, encoded))
             except OSError as error:
-                raise StoreError(f"{self._path} can't be written: {error}") from error
+                raise StoreError(f"{self._path} can't be written: {words(error)}") from error

@@ -18,7 +18,7 @@ from typing import Final
 
 from deploy.lab.enter import CLONE_NEWNET, NAMESPACES_FOLDER, enter
 from deploy.lab.plan import lab_of_namespace
-from migrator.errors import FabricError
+from migrator.errors import FabricError, words
 
 NAMESPACES_PATH: Final = Path(NAMESPACES_FOLDER)
 _MS_BIND: Final = 0x1000
@@ -67,7 +67,7 @@ def ensure_namespace(name: str) -> bool:
         _in_thread(lambda: _unshare_onto(name))
     except OSError as error:
         remove_namespace(name)
-        raise FabricError(f"the network namespace {name} can't be made: {error}") from error
+        raise FabricError(f"the network namespace {name} can't be made: {words(error)}") from error
     return True
 
 
@@ -81,7 +81,7 @@ def remove_namespace(name: str) -> None:
         try:
             _check(_libc().umount2(os.fsencode(path), _MNT_DETACH))
         except OSError as error:
-            raise FabricError(f"the namespace {name} can't be removed: {error}") from error
+            raise FabricError(f"the namespace {name} can't be removed: {words(error)}") from error
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
 
@@ -112,7 +112,7 @@ def write_setting(name: str, setting: str, value: str) -> None:
     try:
         _in_thread(work)
     except OSError as error:
-        raise FabricError(f"net/{setting} can't be set in {name}: {error}") from error
+        raise FabricError(f"net/{setting} can't be set in {name}: {words(error)}") from error
 
 
 def _share_folder() -> None:

@@ -16,7 +16,7 @@ from typing import Final
 from deploy.lab import frr, namespaces, processes, registry
 from deploy.lab.processes import Process
 from deploy.lab.record import DEFAULT_ROOT
-from migrator.errors import FerryError
+from migrator.errors import FerryError, words
 from netfabric.macvtap.network import remove_nodes
 
 _MNT_DETACH: Final = 2
@@ -55,7 +55,7 @@ def _remove_folder(folder: Path) -> None:
     try:
         shutil.rmtree(folder)
     except OSError as error:
-        raise FerryError(f"the lab's folder {folder} can't be removed: {error}") from error
+        raise FerryError(f"the lab's folder {folder} can't be removed: {words(error)}") from error
     if folder.parent == DEFAULT_ROOT:
         with contextlib.suppress(OSError):
             DEFAULT_ROOT.rmdir()

@@ -22,7 +22,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from migrator.errors import ConfigError
+from migrator.errors import ConfigError, words
 from node_agent.api.auth import authentication
 from node_agent.api.drain_handlers import DRAIN_SERVICE
 from node_agent.api.hooks import PRESSURE_SERVICE
@@ -135,7 +135,9 @@ class ApiServer:
         try:
             await site.start()
         except OSError as error:
-            raise ConfigError(f"api.listen: {host}:{port} can't be listened on: {error}") from error
+            raise ConfigError(
+                f"api.listen: {host}:{port} can't be listened on: {words(error)}"
+            ) from error
         addresses: list[Any] = self._runner.addresses
         self._address = (str(addresses[0][0]), int(addresses[0][1]))
 
@@ -159,7 +161,7 @@ def bind_unix(path: Path) -> socket.socket:
         bound.bind(str(path))
     except OSError as error:
         bound.close()
-        raise ConfigError(f"api.socket: {path} can't be listened on: {error}") from error
+        raise ConfigError(f"api.socket: {path} can't be listened on: {words(error)}") from error
     bound.setblocking(False)
     return bound
 

@@ -22,7 +22,7 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from migrator.errors import FerryError
+from migrator.errors import FerryError, words
 from migrator.unknown_fields import decode
 from node_agent.cli.errors import ApiProblem, CliError, ExitCode, Unreachable
 from node_agent.resources import Problem
@@ -295,7 +295,7 @@ class ApiClient:
         elif isinstance(error, TimeoutError):
             why = "it doesn't answer in time"
         elif isinstance(error, OSError):
-            why = error.strerror or str(error)
+            why = words(error)
         else:
             why = str(error) or "it closed the connection"
         return Unreachable(f"the agent at {self.address} can't be reached: {why}")

@@ -16,6 +16,7 @@ from typing import Annotated, Final
 import msgspec
 import typer
 
+from migrator.errors import words
 from migrator.ports import Struct
 from node_agent.cli.client import Access, ApiClient
 from node_agent.cli.errors import CliError, ExitCode
@@ -88,7 +89,7 @@ def read_contexts() -> ContextFile:
     except FileNotFoundError:
         return ContextFile()
     except (OSError, RuntimeError) as error:
-        raise CliError(f"{path} can't be read: {error}") from error
+        raise CliError(f"{path} can't be read: {words(error)}") from error
     if stat.S_IMODE(mode) & 0o077:
         raise CliError(f"{path} holds tokens and may be read by others: chmod 600 {path}")
     try:
@@ -111,7 +112,7 @@ def write_contexts(contexts: ContextFile) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
-        raise CliError(f"{path} can't be written: {error}") from error
+        raise CliError(f"{path} can't be written: {words(error)}") from error
 
 
 def chosen(name: str | None) -> Context | None:
@@ -152,7 +153,7 @@ def add(
         try:
             authority = ca.read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise CliError(f"--ca: {ca} can't be read: {error}", ExitCode.USAGE) from error
+            raise CliError(f"--ca: {ca} can't be read: {words(error)}", ExitCode.USAGE) from error
     else:
         authority = pin(host, _fingerprint(fingerprint or ""))
     text = typer.get_text_stream("stdin").readline() if token == "-" else token

@@ -11,6 +11,7 @@ from urllib.parse import quote
 import msgspec
 import typer
 
+from migrator.errors import words
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import facts, settings, show, table
 from node_agent.hooks.model import (
@@ -241,4 +242,4 @@ def _secret(path: Path | None) -> str:
     try:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise CliError(f"{path} can't be read: {error}", ExitCode.USAGE) from error
+        raise CliError(f"{path} can't be read: {words(error)}", ExitCode.USAGE) from error

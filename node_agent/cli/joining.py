@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
-from migrator.errors import ConfigError, ConflictError, FerryError, InvalidRequest
+from migrator.errors import ConfigError, ConflictError, FerryError, InvalidRequest, words
 from node_agent.cli.client import CONNECT_TIMEOUT_S, Access, ApiClient
 from node_agent.cli.errors import CliError, ExitCode, Unreachable
 from node_agent.cli.output import note
@@ -89,7 +89,7 @@ def own_host(address: str) -> str:
         with closing(socket.create_connection((host, port), CONNECT_TIMEOUT_S)) as connection:
             return str(connection.getsockname()[0])
     except OSError as error:
-        raise Unreachable(f"{address} can't be reached: {error}") from error
+        raise Unreachable(f"{address} can't be reached: {words(error)}") from error
 
 
 def join(config: AgentConfig, token: JoinToken, address: str) -> JoinAnswer:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from migrator.errors import ConfigError
+from migrator.errors import ConfigError, words
 from node_agent.config import AgentConfig, load_config, parse_config, render_config
 
 STATE_DIRECTORY: Final = "/var/lib/ferry"
@@ -80,7 +80,7 @@ def write_config(path: Path, config: AgentConfig) -> None:
             file.write("# Written by ferry. Every key: deploy/samples/agent.toml.\n\n")
             file.write(render_config(config))
     except OSError as error:
-        raise ConfigError(f"{path} can't be written: {error}") from error
+        raise ConfigError(f"{path} can't be written: {words(error)}") from error
 
 
 def store_problem(config: AgentConfig, store: Mapping[str, Any]) -> str | None:
@@ -106,7 +106,7 @@ def main_address() -> str:
             return str(probe.getsockname()[0])
     except OSError as error:
         raise ConfigError(
-            f"this host has no default route ({error}): give its address with --listen"
+            f"this host has no default route ({words(error)}): give its address with --listen"
         ) from error
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from migrator.errors import words
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import parse_size
 
@@ -29,7 +30,7 @@ def load_spec(path: Path) -> dict[str, Any]:
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CliError(f"{path} can't be read: {error}", ExitCode.USAGE) from error
+        raise CliError(f"{path} can't be read: {words(error)}", ExitCode.USAGE) from error
     try:
         values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except ValueError as error:

@@ -20,6 +20,7 @@ import io
 import time
 from typing import Final
 
+from migrator.errors import words
 from node_agent.hooks.model import HaproxyAway, HaproxyHook, HookCall, HookPoint
 from node_agent.hooks.port import HookDriver, HookError
 
@@ -148,7 +149,9 @@ async def _command(settings: HaproxyHook, command: str) -> str:
             f"HAProxy at {settings.address} didn't answer within {_COMMAND_S:g} s"
         ) from error
     except OSError as error:
-        raise HookError(f"HAProxy at {settings.address} can't be reached: {error}") from error
+        raise HookError(
+            f"HAProxy at {settings.address} can't be reached: {words(error)}"
+        ) from error
     return answer.decode(errors="replace").strip()
 
 

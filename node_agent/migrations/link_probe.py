@@ -19,7 +19,7 @@ import struct
 import time
 from typing import Final
 
-from migrator.errors import PeerError
+from migrator.errors import PeerError, words
 from migrator.figures import LinkOrigin, LinkSpeed
 from migrator.model import NodeName
 from migrator.ports import Struct
@@ -127,7 +127,7 @@ class LinkProbe:
         try:
             server = await asyncio.start_server(receive, self._address, 0, backlog=1)
         except OSError as error:
-            raise PeerError(f"can't listen at {self._address}: {error}") from error
+            raise PeerError(f"can't listen at {self._address}: {words(error)}") from error
         task = asyncio.create_task(_until(server, served), name="link-probe")
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)

@@ -20,7 +20,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, TypeVar
 
-from migrator.errors import FerryError, PeerError
+from migrator.errors import FerryError, PeerError, words
 from migrator.model import NodeName
 from node_agent.peers import messages
 from node_agent.peers.acceptor import Acceptor, stop_listening
@@ -92,7 +92,9 @@ class PeerHub:
                 accept, host, port, backlog=128
             )
         except OSError as error:
-            raise PeerError(f"{self.node} can't listen on {host} port {port}: {error}") from error
+            raise PeerError(
+                f"{self.node} can't listen on {host} port {port}: {words(error)}"
+            ) from error
 
     async def close(self) -> None:
         """Stop listening, cancel handlers, fail calls in flight, close connections. Idempotent."""

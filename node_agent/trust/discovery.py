@@ -16,7 +16,7 @@ import ifaddr
 from zeroconf import IPVersion, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
-from migrator.errors import PeerError
+from migrator.errors import PeerError, words
 from migrator.ports import Struct
 
 SERVICE: Final = "_ferry._tcp.local."
@@ -81,7 +81,9 @@ class Announcer:
             await self._zeroconf.async_register_service(self._info, allow_name_change=True)
         except (OSError, RuntimeError) as error:
             await self.close()
-            raise PeerError(f"multicast doesn't work on {self._addresses}: {error}") from error
+            raise PeerError(
+                f"multicast doesn't work on {self._addresses}: {words(error)}"
+            ) from error
 
     async def close(self) -> None:
         """Say good-bye. Idempotent."""
@@ -111,7 +113,9 @@ async def find(
     try:
         zeroconf = AsyncZeroconf(interfaces=addresses, ip_version=IPVersion.V4Only)
     except (OSError, RuntimeError) as error:
-        raise PeerError(f"multicast doesn't work on {', '.join(addresses)}: {error}") from error
+        raise PeerError(
+            f"multicast doesn't work on {', '.join(addresses)}: {words(error)}"
+        ) from error
     browser = AsyncServiceBrowser(zeroconf.zeroconf, SERVICE, handlers=[changed])
     try:
         async with asyncio.timeout(timeout_s):

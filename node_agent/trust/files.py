@@ -18,7 +18,7 @@ from typing import Final
 import msgspec
 
 from migrator import durable
-from migrator.errors import ConfigError, FerryError
+from migrator.errors import ConfigError, FerryError, words
 from migrator.ports import Struct
 from migrator.tls import TlsFiles
 from node_agent.trust import certificates
@@ -99,7 +99,7 @@ class TrustFolder:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             durable.replace(path, content)
         except OSError as error:
-            raise ConfigError(f"{path} can't be written: {error}") from error
+            raise ConfigError(f"{path} can't be written: {words(error)}") from error
 
     def load(self, node: str) -> Identity:
         """ConfigError says which file is missing or doesn't fit, and what to do."""

@@ -24,7 +24,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from migrator import durable
-from migrator.errors import ConflictError, FenceError, NotFoundError, StorageError
+from migrator.errors import ConflictError, FenceError, NotFoundError, StorageError, words
 from migrator.model import FencingToken, PoolHealth, VolumeName
 from storage.iscsi.names import iqn_part
 from storage.iscsi.provisioner import Lun, Provisioner
@@ -301,7 +301,7 @@ async def _call(work: Callable[[], _T]) -> _T:
         task.add_done_callback(_forget)
         raise
     except OSError as error:
-        raise StorageError(f"the folder of tgtd's volumes: {error}") from error
+        raise StorageError(f"the folder of tgtd's volumes: {words(error)}") from error
 
 
 def _forget(task: asyncio.Future[_T]) -> None:

@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from migrator.errors import FerryError
+from migrator.errors import FerryError, words
 from storage.nbd import dh_parameters
 from storage.nbd.exports import Serving
 from storage.nbd.protocol import LINE_BYTES_MAX, PORT, read_key
@@ -64,7 +64,7 @@ def main() -> None:
     try:
         asyncio.run(_serve(_arguments()))
     except (FerryError, OSError) as error:
-        sys.exit(f"the NBD provisioner can't serve: {error}")
+        sys.exit(f"the NBD provisioner can't serve: {words(error)}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,14 @@ from typing import ClassVar, Final
 
 import msgspec
 
-from migrator.errors import FenceError, InvalidRequest, NotFoundError, StorageError, from_code
+from migrator.errors import (
+    FenceError,
+    InvalidRequest,
+    NotFoundError,
+    StorageError,
+    from_code,
+    words,
+)
 from migrator.model import (
     BlockSource,
     DiskFormat,
@@ -212,7 +219,7 @@ class NbdPool(VolumeDriver):
         except (OSError, ValueError) as error:
             raise StorageError(
                 f"{self._where}: the provisioner at {self._settings.provisioner} can't be asked: "
-                f"{error}"
+                f"{words(error)}"
             ) from error
         finally:
             if writer is not None:

@@ -1,0 +1,41 @@
+"""What sentences say of an error that isn't Ferry's."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from pathlib import Path
+
+import pytest
+
+from migrator.errors import words
+
+
+def test_a_file_is_named_by_the_sentence_alone(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="Errno 2") as caught:
+        (tmp_path / "nothing").read_bytes()
+    assert words(caught.value) == "No such file or directory"
+
+
+async def test_a_refused_connection_is_told_without_a_number() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = free.getsockname()
+        with pytest.raises(OSError, match="Connect call failed") as caught:
+            await asyncio.open_connection(*address)
+    assert words(caught.value) == "Connection refused"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (socket.gaierror(-2, "Name or service not known"), "Name or service not known"),
+        (ssl.SSLError(1, "wrong version number"), "wrong version number"),
+        (ValueError("a key of 3 bytes"), "a key of 3 bytes"),
+        (OSError("timed out"), "timed out"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_other_errors_are_told_as_they_are(error: Exception, said: str) -> None:
+    assert said in words(error)
