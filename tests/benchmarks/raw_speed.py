@@ -4,7 +4,8 @@ Incompressible pages go from one engine process to another over loopback, unshap
 that nobody touched. The plain copy is the least that any engine has to do, made easy: `sendfile`
 from a memory file into a TCP stream, received into memory that was prefaulted beforehand.
 `ferry-prefaulted` has that made as easy: what is left between the two is the engine, without what
-this machine, and the one that it runs on if it is virtual, take to find 4 GiB.
+this machine, and the one that it runs on if it is virtual, take to find 4 GiB. `plain-copy-cold` is
+the other way to compare like with like: the plain copy, with the time to find its memory.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ TLS: Final = "ferry-tls"
 STREAMS: Final = "ferry-streams"
 PREFAULTED: Final = "ferry-prefaulted"
 PLAIN: Final = "plain-copy"
+PLAIN_COLD: Final = "plain-copy-cold"
 REPEATS: Final = 3
 
 _BLOCK_BYTES: Final = 64 * MIB
@@ -92,8 +94,8 @@ async def _pass(pair: Pair, streams: int) -> Run:
     )
 
 
-def measure_plain(size_bytes: int) -> Run:
-    """The same bytes by sendfile. Raises OSError."""
+def measure_plain(size_bytes: int, *, cold: bool = False) -> Run:
+    """The same bytes by sendfile. `cold`: making the memory present counts, too. Raises OSError."""
     with contextlib.ExitStack() as stack:
         source = os.memfd_create("plain-source", os.MFD_CLOEXEC)
         stack.callback(os.close, source)
@@ -103,7 +105,8 @@ def measure_plain(size_bytes: int) -> Run:
         os.ftruncate(destination, size_bytes)
         memory = mmap.mmap(destination, size_bytes)
         stack.callback(memory.close)
-        memory.madvise(_MADV_POPULATE_WRITE)
+        if not cold:
+            memory.madvise(_MADV_POPULATE_WRITE)
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         sender = stack.enter_context(socket.create_connection(listener.getsockname()))
         receiver, _ = listener.accept()
@@ -112,6 +115,8 @@ def measure_plain(size_bytes: int) -> Run:
             end.settimeout(_TIMEOUT_S)
         thread = threading.Thread(target=_send, args=(sender, source, size_bytes), daemon=True)
         began = time.monotonic()
+        if cold:
+            memory.madvise(_MADV_POPULATE_WRITE)
         thread.start()
         _receive(receiver, memory, size_bytes)
         seconds = time.monotonic() - began
@@ -143,6 +148,7 @@ ENGINES: Final[Mapping[str, Callable[[Path, int], Run]]] = {
     STREAMS: lambda folder, size: measure_engine(folder, size, streams=2),
     PREFAULTED: lambda folder, size: measure_engine(folder, size, prefaulted=True),
     PLAIN: lambda _, size: measure_plain(size),
+    PLAIN_COLD: lambda _, size: measure_plain(size, cold=True),
 }
 
 

@@ -99,7 +99,7 @@ class Bench:
         for name in names:
             if name in _OTHERS:
                 most, known = _OTHERS[name]
-                always = (raw_speed.PLAIN, raw_speed.PREFAULTED)
+                always = (raw_speed.PLAIN, raw_speed.PLAIN_COLD, raw_speed.PREFAULTED)
                 takers = [each for each in known if each in (*self._chosen, *always)]
                 found.append(list(turns(name, takers, min(repeats, most))))
                 continue
