@@ -343,6 +343,8 @@ class PassReport(Value, frozen=True, kw_only=True):
     scan_seconds: float = 0.0
     payload_bytes: int = 0
     """Of guest memory in `pages`: more than `bytes_sent` where pages were compressed."""
+    compressors: tuple[str, ...] = ()
+    """What compressed them, like zstd-1: that of the most pages first."""
     same_pages: int = 0
     """Dirtied and not sent: by a hash they are as they were sent before."""
     deferred_pages: int = 0

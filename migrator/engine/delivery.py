@@ -26,7 +26,8 @@ from migrator.engine.control import ChannelLostError, Waiter
 from migrator.engine.frames import FrameKind
 from migrator.engine.known import KnownPages
 from migrator.engine.memory import MappedRegion
-from migrator.engine.packing import PACK_BYTES_MAX, Packer, PackingPolicy
+from migrator.engine.packing import PACK_BYTES_MAX, Packer
+from migrator.engine.packing_policy import PackingPolicy, Plan
 from migrator.engine.stream import PageStream, Piece, StreamBrokenError
 from migrator.engine.zeroes import ZeroFilter
 from migrator.engine_messages import ChannelBroken, ChannelRestored, FromEngine
@@ -41,6 +42,7 @@ _EXPECT_BYTES_MIN: Final = 1024 * 1024
 _PACKING_BYTES_MIN: Final = 1024 * 1024
 """Less is sent before a packing thread is up; a usual final pass is."""
 _PACKED_WAIT_S: Final = 0.005
+_BUDGET_WAIT_S: Final = 0.001
 _IN_HAND_S_MIN: Final = 0.005
 """What the link must have to do, at least, while packed pages are waited for."""
 _BACKOFF_FIRST_S: Final = 0.02
@@ -135,6 +137,8 @@ class Delivery:
         """Not sent, by region: written since they were marked clean, so still to be found dirty."""
         self.payload_bytes = 0
         """Of guest memory, however few bytes it was on the wire."""
+        self.packed_bytes: collections.Counter[str] = collections.Counter()
+        """Of these, what each codec packed."""
         self._policy = policy
         self._known = known
         self._written = written
@@ -182,13 +186,18 @@ class Delivery:
         while self._todo and self._ready_bytes < (_LOOKAHEAD_BYTES if self._todo[0].cold else 1):
             self._prepare(waiter)
         link_bytes_per_s = self._stream.gauge()
-        if self._may_pack and self._policy.pays(link_bytes_per_s):
-            self._pack_ahead()
+        plan = None
+        if self._may_pack:
+            plan = self._policy.plan(link_bytes_per_s, self._stream.codecs)
+        if plan is not None:
+            self._pack_ahead(plan)
         if self._packer.empty and not self._ready:
             return False
-        if self._packer.empty or not self._send_packed(waiter):
+        if not self._packed_goes(plan, waiter):
             # In small frames while it isn't known whether packing pays, or packed ones are awaited.
-            wary = self._may_pack and not (self._stream.link.judged and self._packer.empty)
+            wary = self._may_pack and not (
+                plan is None and self._stream.link.judged and self._packer.empty
+            )
             head = self._take_ready(PACK_BYTES_MAX if wary else frames.FRAME_BYTES_MAX)
             if head is None:
                 return True
@@ -196,6 +205,18 @@ class Delivery:
             self._forget(head)
             self._stream.send(head, self._regions[head.region], waiter)
         self._stream.collect_acks()
+        return True
+
+    def _packed_goes(self, plan: Plan | None, waiter: Waiter) -> bool:
+        """Whether the turn is over: what is packed went, or is awaited. False: plain pages go."""
+        if not self._packer.empty:
+            return self._send_packed(waiter)
+        if plan is None or not self._packable(self._ready[0]):
+            return False
+        # No core has time for it: that is awaited while the link has enough to do.
+        if self._stream.in_hand_s <= _IN_HAND_S_MIN + _PACKED_WAIT_S:
+            return False
+        waiter.wait(None, 0, _BUDGET_WAIT_S)
         return True
 
     def _take_ready(self, bytes_max: int) -> Piece | None:
@@ -227,16 +248,17 @@ class Delivery:
         else:
             self.zero_pages += pages
 
-    def _pack_ahead(self) -> None:
+    def _pack_ahead(self, plan: Plan) -> None:
         """Keep the packing threads busy with what comes next. Huge pages are left as they are."""
-        while self._ready and self._packer.room:
-            piece = self._ready[0]
-            region = self._regions[piece.region]
-            if piece.kind is not FrameKind.PAGES or piece.through_file or not region.can_sendfile:
-                return
+        while self._ready and self._packer.room and self._packable(self._ready[0]):
+            region = self._regions[self._ready[0].region]
             head = self._take_ready(PACK_BYTES_MAX)
             if head is not None:
-                self._packer.put(head, region)
+                self._packer.put(head, region, plan)
+
+    def _packable(self, piece: Piece) -> bool:
+        can_sendfile = self._regions[piece.region].can_sendfile
+        return piece.kind is FrameKind.PAGES and not piece.through_file and can_sendfile
 
     def _send_packed(self, waiter: Waiter) -> bool:
         """What is packed, if it is in time. False: the link would run dry, and plain pages go."""
@@ -256,10 +278,12 @@ class Delivery:
         self.same_pages += ranges.page_count(packed.same, PAGE_SIZE_BYTES)
         if len(pages.content):
             self._count(pages)
+            if packed.codec is not None:
+                self.packed_bytes[packed.codec.name] += ranges.byte_count(pages.content)
             if self._known is not None:
                 self._known.sent(piece.region, pages.content, packed.digests)
             try:
-                self._stream.send_copy(pages, packed.payload, waiter, packed=packed.compressed)
+                self._stream.send_copy(pages, packed.payload, packed.codec, waiter)
             except BaseException:
                 self._make_ready(zeroes)
                 raise
@@ -303,6 +327,7 @@ class Delivery:
 
 def delivered(number: int, kind: PassKind, deliveries: Sequence[Delivery]) -> PassReport:
     """What they did together; time, bytes and what is pending are the caller's."""
+    packed_bytes = sum((delivery.packed_bytes for delivery in deliveries), collections.Counter())
     return PassReport(
         number=number,
         kind=kind,
@@ -311,6 +336,7 @@ def delivered(number: int, kind: PassKind, deliveries: Sequence[Delivery]) -> Pa
         pages=sum(delivery.pages for delivery in deliveries),
         zero_pages=sum(delivery.zero_pages for delivery in deliveries),
         payload_bytes=sum(delivery.payload_bytes for delivery in deliveries),
+        compressors=tuple(name for name, _ in packed_bytes.most_common()),
         same_pages=sum(delivery.same_pages for delivery in deliveries),
         deferred_pages=sum(
             ranges.page_count(content, PAGE_SIZE_BYTES)

@@ -2,10 +2,11 @@
 
     source                                                    destination
       │  hello (migrator.wire): version, migration, secret, kind, index ─►│ checks
-      │◄──────────────────────────────────── welcome: accepted, or why not │
+      │◄────────────────────────── welcome: accepted, or why not; codecs │
       │  EXPECT  ranges ─────────────────────────────────────────────────►│ prefaults huge pages
       │  PAGES   ranges, payload ────────────────────────────────────────►│ into guest memory
       │  PACKED  ranges, payload (LZ4 block) ────────────────────────────►│ unpacked, then likewise
+      │  ZSTD    ranges, payload (Zstandard frame) ──────────────────────►│ likewise
       │  ZERO    ranges ─────────────────────────────────────────────────►│ punches out
       │  BARRIER ────────────────────────────────────────────────────────►│
       │◄────────────────────────────────── ACK (sequence: all up to it are in place)
@@ -28,10 +29,12 @@ On the two post-copy streams (FAULTS and BULK), which the source opens, the dest
            little endian; then `count` ranges of 16 bytes (start, end: offsets in the region), then
            `payload` bytes: the ranges' content, joined. Of PACKED: as one LZ4 block without its
            size, which is that of the ranges, at most PACKED_BYTES_MAX, and more than the payload.
+           Of ZSTD: likewise as one Zstandard frame, which tells the same size.
 
-PAGES, PACKED, ZERO, MISSING, ARM and BARRIER count up the sequence by one each, from 1 on every
-new connection, and are acknowledged. Kind 0 is invalid. Whatever is not as described is refused
-with RemoteProtocolError before a byte of guest memory is touched.
+A source sends ZSTD only where the welcome says so: one that doesn't know it says nothing. PAGES,
+PACKED, ZSTD, ZERO, MISSING, ARM and BARRIER count up the sequence by one each, from 1 on every new
+connection, and are acknowledged. Kind 0 is invalid. Whatever is not as described is refused with
+RemoteProtocolError before a byte of guest memory is touched.
 """
 
 from __future__ import annotations
@@ -92,6 +95,8 @@ class StreamWelcome(msgspec.Struct, frozen=True, kw_only=True):
     """The destination's answer. `refusal` says why; "" accepts."""
 
     refusal: str = ""
+    codecs: tuple[str, ...] = ("lz4",)
+    """What this side can undo (`engine.codecs`). A destination that says nothing knows LZ4."""
 
 
 def refusal_of(hello: StreamHello, migration_id: str, secret: bytes) -> str:
@@ -126,10 +131,13 @@ class FrameKind(enum.IntEnum):
     LIST = 10
     EXTENTS = 11
     PACKED = 12
-    """PAGES, compressed."""
+    """PAGES, compressed by LZ4."""
+    ZSTD = 13
+    """PAGES, compressed by Zstandard."""
 
 
-_WITH_PAYLOAD: Final = frozenset({FrameKind.PAGES, FrameKind.PACKED})
+COMPRESSED: Final = frozenset({FrameKind.PACKED, FrameKind.ZSTD})
+_WITH_PAYLOAD: Final = COMPRESSED | {FrameKind.PAGES}
 _WITH_RANGES: Final = _WITH_PAYLOAD | {
     FrameKind.EXPECT,
     FrameKind.ZERO,
@@ -162,9 +170,9 @@ def encode(
     content: Ranges | None = None,
     packed_bytes: int = 0,
 ) -> bytes:
-    """Header and ranges; the payload of PAGES and PACKED follows it on the stream.
+    """Header and ranges; the payload of PAGES, PACKED and ZSTD follows it on the stream.
 
-    `packed_bytes`: how long that of PACKED is.
+    `packed_bytes`: how long that of PACKED and ZSTD is.
     """
     count = 0 if content is None else len(content)
     if count > FRAME_RANGES_MAX:
@@ -220,7 +228,7 @@ def parse_ranges(
         raise RemoteProtocolError("a range isn't made of whole pages")
     if header.kind is FrameKind.PAGES and ranges.byte_count(found) != header.payload_bytes:
         raise RemoteProtocolError("the ranges don't add up to the payload")
-    if header.kind is FrameKind.PACKED and not (
+    if header.kind in COMPRESSED and not (
         header.payload_bytes < ranges.byte_count(found) <= PACKED_BYTES_MAX
     ):
         raise RemoteProtocolError(

@@ -2,7 +2,7 @@
 
     plain    socket ──splice──► pipe ──splice──► file       one copy, by the kernel
     TLS      socket ──decrypt─► buffer ──pwrite─► file      on two threads
-    LZ4      buffer ──unpack──► buffer ──pwrite─► file
+    packed   buffer ──unpack──► buffer ──pwrite─► file
     huge     socket ──recv────► mapping                     hugetlbfs can't be written to
 
 By the file, and not through a mapping of it: a page that nobody has mapped costs no page fault,

@@ -91,7 +91,8 @@ class LinkGauge:
         """Look at the figures; cheap enough for every frame."""
         since = self._since
         self.queued_bytes = 0 if figures is None else figures.queued_bytes
-        if figures is None or since is None:
+        if figures is None or since is None or figures.busy_s == since.busy_s:
+            # Nothing to send since: a window begins when there is.
             self._since_s, self._since = now, figures
             return
         seconds = now - self._since_s

@@ -1,37 +1,35 @@
-"""Fewer bytes on the wire: pages are copied, zero pages told apart, the rest compressed by LZ4.
+"""Fewer bytes on the wire: pages are copied, zero pages told apart, the rest compressed.
 
-    ready ─► snapshot ─► zero pages apart ─► what is known apart ─► LZ4 ─► frame    (in threads)
-                                                                     └───► as it is, where LZ4
-                                                                           gains nothing
+    ready ─► snapshot ─► zero pages apart ─► what is known apart ─► codec ─► frame  (in threads)
+                                                                     └─────► as it is, where
+                                                                             nothing is gained
 
-Only where the link is what a stream waits for: `PackingPolicy` holds the link's measured rate
-against the measured speed of packing. On a faster link pages go by sendfile, as if this didn't
-exist. On a slow one they still do whenever no packed frame is ready before the link runs dry: a
-host that is too busy to pack is no slower than one that doesn't.
+Only where the link is what a stream waits for: `packing_policy` holds its measured rate against
+what each codec was measured to do, and the cores that are idle. On a faster link pages go by
+sendfile, as if this didn't exist. On a slow one they still do whenever no packed frame is ready
+before the link runs dry: a host that is too busy to pack is no slower than one that doesn't.
 
-Pages are compressed from a copy, never from the guest's memory: LZ4 encodes a repetition as a
+Pages are compressed from a copy, never from the guest's memory: a codec encodes a repetition as a
 reference to bytes that it has already written out. If the guest changed those in between, the
 *other* page, which refers to them and which nobody wrote to, would arrive wrong.
 """
 
 from __future__ import annotations
 
-import math
-import os
 import time
-from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-import lz4.block
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from migrator import ranges
+from migrator.engine import codecs
+from migrator.engine.codecs import Codec
 from migrator.engine.known import Digests, KnownPages
 from migrator.engine.memory import MappedRegion
+from migrator.engine.packing_policy import RAW_SHARE, Order, PackingPolicy, Plan, Trial
 from migrator.engine.stream import Piece
 from migrator.model import PAGE_SIZE_BYTES
 from migrator.ranges import Ranges
@@ -40,25 +38,7 @@ PACK_BYTES_MAX: Final = 512 * 1024
 """Of guest memory in one frame: larger ones don't compress better, and fill the pipe later."""
 _AHEAD: Final = 8
 """Frames packed while one is sent: what evens out a busy host's scheduling."""
-_THREADS: Final = min(2, os.cpu_count() or 1)
-"""Of a stream."""
 _WORDS: Final = PAGE_SIZE_BYTES // 8
-_RAW_SHARE: Final = 0.95
-"""A frame that LZ4 doesn't make smaller than this isn't worth unpacking."""
-
-_SPEED_ASSUMED: Final = 0.7e9
-"""Bytes a second of one core, until it was measured (LZ4 on a Linux guest's memory: 0.7-1.2e9)."""
-_SPEED_MARGIN: Final = 1.25
-_CORES_FACTOR: Final = 1.3
-"""Packing needs so much more than LZ4 itself. On a host without idle cores it isn't only rude: the
-sending thread then waits for the packing ones (measured: a first pass took 1.3 times as long)."""
-_FADING: Final = 0.9
-"""What the figures of the frame before still count: the last ten or so matter."""
-_PRIOR_BYTES: Final = 4 * PACK_BYTES_MAX
-_CHEAP: Final = 2.0
-"""Packing so many times faster than the link is always tried."""
-_TRIALS_APART: Final = 16
-"""Where LZ4 gains nothing, one frame in so many tries whether it does now."""
 
 
 class Packed(msgspec.Struct, frozen=True):
@@ -68,8 +48,14 @@ class Packed(msgspec.Struct, frozen=True):
     """The pages of `payload`, in order."""
     zeroes: Ranges
     payload: memoryview
-    compressed: bool
-    core_seconds: float
+    codec: Codec | None
+    """None: the pages as they are."""
+    copy_seconds: float
+    """Of a core, for all but hashing and compressing."""
+    trials: tuple[Trial, ...] = ()
+    """What each codec that was asked for made of it."""
+    hash_seconds: float | None = None
+    """Of a core; None: it wasn't hashed."""
     same: Ranges = ranges.empty()
     """Pages that the destination has already."""
     digests: Digests | None = None
@@ -77,7 +63,7 @@ class Packed(msgspec.Struct, frozen=True):
 
 
 def pack(
-    region: MappedRegion, content: Ranges, *, compress: bool, known: KnownPages | None = None
+    region: MappedRegion, content: Ranges, order: Order, known: KnownPages | None = None
 ) -> Packed:
     """Copy pages of 4 KiB and make them small. Runs in any thread, mostly without Python's lock.
 
@@ -90,20 +76,43 @@ def pack(
         words[at : at + end - start] = region.words[start:end]
         at += end - start
     words, content, zeroes = _without_zeroes(words, content)
-    same, digests = ranges.empty(), None
+    copied = time.thread_time()
+    same, digests, hash_seconds = ranges.empty(), None, None
     if known is not None and len(words):
         digests = known.hash(words.data.cast("B"))
         alike = known.same(region.index, content, digests)
         words, content, same = _without(words, content, alike)
         digests = digests[~alike]
+        hash_seconds = time.thread_time() - copied
     payload = words.data.cast("B") if len(words) else memoryview(b"")
-    compressed = False
-    if compress and len(payload):
-        smaller = lz4.block.compress(payload, store_size=False)
-        if len(smaller) < _RAW_SHARE * len(payload):
-            payload, compressed = memoryview(smaller), True
-    core_seconds = time.thread_time() - began
-    return Packed(content, zeroes, payload, compressed, core_seconds, same, digests)
+    smallest, codec, trials = _smallest(payload, order.codecs if len(payload) else ())
+    return Packed(
+        content,
+        zeroes,
+        smallest,
+        codec,
+        copied - began,
+        trials,
+        hash_seconds,
+        same,
+        digests,
+    )
+
+
+def _smallest(
+    payload: memoryview, tried: tuple[Codec, ...]
+) -> tuple[memoryview, Codec | None, tuple[Trial, ...]]:
+    """(what to send, by which codec, what each made of it)."""
+    best, best_codec = payload, None
+    trials = []
+    limit = RAW_SHARE * len(payload)
+    for codec in tried:
+        began = time.thread_time()
+        smaller = codecs.compress(codec, payload)
+        trials.append(Trial(codec, len(payload), len(smaller), time.thread_time() - began))
+        if len(smaller) < limit:
+            best, best_codec, limit = memoryview(smaller), codec, len(smaller)
+    return best, best_codec, tuple(trials)
 
 
 def _without_zeroes(
@@ -129,60 +138,11 @@ def _without(
     return filled.reshape(-1), ranges.subtract(content, taken), taken
 
 
-class PackingPolicy:
-    """Whether packing pays, by figures. Remembers over passes. Pure but for `idle_cores`."""
-
-    def __init__(self, idle_cores: Callable[[], float]) -> None:
-        self._idle_cores = idle_cores
-        self._trial_in = 0
-        self._link_bytes_per_s = math.inf
-        self._bytes = float(_PRIOR_BYTES)
-        self._core_seconds = _PRIOR_BYTES / _SPEED_ASSUMED
-        self._wire_bytes = float(_PRIOR_BYTES)
-
-    @property
-    def ratio(self) -> float:
-        """Bytes of guest memory to one on the wire, of late."""
-        return self._bytes / max(self._wire_bytes, 0.01 * self._bytes)
-
-    @property
-    def _speed(self) -> float:
-        """Bytes a second of one core, of late."""
-        return self._bytes / self._core_seconds
-
-    def pays(self, link_bytes_per_s: float | None) -> bool:
-        """Whether a stream on a link of this rate (None: not the bottleneck) should be packed.
-
-        A core has to be faster than the link, and as many as packing takes have to be idle.
-        """
-        if link_bytes_per_s is None:
-            return False
-        self._link_bytes_per_s = link_bytes_per_s
-        speed = self._speed
-        if speed < _SPEED_MARGIN * link_bytes_per_s:
-            return False
-        cores = _CORES_FACTOR * link_bytes_per_s * self.ratio / speed
-        return self._idle_cores() >= min(cores, _THREADS)
-
-    def should_compress(self) -> bool:
-        """Asked for each frame: False for most of them while LZ4 gains nothing.
-
-        Unless trying is cheap beside sending: what can be made small lies in between.
-        """
-        if self.ratio * _RAW_SHARE > 1.0 or self._speed >= _CHEAP * self._link_bytes_per_s:
-            return True
-        self._trial_in -= 1
-        if self._trial_in < 0:
-            self._trial_in = _TRIALS_APART
-            return True
-        return False
-
-    def note(self, guest_bytes: int, packed: Packed, *, tried: bool) -> None:
-        """A frame was packed. `tried`: `should_compress` had said so."""
-        if tried:
-            self._bytes = _FADING * self._bytes + guest_bytes
-            self._core_seconds = _FADING * self._core_seconds + packed.core_seconds
-            self._wire_bytes = _FADING * self._wire_bytes + len(packed.payload)
+class _Job(NamedTuple):
+    piece: Piece
+    order: Order
+    worker: int
+    future: Future[Packed]
 
 
 class Packer:
@@ -194,93 +154,68 @@ class Packer:
     def __init__(self, policy: PackingPolicy, known: KnownPages | None = None) -> None:
         self._policy = policy
         self._known = known
-        self._pool: ThreadPoolExecutor | None = None
-        self._queue: list[tuple[Piece, bool, Future[Packed]]] = []
+        self._workers: list[ThreadPoolExecutor] = []
+        """Of one thread each: a plan says how many of them get work."""
+        self._queue: list[_Job] = []
 
     @property
     def room(self) -> bool:
-        return len(self._queue) < _AHEAD
+        """For another piece: in the queue, and in the time of the cores that are idle."""
+        return len(self._queue) < _AHEAD and self._policy.affordable
 
     @property
     def empty(self) -> bool:
         return not self._queue
 
-    def put(self, piece: Piece, region: MappedRegion) -> None:
+    def put(self, piece: Piece, region: MappedRegion, plan: Plan) -> None:
         """Begin with a piece of at most PACK_BYTES_MAX."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="pack")
-        compress = self._policy.should_compress()
-        known = self._known if self._known is not None and self._known.should_hash() else None
-        future = self._pool.submit(pack, region, piece.content, compress=compress, known=known)
-        self._queue.append((piece, compress, future))
+        while len(self._workers) < plan.threads:
+            self._workers.append(ThreadPoolExecutor(1, thread_name_prefix="pack"))
+        order = self._policy.order(plan, ranges.byte_count(piece.content))
+        known = self._known if order.hashing else None
+        if known is not None and not known.should_hash():
+            known = None
+        worker = min(range(plan.threads), key=self._waiting_for)
+        future = self._workers[worker].submit(pack, region, piece.content, order, known)
+        self._queue.append(_Job(piece, order, worker, future))
 
     def take(self, wait_s: float) -> tuple[Piece, Packed] | None:
         """The oldest piece that is ready within `wait_s`; None if none is."""
         for _ in range(2):
-            for index, (piece, tried, future) in enumerate(self._queue):
-                if future.done():
+            for index, job in enumerate(self._queue):
+                if job.future.done():
                     del self._queue[index]
-                    packed = future.result()
-                    self._policy.note(ranges.byte_count(piece.content), packed, tried=tried)
-                    return piece, packed
+                    packed = job.future.result()
+                    self._policy.note(
+                        job.order,
+                        ranges.byte_count(job.piece.content),
+                        packed.trials,
+                        copy_seconds=packed.copy_seconds,
+                        hash_seconds=packed.hash_seconds,
+                    )
+                    return job.piece, packed
             if wait_s <= 0.0:
                 return None
-            wait([future for _, _, future in self._queue], wait_s, FIRST_COMPLETED)
+            wait([job.future for job in self._queue], wait_s, FIRST_COMPLETED)
         return None
 
     def take_back(self, count_max: int = _AHEAD) -> list[Piece]:
         """The newest pieces that weren't taken, oldest first; what is made of them is dropped."""
         kept = max(0, len(self._queue) - count_max)
-        pieces = [piece for piece, _, _ in self._queue[kept:]]
-        for _, _, future in self._queue[kept:]:
-            future.cancel()
+        pieces = [job.piece for job in self._queue[kept:]]
+        for job in self._queue[kept:]:
+            job.future.cancel()
         del self._queue[kept:]
         return pieces
 
     def close(self) -> None:
         """End the threads, which are at most in the midst of one piece each. Idempotent."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+        for worker in self._workers:
+            worker.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.shutdown(wait=True)
+        self._workers.clear()
 
-
-class IdleCores:
-    """How many of the host's cores this process may have without taking any from another.
-
-    That is what it uses plus what is idle, by /proc/stat, of late. Looked at now and then. Until
-    there are two looks to compare, the load average has to do: most pages that LZ4 makes small
-    lie at the memory's beginning.
-    """
-
-    _APART_S: Final = 0.2
-
-    def __init__(self) -> None:
-        self._at_s = time.monotonic()
-        self._unused_s = self._look()
-        self._cores = _cores_by_load()
-
-    def __call__(self) -> float:
-        """Cores; 0.0 without /proc."""
-        now = time.monotonic()
-        if now - self._at_s >= self._APART_S:
-            unused_s = self._look()
-            self._cores = (unused_s - self._unused_s) / (now - self._at_s)
-            self._at_s, self._unused_s = now, unused_s
-        return self._cores
-
-    @staticmethod
-    def _look() -> float:
-        """Core seconds since the start that nobody else used."""
-        try:
-            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-            idle_ticks = int(fields[4]) + int(fields[5])  # proc(5): idle, iowait.
-        except (OSError, IndexError, ValueError):
-            return 0.0
-        return idle_ticks / os.sysconf("SC_CLK_TCK") + time.process_time()
-
-
-def _cores_by_load() -> float:
-    try:
-        return max(0.0, (os.cpu_count() or 1) - os.getloadavg()[0])
-    except OSError:
-        return 0.0
+    def _waiting_for(self, worker: int) -> int:
+        """How many pieces that thread has before it."""
+        return sum(job.worker == worker and not job.future.done() for job in self._queue)

@@ -19,11 +19,10 @@ import threading
 import time
 from typing import Final, Protocol
 
-import lz4.block
 import msgspec
 
 from migrator import ranges, wire
-from migrator.engine import frames, kernel
+from migrator.engine import codecs, frames, kernel
 from migrator.engine.frames import FrameKind, RegionShape, StreamHello, StreamKind, StreamWelcome
 from migrator.engine.intake import ConnectionEndedError, Intake
 from migrator.engine.landing import Landing
@@ -172,7 +171,7 @@ class Connection:
         return None if refusal else hello
 
     def _answer(self, refusal: str) -> None:
-        welcome = StreamWelcome(refusal=refusal)
+        welcome = StreamWelcome(refusal=refusal, codecs=codecs.FAMILIES)
         self._sock.sendall(wire.encode_frame(wire.FrameKind.HELLO, welcome))
 
     def _read_hello(self) -> StreamHello:
@@ -242,22 +241,16 @@ class Connection:
                 self._host.missing(header.region, content)
             case FrameKind.PAGES:
                 landing.receive(region, content)
-            case FrameKind.PACKED:
-                payload = self._unpack(header.payload_bytes, ranges.byte_count(content))
+            case FrameKind.PACKED | FrameKind.ZSTD:
+                payload = self._unpack(header, ranges.byte_count(content))
                 landing.write(region, content, payload)
             case _:
                 for start, end in content.tolist():
                     if kernel.has_data(region.fd, start, end):
                         kernel.punch_hole(region.fd, start, end)
 
-    def _unpack(self, packed_bytes: int, size: int) -> memoryview:
+    def _unpack(self, header: frames.Header, size: int) -> memoryview:
         """RemoteProtocolError: it isn't what was announced, and no guest memory was touched."""
-        packed = memoryview(self._packed)[:packed_bytes]
+        packed = memoryview(self._packed)[: header.payload_bytes]
         self._intake.fill(packed)
-        try:
-            content = memoryview(lz4.block.decompress(packed, uncompressed_size=size))
-        except lz4.block.LZ4BlockError as error:
-            raise RemoteProtocolError(f"packed pages are malformed: {error}") from error
-        if len(content) != size:
-            raise RemoteProtocolError(f"packed pages are {len(content)} bytes, announced {size}")
-        return content
+        return codecs.decompress(header.kind, packed, size)

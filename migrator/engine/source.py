@@ -36,9 +36,10 @@ from migrator.engine.delivery import (
 from migrator.engine.dirty_log import DirtyLog
 from migrator.engine.frames import FrameKind, StreamHello, StreamKind
 from migrator.engine.helpers import run_in_threads
+from migrator.engine.idle_cores import IdleCores
 from migrator.engine.known import KnownPages
 from migrator.engine.memory import map_regions
-from migrator.engine.packing import IdleCores, PackingPolicy
+from migrator.engine.packing_policy import PackingPolicy
 from migrator.engine.page_server import PageServer
 from migrator.engine.planner import PassPlanner
 from migrator.engine.relay import SourceRelay
@@ -82,7 +83,8 @@ class SourceEngine:
         self._log = DirtyLog(uffd, pagemap, configure.regions)
         self._planner = PassPlanner(self._regions, self._log, kernel.PagemapScanner(pagemap))
         self._bucket = TokenBucket(configure.bandwidth_bytes_per_s, time.monotonic())
-        self._packing = PackingPolicy(IdleCores())
+        self._idle_cores = IdleCores()
+        self._packing = PackingPolicy(self._idle_cores, streams=configure.streams)
         self._known = KnownPages(self._regions)
         self._streams: list[PageStream] = []
         self._health = ChannelHealth(control.send)
@@ -298,6 +300,8 @@ class SourceEngine:
             self._tell_missing(message)
             return
         began = time.monotonic()
+        if message.kind is not PassKind.FINAL:
+            self._idle_cores.restart()
         bytes_before = self._bytes_sent()
         pieces = self._planner.pieces(message.kind, len(self._streams))
         scan_seconds = time.monotonic() - began if message.kind is PassKind.FINAL else 0.0

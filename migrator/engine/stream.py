@@ -26,6 +26,7 @@ import msgspec
 from migrator import wire
 from migrator.engine import frames
 from migrator.engine.bandwidth import TokenBucket
+from migrator.engine.codecs import Codec, usable
 from migrator.engine.control import POLL_IN, POLL_OUT, Waiter
 from migrator.engine.frames import FrameKind, StreamHello, StreamWelcome
 from migrator.engine.link import LinkGauge, tcp_figures
@@ -107,6 +108,13 @@ def tune(sock: socket.socket, silence_s: float) -> None:
 
 def open_stream(endpoint: Endpoint, hello: StreamHello, waiter: Waiter) -> StreamSocket:
     """Connect and be let in; a non-blocking socket. StreamBrokenError, StreamRefusedError."""
+    return open_welcomed(endpoint, hello, waiter)[0]
+
+
+def open_welcomed(
+    endpoint: Endpoint, hello: StreamHello, waiter: Waiter
+) -> tuple[StreamSocket, StreamWelcome]:
+    """As `open_stream`, with what the destination says of itself."""
     sock: StreamSocket | None = None
     try:
         sock = _dial(endpoint, waiter)
@@ -114,7 +122,7 @@ def open_stream(endpoint: Endpoint, hello: StreamHello, waiter: Waiter) -> Strea
             plain, sock = sock, None
             sock = secure_outgoing(plain, endpoint.tls, waiter, endpoint.silence_s)
         sock.send(wire.encode_frame(wire.FrameKind.HELLO, hello))
-        _await_welcome(sock, endpoint, waiter)
+        welcome = _await_welcome(sock, endpoint, waiter)
     except (TlsRefusedError, ssl.SSLError) as error:
         if sock is not None:
             sock.close()
@@ -134,7 +142,7 @@ def open_stream(endpoint: Endpoint, hello: StreamHello, waiter: Waiter) -> Strea
         if sock is not None:
             sock.close()
         raise
-    return sock
+    return sock, welcome
 
 
 def _dial(endpoint: Endpoint, waiter: Waiter) -> socket.socket:
@@ -162,7 +170,7 @@ def _dial(endpoint: Endpoint, waiter: Waiter) -> socket.socket:
     return sock
 
 
-def _await_welcome(sock: StreamSocket, endpoint: Endpoint, waiter: Waiter) -> None:
+def _await_welcome(sock: StreamSocket, endpoint: Endpoint, waiter: Waiter) -> StreamWelcome:
     """Exactly one frame is read: a destination in post-copy asks for pages right behind it."""
     deadline = time.monotonic() + endpoint.silence_s
     kind, length = wire.parse_header(_receive(sock, wire.HEADER_BYTES, deadline, waiter))
@@ -170,6 +178,7 @@ def _await_welcome(sock: StreamSocket, endpoint: Endpoint, waiter: Waiter) -> No
     welcome = wire.Frame(kind, body).decode(_welcome_decoder)
     if welcome.refusal:
         raise StreamRefusedError(f"the destination refused a stream: {welcome.refusal}")
+    return welcome
 
 
 def _receive(sock: StreamSocket, count: int, deadline: float, waiter: Waiter) -> bytes:
@@ -211,6 +220,8 @@ class PageStream:
         self._mid_frame = False
         self.bytes_sent = 0
         self.link = LinkGauge()
+        self.codecs: tuple[Codec, ...] = ()
+        """What the destination can undo, known once it is connected."""
         self.capped = True
         """Whether the bandwidth cap holds. Not in a final pass: the guest stands still."""
 
@@ -225,7 +236,8 @@ class PageStream:
     def connect(self, waiter: Waiter) -> None:
         """A new connection; the old one is closed. StreamBrokenError, StreamRefusedError."""
         self.close()
-        self._sock = open_stream(self._endpoint, self._hello, waiter)
+        self._sock, welcome = open_welcomed(self._endpoint, self._hello, waiter)
+        self.codecs = usable(welcome.codecs)
         self._sequence = 0
         self.link.restart()
         self._mid_frame = False
@@ -280,14 +292,16 @@ class PageStream:
         self._mid_frame = False
         self._settle(self.bytes_sent - before, waiter)
 
-    def send_copy(self, piece: Piece, payload: memoryview, waiter: Waiter, *, packed: bool) -> None:
+    def send_copy(
+        self, piece: Piece, payload: memoryview, codec: Codec | None, waiter: Waiter
+    ) -> None:
         """One frame of pages whose content is in `payload`, packed or as it is. As `send`."""
         self._sequence += 1
         self._unacknowledged.append(Sent(self._sequence, piece))
         before = self.bytes_sent
         self._mid_frame = True
         head = frames.encode(
-            FrameKind.PACKED if packed else FrameKind.PAGES,
+            FrameKind.PAGES if codec is None else codec.kind,
             sequence=self._sequence,
             region=piece.region,
             content=piece.content,

@@ -165,7 +165,7 @@ def show_migration(id: _IdArgument) -> None:
                 one.kind.value,
                 str(one.pages),
                 size(one.bytes_sent),
-                _ratio(one),
+                compression_of(one),
                 f"{one.seconds:.3f} s",
                 str(one.pending_pages),
             )
@@ -176,11 +176,12 @@ def show_migration(id: _IdArgument) -> None:
     show(each, text)
 
 
-def _ratio(one: PassReport) -> str:
-    """Guest memory to bytes on the wire; "" where nothing was compressed."""
+def compression_of(one: PassReport) -> str:
+    """Guest memory to bytes on the wire, and by what; "" where nothing was compressed."""
     if not one.bytes_sent or one.payload_bytes < _RATIO_TOLD_MIN * one.bytes_sent:
         return ""
-    return f"{one.payload_bytes / one.bytes_sent:.2f}"
+    by = f" {', '.join(one.compressors)}" if one.compressors else ""
+    return f"{one.payload_bytes / one.bytes_sent:.2f}{by}"
 
 
 @app.command()

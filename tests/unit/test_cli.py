@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from migrator.model import DomainName, MigrationState
+from migrator.model import DomainName, MigrationState, PassKind, PassReport
 from node_agent.api.server import ApiServer, create_app
 from node_agent.cli import client as cli_client
 from node_agent.cli import main, progress
 from node_agent.cli.errors import CliError, ExitCode
+from node_agent.cli.migrations import compression_of
 from node_agent.cli.output import parse_size, size
 from node_agent.cli.spec import load_spec, parse_disk, parse_nic
 from node_agent.resources import NodeList
@@ -287,6 +288,25 @@ def test_sizes_for_people() -> None:
         "1.5 KiB",
         "3.0 GiB",
     ]
+
+
+@pytest.mark.parametrize(
+    ("payload_bytes", "compressors", "text"),
+    [(100, (), ""), (163, ("zstd-1", "lz4"), "1.63 zstd-1, lz4"), (163, (), "1.63")],
+)
+def test_what_an_iteration_was_compressed_by(
+    payload_bytes: int, compressors: tuple[str, ...], text: str
+) -> None:
+    one = PassReport(
+        number=1,
+        kind=PassKind.FIRST,
+        seconds=1.0,
+        pages=1,
+        bytes_sent=100,
+        payload_bytes=payload_bytes,
+        compressors=compressors,
+    )
+    assert compression_of(one) == text
 
 
 def test_disks_and_nics() -> None:

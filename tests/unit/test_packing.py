@@ -1,22 +1,30 @@
-"""When pages are compressed, and what becomes of them: pure parts, by figures."""
+"""What becomes of pages that are packed, and what a stream learns about its link."""
 
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 
-import lz4.block
 import numpy as np
 import pytest
 
 from migrator import ranges
+from migrator.engine import codecs
+from migrator.engine.codecs import LADDER, Codec
+from migrator.engine.frames import FrameKind
+from migrator.engine.idle_cores import IdleCores
 from migrator.engine.link import LinkGauge, TcpFigures
 from migrator.engine.memory import MappedRegion
-from migrator.engine.packing import Packed, PackingPolicy, pack
+from migrator.engine.packing import pack
+from migrator.engine.packing_policy import Order
 from migrator.engine_messages import RegionLayout
+from migrator.errors import RemoteProtocolError
 
 PAGE = 4096
 PAGES = 64
+PLAIN = Order((), hashing=False)
+EACH_CODEC = pytest.mark.parametrize("codec", LADDER, ids=[codec.name for codec in LADDER])
 
 
 @pytest.fixture
@@ -32,15 +40,16 @@ def _pages(*numbers: int) -> ranges.Ranges:
     return ranges.from_page_starts(np.array(numbers, dtype=np.int64) * PAGE, PAGE)
 
 
-def test_pages_are_packed_and_zero_pages_told_apart(region: MappedRegion) -> None:
+@EACH_CODEC
+def test_pages_are_packed_and_zero_pages_told_apart(region: MappedRegion, codec: Codec) -> None:
     for number in (3, 4, 9, 20):
         region.view[number * PAGE : (number + 1) * PAGE] = bytes([number]) * PAGE
     region.view[10 * PAGE + PAGE - 1] = 1  # All but one byte of it is zero.
-    packed = pack(region, _pages(3, 4, 5, 9, 10, 11, 20), compress=True)
-    assert packed.compressed
+    packed = pack(region, _pages(3, 4, 5, 9, 10, 11, 20), Order((codec,)))
+    assert packed.codec is codec
     assert packed.content.tolist() == _pages(3, 4, 9, 10, 20).tolist()
     assert packed.zeroes.tolist() == _pages(5, 11).tolist()
-    content = lz4.block.decompress(packed.payload, uncompressed_size=5 * PAGE)
+    content = codecs.decompress(codec.kind, packed.payload, 5 * PAGE)
     expected = b"".join(bytes(region.view[n * PAGE : (n + 1) * PAGE]) for n in (3, 4, 9, 10, 20))
     assert content == expected
 
@@ -48,14 +57,25 @@ def test_pages_are_packed_and_zero_pages_told_apart(region: MappedRegion) -> Non
 def test_what_doesnt_become_smaller_is_left_as_it_is(region: MappedRegion) -> None:
     noise = os.urandom(2 * PAGE)
     region.view[: 2 * PAGE] = noise
-    for compress in (True, False):
-        packed = pack(region, _pages(0, 1), compress=compress)
-        assert not packed.compressed
+    for order in (Order(LADDER), PLAIN):
+        packed = pack(region, _pages(0, 1), order)
+        assert packed.codec is None
         assert bytes(packed.payload) == noise
+        assert [trial.codec for trial in packed.trials] == list(order.codecs)
+
+
+def test_of_all_that_are_tried_the_smallest_is_sent(region: MappedRegion) -> None:
+    text = b"".join(b"%x " % random.Random(n).randrange(10**6) for n in range(4000))
+    region.view[: 4 * PAGE] = text[: 4 * PAGE]
+    packed = pack(region, _pages(0, 1, 2, 3), Order(LADDER))
+    assert len(packed.payload) == min(trial.wire_bytes for trial in packed.trials)
+    assert packed.codec is not None
+    assert packed.codec.family == codecs.ZSTD  # Digits in any order: LZ4 finds no repetition.
+    assert codecs.decompress(packed.codec.kind, packed.payload, 4 * PAGE) == text[: 4 * PAGE]
 
 
 def test_nothing_but_zeros(region: MappedRegion) -> None:
-    packed = pack(region, _pages(1, 2), compress=True)
+    packed = pack(region, _pages(1, 2), Order(LADDER))
     assert not len(packed.payload)
     assert not len(packed.content)
     assert packed.zeroes.tolist() == _pages(1, 2).tolist()
@@ -63,52 +83,70 @@ def test_nothing_but_zeros(region: MappedRegion) -> None:
 
 def test_what_is_packed_is_a_copy(region: MappedRegion) -> None:
     region.view[:PAGE] = (noise := os.urandom(PAGE))
-    packed = pack(region, _pages(0), compress=True)
+    packed = pack(region, _pages(0), Order(LADDER))
     region.view[:PAGE] = bytes(PAGE)
     assert bytes(packed.payload) == noise
 
 
-def _packed(size: int, seconds: float) -> Packed:
-    return Packed(ranges.empty(), ranges.empty(), memoryview(bytes(size)), True, seconds)
+def test_a_destination_gets_what_it_knows() -> None:
+    assert codecs.usable(codecs.FAMILIES) == LADDER
+    assert [codec.kind for codec in codecs.usable(("lz4",))] == [FrameKind.PACKED]
+    assert codecs.usable(("brotli",)) == ()
 
 
-def test_packing_pays_on_slow_links_of_idle_hosts() -> None:
-    policy = PackingPolicy(lambda: 4.0)
-    assert policy.pays(125e6)
-    assert not policy.pays(None)
-    assert not policy.pays(1.25e9)
-    assert not PackingPolicy(lambda: 0.0).pays(125e6)
+@EACH_CODEC
+def test_whatever_comes_is_as_long_as_announced_or_refused(codec: Codec) -> None:
+    """Bytes changed, lost, added: never another length, and never another kind of error."""
+    chance = random.Random(codec.name)
+    content = b"".join(b"page %5d " % chance.randrange(500) for _ in range(1500))[: 4 * PAGE]
+    packed = codecs.compress(codec, memoryview(content))
+    assert codecs.decompress(codec.kind, memoryview(packed), len(content)) == content
+    for _ in range(500):
+        broken = bytearray(packed)
+        for _ in range(chance.randrange(1, 4)):
+            broken[chance.randrange(len(broken))] = chance.randrange(256)
+        del broken[chance.randrange(2 * len(broken)) :]
+        broken += chance.randbytes(chance.choice([0, 0, 1, 20]))
+        try:
+            found = codecs.decompress(codec.kind, memoryview(broken), len(content))
+        except RemoteProtocolError:
+            continue
+        assert len(found) == len(content)
 
 
-def test_packing_stops_paying_where_it_is_slower_than_the_link() -> None:
-    policy = PackingPolicy(lambda: 4.0)
-    for _ in range(50):
-        policy.note(500_000, _packed(250_000, 500_000 / 0.1e9), tried=True)
-    assert not policy.pays(125e6)
-    assert policy.pays(12e6)
-    assert policy.ratio == pytest.approx(2.0, rel=0.01)
+class _Host:
+    """A clock, and how many core seconds nobody else used."""
+
+    def __init__(self) -> None:
+        self.now = self.unused_s = 0.0
+        self.cores = IdleCores(lambda: self.unused_s, lambda: self.now)
+
+    def went_by(self, seconds: float, idle: float) -> None:
+        self.now += seconds
+        self.unused_s += seconds * idle
 
 
-def test_where_nothing_is_gained_only_now_and_then_one_tries() -> None:
-    policy = PackingPolicy(lambda: 4.0)
-    tries = 0
-    for _ in range(170):
-        if tried := policy.should_compress():
-            tries += 1
-        policy.note(500_000, _packed(500_000, 1e-3), tried=tried)
-    assert tries == 10
-    for _ in range(20):
-        policy.note(500_000, _packed(100_000, 1e-3), tried=True)
-    assert all(policy.should_compress() for _ in range(20))
+def test_idle_cores_are_those_of_the_last_window() -> None:
+    host = _Host()
+    assert host.cores() == 0.0
+    host.went_by(0.04, 2.0)
+    assert host.cores() == 0.0  # Too short to tell.
+    host.went_by(0.16, 2.0)
+    assert host.cores() == pytest.approx(2.0)
+    host.went_by(0.03, 0.0)
+    assert host.cores() == pytest.approx(2.0)
+    host.went_by(0.03, 0.0)
+    assert host.cores() == 0.0
 
 
-def test_where_trying_is_cheap_one_always_tries() -> None:
-    policy = PackingPolicy(lambda: 4.0)
-    for _ in range(100):
-        policy.pays(125e6)
-        tried = policy.should_compress()
-        assert tried
-        policy.note(500_000, _packed(500_000, 1e-3), tried=tried)
+def test_what_was_before_a_pass_isnt_part_of_its_first_window() -> None:
+    """Where its destination is started on the same host, too."""
+    host = _Host()
+    host.went_by(1.0, 0.1)
+    host.cores.restart()
+    assert host.cores() == pytest.approx(0.1)
+    host.went_by(0.06, 1.5)
+    assert host.cores() == pytest.approx(1.5)
 
 
 class _Link:
@@ -165,5 +203,14 @@ def test_standing_idle_is_no_window() -> None:
     link.window(117e6)
     link.gauge.restart()
     link.now += 60.0
+    link.window(117e6)
+    assert link.gauge.bytes_per_s == pytest.approx(117e6, rel=0.01)
+
+
+def test_a_window_begins_when_there_is_something_to_send() -> None:
+    """Looking for zero pages first isn't a link that is too fast."""
+    link = _Link()
+    link.window(117e6, busy=0.0)
+    assert not link.gauge.judged
     link.window(117e6)
     assert link.gauge.bytes_per_s == pytest.approx(117e6, rel=0.01)
