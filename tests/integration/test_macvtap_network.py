@@ -36,10 +36,14 @@ def test_no_question_to_a_guest_above_an_uplink_is_lost(uplinks: Cluster) -> Non
         for address in (guest.address, guest.address6):
             with PingWatch(client, address) as pings:
                 pings.wait_answers(100)
+                resumed_at_s: list[float] = []
                 for node in ("n2", "n1"):
                     move = uplinks.move("above", node)
                     cutover = cutover_of(uplinks, move)
                     assert cutover.verified_ms is not None, (describe(move), cutover)
                     assert not cutover.problems, cutover
+                    resumed_at_s.append(cutover.resumed_at_s)
                     pings.wait_answers(200)
-            assert (pings.lost, pings.duplicates, pings.reordered) == (0, 0, 0)
+            assert (pings.lost, pings.duplicates, pings.reordered) == (0, 0, 0), pings.story(
+                resumed_at_s
+            )

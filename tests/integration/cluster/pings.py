@@ -1,6 +1,9 @@
 """A thousand numbered questions a second to a guest, from the lab's client: what comes back, when.
 
 A question that was asked during a blackout is answered after it, if the network kept it.
+
+Paced strictly: what couldn't be asked in time is never made up for. Between the first and the last
+of k + 1 questions lie at least k - 0.5 gaps, so that in a blackout of B ms at most B + 1.5 are asked.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import itertools
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from typing import Final
 
 from tests.integration.cluster.client import ANSWER_S, _Watch, in_namespace
@@ -26,6 +30,7 @@ _WAITING_MAX: Final = 100
 narrowest is its kernel's socket for ICMP: 2 x SKB_TRUESIZE(64 KiB) (net/ipv4/icmp.c) holds some 170
 answers, and what a burst has above that it drops (measured: with 200, only those of a place above
 170 in their burst, and none on the way to the guest)."""
+_TOLD_MAX: Final = 20
 _BODY: Final = struct.Struct("!Q")
 
 
@@ -70,8 +75,9 @@ class PingWatch(_Watch):
                 self._drain()
                 if len(self.sent_at_s) - len(self.answers) < self._waiting_max:
                     self._send()
-                due = max(due + self._gap_s, time.monotonic() - 0.05)
-                time.sleep(max(0.0, due - time.monotonic()))
+                now = time.monotonic()
+                due = max(due + self._gap_s, now + self._gap_s / 2)
+                time.sleep(due - now)
             until = time.monotonic() + _DRAIN_S
             while time.monotonic() < until and len(self.answers) < self.sent:
                 self._drain()
@@ -133,6 +139,22 @@ class PingWatch(_Watch):
         """Answers that came after one to a later question."""
         numbers = [number for _, number in self.answers]
         return sum(1 for before, after in itertools.pairwise(numbers) if after < before)
+
+    def story(self, resumed_at_s: Sequence[float]) -> str:
+        """What was lost, or answered after a later question, in ms beside the nearest resume."""
+
+        def beside(at_s: float) -> str:
+            return f"{min(((at_s - each) * 1e3 for each in resumed_at_s), key=abs):+.2f}"
+
+        told = [f"lost, asked at {beside(at_s)} ms" for at_s in self.lost_at_s]
+        for (_, before), (at_s, number) in itertools.pairwise(self.answers):
+            if number < before:
+                asked, later = self.sent_at_s[number], self.sent_at_s[before]
+                told.append(
+                    f"{number} after {before}: asked at {beside(asked)} and {beside(later)} ms,"
+                    f" answered at {beside(at_s)} ms"
+                )
+        return "; ".join(told[:_TOLD_MAX])
 
     def first_after_ms(self, at_s: float) -> float:
         """From `at_s` to the first answer after it."""
