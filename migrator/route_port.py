@@ -22,6 +22,10 @@ class RouteDriver(abc.ABC):
 
     name: ClassVar[str]
 
+    async def cut_off(self, addresses: Sequence[str]) -> str:
+        """Why nobody would hear from this node where these are, where that is certain; else ""."""
+        return ""
+
     @abc.abstractmethod
     async def open(self) -> None:
         """At the agent's start. FabricError: what this node lacks."""
@@ -51,6 +55,10 @@ class RouteDriver(abc.ABC):
     @abc.abstractmethod
     async def leads_away(self, addresses: Sequence[str]) -> bool:
         """Whether the network was seen, from here, to lead every address to another node."""
+
+    async def hop_of(self, address: str) -> str | None:
+        """The node that the network was seen, from here, to lead it to; None: it can't be told."""
+        return None
 
     @abc.abstractmethod
     async def withdraw(self, addresses: Sequence[str]) -> None:

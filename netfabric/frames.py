@@ -32,6 +32,7 @@ BROADCAST: Final = b"\xff" * 6
 ALL_NODES_MAC: Final = bytes.fromhex("333300000001")
 ALL_NODES: Final = ipaddress.IPv6Address("ff02::1")
 
+ETHERTYPE_IPV4: Final = 0x0800
 ETHERTYPE_ARP: Final = 0x0806
 ETHERTYPE_RARP: Final = 0x8035
 ETHERTYPE_IPV6: Final = 0x86DD

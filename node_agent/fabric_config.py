@@ -24,7 +24,7 @@ class FabricTable(Table, frozen=True, kw_only=True):
     uplink: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{0,15}$")] = ""
     """macvtap: the interface into the guests' network, which is no bridge's port."""
     identifier: Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)] = 0
-    """vxlan: the network identifier, the same on every node."""
+    """vxlan, and routed with evpn: the network identifier, the same on every node."""
     local: str = ""
     """vxlan: this node's end. routed: its address in the network. Default: `migration.address`."""
     local6: str = ""
@@ -32,10 +32,11 @@ class FabricTable(Table, frozen=True, kw_only=True):
     remotes: tuple[str, ...] = ()
     """vxlan: the other nodes' ends."""
     evpn: bool = False
-    """vxlan: this node's FRR tells and hears by BGP where guests are, instead of `remotes`."""
+    """This node's FRR tells and hears where guests are. vxlan: by MAC (type 2), instead of
+    `remotes`. routed, with routes "frr": by address (type 5), and packets take a VXLAN."""
     port: _Port = 4789
     mtu_bytes: Annotated[int, msgspec.Meta(ge=576, le=65521)] = 1450
-    """vxlan: of the guests' network; 50 bytes less than the nodes' own (70 over IPv6)."""
+    """vxlan, evpn: of the guests' network; 50 bytes less than the nodes' own (70 over IPv6)."""
     gateways: tuple[str, ...] = ()
     """routed: addresses that guests have as their router, which is this node wherever they are."""
     routes: Annotated[
@@ -74,8 +75,8 @@ def fabric_contradictions(fabric: FabricTable) -> Iterator[str]:
             yield "fabric.identifier: missing; must be 1 to 16777215, the same on every node"
         if fabric.evpn and fabric.remotes:
             yield "fabric.remotes: with evpn, FRR knows the other nodes; leave them out"
-    elif fabric.evpn:
-        yield f'fabric.evpn: only driver "vxlan" has EVPN, not "{fabric.driver}"'
+    elif fabric.evpn and fabric.driver != "routed":
+        yield f'fabric.evpn: only drivers "vxlan" and "routed" have EVPN, not "{fabric.driver}"'
     if fabric.driver == "macvtap":
         if not fabric.bridge:
             yield "fabric.bridge: missing; must be the network's name, which NICs give"
@@ -86,6 +87,8 @@ def fabric_contradictions(fabric: FabricTable) -> Iterator[str]:
             yield "fabric.bridge: missing; must be the network's name, which NICs give"
         yield from _address_problems(fabric)
         yield from _route_problems(fabric)
+        if fabric.evpn:
+            yield from _evpn_problems(fabric)
     elif fabric.routes != "none":
         yield f'fabric.routes: only driver "routed" has routes, not "{fabric.driver}"'
 
@@ -105,6 +108,15 @@ def _address_problems(fabric: FabricTable) -> Iterator[str]:
                 continue
             if key == "local6" and version != 6:
                 yield f'fabric.local6: "{text}" is not an IPv6 address'
+
+
+def _evpn_problems(fabric: FabricTable) -> Iterator[str]:
+    if fabric.routes != "frr":
+        yield f'fabric.evpn: FRR says them, so fabric.routes must be "frr", not "{fabric.routes}"'
+    if not fabric.identifier:
+        yield "fabric.identifier: missing; must be 1 to 16777215, the same on every node"
+    if ":" in fabric.local:
+        yield "fabric.local: FRR's VXLANs end at IPv4 addresses; must be one"
 
 
 def _route_problems(fabric: FabricTable) -> Iterator[str]:

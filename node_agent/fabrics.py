@@ -21,6 +21,7 @@ from netfabric.routes.netlink.speaker import SpeakerSettings
 from netfabric.routes.nobody import NobodyRoutes
 from netfabric.vxlan import Overlay, VxlanFabric
 from node_agent.config import AgentConfig
+from node_agent.fabric_config import FabricTable
 from node_agent.hooks.routes import WebhookRoutes
 
 _KEY_BYTES_MAX: Final = 4096
@@ -49,7 +50,8 @@ def routed_network(config: AgentConfig) -> RoutedNetwork:
     """As the configuration has it."""
     table = config.fabric
     local = (table.local or config.migration.address, *filter(None, (table.local6,)))
-    return RoutedNetwork(name=table.bridge, local=local, gateways=table.gateways)
+    overlay = Overlay.of(table, config.migration.address) if table.evpn else None
+    return RoutedNetwork(name=table.bridge, local=local, gateways=table.gateways, overlay=overlay)
 
 
 def make_routes(config: AgentConfig, network: RoutedNetwork) -> RouteDriver:
@@ -67,8 +69,13 @@ def make_routes(config: AgentConfig, network: RoutedNetwork) -> RouteDriver:
         secret = _key(table.route_key_file).decode(errors="replace")
         return WebhookRoutes(table.route_url, secret, node=config.node.name, hops=network.local)
     if table.routes == "frr":
-        return FrrRoutes(Path(table.frr_vty_directory))
+        return FrrRoutes(Path(table.frr_vty_directory), evpn_identifier(table))
     return NobodyRoutes()
+
+
+def evpn_identifier(table: FabricTable) -> int | None:
+    """Of the VXLAN into which FRR routes; None where it routes plainly."""
+    return table.identifier if table.evpn else None
 
 
 def _key(path: str) -> bytes:

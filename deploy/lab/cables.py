@@ -34,4 +34,6 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     """With the router: both ends' addresses, `address` among them."""
     node_bridge: str | None = None
     """Bridge in `namespace` that `interface` belongs to."""
+    mtu_bytes: int | None = None
+    """Of both ends; None: as the kernel makes them."""
     shaped: bool = False

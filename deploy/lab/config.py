@@ -9,6 +9,9 @@ import msgspec
 from deploy.lab import frr, storage
 from deploy.lab.plan import (
     ETCD_CLIENT_PORT,
+    EVPN_IDENTIFIER,
+    EVPN_MTU_BYTES,
+    FRR_FABRICS,
     GUEST_BRIDGE,
     NODE_UPLINK,
     FabricKind,
@@ -81,9 +84,14 @@ def fabric_table(plan: LabPlan, node: NodePlan) -> FabricTable:
         local6=own.address6,
         gateways=tuple(filter(None, (plan.guest_gateway,))),
     )
-    if plan.fabric is FabricKind.BGP:
+    if plan.fabric in FRR_FABRICS:
         directory = str(frr.vty_directory(plan, node.name))
-        return msgspec.structs.replace(table, routes="frr", frr_vty_directory=directory)
+        table = msgspec.structs.replace(table, routes="frr", frr_vty_directory=directory)
+        if plan.fabric is FabricKind.EVPN:
+            table = msgspec.structs.replace(
+                table, evpn=True, identifier=EVPN_IDENTIFIER, mtu_bytes=EVPN_MTU_BYTES
+            )
+        return table
     return msgspec.structs.replace(
         table,
         routes="netlink",

@@ -1,7 +1,9 @@
 """BGP in a routed lab: zebra and bgpd of Debian's frr, in every node and in the router.
 
-One AS; the router reflects what the nodes announce. Each pair of daemons has a folder of its own
-for its configuration, sockets and logs, so that nothing of the machine's own FRR is touched:
+One AS; the router reflects what the nodes announce. By EVPN the neighbours speak `l2vpn evpn`
+alone, and the router has an end of the VXLAN, too, and announces the client's subnet. Each pair of
+daemons has a folder of its own for its configuration, sockets and logs, so that nothing of the
+machine's own FRR is touched:
 
     ferry lab exec n1 -- vtysh --vty_socket /run/ferry-frr/LAB/n1 -c 'show bgp summary'
 """
@@ -9,6 +11,7 @@ for its configuration, sockets and logs, so that nothing of the machine's own FR
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +19,18 @@ from pathlib import Path
 from typing import Final
 
 from deploy.lab import processes
-from deploy.lab.plan import FabricKind, LabPlan
+from deploy.lab.namespaces import work_in
+from deploy.lab.plan import (
+    EVPN_IDENTIFIER,
+    EVPN_MTU_BYTES,
+    FRR_FABRICS,
+    GUEST_BRIDGE,
+    FabricKind,
+    LabPlan,
+)
 from migrator.errors import FerryError, RefusedError
+from netfabric.vxlan.overlay import Overlay
+from netfabric.vxlan.overlay import ensure as ensure_end
 
 PROGRAMS: Final = Path("/usr/lib/frr")
 RUN: Final = Path("/run/ferry-frr")
@@ -31,7 +44,7 @@ _POLL_S: Final = 0.02
 def check_installed(plan: LabPlan) -> None:
     """RefusedError: the lab wants BGP, and this machine has no FRR."""
     missing = not (PROGRAMS / "bgpd").exists() or shutil.which("vtysh") is None
-    if plan.fabric is FabricKind.BGP and missing:
+    if plan.fabric in FRR_FABRICS and missing:
         reason = "FRR is not installed: apt-get install frr"
         raise RefusedError(f"this machine can't hold the lab's routers: {reason}", [reason])
 
@@ -50,8 +63,10 @@ def remove(lab: str) -> None:
 
 def ensure_daemons(plan: LabPlan, report: Callable[[str], None]) -> None:
     """Start what doesn't run. FerryError with a log's end."""
-    if plan.fabric is not FabricKind.BGP:
+    if plan.fabric not in FRR_FABRICS:
         return
+    if plan.fabric is FabricKind.EVPN:
+        work_in(plan.router, lambda: ensure_end(_router_overlay(plan)))
     for role, lines in (("router", _router_lines(plan)), *_node_lines(plan)):
         folder = vty_directory(plan, role)
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,6 +105,9 @@ def _ensure(plan: LabPlan, role: str, daemon: str, report: Callable[[str], None]
 def _node_lines(plan: LabPlan) -> Iterator[tuple[str, list[str]]]:
     for number, node in enumerate(plan.nodes, 1):
         subnet = plan.subnet(number)
+        if plan.fabric is FabricKind.EVPN:
+            yield node.name, _evpn_lines(node.name, subnet.address, [subnet.router])
+            continue
         yield (
             node.name,
             [
@@ -105,10 +123,56 @@ def _router_lines(plan: LabPlan) -> list[str]:
     subnets = [plan.subnet(number) for number, _ in enumerate(plan.nodes, 1)]
     four = [subnet.address for subnet in subnets]
     six = [subnet.address6 for subnet in subnets]
+    if plan.fabric is FabricKind.EVPN:
+        client = plan.client_subnet
+        networks = [
+            (4, client.router, client.prefix_bits),
+            (6, client.router6, client.prefix6_bits),
+        ]
+        return [
+            *_evpn_lines("router", client.router, four, "route-reflector-client"),
+            *_networks(networks),
+        ]
     lines = _head("router", plan.client_subnet.router)
     for address in (*four, *six):
         lines += _neighbour(address)
     return [*lines, *_families(four, six, "route-reflector-client")]
+
+
+def _router_overlay(plan: LabPlan) -> Overlay:
+    return Overlay(
+        bridge=GUEST_BRIDGE,
+        identifier=EVPN_IDENTIFIER,
+        local=plan.subnet(1).router,
+        remotes=(),
+        mtu_bytes=EVPN_MTU_BYTES,
+        evpn=True,
+    )
+
+
+def _evpn_lines(name: str, identifier: str, neighbours: list[str], more: str = "") -> list[str]:
+    lines = [f"vni {EVPN_IDENTIFIER}", *_head(name, identifier)]
+    for address in neighbours:
+        lines += _neighbour(address)
+    lines.append(" address-family l2vpn evpn")
+    for address in neighbours:
+        lines.append(f"  neighbor {address} activate")
+        if more:
+            lines.append(f"  neighbor {address} {more}")
+    return [
+        *lines,
+        "  advertise-all-vni",
+        "  advertise ipv4 unicast",
+        "  advertise ipv6 unicast",
+        " exit-address-family",
+    ]
+
+
+def _networks(networks: list[tuple[int, str, int]]) -> Iterator[str]:
+    for version, address, bits in networks:
+        yield f" address-family ipv{version} unicast"
+        yield f"  network {ipaddress.ip_interface(f'{address}/{bits}').network}"
+        yield " exit-address-family"
 
 
 def _head(name: str, identifier: str) -> list[str]:

@@ -115,6 +115,19 @@ def write_setting(name: str, setting: str, value: str) -> None:
         raise FabricError(f"net/{setting} can't be set in {name}: {words(error)}") from error
 
 
+def work_in(name: str, work: Callable[[], None]) -> None:
+    """Do `work` in a thread inside the namespace. Raises FabricError, also for an OSError of it."""
+
+    def inside() -> None:
+        enter(name)
+        work()
+
+    try:
+        _in_thread(inside)
+    except OSError as error:
+        raise FabricError(f"in {name}: {error}") from error
+
+
 def _share_folder() -> None:
     """Let other mount namespaces see what is mounted in the folder, as `ip netns add` does."""
     NAMESPACES_PATH.mkdir(mode=0o755, exist_ok=True)

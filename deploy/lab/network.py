@@ -59,6 +59,9 @@ class _Namespace:
             self._route.link("set", index=index, master=interfaces[bridge][0])
         self._route.link("set", index=index, state="up")
 
+    def widen(self, interface: str, mtu_bytes: int) -> None:
+        self._route.link("set", index=self.interfaces()[interface][0], mtu=mtu_bytes)
+
     def ensure_bridge(self, name: str) -> None:
         if name not in self.interfaces():
             # No spanning tree and no forward delay: a port forwards as soon as it's plugged in.
@@ -197,6 +200,9 @@ def _ensure_links(
             end.ensure_subnet(link.interface, link.address6, PREFIX6_BITS)
         if link.subnet is not None:
             _ensure_subnet(hub, end, link, link.subnet)
+        if link.mtu_bytes is not None:
+            hub.widen(link.port, link.mtu_bytes)
+            end.widen(link.interface, link.mtu_bytes)
         if link.shaped:
             hub.shape(link.port, link_mbit)
             end.shape(link.interface, link_mbit)

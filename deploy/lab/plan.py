@@ -21,8 +21,9 @@ Rules:
   does fd78:L::/64.
   L is the lab's index on this machine, so that labs side by side never share an address.
 - `link_mbit` shapes both ends of both of a node's links.
-- With `fabric` routed or bgp there is no guests' network to share: each node, and the client, has a
-  cable to fy-LAB-router and a subnet of its own (`deploy.lab.routed`).
+- With `fabric` routed, bgp or evpn there is no guests' network to share: each node, and the client,
+  has a cable to fy-LAB-router and a subnet of its own (`deploy.lab.routed`). With evpn the nodes
+  and the router share 10.76.L.0/24 instead, at the switch; what guests say isn't seen there.
 - With `fabric` macvtap there is no br0: guests are above uplink0.
 - With `store` etcd, its three members have hosts of their own: fy-LAB-etcd1 to 3, beside storage.
 - A namespace's name always ends in its role, so a name belongs to exactly one lab.
@@ -116,8 +117,17 @@ class FabricKind(enum.StrEnum):
     """Subnets of their own, and a router that the nodes tell where guests are."""
     BGP = "bgp"
     """The same, but the nodes and the router speak BGP, by FRR."""
+    EVPN = "evpn"
+    """The same as bgp, but by EVPN: host routes of type 5, and a VXLAN that carries the packets."""
     MACVTAP = "macvtap"
     """One layer 2 for all, without bridges: guests are above each node's uplink."""
+
+
+FRR_FABRICS: Final = (FabricKind.BGP, FabricKind.EVPN)
+EVPN_IDENTIFIER: Final = 5000
+EVPN_MTU_BYTES: Final = 1500
+EVPN_LINK_BYTES: Final = 1550
+"""The guests' packets, and the VXLAN's headers around them."""
 
 
 class EtcdMemberPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,10 +176,18 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_routed(self) -> bool:
-        return self.fabric in (FabricKind.ROUTED, FabricKind.BGP)
+        return self.fabric in (FabricKind.ROUTED, *FRR_FABRICS)
 
     def subnet(self, number: int) -> Subnet:
-        """A node's, by its number, where the lab is routed."""
+        """A node's, by its number, where the lab is routed. By EVPN the nodes share one."""
+        if self.fabric is FabricKind.EVPN:
+            return Subnet(
+                address=f"10.76.{self.index}.{number}",
+                router=f"10.76.{self.index}.254",
+                prefix_bits=24,
+                address6=f"fd76:{self.index:x}::{number:x}",
+                router6=f"fd76:{self.index:x}::fe",
+            )
         return Subnet(
             address=f"10.76.{self.index}.{2 * number}",
             router=f"10.76.{self.index}.{2 * number + 1}",
@@ -318,6 +336,9 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
                 subnet=self.client_subnet if self.is_routed else None,
             )
         )
+        if self.fabric is FabricKind.EVPN:
+            own = self.subnet(1)
+            links.append(self._evpn_link("g-router", self.router, own.router, own.router6))
         links.append(self._mgmt_link("client", client, self.client_mgmt_address))
         links.append(self._mgmt_link("storage", self.namespace("storage"), self.storage_address))
         links += (
@@ -328,6 +349,9 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     def _guest_link(self, node: NodePlan, number: int) -> Link:
         subnet = self.subnet(number) if self.is_routed else None
+        if self.fabric is FabricKind.EVPN and subnet is not None:
+            port = f"g-{node.name}"
+            return self._evpn_link(port, node.namespace, subnet.address, subnet.address6)
         return Link(
             port=f"g-{node.name}",
             bridge=None if subnet else SWITCH_GUEST_BRIDGE,
@@ -337,6 +361,20 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
             subnet=subnet,
             node_bridge=GUEST_BRIDGE if self.fabric is FabricKind.BRIDGE else None,
             shaped=True,
+        )
+
+    @staticmethod
+    def _evpn_link(port: str, namespace: str, address: str, address6: str) -> Link:
+        """Into the network that carries the VXLAN."""
+        return Link(
+            port=port,
+            bridge=SWITCH_GUEST_BRIDGE,
+            namespace=namespace,
+            interface=NODE_UPLINK,
+            address=address,
+            address6=address6,
+            shaped=True,
+            mtu_bytes=EVPN_LINK_BYTES,
         )
 
     @staticmethod
@@ -373,7 +411,7 @@ def check_lab_name(name: str) -> None:
 
 def check_fabric(node_count: int, fabric: FabricKind) -> None:
     """Raises InvalidRequest unless so many nodes have room in it."""
-    if fabric in (FabricKind.ROUTED, FabricKind.BGP) and node_count > ROUTED_NODES_MAX:
+    if fabric in (FabricKind.ROUTED, *FRR_FABRICS) and node_count > ROUTED_NODES_MAX:
         text = f"a routed lab has 1 to {ROUTED_NODES_MAX} nodes, not {node_count}"
         raise InvalidRequest(text, {"nodes": text})
 

@@ -8,8 +8,8 @@
                     10.76.L.4/31        10.76.L.5
 
 Guests have addresses of 10.78.L.0/24 and fd78:L::/64, and each is a host route somewhere: the nodes
-tell the router's `python -m netfabric.routes.netlink` where. With `--fabric bgp` FRR does the
-telling (`deploy.lab.frr`).
+tell the router's `python -m netfabric.routes.netlink` where. With `--fabric bgp` or `evpn` FRR does
+the telling (`deploy.lab.frr`).
 """
 
 from __future__ import annotations

@@ -146,13 +146,21 @@ class RoutedFabric(KernelFabric[RoutedDeparture, Arrival]):
         return self.routes.lead_here_now(addresses) if addresses else None
 
     async def probe(self, nic: NicSpec, timeout_s: float) -> ProbeReport:
-        return await in_thread(lambda: probing.probe(self.network, nic, timeout_s))
+        hops: dict[str, str] = {}
+        if self.network.overlay is not None:
+            for text in nic.addresses:
+                hop = await self.routes.hop_of(text)
+                if hop is not None:
+                    hops[text] = hop
+        return await in_thread(lambda: probing.probe(self.network, nic, timeout_s, hops))
 
     async def send_wide(self, nic: NicSpec, token: bytes) -> None:
         """No frame reaches another node. See `measure_width`."""
 
     async def hear_wide(self, nic: NicSpec, token: bytes, timeout_s: float) -> WidthReport:
-        return WidthReport(hops=self.network.local)
+        return WidthReport(
+            hops=self.network.local, cut_off=await self.routes.cut_off(nic.addresses)
+        )
 
     async def measure_width(
         self, nic: NicSpec, hops: Sequence[str], timeout_s: float

@@ -2,6 +2,9 @@
 
     guest ── tap (169.254.1.1, fe80::1; answers ARP for everybody) ── node ── uplink ── routers
 
+By EVPN the way out is an overlay: a VXLAN to every node and router that takes part, on a bridge
+with only that one port, into which FRR routes (a "symmetric" one, RFC 9136, section 4.4.1).
+
 Synchronous; belongs into a thread.
 """
 
@@ -10,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -23,6 +27,7 @@ from netfabric import filters
 from netfabric.bridge.links import netlink
 from netfabric.checks import nic_reasons
 from netfabric.host_routes import Address, interface_of
+from netfabric.vxlan.overlay import Overlay, ensure
 
 GATEWAY4: Final = "169.254.1.1"
 GATEWAY6: Final = "fe80::1"
@@ -45,6 +50,8 @@ class RoutedNetwork:
     name: str
     local: tuple[str, ...]
     gateways: tuple[str, ...] = ()
+    overlay: Overlay | None = None
+    """What FRR routes into, by EVPN; None: packets leave by the uplink as they are."""
 
     @property
     def hops(self) -> tuple[Address, ...]:
@@ -66,6 +73,18 @@ def uplink_of(network: RoutedNetwork, version: int) -> str | None:
         if hop.version == version:
             return interface_of(hop)
     return None
+
+
+def exit_of(network: RoutedNetwork, version: int) -> str | None:
+    """The interface by which packets for other nodes' guests leave."""
+    return network.overlay.bridge if network.overlay else uplink_of(network, version)
+
+
+def needed_bytes(network: RoutedNetwork, nic: NicSpec) -> int:
+    """The MTU that the uplink must have for the NIC's packets."""
+    if network.overlay is None:
+        return nic.mtu_bytes
+    return nic.mtu_bytes + network.overlay.overhead_bytes
 
 
 def reasons(network: RoutedNetwork, nic: NicSpec) -> list[str]:
@@ -93,6 +112,12 @@ def reasons(network: RoutedNetwork, nic: NicSpec) -> list[str]:
 
 def _width_reasons(network: RoutedNetwork, nic: NicSpec) -> list[str]:
     found: list[str] = []
+    needed = needed_bytes(network, nic)
+    if network.overlay is not None and network.overlay.mtu_bytes < nic.mtu_bytes:
+        found.append(
+            f"{network.overlay.bridge} has an MTU of {network.overlay.mtu_bytes} bytes"
+            f" (fabric.mtu_bytes), NIC {nic.mac} needs {nic.mtu_bytes}"
+        )
     for hop in network.hops:
         uplink = interface_of(hop)
         if uplink is None:
@@ -100,10 +125,10 @@ def _width_reasons(network: RoutedNetwork, nic: NicSpec) -> list[str]:
             continue
         with netlink(f"can't look at {uplink}") as kernel:
             link = kernel.find(uplink)
-        if link is not None and link.mtu_bytes < nic.mtu_bytes:
+        if link is not None and link.mtu_bytes < needed:
+            more = " with the overlay's headers" if needed > nic.mtu_bytes else ""
             found.append(
-                f"{uplink} has an MTU of {link.mtu_bytes} bytes, NIC {nic.mac} needs"
-                f" {nic.mtu_bytes}"
+                f"{uplink} has an MTU of {link.mtu_bytes} bytes, NIC {nic.mac} needs {needed}{more}"
             )
     return list(dict.fromkeys(found))
 
@@ -124,6 +149,20 @@ def prepare_node(network: RoutedNetwork) -> None:
             log.warning("no interface has this node's address in network %s", network.name)
         elif version == 4:
             _ensure(f"ipv4/conf/{uplink}/rp_filter", _LOOSE)
+    if network.overlay is not None:
+        _prepare_overlay(network.overlay, versions)
+
+
+def _prepare_overlay(overlay: Overlay, versions: Collection[int]) -> None:
+    ensure(overlay)
+    with netlink(f"can't look at {overlay.bridge}") as kernel:
+        bridge = kernel.find(overlay.bridge)
+    if bridge is None:
+        raise FabricError(f"{overlay.bridge} was removed by somebody else")
+    be_router4(overlay.bridge, bridge.index)
+    if 6 in versions:
+        set_value(f"ipv6/conf/{overlay.bridge}/disable_ipv6", "0")
+        set_value(f"ipv6/conf/{overlay.bridge}/forwarding", "1")
 
 
 def be_router4(interface: str, index: int) -> None:
@@ -134,11 +173,16 @@ def be_router4(interface: str, index: int) -> None:
     """
     set_value(f"ipv4/conf/{interface}/rp_filter", _LOOSE)
     set_value(f"ipv4/conf/{interface}/forwarding", "1")
+    give_address4(index, GATEWAY4)
+
+
+def give_address4(index: int, address: str) -> None:
+    """Answer for it on that interface alone, whether the node has any route to it or not."""
     with IPRoute() as route:
         try:
-            route.addr("replace", index=index, address=GATEWAY4, prefixlen=32, scope=_SCOPE_LINK)
+            route.addr("replace", index=index, address=address, prefixlen=32, scope=_SCOPE_LINK)
         except NetlinkError as error:
-            raise FabricError(f"can't give {interface} {GATEWAY4}: {error}") from error
+            raise FabricError(f"can't give interface {index} {address}: {error}") from error
 
 
 def set_value(setting: str, value: str) -> None:

@@ -36,6 +36,7 @@ from netfabric.routed.network import (
     RoutedNetwork,
     addresses_of,
     be_router4,
+    give_address4,
     reasons,
     set_value,
 )
@@ -107,7 +108,10 @@ def place(network: RoutedNetwork, index: int, nic: NicSpec, metric: Metric) -> N
         _be_router6(index)
     for gateway in gateways:
         if any(address.version == gateway.version for address in addresses):
-            answer_for(gateway, index)
+            if gateway.version == 4:  # As a proxy the kernel answers only where it has a route.
+                give_address4(index, str(gateway))
+            else:
+                answer_for(gateway, index)
     mac = parse_mac(nic.mac)
     for address in addresses:
         set_neighbour(address, index, mac)

@@ -5,7 +5,9 @@
          ◄── the guest's reply
 
 The old node proves most: a router that still leads there sends the question back, from the node's
-own address, and a node takes no packet from outside that claims to be its own.
+own address, and a node takes no packet from outside that claims to be its own. By EVPN the node is
+such a router itself: it asks as its own table and the overlay have it (`overlay_probing`), and the
+reply comes by the uplink.
 
 Synchronous; belongs into a thread.
 """
@@ -13,6 +15,7 @@ Synchronous; belongs into a thread.
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import os
 import select
@@ -25,8 +28,10 @@ from typing import Final
 from migrator.errors import FabricError
 from migrator.model import NicSpec
 from migrator.ports import ProbeReport, WidthReport
-from netfabric.host_routes import Address
-from netfabric.routed.network import RoutedNetwork, addresses_of, uplink_of
+from netfabric.host_routes import Address, Metric, route_of
+from netfabric.routed import overlay_probing
+from netfabric.routed.network import RoutedNetwork, addresses_of, needed_bytes, uplink_of
+from netfabric.vxlan.overlay import Overlay
 
 _ECHO_REQUEST: Final = {4: 8, 6: 128}
 _ECHO_REPLY: Final = {4: 0, 6: 129}
@@ -40,10 +45,16 @@ _IP_MTU_DISCOVER: Final = 10
 _IPV6_MTU_DISCOVER: Final = 23
 _IPV6_DONTFRAG: Final = 62
 _PMTUDISC_PROBE: Final = 3
+_NO_WAY: Final = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH})
 
 
-def probe(network: RoutedNetwork, nic: NicSpec, timeout_s: float) -> ProbeReport:
-    """Returns when each address has answered, or after `timeout_s`."""
+def probe(
+    network: RoutedNetwork, nic: NicSpec, timeout_s: float, hops: Mapping[str, str]
+) -> ProbeReport:
+    """Returns when each address has answered, or after `timeout_s`.
+
+    `hops`: to which end of the overlay FRR leads each address, where there is one.
+    """
     if nic.bridge != network.name:
         return ProbeReport(able=False, detail=f"there is no network {nic.bridge} here")
     token = os.urandom(_TOKEN_BYTES)
@@ -54,8 +65,13 @@ def probe(network: RoutedNetwork, nic: NicSpec, timeout_s: float) -> ProbeReport
         sockets: dict[socket.socket, int] = {}
         for version in sorted({address.version for address in addresses}):
             try:
-                opened = stack.enter_context(_open(network, version))
-                _ask(opened, [each for each in addresses if each.version == version], token)
+                asked = [each for each in addresses if each.version == version]
+                if network.overlay is None:
+                    opened = stack.enter_context(_open(network, version))
+                    _ask(opened, asked, token)
+                else:
+                    opened = stack.enter_context(_raw(version))
+                    _ask_into_overlay(network, network.overlay, opened, asked, token, hops)
                 sockets[opened] = version
             except (OSError, FabricError) as error:
                 failures.append(str(error))
@@ -83,10 +99,14 @@ def width(
 ) -> WidthReport:
     """Whether the node at `hops` answers short questions, and those of the NIC's MTU.
 
+    In an overlay what counts is whether the nodes' own network carries its outer packets.
+
     The question may not be fragmented on its way; the answer may. Only where every IP version's
     short ones are answered, and some full one isn't, is anything proved.
     """
     versions = {address.version for address in addresses_of(nic)}
+    if network.overlay is not None:
+        versions = {ipaddress.ip_address(network.overlay.local).version}
     targets = [hop for hop in map(ipaddress.ip_address, hops) if hop.version in versions]
     token = os.urandom(_TOKEN_BYTES)
     answered: set[tuple[int, bool]] = set()
@@ -100,7 +120,7 @@ def width(
                 opened = stack.enter_context(_open(network, hop.version, whole=True))
             except (OSError, FabricError):
                 continue
-            sockets[opened] = hop, nic.mtu_bytes - _HEADERS_BYTES[hop.version]
+            sockets[opened] = hop, needed_bytes(network, nic) - _HEADERS_BYTES[hop.version]
         deadline = time.monotonic() + timeout_s
         while sockets and answered < wanted and (left_s := deadline - time.monotonic()) > 0:
             for opened, (hop, full_bytes) in sockets.items():
@@ -148,11 +168,8 @@ def _open(network: RoutedNetwork, version: int, *, whole: bool = False) -> socke
     uplink = uplink_of(network, version)
     if uplink is None:
         raise FabricError(f"this node has no IPv{version} uplink into network {network.name}")
-    family = socket.AF_INET if version == 4 else socket.AF_INET6
-    protocol = socket.IPPROTO_ICMP if version == 4 else socket.IPPROTO_ICMPV6
-    opened = socket.socket(family, socket.SOCK_RAW, protocol)
+    opened = _raw(version)
     try:
-        opened.setblocking(False)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, uplink.encode())
         if whole and version == 4:
             opened.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_PROBE)
@@ -165,9 +182,42 @@ def _open(network: RoutedNetwork, version: int, *, whole: bool = False) -> socke
     return opened
 
 
+def _ask_into_overlay(
+    network: RoutedNetwork,
+    overlay: Overlay,
+    opened: socket.socket,
+    addresses: Sequence[Address],
+    token: bytes,
+    hops: Mapping[str, str],
+) -> None:
+    """The way that packets take from here; or that they would take, were they not forwarded."""
+    own = next(hop for hop in network.hops if hop.version == addresses[0].version)
+    opened.bind((str(own), 0))
+    for address in addresses:
+        if route_of(address, Metric.HERE) is None:
+            _ask(opened, [address], token)
+            continue
+        hop = hops.get(str(address))
+        if hop is not None:
+            message = echo_request(address.version, token)
+            overlay_probing.send(overlay.bridge, hop, own, address, message)
+
+
+def _raw(version: int) -> socket.socket:
+    family = socket.AF_INET if version == 4 else socket.AF_INET6
+    protocol = socket.IPPROTO_ICMP if version == 4 else socket.IPPROTO_ICMPV6
+    opened = socket.socket(family, socket.SOCK_RAW, protocol)
+    opened.setblocking(False)
+    return opened
+
+
 def _ask(opened: socket.socket, addresses: Sequence[Address], token: bytes) -> None:
     for address in addresses:
-        opened.sendto(echo_request(address.version, token), (str(address), 0))
+        try:
+            opened.sendto(echo_request(address.version, token), (str(address), 0))
+        except OSError as error:
+            if error.errno not in _NO_WAY:
+                raise
 
 
 def _answer(ready: socket.socket, version: int, token: bytes) -> str | None:

@@ -72,6 +72,11 @@ class Overlay:
         )
 
     @property
+    def overhead_bytes(self) -> int:
+        """What each packet grows by."""
+        return OVERHEAD_BYTES[ipaddress.ip_address(self.local).version]
+
+    @property
     def device(self) -> str:
         """The VXLAN's interface."""
         digest = hashlib.blake2b(self.bridge.encode(), digest_size=5).hexdigest()

@@ -79,17 +79,17 @@ class PathCheck:
             report = await self._hub.call(
                 destination, HEAR, params, WidthReport, timeout_s=LISTEN_S + _CALL_S
             )
+            if report.cut_off:
+                return (
+                    f"the network of bridge {nic.bridge} leads nowhere from {destination}:"
+                    f" {report.cut_off}; `ferry doctor` there says more"
+                )
             if report.hops:
                 report = await self._fabric.measure_width(nic, report.hops, LISTEN_S)
             if report.full:
                 while len(self._wide_at) >= KNOWN_MAX:
                     del self._wide_at[next(iter(self._wide_at))]
                 self._wide_at[way] = self._monotonic()
-            if report.cut_off:
-                return (
-                    f"the network of bridge {nic.bridge} leads nowhere from {destination}:"
-                    f" {report.cut_off}; `ferry doctor` there says more"
-                )
             if report.full or not report.short:
                 return None
             why = ""

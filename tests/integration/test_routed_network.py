@@ -16,7 +16,7 @@ import pytest
 from deploy import lab
 from deploy.guest.build import build_guest, default_cache_directory
 from deploy.lab.enter import enter
-from deploy.lab.plan import FabricKind
+from deploy.lab.plan import FRR_FABRICS, GUEST_BRIDGE, FabricKind
 from migrator.model import Cutover, Migration
 from netfabric import filters
 from tests.integration.cluster.client import Download, in_namespace
@@ -41,11 +41,11 @@ table inet ferrytest {
 QUIET = Load(udp=False, dirty_pages_per_s=500, ipv6=True)
 
 
-@pytest.fixture(scope="module", params=[FabricKind.ROUTED, FabricKind.BGP], ids=str)
+@pytest.fixture(scope="module", params=[FabricKind.ROUTED, *FRR_FABRICS], ids=str)
 def routed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
-    """A lab whose nodes share no layer 2; the routers are told by netlink, or by BGP."""
+    """A lab whose nodes share no layer 2; the routers are told by netlink, BGP or EVPN."""
     name = f"r{os.getpid()}"
     folder: Path = tmp_path_factory.mktemp("holds")
     try:
@@ -108,9 +108,14 @@ def in_lab(cluster: Cluster, where: str, *command: str) -> str:
 
 def wait_led(cluster: Cluster, address: str, node: str) -> None:
     """Until the router leads to that node. How fast it does is `make bench`'s to judge."""
+    wanted = f" dev g-{node} "
+    if cluster.plan.fabric is FabricKind.EVPN:
+        end = cluster.plan.subnet(int(node.removeprefix("n"))).address
+        mapped = f"::ffff:{end}" if ":" in address else end
+        wanted = f" via {mapped} dev {GUEST_BRIDGE} "
     eventually(
         f"the router leads to {node}",
-        lambda: f" dev g-{node} " in in_lab(cluster, "router", "ip", "route", "get", address),
+        lambda: wanted in in_lab(cluster, "router", "ip", "route", "get", address),
     )
 
 

@@ -173,7 +173,7 @@ ROUTED = MINIMAL + '\n[fabric]\ndriver = "routed"\nbridge = "guests"\n'
     [
         (MINIMAL + '\n[fabric]\ndriver = "routed"\n', "fabric.bridge: missing"),
         (MINIMAL + '\n[fabric]\nroutes = "frr"\n', 'only driver "routed" has routes'),
-        (MINIMAL + "\n[fabric]\nevpn = true\n", 'only driver "vxlan" has EVPN'),
+        (MINIMAL + "\n[fabric]\nevpn = true\n", 'only drivers "vxlan" and "routed" have EVPN'),
         (EVPN + 'remotes = ["192.0.2.2"]\n', "fabric.remotes: with evpn, FRR knows"),
         (MINIMAL + '\n[fabric]\ndriver = "macvtap"\n', "fabric.bridge: missing"),
         (MINIMAL + '\n[fabric]\ndriver = "macvtap"\n', "fabric.uplink: missing"),

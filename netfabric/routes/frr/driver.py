@@ -8,7 +8,12 @@
 For a moment two nodes announce one address. The route map gives each announcement a local
 preference of one more than the highest that was known of the address, as EVPN's MAC mobility does
 (RFC 7432, section 15), and a metric (MED) of one less for peers of another AS; so whoever hears
-both takes the new one, in whatever order they come. The old one is withdrawn when that is seen.
+both takes the new one, in whatever order they come. What bgpd announces itself has a weight that
+no preference outweighs; it is taken from it. So bgpd at the old node prefers the new one, too, and
+announces its own no more, as soon as it hears of it; the driver withdraws it when that is seen.
+
+By EVPN it is all the same: with `advertise ipv4 unicast` bgpd makes a type-5 route (RFC 9136) of
+each best path that is its own, with its preference, and enters those of others beside them.
 
 `bgp network import-check`, which the driver switches on, makes bgpd announce exactly what the
 kernel routes to a tap (or, at the old node, into the tunnel): no shell needs to run in the moments
@@ -28,6 +33,7 @@ from typing import ClassVar, Final
 
 from migrator.errors import FabricError
 from migrator.ports import RouteDriver
+from netfabric.routes.frr import reach
 from netfabric.routes.frr.vtysh import BgpPrefix, Vtysh
 
 BASE: Final = 1000
@@ -42,8 +48,10 @@ class FrrRoutes(RouteDriver):
 
     name: ClassVar[str] = "frr"
 
-    def __init__(self, vty_directory: Path) -> None:
+    def __init__(self, vty_directory: Path, identifier: int | None = None) -> None:
+        """`identifier`: of EVPN's VXLAN, where that carries the guests' packets."""
         self._vtysh = Vtysh(vty_directory)
+        self._identifier = identifier
         self._system = 0
         self._announced: dict[str, int] = {}
         """Prefix: the preference that this node announces it with; 0 if an earlier agent knew."""
@@ -57,6 +65,13 @@ class FrrRoutes(RouteDriver):
         for prefix, _ in map(prefix_of, addresses):
             self._announced.setdefault(prefix, 0)
 
+    async def cut_off(self, addresses: Sequence[str]) -> str:
+        try:
+            versions = {prefix_of(text)[1] for text in addresses}
+            return await reach.cut_off(self._vtysh, versions, self._identifier)
+        except FabricError as error:
+            return str(error)
+
     async def prepare(self, addresses: Sequence[str]) -> None:
         for text in addresses:
             prefix, version = prefix_of(text)
@@ -68,6 +83,7 @@ class FrrRoutes(RouteDriver):
                     f"route-map {name} permit 10",
                     f"set local-preference {preference}",
                     f"set metric {METRIC_TOP - preference}",
+                    "set weight 0",
                     "exit",
                     f"router bgp {self._system}",
                     f"address-family {_family(version)} unicast",
@@ -100,6 +116,13 @@ class FrrRoutes(RouteDriver):
             if best is not None and best.sourced:
                 return False
         return True
+
+    async def hop_of(self, address: str) -> str | None:
+        prefix, version = prefix_of(address)
+        best = (await self._vtysh.prefix(version, prefix)).best
+        if best is None or best.sourced or not best.nexthops:
+            return None
+        return best.nexthops[0].ip or None
 
     async def withdraw(self, addresses: Sequence[str]) -> None:
         for text in addresses:

@@ -26,6 +26,11 @@ class BgpPath(Struct, frozen=True):
     """This node's own."""
     locPrf: int = 0  # noqa: N815 - FRR's name
     bestpath: _Best | None = None
+    nexthops: tuple[_NextHop, ...] = ()
+
+
+class _NextHop(Struct, frozen=True):
+    ip: str = ""
 
 
 class _Best(Struct, frozen=True):
@@ -43,8 +48,28 @@ class BgpPrefix(Struct, frozen=True):
         return None
 
 
-class _Family(Struct, frozen=True):
+class _Peer(Struct, frozen=True):
+    state: str = ""
+
+
+class BgpFamily(Struct, frozen=True):
+    """One address family in `show bgp summary json`."""
+
     as_: int = msgspec.field(name="as", default=0)
+    peers: dict[str, _Peer] = msgspec.field(default_factory=dict)
+
+    @property
+    def established(self) -> list[str]:
+        """The neighbours that are up."""
+        return [name for name, peer in self.peers.items() if peer.state == "Established"]
+
+
+class EvpnNetwork(Struct, frozen=True):
+    """What zebra says of a VXLAN network identifier; nothing of one that it doesn't know."""
+
+    type: str = ""
+    state: str = ""
+    vrf: str = ""
 
 
 class Vtysh:
@@ -86,15 +111,30 @@ class Vtysh:
 
     async def system_number(self) -> int:
         """The AS of this node's BGP. FabricError: it has none."""
-        text = await self.run(["show bgp summary json"])
-        try:
-            families = msgspec.json.decode(text, type=dict[str, _Family])
-        except msgspec.MsgspecError as error:
-            raise FabricError(f"frr: bgpd says {text.strip()[:80]!r}") from error
+        families = await self.families()
         number = next((family.as_ for family in families.values() if family.as_), 0)
         if not number:
             raise FabricError("frr: bgpd has no `router bgp` with a neighbour")
         return number
+
+    async def families(self) -> dict[str, BgpFamily]:
+        """By name (ipv4Unicast, ipv6Unicast, l2VpnEvpn), those that have a neighbour."""
+        text = await self.run(["show bgp summary json"])
+        try:
+            return msgspec.json.decode(text or "{}", type=dict[str, BgpFamily])
+        except msgspec.MsgspecError as error:
+            raise FabricError(f"frr: bgpd says {text.strip()[:80]!r}") from error
+
+    async def evpn_network(self, identifier: int) -> EvpnNetwork:
+        text = await self.run([f"show evpn vni {identifier} json"])
+        try:
+            return msgspec.json.decode(text or "{}", type=EvpnNetwork)
+        except msgspec.MsgspecError as error:
+            raise FabricError(f"frr: zebra says {text.strip()[:80]!r}") from error
+
+    async def bgp_configuration(self) -> list[str]:
+        """The lines of bgpd's running configuration."""
+        return (await self.run(["show running-config bgpd"])).splitlines()
 
     async def prefix(self, version: int, prefix: str) -> BgpPrefix:
         """The paths that bgpd knows to a prefix."""

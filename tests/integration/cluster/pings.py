@@ -3,7 +3,7 @@
 A question that was asked during a blackout is answered after it, if the network kept it.
 
 Paced strictly: what couldn't be asked in time is never made up for. Between the first and the last
-of k + 1 questions lie at least k - 0.5 gaps, so that in a blackout of B ms at most B + 1.5 are asked.
+of k + 1 questions lie at least k - 0.5 gaps, so in a blackout of B ms at most B + 1.5 are asked.
 """
 
 from __future__ import annotations
