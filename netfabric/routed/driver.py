@@ -33,7 +33,7 @@ from netfabric.bridge.links import index_of
 from netfabric.bridge.plugging import sweep, unplug
 from netfabric.kernel_fabric import KernelFabric
 from netfabric.moves import Arrival, Departure
-from netfabric.routed import moving, plugging, probing
+from netfabric.routed import moving, overlay_probing, plugging, probing
 from netfabric.routed.moving import RoutedDeparture
 from netfabric.routed.network import RoutedNetwork, prepare_node, reasons
 from netfabric.taps import tap_name
@@ -158,9 +158,13 @@ class RoutedFabric(KernelFabric[RoutedDeparture, Arrival]):
         """No frame reaches another node. See `measure_width`."""
 
     async def hear_wide(self, nic: NicSpec, token: bytes, timeout_s: float) -> WidthReport:
-        return WidthReport(
-            hops=self.network.local, cut_off=await self.routes.cut_off(nic.addresses)
-        )
+        cut_off = await self.routes.cut_off(nic.addresses)
+        if not cut_off and self.network.overlay is not None:
+            bridge = self.network.overlay.bridge
+            known = await in_thread(lambda: overlay_probing.ends(bridge))
+            if known and not any(known.values()):
+                cut_off = f"FRR has entered no router MAC into {bridge}, though routes lead there"
+        return WidthReport(hops=self.network.local, cut_off=cut_off)
 
     async def measure_width(
         self, nic: NicSpec, hops: Sequence[str], timeout_s: float

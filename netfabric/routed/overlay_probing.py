@@ -19,7 +19,7 @@ from typing import Final
 from pyroute2 import IPRoute
 
 from migrator.errors import FabricError
-from netfabric.bridge.links import netlink
+from netfabric.bridge.links import Link, netlink
 from netfabric.frames import ETHERTYPE_IPV4, ETHERTYPE_IPV6, ethernet, icmpv6_checksum
 from netfabric.host_routes import Address
 
@@ -30,16 +30,13 @@ _HOPS: Final = 64
 
 def send(bridge: str, hop: str, source: Address, target: Address, message: bytes) -> None:
     """Ask `target`, by the node whose end of the overlay is at `hop`. FabricError; OSError."""
-    with netlink(f"can't look at {bridge}") as kernel:
-        link = kernel.find(bridge)
-    if link is None:
-        raise FabricError(f"there is no {bridge} here; the agent makes it when it starts")
-    mac = _router_mac(link.index, plain(hop))
+    own_mac = _bridge(bridge).mac
+    mac = router_mac(bridge, plain(hop))
     if mac is None:
-        raise FabricError(f"FRR knows no router MAC of {hop} in the overlay")
+        raise FabricError(f"FRR has entered no router MAC of {hop} into {bridge}")
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as opened:
         opened.bind((bridge, 0))
-        opened.send(frame(bytes.fromhex(link.mac.replace(":", "")), mac, source, target, message))
+        opened.send(frame(bytes.fromhex(own_mac.replace(":", "")), mac, source, target, message))
 
 
 def plain(text: str) -> Address:
@@ -71,12 +68,43 @@ def frame(own_mac: bytes, mac: bytes, source: Address, target: Address, message:
     return ethernet(mac, own_mac, ETHERTYPE_IPV6, head + message)
 
 
-def _router_mac(bridge_index: int, hop: Address) -> bytes | None:
-    """What FRR has entered for that node's end."""
+def router_mac(bridge: str, hop: Address) -> bytes | None:
+    """What FRR has entered for that node's end; None: nothing. FabricError."""
+    return _router_macs(bridge).get(hop)
+
+
+def ends(bridge: str) -> dict[str, bool]:
+    """The ends of the overlay that routes lead to, and whether FRR has entered how. FabricError.
+
+    FRR 8.4 forgets a router MAC when it installs a route anew (its issue 12391); what goes there is
+    lost.
+    """
+    index, known = _bridge(bridge).index, _router_macs(bridge)
+    found: dict[str, bool] = {}
     with IPRoute() as route:
         for family in (socket.AF_INET, socket.AF_INET6):
-            for entry in route.get_neighbours(family, ifindex=bridge_index):
+            for message in route.get_routes(family=family, oif=index):
+                told = message.get_attr("RTA_GATEWAY")
+                if told is not None and message.get_attr("RTA_OIF") == index:
+                    found[str(plain(told))] = plain(told) in known
+    return found
+
+
+def _router_macs(bridge: str) -> dict[Address, bytes]:
+    index = _bridge(bridge).index
+    found: dict[Address, bytes] = {}
+    with IPRoute() as route:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for entry in route.get_neighbours(family, ifindex=index):
                 told, mac = entry.get_attr("NDA_DST"), entry.get_attr("NDA_LLADDR")
-                if told is not None and mac is not None and plain(told) == hop:
-                    return bytes.fromhex(mac.replace(":", ""))
-    return None
+                if told is not None and mac is not None:
+                    found[plain(told)] = bytes.fromhex(mac.replace(":", ""))
+    return found
+
+
+def _bridge(name: str) -> Link:
+    with netlink(f"can't look at {name}") as kernel:
+        link = kernel.find(name)
+    if link is None:
+        raise FabricError(f"there is no {name} here; the agent makes it when it starts")
+    return link

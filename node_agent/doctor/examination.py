@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from node_agent.cli.errors import ApiProblem, CliError
 from node_agent.config import AgentConfig, parse_endpoint
 from node_agent.doctor import links, paths
 from node_agent.doctor.findings import Diagnosis, Finding, failure, fine, warning
+from node_agent.doctor.frr import check_frr
 from node_agent.migrations.room import STATE_ROOM_BYTES, free_bytes
 from node_agent.resources import DomainList, Node, NodeList, PoolList
 
@@ -60,20 +60,10 @@ def _network(config: AgentConfig, bridges: frozenset[str]) -> list[Finding]:
     table = config.fabric
     if table.driver == "macvtap":
         return [links.check_uplink(table.uplink)]
-    needs_frr = (table.driver == "vxlan" and table.evpn) or table.routes == "frr"
-    frr = [_frr()] if needs_frr else []
-    if table.driver == "vxlan" and table.evpn:
-        frr.append(links.check_evpn(table.bridge))
-    if table.driver != "routed":
-        return [*links.check_bridges(bridges), *frr]
     local = (table.local or config.migration.address, *filter(None, (table.local6,)))
-    return [*links.check_routed(local), *frr]
-
-
-def _frr() -> Finding:
-    if shutil.which("vtysh") is None:
-        return failure("FRR", "vtysh isn't installed", "apt-get install frr")
-    return fine("FRR", "is installed")
+    if table.driver != "routed":
+        return [*links.check_bridges(bridges), *check_frr(table, local)]
+    return [*links.check_routed(local), *check_frr(table, local)]
 
 
 def version_of(text: str) -> tuple[int, ...]:

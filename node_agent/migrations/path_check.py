@@ -84,9 +84,10 @@ class PathCheck:
                     f"the network of bridge {nic.bridge} leads nowhere from {destination}:"
                     f" {report.cut_off}; `ferry doctor` there says more"
                 )
-            if report.hops:
+            routed = bool(report.hops)
+            if routed:
                 report = await self._fabric.measure_width(nic, report.hops, LISTEN_S)
-            if report.full:
+            if report.full and not routed:  # There nobody listens: it is quickly asked again.
                 while len(self._wide_at) >= KNOWN_MAX:
                     del self._wide_at[next(iter(self._wide_at))]
                 self._wide_at[way] = self._monotonic()

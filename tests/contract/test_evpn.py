@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import os
-import shutil
-import signal
 import subprocess
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
 import pytest
 from pyroute2 import IPRoute
 
-from deploy.lab.frr import PROGRAMS, SYSTEM, USER
+from deploy.lab.frr import SYSTEM
 from migrator.model import DomainName, NicSpec
 from migrator.ports import Tunnel
 from netfabric.frames import parse_mac
@@ -34,7 +28,8 @@ from netfabric.vxlan import Overlay, VxlanFabric
 from netfabric.vxlan.overlay import ensure
 from node_agent.doctor.findings import Level
 from node_agent.doctor.links import check_evpn
-from tests.contract.fabric_worlds import SOON_S, eventually
+from tests.contract.fabric_worlds import eventually
+from tests.contract.frr_world import a_folder, end, start_daemons
 from tests.contract.namespaces import run_in_new_namespace, unshare_network
 
 pytestmark = pytest.mark.lab
@@ -65,30 +60,6 @@ def configuration(address: str, neighbour: str) -> str:
             "",
         ]
     )
-
-
-def start_daemons(folder: Path, address: str, neighbour: str) -> list[subprocess.Popen[bytes]]:
-    """In the calling thread's network namespace."""
-    folder.mkdir()
-    path = folder / "frr.conf"
-    path.write_text(configuration(address, neighbour))
-    for each in (folder, path):  # The daemons give up being root.
-        shutil.chown(each, USER, USER)
-    started = []
-    for daemon in ("zebra", "bgpd"):
-        command = [
-            *(str(PROGRAMS / daemon), "-f", str(path), "-i", str(folder / f"{daemon}.pid")),
-            *("-z", str(folder / "zserv.api"), "--vty_socket", str(folder), "-P", "0"),
-            *("--log", f"file:{folder / daemon}.log"),
-        ]
-        with (folder / f"{daemon}.out").open("wb") as out:
-            started.append(subprocess.Popen(command, stdout=out, stderr=out))
-        # A bgpd that finds no zebra looks again after 10 s.
-        deadline = time.monotonic() + SOON_S
-        while not (folder / f"{daemon}.vty").is_socket():
-            assert time.monotonic() < deadline, f"{daemon} doesn't serve"
-            time.sleep(0.01)
-    return started
 
 
 class FarNode:
@@ -127,28 +98,6 @@ def make_near() -> None:
         route.link("set", index=1, state="up")
 
 
-@contextlib.contextmanager
-def a_folder() -> Iterator[Path]:
-    """That the daemons' user may enter."""
-    made = Path(tempfile.mkdtemp(prefix="ferry-evpn", dir="/run"))
-    made.chmod(0o755)
-    try:
-        yield made
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-
-
-def end(daemons: Sequence[subprocess.Popen[bytes]]) -> None:
-    for daemon in daemons:
-        daemon.send_signal(signal.SIGTERM)
-    for daemon in daemons:
-        try:
-            daemon.wait(10.0)
-        except subprocess.TimeoutExpired:
-            daemon.kill()
-            daemon.wait(10.0)
-
-
 def test_a_guests_mac_follows_it_to_and_fro_by_type_2_routes() -> None:
     async def inside() -> None:
         near = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
@@ -161,8 +110,12 @@ def test_a_guests_mac_follows_it_to_and_fro_by_type_2_routes() -> None:
                 await asyncio.to_thread(make_near)
                 await fabric.open()
                 await is_cut_off(fabric)
-                daemons += await asyncio.to_thread(start_daemons, folder / "near", NEAR, FAR)
-                daemons += await far.do(lambda: start_daemons(folder / "far", FAR, NEAR))
+                daemons += await asyncio.to_thread(
+                    start_daemons, folder / "near", configuration(NEAR, FAR)
+                )
+                daemons += await far.do(
+                    lambda: start_daemons(folder / "far", configuration(FAR, NEAR))
+                )
                 await moves(fabric, far, Vtysh(folder / "near"))
             finally:
                 await fabric.close()

@@ -11,17 +11,22 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from deploy import lab
 from deploy.guest.build import build_guest, default_cache_directory
+from deploy.lab import frr
 from deploy.lab.enter import enter
 from deploy.lab.plan import FRR_FABRICS, GUEST_BRIDGE, FabricKind
 from migrator.model import Cutover, Migration
 from netfabric import filters
+from node_agent.doctor.findings import Level
+from node_agent.resources import DryRun, MigrationCreate
 from tests.integration.cluster.client import Download, in_namespace
 from tests.integration.cluster.pings import PingWatch
 from tests.integration.cluster.world import Cluster, Load, describe, eventually
+from tests.integration.test_doctor import examine
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
@@ -97,6 +102,11 @@ def _route_socket() -> socket.socket:
     opened.bind((0, RTMGRP_IPV4_ROUTE))
     opened.settimeout(0.2)
     return opened
+
+
+def refusals(cluster: Cluster, domain: str, to: str) -> tuple[str, ...]:
+    path = f"/v1/domains/{domain}/migrations?dry_run=true"
+    return cluster.api().post(path, DryRun, MigrationCreate(destination=to)).refused
 
 
 def in_lab(cluster: Cluster, where: str, *command: str) -> str:
@@ -177,6 +187,47 @@ def test_no_question_to_a_guest_whose_routes_move_is_lost(
         "the route is withdrawn with the guest",
         lambda: guest.address not in in_lab(routed, "router", "ip", "route"),
     )
+
+
+@pytest.mark.parametrize("routed", FRR_FABRICS, indirect=True, ids=str)
+def test_a_node_whose_bgp_neighbours_are_down_takes_no_guest(routed: Cluster) -> None:
+    code, found = examine(routed, "n2")
+    assert (code, found["FRR"].level) == (0, Level.OK), found
+    vtysh = ("vtysh", "--vty_socket", str(frr.vty_directory(routed.plan, "n2")))
+    neighbours = [
+        name
+        for family in msgspec.json.decode(
+            in_lab(routed, "n2", *vtysh, "-c", "show bgp summary json")
+        ).values()
+        for name in family["peers"]
+    ]
+
+    def tell(command: str) -> None:
+        for neighbour in neighbours:
+            order = f"{command} {neighbour} shutdown"
+            in_lab(
+                routed,
+                *("n2", *vtysh, "-c", "configure terminal", "-c", f"router bgp {frr.SYSTEM}"),
+                *("-c", order),
+            )
+
+    with routed.guest("stays", load=Load(udp=False, dirty_pages_per_s=0)):
+        tell("neighbor")
+        try:
+            reasons = eventually(
+                "n2 is known to be cut off",
+                lambda: [
+                    each
+                    for each in refusals(routed, "stays", "n2")
+                    if "no BGP neighbour is up" in each
+                ],
+            )
+            assert "leads nowhere from n2" in reasons[0]
+            code, found = examine(routed, "n2")
+            assert (code, found["FRR"].level) == (1, Level.FAILURE), found
+        finally:
+            tell("no neighbor")
+        eventually("n2 is fine again", lambda: not refusals(routed, "stays", "n2"))
 
 
 def keep_state(cluster: Cluster, node: str) -> None:

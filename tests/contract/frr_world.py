@@ -1,0 +1,61 @@
+"""Real FRR daemons in the calling thread's network namespace, a folder for each pair."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from deploy.lab.frr import PROGRAMS, USER
+from tests.contract.fabric_worlds import SOON_S
+
+
+@contextlib.contextmanager
+def a_folder() -> Iterator[Path]:
+    """That the daemons' user may enter."""
+    made = Path(tempfile.mkdtemp(prefix="ferry-evpn", dir="/run"))
+    made.chmod(0o755)
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def start_daemons(folder: Path, configuration: str) -> list[subprocess.Popen[bytes]]:
+    """zebra and bgpd; their sockets are in `folder`, which they make."""
+    folder.mkdir()
+    path = folder / "frr.conf"
+    path.write_text(configuration)
+    for each in (folder, path):  # The daemons give up being root.
+        shutil.chown(each, USER, USER)
+    started = []
+    for daemon in ("zebra", "bgpd"):
+        command = [
+            *(str(PROGRAMS / daemon), "-f", str(path), "-i", str(folder / f"{daemon}.pid")),
+            *("-z", str(folder / "zserv.api"), "--vty_socket", str(folder), "-P", "0"),
+            *("--log", f"file:{folder / daemon}.log"),
+        ]
+        with (folder / f"{daemon}.out").open("wb") as out:
+            started.append(subprocess.Popen(command, stdout=out, stderr=out))
+        # A bgpd that finds no zebra looks again after 10 s.
+        deadline = time.monotonic() + SOON_S
+        while not (folder / f"{daemon}.vty").is_socket():
+            assert time.monotonic() < deadline, f"{daemon} doesn't serve"
+            time.sleep(0.01)
+    return started
+
+
+def end(daemons: Sequence[subprocess.Popen[bytes]]) -> None:
+    for daemon in daemons:
+        daemon.send_signal(signal.SIGTERM)
+    for daemon in daemons:
+        try:
+            daemon.wait(10.0)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait(10.0)
