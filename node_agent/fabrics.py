@@ -5,6 +5,7 @@ A part of the composition root (`agent`), which names drivers.
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 from typing import Final
 
@@ -13,8 +14,10 @@ from migrator.ports import ConnectionTracker, FabricDriver, RouteDriver
 from netfabric.bridge import BridgeFabric
 from netfabric.connections import KernelConnections
 from netfabric.macvtap import MacvtapFabric, MacvtapNetwork
-from netfabric.routed import RoutedFabric, RoutedNetwork
+from netfabric.routed import RoutedFabric, RoutedNetwork, overlay_probing
+from netfabric.routes.frr import reach
 from netfabric.routes.frr.driver import FrrRoutes
+from netfabric.routes.frr.vtysh import Vtysh
 from netfabric.routes.netlink.driver import NetlinkRoutes
 from netfabric.routes.netlink.messages import KEY_BYTES_MIN
 from netfabric.routes.netlink.speaker import SpeakerSettings
@@ -76,6 +79,21 @@ def make_routes(config: AgentConfig, network: RoutedNetwork) -> RouteDriver:
 def evpn_identifier(table: FabricTable) -> int | None:
     """Of the VXLAN into which FRR routes; None where it routes plainly."""
     return table.identifier if table.evpn else None
+
+
+async def frr_reason(table: FabricTable, local: tuple[str, ...]) -> str:
+    """Why the node's FRR could tell nobody where a routed guest is; "" if it could. FabricError.
+
+    `local`: the node's own addresses in the network, one of each IP version that guests have.
+    """
+    versions = {ipaddress.ip_address(text).version for text in local}
+    vtysh = Vtysh(Path(table.frr_vty_directory))
+    return await reach.cut_off(vtysh, versions, evpn_identifier(table))
+
+
+def overlay_ends(table: FabricTable) -> dict[str, bool]:
+    """EVPN's: which ends routes lead to, and whether FRR has entered how. FabricError."""
+    return overlay_probing.ends(table.bridge)
 
 
 def _key(path: str) -> bytes:

@@ -7,11 +7,9 @@ from typing import Final
 import msgspec
 
 from deploy.lab import frr, storage
+from deploy.lab.kinds import EVPN_IDENTIFIER, EVPN_MTU_BYTES, FRR_FABRICS
 from deploy.lab.plan import (
     ETCD_CLIENT_PORT,
-    EVPN_IDENTIFIER,
-    EVPN_MTU_BYTES,
-    FRR_FABRICS,
     GUEST_BRIDGE,
     NODE_UPLINK,
     FabricKind,

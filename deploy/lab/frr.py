@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Final
 
 from deploy.lab import processes
+from deploy.lab.kinds import EVPN_IDENTIFIER, EVPN_MTU_BYTES, FRR_FABRICS
 from deploy.lab.namespaces import work_in
 from deploy.lab.plan import (
-    EVPN_IDENTIFIER,
-    EVPN_MTU_BYTES,
-    FRR_FABRICS,
     GUEST_BRIDGE,
     FabricKind,
     LabPlan,

@@ -31,7 +31,6 @@ Rules:
 
 from __future__ import annotations
 
-import enum
 import re
 from pathlib import Path
 from typing import Final
@@ -40,6 +39,9 @@ import msgspec
 
 from deploy.lab.cables import Link as Link
 from deploy.lab.cables import Subnet as Subnet
+from deploy.lab.kinds import EVPN_LINK_BYTES, FRR_FABRICS
+from deploy.lab.kinds import FabricKind as FabricKind
+from deploy.lab.kinds import StoreKind as StoreKind
 from migrator.errors import InvalidRequest, NotFoundError
 
 NODES_MAX: Final = 200
@@ -98,36 +100,6 @@ class NodePlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def api_socket(self) -> Path:
         return self.folder / "api.sock"
-
-
-class StoreKind(enum.StrEnum):
-    """Where a lab's cluster state is."""
-
-    SQLITE = "sqlite"
-    ETCD = "etcd"
-    """A real etcd of three members, each on a host of its own."""
-
-
-class FabricKind(enum.StrEnum):
-    """How a lab's nodes share the guests' network."""
-
-    BRIDGE = "bridge"
-    """One layer 2 for all."""
-    ROUTED = "routed"
-    """Subnets of their own, and a router that the nodes tell where guests are."""
-    BGP = "bgp"
-    """The same, but the nodes and the router speak BGP, by FRR."""
-    EVPN = "evpn"
-    """The same as bgp, but by EVPN: host routes of type 5, and a VXLAN that carries the packets."""
-    MACVTAP = "macvtap"
-    """One layer 2 for all, without bridges: guests are above each node's uplink."""
-
-
-FRR_FABRICS: Final = (FabricKind.BGP, FabricKind.EVPN)
-EVPN_IDENTIFIER: Final = 5000
-EVPN_MTU_BYTES: Final = 1500
-EVPN_LINK_BYTES: Final = 1550
-"""The guests' packets, and the VXLAN's headers around them."""
 
 
 class EtcdMemberPlan(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 from migrator.errors import FabricError
-from netfabric.routed import overlay_probing
-from netfabric.routes.frr import reach
-from netfabric.routes.frr.vtysh import Vtysh
+from node_agent import fabrics
 from node_agent.doctor import links
 from node_agent.doctor.findings import Finding, failure, fine
 from node_agent.fabric_config import FabricTable
@@ -35,15 +31,12 @@ def check_frr(table: FabricTable, local: tuple[str, ...]) -> Iterator[Finding]:
     if by_mac:
         yield links.check_evpn(table.bridge)
     elif table.evpn:
-        yield _overlay(table.bridge)
+        yield _overlay(table)
 
 
 def _routes(table: FabricTable, local: tuple[str, ...]) -> Finding:
-    versions = {ipaddress.ip_address(text).version for text in local}
-    identifier = table.identifier if table.evpn else None
-    vtysh = Vtysh(Path(table.frr_vty_directory))
     try:
-        reason = asyncio.run(reach.cut_off(vtysh, versions, identifier))
+        reason = asyncio.run(fabrics.frr_reason(table, local))
     except FabricError as error:
         mend = (
             "systemctl status frr; zebra and bgpd must run, and fabric.frr_vty_directory be theirs"
@@ -58,10 +51,10 @@ def _routes(table: FabricTable, local: tuple[str, ...]) -> Finding:
     )
 
 
-def _overlay(bridge: str) -> Finding:
-    check = f"EVPN of network {bridge}"
+def _overlay(table: FabricTable) -> Finding:
+    check = f"EVPN of network {table.bridge}"
     try:
-        known = overlay_probing.ends(bridge)
+        known = fabrics.overlay_ends(table)
     except FabricError as error:
         return failure(check, str(error), "start the agent, which makes it")
     lost = sorted(end for end, entered in known.items() if not entered)

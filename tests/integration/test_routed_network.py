@@ -18,7 +18,8 @@ from deploy import lab
 from deploy.guest.build import build_guest, default_cache_directory
 from deploy.lab import frr
 from deploy.lab.enter import enter
-from deploy.lab.plan import FRR_FABRICS, GUEST_BRIDGE, FabricKind
+from deploy.lab.kinds import FRR_FABRICS
+from deploy.lab.plan import GUEST_BRIDGE, FabricKind
 from migrator.model import Cutover, Migration
 from netfabric import filters
 from node_agent.doctor.findings import Level
