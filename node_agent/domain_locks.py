@@ -84,7 +84,7 @@ class DomainLocks:
         """From here on what comes waits for the release, instead of being refused. Idempotent.
 
         A user who sees the end of a migration may begin the next one at once, although this side
-        has still to write its journal and to end its engine.
+        has still to end its copy and its engine, and to write its journal.
         """
         if self._claims.get(domain) == migration:
             self._ending.setdefault(domain, asyncio.Event())

@@ -272,20 +272,18 @@ class QemuDriver(HypervisorDriver):
             if left is not None:
                 await offload(lambda: records.remove_directory(left))
             return
-        # The kernel takes some 30 ms to remove a tap, and so would the process's end.
-        taps = await offload(lambda: held_taps.hold(guest), undo=held_taps.close_aside)
-        try:
-            await self._end(guest, "destroyed")
-        finally:
-            held_taps.close_aside(taps)
+        await self._end(guest, "destroyed")
 
     async def _end(self, guest: Guest, reason: str) -> None:
         if not guest.process.exited:  # Else it ended by itself, and that is what is reported.
             guest.end_reason = guest.end_reason or reason
-        await guest.urgency.calm()
-        await offload(lambda: records.expect_end(guest.directory))
-        guest.process.signal(signal.SIGKILL)
-        await self._wait_gone(guest)
+        taps = await offload(lambda: held_taps.hold_until_end(guest), undo=held_taps.close_aside)
+        try:
+            guest.process.signal(signal.SIGKILL)
+            await guest.urgency.calm()
+            await self._wait_gone(guest)
+        finally:
+            held_taps.close_aside(taps)
 
     async def _wait_gone(self, guest: Guest) -> None:
         try:

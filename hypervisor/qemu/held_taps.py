@@ -9,9 +9,17 @@ import asyncio
 import contextlib
 import os
 
+from hypervisor.qemu import records
 from hypervisor.qemu.command_line import TAP_FD
 from hypervisor.qemu.guest import Guest
 from hypervisor.qemu.memory import duplicate_from
+
+
+def hold_until_end(guest: Guest) -> list[int]:
+    """Just before it is killed: `hold`, and whoever finds it ended will know that it was to."""
+    taps = hold(guest)
+    records.expect_end(guest.directory)
+    return taps
 
 
 def hold(guest: Guest) -> list[int]:

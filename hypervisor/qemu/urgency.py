@@ -2,7 +2,7 @@
 
     hurry      source: just before the guest is stopped; destination: at its start, where it waits
     calm_soon  when the guest has run for `CATCH_UP_S`: what came for it meanwhile is dealt with
-    calm       before it is ended: giving its memory back takes longer than a blackout
+    calm       when it is ended: giving its memory back takes longer than a blackout
 
 What an earlier agent may have left urgent is calmed when it is seen to run.
 """

@@ -101,6 +101,8 @@ class Session(abc.ABC):
         self._respawns = 0
         """Engines that died in post-copy since one was connected."""
         self._state_detail = ""
+        self._part = ""
+        """Of the state that we are in, where the timeline tells its parts."""
 
     # --- the machine ---
 
@@ -133,11 +135,16 @@ class Session(abc.ABC):
 
     def _enter(self, state: MigrationState, detail: str = "") -> None:
         check_transition(self.role, self.state, state)
-        self._note(self.state.value, self._entered_at_s, self._now, self._state_detail)
+        self._begin_part("", detail)
         self.state = state
-        self._entered_at_s = self._now
-        self._state_detail = detail
         self._retries = 0
+
+    def _begin_part(self, part: str, detail: str = "") -> None:
+        """The timeline's entry of what was until now ends here."""
+        name = self._part or self.state.value
+        self._note(name, self._entered_at_s, self._now, self._state_detail)
+        self._entered_at_s = self._now
+        self._part, self._state_detail = part, detail
 
     def _note(self, name: str, started_at_s: float, ended_at_s: float, detail: str = "") -> None:
         """Add one entry to the timeline."""
@@ -171,6 +178,11 @@ class Session(abc.ABC):
         self.ended_at_s = self._now
         self._do(*(StopTimer(name=name) for name in TimerName))
         self._do(Finish(state=state, error=self.error))
+
+    @property
+    def over(self) -> bool:
+        """Nothing that is still to be done here changes how it went."""
+        return self.state in ENDED
 
     # --- the record ---
 

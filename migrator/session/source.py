@@ -191,7 +191,10 @@ class SourceSession(SourceLeave):
                 )
             case Recover():
                 self._enter(_S.RECOVERING, "the agent restarted")
-                self._do(InspectGuest())
+                if self._handed_over_at_s is None:
+                    self._do(InspectGuest())
+                else:
+                    self._discard("")
             case LeaveRefused():
                 self._give_up(event.reason)
 

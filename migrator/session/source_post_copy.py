@@ -105,7 +105,7 @@ class SourcePostCopy(SourceRecovery):
 
     def _peer_removed(self, reason: str) -> None:
         self._removed = reason
-        if self.state is _S.POSTCOPY:
+        if self.state is _S.POSTCOPY and not self._destination_runs:
             self._give_no_more()
 
     def _give_no_more(self) -> None:
@@ -133,9 +133,11 @@ class SourcePostCopy(SourceRecovery):
                 self._look_at(event)
             case GuestReported(kind=DomainEventKind.EXITED):
                 self._gone = True
-                if not self._engine_up:
+                if not self._engine_up and not self._destination_runs:
                     self._pages_lost()
-            case GuestInspected(condition=GuestCondition.GONE) if not self._engine_up:
+            case GuestInspected(condition=GuestCondition.GONE) if not (
+                self._engine_up or self._destination_runs
+            ):
                 self._gone = True
                 self._pages_lost()
             case GuestDestroyed() if self._destination_runs:

@@ -191,8 +191,11 @@ class SourceRecovery(SourceView):
 
     def _discard(self, error: str) -> None:
         """Our copy is stale for good. With an `error` that isn't this migration's success."""
-        self._discard_error = error
+        if self._handed_over_at_s is None:
+            self._discard_error = error
         self._destination_runs = True
+        if not self._discard_error:
+            self._hand_over()
         self._do(StopTimer(name=TimerName.RETRY), DestroyGuest())
 
     def _swap(self, record: OwnershipRecord) -> None:
@@ -256,7 +259,7 @@ class SourceRecovery(SourceView):
             self._recover(f"the destination gave up: {reason}")
 
     def _destination_runs_now(self, message: Running) -> None:
-        if self.state is _S.POSTCOPY and not message.resumed_at_s:
+        if self.state is _S.POSTCOPY and not message.resumed_at_s and not self._destination_runs:
             self._discard("the destination's hypervisor died during post-copy")
             return
         if self.state not in (_S.HANDOFF, _S.RECOVERING) or self._destination_runs:
@@ -265,7 +268,7 @@ class SourceRecovery(SourceView):
             return  # We hold a newer token, or it isn't about this handoff: the word is stale.
         if message.resumed_at_s:
             self._note_blackout(message.resumed_at_s)
-        else:
+        elif self._handed_over_at_s is None:
             self._discard_error = "the destination's hypervisor died in the handoff"
         if self._sent_at_s is not None and message.won_at_s:
             self._note("ownership record", self._sent_at_s, message.won_at_s)
@@ -276,6 +279,8 @@ class SourceRecovery(SourceView):
             self._begin_post_copy()
             return
         self._destination_runs = True
+        if not self._discard_error:
+            self._hand_over()
         self._do(StopTimer(name=TimerName.HANDOFF), StopTimer(name=TimerName.RETRY), DestroyGuest())
 
     def _give_up(self, reason: str) -> None:
@@ -306,6 +311,7 @@ class SourceRecovery(SourceView):
         else:
             self.error = None
             self._finish(_S.COMPLETED)
+            self.ended_at_s = self._handed_over_at_s or self.ended_at_s
 
     def _finish_gone(self) -> None:
         reason = f"{self.error or 'the migration ended'}; the guest's hypervisor is gone"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from migrator.figures import Prediction
 from migrator.model import (
+    ENDED,
     PAGE_SIZE_BYTES,
     DomainSpec,
     Migration,
@@ -106,6 +107,8 @@ class SourceView(Session):
         self._swap_token = 0
         self._may_have_resumed = self._may_have_resumed_before = may_have_resumed
         self._discard_error = ""
+        self._handed_over_at_s: float | None = None
+        """The guest is the destination's, whole: what is left to do here is our copy's end."""
         self._removed = ""
         """The destination was removed from the cluster, and why that ends its post-copy."""
 
@@ -149,6 +152,21 @@ class SourceView(Session):
             throughput_bytes_per_s=event.throughput_bytes_per_s,
         )
 
+    def _hand_over(self) -> None:
+        """The guest lives elsewhere, whole: for its users the migration has ended."""
+        if self._handed_over_at_s is None:
+            self._handed_over_at_s = self._now
+            self._begin_part("clean-up")
+
+    def take_up(self, published: Migration) -> None:
+        """What was shown before the agent's restart stays part of the migration's history."""
+        self.timeline.extend(published.timeline)
+        self.passes.extend(published.iterations)
+        self.blackout_ms = published.blackout_ms
+        self.prediction = published.prediction
+        if published.state is _S.COMPLETED:
+            self._handed_over_at_s = published.ended_at_s
+
     # --- what others see ---
 
     @property
@@ -163,20 +181,23 @@ class SourceView(Session):
 
     def view(self) -> Migration:
         """The migration resource as of now."""
+        ended_at_s = self.ended_at_s
+        if ended_at_s is None and self.over:
+            ended_at_s = self._handed_over_at_s
         return Migration(
             id=self.migration_id,
             domain=self.domain,
             source=self.source,
             destination=self.destination,
             request=self.request,
-            state=self._shown_state,
+            state=self.shown_state,
             progress=self._progress(),
             created_at_s=self.created_at_s,
-            ended_at_s=self.ended_at_s,
+            ended_at_s=ended_at_s,
             token=self.token,
-            error=self.error,
+            error=None if self.shown_state is _S.COMPLETED else self.error,
             blackout_ms=self.blackout_ms,
-            total_s=None if self.ended_at_s is None else self.ended_at_s - self.created_at_s,
+            total_s=None if ended_at_s is None else ended_at_s - self.created_at_s,
             timeline=tuple(self.timeline),
             iterations=tuple(self.passes),
             prediction=self.prediction,
@@ -186,7 +207,7 @@ class SourceView(Session):
         live = self._live
         if not self.passes:
             return MigrationProgress(
-                state=self._shown_state,
+                state=self.shown_state,
                 iteration=1 if self.state is _S.PRECOPY else 0,
                 bytes_sent=live.bytes_sent,
                 remaining_bytes=live.remaining_bytes,
@@ -196,10 +217,10 @@ class SourceView(Session):
         last = self.passes[-1]
         rate = throughput(self.passes)
         return MigrationProgress(
-            state=self._shown_state,
+            state=self.shown_state,
             iteration=last.number + (1 if self._pass_running else 0),
             bytes_sent=max(live.bytes_sent, sum(each.bytes_sent for each in self.passes)),
-            remaining_bytes=0 if self.state is _S.COMPLETED else live.remaining_bytes,
+            remaining_bytes=0 if self.shown_state is _S.COMPLETED else live.remaining_bytes,
             throughput_bytes_per_s=rate,
             dirty_rate_bytes_per_s=dirty_rate(last),
             predicted_blackout_ms=predicted_blackout_ms(
@@ -212,10 +233,19 @@ class SourceView(Session):
     @property
     def cancellable(self) -> bool:
         """A restored one isn't, even before its Recover: the guest may be sent already."""
-        return self._shown_state in (_S.CREATED, _S.SETUP, _S.PRECOPY, _S.SWITCHOVER)
+        return self.shown_state in (_S.CREATED, _S.SETUP, _S.PRECOPY, _S.SWITCHOVER)
 
     @property
-    def _shown_state(self) -> MigrationState:
+    def over(self) -> bool:
+        return self.shown_state in ENDED
+
+    @property
+    def shown_state(self) -> MigrationState:
+        """As users see it."""
+        if self.state in ENDED:
+            return self.state
+        if self._handed_over_at_s is not None and not self._discard_error:
+            return _S.COMPLETED
         restored = self._restored and self.state is _S.CREATED
         return _S.RECOVERING if restored else self.state
 

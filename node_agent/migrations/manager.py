@@ -150,11 +150,7 @@ class MigrationManager(MigrationService):
     async def _take_up(self, session: SourceSession) -> None:
         """What was published before the restart stays part of the migration's history."""
         with contextlib.suppress(FerryError):
-            published = await self._publisher.read(session.migration_id)
-            session.timeline.extend(published.timeline)
-            session.passes.extend(published.iterations)
-            session.blackout_ms = published.blackout_ms
-            session.prediction = published.prediction
+            session.take_up(await self._publisher.read(session.migration_id))
 
     async def open(self) -> None:
         """Take calls and messages, and let the restored migrations go on."""
@@ -342,7 +338,7 @@ class MigrationManager(MigrationService):
 
     def _on_change(self, runner: Runner) -> None:
         session = runner.session
-        if session.state in ENDED:
+        if session.over:
             self._domains.locks.end_migration(
                 DomainName(session.domain), MigrationId(session.migration_id)
             )

@@ -84,19 +84,19 @@ class Publisher:
 
     def changed(self, session: SourceSession) -> None:
         """From the runner, after each event. Never waits."""
-        name = session.migration_id
-        if session.state in _QUIET:
+        name, state = session.migration_id, session.shown_state
+        if state in _QUIET:
             self._dirty.pop(name, None)
             return
-        new_state = self._states.get(name) is not session.state
-        self._states[name] = session.state
-        if new_state and session.state not in _ENDS:
+        new_state = self._states.get(name) is not state
+        self._states[name] = state
+        if new_state and state not in _ENDS:
             self._events.emit(
                 EventKind.MIGRATION_STATE,
-                f"domain {session.domain}: migration is in {session.state}",
+                f"domain {session.domain}: migration is in {state}",
                 domain=session.domain,
                 migration=name,
-                state=session.state.value,
+                state=state.value,
             )
         if new_state or self._monotonic() - self._written_at.get(name, 0.0) >= INTERVAL_S:
             self._dirty[name] = session

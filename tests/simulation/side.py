@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from migrator.journal_entry import JournalEntry, entry_of, restore
-from migrator.model import ENDED, MigrationId, MigrationRequest, MigrationState, NodeName, Role
+from migrator.model import MigrationId, MigrationRequest, MigrationState, NodeName, Role
 from migrator.ports import DomainEvent
 from migrator.runner import STEP_S, Lane
 from migrator.session import messages as m
@@ -18,6 +18,7 @@ from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
 from tests.simulation import effects, post_copy
+from tests.simulation.checkers import shown
 from tests.simulation.guests import Guest
 from tests.simulation.world import AIM_S
 
@@ -220,15 +221,16 @@ class Side:
         world.log("{}: {}", self.name, event)
         if isinstance(event, v.CommandFailed) and event.without_effect:
             self.resume_uncertain = self._uncertain_before
-        before = session.state
+        before, shown_before = session.state, shown.end_of(session)
         commands = session.handle(event, self.node.clock_s)
+        shown.check(shown_before, session)
         if session.state is not before:
             world.log("{}: {} -> {}", self.name, before.value, session.state.value)
             if session.state in _AIMED_AT and world.chance(world.faults.aimed):
                 for most_s in world.random.choice(_BURSTS):
                     world.after(world.delay(most_s), self._aimed)
-            if session.state in ENDED and self.node.agent is not None:
-                self.node.agent.locks.end_migration(self.domain.name, self.migration_id)
+        if session.over and self.node.agent is not None:
+            self.node.agent.locks.end_migration(self.domain.name, self.migration_id)
         self.perform(self.node.cluster.sessions.commands(self, commands))
 
     def _aimed(self) -> None:

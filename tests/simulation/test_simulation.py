@@ -8,11 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from migrator.model import MigrationState
+from tests.simulation.checkers import shown
 from tests.simulation.faults import NAMED, faults_of, name_of
 from tests.simulation.mutants import GivesUpWithItsEngine, MutantSessions
 from tests.simulation.run import play_range, playing, replay_command
 from tests.simulation.scenario import Scenario, play
 from tests.simulation.world import Faults, InvariantViolation
+from tests.unit.session_pair import SessionPair
 
 SEEDS = 2_000
 """`make sim SEEDS=100000` plays more."""
@@ -108,3 +111,12 @@ def test_a_violation_carries_its_transcript() -> None:
     played = play_range(0, 1)
     assert not played.failed
     assert played.migrations["completed"] == 2
+
+
+def test_an_end_that_was_shown_may_not_change() -> None:
+    pair = SessionPair()
+    pair.run()
+    assert shown.end_of(pair.source) is MigrationState.COMPLETED
+    shown.check(MigrationState.COMPLETED, pair.source)
+    with pytest.raises(InvariantViolation):
+        shown.check(MigrationState.FAILED, pair.source)

@@ -341,3 +341,26 @@ def test_an_unknown_migration_is_answered_so_that_the_other_side_can_end() -> No
     session = SessionPair().destination
     assert isinstance(session, DestinationSession)
     assert answer_without_session(DESTINATION, entry_of(session, boot_id=""), m.Inquire()) is None
+
+
+def test_a_source_that_had_shown_its_end_goes_on_showing_it_and_cleans_up() -> None:
+    """What was published is enough: nobody has to be asked."""
+    pair = SessionPair()
+    pair.silence(v.DestroyGuest)
+    pair.run()
+    published = pair.source.view()
+    session = restore(entry_of(pair.source, boot_id="boot"), boot_id="boot")
+    assert isinstance(session, SourceSession)
+    session.take_up(published)
+    pair.source = session
+    pair.silent.clear()
+    pair.given.clear()
+    assert session.shown_state is _S.COMPLETED
+
+    pair.now_s += 60.0
+    pair.push(session, v.Recover())
+    pair.push(session, v.Received(message=m.Running(token=2, won_at_s=0.0, resumed_at_s=0.0)))
+    assert pair.run() == COMPLETED
+    assert pair.commands(SOURCE)[0] == "DestroyGuest"
+    assert "InspectGuest" not in pair.commands(SOURCE)
+    assert session.ended_at_s == published.ended_at_s

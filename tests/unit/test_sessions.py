@@ -372,3 +372,25 @@ def test_a_resume_without_effect_takes_an_earlier_uncertain_one_not_back() -> No
     pair.run()
     assert pair.destination.state is _S.FAILED
     assert pair.source.state is _S.FAILED
+
+
+def test_a_migration_has_ended_for_its_users_when_the_guest_runs_there() -> None:
+    """Its own copy is still to be ended: the session goes on, and shows what will stay true."""
+    pair = SessionPair()
+    pair.silence(v.DestroyGuest)
+    pair.run()
+    shown = pair.source.view()
+    assert (pair.source.state, pair.source.over) == (_S.HANDOFF, True)
+    assert (shown.state, shown.progress.state, shown.ended) == (_S.COMPLETED, _S.COMPLETED, True)
+    assert shown.timeline[-1].name == "handoff"
+    assert not pair.source.cancellable
+
+    pair.silent.clear()
+    pair.now_s += 3.0
+    failed = v.CommandFailed(command="DestroyGuest", error="it is still there")
+    pair.push(pair.source, failed)
+    assert pair.run(timers=1) == COMPLETED
+    ended = pair.source.view()
+    assert (ended.ended_at_s, ended.total_s) == (shown.ended_at_s, shown.total_s)
+    assert ended.timeline[-1].name == "clean-up"
+    assert ended.timeline[-1].seconds >= 3.0

@@ -5,4 +5,6 @@
 3 writes       at each write to a volume, and before the first vCPU runs
 4 liveness     whenever a copy is destroyed, and at the end
 5 recovery     at the end: every session ended, nothing was left behind
+
+shown: what users are told of an end, after each event
 """
