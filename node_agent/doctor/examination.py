@@ -195,6 +195,7 @@ def _others(config: AgentConfig, nodes: Sequence[Node]) -> Iterator[Finding]:
     known = {node.name: (node.peer_address, node.migration_address) for node in nodes}
     for peer in config.peers:
         known.setdefault(peer.name, (peer.address, peer.endpoint[0]))
+    alive = {node.name for node in nodes if node.state is not NodeState.UNREACHABLE}
     silent = {node.name for node in nodes if node.state is NodeState.UNREACHABLE}
     mtu_bytes = links.mtu_towards(config.migration.address)
     for name, (peer_address, migration_address) in sorted(known.items()):
@@ -210,15 +211,20 @@ def _others(config: AgentConfig, nodes: Sequence[Node]) -> Iterator[Finding]:
         reason = _connects(host, port)
         if reason is not None:
             yield failure(
-                f"peer port of {name}",
-                f"{peer_address}: {reason}",
-                "start its agent",
+                f"peer port of {name}", f"{peer_address}: {reason}", _mend_port(port, name in alive)
             )
             continue
         yield fine(f"peer port of {name}", peer_address)
         yield paths.check_mtu(name, migration_address, mtu_bytes)
         yield paths.check_tunnel_port(name, migration_address, config.fabric.tunnel_port)
         yield paths.check_clock(name, migration_address)
+
+
+def _mend_port(port: int, alive: bool) -> str:
+    """A node with a heartbeat has an agent that runs."""
+    if alive:
+        return f"its agent runs: look for a firewall on TCP port {port}, there or on the way"
+    return "start its agent"
 
 
 def _connects(host: str, port: int) -> str | None:

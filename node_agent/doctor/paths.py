@@ -14,6 +14,7 @@ import struct
 import time
 from typing import Final
 
+from node_agent.doctor.datagrams import checksum, rejecter
 from node_agent.doctor.findings import Finding, failure, fine, warning
 
 ANSWER_S: Final = 1.0
@@ -57,15 +58,18 @@ def check_mtu(node: str, address: str, mtu_bytes: int) -> Finding:
 def check_tunnel_port(node: str, address: str, port: int) -> Finding:
     """Whether datagrams to the port that migrations' tunnels use reach `address`.
 
-    Outside of migrations nobody listens there. A firewall that answers in the node's stead, as
-    `reject` does without further words, isn't told from it.
+    Outside of migrations nobody listens there. A firewall may say the same (`rejecter`).
     """
     name = f"UDP port {port} of {node}"
     lost = "what arrives for a guest while it moves there is lost"
     mend = f"allow UDP port {port} between the nodes' migration addresses"
     try:
         if _refuses(address, port):
-            return fine(name, f"datagrams reach {address}")
+            who = rejecter(address, port)
+            if who is None:
+                return fine(name, f"datagrams reach {address}")
+            detail = f"a firewall of {who} rejects datagrams to {address}: {lost}"
+            return warning(name, detail, mend)
         others = _refuses(address, _OTHER_PORT)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -134,8 +138,8 @@ def _ask(address: str, kinds: tuple[int, int], body: bytes) -> bytes | None:
         opened.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE)
         for number in range(TRIES):
             head = struct.pack("!BBHHH", kinds[0], 0, 0, identifier, number)
-            checksum = _checksum(head + body)
-            opened.sendto(head[:2] + checksum.to_bytes(2, "big") + head[4:] + body, (address, 0))
+            sum_ = checksum(head + body)
+            opened.sendto(head[:2] + sum_.to_bytes(2, "big") + head[4:] + body, (address, 0))
             found = _answer(opened, address, (kinds[1], identifier, number))
             if found is not None:
                 return found
@@ -156,12 +160,3 @@ def _answer(opened: socket.socket, address: str, wanted: tuple[int, int, int]) -
             if (kind, identifier, number) == wanted:
                 return message[_ICMP_HEADER_BYTES:]
     return None
-
-
-def _checksum(data: bytes) -> int:
-    """RFC 1071."""
-    data += b"\x00" * (len(data) % 2)
-    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total > 0xFFFF:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF

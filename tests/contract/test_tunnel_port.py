@@ -47,6 +47,8 @@ def test_a_node_that_is_reached_says_that_nobody_listens() -> None:
     [
         ("", f"udp dport {PORT} drop", "not for this one"),
         ("", f"udp dport {PORT} reject with icmpx admin-prohibited", "refused"),
+        ("", f"udp dport {PORT} reject", f"a firewall of {FAR} rejects"),
+        ("", "meta l4proto udp reject with icmpx port-unreachable", "rejects"),
         (f"udp dport {PORT} drop", "", "refused"),
         ("", "meta l4proto udp drop", "unknown"),
     ],
