@@ -136,6 +136,7 @@ def _questions(cluster: Cluster, guest: Guest, count: int) -> None:
         cutovers = [_cutover(cluster, move) for move in moves]
     announced = [each.first_announcement_ms for each in cutovers if each.first_announcement_ms]
     arrived = [each.first_to_guest_ms for each in cutovers if each.first_to_guest_ms is not None]
+    waited = [pings.first_question_ms(each.resumed_at_s) for each in cutovers]
     verified = [each.verified_ms for each in cutovers if each.verified_ms is not None]
     row("blackout, ms", spread([move.blackout_ms or 0.0 for move in moves]), "")
     if routes is not None:
@@ -143,6 +144,7 @@ def _questions(cluster: Cluster, guest: Guest, count: int) -> None:
         row("the router's route changed after the resume, ms", spread(led), "300")
     row("first announcement after the resume, ms", spread(announced), "2 median")
     row("first packet at the new place, ms", spread(arrived), "5")
+    row("of that: until a question was asked, ms", spread(waited), "")
     row("verified after the resume, ms", spread(verified), f"all of {count}: {len(verified)}")
     lost = f"{pings.lost} of {pings.sent} in {count} moves"
     row("questions lost, with forwarding", lost, "0")

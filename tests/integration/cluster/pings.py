@@ -140,6 +140,10 @@ class PingWatch(_Watch):
         numbers = [number for _, number in self.answers]
         return sum(1 for before, after in itertools.pairwise(numbers) if after < before)
 
+    def first_question_ms(self, at_s: float) -> float:
+        """From `at_s` to the first question after it: nothing can arrive sooner."""
+        return min(((each - at_s) * 1e3 for each in self.sent_at_s if each >= at_s), default=-1.0)
+
     def story(self, resumed_at_s: Sequence[float]) -> str:
         """What was lost, or answered after a later question, in ms beside the nearest resume."""
 
