@@ -30,19 +30,20 @@ from node_agent.cluster_calls import (
 from node_agent.domain_records import DomainRecords
 from node_agent.drain.figures import FIGURES, FIGURES_S, FiguresParams, NodeFigures
 from node_agent.drain.survey import Survey, make_survey
+from node_agent.migrations.room import at_source
 from node_agent.nodes import NodeRegistry, NodeView
 from node_agent.peers.hub import PeerHub
-from node_agent.planner.model import Plan, PlanOptions
+from node_agent.planner.model import Blocker, Plan, PlanOptions
 from node_agent.planner.plan import plan_moves
 from node_agent.resources import Domain, MigrationCreate
 
 CALL_S: Final = 10.0
 _REPLANS_MAX: Final = 5
 _CHECKED_MAX: Final = 64
-_LINKS_MAX: Final = 8
-"""Of an undrain's or a balancing's many sources; of the others it is assumed."""
 """Planned moves that are put to their nodes before a drain begins; the others are checked when
 they do, as every migration is."""
+_LINKS_MAX: Final = 8
+"""Of an undrain's or a balancing's many sources; of the others it is assumed."""
 
 
 class DrainWorld:
@@ -175,30 +176,40 @@ class DrainWorld:
     ) -> Plan:
         """A plan whose moves their nodes have agreed to: who refuses one is left out of the next.
 
+        What its own node can't send is a blocker.
+
         Without `ask` by what is known alone: a dry run for a node that is still kept free.
 
         In a thread of its own: of a large cluster it takes some seconds.
         """
         forbidden = set(options.forbidden)
         refusals = dict(options.refusals)
+        stuck: dict[str, Blocker] = {}
         for _ in range(_REPLANS_MAX):
             asked = msgspec.structs.replace(
                 options, forbidden=frozenset(forbidden), refusals=refusals
             )
-            plan = await asyncio.to_thread(plan_moves, survey.nodes, survey.domains, leaving, asked)
-            refused = await self._refused(plan) if ask else {}
-            if not refused.keys() - forbidden:
+            free = [name for name in leaving if name not in stuck]
+            plan = await asyncio.to_thread(plan_moves, survey.nodes, survey.domains, free, asked)
+            refused, held = await self._refused(plan) if ask else ({}, {})
+            if not refused.keys() - forbidden and not held.keys() - stuck.keys():
                 break
             forbidden |= refused.keys()
             refusals |= refused
-        return plan
+            stuck |= held
+        return msgspec.structs.replace(
+            plan,
+            moves=tuple(move for move in plan.moves if move.domain not in stuck),
+            blockers=(*plan.blockers, *(stuck[name] for name in sorted(stuck))),
+        )
 
-    async def _refused(self, plan: Plan) -> dict[tuple[str, str], str]:
-        """(domain, node) of the moves that their nodes refuse now, and why."""
+    async def _refused(self, plan: Plan) -> tuple[dict[tuple[str, str], str], dict[str, Blocker]]:
+        """(domain, node) of the moves that their nodes refuse now, and why; and what can't leave
+        its own node, wherever to."""
+        refused: dict[tuple[str, str], str] = {}
+        held: dict[str, Blocker] = {}
 
-        async def ask(
-            domain: str, source: str, destination: str
-        ) -> tuple[tuple[str, str], str] | None:
+        async def ask(domain: str, source: str, destination: str) -> None:
             body = MigrationCreate(destination=destination).towards(destination)
             params = MigrationParams(domain=DomainName(domain), request=body)
             try:
@@ -206,14 +217,19 @@ class DrainWorld:
                     NodeName(source), MIGRATION_CHECK, params, Reasons, timeout_s=CALL_S
                 )
             except FerryError:
-                return None
+                return
+            here = [each for each in answer.reasons if each.startswith(at_source(source))]
+            if here:
+                remedy = f"mend that on {source}"
+                held[domain] = Blocker(domain=domain, reason="; ".join(here), remedy=remedy)
             mark = f"node {destination}"
             theirs = [each for each in answer.reasons if each.startswith(mark)]
-            said = "; ".join(each.removeprefix(f"{mark}: ") for each in theirs)
-            return ((domain, destination), said) if theirs else None
+            if theirs:
+                said = "; ".join(each.removeprefix(f"{mark}: ") for each in theirs)
+                refused[domain, destination] = said
 
         moves = [move for move in plan.moves if move.destination and move.rates][:_CHECKED_MAX]
-        answers = await asyncio.gather(
+        await asyncio.gather(
             *(ask(move.domain, move.source, move.destination or "") for move in moves)
         )
-        return dict(answer for answer in answers if answer is not None)
+        return refused, held

@@ -58,7 +58,7 @@ from node_agent.migrations.engine_choice import EngineChoice, EngineChooser
 from node_agent.migrations.forecast import Forecaster
 from node_agent.migrations.moments import MigrationMoments
 from node_agent.migrations.publisher import Publisher
-from node_agent.migrations.room import room_reasons
+from node_agent.migrations.room import at_source, room_reasons
 from node_agent.migrations.service import MigrationService
 from node_agent.migrations.site import MESSAGE, SEND_S, Envelope, NodeSite
 from node_agent.nodes import NodeRegistry
@@ -255,7 +255,7 @@ class MigrationManager(MigrationService):
         if not reasons:
             reasons += state_reasons(name, (await self._hypervisor.inspect(name)).state)
         room = await room_reasons(self._journal.folder)
-        reasons += [f"{self.node}, where it runs: {each}" for each in room]
+        reasons += [f"{at_source(self.node)}{each}" for each in room]
         own = await self._hypervisor.capabilities()
         choice = await self._chooser.choose(name, request)
         reasons += choice.refused

@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Final
 
+from migrator.errors import words
+
 STATE_ROOM_BYTES: Final = 2**20
 """Less is full: an entry is some KiB, and SQLite's log of them grows by steps."""
 
@@ -21,12 +23,17 @@ def free_bytes(folder: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
+def at_source(node: str) -> str:
+    """What a source's reasons begin with, which speak against any destination."""
+    return f"{node}, where it runs: "
+
+
 async def room_reasons(folder: Path) -> list[str]:
     """Why a node can't journal a migration now; empty if it can."""
     try:
         free = await asyncio.to_thread(free_bytes, folder)
     except OSError as error:
-        return [f"its state directory {folder} can't be used: {error.strerror}"]
+        return [f"its state directory {folder} can't be used: {words(error)}"]
     if free >= STATE_ROOM_BYTES:
         return []
     return [

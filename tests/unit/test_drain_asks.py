@@ -1,0 +1,88 @@
+"""A plan is put to the nodes before anything moves: what they say changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import pytest
+
+from migrator.errors import PeerError
+from node_agent.cluster_calls import MIGRATION_CHECK, MigrationParams, Reasons
+from node_agent.drain.survey import Survey
+from node_agent.drain.world import DrainWorld
+from node_agent.planner.model import DomainFacts, NodeFacts, Plan, PlanOptions
+
+GIB = 2**30
+
+
+class Nodes:
+    """What each source answers of a (domain, destination)."""
+
+    def __init__(self, answers: Mapping[tuple[str, str], str]) -> None:
+        self.answers = answers
+        self.asked: list[tuple[str, str, str]] = []
+
+    async def call(
+        self, source: str, method: str, params: MigrationParams, kind: type[Reasons], **_: object
+    ) -> Reasons:
+        assert (method, kind) == (MIGRATION_CHECK, Reasons)
+        domain, destination = str(params.domain), params.request.destination
+        self.asked.append((source, domain, destination))
+        answer = self.answers.get((domain, destination), self.answers.get((domain, "*"), ""))
+        if answer == "silent":
+            raise PeerError(f"{source} doesn't answer")
+        return kind(reasons=(answer,) if answer else ())
+
+
+async def planned(answers: Mapping[tuple[str, str], str]) -> tuple[Plan, Nodes]:
+    nodes = Nodes(answers)
+    rest: Any = None
+    world = DrainWorld(rest, hub=cast(Any, nodes), nodes=rest, records=rest, ownership=rest)
+    survey = Survey(
+        nodes=tuple(
+            NodeFacts(name=name, memory_bytes=8 * GIB, admits=name != "n1")
+            for name in ("n1", "n2", "n3")
+        ),
+        domains=tuple(
+            DomainFacts(name=name, node="n1", memory_bytes=GIB, content_bytes=GIB // 2)
+            for name in ("db", "web")
+        ),
+        links={},
+        link="",
+    )
+    return await world.plan(survey, ["db", "web"], PlanOptions()), nodes
+
+
+def places(plan: Plan) -> dict[str, str | None]:
+    return {move.domain: move.destination for move in plan.moves}
+
+
+async def test_a_node_that_refuses_a_domain_is_left_out_for_it() -> None:
+    plan, _ = await planned({("web", "n2"): "node n2: its disk is full"})
+    assert places(plan)["web"] == "n3"
+    assert not plan.blockers
+
+
+async def test_what_its_own_node_cannot_send_is_a_blocker_and_no_move() -> None:
+    full = "n1, where it runs: its disk is full"
+    plan, nodes = await planned({("web", "*"): full})
+    assert set(places(plan)) == {"db"}
+    (blocker,) = plan.blockers
+    assert (blocker.domain, blocker.reason) == ("web", full)
+    assert "n1" in blocker.remedy
+    assert {source for source, _, _ in nodes.asked} == {"n1"}
+
+
+async def test_where_nothing_can_leave_there_is_no_move_at_all() -> None:
+    full = "n1, where it runs: its disk is full"
+    plan, _ = await planned({("web", "*"): full, ("db", "*"): full})
+    assert not plan.moves
+    assert [each.domain for each in plan.blockers] == ["db", "web"]
+
+
+@pytest.mark.parametrize("answer", ["silent", "domain web: it is paused"])
+async def test_what_is_not_about_a_node_is_left_to_the_migration(answer: str) -> None:
+    plan, _ = await planned({("web", "*"): answer})
+    assert set(places(plan)) == {"db", "web"}
+    assert not plan.blockers
