@@ -70,7 +70,7 @@ class Case:
         return min(self.link_mbit * MBIT, self.cap_bytes_per_s or self.link_mbit * MBIT)
 
 
-_DIRTY_LINK_MBIT: Final = 200
+_SLOW_MBIT: Final = 200
 _WEB = Case(
     name="2",
     title="web server, 800 MiB, under download",
@@ -81,12 +81,12 @@ _WEB = Case(
 
 
 def _dirty_case(percent: int) -> Case:
-    pages_per_s = _DIRTY_LINK_MBIT * MBIT * percent // 100 // PAGE_BYTES
+    pages_per_s = _SLOW_MBIT * MBIT * percent // 100 // PAGE_BYTES
     return Case(
         name=f"5-{percent}",
-        title=f"dirty rate {percent} % of the link ({_DIRTY_LINK_MBIT} Mbit/s)",
+        title=f"dirty rate {percent} % of the link ({_SLOW_MBIT} Mbit/s)",
         memory_mib=512,
-        link_mbit=_DIRTY_LINK_MBIT,
+        link_mbit=_SLOW_MBIT,
         kept_mib=128,
         dirty_pages_per_s=pages_per_s,
         verify_pages_per_s=0,
@@ -115,6 +115,14 @@ CASES: Final[tuple[Case, ...]] = (
     _IDLE,
     dataclasses.replace(
         _IDLE, name="1-10g", title=f"{_IDLE.title}, 10 Gbit/s", link_mbit=_FAST_MBIT
+    ),
+    dataclasses.replace(
+        _IDLE,
+        name="1-200m",
+        title=f"{_IDLE.title}, 200 Mbit/s",
+        link_mbit=_SLOW_MBIT,
+        engines=frozenset({"ferry", "qemu-10ms"}),
+        repeats_max=3,
     ),
     _WEB,
     dataclasses.replace(

@@ -149,6 +149,7 @@ def _run(case: Case, migration: Migration, total_s: float) -> Run:
         timeline=tuple(phases),
         dirtied_bytes=sum(each.pending_pages for each in passes) * PAGE_BYTES,
         uncompressed_bytes=sum(max(each.bytes_sent, each.payload_bytes) for each in passes),
+        compressors=() if first is None else first.compressors,
         post_copy_at_s=post_copy[0] if post_copy else None,
         in_use_bytes=None
         if first is None

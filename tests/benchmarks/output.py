@@ -53,6 +53,9 @@ def say_run(where: str, case: str, engine: str, run: Run) -> None:
             f"{_figure(run.client_after_ms, 'after')}), total {_figure(run.total_s, 's', 2)}, "
             f"{run.bytes_sent / 2**20:.0f} MiB"
         )
+        if run.compressors and run.uncompressed_bytes:
+            ratio = run.uncompressed_bytes / run.bytes_sent
+            what += f" ({ratio:.2f} by {', '.join(run.compressors)})"
     elif run.bytes_sent and run.transfer_s:
         what = f"{run.bytes_sent / run.transfer_s / 1e9:.2f} GB/s"
     else:

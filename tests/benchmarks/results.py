@@ -105,6 +105,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """What was found dirty by the scans between the passes."""
     uncompressed_bytes: int | None = None
     """What would have been sent without compression."""
+    compressors: tuple[str, ...] = ()
+    """What compressed the first pass: that of the most pages first."""
     post_copy_at_s: tuple[float, float] | None = None
     """Wall clock; from the guest's resumption to the last page."""
     work_before: float | None = None
