@@ -158,7 +158,8 @@ def decide(
 
 def _pays(last: PassReport) -> bool:
     """Whether the next pass would leave clearly less than this one had to send."""
-    had_bytes = last.bytes_sent + last.deferred_pages * PAGE_SIZE_BYTES
+    went_bytes = max(last.bytes_sent, last.payload_bytes)  # Compressed, it is fewer on the wire.
+    had_bytes = went_bytes + last.deferred_pages * PAGE_SIZE_BYTES
     return last.pending_pages * PAGE_SIZE_BYTES <= HYBRID_GAIN_SHARE * had_bytes
 
 

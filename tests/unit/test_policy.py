@@ -175,3 +175,12 @@ def test_what_a_pass_left_for_later_counts_as_what_it_had_to_send() -> None:
     assert decide([first], 50, MigrationMode.HYBRID).kind is DecisionKind.POST_COPY
     deferring = msgspec.structs.replace(first, deferred_pages=25_000)
     assert decide([deferring], 50, MigrationMode.HYBRID).kind is DecisionKind.ITERATE
+
+
+def test_a_pass_that_was_compressed_had_to_send_what_it_was_of_the_guests_memory() -> None:
+    first = msgspec.structs.replace(
+        _pass(1, 50_000, 20_000, 2.0), bytes_sent=25_000 * PAGE_SIZE_BYTES
+    )
+    assert decide([first], 50, MigrationMode.HYBRID).kind is DecisionKind.POST_COPY
+    packed = msgspec.structs.replace(first, payload_bytes=50_000 * PAGE_SIZE_BYTES)
+    assert decide([packed], 50, MigrationMode.HYBRID).kind is DecisionKind.ITERATE
