@@ -102,7 +102,7 @@ class _Engine:
                 migration_id=f"dirty-rate-{domain}",
                 secret=secrets.token_bytes(32),
                 pid=memory.pid,
-                regions=layout_of(memory),
+                regions=layout_of(memory.regions),
             )
             self.process.send(message, fds=memory.fds)
         finally:

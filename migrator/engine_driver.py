@@ -10,17 +10,19 @@ import asyncio
 import logging
 import os
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
+
+import msgspec
 
 from migrator import engine_messages as m
 from migrator.engine.client import EngineProcess
 from migrator.engine.spares import EngineSpares
-from migrator.errors import FerryError
+from migrator.errors import FerryError, HypervisorError
 from migrator.model import DomainName, Role
 from migrator.policy import page_streams
-from migrator.ports import GuestMemory, HypervisorDriver, Struct
+from migrator.ports import HypervisorDriver, MemoryRegion, Struct, close_regions
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
@@ -66,6 +68,8 @@ class EngineDriver:
         self._generation = 0
         """Counts engines: what a dead one had still to say is dropped."""
         self._post_copy = False
+        self._early = False
+        """The destination's engine gets the memory before the hypervisor is up, then the rest."""
         self._configured = False
         self._configured_process: EngineProcess | None = None
         self._pages_in_use = 0
@@ -101,6 +105,15 @@ class EngineDriver:
         if self._configured:
             self._send(m.SetBandwidth(bandwidth_bytes_per_s=bandwidth_bytes_per_s))
 
+    def begin_early(self) -> None:
+        """Destination: `StartEngine` comes while the hypervisor starts; `arrived` will follow."""
+        self._early = True
+
+    async def arrived(self, hypervisor: HypervisorDriver) -> None:
+        """The hypervisor is up: returns when an engine that began early has been told the rest."""
+        if self._early:
+            await asyncio.wait([self._queue(self._guarded("start", self._attach(hypervisor)))])
+
     async def drained(self) -> None:
         """Wait until every command begun has ended; bounded by the commands' own bounds."""
         while self._tasks:
@@ -117,7 +130,7 @@ class EngineDriver:
 
     # --- in order, in the background ---
 
-    def _queue(self, work: Coroutine[Any, Any, None]) -> None:
+    def _queue(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         before = self._tail
 
         async def in_turn() -> None:
@@ -129,11 +142,12 @@ class EngineDriver:
                 raise
             await work
 
-        self._tail = asyncio.create_task(
+        self._tail = task = asyncio.create_task(
             in_turn(), name=f"migration-{self._session.migration_id}-engine"
         )
-        self._tasks.add(self._tail)
-        self._tail.add_done_callback(self._tasks.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _guarded(self, what: str, work: Coroutine[Any, Any, None]) -> None:
         try:
@@ -176,7 +190,9 @@ class EngineDriver:
         await self._spawn()
         if self._stopping:
             return
-        if self._session.role is Role.DESTINATION:
+        if self._session.role is Role.DESTINATION and self._early and not post_copy:
+            await self._configure_early(memory)
+        elif self._session.role is Role.DESTINATION:
             await self._configure(memory, self._secret)
         elif not post_copy:
             # While the destination starts its hypervisor. The secret comes with `Connect`.
@@ -190,33 +206,71 @@ class EngineDriver:
             await self._configure(memory, command.secret)
         self._send(m.Connect(host=command.host, port=command.port, secret=command.secret))
 
-    async def _configure(self, hypervisor: HypervisorDriver, secret: bytes) -> None:
-        session = self._session
-        source = session.role is Role.SOURCE
-        tls = await asyncio.to_thread(self._settings.tls)
-        link = await asyncio.to_thread(self._settings.link_bytes_per_s)
-        cores = os.cpu_count() or 1
-        memory = await hypervisor.memory(DomainName(session.domain))
+    async def _configure_early(self, hypervisor: HypervisorDriver) -> None:
+        """With what there is. Where that can't be had, `arrived` configures it."""
+        settings = await self._configuration(self._secret)
         try:
-            message = m.Configure(
-                role=session.role,
-                migration_id=session.migration_id,
-                secret=secret,
-                pid=memory.pid,
-                regions=layout_of(memory),
-                streams=self._settings.streams or page_streams(cores, link, tls=tls is not None),
-                bind_address=self._settings.bind_address,
-                bandwidth_bytes_per_s=session.request.bandwidth_bytes_per_s,
-                post_copy=self._post_copy,
-                tls=tls,
-                peer=session.destination if source else session.source,
-            )
-            if self._process is not None:
-                self._process.send(message, fds=memory.fds)
-                self._configured = True
-                self._configured_process = self._process
+            regions = await hypervisor.arriving_memory(DomainName(self._session.domain))
+        except HypervisorError as error:  # It has died: whoever started it tells why.
+            log.info("migration %s: %s", self._session.migration_id, error)
+            return
+        try:
+            layout = layout_of(regions)
+            early = msgspec.structs.replace(settings, regions=layout, attached=False)
+            self._send_configuration(early, [region.fd for region in regions])
+        finally:
+            close_regions(regions)
+
+    async def _attach(self, hypervisor: HypervisorDriver) -> None:
+        if self._stopping or self._process is None:
+            return
+        if not self._configured:
+            self._early = False
+            await self._configure(hypervisor, self._secret)
+            return
+        memory = await hypervisor.memory(DomainName(self._session.domain))
+        try:
+            self._process.send(m.Attach(regions=layout_of(memory.regions)), fds=[memory.uffd])
         finally:
             memory.close()
+        self._send(m.OpenDeviceChannel(path=str(self._device_channel)))
+
+    async def _configure(self, hypervisor: HypervisorDriver, secret: bytes) -> None:
+        settings = await self._configuration(secret)
+        memory = await hypervisor.memory(DomainName(self._session.domain))
+        try:
+            layout = layout_of(memory.regions)
+            whole = msgspec.structs.replace(settings, pid=memory.pid, regions=layout)
+            self._send_configuration(whole, memory.fds)
+        finally:
+            memory.close()
+
+    async def _configuration(self, secret: bytes) -> m.Configure:
+        """Without the memory's part."""
+        session, settings = self._session, self._settings
+        source = session.role is Role.SOURCE
+        tls = await asyncio.to_thread(settings.tls)
+        link = await asyncio.to_thread(settings.link_bytes_per_s)
+        cores = os.cpu_count() or 1
+        return m.Configure(
+            role=session.role,
+            migration_id=session.migration_id,
+            secret=secret,
+            pid=0,
+            regions=(),
+            streams=settings.streams or page_streams(cores, link, tls=tls is not None),
+            bind_address=settings.bind_address,
+            bandwidth_bytes_per_s=session.request.bandwidth_bytes_per_s,
+            post_copy=self._post_copy,
+            tls=tls,
+            peer=session.destination if source else session.source,
+        )
+
+    def _send_configuration(self, message: m.Configure, fds: Sequence[int]) -> None:
+        if self._process is not None:
+            self._process.send(message, fds=fds)
+            self._configured = True
+            self._configured_process = self._process
 
     async def _stop(self) -> None:
         process, self._process = self._process, None
@@ -242,7 +296,7 @@ class EngineDriver:
             return
         match message:
             case m.Listening():
-                if not self._post_copy:
+                if not (self._post_copy or self._early):
                     self._send(m.OpenDeviceChannel(path=str(self._device_channel)))
                 self._feed(
                     v.EngineListening(
@@ -307,7 +361,7 @@ class EngineDriver:
             self._feed(v.EngineLost(reason=f"the engine {how}"))
 
 
-def layout_of(memory: GuestMemory) -> tuple[m.RegionLayout, ...]:
+def layout_of(regions: Sequence[MemoryRegion]) -> tuple[m.RegionLayout, ...]:
     return tuple(
         m.RegionLayout(
             name=region.name,
@@ -315,5 +369,5 @@ def layout_of(memory: GuestMemory) -> tuple[m.RegionLayout, ...]:
             page_size_bytes=region.page_size_bytes,
             mappings=region.mappings,
         )
-        for region in memory.regions
+        for region in regions
     )

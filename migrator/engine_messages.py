@@ -4,6 +4,7 @@
       │  Configure + descriptors ───────────►│                              │
       │  Configure + descriptors ───────────────────────────────────────────►│
       │◄───────────────────────────────── Listening(host, port) ────────────┤
+      │  Attach + descriptor ───────────────────────────────────────────────►│ (if it began early)
       │  Connect(host, port) ───────────────►│═════ page streams ══════════►│
       │◄──────────────────────── Connected ──┤                              │
       │  RunPass(1, first) ─────────────────►│ ══ pages, barrier ══════════►│
@@ -19,8 +20,10 @@
 Without `Connect` a source's engine only watches: SampleDirty(seconds), answered by DirtySampled.
 
 Frames are `migrator.wire` frames. The descriptors of `Configure` come with its first byte
-(SCM_RIGHTS), in the order uffd, pagemap, region 0, region 1, ... End of file on the socketpair
-means that the agent died: the engine unregisters dirty tracking and exits.
+(SCM_RIGHTS), in the order uffd, pagemap, region 0, region 1, ... A destination may be configured
+with the regions alone while its hypervisor is still starting: pages can come then, and `Attach`
+brings the rest. End of file on the socketpair means that the agent died: the engine unregisters
+dirty tracking and exits.
 
 During a pass the source's engine heeds SetBandwidth and Stop at once, and keeps other messages
 until the pass is done. A final pass ignores the bandwidth cap: the guest stands still for it.
@@ -59,6 +62,8 @@ class Configure(Message, frozen=True, kw_only=True):
     """32 random bytes that both engines know; a page stream without them is refused."""
     pid: int
     regions: tuple[RegionLayout, ...]
+    attached: bool = True
+    """False: a destination's, with no descriptors but the regions'; `Attach` follows."""
     streams: int = 1
     bind_address: str = ""
     """Destination: the address to listen at. Source: the address to connect from; "" for any."""
@@ -76,6 +81,12 @@ class Configure(Message, frozen=True, kw_only=True):
     """Every connection between the engines is TLS, by these files; None: plain."""
     peer: str = ""
     """The node at the other end, whose name its certificate must have."""
+
+
+class Attach(Message, frozen=True, kw_only=True):
+    """Destination: the hypervisor has its memory mapped there. Its userfaultfd comes with this."""
+
+    regions: tuple[RegionLayout, ...]
 
 
 class Connect(Message, frozen=True, kw_only=True):
@@ -222,7 +233,15 @@ class Stopped(Message, frozen=True, kw_only=True):
 
 
 ToEngine = (
-    Configure | Connect | RunPass | SetBandwidth | OpenDeviceChannel | SampleDirty | PullAll | Stop
+    Configure
+    | Attach
+    | Connect
+    | RunPass
+    | SetBandwidth
+    | OpenDeviceChannel
+    | SampleDirty
+    | PullAll
+    | Stop
 )
 FromEngine = (
     Configured

@@ -3,8 +3,9 @@
 Inert unless the environment of the agent names a folder in `FERRY_HOLD_POINTS`; production never
 does. Then a side waits at the step `ROLE-STEP` for as long as a file of that name is there. STEP is
 a command of `migrator.session.vocabulary` that is performed by a driver, or the name of a message
-that is about to be sent. `ROLE-STEP.reached` appears when the step waits. Whatever ends a step in
-its midst (a cancel, a timeout) ends the waiting, too, as it would end a slow driver's work.
+that is about to be sent, or `arrive`: the destination's hypervisor is up. `ROLE-STEP.reached`
+appears when the step waits. Whatever ends a step in its midst (a cancel, a timeout) ends the
+waiting, too, as it would end a slow driver's work.
 """
 
 from __future__ import annotations

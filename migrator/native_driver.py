@@ -155,6 +155,12 @@ class NativeDriver:
     def warm_up(self) -> None:
         """Nothing to warm up: the hypervisor is the engine."""
 
+    def begin_early(self) -> None:
+        """There is nothing that could begin before the hypervisor."""
+
+    async def arrived(self, hypervisor: HypervisorDriver) -> None:
+        """`StartEngine` follows."""
+
     def limit_bandwidth(self, bandwidth_bytes_per_s: int | None) -> None:
         if self._target is not None and not self._stopped:
             self._queue("limit", self._limit(bandwidth_bytes_per_s))

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar
 from migrator.connection_port import Connection as Connection
 from migrator.connection_port import ConnectionTracker as ConnectionTracker
 from migrator.connection_port import TakenConnections as TakenConnections
+from migrator.errors import HypervisorError
 from migrator.fabric_port import FabricDriver as FabricDriver
 from migrator.fabric_port import FirstFrames as FirstFrames
 from migrator.fabric_port import ProbeReport as ProbeReport
@@ -78,6 +79,17 @@ class MemoryRegion(Struct, frozen=True, kw_only=True):
     size_bytes: int
     page_size_bytes: int
     mappings: tuple[RegionMapping, ...]
+
+
+OnMemory = Callable[[], None] | None
+"""See `HypervisorDriver.start_incoming`."""
+
+
+def close_regions(regions: Sequence[MemoryRegion]) -> None:
+    import os
+
+    for region in regions:
+        os.close(region.fd)
 
 
 class GuestMemory(Struct, frozen=True, kw_only=True):
@@ -178,8 +190,12 @@ class HypervisorDriver(abc.ABC):
         """Start a domain; when this returns its vCPUs run. On failure nothing is left."""
 
     @abc.abstractmethod
-    async def start_incoming(self, launch: Launch) -> None:
-        """Start a destination: paused, its devices made, waiting for device state."""
+    async def start_incoming(self, launch: Launch, on_memory: OnMemory = None) -> None:
+        """Start a destination: paused, its devices made, waiting for device state.
+
+        `on_memory` is called on the way there, if the driver can, once `arriving_memory` may be
+        written to: the hypervisor touches none of it until it is given device state.
+        """
 
     @abc.abstractmethod
     async def stop(self, domain: DomainName, *, timeout_s: float) -> bool:
@@ -234,6 +250,10 @@ class HypervisorDriver(abc.ABC):
     @abc.abstractmethod
     async def memory(self, domain: DomainName) -> GuestMemory:
         """Open the guest's memory, at any time, also after the agent's restart."""
+
+    async def arriving_memory(self, domain: DomainName) -> Sequence[MemoryRegion]:
+        """A destination's, from `on_memory` on: not mapped anywhere yet. The caller closes it."""
+        raise HypervisorError(f"{self.name} has no memory of {domain} before it is up")
 
     @abc.abstractmethod
     async def prepare_switchover(self, domain: DomainName) -> None:

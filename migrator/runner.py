@@ -39,7 +39,7 @@ from migrator.journal import MigrationJournal
 from migrator.journal_entry import entry_of
 from migrator.model import DomainName, DomainState, FencingToken, Role
 from migrator.native_driver import NativeDriver
-from migrator.ports import DomainEvent, HypervisorDriver, OwnershipStore
+from migrator.ports import AbortOutcome, DomainEvent, HypervisorDriver, OwnershipStore
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.messages import SessionMessage
@@ -348,7 +348,10 @@ class Runner:
         driver, domain = self._hypervisor, self.domain
         match command:
             case v.PrepareIncoming() if isinstance(self.session, DestinationSession):
-                await self._site.prepare_incoming(self.session, self.device_channel)
+                await self._site.prepare_incoming(
+                    self.session, self.device_channel, self._begin_early
+                )
+                await self._engine.arrived(self._hypervisor)
                 self.feed(v.IncomingReady())
             case v.PrepareSwitchover():
                 await self._switchover.prepare_switchover(domain)
@@ -359,7 +362,12 @@ class Runner:
             case v.ContinueSwitchover():
                 await driver.continue_switchover(domain)
             case v.AbortSwitchover():
-                self.feed(v.SwitchoverAborted(outcome=await driver.abort_switchover(domain)))
+                outcome = await driver.abort_switchover(domain)
+                if outcome is AbortOutcome.RESUMED:  # The end finds the guest free of its engine.
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_CLOSE_S):
+                            await self._engine.drained()
+                self.feed(v.SwitchoverAborted(outcome=outcome))
             case v.Fence():
                 took = await self._site.fence(self.session, FencingToken(command.token))
                 self.feed(v.Fenced(token=command.token, detail=took))
@@ -374,6 +382,11 @@ class Runner:
                 if status.state is DomainState.UNKNOWN:
                     raise HypervisorError(f"{domain} doesn't say what it does: {status.reason}")
                 self.feed(v.GuestInspected(condition=_CONDITIONS[status.state]))
+
+    def _begin_early(self) -> None:
+        """The hypervisor isn't up yet, and may fail to be: then PrepareIncoming has failed."""
+        self._engine.begin_early()
+        self.feed(v.IncomingReady(early=True))
 
     async def _resume(self) -> float:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from pathlib import Path
 
 from migrator.model import FencingToken, NodeName, Role
@@ -17,8 +18,15 @@ class Site(abc.ABC):
     """What a node does for a migration beyond its drivers. Errors: FerryError."""
 
     @abc.abstractmethod
-    async def prepare_incoming(self, session: DestinationSession, device_channel: Path) -> None:
+    async def prepare_incoming(
+        self,
+        session: DestinationSession,
+        device_channel: Path,
+        on_memory: Callable[[], None],
+    ) -> None:
         """Volumes, taps, the paused hypervisor that listens on `device_channel`; all or nothing.
+
+        `on_memory` is called on the way there, if pages may come before the rest is done.
 
         RefusedError with every reason if this node can't take the domain.
         """

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import signal
-import stat
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -25,10 +24,11 @@ from hypervisor.qemu.config import (
     monitor_path,
     prepare_directories,
 )
+from hypervisor.qemu.early_pages import EarlyPages
 from hypervisor.qemu.guest import COMMAND_TIMEOUT_S, Guest
 from hypervisor.qemu.host import HostProbe
 from hypervisor.qemu.launcher import Launched
-from hypervisor.qemu.memory import memory_in_use_bytes, open_memory
+from hypervisor.qemu.memory import memory_in_use_bytes, open_arriving, open_memory
 from hypervisor.qemu.native import QemuNative
 from hypervisor.qemu.offload import offload
 from hypervisor.qemu.process import QemuProcess
@@ -41,7 +41,6 @@ from migrator.model import (
     DomainState,
     DomainStatus,
     FencingToken,
-    FileSource,
     HypervisorCapabilities,
 )
 from migrator.native_port import NativeMigration
@@ -51,6 +50,9 @@ from migrator.ports import (
     GuestMemory,
     HypervisorDriver,
     Launch,
+    MemoryRegion,
+    OnMemory,
+    close_regions,
 )
 
 log = logging.getLogger(__name__)
@@ -95,6 +97,7 @@ class QemuDriver(HypervisorDriver):
         self._subscribers: list[Callable[[DomainEvent], None]] = []
         self._lock: int | None = None
         self._native = QemuNative(self._guest)
+        self._early_pages = EarlyPages()
 
     # --- the driver's life -----------------------------------------------------------------
 
@@ -200,10 +203,11 @@ class QemuDriver(HypervisorDriver):
     async def start(self, launch: Launch) -> None:
         await self._launch(launch, incoming=False)
 
-    async def start_incoming(self, launch: Launch) -> None:
-        await self._launch(launch, incoming=True)
+    async def start_incoming(self, launch: Launch, on_memory: OnMemory = None) -> None:
+        early = on_memory if self._early_pages.possible else None
+        await self._launch(launch, incoming=True, on_memory=early)
 
-    async def _launch(self, launch: Launch, *, incoming: bool) -> None:
+    async def _launch(self, launch: Launch, *, incoming: bool, on_memory: OnMemory = None) -> None:
         name = launch.spec.name
         if self._lock is None:
             raise HypervisorError("the QEMU driver is not open")
@@ -212,30 +216,36 @@ class QemuDriver(HypervisorDriver):
         self._launching.add(name)
         self._crashed_unseen.pop(DomainName(name), None)  # Its folder is made anew.
         try:
-            await self._launch_and_run(launch, incoming=incoming)
+            await self._launch_and_run(launch, incoming=incoming, on_memory=on_memory)
         finally:
             self._launching.discard(name)
 
-    async def _launch_and_run(self, launch: Launch, *, incoming: bool) -> None:
+    async def _launch_and_run(self, launch: Launch, *, incoming: bool, on_memory: OnMemory) -> None:
         name, config = launch.spec.name, self.config
         facts = await self._probe.facts()
         qemu_log = config.qemu_log(name)
-        said = await offload(lambda: _ready_logs(config, name))
+        said = await offload(lambda: logs.make_ready(config.console_log(name), qemu_log))
         request = QemuLaunch(
             launch=launch,
             binary=facts.binary,
             accelerator=facts.accelerator,
             console_log=config.console_log(name),
             incoming=incoming,
-            host_devices=await offload(lambda: _host_devices(launch)),
+            host_devices=await offload(lambda: launcher.host_devices(launch)),
         )
         directory = config.domain_directory(name)
         launched = await offload(
             lambda: launcher.launch_process(request, directory, qemu_log), undo=_discard
         )
         guest = self._take(launched)
+        guest.said = lambda: logs.since(qemu_log, said)
         try:
+            if on_memory is not None:
+                on_memory()
             await guest.connect(timeout_s=LAUNCH_TIMEOUT_S)
+            guest.said = None
+            if on_memory is not None:
+                await self._early_pages.see_untouched(guest)
             if not incoming:
                 await guest.cont()
                 await guest.record_saved()
@@ -333,7 +343,10 @@ class QemuDriver(HypervisorDriver):
             return await self._ended(domain, guest)
         in_use = await offload(lambda: memory_in_use_bytes(guest.process.pid, guest.record.ram_fd))
         try:
-            run_state = await guest.run_state(timeout_s=INSPECT_TIMEOUT_S)
+            if guest.said is not None:  # It starts, and doesn't answer yet.
+                run_state = "inmigrate" if guest.incoming else "prelaunch"
+            else:
+                run_state = await guest.run_state(timeout_s=INSPECT_TIMEOUT_S)
             if run_state == "postmigrate" and guest.migration is not MigrationStatus.COMPLETED:
                 await guest.refresh()
         except HypervisorError as error:
@@ -395,6 +408,12 @@ class QemuDriver(HypervisorDriver):
             undo=GuestMemory.close,
         )
 
+    async def arriving_memory(self, domain: DomainName) -> Sequence[MemoryRegion]:
+        guest = self._guest(domain)
+        return await offload(
+            lambda: open_arriving(guest.process, guest.record.ram_fd), undo=close_regions
+        )
+
     async def prepare_switchover(self, domain: DomainName) -> None:
         await switchover.prepare(self._guest(domain))
 
@@ -428,21 +447,3 @@ def _let_go(process: QemuProcess | None) -> None:
 def _discard(launched: Launched) -> None:
     """End a process that nobody waits for any more, off the event loop."""
     asyncio.get_running_loop().run_in_executor(None, launched.kill)
-
-
-def _ready_logs(config: QemuConfig, domain: str) -> int:
-    """Bound the logs before a start; returns where QEMU's new messages will begin."""
-    logs.trim(config.console_log(domain))
-    logs.trim(config.qemu_log(domain))
-    return logs.size_bytes(config.qemu_log(domain))
-
-
-def _host_devices(launch: Launch) -> frozenset[str]:
-    found = set()
-    for source in launch.disks:
-        if not isinstance(source, FileSource):
-            continue
-        with contextlib.suppress(OSError):
-            if stat.S_ISBLK(Path(source.path).stat().st_mode):
-                found.add(source.path)
-    return frozenset(found)

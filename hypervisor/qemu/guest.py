@@ -62,6 +62,8 @@ class Guest:
         self.process = process
         self.urgency = Urgency(process.pid)
         self.gone = asyncio.Event()
+        self.said: Callable[[], str] | None = None
+        """While it starts: what QEMU has said, which tells why it fails."""
         self.told_to_end = False
         """QEMU said that it was told to end, by the guest, a signal or a monitor."""
         self.end_reason: str | None = None
@@ -399,6 +401,7 @@ class Guest:
 
     async def _finish(self) -> None:
         await self.record_saved()
+        detail = await self._exit_detail()
         if self._monitor is not None:
             await self._monitor.hear_out()
             await self._monitor.close()
@@ -410,15 +413,14 @@ class Guest:
         # A destination's copy may be the domain before it runs; whether it is, the record tells.
         counts = self.record.has_run or self.record.incoming
         crashed = self.end_reason is None and not self.told_to_end and counts
-        self._emit(DomainEventKind.EXITED, time.time(), self._exit_detail(), crashed=crashed)
+        self._emit(DomainEventKind.EXITED, time.time(), detail, crashed=crashed)
 
-    def _exit_detail(self) -> str:
-        if self.end_reason is not None:
-            return self.end_reason
-        status = self.process.exit_status
-        if status is None:
-            return "QEMU ended by itself"
-        return f"QEMU was killed by signal {-status}" if status < 0 else f"QEMU exited: {status}"
+    async def _exit_detail(self) -> str:
+        said = await offload(self.said) if self.said is not None else ""
+        status, how = self.process.exit_status, "ended by itself"
+        if status is not None:
+            how = f"was killed by signal {-status}" if status < 0 else f"exited: {status}"
+        return (self.end_reason or f"QEMU {how}") + (f": {said}" if said else "")
 
     async def let_go(self) -> None:
         """Stop looking after it; the process lives on, undisturbed. Idempotent."""

@@ -20,6 +20,7 @@ _SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
 _UFFD_API = 0xAA
 _UFFDIO_API = 0xC018AA3F
 _PAGEMAP_SCAN = 0xC0606610
+_PAGE_IS_PRESENT = 1 << 3
 _FEATURES = {
     "MISSING_SHMEM": 1 << 5,
     "WP_HUGETLBFS_SHMEM": 1 << 12,
@@ -86,6 +87,19 @@ def _pagemap_scan_obstacle() -> str | None:
             os.close(descriptor)
             del anchor
     return None
+
+
+def has_present_page(pagemap: int, start: int, end: int) -> bool:
+    """Whether the page tables have any page of [start, end). OSError: the kernel can't tell."""
+    vector = ctypes.create_string_buffer(24)
+    request = bytearray(
+        struct.pack(
+            "12Q",
+            *(96, 0, start, end, 0, ctypes.addressof(vector), 1, 0),
+            *(0, _PAGE_IS_PRESENT, 0, _PAGE_IS_PRESENT),
+        )
+    )
+    return int(fcntl.ioctl(pagemap, _PAGEMAP_SCAN, request)) > 0
 
 
 def kvm_obstacle() -> str | None:

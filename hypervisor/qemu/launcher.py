@@ -13,6 +13,7 @@ import contextlib
 import os
 import signal
 import socket
+import stat
 from pathlib import Path
 
 from hypervisor.qemu import records
@@ -32,7 +33,8 @@ from hypervisor.qemu.process import ProcessIdentity, QemuProcess, Spawn, identif
 from hypervisor.qemu.qmp import short_path
 from hypervisor.qemu.records import ProcessRecord
 from migrator.errors import HypervisorError
-from migrator.model import IscsiSource
+from migrator.model import FileSource, IscsiSource
+from migrator.ports import Launch
 
 _KEPT_ENVIRONMENT = ("PATH", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "FERRY_TEST_SESSION")
 """QEMU inherits no more of the agent's environment, which may hold secrets. The last one is the
@@ -89,6 +91,18 @@ def launch_process(request: QemuLaunch, directory: Path, log: Path) -> Launched:
             if isinstance(error, OSError):
                 raise HypervisorError(f"{spec.name}: can't start QEMU: {error}") from error
             raise
+
+
+def host_devices(launch: Launch) -> frozenset[str]:
+    """Those of its disks that are block devices of this host."""
+    found = set()
+    for source in launch.disks:
+        if not isinstance(source, FileSource):
+            continue
+        with contextlib.suppress(OSError):
+            if stat.S_ISBLK(Path(source.path).stat().st_mode):
+                found.add(source.path)
+    return frozenset(found)
 
 
 def _record(pid: int, request: QemuLaunch, directory: Path) -> Launched:

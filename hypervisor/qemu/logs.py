@@ -32,6 +32,13 @@ def trim(path: Path) -> None:
             os.close(descriptor)
 
 
+def make_ready(console: Path, messages: Path) -> int:
+    """Bound both logs before a start; returns where QEMU's new messages will begin."""
+    trim(console)
+    trim(messages)
+    return size_bytes(messages)
+
+
 def size_bytes(path: Path) -> int:
     """The file's size; 0 if it isn't there."""
     try:

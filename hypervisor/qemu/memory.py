@@ -12,6 +12,8 @@ import ctypes
 import os
 from pathlib import Path
 
+from hypervisor.qemu import kernel
+from hypervisor.qemu.process import QemuProcess
 from migrator.errors import HypervisorError
 from migrator.model import PAGE_SIZE_BYTES
 from migrator.ports import GuestMemory, MemoryRegion, RegionMapping
@@ -69,6 +71,26 @@ def _adjoins(last: RegionMapping, address: int, offset: int) -> bool:
     return last.address + length == address and last.region_offset_bytes + length == offset
 
 
+def open_arriving(process: QemuProcess, ram_fd: int) -> tuple[MemoryRegion, ...]:
+    """The memory of a process that may not have come to map it. HypervisorError: it is gone."""
+    try:
+        ram = duplicate_from(process.pidfd, ram_fd)
+    except OSError as error:
+        raise HypervisorError(f"can't open the memory of process {process.pid}: {error}") from error
+    size_bytes = os.fstat(ram).st_size
+    return (_region(ram, size_bytes, ()),)
+
+
+def _region(ram: int, size_bytes: int, mappings: tuple[RegionMapping, ...]) -> MemoryRegion:
+    return MemoryRegion(
+        name="ram0",
+        fd=ram,
+        size_bytes=size_bytes,
+        page_size_bytes=PAGE_SIZE_BYTES,
+        mappings=mappings,
+    )
+
+
 def open_memory(pid: int, pidfd: int, *, ram_fd: int, uffd_fd: int) -> GuestMemory:
     """Open everything that the page engine needs. HypervisorError leaves nothing open."""
     opened: list[int] = []
@@ -90,13 +112,7 @@ def open_memory(pid: int, pidfd: int, *, ram_fd: int, uffd_fd: int) -> GuestMemo
             raise HypervisorError(
                 f"process {pid} maps {covered} of its {status.st_size} bytes of guest memory"
             )
-        region = MemoryRegion(
-            name="ram0",
-            fd=ram,
-            size_bytes=status.st_size,
-            page_size_bytes=PAGE_SIZE_BYTES,
-            mappings=mappings,
-        )
+        region = _region(ram, status.st_size, mappings)
         return GuestMemory(pid=pid, regions=(region,), uffd=uffd, pagemap_fd=pagemap)
     except BaseException as error:
         for fd in opened:
@@ -104,6 +120,26 @@ def open_memory(pid: int, pidfd: int, *, ram_fd: int, uffd_fd: int) -> GuestMemo
         if isinstance(error, OSError):
             raise HypervisorError(f"can't open the memory of process {pid}: {error}") from error
         raise
+
+
+def touched(pid: int, ram_fd: int) -> bool:
+    """Whether the process has looked at any page of the guest's memory, or written to one.
+
+    By its own page tables, which what others write to the file doesn't show up in. HypervisorError.
+    """
+    try:
+        inode = Path(f"/proc/{pid}/fd/{ram_fd}").stat().st_ino
+        maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace")
+        pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise HypervisorError(f"can't look at the memory of process {pid}: {error}") from error
+    try:
+        return any(
+            kernel.has_present_page(pagemap, each.address, each.address + each.length_bytes)
+            for each in parse_maps(maps, inode)
+        )
+    finally:
+        os.close(pagemap)
 
 
 def memory_in_use_bytes(pid: int, ram_fd: int) -> int | None:

@@ -34,9 +34,12 @@ from migrator.ports import (
     HypervisorDriver,
     Launch,
     MemoryRegion,
+    OnMemory,
     RegionMapping,
 )
 
+COME_UP = "come_up"
+"""As an operation of `SimulatedFaults`: a destination's start, after `on_memory`."""
 MACHINE_TYPES = ("pc", "pc-i440fx-7.2", "pc-q35-7.2", "q35")
 CPU_MODELS = ("max", "qemu64")
 STANDING = frozenset({DomainState.PAUSED, DomainState.IO_ERROR, DomainState.POSTMIGRATE})
@@ -111,8 +114,18 @@ class SimulatedHypervisor(HypervisorDriver):
         guest = await self._spawn("start", launch, incoming=False)
         self._run(guest)
 
-    async def start_incoming(self, launch: Launch) -> None:
-        await self._spawn("start_incoming", launch, incoming=True)
+    async def start_incoming(self, launch: Launch, on_memory: OnMemory = None) -> None:
+        guest = await self._spawn("start_incoming", launch, incoming=True)
+        if on_memory is None:
+            return
+        on_memory()
+        try:
+            await self.host.faults.strike(COME_UP)
+        except BaseException:
+            self.host.discard(guest)
+            raise
+        if self.host.guests.get(launch.spec.name) is not guest:
+            raise HypervisorError(f"{launch.spec.name} didn't start: it ended")
 
     async def _spawn(self, operation: str, launch: Launch, *, incoming: bool) -> SimulatedGuest:
         if not self._open:
@@ -205,6 +218,12 @@ class SimulatedHypervisor(HypervisorDriver):
         return None if guest is None else guest.launch.token
 
     # --- what the page engine needs --------------------------------------------------------
+
+    async def arriving_memory(self, domain: DomainName) -> Sequence[MemoryRegion]:
+        memory = await self.memory(domain)
+        os.close(memory.uffd)
+        os.close(memory.pagemap_fd)
+        return memory.regions
 
     async def memory(self, domain: DomainName) -> GuestMemory:
         """The memfd is real; the userfaultfd and the pagemap are /dev/null: nothing is mapped."""

@@ -201,6 +201,13 @@ class SimulatedHost:
             self.crashed_unseen.add(domain)
         self.emit(domain, DomainEventKind.EXITED, reason, crashed=crashed)
 
+    def discard(self, guest: SimulatedGuest) -> None:
+        """End a process whose start failed: no event tells of that."""
+        name = guest.launch.spec.name
+        if self.guests.get(name) is guest:
+            del self.guests[name]
+            os.close(guest.memory_fd)
+
     def close_channel(self, guest: SimulatedGuest) -> None:
         """Drop the guest's end of its device channel; the other end is told."""
         path, guest.device_channel = guest.device_channel, None

@@ -101,11 +101,19 @@ class Control:
                 raise StoppedError("it wasn't needed")
             if not isinstance(first, Configure):
                 raise LocalProtocolError(f"{type(first).__name__} came before Configure")
-            if len(self._descriptors) != 2 + len(first.regions):
+            wanted = len(first.regions) + (2 if first.attached else 0)
+            if len(self._descriptors) < wanted:
                 raise LocalProtocolError(
                     f"{len(first.regions)} regions came with {len(self._descriptors)} descriptors"
                 )
-            return first, self._descriptors
+            taken, self._descriptors = self._descriptors[:wanted], self._descriptors[wanted:]
+            return first, taken
+
+    def take_descriptor(self) -> int:
+        """The next one that came with a message behind `Configure`."""
+        if not self._descriptors:
+            raise LocalProtocolError("a message came without its descriptor")
+        return self._descriptors.pop(0)
 
     def close(self) -> None:
         self._sock.close()

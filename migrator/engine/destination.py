@@ -31,6 +31,7 @@ from migrator.engine.receiver import Connection, Memory
 from migrator.engine.relay import DestinationRelay
 from migrator.engine.transport import StreamSocket, make_server_context
 from migrator.engine_messages import (
+    Attach,
     Configure,
     DeviceChannelOpen,
     Listening,
@@ -48,6 +49,9 @@ from migrator.ranges import Ranges
 _CONNECTIONS_MAX: Final = 2 * frames.STREAMS_MAX + 16
 """Every stream, its replacement, and some strangers."""
 _REPLACE_S: Final = 5.0
+_ATTACH_S: Final = 3.0
+"""Between the source's word that pages will be missing and `Attach`: the agent gives leave for the
+one when it has said the other."""
 _GRACE_S: Final = 5.0
 """The source gives up first: it knows more."""
 
@@ -58,10 +62,15 @@ class DestinationEngine:
     def __init__(self, configure: Configure, descriptors: list[int], control: Control) -> None:
         self._configure = configure
         self._control = control
-        self._memory = Memory(map_regions(configure, descriptors[2:]))
+        self._attached = threading.Event()
+        """The hypervisor has mapped its memory, and its userfaultfd is here."""
+        self._uffd = -1
+        if configure.attached:
+            self._uffd, _, *descriptors = descriptors
+            self._attached.set()
+        self._memory = Memory(map_regions(configure, descriptors))
         self._health = ChannelHealth(control.send)
         self._faults = ThreadFaults()
-        self._uffd = descriptors[0]
         self._filled = Signal()
         self._filler: Filler | None = None
         self._lock = threading.Lock()
@@ -135,6 +144,11 @@ class DestinationEngine:
             case OpenDeviceChannel():
                 path = Path(message.path)
                 threading.Thread(target=self._open_device, args=(path,), daemon=True).start()
+            case Attach():
+                self._uffd = self._control.take_descriptor()
+                for region, layout in zip(self._memory.regions, message.regions, strict=True):
+                    region.layout = layout
+                self._attached.set()
             case PullAll():
                 self._the_filler().pull_all()
             case Stop():
@@ -147,6 +161,8 @@ class DestinationEngine:
 
         EngineError for one that can't.
         """
+        if not self._attached.wait(_ATTACH_S):
+            raise EngineError("pages are to be missing, and the hypervisor isn't there yet")
         with self._lock:
             if self._filler is None:
                 self._filler = Filler(

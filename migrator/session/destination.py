@@ -24,6 +24,7 @@ from __future__ import annotations
 from migrator.model import (
     ENDED,
     MigrationState,
+    NodeName,
     OwnershipRecord,
     OwnershipState,
 )
@@ -73,6 +74,28 @@ _BEFORE_HANDOFF = (_S.SETUP, _S.PRECOPY, _S.SWITCHOVER)
 
 class DestinationSession(DestinationArrival):
     """See the module. Public attributes are for reading; `handle` alone changes them."""
+
+    @classmethod
+    def asked(
+        cls,
+        prepare: Prepare,
+        migration_id: str,
+        *,
+        source: NodeName,
+        here: NodeName,
+        created_at_s: float,
+    ) -> DestinationSession:
+        """The session that is made for `prepare`, which came from `source`."""
+        return cls(
+            migration_id=migration_id,
+            spec=prepare.spec,
+            source=source,
+            destination=here,
+            token=prepare.token,
+            request=prepare.request,
+            created_at_s=created_at_s,
+            pages_first=prepare.asks_whether_arrived,
+        )
 
     # --- dispatch ---
 

@@ -62,9 +62,11 @@ class DestinationArrival(DestinationPostCopy):
 
     def _before_handoff(self, event: Event) -> None:
         match event:
-            case IncomingReady() if not self._incoming_ready:
-                self._incoming_ready = True
-                self._do(StartEngine())
+            case IncomingReady():
+                self._up = self._up or not event.early
+                if not self._incoming_ready:
+                    self._incoming_ready = True
+                    self._do(StartEngine())
             case EngineListening() if self.state is _S.SETUP:
                 self._listening = event
                 self._enter(_S.PRECOPY)
@@ -105,8 +107,8 @@ class DestinationArrival(DestinationPostCopy):
 
     def _engine_gone(self, reason: str) -> None:
         """See the module."""
-        if self.state is _S.SETUP:
-            self._give_up(f"the destination's engine: {reason}")  # Nobody could have connected.
+        if self.state is _S.SETUP or not self._up:  # Nothing can have been loaded.
+            self._give_up(f"the destination's engine: {reason}")
             return
         self._listening = None
         if self.pages_missing:

@@ -30,8 +30,11 @@ class DestinationView(Session):
         committed: bool = False,
         post_copy: bool = False,
         complete: bool = False,
+        pages_first: bool = False,
     ) -> None:
-        """`may_have_run`: restored from a journal that can't rule out an earlier resume.
+        """`pages_first`: they may come before all is prepared.
+
+        `may_have_run`: restored from a journal that can't rule out an earlier resume.
 
         `committed`: restored from a journal that knows of a Commit. `post_copy`: of one with
         pages missing; `complete`: none is missing any more.
@@ -47,9 +50,12 @@ class DestinationView(Session):
             timing=timing or Timing(),
         )
         self.spec = spec
+        self.pages_first = pages_first
         self.post_copy = post_copy
         self.complete = PagesComplete() if complete else None
         self._incoming_ready = False
+        self._up = False
+        """The hypervisor waits for device state, or has some."""
         self._listening: EngineListening | None = None
         self._engine_lost_at_s = 0.0
         self._engine_lost_reason = ""

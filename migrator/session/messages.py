@@ -40,6 +40,9 @@ class Prepare(Message, frozen=True, kw_only=True):
     source: str
     token: int
     request: MigrationRequest
+    asks_whether_arrived: bool = False
+    """The source does so before it pauses the guest: so the answer needn't wait until everything is
+    prepared, and pages can come meanwhile."""
 
 
 class Prepared(Message, frozen=True, kw_only=True):

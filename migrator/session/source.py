@@ -158,7 +158,7 @@ class SourceSession(SourceLeave):
                 self._hear_prepared(message)
             case Filled() if self.post_copy:
                 self._filled(message)
-            case Refused() if self.state is _S.SETUP:
+            case Refused() if self.state in (_S.SETUP, _S.PRECOPY):
                 self._give_up("the destination refused: " + "; ".join(message.reasons))
             case Running():
                 self._destination_runs_now(message)
@@ -199,7 +199,13 @@ class SourceSession(SourceLeave):
                 self._give_up(event.reason)
 
     def _prepare(self) -> Prepare:
-        return Prepare(spec=self.spec, source=self.source, token=self.token, request=self.request)
+        return Prepare(
+            spec=self.spec,
+            source=self.source,
+            token=self.token,
+            request=self.request,
+            asks_whether_arrived=True,
+        )
 
     def _in_setup(self, event: Event) -> None:
         match event:

@@ -129,7 +129,8 @@ class GuestReported(Struct, frozen=True, kw_only=True):
 
 
 class IncomingReady(Struct, frozen=True, kw_only=True):
-    pass
+    early: bool = False
+    """Its memory is there, and the hypervisor isn't up: that is told by another of these."""
 
 
 class RecordSwapped(Struct, frozen=True, kw_only=True):

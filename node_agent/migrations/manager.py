@@ -410,14 +410,8 @@ class MigrationManager(MigrationService):
         if reasons:
             await self._site.send(sender, id, Role.SOURCE, Refused(reasons=tuple(reasons)))
             return
-        session = DestinationSession(
-            migration_id=id,
-            spec=prepare.spec,
-            source=sender,
-            destination=self.node,
-            token=prepare.token,
-            request=prepare.request,
-            created_at_s=time.time(),
+        session = DestinationSession.asked(
+            prepare, id, source=sender, here=self.node, created_at_s=time.time()
         )
         self._make_runner(session).feed(v.Begin())
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, Final
 
 from migrator.errors import RefusedError, StoreError
+from migrator.hold_points import hold
 from migrator.model import (
     DomainName,
     DomainSpec,
@@ -25,6 +26,7 @@ from migrator.session.destination import DestinationSession
 from migrator.session.messages import SessionMessage
 from migrator.session.source import SourceSession
 from node_agent.domains import DomainService
+from node_agent.migrations.arrivals import Arrivals
 from node_agent.migrations.checks import DestinationCheck, Inspection
 from node_agent.migrations.cutover import CutoverService
 from node_agent.migrations.moments import MigrationMoments
@@ -62,6 +64,7 @@ class NodeSite(Site):
         moments: MigrationMoments,
         ownership: OwnershipStore,
         cutover: CutoverService,
+        arrivals: Arrivals | None = None,
     ) -> None:
         self._hub = hub
         self._hypervisor = hypervisor
@@ -71,10 +74,12 @@ class NodeSite(Site):
         self._moments = moments
         self._ownership = ownership
         self._cutover = cutover
+        self._arrivals = arrivals or Arrivals(hub)
         self._path = PathCheck(hub, fabric)
 
     def open(self) -> None:
-        """Serve other nodes' questions about the network."""
+        """Serve other nodes' questions."""
+        self._arrivals.register()
         self._cutover.register()
         self._path.register()
 
@@ -86,7 +91,21 @@ class NodeSite(Site):
         """What the network between here and there says against a migration."""
         return await self._path.reasons(spec, destination)
 
-    async def prepare_incoming(self, session: DestinationSession, device_channel: Path) -> None:
+    async def prepare_incoming(
+        self,
+        session: DestinationSession,
+        device_channel: Path,
+        on_memory: Callable[[], None],
+    ) -> None:
+        with self._arrivals.preparing(session.migration_id):
+            await self._prepare_incoming(session, device_channel, on_memory)
+
+    async def _prepare_incoming(
+        self,
+        session: DestinationSession,
+        device_channel: Path,
+        on_memory: Callable[[], None],
+    ) -> None:
         spec, domain = session.spec, DomainName(session.domain)  # Claimed when it was admitted.
         own = await self._hypervisor.capabilities()
         # The source compared its hypervisor when it asked; memory and bridges change by the second.
@@ -95,12 +114,15 @@ class NodeSite(Site):
         )
         if reasons:
             raise RefusedError(f"{session.destination} can't take domain {domain}", reasons)
+        paged = session.request.engine is not EngineKind.NATIVE
+        early = on_memory if paged and session.pages_first else None
         launch, undo = await self._domains.build_launch(spec, FencingToken(session.next_token))
         try:
             async with _beside(self._cutover.prepare_arrival(_move(session))):
-                await self._hypervisor.start_incoming(launch)
+                await self._hypervisor.start_incoming(launch, early)
+            await hold(session.role, "arrive")
             undo.release()
-            if session.request.engine is not EngineKind.NATIVE:
+            if paged:
                 await self._hypervisor.receive_device_state(domain, device_channel)
         except BaseException:
             await self._hypervisor.destroy(domain)
@@ -108,6 +130,7 @@ class NodeSite(Site):
             raise
 
     async def leave(self, session: SourceSession) -> str:
+        await self._arrivals.wait(session.destination, session.migration_id)
         report = await self._moments.before_switchover(session)
         if report.forbidden is not None:
             raise RefusedError(report.forbidden, [report.forbidden])

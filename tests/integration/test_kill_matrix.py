@@ -26,7 +26,7 @@ WITNESS = "n3"
 """Asked about what goes on: its agent has no part in the migrations and isn't killed."""
 SLOW_BYTES_PER_S = 4_000_000
 """A pre-copy that lasts some ten seconds."""
-PHASES = ("setup", "precopy", "switchover")
+PHASES = ("setup", "arrival", "precopy", "switchover")
 VICTIMS = (
     "source agent",
     "destination agent",
@@ -35,8 +35,10 @@ VICTIMS = (
     "destination hypervisor",
 )
 HOLDS = {
-    # Both engines and the destination's hypervisor are there; the source doesn't know it yet.
+    # Both engines are there, and the destination's hypervisor starts; the source doesn't know yet.
     "setup": ("destination", "Prepared"),
+    # Pages come, and the destination's hypervisor has just come up.
+    "arrival": ("destination", "arrive"),
     # The guest stands still, its last page is in place, its device state isn't sent.
     "switchover": ("source", "ContinueSwitchover"),
 }

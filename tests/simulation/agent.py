@@ -47,15 +47,10 @@ from node_agent.nodes import NodeView
 from node_agent.peers.hub import PeerHub
 from node_agent.state.ownership import StoreOwnership
 from node_agent.state.typed import TypedStore
+from tests.simulation import stand_ins
 from tests.simulation.checkers import writes
 from tests.simulation.guests import PAGES, STATES, G, Guest
 from tests.simulation.loop import AgentDead
-from tests.simulation.stand_ins import (
-    NoHooks,
-    NoNetwork,
-    SimulatedRestarts,
-    UnencryptedCheck,
-)
 from tests.simulation.storage import SimulatedVolumes
 from tests.simulation.store import SimulatedStore
 
@@ -131,7 +126,7 @@ class Agent:
             locks=self.locks,
             restart=RestartPolicy(
                 boot_id=node.boot_id,
-                store=SimulatedRestarts(self),
+                store=stand_ins.SimulatedRestarts(self),
                 clock=lambda: node.clock_s,
             ),
             clock=lambda: node.clock_s,
@@ -149,7 +144,7 @@ class Agent:
             events=events,
             clock=lambda: node.clock_s,
         )
-        check = UnencryptedCheck(
+        check = stand_ins.UnencryptedCheck(
             memory_bytes=1 << 40,
             hypervisor=self.hypervisor,
             pools=pools,
@@ -158,15 +153,17 @@ class Agent:
             tls=lambda: None,
             state=Path(),
         )
+        self.arrivals = stand_ins.SimulatedArrivals(self)
         self.site = NodeSite(
             hub=cast(PeerHub, None),  # Messages go by the simulated network.
             hypervisor=self.hypervisor,
             fabric=fabric,
             domains=self.domains,
             check=check,
-            moments=cast(MigrationMoments, NoHooks()),
+            moments=cast(MigrationMoments, stand_ins.NoHooks()),
             ownership=self.ownership,
-            cutover=cast(CutoverService, NoNetwork()),
+            cutover=cast(CutoverService, stand_ins.NoNetwork()),
+            arrivals=self.arrivals,
         )
 
     # --- tasks ---
@@ -342,8 +339,11 @@ class SimulatedHypervisor(HypervisorDriver):
         guest = await self._call(effect)
         guest.doomed = False
 
-    async def start_incoming(self, launch: Launch) -> None:
+    async def start_incoming(
+        self, launch: Launch, on_memory: Callable[[], None] | None = None
+    ) -> None:
         await self._call(lambda: self._spawn(launch, G.INCOMING, [-1] * PAGES))
+        await stand_ins.come_up(self._agent, launch.spec.name, on_memory)
 
     def _spawn(self, launch: Launch, state: G, memory: list[int]) -> Guest:
         domain, node = self._domain(launch.spec.name), self._agent.node.name

@@ -51,7 +51,9 @@ def begin(side: Side, command: v.Command) -> None:
         case v.AskLeave():
             agent.spawn(_ask_leave(side, agent))
         case v.PrepareIncoming():
-            side.guest_lane.put(_step(side, command, partial(_prepare_incoming, session, agent)))
+            side.guest_lane.put(
+                _step(side, command, partial(_prepare_incoming, side, session, agent))
+            )
         case v.Fence():
             side.fence_token = command.token
             side.guest_lane.put(
@@ -121,9 +123,14 @@ async def _ask_leave(side: Side, agent: Agent) -> None:
         side.feed(event)
 
 
-async def _prepare_incoming(session: NodeSession, agent: Agent) -> v.Event:
+async def _prepare_incoming(side: Side, session: NodeSession, agent: Agent) -> v.Event:
     assert isinstance(session, DestinationSession)
-    await agent.site.prepare_incoming(session, Path("/simulated"))
+
+    def begin_early() -> None:
+        if side.session is session:
+            side.feed(v.IncomingReady(early=True))
+
+    await agent.site.prepare_incoming(session, Path("/simulated"), begin_early)
     return v.IncomingReady()
 
 

@@ -65,13 +65,11 @@ class Sessions:
         )
 
     def destination(self, side: Side, prepare: m.Prepare) -> DestinationSession:
-        return DestinationSession(
-            migration_id=side.migration_id,
-            spec=prepare.spec,
+        return DestinationSession.asked(
+            prepare,
+            side.migration_id,
             source=side.other.node.name,
-            destination=side.node.name,
-            token=prepare.token,
-            request=prepare.request,
+            here=side.node.name,
             created_at_s=side.node.clock_s,
         )
 

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
-from migrator.errors import StoreError
-from migrator.model import DomainName
+from migrator.errors import HypervisorError, StoreError
+from migrator.model import DomainName, NodeName
 from node_agent.hooks.model import HookReport
+from node_agent.migrations.arrivals import Arrivals
 from node_agent.migrations.checks import DestinationCheck
+from node_agent.peers.hub import PeerHub
 from node_agent.restart_notes import RestartNotes, RestartStore
 
 if TYPE_CHECKING:
     from tests.simulation.agent import Agent
 
 WRITE_S = 0.005
+ASK_S = 0.01
+EARLY_IN_EACH = 10
+"""One in so many seeds: the others stay what they were when they were found to show something."""
+EARLY = 0.8
+UP_S = (0.05, 2.0)
+"""From the first page that may come to the hypervisor's answer, at most."""
 
 
 class UnencryptedCheck(DestinationCheck):
@@ -33,6 +42,45 @@ class NoHooks:
 
     async def before_switchover(self, _: object) -> HookReport:
         return HookReport()
+
+
+class SimulatedArrivals(Arrivals):
+    """A source sees what the other agent knows, by the simulated network."""
+
+    def __init__(self, agent: Agent) -> None:
+        super().__init__(cast(PeerHub, None))
+        self._agent = agent
+
+    async def wait(self, destination: NodeName, migration_id: str) -> None:
+        node = self._agent.node
+        side = node.cluster.migrations[migration_id].source
+        while side.session is not None:
+            there = node.cluster.nodes[destination].agent
+            reached = node.cluster.reaches(node.name, destination)
+            if reached and there is not None and not there.arrivals.is_preparing(migration_id):
+                return
+            await self._agent.call(_nothing, ASK_S)
+
+
+async def come_up(agent: Agent, name: str, on_memory: Callable[[], None] | None) -> None:
+    """A destination whose process was just made: some can take pages before they are up."""
+    world, node = agent.world, agent.node
+    dice = random.Random(f"early {world.seed} {node.name} {world.now_s}")
+    if on_memory is None or world.seed % EARLY_IN_EACH or dice.random() >= EARLY:
+        return
+    on_memory()
+    fails = dice.random() < world.faults.command_failure
+    domain = node.cluster.domains[DomainName(name)]
+
+    def effect() -> None:
+        if fails or node.name not in domain.guests:
+            raise HypervisorError("simulated: it didn't come up")
+
+    await agent.call(effect, dice.random() * dice.choice(UP_S))
+
+
+def _nothing() -> None:
+    pass
 
 
 class NoNetwork:

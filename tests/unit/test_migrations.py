@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from hypervisor.simulated.driver import COME_UP
 from migrator.errors import ConflictError, RefusedError, WrongStateError
 from migrator.model import (
     ENDED,
@@ -26,6 +27,7 @@ from migrator.ports import AbortOutcome
 from migrator.runner import Session
 from migrator.session import vocabulary as v
 from migrator.session.messages import Prepare
+from migrator.session.source import SourceSession
 from node_agent.domain_locks import DomainLocks
 from node_agent.migrations import room
 from node_agent.migrations.checks import claim_reasons
@@ -185,6 +187,59 @@ async def test_a_refusal_of_the_destination_changes_nothing(
         ended = await check_back_home(world, began, _S.FAILED)
         assert ended.error is not None
         assert "start_incoming failed" in ended.error
+
+
+async def test_a_destination_that_doesnt_come_up_says_why_though_pages_went_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with migration_world(tmp_path, monkeypatch) as world:
+        faults = world.b.node.host.faults
+        faults.hanging.add(COME_UP)
+        began, live = await _held_in_precopy(world)
+        faults.hanging.clear()
+        faults.failing[COME_UP] = 1
+        faults.release()
+        ended = await check_back_home(world, began, _S.FAILED)
+        assert ended.error == f"the destination refused: simulated fault: {COME_UP} failed " + (
+            "and changed nothing"
+        )
+        assert any(phase.name == "precopy" for phase in live.timeline)
+
+
+async def test_a_guest_isnt_paused_before_its_destination_has_come_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with migration_world(tmp_path, monkeypatch) as world:
+        faults = world.b.node.host.faults
+        faults.hanging.add(COME_UP)
+        began = await world.migrate()
+        live = world.a.manager._runners[began.id].session
+        assert isinstance(live, SourceSession)
+        await world.until(lambda: live._leaving is not None)
+        up_at_s = time.time()
+        faults.hanging.clear()
+        faults.release()
+        ended = await world.ended(began)
+        assert ended.state is _S.COMPLETED, ended.error
+        (switchover,) = [each for each in ended.timeline if each.name == "switchover"]
+        assert switchover.started_at_s >= up_at_s
+
+
+async def test_a_source_of_an_older_release_is_answered_when_all_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It doesn't ask before it pauses the guest."""
+    prepare = SourceSession._prepare
+    monkeypatch.setattr(
+        SourceSession,
+        "_prepare",
+        lambda self: msgspec.structs.replace(prepare(self), asks_whether_arrived=False),
+    )
+    async with migration_world(tmp_path, monkeypatch) as world:
+        faults = world.b.node.host.faults
+        faults.hanging.add(COME_UP)  # Isn't come by: pages don't go first.
+        ended = await world.ended(await world.migrate())
+        assert ended.state is _S.COMPLETED, ended.error
 
 
 @pytest.mark.parametrize("role", list(Role))

@@ -1,0 +1,78 @@
+"""Pages that come while a destination's QEMU starts: it leaves them alone, or its start fails."""
+
+from __future__ import annotations
+
+import asyncio
+import unittest.mock
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from hypervisor.qemu import early_pages
+from hypervisor.qemu.command_line import RAM_FD
+from hypervisor.qemu.memory import touched
+from migrator.errors import HypervisorError
+from migrator.model import DiskFormat, DiskSpec, DomainState, FileSource
+from migrator.ports import DomainEventKind
+from tests.contract.hypervisor_worlds import VM, QemuWorld, open_qemus
+
+pytestmark = pytest.mark.lab
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[QemuWorld]:
+    async with open_qemus(tmp_path) as made:
+        yield made
+
+
+async def test_a_destination_that_fails_to_start_says_why_and_leaves_nothing(
+    world: QemuWorld,
+) -> None:
+    """Pages may have been on their way into its memory."""
+    missing = FileSource(path=str(world.folder / "missing.raw"), format=DiskFormat.RAW)
+    launch = world.launch()
+    spec = msgspec.structs.replace(launch.spec, disks=(DiskSpec(pool="p", volume="v"),))
+    broken = msgspec.structs.replace(launch, spec=spec, disks=(missing,))
+    told: list[bool] = []
+    with pytest.raises(HypervisorError, match=r"missing\.raw.*No such file"):
+        await world.a.driver.start_incoming(broken, lambda: told.append(True))
+    assert told == [True]
+    assert "No such file" in (await world.a.wait(DomainEventKind.EXITED)).detail
+    assert list((world.folder / "a" / "run").iterdir()) == []
+    assert await world.a.state() is DomainState.STOPPED
+    await world.a.driver.start_incoming(launch)
+
+
+async def test_a_destination_is_one_while_it_starts(world: QemuWorld) -> None:
+    found: list[asyncio.Task[DomainState]] = []
+    await world.a.driver.start_incoming(
+        world.launch(), lambda: found.append(asyncio.create_task(world.a.state()))
+    )
+    assert await found[0] is DomainState.INCOMING
+
+
+async def test_a_qemu_that_touched_its_memory_at_its_start_is_given_none_so_early_again(
+    world: QemuWorld,
+) -> None:
+    """No version does that is known; what came is lost then."""
+    told: list[bool] = []
+    with unittest.mock.patch.object(early_pages, "touched", return_value=True):
+        with pytest.raises(HypervisorError, match="touched its guest's memory"):
+            await world.a.driver.start_incoming(world.launch(), lambda: told.append(True))
+        assert list((world.folder / "a" / "run").iterdir()) == []
+        await world.a.driver.start_incoming(world.launch(), lambda: told.append(True))
+    assert told == [True]
+
+
+async def test_that_a_qemu_touched_its_memory_is_seen(world: QemuWorld) -> None:
+    await world.a.driver.start_incoming(world.launch())
+    pid = (await world.a.driver.inspect(VM)).pid
+    assert pid is not None
+    assert not await asyncio.to_thread(touched, pid, RAM_FD)
+    await world.a.driver.destroy(VM)
+    await world.a.driver.start(world.launch())
+    pid = (await world.a.driver.inspect(VM)).pid
+    assert pid is not None
+    assert await asyncio.to_thread(touched, pid, RAM_FD)
