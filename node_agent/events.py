@@ -79,6 +79,8 @@ class EventKind(enum.StrEnum):
     """A step of a drain, an undrain or a balancing; `data.drain` is its id."""
     NETWORK_NOT_VERIFIED = "network-not-verified"
     """A migrated guest runs, but the network wasn't seen to follow; the message names a suspect."""
+    NETWORK_VERIFIED = "network-verified"
+    """After `network-not-verified`: the network leads to the guest now."""
     FRAMES_NOT_FORWARDED = "frames-not-forwarded"
     """What arrives for a guest at its old node is lost: the tunnel to its new one passes nothing,
     or only short frames; the message names a suspect."""

@@ -45,7 +45,7 @@ from migrator.ports import ProbeReport, Tunnel, WidthReport
 from netfabric.announcer import GAPS_S
 from netfabric.bridge import announcing, moving, plugging, tunnels
 from netfabric.bridge.announcing import Announced
-from netfabric.bridge.links import Exits
+from netfabric.bridge.links import Exits, shut_in
 from netfabric.bridge.moving import BridgeArrival, BridgeDeparture
 from netfabric.bridge.plugging import Tap
 from netfabric.exits import Exit
@@ -160,6 +160,9 @@ class BridgeFabric(KernelFabric[BridgeDeparture, BridgeArrival]):
         await in_thread(lambda: moving.send_wide(nic, token))
 
     async def hear_wide(self, nic: NicSpec, token: bytes, timeout_s: float) -> WidthReport:
+        reason = await in_thread(lambda: shut_in(nic.bridge, nic.vlan))
+        if reason:
+            return WidthReport(cut_off=reason)
         return await in_thread(lambda: moving.hear_wide(nic, token, timeout_s))
 
     # --- what the kernel is told ---

@@ -281,6 +281,36 @@ def bridge_uplinks(kernel: Netlink, bridge: Link, vlan_id: int | None = None) ->
     return found
 
 
+def shut_in(bridge_name: str, vlan_id: int | None = None) -> str:
+    """Why nothing leaves the node by its bridge, though it has a way out; "" if something does.
+
+    Also "" where it has none at all: it may be meant so. FabricError.
+    """
+    with netlink(f"can't look at {bridge_name}") as kernel:
+        bridge = kernel.find(bridge_name)
+        if bridge is None or bridge_uplinks(kernel, bridge, vlan_id):
+            return ""
+        ports = [
+            link
+            for link in kernel.links()
+            if link.master == bridge.index
+            and not TAP_NAME.fullmatch(link.name)
+            and not TUNNEL_NAME.fullmatch(link.name)
+        ]
+    return why_shut(ports, vlan_id)
+
+
+def why_shut(ports: Sequence[Link], vlan_id: int | None) -> str:
+    """Of a bridge's ways out, none of which leads out in the VLAN. Pure."""
+    if not ports:
+        return ""
+    open_now = [link.name for link in ports if link.forwarding]
+    if open_now:
+        vlan = f"VLAN {vlan_id}" if vlan_id is not None else "the VLAN of untagged frames"
+        return f"its uplink {', '.join(open_now)} isn't in {vlan} (bridge vlan show)"
+    return f"its uplink {', '.join(link.name for link in ports)} is down or blocked"
+
+
 def find_exits(kernel: Netlink, tap: str) -> Exits | None:
     """Where the bridge would flood a broadcast that came in by this tap; None: no tap, no bridge.
 

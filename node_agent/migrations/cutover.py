@@ -43,11 +43,12 @@ from migrator.ports import (
     Tunnel,
 )
 from node_agent.cluster_calls import Done
-from node_agent.config import AgentConfig
 from node_agent.events import EventKind, EventLog
 from node_agent.migrations.connections import ConnectionMover
 from node_agent.migrations.cutover_records import CutoverRecords, seen_by, with_first
+from node_agent.migrations.cutover_settings import CutoverSettings as CutoverSettings
 from node_agent.migrations.judgement import is_verified, suspects, to_prove, with_learnt
+from node_agent.migrations.late_cutover import LateCutover
 from node_agent.migrations.publisher import Publisher
 from node_agent.migrations.tunnel_trial import Trial, TunnelTrial, TunnelTrials, closed, complaint
 from node_agent.migrations.witnesses import Move, Witnesses
@@ -70,28 +71,6 @@ FIRST_FRAMES_S: Final = 0.1
 """Longer than the verification, a quiet guest's first frames aren't waited for."""
 _CALL_S: Final = 2.0
 _CLOSE_S: Final = 3.0
-
-
-class CutoverSettings(Struct, frozen=True, kw_only=True):
-    """How a node handles its migrations' network."""
-
-    grace_s: float = 5.0
-    """For so long the old node forwards frames that still arrive there."""
-    verify_limit_s: float = 5.0
-    """Not verified within it: an event names the suspect, the announcements are repeated."""
-    tunnel_port: int = 7782
-    address: str = "127.0.0.1"
-    """This node's own end of tunnels: where page streams arrive, too."""
-
-    @classmethod
-    def of(cls, config: AgentConfig) -> CutoverSettings:
-        """As the node's configuration has it."""
-        return cls(
-            grace_s=config.fabric.grace_s,
-            verify_limit_s=config.fabric.verify_limit_s,
-            tunnel_port=config.fabric.tunnel_port,
-            address=config.migration.address,
-        )
 
 
 class ExpectParams(Struct, frozen=True, kw_only=True):
@@ -154,6 +133,7 @@ class CutoverService:
         self._fabric = fabric
         self._nodes = nodes
         self._witnesses = Witnesses(node, hub=hub, fabric=fabric, nodes=nodes)
+        self._late = LateCutover(fabric, self._witnesses, events)
         self._connections = ConnectionMover(
             node, hub=hub, fabric=fabric, tracker=tracker, events=events, expected=self._expected
         )
@@ -189,6 +169,7 @@ class CutoverService:
 
     async def prepare_departure(self, move: Move) -> None:
         """While the guest runs. Bounded; never fails."""
+        self._late.forget(move.domain)
         leaving = self._leaving[move.domain] = _Leaving(move)
         self._arriving.pop(move.domain, None)
         try:
@@ -272,6 +253,7 @@ class CutoverService:
 
     async def prepare_arrival(self, move: Move) -> None:
         """After the taps were plugged, before the guest can run. Bounded; never fails."""
+        self._late.forget(move.domain)
         arriving = self._arriving[move.domain] = _Arriving(move)
         self._leaving.pop(move.domain, None)
         try:
@@ -312,6 +294,8 @@ class CutoverService:
             case DomainEventKind.RESUMED if leaving is not None and leaving.expected:
                 leaving.expected = False
                 self._own(self.stays(leaving.move))
+            case DomainEventKind.EXITED:
+                self._late.forget(event.domain)
             case _:
                 pass
 
@@ -342,6 +326,13 @@ class CutoverService:
         if self._arriving.get(move.domain) is arriving:
             del self._arriving[move.domain]
             await self._fabric.end_arrival(move.domain)
+            if cutover.verified_ms is None:
+                nics = to_prove(move.nics, arriving.learnt)
+                found = await self._late.seek(move, nics)
+                if found:
+                    late_ms = (self._clock() - cutover.resumed_at_s) * 1e3
+                    change = {"verified_ms": late_ms, "witnesses": found}
+                    await self._report(move, msgspec.structs.replace(cutover, **change))
 
     def _watch(self, arriving: _Arriving) -> asyncio.Task[FirstFrames]:
         since_s, limit_s = arriving.resumed_at_s or self._clock(), self._settings.verify_limit_s

@@ -28,7 +28,8 @@ HEAR: Final = "network.hear"
 LISTEN_S: Final = 0.5
 AGAIN_S: Final = 0.02
 TOKEN_BYTES: Final = 8
-KNOWN_S: Final = 60.0
+KNOWN_S: Final = 5.0
+"""Long enough for a drain's domains, short enough for whoever has just changed a switch."""
 KNOWN_MAX: Final = 1_000
 _CALL_S: Final = 2.0
 

@@ -14,6 +14,7 @@ from migrator.model import Cutover, DomainName, MigrationState, NicSpec, NodeNam
 from migrator.ports import Connection, ProbeReport, WidthReport
 from netfabric.frames import gratuitous_arp_request, parse_mac
 from node_agent.migrations import cutover as cutover_module
+from node_agent.migrations import late_cutover
 from node_agent.migrations.cutover import PROBE_S
 from node_agent.migrations.path_check import KNOWN_S, PathCheck
 from tests.unit.migration_world import WEB, MigrationWorld, eventually, migration_world
@@ -131,7 +132,26 @@ async def test_a_node_whose_network_leads_nowhere_is_not_moved_to(
     assert world.running() == ["a"]
 
 
-async def test_a_way_that_was_wide_enough_is_asked_again_after_a_minute(
+async def test_a_network_that_is_mended_later_is_seen_to_follow(
+    world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(late_cutover, "GAPS_S", (0.05,) * 200)
+    faults = world.b.node.fabric.faults
+    faults.frames_lost = 1_000_000
+    migration = await world.ended(await world.migrate())
+    assert (await recorded(world, migration.id)).verified_ms is None
+    faults.frames_lost = 0
+
+    async def mended() -> bool:
+        cutover = (await world.a.manager.get(migration.id)).cutover
+        return cutover is not None and cutover.verified_ms is not None
+
+    await eventually(mended)
+    kinds = [each.kind for each in await world.a.node.events.read()]
+    assert kinds.index("network-not-verified") < kinds.index("network-verified")
+
+
+async def test_a_way_that_was_wide_enough_is_asked_again_after_a_while(
     world: MigrationWorld,
 ) -> None:
     node, now = world.a.node, [100.0]
