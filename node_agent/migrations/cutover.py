@@ -88,6 +88,8 @@ class Expected(Struct, frozen=True, kw_only=True):
 class OutcomeParams(Struct, frozen=True, kw_only=True):
     migration_id: str
     cutover: Cutover
+    late: bool = False
+    """It was verified after all, long after the migration's end."""
 
 
 @dataclass(slots=True)
@@ -245,6 +247,9 @@ class CutoverService:
             self._records.forget(move.migration_id)
 
     async def _on_outcome(self, _: NodeName, params: OutcomeParams) -> Done:
+        if params.late:
+            await self._records.verified_late(params.migration_id, params.cutover)
+            return Done()
         self._records.of(params.migration_id).cutover = params.cutover
         await self._records.amend(params.migration_id)
         return Done()
@@ -332,7 +337,8 @@ class CutoverService:
                 if found:
                     late_ms = (self._clock() - cutover.resumed_at_s) * 1e3
                     change = {"verified_ms": late_ms, "witnesses": found}
-                    await self._report(move, msgspec.structs.replace(cutover, **change))
+                    late = msgspec.structs.replace(cutover, **change)
+                    await self._report(move, late, late=True)
 
     def _watch(self, arriving: _Arriving) -> asyncio.Task[FirstFrames]:
         since_s, limit_s = arriving.resumed_at_s or self._clock(), self._settings.verify_limit_s
@@ -381,8 +387,8 @@ class CutoverService:
             with contextlib.suppress(FerryError):
                 await self._fabric.announce(move.domain, move.nics)
 
-    async def _report(self, move: Move, cutover: Cutover) -> None:
-        params = OutcomeParams(migration_id=move.migration_id, cutover=cutover)
+    async def _report(self, move: Move, cutover: Cutover, *, late: bool = False) -> None:
+        params = OutcomeParams(migration_id=move.migration_id, cutover=cutover, late=late)
         try:
             await self._hub.call(move.source, OUTCOME, params, Done, timeout_s=_CALL_S)
         except FerryError as error:

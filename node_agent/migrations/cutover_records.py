@@ -60,6 +60,16 @@ class CutoverRecords:
         migration = await self._publisher.read(migration_id)
         await self._publisher.write(msgspec.structs.replace(migration, cutover=cutover))
 
+    async def verified_late(self, migration_id: str, cutover: Cutover) -> None:
+        """Long after its end: who found the guest, and when. The suspect stays told. StoreError."""
+        migration = await self._publisher.read(migration_id)
+        if migration.cutover is None:
+            return
+        found = msgspec.structs.replace(
+            migration.cutover, verified_ms=cutover.verified_ms, witnesses=cutover.witnesses
+        )
+        await self._publisher.write(msgspec.structs.replace(migration, cutover=found))
+
 
 def with_first(cutover: Cutover, first: FirstFrames) -> Cutover:
     """And the first frames each way. Pure."""

@@ -135,7 +135,7 @@ async def test_a_node_whose_network_leads_nowhere_is_not_moved_to(
 async def test_a_network_that_is_mended_later_is_seen_to_follow(
     world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(late_cutover, "GAPS_S", (0.05,) * 200)
+    monkeypatch.setattr(late_cutover, "GAPS_S", (1.0, *((0.05,) * 200)))
     faults = world.b.node.fabric.faults
     faults.frames_lost = 1_000_000
     migration = await world.ended(await world.migrate())
