@@ -76,8 +76,8 @@ def _suspect(nic: NicSpec, witnesses: Sequence[Witness]) -> str:
     silent = [text for text in nic.addresses if str(ipaddress.ip_address(text)) not in answered]
     if not heard and not answered:
         return (
-            "no frame of it reaches any other node: look for port security on the new node's"
-            " switch port, a VLAN that is missing on its trunk, its uplink, or its FRR where EVPN"
+            "no frame of it reaches any other node: look for port security or ARP inspection on the"
+            " new node's switch port, a VLAN that is missing on its trunk, its uplink, or its FRR where EVPN"
             " carries the network"
         )
     if answered and not silent:

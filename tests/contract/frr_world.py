@@ -28,7 +28,9 @@ def a_folder() -> Iterator[Path]:
 
 def start_daemons(folder: Path, configuration: str) -> list[subprocess.Popen[bytes]]:
     """zebra and bgpd; their sockets are in `folder`, which they make."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.vty"):
+        old.unlink()
     path = folder / "frr.conf"
     path.write_text(configuration)
     for each in (folder, path):  # The daemons give up being root.

@@ -84,10 +84,16 @@ class Node:
         return await asyncio.wrap_future(self._executor.submit(work))
 
     async def start(self, neighbour: str) -> None:
-        text = configuration(self.address, neighbour, self._identifier)
         await self.do(lambda: prepare_node(self.network))
         await self.do(self._make_port)
+        await self.start_daemons(neighbour)
+
+    async def start_daemons(self, neighbour: str) -> None:
+        text = configuration(self.address, neighbour, self._identifier)
         self._daemons = await self.do(lambda: start_daemons(self.folder, text))
+
+    async def stop_daemons(self) -> None:
+        await asyncio.to_thread(end, self._daemons)
 
     def _make_port(self) -> None:
         with IPRoute() as route:
@@ -118,7 +124,8 @@ class Node:
         return len((await self.vtysh.prefix(4, prefix)).paths)
 
     async def stop(self) -> None:
-        await asyncio.to_thread(end, self._daemons)
+        await self.routes.close()
+        await self.stop_daemons()
         self._executor.shutdown()
 
 
@@ -200,6 +207,24 @@ async def moves(old: Node, new: Node) -> None:
         assert await old.do(lambda: router_mac(overlay.bridge, hop)) is not None
     await new.routes.withdraw(GUEST)
     await new.close_port()
+
+
+def test_a_bgpd_that_is_restarted_is_told_again() -> None:
+    async def body(near: Node, far: Node) -> None:
+        await far.start(NEAR)
+        await near.routes.open()
+        try:
+            await near.routes.prepare(GUEST)
+            await near.open_port()
+            await eventually(lambda: far.leads_to(near))
+            await near.stop_daemons()
+            await near.start_daemons(FAR)
+            await eventually(lambda: is_led(near.routes))
+            await eventually(lambda: far.leads_to(near))
+        finally:
+            await near.close_port()
+
+    two_nodes(None, body)
 
 
 def test_what_evpn_lacks_is_named() -> None:

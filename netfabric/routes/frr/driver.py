@@ -19,11 +19,15 @@ each best path that is its own, with its preference, and enters those of others 
 kernel routes to a tap (or, at the old node, into the tunnel): no shell needs to run in the moments
 in which a guest stands still, and a guest that dies is withdrawn with its tap.
 
+A bgpd that is restarted has forgotten it all: the driver holds a connection to its shell's socket,
+hears of its end, and tells the next one.
+
 The daemons, their neighbours and filters are the operator's. Belongs to one event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import time
@@ -39,6 +43,8 @@ from netfabric.routes.frr.vtysh import BgpPrefix, Vtysh
 BASE: Final = 1000
 """Local preferences up to here are other people's."""
 METRIC_TOP: Final = 1 << 31
+AGAIN_S: Final = 1.0
+"""A bgpd that is away is looked for so often."""
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +57,9 @@ class FrrRoutes(RouteDriver):
     def __init__(self, vty_directory: Path, identifier: int | None = None) -> None:
         """`identifier`: of EVPN's VXLAN, where that carries the guests' packets."""
         self._vtysh = Vtysh(vty_directory)
+        self._socket = vty_directory / "bgpd.vty"
+        self._keeping: asyncio.Task[None] | None = None
+        self._doubtful = asyncio.Event()
         self._identifier = identifier
         self._system = 0
         self._announced: dict[str, int] = {}
@@ -59,11 +68,14 @@ class FrrRoutes(RouteDriver):
     async def open(self) -> None:
         self._system = await self._vtysh.system_number()
         await self._configure(["bgp network import-check"])
+        if self._keeping is None:
+            self._keeping = asyncio.create_task(self._keep(), name="bgpd is told again")
 
     def hold(self, addresses: Sequence[str]) -> None:
         """bgpd has gone on announcing them."""
         for prefix, _ in map(prefix_of, addresses):
             self._announced.setdefault(prefix, 0)
+        self._doubtful.set()
 
     async def cut_off(self, addresses: Sequence[str]) -> str:
         try:
@@ -76,20 +88,7 @@ class FrrRoutes(RouteDriver):
         for text in addresses:
             prefix, version = prefix_of(text)
             preference = next_preference(await self._vtysh.prefix(version, prefix))
-            name = f"ferry-{preference}"
-            await self._vtysh.run(
-                [
-                    "configure terminal",
-                    f"route-map {name} permit 10",
-                    f"set local-preference {preference}",
-                    f"set metric {METRIC_TOP - preference}",
-                    "set weight 0",
-                    "exit",
-                    f"router bgp {self._system}",
-                    f"address-family {_family(version)} unicast",
-                    f"network {prefix} route-map {name}",
-                ]
-            )
+            await self._say(prefix, version, preference)
             self._announced[prefix] = preference
 
     def lead_here_now(self, addresses: Sequence[str]) -> float | None:
@@ -143,6 +142,69 @@ class FrrRoutes(RouteDriver):
 
     async def close(self) -> None:
         """bgpd announces on: the guests go on."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.wait({self._keeping})
+            self._keeping = None
+
+    async def _say(self, prefix: str, version: int, preference: int) -> None:
+        name = f"ferry-{preference}"
+        await self._vtysh.run(
+            [
+                "configure terminal",
+                f"route-map {name} permit 10",
+                f"set local-preference {preference}",
+                f"set metric {METRIC_TOP - preference}",
+                "set weight 0",
+                "exit",
+                f"router bgp {self._system}",
+                f"address-family {_family(version)} unicast",
+                f"network {prefix} route-map {name}",
+            ]
+        )
+
+    async def _keep(self) -> None:
+        """bgpd forgets what it was told when it is restarted: it is told again. Until `close`."""
+        while True:
+            try:
+                reader, writer = await asyncio.open_unix_connection(self._socket)
+            except OSError:
+                await asyncio.sleep(AGAIN_S)
+                continue
+            try:
+                await self._tell_again(reader)
+            except (FabricError, OSError) as error:
+                log.warning("what bgpd announces isn't known: %s", error)
+            finally:
+                writer.close()
+            await asyncio.sleep(AGAIN_S)
+
+    async def _tell_again(self, reader: asyncio.StreamReader) -> None:
+        """Whenever there is a doubt, until bgpd ends the connection."""
+        gone = asyncio.create_task(reader.read())
+        try:
+            while not gone.done():
+                self._doubtful.clear()
+                await self._say_missing()
+                doubt = asyncio.create_task(self._doubtful.wait())
+                await asyncio.wait({gone, doubt}, return_when=asyncio.FIRST_COMPLETED)
+                doubt.cancel()
+        finally:
+            gone.cancel()
+
+    async def _say_missing(self) -> None:
+        said = [line.strip() for line in await self._vtysh.bgp_configuration()]
+        if "router bgp" not in " ".join(said):
+            raise FabricError("frr: bgpd isn't configured yet")
+        await self._configure(["bgp network import-check"])
+        for prefix, known in list(self._announced.items()):
+            here = f"network {prefix} "
+            if any(f"{line} ".startswith(here) for line in said) or prefix not in self._announced:
+                continue
+            version = 6 if ":" in prefix else 4
+            found = known or next_preference(await self._vtysh.prefix(version, prefix))
+            await self._say(prefix, version, found)
+            log.warning("bgpd didn't announce %s any more: it was told again", prefix)
 
     async def _configure(self, commands: Sequence[str]) -> None:
         await self._vtysh.run(["configure terminal", f"router bgp {self._system}", *commands])
