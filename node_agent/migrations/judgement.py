@@ -77,8 +77,8 @@ def _suspect(nic: NicSpec, witnesses: Sequence[Witness]) -> str:
     if not heard and not answered:
         return (
             "no frame of it reaches any other node: look for port security or ARP inspection on the"
-            " new node's switch port, a VLAN that is missing on its trunk, its uplink, or its FRR where EVPN"
-            " carries the network"
+            " new node's switch port, a VLAN that is missing on its trunk, its uplink, or its FRR"
+            " where EVPN carries the network"
         )
     if answered and not silent:
         deaf = [each.node for each in witnesses if set(each.answered) != answered]
