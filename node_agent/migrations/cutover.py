@@ -276,6 +276,9 @@ class CutoverService:
         arriving = self._arriving.setdefault(move.domain, _Arriving(move))
         try:
             await self._fabric.announce(move.domain, with_learnt(move.nics, arriving.learnt))
+        except FerryError as error:
+            self._problem(arriving.problems, move, f"its announcement: {error}")
+            raise
         finally:
             self._follow(arriving)
 
@@ -378,7 +381,8 @@ class CutoverService:
         self._events.emit(
             EventKind.NETWORK_NOT_VERIFIED,
             f"domain {move.domain} runs on {move.destination}, but the network was not seen to"
-            f" follow within {self._settings.verify_limit_s:g} s: {cutover.suspect}",
+            f" follow within {self._settings.verify_limit_s:g} s:"
+            f" {'; '.join(filter(None, (cutover.suspect, *cutover.problems)))}",
             domain=move.domain,
             migration=move.migration_id,
         )
