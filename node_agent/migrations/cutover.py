@@ -111,6 +111,8 @@ class _Arriving:
     trial: Trial | None = None
     watching: asyncio.Task[FirstFrames] | None = None
     followed: bool = False
+    unsaid: str = ""
+    """Why the first announcement failed: a reason, where the network doesn't follow."""
 
 
 class CutoverService:
@@ -277,7 +279,7 @@ class CutoverService:
         try:
             await self._fabric.announce(move.domain, with_learnt(move.nics, arriving.learnt))
         except FerryError as error:
-            self._problem(arriving.problems, move, f"its announcement: {error}")
+            arriving.unsaid = f"{self.node}: its announcement: {error}"
             raise
         finally:
             self._follow(arriving)
@@ -321,6 +323,8 @@ class CutoverService:
         try:
             cutover = await self._ask_until_verified(arriving)
             if cutover.verified_ms is None:
+                problems = tuple(filter(None, (*cutover.problems, arriving.unsaid)))
+                cutover = msgspec.structs.replace(cutover, problems=problems)
                 await self._complain(move, cutover)
             else:
                 await self._fabric.announce(move.domain, ())  # It is known: no more of them.
