@@ -171,12 +171,17 @@ class HypervisorDriver(abc.ABC):
     async def close(self) -> None:
         """Let go of every domain without disturbing it."""
 
-    def crashed_unseen(self) -> Collection[DomainName]:
-        """Whose processes were found gone by `open`, though nobody had asked for their end.
+    def crashed(self) -> Collection[DomainName]:
+        """Whose processes have ended, after they had run, though nobody had asked for that.
 
-        Known, also to the next driver, until the domain is destroyed or launched.
+        Known, also to the next driver in this boot, until the domain is launched or `forget_crash`:
+        what follows from a crash is not lost with the agent that saw it. Of an end that no driver
+        saw only where it is certain.
         """
         return ()
+
+    async def forget_crash(self, domain: DomainName) -> None:  # noqa: B027 - where none is kept
+        """The domain's record says what came of it. Idempotent."""
 
     @abc.abstractmethod
     async def capabilities(self) -> HypervisorCapabilities: ...

@@ -56,10 +56,6 @@ class RouteDriver(abc.ABC):
     async def leads_away(self, addresses: Sequence[str]) -> bool:
         """Whether the network was seen, from here, to lead every address to another node."""
 
-    def silent(self) -> tuple[str, ...]:
-        """Who has been told, and hasn't answered yet, where that is known."""
-        return ()
-
     async def hop_of(self, address: str) -> str | None:
         """The node that the network was seen, from here, to lead it to; None: it can't be told."""
         return None

@@ -121,6 +121,7 @@ class DomainOwnership:
                 )
             if (await self._hypervisor.inspect(domain)).state is not DomainState.STOPPED:
                 raise ConflictError(f"domain {domain} runs on {self.node} already")
+            await self.restarts.lost(domain, owned)  # Wanted, if this start fails.
         else:
             # First: once the record is ours, nothing tells a stale copy from the domain.
             await self.end_stale(domain)
@@ -180,6 +181,7 @@ class DomainOwnership:
         stopped = msgspec.structs.replace(owned, state=OwnershipState.STOPPED)
         if not await self._ownership.compare_and_set(owned, stopped):
             log.error("domain %s: its record changed while it was being stopped", owned.domain)
+        await self._hypervisor.forget_crash(DomainName(owned.domain))
 
     # --- bringing record and process together ------------------------------------------------
 
@@ -193,10 +195,10 @@ class DomainOwnership:
         this is open: its storage may take long to answer.
         """
         records = await self._records.list_ownership()
-        crashed = self._hypervisor.crashed_unseen()
+        crashed = self._hypervisor.crashed()
         all_wanted = await self.restarts.begin(records, adopted, claimed, crashed)
         for domain in set(crashed) - {*all_wanted, *claimed}:
-            await self._hypervisor.destroy(domain)  # What it left is of no use to anybody.
+            await self._hypervisor.forget_crash(domain)
         wanted = set(all_wanted) - set(claimed)
         self._waiting = await self._by_priority(wanted) if wanted else ()
         for domain in adopted:
@@ -231,7 +233,7 @@ class DomainOwnership:
         async with self._locks.hold(domain, "clean-up"):
             owned = await self._ownership.read(domain)
             if owned is None or owned.owner != self.node:
-                self.restarts.forget_crash(domain)  # Of a copy that wasn't the domain.
+                # A crash stays known: a destination that fails may pass the domain back.
                 await self.restarts.drop(domain)
                 return
             if owned.state is OwnershipState.RUNNING:
@@ -240,6 +242,7 @@ class DomainOwnership:
                     return
                 await self._stop_lost(owned)
             else:
+                await self._hypervisor.forget_crash(domain)
                 await self.restarts.stands(owned)
         self.restarts.start_soon(domain)
 

@@ -6,9 +6,10 @@
                                                         └──── a longer pause ─┘
 
 Only where nobody asked for the end: a guest that powered itself off, a stop and a SIGTERM don't
-count, nor does what becomes of the host while a domain is being stopped. Of an end in this boot
-that no agent saw the driver says whether it is certain to be a crash
-(`HypervisorDriver.crashed_unseen`); one that may have been a power-off doesn't count either.
+count, nor does what becomes of the host while a domain is being stopped. A crash is known to the
+driver until the domain is dealt with (`HypervisorDriver.crashed`), so it doesn't matter which agent
+sees it. Of an end in this boot that none saw the driver says whether it is certain to be one; one
+that may have been a power-off doesn't count either.
 
 What is wanted is noted before the record says STOPPED (`restart_notes`), so that the next agent
 goes on whenever this one dies. Whether a domain may still be started is the record's word alone: it
@@ -96,6 +97,7 @@ class DomainRestarts:
         self._events = events
         self._notes = RestartNotes()
         self._crashed: set[DomainName] = set()
+        """Whose process here died; until it is known what comes of that, or it ends otherwise."""
         self._running: set[DomainName] = set()
         self._slots = asyncio.Semaphore(PARALLEL)
 
@@ -111,7 +113,7 @@ class DomainRestarts:
         """At the agent's start: which domains are to be started again.
 
         `here` have a process, `claimed` ones a migration that decides about them first; of the
-        `crashed` it is certain that nobody asked for their end, which no agent saw.
+        `crashed` it is certain that nobody asked for their end.
         """
         try:
             notes = await self._policy.store.load()
@@ -137,6 +139,7 @@ class DomainRestarts:
             if notes.boot_id not in ("", self._policy.boot_id):
                 why = f"{self._node} was rebooted, or lost power"
                 wanted |= self._lost(why, left, records, claimed)
+        self._crashed |= {domain for domain in crashed if domain in records} - set(wanted)
         self._notes = RestartNotes(
             boot_id=self._policy.boot_id,
             wanted=wanted,
@@ -250,10 +253,6 @@ class DomainRestarts:
     async def _set_ending(self, ending: dict[str, int]) -> None:
         self._notes = msgspec.structs.replace(self._notes, ending=ending)
         await self._save()
-
-    def forget_crash(self, domain: DomainName) -> None:
-        """It was a copy's that wasn't the domain."""
-        self._crashed.discard(domain)
 
     async def _want(self, domain: DomainName, wanted: Wanted) -> None:
         if self._notes.wanted.get(domain) == wanted:

@@ -93,7 +93,7 @@ class QemuDriver(HypervisorDriver):
         self._probe = HostProbe(self.config)
         self._guests: dict[str, Guest] = {}
         self._launching: set[str] = set()
-        self._crashed_unseen: dict[DomainName, Path] = {}
+        self._crashed: dict[DomainName, Path] = {}
         self._subscribers: list[Callable[[DomainEvent], None]] = []
         self._lock: int | None = None
         self._native = QemuNative(self._guest)
@@ -120,7 +120,7 @@ class QemuDriver(HypervisorDriver):
         """Let go of every domain without disturbing it. Idempotent."""
         guests = list(self._guests.values())
         self._guests.clear()
-        self._crashed_unseen.clear()
+        self._crashed.clear()
         for guest in guests:
             await guest.let_go()
         if self._lock is not None:
@@ -135,7 +135,7 @@ class QemuDriver(HypervisorDriver):
         process = await offload(lambda: QemuProcess.hold(record.process), undo=_let_go)
         if process is None:
             if await offload(lambda: records.crashed(directory, record)):
-                self._crashed_unseen[DomainName(record.spec.name)] = directory
+                self._crashed[DomainName(record.spec.name)] = directory
             else:
                 await offload(lambda: records.remove_directory(directory))
             return
@@ -175,6 +175,8 @@ class QemuDriver(HypervisorDriver):
     def _forget(self, guest: Guest) -> None:
         if self._guests.get(guest.name) is guest:
             del self._guests[guest.name]
+            if guest.crash_stays:
+                self._crashed[guest.name] = guest.directory
 
     def _emit(self, event: DomainEvent) -> None:
         for callback in list(self._subscribers):
@@ -192,8 +194,8 @@ class QemuDriver(HypervisorDriver):
 
         return unsubscribe
 
-    def crashed_unseen(self) -> Collection[DomainName]:
-        return tuple(self._crashed_unseen)
+    def crashed(self) -> Collection[DomainName]:
+        return tuple(self._crashed)
 
     async def capabilities(self) -> HypervisorCapabilities:
         return (await self._probe.facts()).capabilities
@@ -214,7 +216,7 @@ class QemuDriver(HypervisorDriver):
         if name in self._guests or name in self._launching:
             raise HypervisorError(f"{name} is here already; nothing was started")
         self._launching.add(name)
-        self._crashed_unseen.pop(DomainName(name), None)  # Its folder is made anew.
+        self._crashed.pop(DomainName(name), None)  # Its folder is made anew.
         try:
             await self._launch_and_run(launch, incoming=incoming, on_memory=on_memory)
         finally:
@@ -276,13 +278,12 @@ class QemuDriver(HypervisorDriver):
 
     async def destroy(self, domain: DomainName) -> None:
         """SIGKILL, like pulling the plug: a QEMU that lost its right to write flushes nothing."""
-        guest = self._guests.get(domain)
-        if guest is None:
-            left = self._crashed_unseen.pop(domain, None)
-            if left is not None:
-                await offload(lambda: records.remove_directory(left))
-            return
-        await self._end(guest, "destroyed")
+        if (guest := self._guests.get(domain)) is not None:
+            await self._end(guest, "destroyed")
+
+    async def forget_crash(self, domain: DomainName) -> None:
+        if (left := self._crashed.pop(domain, None)) is not None:
+            await offload(lambda: records.remove_directory(left))
 
     async def _end(self, guest: Guest, reason: str) -> None:
         if not guest.process.exited:  # Else it ended by itself, and that is what is reported.

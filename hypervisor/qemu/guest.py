@@ -63,7 +63,9 @@ class Guest:
         self.urgency = Urgency(process.pid)
         self.gone = asyncio.Event()
         self.said: Callable[[], str] | None = None
-        """While it starts: what QEMU has said, which tells why it fails."""
+        """While it starts: what tells why it fails."""
+        self.crash_stays = False
+        """Until somebody has dealt with it, be it the next agent: so does its folder."""
         self.told_to_end = False
         """QEMU said that it was told to end, by the guest, a signal or a monitor."""
         self.end_reason: str | None = None
@@ -405,21 +407,21 @@ class Guest:
         if self._monitor is not None:
             await self._monitor.hear_out()
             await self._monitor.close()
+        # A destination's copy may be the domain before it runs; whether it is, the record tells.
+        crashed = self.end_reason is None and not self.told_to_end
+        crashed = crashed and (self.record.has_run or self.record.incoming)
+        self.crash_stays = crashed and self.record.has_run
         async with self._connecting:
-            await offload(lambda: records.remove_directory(self.directory))
+            if not self.crash_stays:
+                await offload(lambda: records.remove_directory(self.directory))
         self._on_gone(self)
         self.process.release()
         self.gone.set()
-        # A destination's copy may be the domain before it runs; whether it is, the record tells.
-        counts = self.record.has_run or self.record.incoming
-        crashed = self.end_reason is None and not self.told_to_end and counts
         self._emit(DomainEventKind.EXITED, time.time(), detail, crashed=crashed)
 
     async def _exit_detail(self) -> str:
         said = await offload(self.said) if self.said is not None else ""
-        status, how = self.process.exit_status, "ended by itself"
-        if status is not None:
-            how = f"was killed by signal {-status}" if status < 0 else f"exited: {status}"
+        how = self.process.how_it_ended
         return (self.end_reason or f"QEMU {how}") + (f": {said}" if said else "")
 
     async def let_go(self) -> None:

@@ -122,6 +122,15 @@ class QemuProcess:
     def exited(self) -> bool:
         return self._exited.is_set()
 
+    @property
+    def how_it_ended(self) -> str:
+        """For a sentence that begins with QEMU."""
+        if self.exit_status is None:
+            return "ended by itself"
+        if self.exit_status < 0:
+            return f"was killed by signal {-self.exit_status}"
+        return f"exited: {self.exit_status}"
+
     def watch(self, on_exit: Callable[[], None]) -> None:
         """Call `on_exit` once, from the event loop, when the process has ended."""
         self._on_exit = on_exit

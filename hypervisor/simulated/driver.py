@@ -75,8 +75,8 @@ class SimulatedHypervisor(HypervisorDriver):
             for domain in self._native.under_way():
                 self._cancel(self.host.guests[domain])
 
-    def crashed_unseen(self) -> Collection[DomainName]:
-        return [DomainName(name) for name in sorted(self.host.crashed_unseen)]
+    def crashed(self) -> Collection[DomainName]:
+        return [DomainName(name) for name in sorted(self.host.crashed)]
 
     def _deliver(self, event: DomainEvent) -> None:
         """Events come from the event loop, not from inside the call that caused them."""
@@ -150,7 +150,9 @@ class SimulatedHypervisor(HypervisorDriver):
     async def destroy(self, domain: DomainName) -> None:
         await self.host.faults.strike("destroy")
         self.host.kill(domain, "destroyed")
-        self.host.crashed_unseen.discard(domain)
+
+    async def forget_crash(self, domain: DomainName) -> None:
+        self.host.crashed.discard(domain)
 
     async def pause(self, domain: DomainName) -> None:
         guest = self._guest(domain)

@@ -176,7 +176,7 @@ class SimulatedHost:
         self.native_pending: deque[int] = deque()
         """Pages that are dirty again at the end of each pass of the hypervisor's own migration."""
         self.listener: Callable[[DomainEvent], None] | None = None
-        self.crashed_unseen: set[str] = set()
+        self.crashed: set[str] = set()
         """While no driver was open."""
         self._next_pid = 1000
 
@@ -184,7 +184,7 @@ class SimulatedHost:
         self._next_pid += 1
         guest = SimulatedGuest(launch, self._next_pid, incoming=incoming)
         self.guests[launch.spec.name] = guest
-        self.crashed_unseen.discard(launch.spec.name)
+        self.crashed.discard(launch.spec.name)
         return guest
 
     def kill(
@@ -197,8 +197,8 @@ class SimulatedHost:
         guest.halt(DomainState.STOPPED, self.clock())
         self.close_channel(guest)
         os.close(guest.memory_fd)
-        if crashed and self.listener is None:
-            self.crashed_unseen.add(domain)
+        if crashed:
+            self.crashed.add(domain)
         self.emit(domain, DomainEventKind.EXITED, reason, crashed=crashed)
 
     def discard(self, guest: SimulatedGuest) -> None:

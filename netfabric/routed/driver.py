@@ -31,12 +31,11 @@ from netfabric.announcer import GAPS_S
 from netfabric.bridge import tunnels
 from netfabric.bridge.links import index_of
 from netfabric.bridge.plugging import sweep, unplug
-from netfabric.host_routes import Address
 from netfabric.kernel_fabric import KernelFabric
 from netfabric.moves import Arrival, Departure
 from netfabric.routed import moving, overlay_probing, plugging, probing
 from netfabric.routed.moving import RoutedDeparture
-from netfabric.routed.network import RoutedNetwork, addresses_of, prepare_node, reasons
+from netfabric.routed.network import RoutedNetwork, prepare_node, reasons
 from netfabric.taps import tap_name
 from netfabric.threads import in_thread
 
@@ -113,8 +112,7 @@ class RoutedFabric(KernelFabric[RoutedDeparture, Arrival]):
         except FabricError as error:
             failures.append(str(error))
         except TimeoutError:
-            who = ", ".join(self.routes.silent()) or "the routers"
-            failures.append(f"no answer of {who} within {FIRST_ROUND_S:g} s")
+            failures.append(f"not every router has answered within {FIRST_ROUND_S:g} s")
         if addresses:
             await self._announcer.repeat(domain, repeat)
         if failures:
@@ -148,12 +146,12 @@ class RoutedFabric(KernelFabric[RoutedDeparture, Arrival]):
         return self.routes.lead_here_now(addresses) if addresses else None
 
     async def probe(self, nic: NicSpec, timeout_s: float) -> ProbeReport:
-        hops: dict[Address, str] = {}
+        hops: dict[str, str] = {}
         if self.network.overlay is not None:
-            for address in addresses_of(nic):
-                hop = await self.routes.hop_of(str(address))
+            for text in nic.addresses:
+                hop = await self.routes.hop_of(text)
                 if hop is not None:
-                    hops[address] = hop
+                    hops[text] = hop
         return await in_thread(lambda: probing.probe(self.network, nic, timeout_s, hops))
 
     async def send_wide(self, nic: NicSpec, token: bytes) -> None:

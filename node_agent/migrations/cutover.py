@@ -111,8 +111,6 @@ class _Arriving:
     trial: Trial | None = None
     watching: asyncio.Task[FirstFrames] | None = None
     followed: bool = False
-    unsaid: str = ""
-    """Why the first announcement failed: a reason, where the network doesn't follow."""
 
 
 class CutoverService:
@@ -278,9 +276,6 @@ class CutoverService:
         arriving = self._arriving.setdefault(move.domain, _Arriving(move))
         try:
             await self._fabric.announce(move.domain, with_learnt(move.nics, arriving.learnt))
-        except FerryError as error:
-            arriving.unsaid = f"{self.node}: its announcement: {error}"
-            raise
         finally:
             self._follow(arriving)
 
@@ -323,8 +318,6 @@ class CutoverService:
         try:
             cutover = await self._ask_until_verified(arriving)
             if cutover.verified_ms is None:
-                problems = tuple(filter(None, (*cutover.problems, arriving.unsaid)))
-                cutover = msgspec.structs.replace(cutover, problems=problems)
                 await self._complain(move, cutover)
             else:
                 await self._fabric.announce(move.domain, ())  # It is known: no more of them.
@@ -385,8 +378,7 @@ class CutoverService:
         self._events.emit(
             EventKind.NETWORK_NOT_VERIFIED,
             f"domain {move.domain} runs on {move.destination}, but the network was not seen to"
-            f" follow within {self._settings.verify_limit_s:g} s:"
-            f" {'; '.join(filter(None, (cutover.suspect, *cutover.problems)))}",
+            f" follow within {self._settings.verify_limit_s:g} s: {cutover.suspect}",
             domain=move.domain,
             migration=move.migration_id,
         )

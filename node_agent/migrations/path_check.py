@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 HEAR: Final = "network.hear"
 LISTEN_S: Final = 0.5
 AGAIN_S: Final = 0.02
-GAPS_S: Final = (0.002, 0.004, 0.008, *(int(LISTEN_S / AGAIN_S) * (AGAIN_S,)))
-"""Between two sendings: short at first, for the other side listens some ms after it was asked."""
 TOKEN_BYTES: Final = 8
 KNOWN_S: Final = 5.0
 """Long enough for a drain's domains, short enough for whoever has just changed a switch."""
@@ -112,9 +110,9 @@ class PathCheck:
                 await sending
 
     async def _send(self, nic: NicSpec, token: bytes) -> None:
-        for gap_s in GAPS_S:
+        for _ in range(int(LISTEN_S / AGAIN_S)):
             await self._fabric.send_wide(nic, token)
-            await asyncio.sleep(gap_s)
+            await asyncio.sleep(AGAIN_S)
 
     async def _on_hear(self, _: NodeName, params: HearParams) -> WidthReport:
         timeout_s = min(params.timeout_s, _CALL_S)

@@ -203,7 +203,7 @@ class SimulatedWorld(World):
         self.channels.link(source, destination)
 
     async def kill(self, node: Node) -> None:
-        self.host_of(node).kill(VM)
+        self.host_of(node).kill(VM, crashed=True)
 
     def ignore_power_button(self, node: Node) -> None:
         self.host_of(node).faults.ignores_power_button = True

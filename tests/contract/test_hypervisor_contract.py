@@ -119,6 +119,43 @@ async def test_a_process_that_ends_by_itself_is_noticed(world: World) -> None:
     await world.a.driver.start(world.launch(2))
 
 
+async def test_a_crash_is_known_to_the_next_agent_until_the_domain_is_dealt_with(
+    world: World,
+) -> None:
+    await world.a.driver.start(world.launch())
+    await world.kill(world.a)
+    assert (await world.a.wait(DomainEventKind.EXITED)).crashed
+    assert list(world.a.driver.crashed()) == [VM]
+    assert await world.reopen("a") == []  # It died before it could do anything about it.
+    assert list(world.a.driver.crashed()) == [VM]
+    await world.a.driver.destroy(VM)
+    assert list(world.a.driver.crashed()) == [VM]
+    await world.a.driver.forget_crash(VM)
+    assert not world.a.driver.crashed()
+    await world.reopen("a")
+    assert not world.a.driver.crashed()
+
+
+async def test_a_launch_ends_what_is_known_of_a_crash(world: World) -> None:
+    await world.a.driver.start(world.launch())
+    await world.kill(world.a)
+    await world.a.wait(DomainEventKind.EXITED)
+    await world.a.driver.start(world.launch(2))
+    assert not world.a.driver.crashed()
+
+
+async def test_an_end_that_was_asked_for_is_no_crash(world: World) -> None:
+    await world.a.driver.start(world.launch())
+    await world.a.driver.destroy(VM)
+    await world.a.driver.start(world.launch(2))
+    world.ignore_power_button(world.a)
+    await world.a.driver.stop(VM, timeout_s=0.2)
+    assert not [event for event in world.a.events if event.crashed]
+    assert not world.a.driver.crashed()
+    await world.reopen("a")
+    assert not world.a.driver.crashed()
+
+
 @pytest.mark.parametrize("ask", ["inspect", "list"])
 async def test_who_hears_that_it_is_stopped_has_heard_how_it_ended(world: World, ask: str) -> None:
     """Else a crash is taken for a power-off, and nobody starts the domain again."""

@@ -43,17 +43,17 @@ async def _gone(pid: int) -> None:
     await eventually(check)
 
 
-async def test_a_crash_is_known_until_the_domain_is_destroyed(world: QemuWorld) -> None:
+async def test_a_crash_is_known_until_the_domain_is_forgotten(world: QemuWorld) -> None:
     pid = await _start_and_leave(world, COUNT)
     os.kill(pid, signal.SIGKILL)
     await _gone(pid)
     for _ in range(2):
         assert await world.reopen("a") == []
-        assert list(world.a.driver.crashed_unseen()) == [VM]
-    await world.a.driver.destroy(VM)
-    assert not world.a.driver.crashed_unseen()
+        assert list(world.a.driver.crashed()) == [VM]
+    await world.a.driver.forget_crash(VM)
+    assert not world.a.driver.crashed()
     assert await world.reopen("a") == []
-    assert not world.a.driver.crashed_unseen()
+    assert not world.a.driver.crashed()
 
 
 async def test_an_end_that_was_asked_for_is_no_crash(world: QemuWorld) -> None:
@@ -61,7 +61,7 @@ async def test_an_end_that_was_asked_for_is_no_crash(world: QemuWorld) -> None:
     os.kill(pid, signal.SIGTERM)
     await _gone(pid)
     assert await world.reopen("a") == []
-    assert not world.a.driver.crashed_unseen()
+    assert not world.a.driver.crashed()
 
 
 async def test_a_power_off_by_the_guest_is_no_crash(world: QemuWorld) -> None:
@@ -81,7 +81,7 @@ async def test_a_power_off_by_the_guest_is_no_crash(world: QemuWorld) -> None:
     finally:
         await monitor.close()
     assert await world.reopen("a") == []
-    assert not world.a.driver.crashed_unseen()
+    assert not world.a.driver.crashed()
 
 
 async def test_a_destroyed_domain_did_not_crash(world: QemuWorld) -> None:
@@ -91,7 +91,7 @@ async def test_a_destroyed_domain_did_not_crash(world: QemuWorld) -> None:
     assert end.read_bytes() == b"r"
     await world.a.driver.destroy(VM)
     assert await world.reopen("a") == []
-    assert not world.a.driver.crashed_unseen()
+    assert not world.a.driver.crashed()
 
 
 def _ignore(_: QmpEvent) -> None:

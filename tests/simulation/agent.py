@@ -38,7 +38,6 @@ from node_agent.domain_records import DomainRecords
 from node_agent.domain_restart import RestartPolicy
 from node_agent.domain_takeover import DomainTakeover
 from node_agent.domains import DomainService
-from node_agent.events import EventKind, EventLog
 from node_agent.migrations.admission import Admissions
 from node_agent.migrations.cutover import CutoverService
 from node_agent.migrations.moments import MigrationMoments
@@ -71,27 +70,6 @@ CAPABILITIES = HypervisorCapabilities(
 )
 
 
-class QuietEvents(EventLog):
-    """Events go into the transcript."""
-
-    def __init__(self, agent: Agent) -> None:
-        self._agent = agent
-
-    def emit(
-        self,
-        kind: EventKind,
-        message: str,
-        *,
-        domain: str | None = None,
-        migration: str | None = None,
-        **data: str | int | float | bool | None,
-    ) -> None:
-        if self._agent.alive:
-            self._agent.world.log("{}: {}: {}", self._agent.node.name, kind.value, message)
-            if domain is not None and (data.get("left") or kind is EventKind.DOMAIN_STOPPED):
-                self._agent.node.cluster.domains[DomainName(domain)].left_stopped()
-
-
 class Agent:
     """One incarnation. `restore` and `open` in the order of the production agent."""
 
@@ -110,7 +88,7 @@ class Agent:
             PoolName("fenced"): SimulatedVolumes(self, volumes, enforces=True),
             PoolName("shared"): SimulatedVolumes(self, volumes, enforces=False),
         }
-        events = QuietEvents(self)
+        events = stand_ins.QuietEvents(self)
         self.ownership = StoreOwnership(store)
         self.records = DomainRecords(typed)
         self.locks = DomainLocks()
@@ -284,6 +262,8 @@ class SimulatedHypervisor(HypervisorDriver):
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self.subscribers: list[Callable[[DomainEvent], None]] = []
+        self.unheard: set[DomainName] = set()
+        """Their processes are gone, and the event that says so is on its way."""
 
     def _domain(self, name: str) -> Domain:
         return self._agent.node.cluster.domains[DomainName(name)]
@@ -314,8 +294,8 @@ class SimulatedHypervisor(HypervisorDriver):
 
     async def close(self) -> None: ...
 
-    def crashed_unseen(self) -> Collection[DomainName]:
-        return sorted(self._agent.node.crashed_unseen)
+    def crashed(self) -> Collection[DomainName]:
+        return sorted(self._agent.node.crashed)
 
     async def capabilities(self) -> HypervisorCapabilities:
         return CAPABILITIES
@@ -351,7 +331,7 @@ class SimulatedHypervisor(HypervisorDriver):
             raise AgentDead("the agent is dead")
         if node in domain.guests:
             raise HypervisorError("the domain is here")
-        self._agent.node.crashed_unseen.discard(domain.name)
+        self._agent.node.crashed.discard(domain.name)
         guest = domain.guests[node] = Guest(
             node=node,
             token=launch.token,
@@ -379,10 +359,12 @@ class SimulatedHypervisor(HypervisorDriver):
             guest = self._here(domain)
             if guest is not None:
                 self._agent.node.end_guest(self._domain(domain), guest)
-            self._agent.node.crashed_unseen.discard(domain)
             return True
 
         await self._call(effect)
+
+    async def forget_crash(self, domain: DomainName) -> None:
+        await self._agent.call(lambda: self._agent.node.crashed.discard(domain), 0.0002)
 
     async def inspect(self, domain: DomainName) -> DomainStatus:
         def effect() -> DomainStatus:
@@ -391,10 +373,19 @@ class SimulatedHypervisor(HypervisorDriver):
             return DomainStatus(name=domain, state=state)
 
         world = self._agent.world
-        return await self._agent.call(effect, 0.0002 + world.delay(CALL_S))
+        status = await self._agent.call(effect, 0.0002 + world.delay(CALL_S))
+        if status.state is DomainState.STOPPED:
+            await self._hear_out({domain})
+        return status
+
+    async def _hear_out(self, domains: Collection[DomainName]) -> None:
+        """Who hears that a domain is stopped has heard how it ended (the port's contract)."""
+        while self.unheard.intersection(domains):
+            await self._agent.trip(CALL_S)
 
     async def list_domains(self) -> Sequence[DomainStatus]:
         await self._agent.trip(CALL_S)
+        await self._hear_out(self._agent.node.cluster.domains)
         return [
             DomainStatus(name=each.name, state=STATES[each.guests[self._agent.node.name].state])
             for each in self._agent.node.cluster.domains.values()

@@ -44,7 +44,7 @@ class Node:
         """Always durable."""
         self.store_cut = False
         self.storage_cut = False
-        self.crashed_unseen: set[DomainName] = set()
+        self.crashed: set[DomainName] = set()
         self._silent_since_s = world.now_s
 
     @property
@@ -153,7 +153,7 @@ class Node:
         self.crash("host died", down_s=12.0)
         self.journal = dict(self.durable)
         self.boot += 1
-        self.crashed_unseen.clear()
+        self.crashed.clear()
 
     def kill_randomly(self, side: Side | None = None) -> None:
         """Something of this node; an engine or a hypervisor of `side`, where one is meant."""
@@ -191,12 +191,12 @@ class Node:
         else:
             liveness.died(domain, guest, why)
         ran = guest.state not in (G.INCOMING, G.LOADED)
-        if self.agent is None and ran and not stopped:
-            self._crash_unseen(domain)
+        if ran and not stopped and (told or self.agent is None):
+            self._note_crash(domain)
         self._gone(domain, guest, told=told, crashed=not stopped)
 
-    def _crash_unseen(self, domain: Domain) -> None:
-        self.crashed_unseen.add(domain.name)
+    def _note_crash(self, domain: Domain) -> None:
+        self.crashed.add(domain.name)
         owned = domain.record
         if owned is not None and owned.owner == self.name and domain.died:
             domain.must_start |= owned.state is OwnershipState.RUNNING
@@ -235,10 +235,14 @@ class Node:
         at_s = max(world.now_s + world.delay(0.002), guest.events_due_s)
         guest.events_due_s = at_s
         event = DomainEvent(domain=domain.name, kind=kind, at_s=self.clock_s, crashed=crashed)
+        if agent is not None and kind is DomainEventKind.EXITED:
+            agent.hypervisor.unheard.add(domain.name)
 
         def deliver() -> None:
             if agent is None or self.agent is not agent:
                 return
+            if kind is DomainEventKind.EXITED:
+                agent.hypervisor.unheard.discard(domain.name)
             for callback in tuple(agent.hypervisor.subscribers):
                 callback(event)
             for side in self.sides():

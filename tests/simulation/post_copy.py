@@ -23,7 +23,12 @@ RECONNECT_S = 10.0
 
 def listening(side: Side) -> v.EngineListening:
     """The port tells an engine from its successor."""
-    return v.EngineListening(host="10.0.0.2", port=7000 + side.engine, secret=b"s" * 32)
+    return v.EngineListening(host="10.0.0.2", port=port_of(side.engine), secret=b"s" * 32)
+
+
+def port_of(engine: int) -> int:
+    """Where an engine listens; by its number on its side."""
+    return 7000 + engine
 
 
 def tell_missing(side: Side, command: v.RunPass) -> None:
@@ -84,7 +89,7 @@ def connect_successor(side: Side, command: v.ConnectEngine) -> list[v.Event]:
     if guest is None or not side.engine:
         return [v.EngineLost(reason="no such domain")]
     side.served = guest
-    if command.port != 7000 + side.other.engine:
+    if command.port != port_of(side.other.engine):
         _dial_in_vain(side)
         return []
     side.linked = side.other.engine

@@ -110,6 +110,8 @@ class Side:
         self.engine = 0
         """Serial number of the engine process; 0: none."""
         self.engine_serial = 0
+        self._gone_engine = self._silent_engine = 0
+        """The newest that was killed; and that of which the session has heard so."""
         self.linked = 0
         """Source: the engine that ours is connected to."""
         self.served: Guest | None = None
@@ -173,11 +175,12 @@ class Side:
     def kill_engine(self, why: str, *, told: bool = True) -> None:
         if not self.engine:
             return
-        self.engine = 0
+        gone, self.engine = self.engine, 0
         self.served = None
         self.world.log("{}: engine gone ({})", self.name, why)
         post_copy.note_loss(self.migration)
         if told:
+            self._gone_engine = gone
             self.soon(v.EngineLost(reason=why))
         other = self.other
         post_copy.peer_engine_gone(other)
@@ -216,6 +219,11 @@ class Side:
         session, world = self.session, self.world
         if session is None:
             return
+        match event:
+            case v.EngineLost():
+                self._silent_engine = self._gone_engine
+            case v.EngineListening() if event.port <= post_copy.port_of(self._silent_engine):
+                return  # What a dead one had still to say is dropped (`EngineDriver`).
         world.log("{}: {}", self.name, event)
         if isinstance(event, v.CommandFailed) and event.without_effect:
             self.resume_uncertain = self._uncertain_before

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from migrator.errors import HypervisorError, StoreError
 from migrator.model import DomainName, NodeName
+from node_agent.events import EventKind, EventLog
 from node_agent.hooks.model import HookReport
 from node_agent.migrations.arrivals import Arrivals
 from node_agent.migrations.checks import DestinationCheck
@@ -25,6 +26,27 @@ EARLY_IN_EACH = 10
 EARLY = 0.8
 UP_S = (0.05, 2.0)
 """From the first page that may come to the hypervisor's answer, at most."""
+
+
+class QuietEvents(EventLog):
+    """Events go into the transcript."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    def emit(
+        self,
+        kind: EventKind,
+        message: str,
+        *,
+        domain: str | None = None,
+        migration: str | None = None,
+        **data: str | int | float | bool | None,
+    ) -> None:
+        if self._agent.alive:
+            self._agent.world.log("{}: {}: {}", self._agent.node.name, kind.value, message)
+            if domain is not None and (data.get("left") or kind is EventKind.DOMAIN_STOPPED):
+                self._agent.node.cluster.domains[DomainName(domain)].left_stopped()
 
 
 class UnencryptedCheck(DestinationCheck):

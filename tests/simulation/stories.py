@@ -240,6 +240,8 @@ class StartsAndStops(Story):
         async def work(agent: Agent) -> None:
             self.world.log("{}: {} {}", node.name, what, domain.name)
             if what == "start":
+                if domain.record is not None and domain.record.owner != agent.node.name:
+                    domain.must_start = False  # Its owner is out of it, also if this fails.
                 await agent.domains.start(domain.name)
             else:
                 domain.must_start = False

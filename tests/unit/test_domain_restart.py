@@ -123,7 +123,7 @@ async def test_what_crashed_unseen_and_was_taken_over_is_forgotten(world: World)
     assert await world.a.ownership.compare_and_set(before, after)
     await agent_starts(world.a)
     await stays(world.a, RUNNING, after.token, "b")
-    assert not world.a.hypervisor.crashed_unseen()
+    assert not world.a.hypervisor.crashed()
 
 
 async def test_the_first_agent_knows_of_no_boot_before(world: World) -> None:

@@ -81,9 +81,6 @@ class NetlinkRoutes(RouteDriver):
             return
         raise FabricError(f"routes: another node claims {', '.join(addresses)} again and again")
 
-    def silent(self) -> tuple[str, ...]:
-        return self._speaker.silent()
-
     async def leads_away(self, addresses: Sequence[str]) -> bool:
         wanted: list[Address] = []
         for text in map(canonical, addresses):

@@ -63,7 +63,6 @@ class Speaker:
         self._clock = clock
         self._transport: asyncio.DatagramTransport | None = None
         self._waiting: dict[int, asyncio.Future[Known]] = {}
-        self._asked: dict[str, asyncio.Future[Known]] = {}
         self._ids = itertools.count(secrets.randbits(48))
         self._setting = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -108,8 +107,7 @@ class Speaker:
         """Say it until every peer has answered; the answers, and who hasn't given one. 2 s."""
         loop = asyncio.get_running_loop()
         ids = {peer: next(self._ids) for peer in peers}
-        answers: dict[str, asyncio.Future[Known]] = {peer: loop.create_future() for peer in peers}
-        self._asked.update(answers)
+        answers = {peer: loop.create_future() for peer in peers}
         for peer, future in answers.items():
             self._waiting[ids[peer]] = future
         try:
@@ -126,10 +124,6 @@ class Speaker:
                 self._waiting.pop(number, None)
         done = {peer: future.result() for peer, future in answers.items() if future.done()}
         return done, [peer for peer in peers if peer not in done]
-
-    def silent(self) -> tuple[str, ...]:
-        """Who hasn't answered the last question yet."""
-        return tuple(peer for peer, future in self._asked.items() if not future.done())
 
     async def set_routes(self, addresses: Collection[str]) -> list[str]:
         """Bring this node's own table in line with the ledger; what couldn't be done."""
