@@ -15,8 +15,11 @@ import ipaddress
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
+
+from pyroute2 import IPRoute
 
 from deploy.lab import processes
 from deploy.lab.kinds import EVPN_IDENTIFIER, EVPN_MTU_BYTES, FRR_FABRICS
@@ -65,6 +68,8 @@ def ensure_daemons(plan: LabPlan, report: Callable[[str], None]) -> None:
         return
     if plan.fabric is FabricKind.EVPN:
         work_in(plan.router, lambda: ensure_end(_router_overlay(plan)))
+        for number, node in enumerate(plan.nodes, 1):
+            work_in(node.namespace, partial(_ensure_own, _own_networks(plan, number)))
     for role, lines in (("router", _router_lines(plan)), *_node_lines(plan)):
         folder = vty_directory(plan, role)
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +109,8 @@ def _node_lines(plan: LabPlan) -> Iterator[tuple[str, list[str]]]:
     for number, node in enumerate(plan.nodes, 1):
         subnet = plan.subnet(number)
         if plan.fabric is FabricKind.EVPN:
-            yield node.name, _evpn_lines(node.name, subnet.address, [subnet.router])
+            lines = _evpn_lines(node.name, subnet.address, [subnet.router])
+            yield node.name, [*lines, *_networks(_own_networks(plan, number))]
             continue
         yield (
             node.name,
@@ -146,6 +152,23 @@ def _router_overlay(plan: LabPlan) -> Overlay:
         mtu_bytes=EVPN_MTU_BYTES,
         evpn=True,
     )
+
+
+def _own_networks(plan: LabPlan, number: int) -> list[tuple[int, str, int]]:
+    """What a node announces for good: with the last route to it FRR would forget the way there,
+    before it changes that route.
+    """
+    return [
+        (4, f"10.74.{plan.index}.{number}", 32),
+        (6, f"fd74:{plan.index:x}::{number:x}", 128),
+    ]
+
+
+def _ensure_own(networks: list[tuple[int, str, int]]) -> None:
+    """On the loopback interface of the thread's namespace."""
+    with IPRoute() as route:
+        for _, address, bits in networks:
+            route.addr("replace", index=1, address=address, prefixlen=bits)
 
 
 def _evpn_lines(name: str, identifier: str, neighbours: list[str], more: str = "") -> list[str]:
