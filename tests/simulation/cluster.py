@@ -49,6 +49,8 @@ class Domain:
         self.losses: list[str] = []
         self.must_start = False
         """Its memory died with the host that was its owner, or an agent noted to start it again."""
+        self.seen_to_crash = False
+        """That is why it must start: its owner's agent lived."""
         self.volume.opened[owner] = 1
         self.volume.fence(owner, FencingToken(1))
         self.guests[owner] = Guest(
@@ -156,7 +158,12 @@ class Cluster:
         if not key.startswith(OWNERSHIP):
             return
         domain = self.domains[DomainName(key.removeprefix(OWNERSHIP))]
-        domain.record = None if value is None else decode(key, value, OwnershipRecord)
+        before = domain.record
+        after = domain.record = None if value is None else decode(key, value, OwnershipRecord)
+        moved = before is not None and after is not None and before.owner != after.owner
+        if moved and domain.seen_to_crash:
+            # If the other copy dies, too, unseen, and before it ran, nobody can know that.
+            domain.must_start = domain.seen_to_crash = False
         running = domain.record is not None and domain.record.state is OwnershipState.RUNNING
         if takeover and running:
             domain.depose()

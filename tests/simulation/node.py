@@ -199,7 +199,9 @@ class Node:
         self.crashed.add(domain.name)
         owned = domain.record
         if owned is not None and owned.owner == self.name and domain.died:
-            domain.must_start |= owned.state is OwnershipState.RUNNING
+            running = owned.state is OwnershipState.RUNNING
+            domain.seen_to_crash = running and self.agent is not None and not domain.must_start
+            domain.must_start |= running
 
     def end_guest(self, domain: Domain, guest: Guest) -> None:
         """It is destroyed on purpose."""
