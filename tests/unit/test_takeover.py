@@ -228,13 +228,13 @@ async def test_a_node_that_comes_back_after_a_partition_ends_its_stale_copy(worl
     await eventually(ended)
     assert await state(world.b) is DomainState.RUNNING
     assert await owner(world.b) == (3, "b", OwnershipState.RUNNING)
-    assert not world.a.fabric.plugged
 
     async def told() -> bool:
         events = await world.b.events.read(limit=50)
         return any(event.kind == EventKind.DOMAIN_DESTROYED for event in events)
 
-    await eventually(told)
+    await eventually(told)  # When all of it is closed.
+    assert not world.a.fabric.plugged
 
 
 async def test_a_node_that_reboots_into_another_owner_ends_its_stale_copy_first(
