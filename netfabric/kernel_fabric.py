@@ -7,6 +7,10 @@
 A driver says what its kernel is told in each step of a move (`_leave` to `_close`); which step
 knows of which NICs, what is undone where nobody waits any more, and what a failure leaves, is here.
 
+What begins a move and what ends one take turns, domain by domain: the ends of a domain's tunnels
+have the same names in each of its moves, so what an earlier move still had to close late would be
+the later one's. A guest that comes back after its grace time, just as that ends, waits for it.
+
 A NIC that can't be forwarded for departs and arrives all the same: its failure is raised after all
 else is done. Belongs to one event loop. Errors: FabricError.
 """
@@ -14,8 +18,10 @@ else is done. Belongs to one event loop. Errors: FabricError.
 from __future__ import annotations
 
 import abc
+import asyncio
 import logging
 import socket
+import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Generic
@@ -49,6 +55,9 @@ class KernelFabric(FabricDriver, Generic[Leaving, Coming]):
         self._departures: dict[DomainName, tuple[Leaving, ...]] = {}
         self._arrivals: dict[DomainName, tuple[Coming, ...]] = {}
         self._tests = TunnelTests()
+        self._turns: weakref.WeakValueDictionary[DomainName, asyncio.Lock] = (
+            weakref.WeakValueDictionary()
+        )
         self._socket: socket.socket | None = None
 
     # --- what the kernel is told; synchronous, in threads ---
@@ -102,9 +111,10 @@ class KernelFabric(FabricDriver, Generic[Leaving, Coming]):
         await self._addresses.forget(tap)
         await self._first.discard(domain)
         await self._tests.deafen(domain)
-        arrivals = self._arrivals.pop(domain, ())
-        await in_thread(lambda: self._remove(tap))
-        await in_thread(lambda: self._close(arrivals))
+        async with self._turn(domain):
+            arrivals = self._arrivals.pop(domain, ())
+            await in_thread(lambda: self._remove(tap))
+            await in_thread(lambda: self._close(arrivals))
 
     async def close(self) -> None:
         """End the announcements. Taps stay. Idempotent; the driver can be used again."""
@@ -132,14 +142,15 @@ class KernelFabric(FabricDriver, Generic[Leaving, Coming]):
         self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
     ) -> None:
         """FabricError: some NIC can't be forwarded for. It departs all the same."""
-        earlier = self._arrivals.pop(domain, ())
-        await in_thread(lambda: self._close(earlier))
-        departures, failures = await in_thread(
-            lambda: self._leave(domain, nics, tunnel), lambda made: self._discard(made[0])
-        )
-        self._departures[domain] = departures
-        await self._tests.deafen(domain)
-        self._tests.forget_sent(domain)
+        async with self._turn(domain):
+            earlier = self._arrivals.pop(domain, ())
+            await in_thread(lambda: self._close(earlier))
+            departures, failures = await in_thread(
+                lambda: self._leave(domain, nics, tunnel), lambda made: self._discard(made[0])
+            )
+            self._departures[domain] = departures
+            await self._tests.deafen(domain)
+            self._tests.forget_sent(domain)
         if failures:
             raise FabricError("; ".join(failures))
 
@@ -164,25 +175,28 @@ class KernelFabric(FabricDriver, Generic[Leaving, Coming]):
         await in_thread(lambda: self._shut(departures))
 
     async def reopen(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
-        departures = self._departures.pop(domain, ())
-        self._tests.forget_sent(domain)
-        await in_thread(lambda: self._reopen(domain, nics))
-        await in_thread(lambda: self._close(departures))
+        async with self._turn(domain):
+            departures = self._departures.pop(domain, ())
+            self._tests.forget_sent(domain)
+            await in_thread(lambda: self._reopen(domain, nics))
+            await in_thread(lambda: self._close(departures))
 
     async def end_departure(self, domain: DomainName) -> int:
-        return await self._forwarded(domain, self._departures.pop(domain, ()))
+        async with self._turn(domain):
+            return await self._forwarded(domain, self._departures.pop(domain, ()))
 
     async def prepare_arrival(
         self, domain: DomainName, nics: Sequence[NicSpec], tunnel: Tunnel
     ) -> None:
         """FabricError: some NIC can't be forwarded to. It arrives all the same."""
-        earlier = self._departures.pop(domain, ())
-        await in_thread(lambda: self._close(earlier))
-        arrivals, failures = await in_thread(
-            lambda: self._come(domain, nics, tunnel), lambda made: self._discard(made[0])
-        )
-        self._arrivals[domain] = arrivals
-        await self._tests.listen(domain, [arrival.tunnel for arrival in arrivals])
+        async with self._turn(domain):
+            earlier = self._departures.pop(domain, ())
+            await in_thread(lambda: self._close(earlier))
+            arrivals, failures = await in_thread(
+                lambda: self._come(domain, nics, tunnel), lambda made: self._discard(made[0])
+            )
+            self._arrivals[domain] = arrivals
+            await self._tests.listen(domain, [arrival.tunnel for arrival in arrivals])
         try:
             await self._be_ready(nics)
         except FabricError as error:
@@ -208,10 +222,11 @@ class KernelFabric(FabricDriver, Generic[Leaving, Coming]):
         await self._first.open(domain, [arrival.tap for arrival in arrivals])
 
     async def end_arrival(self, domain: DomainName) -> int:
-        arrivals = self._arrivals.pop(domain, ())
-        await self._first.discard(domain)
-        tests = await self._tests.deafen(domain)
-        return max((await in_thread(lambda: self._close(arrivals)))[0] - tests, 0)
+        async with self._turn(domain):
+            arrivals = self._arrivals.pop(domain, ())
+            await self._first.discard(domain)
+            tests = await self._tests.deafen(domain)
+            return max((await in_thread(lambda: self._close(arrivals)))[0] - tests, 0)
 
     async def first_frames(
         self, domain: DomainName, since_s: float, timeout_s: float
@@ -220,6 +235,10 @@ class KernelFabric(FabricDriver, Generic[Leaving, Coming]):
         return await self._first.wait(domain, taps, since_s, timeout_s)
 
     # --- inside ---
+
+    def _turn(self, domain: DomainName) -> asyncio.Lock:
+        """Whoever makes or closes the ends of the domain's tunnels has it; not reentrant."""
+        return self._turns.setdefault(domain, asyncio.Lock())
 
     async def _forwarded(self, domain: DomainName, departures: Sequence[Leaving]) -> int:
         """Closes the tunnels' ends; frames that went in, but for those that tried them."""

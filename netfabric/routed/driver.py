@@ -132,13 +132,14 @@ class RoutedFabric(KernelFabric[RoutedDeparture, Arrival]):
         if not addresses:
             return 0
         seen = await self._seen_elsewhere(domain, departures, addresses)
-        if self._departures.get(domain) is not departures:
-            return 0  # It has come back meanwhile, and that has closed the tunnel.
-        if not seen:
-            log.warning("domain %s: no route elsewhere was seen for %s", domain, addresses)
-        del self._departures[domain]
-        await self.routes.withdraw(addresses)
-        return await self._forwarded(domain, departures)
+        async with self._turn(domain):  # What comes back prepares its routes after this.
+            if self._departures.get(domain) is not departures:
+                return 0  # It has come back meanwhile, and that has closed the tunnel.
+            if not seen:
+                log.warning("domain %s: no route elsewhere was seen for %s", domain, addresses)
+            del self._departures[domain]
+            await self.routes.withdraw(addresses)
+            return await self._forwarded(domain, departures)
 
     def announce_now(self, domain: DomainName) -> float | None:
         arrivals = self._arrivals.get(domain, ())

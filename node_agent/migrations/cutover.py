@@ -237,14 +237,19 @@ class CutoverService:
         try:
             await self._records.amend(move.migration_id)
             await asyncio.sleep(self._settings.grace_s)
-            if move.domain not in self._arriving and move.domain not in self._leaving:
+            if not self._moves(move.domain):
                 record.forwarded = await self._fabric.end_departure(move.domain)
                 record.connections = self._connections.figures(move.domain)
-                await self._connections.left(move.domain)
+                if not self._moves(move.domain):  # That may have taken a while.
+                    await self._connections.left(move.domain)
                 await self._records.amend(move.migration_id)
             await asyncio.sleep(self._settings.verify_limit_s + _CALL_S)  # It may yet be told.
         finally:
             self._records.forget(move.migration_id)
+
+    def _moves(self, domain: DomainName) -> bool:
+        """It has begun to come, or to leave, and that isn't over."""
+        return domain in self._arriving or domain in self._leaving
 
     async def _on_outcome(self, _: NodeName, params: OutcomeParams) -> Done:
         if params.late:

@@ -17,6 +17,7 @@ from pyroute2 import IPRoute
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
 from migrator.ports import Tunnel, WidthReport
+from netfabric.bridge.links import index_of
 from netfabric.frames import ethernet, neighbour_solicitation, parse_mac
 from netfabric.host_routes import Hop, Metric, route_of, set_neighbour, set_route, way_to
 from netfabric.routed import RoutedFabric, RoutedNetwork, moving
@@ -304,6 +305,82 @@ def test_a_guest_that_says_an_address_does_not_get_its_route() -> None:
             target = ipaddress.ip_address("10.0.0.66")
             assert await world.router.call(lambda: route_of(target, Metric.TOLD)) is None
             assert not await asyncio.to_thread(leads_to_tap, target)
+        finally:
+            os.close(fd)
+
+    on_routed(body)
+
+
+class Gate:
+    """Who comes to it waits there until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened = asyncio.Event(), asyncio.Event()
+
+    async def pass_through(self) -> None:
+        self.reached.set()
+        await self.opened.wait()
+
+    async def runs_into(self, late: Awaitable[int], next_move: Awaitable[None]) -> None:
+        """The next move begins while the earlier one's end stands at the gate."""
+        ending = asyncio.ensure_future(late)
+        await self.reached.wait()
+        beginning = asyncio.ensure_future(next_move)
+        await asyncio.wait({beginning}, timeout=0.5)  # Time enough for what must not happen.
+        self.opened.set()
+        await asyncio.gather(ending, beginning)
+
+
+class SlowRoutes(NobodyRoutes):
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        self.told: list[str] = []
+
+    async def prepare(self, addresses: Sequence[str]) -> None:
+        self.told.append("prepare")
+
+    async def withdraw(self, addresses: Sequence[str]) -> None:
+        await self.gate.pass_through()
+        self.told.append("withdraw")
+
+
+def test_a_guest_that_comes_back_as_its_forwarding_ends_keeps_its_tunnel_and_its_routes() -> None:
+    async def body(world: RoutedWorld) -> None:
+        gate = Gate()
+        routes = SlowRoutes(gate)
+        fabric = RoutedFabric(NETWORK, routes, gaps_s=())
+        fd = await fabric.plug(WEB, 0, NIC)
+        try:
+            await fabric.prepare_departure(WEB, [NIC], TUNNEL)
+            coming = fabric.prepare_arrival(WEB, [NIC], msgspec.structs.replace(TUNNEL, name="m2"))
+            await gate.runs_into(fabric.end_departure(WEB), coming)
+            assert routes.told == ["withdraw", "prepare"]
+            assert await asyncio.to_thread(index_of, tunnel_name(WEB, 0)) is not None
+        finally:
+            os.close(fd)
+            await fabric.close()
+
+    on_routed(body)
+
+
+def test_a_guest_that_leaves_again_as_its_arrival_ends_keeps_its_tunnel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def body(world: RoutedWorld) -> None:
+        gate, fabric = Gate(), world.driver
+        fd = await fabric.plug(WEB, 0, NIC)
+        try:
+            await fabric.prepare_arrival(WEB, [NIC], TUNNEL)
+            discard = fabric._first.discard
+
+            async def late(domain: DomainName) -> None:
+                await gate.pass_through()
+                await discard(domain)
+
+            monkeypatch.setattr(fabric._first, "discard", late)
+            away = fabric.prepare_departure(WEB, [NIC], msgspec.structs.replace(TUNNEL, name="m2"))
+            await gate.runs_into(fabric.end_arrival(WEB), away)
+            assert await asyncio.to_thread(index_of, tunnel_name(WEB, 0)) is not None
         finally:
             os.close(fd)
 
