@@ -19,17 +19,11 @@ from dataclasses import dataclass
 from typing import Final
 
 import lz4.block
+import zstandard
 
 from migrator.engine import frames
 from migrator.engine.frames import FrameKind
 from migrator.errors import RemoteProtocolError
-
-try:
-    import zstandard
-except ImportError:  # Installed before it was needed: such a node knows LZ4.
-    _HAS_ZSTD = False
-else:
-    _HAS_ZSTD = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +54,7 @@ LADDER: Final = (
 """Cheapest first. The figures are those of a Linux guest's memory (docs/benchmarks.md). Higher
 levels take many times as long and save a hundredth more of it."""
 
-FAMILIES: Final = (LZ4, ZSTD) if _HAS_ZSTD else (LZ4,)
+FAMILIES: Final = (LZ4, ZSTD)
 """What this side can do, and undo."""
 
 
@@ -69,9 +63,8 @@ class _Contexts(threading.local):
 
     def __init__(self) -> None:
         self.compressors: dict[int, zstandard.ZstdCompressor] = {}
-        if _HAS_ZSTD:
-            window = frames.PACKED_BYTES_MAX
-            self.decompressor = zstandard.ZstdDecompressor(max_window_size=window)
+        window = frames.PACKED_BYTES_MAX
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=window)
 
 
 _contexts: Final = _Contexts()
@@ -79,7 +72,7 @@ _contexts: Final = _Contexts()
 
 def usable(families: Collection[str]) -> tuple[Codec, ...]:
     """Of the ladder, what this side can do and the other can undo."""
-    return tuple(codec for codec in LADDER if codec.family in {*FAMILIES} & {*families})
+    return tuple(codec for codec in LADDER if codec.family in families)
 
 
 def compress(codec: Codec, content: memoryview) -> bytes:
@@ -116,8 +109,6 @@ def _unlz4(payload: memoryview, size: int) -> bytes:
 
 
 def _unzstd(payload: memoryview, size: int) -> bytes:
-    if not _HAS_ZSTD:
-        raise RemoteProtocolError("packed by Zstandard, which this side didn't offer")
     try:
         # The library takes as much memory as a frame says that it holds, whatever it is allowed.
         told = zstandard.get_frame_parameters(payload).content_size
