@@ -135,10 +135,15 @@ class PingWatch(_Watch):
         return len(self.answers) - len({number for _, number in self.answers})
 
     @property
-    def reordered(self) -> int:
-        """Answers that came after one to a later question."""
+    def overtaken_at_s(self) -> list[float]:
+        """When the questions were asked whose answers came after one to a later question."""
         numbers = [number for _, number in self.answers]
-        return sum(1 for before, after in itertools.pairwise(numbers) if after < before)
+        pairs = itertools.pairwise(numbers)
+        return [self.sent_at_s[after] for before, after in pairs if after < before]
+
+    @property
+    def reordered(self) -> int:
+        return len(self.overtaken_at_s)
 
     def first_question_ms(self, at_s: float) -> float:
         """From `at_s` to the first question after it: nothing can arrive sooner."""
