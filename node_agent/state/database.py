@@ -113,12 +113,13 @@ class Database:
     def _is_ours(self) -> bool:
         """False: an empty file. StoreError: somebody else's, or a newer Ferry's."""
         execute = self._connection.execute
+        # First: another process may write the layout between these, and that comes with the rest.
+        if execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+            return False
         application = execute("PRAGMA application_id").fetchone()[0]
         version = execute("PRAGMA user_version").fetchone()[0]
         if application == APPLICATION_ID and version == SCHEMA_VERSION:
             return True
-        if execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-            return False
         if application == APPLICATION_ID:
             raise StoreError(f"{self.path}: its layout is version {version}, not {SCHEMA_VERSION}")
         raise StoreError(f"{self.path}: a database, but not Ferry's")

@@ -8,11 +8,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from migrator.errors import StoreError
+from node_agent.state.database import Database
 from node_agent.state.sqlite import SqliteStore
 from tests.contract.test_store_contract import opened, take
 
@@ -143,3 +146,28 @@ async def test_a_dropped_watch_is_forgotten(tmp_path: Path) -> None:
         await store.put("d/a", b"")
         await store.get("d/a")
         assert store._watches == []
+
+
+@pytest.mark.parametrize("reads", range(1, 4))
+def test_two_agents_that_make_the_file_at_once_both_have_it(
+    reads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever one has read by the time that the other has written the layout."""
+    path = tmp_path / "cluster.sqlite"
+    connect = sqlite3.connect
+    asked: list[str] = []
+
+    class Slow(sqlite3.Connection):
+        def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
+            found = super().execute(sql, parameters)
+            if "sqlite_master" in sql or sql in ("PRAGMA application_id", "PRAGMA user_version"):
+                asked.append(sql)
+                if len(asked) == reads and not self.in_transaction:
+                    with monkeypatch.context() as usual:
+                        usual.setattr(sqlite3, "connect", connect)
+                        Database(path, 1.0).close()
+            return found
+
+    monkeypatch.setattr(sqlite3, "connect", partial(connect, factory=Slow))
+    Database(path, 1.0).close()
+    assert asked
