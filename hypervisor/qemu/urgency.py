@@ -25,9 +25,11 @@ class Urgency:
         self._pid = pid
         self.possible = True
         """It may be urgent: it is, or an earlier agent left it so."""
+        self._hurries = 0
 
     async def hurry(self) -> None:
         self.possible = True
+        self._hurries += 1
         await offload(lambda: cores.set_niceness(self._pid, cores.URGENT))
 
     async def calm(self) -> None:
@@ -37,6 +39,8 @@ class Urgency:
             await offload(lambda: cores.set_niceness(self._pid, cores.usual()))
 
     async def calm_soon(self) -> None:
-        """When it has caught up."""
+        """When it has caught up, unless it is to stand still again by then."""
+        hurries = self._hurries
         await asyncio.sleep(CATCH_UP_S)
-        await self.calm()
+        if hurries == self._hurries:
+            await self.calm()
