@@ -233,7 +233,8 @@ class DomainOwnership:
         async with self._locks.hold(domain, "clean-up"):
             owned = await self._ownership.read(domain)
             if owned is None or owned.owner != self.node:
-                # A crash stays known: a destination that fails may pass the domain back.
+                # This agent remembers a crash: a destination that fails may pass the domain back.
+                await self._hypervisor.forget_crash(domain)
                 await self.restarts.drop(domain)
                 return
             if owned.state is OwnershipState.RUNNING:

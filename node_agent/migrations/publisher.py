@@ -52,6 +52,8 @@ class Publisher:
         self._states: dict[str, MigrationState] = {}
         self._dirty: dict[str, SourceSession] = {}
         self._written_at: dict[str, float] = {}
+        self._writing = asyncio.Lock()
+        """One after the other, each as of its turn: an older view never comes last."""
         self._wakeup = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -80,7 +82,12 @@ class Publisher:
 
     async def write(self, migration: Migration) -> None:
         """Publish now."""
-        await self._store.put(f"{MIGRATIONS}{migration.id}", migration)
+        await self._put(lambda: migration)
+
+    async def _put(self, view: Callable[[], Migration]) -> None:
+        async with self._writing:
+            migration = view()
+            await self._store.put(f"{MIGRATIONS}{migration.id}", migration)
 
     def changed(self, session: SourceSession) -> None:
         """From the runner, after each event. Never waits."""
@@ -154,7 +161,7 @@ class Publisher:
                 name, session = self._dirty.popitem()
                 self._written_at[name] = self._monotonic()
                 try:
-                    await self.write(session.view())
+                    await self._put(session.view)
                 except FerryError as error:  # The next change tries again.
                     log.warning("migration %s was not published: %s", name, error)
 

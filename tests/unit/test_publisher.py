@@ -1,0 +1,57 @@
+"""What is published of a migration is never older than what was published before."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+from migrator.model import Migration, MigrationState
+from node_agent.migrations.publisher import Publisher
+from tests.unit.session_pair import SessionPair
+
+
+class SlowStore:
+    """The first write takes its time."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.begun = asyncio.Event()
+        self.done = asyncio.Event()
+        self.kept: Migration | None = None
+
+    async def put(self, _key: str, migration: Migration) -> None:
+        if not self.begun.is_set():
+            self.begun.set()
+            await self.first.wait()
+            self.done.set()
+        self.kept = migration
+
+    async def list_prefix(self, *_: object) -> list[Any]:
+        return []
+
+
+class NoEvents:
+    def emit(self, *_: object, **__: object) -> None: ...
+
+
+async def test_a_slow_write_of_progress_does_not_come_after_the_end() -> None:
+    pair = SessionPair()
+    pair.run()
+    session = pair.source
+    assert session.state is MigrationState.COMPLETED
+    store = SlowStore()
+    publisher = Publisher(cast(Any, store), cast(Any, NoEvents()))
+    publisher.open()
+    try:
+        publisher.changed(session)
+        async with asyncio.timeout(10):
+            await store.begun.wait()
+            session.timeline.append(session.timeline[-1])
+            end = asyncio.create_task(publisher.end(session))
+            await asyncio.sleep(0)
+            store.first.set()
+            await store.done.wait()
+            await end
+        assert store.kept == session.view()
+    finally:
+        await publisher.close()
