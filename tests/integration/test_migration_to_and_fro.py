@@ -38,7 +38,8 @@ def test_a_guest_migrates_to_and_fro_under_load(
             written = guest.status().disk_records_written
             moves, gaps_ms = _to_and_fro(cluster, guest, packets, download)
             status = guest.verify()
-        assert guest.copies() == [guest.node] == ["n1"]
+        assert guest.node == "n1"
+        eventually("one copy is left", lambda: guest.copies() == ["n1"])
         assert status.disk_records_written > written
         assert status.memory_sweeps > 0
         assert packets.boots == 1
