@@ -134,7 +134,7 @@ class DomainRestarts:
             left = (ours | set(claimed)) - set(here)
             wanted = {name: each for name, each in notes.wanted.items() if name in left}
             left -= set(ending)
-            why = "its hypervisor died while no agent ran"
+            why = "its hypervisor died before this agent began"
             wanted |= self._lost(why, left & set(crashed), records, claimed)
             if notes.boot_id not in ("", self._policy.boot_id):
                 why = f"{self._node} was rebooted, or lost power"

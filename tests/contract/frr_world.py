@@ -8,10 +8,10 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from deploy.lab.frr import PROGRAMS, USER
+from deploy.lab.frr import PROGRAMS, SYSTEM, USER
 from tests.contract.fabric_worlds import SOON_S
 
 
@@ -24,6 +24,31 @@ def a_folder() -> Iterator[Path]:
         yield made
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def configuration(
+    address: str,
+    neighbour: str,
+    families: Mapping[str, Sequence[str]],
+    *,
+    identifier: int | None = None,
+) -> str:
+    """Of a node with one neighbour; what each address family says beside that it is active."""
+    lines = [
+        "frr defaults datacenter",
+        f"hostname node{address[-1]}",
+        *([f"vni {identifier}"] if identifier else []),
+        f"router bgp {SYSTEM}",
+        f" bgp router-id {address}",
+        " no bgp default ipv4-unicast",
+        f" neighbor {neighbour} remote-as {SYSTEM}",
+        f" neighbor {neighbour} timers connect 1",
+        f" neighbor {neighbour} advertisement-interval 0",
+    ]
+    for family, said in families.items():
+        lines += [f" address-family {family}", f"  neighbor {neighbour} activate"]
+        lines += [*(f"  {each}" for each in said), " exit-address-family"]
+    return "\n".join([*lines, ""])
 
 
 def start_daemons(folder: Path, configuration: str) -> list[subprocess.Popen[bytes]]:

@@ -17,7 +17,6 @@ import msgspec
 import pytest
 from pyroute2 import IPRoute
 
-from deploy.lab.frr import SYSTEM
 from migrator.model import DomainName, NicSpec
 from migrator.ports import Tunnel
 from netfabric.frames import parse_mac
@@ -29,7 +28,7 @@ from netfabric.vxlan.overlay import ensure
 from node_agent.doctor.findings import Level
 from node_agent.doctor.links import check_evpn
 from tests.contract.fabric_worlds import eventually
-from tests.contract.frr_world import a_folder, end, start_daemons
+from tests.contract.frr_world import a_folder, configuration, end, start_daemons
 from tests.contract.namespaces import run_in_new_namespace, unshare_network
 
 pytestmark = pytest.mark.lab
@@ -42,24 +41,8 @@ NETWORK = 77
 TUNNEL = Tunnel(name="m1", local=NEAR, remote=FAR, port=7782)
 
 
-def configuration(address: str, neighbour: str) -> str:
-    return "\n".join(
-        [
-            "frr defaults datacenter",
-            f"hostname node{address[-1]}",
-            f"router bgp {SYSTEM}",
-            f" bgp router-id {address}",
-            " no bgp default ipv4-unicast",
-            f" neighbor {neighbour} remote-as {SYSTEM}",
-            f" neighbor {neighbour} timers connect 1",
-            f" neighbor {neighbour} advertisement-interval 0",
-            " address-family l2vpn evpn",
-            f"  neighbor {neighbour} activate",
-            "  advertise-all-vni",
-            " exit-address-family",
-            "",
-        ]
-    )
+def configured(address: str, neighbour: str) -> str:
+    return configuration(address, neighbour, {"l2vpn evpn": ["advertise-all-vni"]})
 
 
 class FarNode:
@@ -111,10 +94,10 @@ def test_a_guests_mac_follows_it_to_and_fro_by_type_2_routes() -> None:
                 await fabric.open()
                 await is_cut_off(fabric)
                 daemons += await asyncio.to_thread(
-                    start_daemons, folder / "near", configuration(NEAR, FAR)
+                    start_daemons, folder / "near", configured(NEAR, FAR)
                 )
                 daemons += await far.do(
-                    lambda: start_daemons(folder / "far", configuration(FAR, NEAR))
+                    lambda: start_daemons(folder / "far", configured(FAR, NEAR))
                 )
                 await moves(fabric, far, Vtysh(folder / "near"))
             finally:

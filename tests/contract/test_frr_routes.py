@@ -31,7 +31,7 @@ from netfabric.routes.frr.driver import FrrRoutes
 from netfabric.routes.frr.vtysh import Vtysh
 from netfabric.vxlan.overlay import Overlay
 from tests.contract.fabric_worlds import eventually
-from tests.contract.frr_world import a_folder, end, start_daemons
+from tests.contract.frr_world import a_folder, configuration, end, start_daemons
 from tests.contract.namespaces import run_in_new_namespace
 from tests.contract.routed_world import FAR, NEAR, make_far_end, make_near_end
 
@@ -43,24 +43,11 @@ ADDRESSES = tuple(map(ipaddress.ip_address, GUEST))
 NETWORK = 5000
 
 
-def configuration(address: str, neighbour: str, identifier: int | None) -> str:
-    lines = [
-        "frr defaults datacenter",
-        f"hostname node{address[-1]}",
-        *([f"vni {identifier}"] if identifier else []),
-        f"router bgp {SYSTEM}",
-        f" bgp router-id {address}",
-        " no bgp default ipv4-unicast",
-        f" neighbor {neighbour} remote-as {SYSTEM}",
-        f" neighbor {neighbour} timers connect 1",
-        f" neighbor {neighbour} advertisement-interval 0",
-    ]
-    for family in ["l2vpn evpn"] if identifier else ["ipv4 unicast", "ipv6 unicast"]:
-        lines += [f" address-family {family}", f"  neighbor {neighbour} activate"]
-        if identifier:
-            lines += ["  advertise-all-vni", "  advertise ipv4 unicast"]
-        lines.append(" exit-address-family")
-    return "\n".join([*lines, ""])
+def configured(address: str, neighbour: str, identifier: int | None) -> str:
+    if identifier is None:
+        return configuration(address, neighbour, {"ipv4 unicast": [], "ipv6 unicast": []})
+    evpn = {"l2vpn evpn": ["advertise-all-vni", "advertise ipv4 unicast"]}
+    return configuration(address, neighbour, evpn, identifier=identifier)
 
 
 class Node:
@@ -89,7 +76,7 @@ class Node:
         await self.start_daemons(neighbour)
 
     async def start_daemons(self, neighbour: str) -> None:
-        text = configuration(self.address, neighbour, self._identifier)
+        text = configured(self.address, neighbour, self._identifier)
         self._daemons = await self.do(lambda: start_daemons(self.folder, text))
 
     async def stop_daemons(self) -> None:

@@ -14,6 +14,7 @@ from deploy.lab.processes import tail
 from migrator import hold_points
 from tests.integration import quick_agent
 from tests.integration.cluster.world import Cluster
+from tests.integration.stream_ends import Ends
 
 NODE_MEMORY_BYTES = 1024**3
 LOG_LINES = 60
@@ -51,3 +52,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             yield Cluster(lab.load(name).plan, image, folder)
         finally:
             lab.down(name)
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    """Both ends of a page stream, which must not have failed by themselves."""
+    made = Ends()
+    yield made
+    made.close()
+    assert not made.host.faults

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import re
 import socket
-from collections.abc import Iterator
 
 import lz4.block
 import msgspec
@@ -21,14 +20,6 @@ from migrator.engine.frames import FrameKind
 from migrator.engine.stream import Endpoint, PageStream
 from migrator.errors import EngineError
 from tests.integration.stream_ends import MIB, PAGE, SIZE, Ends, hello
-
-
-@pytest.fixture
-def ends() -> Iterator[Ends]:
-    made = Ends()
-    yield made
-    made.close()
-    assert not made.host.faults
 
 
 def _zstd(content: bytes, *, sized: bool = True) -> bytes:

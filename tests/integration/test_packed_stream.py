@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -19,14 +19,6 @@ from migrator.engine.known import KnownPages
 from migrator.engine.packing_policy import Order, PackingPolicy, Plan
 from migrator.engine.stream import Endpoint, PageStream, Piece
 from tests.integration.stream_ends import MIB, PAGE, SIZE, AcceptingWaiter, Ends, hello
-
-
-@pytest.fixture
-def ends() -> Iterator[Ends]:
-    made = Ends()
-    yield made
-    made.close()
-    assert not made.host.faults
 
 
 def _names(tried: tuple[Codec, ...]) -> str:

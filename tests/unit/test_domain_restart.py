@@ -112,7 +112,7 @@ async def test_what_crashed_unseen_is_started_again(world: World) -> None:
     world.a.host.kill(WEB, crashed=True)
     await agent_starts(world.a)
     await runs_under(world.a, before.token + 1)
-    await told(world.a, "its hypervisor died while no agent ran")
+    await told(world.a, "its hypervisor died before this agent began")
 
 
 async def test_what_crashed_unseen_and_was_taken_over_is_forgotten(world: World) -> None:
