@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
+
+from deploy.lab.kinds import OVERLAY_LINK_BYTES
+
+NODE_UPLINK: Final = "uplink0"
+MGMT_INTERFACE: Final = "mgmt0"
+GUEST_INTERFACE: Final = "guest0"
+SWITCH_GUEST_BRIDGE: Final = "guests"
+SWITCH_MGMT_BRIDGE: Final = "mgmt"
 
 
 class Subnet(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,3 +47,45 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     mtu_bytes: int | None = None
     """Of both ends; None: as the kernel makes them."""
     shaped: bool = False
+
+
+def mgmt_link(role: str, namespace: str, address: str, *, shaped: bool = False) -> Link:
+    """Into the network of management, migrations and storage."""
+    return Link(
+        port=f"m-{role}",
+        bridge=SWITCH_MGMT_BRIDGE,
+        namespace=namespace,
+        interface=MGMT_INTERFACE,
+        address=address,
+        shaped=shaped,
+    )
+
+
+def evpn_link(role: str, namespace: str, address: str, address6: str) -> Link:
+    """Into the network that carries the VXLAN, where the nodes and the router share one."""
+    return Link(
+        port=f"g-{role}",
+        bridge=SWITCH_GUEST_BRIDGE,
+        namespace=namespace,
+        interface=NODE_UPLINK,
+        address=address,
+        address6=address6,
+        shaped=True,
+        mtu_bytes=OVERLAY_LINK_BYTES,
+    )
+
+
+def routed_link(
+    role: str, namespace: str, subnet: Subnet, *, interface: str = NODE_UPLINK, overlay: bool
+) -> Link:
+    """To the router, in a subnet of its own. `overlay`: it carries a VXLAN."""
+    return Link(
+        port=f"g-{role}",
+        bridge=None,
+        namespace=namespace,
+        interface=interface,
+        address=subnet.address,
+        subnet=subnet,
+        shaped=interface == NODE_UPLINK,
+        mtu_bytes=OVERLAY_LINK_BYTES if overlay else None,
+    )

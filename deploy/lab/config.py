@@ -7,7 +7,8 @@ from typing import Final
 import msgspec
 
 from deploy.lab import frr, storage
-from deploy.lab.kinds import EVPN_IDENTIFIER, EVPN_MTU_BYTES, FRR_FABRICS
+from deploy.lab.kinds import FRR_FABRICS, OVERLAY_IDENTIFIER, OVERLAY_MTU_BYTES
+from deploy.lab.overlay import overlay_of
 from deploy.lab.plan import (
     ETCD_CLIENT_PORT,
     GUEST_BRIDGE,
@@ -75,6 +76,17 @@ def fabric_table(plan: LabPlan, node: NodePlan) -> FabricTable:
         return FabricTable(driver="macvtap", bridge=GUEST_BRIDGE, uplink=NODE_UPLINK)
     subnets = {each.name: plan.subnet(number) for number, each in enumerate(plan.nodes, 1)}
     own = subnets.pop(node.name)
+    if plan.is_overlay:
+        overlay = overlay_of(plan, own.address)
+        return FabricTable(
+            driver="vxlan",
+            bridge=overlay.bridge,
+            identifier=overlay.identifier,
+            local=overlay.local,
+            remotes=overlay.remotes,
+            evpn=overlay.evpn,
+            mtu_bytes=overlay.mtu_bytes,
+        )
     table = FabricTable(
         driver="routed",
         bridge=GUEST_BRIDGE,
@@ -87,7 +99,7 @@ def fabric_table(plan: LabPlan, node: NodePlan) -> FabricTable:
         table = msgspec.structs.replace(table, routes="frr", frr_vty_directory=directory)
         if plan.fabric is FabricKind.EVPN:
             table = msgspec.structs.replace(
-                table, evpn=True, identifier=EVPN_IDENTIFIER, mtu_bytes=EVPN_MTU_BYTES
+                table, evpn=True, identifier=OVERLAY_IDENTIFIER, mtu_bytes=OVERLAY_MTU_BYTES
             )
         return table
     return msgspec.structs.replace(

@@ -1,9 +1,10 @@
 """BGP in a routed lab: zebra and bgpd of Debian's frr, in every node and in the router.
 
 One AS; the router reflects what the nodes announce. By EVPN the neighbours speak `l2vpn evpn`
-alone, and the router has an end of the VXLAN, too, and announces the client's subnet. Each pair of
-daemons has a folder of its own for its configuration, sockets and logs, so that nothing of the
-machine's own FRR is touched:
+alone. With type 5 (`evpn`) the router has an end of the VXLAN, too, and announces the client's
+subnet; with type 2 (`evpn-l2`) the client has one, and an FRR of its own. Each pair of daemons has
+a folder of its own for its configuration, sockets and logs, so that nothing of the machine's own
+FRR is touched:
 
     ferry lab exec n1 -- vtysh --vty_socket /run/ferry-frr/LAB/n1 -c 'show bgp summary'
 """
@@ -14,7 +15,7 @@ import contextlib
 import ipaddress
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -22,7 +23,7 @@ from typing import Final
 from pyroute2 import IPRoute
 
 from deploy.lab import processes
-from deploy.lab.kinds import EVPN_IDENTIFIER, EVPN_MTU_BYTES, FRR_FABRICS
+from deploy.lab.kinds import FRR_FABRICS, OVERLAY_IDENTIFIER, OVERLAY_MTU_BYTES
 from deploy.lab.namespaces import work_in
 from deploy.lab.plan import (
     GUEST_BRIDGE,
@@ -40,6 +41,8 @@ USER: Final = "frr"
 SYSTEM: Final = 64512
 READY_TIMEOUT_S: Final = 30.0
 _POLL_S: Final = 0.02
+_BY_MAC: Final = ("  advertise-all-vni",)
+_BY_ADDRESS: Final = (*_BY_MAC, "  advertise ipv4 unicast", "  advertise ipv6 unicast")
 
 
 def check_installed(plan: LabPlan) -> None:
@@ -106,10 +109,16 @@ def _ensure(plan: LabPlan, role: str, daemon: str, report: Callable[[str], None]
 
 
 def _node_lines(plan: LabPlan) -> Iterator[tuple[str, list[str]]]:
+    if plan.fabric is FabricKind.EVPN_L2:
+        client = plan.client_subnet
+        yield "client", _evpn_lines("client", client.address, [client.router], said=_BY_MAC)
     for number, node in enumerate(plan.nodes, 1):
         subnet = plan.subnet(number)
+        if plan.fabric is FabricKind.EVPN_L2:
+            yield node.name, _evpn_lines(node.name, subnet.address, [subnet.router], said=_BY_MAC)
+            continue
         if plan.fabric is FabricKind.EVPN:
-            lines = _evpn_lines(node.name, subnet.address, [subnet.router])
+            lines = _routed_evpn_lines(node.name, subnet.address, [subnet.router])
             yield node.name, [*lines, *_networks(_own_networks(plan, number))]
             continue
         yield (
@@ -127,17 +136,20 @@ def _router_lines(plan: LabPlan) -> list[str]:
     subnets = [plan.subnet(number) for number, _ in enumerate(plan.nodes, 1)]
     four = [subnet.address for subnet in subnets]
     six = [subnet.address6 for subnet in subnets]
+    client = plan.client_subnet
+    if plan.fabric is FabricKind.EVPN_L2:
+        ends = [*four, client.address]
+        return _evpn_lines("router", client.router, ends, "route-reflector-client")
     if plan.fabric is FabricKind.EVPN:
-        client = plan.client_subnet
         networks = [
             (4, client.router, client.prefix_bits),
             (6, client.router6, client.prefix6_bits),
         ]
         return [
-            *_evpn_lines("router", client.router, four, "route-reflector-client"),
+            *_routed_evpn_lines("router", client.router, four, "route-reflector-client"),
             *_networks(networks),
         ]
-    lines = _head("router", plan.client_subnet.router)
+    lines = _head("router", client.router)
     for address in (*four, *six):
         lines += _neighbour(address)
     return [*lines, *_families(four, six, "route-reflector-client")]
@@ -146,10 +158,10 @@ def _router_lines(plan: LabPlan) -> list[str]:
 def _router_overlay(plan: LabPlan) -> Overlay:
     return Overlay(
         bridge=GUEST_BRIDGE,
-        identifier=EVPN_IDENTIFIER,
+        identifier=OVERLAY_IDENTIFIER,
         local=plan.subnet(1).router,
         remotes=(),
-        mtu_bytes=EVPN_MTU_BYTES,
+        mtu_bytes=OVERLAY_MTU_BYTES,
         evpn=True,
     )
 
@@ -171,8 +183,17 @@ def _ensure_own(networks: list[tuple[int, str, int]]) -> None:
             route.addr("replace", index=1, address=address, prefixlen=bits)
 
 
-def _evpn_lines(name: str, identifier: str, neighbours: list[str], more: str = "") -> list[str]:
-    lines = [f"vni {EVPN_IDENTIFIER}", *_head(name, identifier)]
+def _routed_evpn_lines(
+    name: str, identifier: str, neighbours: list[str], more: str = ""
+) -> list[str]:
+    lines = _evpn_lines(name, identifier, neighbours, more, said=_BY_ADDRESS)
+    return [f"vni {OVERLAY_IDENTIFIER}", *lines]
+
+
+def _evpn_lines(
+    name: str, identifier: str, neighbours: list[str], more: str = "", said: Sequence[str] = ()
+) -> list[str]:
+    lines = _head(name, identifier)
     for address in neighbours:
         lines += _neighbour(address)
     lines.append(" address-family l2vpn evpn")
@@ -180,13 +201,7 @@ def _evpn_lines(name: str, identifier: str, neighbours: list[str], more: str = "
         lines.append(f"  neighbor {address} activate")
         if more:
             lines.append(f"  neighbor {address} {more}")
-    return [
-        *lines,
-        "  advertise-all-vni",
-        "  advertise ipv4 unicast",
-        "  advertise ipv6 unicast",
-        " exit-address-family",
-    ]
+    return [*lines, *said, " exit-address-family"]
 
 
 def _networks(networks: list[tuple[int, str, int]]) -> Iterator[str]:

@@ -30,6 +30,7 @@ from deploy.lab import (
     membership,
     namespaces,
     network,
+    overlay,
     processes,
     registry,
     routed,
@@ -300,7 +301,7 @@ def storage_server(lab: str, kind: str, *, run: bool) -> bool:
 def namespace_of(lab: str, where: str) -> str:
     """The namespace of a node, an etcd member, `client`, `storage` or `switch`. NotFoundError."""
     plan = load(lab).plan
-    roles = ("client", "storage", "switch", *(("router",) if plan.is_routed else ()))
+    roles = ("client", "storage", "switch", *(("router",) if plan.has_router else ()))
     if where in (*roles, *(each.name for each in plan.etcd_members)):
         return plan.namespace(where)
     return plan.node(where).namespace
@@ -355,6 +356,7 @@ def _make(
         node.state_path.mkdir(parents=True, exist_ok=True)
     network.ensure_network(plan, made)
     etcd.ensure_members(plan, report)
+    overlay.ensure_client(plan)
     routed.ensure_router(plan, report)
     storage.ensure_servers(plan, report)
     agents = {node.name: _ensure_agent(plan, node, command, undo, report) for node in plan.nodes}

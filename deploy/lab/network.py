@@ -18,6 +18,7 @@ from pyroute2 import IPRoute, NetlinkError
 
 from deploy.lab.namespaces import ensure_namespace, namespace_key, netlink_socket
 from deploy.lab.plan import (
+    GUEST_INTERFACE,
     SWITCH_GUEST_BRIDGE,
     SWITCH_MGMT_BRIDGE,
     LabPlan,
@@ -173,7 +174,7 @@ def ensure_network(plan: LabPlan, made: Callable[[str], None]) -> None:
 
 def _hub(plan: LabPlan) -> str:
     """Where cables without a bridge end: the router; there are none where there is none."""
-    return plan.router if plan.is_routed else plan.switch
+    return plan.router if plan.has_router else plan.switch
 
 
 def _ensure_links(
@@ -222,6 +223,7 @@ def missing_interfaces(plan: LabPlan) -> list[str]:
     wanted: dict[str, set[str]] = {
         plan.switch: {SWITCH_GUEST_BRIDGE, SWITCH_MGMT_BRIDGE},
         **{node.namespace: set[str]() for node in plan.nodes},
+        plan.namespace("client"): {GUEST_INTERFACE},
     }
     for link in plan.links:
         wanted.setdefault(_hub(plan) if link.bridge is None else plan.switch, set()).add(link.port)

@@ -24,6 +24,8 @@ Rules:
 - With `fabric` routed, bgp or evpn there is no guests' network to share: each node, and the client,
   has a cable to fy-LAB-router and a subnet of its own (`deploy.lab.routed`). With evpn the nodes
   and the router share 10.76.L.0/24 instead, at the switch; what guests say isn't seen there.
+- With vxlan or evpn-l2 the cables are the same, and the nodes and the client are ends of an overlay
+  (`deploy.lab.overlay`): the guests' network is one layer 2 again.
 - With `fabric` macvtap there is no br0: guests are above uplink0.
 - With `store` etcd, its three members have hosts of their own: fy-LAB-etcd1 to 3, beside storage.
 - A namespace's name always ends in its role, so a name belongs to exactly one lab.
@@ -37,9 +39,15 @@ from typing import Final
 
 import msgspec
 
+from deploy.lab.cables import GUEST_INTERFACE as GUEST_INTERFACE
+from deploy.lab.cables import MGMT_INTERFACE as MGMT_INTERFACE
+from deploy.lab.cables import NODE_UPLINK as NODE_UPLINK
+from deploy.lab.cables import SWITCH_GUEST_BRIDGE as SWITCH_GUEST_BRIDGE
+from deploy.lab.cables import SWITCH_MGMT_BRIDGE as SWITCH_MGMT_BRIDGE
 from deploy.lab.cables import Link as Link
 from deploy.lab.cables import Subnet as Subnet
-from deploy.lab.kinds import EVPN_LINK_BYTES, FRR_FABRICS
+from deploy.lab.cables import evpn_link, mgmt_link, routed_link
+from deploy.lab.kinds import OVERLAY_FABRICS, ROUTED_FABRICS
 from deploy.lab.kinds import FabricKind as FabricKind
 from deploy.lab.kinds import StoreKind as StoreKind
 from migrator.errors import InvalidRequest, NotFoundError
@@ -64,11 +72,6 @@ ETCD_PEER_PORT: Final = 2380
 
 GUEST_BRIDGE: Final = "br0"
 """The bridge in each node that a domain's `NicSpec.bridge` names."""
-NODE_UPLINK: Final = "uplink0"
-MGMT_INTERFACE: Final = "mgmt0"
-GUEST_INTERFACE: Final = "guest0"
-SWITCH_GUEST_BRIDGE: Final = "guests"
-SWITCH_MGMT_BRIDGE: Final = "mgmt"
 
 _LAB_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?")
 _NAMESPACE: Final = re.compile(
@@ -143,15 +146,25 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def router(self) -> str:
-        """The router's namespace, where the lab is routed."""
+        """The router's namespace, where the lab has one."""
         return self.namespace("router")
 
     @property
     def is_routed(self) -> bool:
-        return self.fabric in (FabricKind.ROUTED, *FRR_FABRICS)
+        """Whether each guest's address is a host route."""
+        return self.fabric in ROUTED_FABRICS
+
+    @property
+    def is_overlay(self) -> bool:
+        return self.fabric in OVERLAY_FABRICS
+
+    @property
+    def has_router(self) -> bool:
+        """Whether the nodes share no layer 2 but management's."""
+        return self.is_routed or self.is_overlay
 
     def subnet(self, number: int) -> Subnet:
-        """A node's, by its number, where the lab is routed. By EVPN the nodes share one."""
+        """A node's, by its number, where there is a router. By EVPN type 5 the nodes share one."""
         if self.fabric is FabricKind.EVPN:
             return Subnet(
                 address=f"10.76.{self.index}.{number}",
@@ -200,7 +213,7 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def namespaces(self) -> tuple[str, ...]:
         """Every namespace of the lab, the switch first."""
-        router = (self.router,) if self.is_routed else ()
+        router = (self.router,) if self.has_router else ()
         return (
             self.switch,
             *router,
@@ -295,69 +308,48 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
         links: list[Link] = []
         for number, node in enumerate(self.nodes, 1):
             links.append(self._guest_link(node, number))
-            links.append(self._mgmt_link(node.name, node.namespace, node.mgmt_address, shaped=True))
-        client = self.namespace("client")
-        links.append(
-            Link(
-                port="g-client",
-                bridge=None if self.is_routed else SWITCH_GUEST_BRIDGE,
-                namespace=client,
-                interface=GUEST_INTERFACE,
-                address=self.client_guest_address,
-                address6=None if self.is_routed else self.client_guest_address6,
-                subnet=self.client_subnet if self.is_routed else None,
-            )
-        )
+            links.append(mgmt_link(node.name, node.namespace, node.mgmt_address, shaped=True))
+        links.append(self._client_link())
         if self.fabric is FabricKind.EVPN:
             own = self.subnet(1)
-            links.append(self._evpn_link("g-router", self.router, own.router, own.router6))
-        links.append(self._mgmt_link("client", client, self.client_mgmt_address))
-        links.append(self._mgmt_link("storage", self.namespace("storage"), self.storage_address))
+            links.append(evpn_link("router", self.router, own.router, own.router6))
+        client, storage = self.namespace("client"), self.namespace("storage")
+        links.append(mgmt_link("client", client, self.client_mgmt_address))
+        links.append(mgmt_link("storage", storage, self.storage_address))
         links += (
-            self._mgmt_link(member.name, member.namespace, member.address)
-            for member in self.etcd_members
+            mgmt_link(member.name, member.namespace, member.address) for member in self.etcd_members
         )
         return tuple(links)
 
-    def _guest_link(self, node: NodePlan, number: int) -> Link:
-        subnet = self.subnet(number) if self.is_routed else None
-        if self.fabric is FabricKind.EVPN and subnet is not None:
-            port = f"g-{node.name}"
-            return self._evpn_link(port, node.namespace, subnet.address, subnet.address6)
+    def _client_link(self) -> Link:
+        namespace = self.namespace("client")
+        if self.has_router:
+            interface = NODE_UPLINK if self.is_overlay else GUEST_INTERFACE
+            subnet, overlay = self.client_subnet, self.is_overlay
+            return routed_link("client", namespace, subnet, interface=interface, overlay=overlay)
         return Link(
-            port=f"g-{node.name}",
-            bridge=None if subnet else SWITCH_GUEST_BRIDGE,
-            namespace=node.namespace,
-            interface=NODE_UPLINK,
-            address=subnet.address if subnet else None,
-            subnet=subnet,
-            node_bridge=GUEST_BRIDGE if self.fabric is FabricKind.BRIDGE else None,
-            shaped=True,
-        )
-
-    @staticmethod
-    def _evpn_link(port: str, namespace: str, address: str, address6: str) -> Link:
-        """Into the network that carries the VXLAN."""
-        return Link(
-            port=port,
+            port="g-client",
             bridge=SWITCH_GUEST_BRIDGE,
             namespace=namespace,
-            interface=NODE_UPLINK,
-            address=address,
-            address6=address6,
-            shaped=True,
-            mtu_bytes=EVPN_LINK_BYTES,
+            interface=GUEST_INTERFACE,
+            address=self.client_guest_address,
+            address6=self.client_guest_address6,
         )
 
-    @staticmethod
-    def _mgmt_link(role: str, namespace: str, address: str, *, shaped: bool = False) -> Link:
+    def _guest_link(self, node: NodePlan, number: int) -> Link:
+        if self.fabric is FabricKind.EVPN:
+            own = self.subnet(number)
+            return evpn_link(node.name, node.namespace, own.address, own.address6)
+        if self.has_router:
+            overlay = self.is_overlay
+            return routed_link(node.name, node.namespace, self.subnet(number), overlay=overlay)
         return Link(
-            port=f"m-{role}",
-            bridge=SWITCH_MGMT_BRIDGE,
-            namespace=namespace,
-            interface=MGMT_INTERFACE,
-            address=address,
-            shaped=shaped,
+            port=f"g-{node.name}",
+            bridge=SWITCH_GUEST_BRIDGE,
+            namespace=node.namespace,
+            interface=NODE_UPLINK,
+            node_bridge=GUEST_BRIDGE if self.fabric is FabricKind.BRIDGE else None,
+            shaped=True,
         )
 
 
@@ -383,8 +375,8 @@ def check_lab_name(name: str) -> None:
 
 def check_fabric(node_count: int, fabric: FabricKind) -> None:
     """Raises InvalidRequest unless so many nodes have room in it."""
-    if fabric in (FabricKind.ROUTED, *FRR_FABRICS) and node_count > ROUTED_NODES_MAX:
-        text = f"a routed lab has 1 to {ROUTED_NODES_MAX} nodes, not {node_count}"
+    if fabric in (*ROUTED_FABRICS, *OVERLAY_FABRICS) and node_count > ROUTED_NODES_MAX:
+        text = f"a lab with a router has 1 to {ROUTED_NODES_MAX} nodes, not {node_count}"
         raise InvalidRequest(text, {"nodes": text})
 
 

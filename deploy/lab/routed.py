@@ -1,4 +1,4 @@
-"""A lab without a common layer 2 for its guests: a router, and what it is told.
+"""A lab whose nodes have no common layer 2: a router, and what it is told.
 
     fy-LAB-n1                          fy-LAB-router                      fy-LAB-client
     guests ─ taps   uplink0 ─────────── g-n1
@@ -9,7 +9,8 @@
 
 Guests have addresses of 10.78.L.0/24 and fd78:L::/64, and each is a host route somewhere: the nodes
 tell the router's `python -m netfabric.routes.netlink` where. With `--fabric bgp` or `evpn` FRR does
-the telling (`deploy.lab.frr`).
+the telling (`deploy.lab.frr`). With `vxlan` nobody tells the router anything: it carries an overlay
+(`deploy.lab.overlay`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _KEY_BYTES: Final = 32
 
 def ensure_router(plan: LabPlan, report: Callable[[str], None]) -> None:
     """Let the router forward, and run its end of the talk. FerryError with its log's end."""
-    if not plan.is_routed:
+    if not plan.has_router:
         return
     for setting in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
         write_setting(plan.router, setting, "1")

@@ -10,22 +10,15 @@ from collections.abc import Callable
 import pytest
 
 from deploy.lab.enter import enter
-from migrator.model import Cutover, Migration
+from migrator.model import Migration
 from netfabric import filters
 from tests.integration.cluster.pings import PingWatch
-from tests.integration.cluster.world import Cluster, Load, describe, eventually
+from tests.integration.cluster.to_and_fro import cutover_of
+from tests.integration.cluster.world import Cluster, Load, describe
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
 MOVES = 8
-
-
-def cutover_of(cluster: Cluster, migration: Migration) -> Cutover:
-    """Its record of the network, once that is complete but for the grace time's count."""
-    return eventually(
-        f"the cutover of {migration.id} is recorded",
-        lambda: cluster.migration(migration.id).cutover,
-    )
 
 
 def test_no_question_to_a_migrating_guest_is_lost(

@@ -18,7 +18,7 @@ from deploy import lab
 from deploy.guest.build import build_guest, default_cache_directory
 from deploy.lab import frr
 from deploy.lab.enter import enter
-from deploy.lab.kinds import FRR_FABRICS
+from deploy.lab.kinds import ROUTED_FABRICS
 from deploy.lab.plan import GUEST_BRIDGE, FabricKind
 from migrator.model import Cutover, Migration
 from netfabric import filters
@@ -26,6 +26,7 @@ from node_agent.doctor.findings import Level
 from node_agent.resources import DryRun, MigrationCreate
 from tests.integration.cluster.client import Download, in_namespace
 from tests.integration.cluster.pings import PingWatch
+from tests.integration.cluster.to_and_fro import cutover_of
 from tests.integration.cluster.world import Cluster, Load, describe, eventually
 from tests.integration.test_doctor import examine
 
@@ -47,7 +48,7 @@ table inet ferrytest {
 QUIET = Load(udp=False, dirty_pages_per_s=500, ipv6=True)
 
 
-@pytest.fixture(scope="module", params=[FabricKind.ROUTED, *FRR_FABRICS], ids=str)
+@pytest.fixture(scope="module", params=ROUTED_FABRICS, ids=str)
 def routed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
@@ -130,12 +131,6 @@ def wait_led(cluster: Cluster, address: str, node: str) -> None:
     )
 
 
-def cutover_of(cluster: Cluster, move: Migration) -> Cutover:
-    return eventually(
-        f"the cutover of {move.id} is recorded", lambda: cluster.migration(move.id).cutover
-    )
-
-
 def said(
     name: str, pings: PingWatch, cutovers: Sequence[Cutover], moves: Sequence[Migration]
 ) -> str:
@@ -204,7 +199,7 @@ def test_no_question_to_a_guest_whose_routes_move_is_lost(
     )
 
 
-@pytest.mark.parametrize("routed", FRR_FABRICS, indirect=True, ids=str)
+@pytest.mark.parametrize("routed", [FabricKind.BGP, FabricKind.EVPN], indirect=True, ids=str)
 def test_a_node_whose_bgp_neighbours_are_down_takes_no_guest(routed: Cluster) -> None:
     code, found = examine(routed, "n2")
     assert (code, found["FRR"].level) == (0, Level.OK), found

@@ -21,8 +21,9 @@ from node_agent.hooks.routes import RouteCall
 from node_agent.hooks.webhook import signature
 from tests.integration import webhook_agent
 from tests.integration.cluster.pings import PingWatch
+from tests.integration.cluster.to_and_fro import cutover_of
 from tests.integration.cluster.world import Cluster, Load, describe, eventually, two_nodes
-from tests.integration.test_routed_network import cutover_of, wait_led
+from tests.integration.test_routed_network import wait_led
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 

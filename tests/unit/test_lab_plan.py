@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.lab.config import agent_config, agent_config_text
+from deploy.lab.kinds import OVERLAY_FABRICS
 from deploy.lab.network import shaping_bytes
 from deploy.lab.plan import (
     LINK_MBIT_MAX,
+    NODE_UPLINK,
     NODES_MAX,
     ROUTED_NODES_MAX,
     SOCKET_PATH_BYTES_MAX,
@@ -172,7 +174,19 @@ def test_a_routed_labs_subnets_share_nothing(index: int, nodes: int) -> None:
         assert len(config.fabric.route_peers) == nodes
 
 
+@pytest.mark.parametrize("fabric", OVERLAY_FABRICS)
+def test_the_ends_of_an_overlay_know_each_other_or_have_frr(fabric: FabricKind) -> None:
+    plan = msgspec.structs.replace(plan_of(nodes=3, index=7), fabric=fabric)
+    ends = {plan.subnet(number).address for number in (1, 2, 3)} | {plan.client_subnet.address}
+    for node in plan.nodes:
+        table = parse_config(agent_config_text(plan, node)).fabric
+        assert {table.local, *table.remotes} == ({table.local} if table.evpn else ends)
+    assert ends == {link.address for link in plan.links if link.interface == NODE_UPLINK}
+    assert plan.guest_gateway is None, "guests have a layer 2"
+    assert plan.client_guest_address == "10.78.7.250"
+
+
 def test_a_routed_lab_has_room_for_so_many_nodes() -> None:
     check_fabric(ROUTED_NODES_MAX, FabricKind.BGP)
-    with pytest.raises(InvalidRequest, match="a routed lab has"):
+    with pytest.raises(InvalidRequest, match="a lab with a router has"):
         check_fabric(ROUTED_NODES_MAX + 1, FabricKind.ROUTED)

@@ -79,7 +79,7 @@ class PingWatch(_Watch):
                 due = max(due + self._gap_s, now + self._gap_s / 2)
                 time.sleep(due - now)
             until = time.monotonic() + _DRAIN_S
-            while time.monotonic() < until and len(self.answers) < self.sent:
+            while time.monotonic() < until and self.lost:
                 self._drain()
                 time.sleep(0.01)
 
