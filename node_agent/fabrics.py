@@ -91,6 +91,11 @@ async def frr_reason(table: FabricTable, local: tuple[str, ...]) -> str:
     return await reach.cut_off(vtysh, versions, evpn_identifier(table))
 
 
+def carried_bytes(config: AgentConfig) -> int:
+    """The MTU that the node's interface must have for full frames of its overlay."""
+    return Overlay.of(config.fabric, config.migration.address).carried_bytes
+
+
 def overlay_ends(table: FabricTable) -> dict[str, bool]:
     """EVPN's: which ends routes lead to, and whether FRR has entered how. FabricError."""
     return overlay_probing.ends(table.bridge)

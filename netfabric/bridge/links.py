@@ -201,6 +201,20 @@ class Netlink:
             if remote not in remotes:
                 self._route.fdb("del", ifindex=index, lladdr=_EVERYBODY, dst=remote)
 
+    def forget_remote(self, vxlan: Link, bridge: Link) -> None:
+        """What a VXLAN has of MACs that its bridge has at other ports."""
+        entries = [(each.get_attr("NDA_LLADDR"), each) for each in self._route.fdb("dump")]
+        here = {
+            mac
+            for mac, each in entries
+            if each.get_attr("NDA_MASTER") == bridge.index and each["ifindex"] != vxlan.index
+        }
+        for mac, each in entries:
+            remote = each.get_attr("NDA_DST")
+            if each["ifindex"] == vxlan.index and remote is not None and mac in here:
+                with contextlib.suppress(NetlinkError):  # FRR was quicker.
+                    self._route.fdb("del", ifindex=vxlan.index, lladdr=mac, dst=remote)
+
     def set_queue(self, index: int, frames: int) -> None:
         """How many frames may wait in an interface for whoever reads them."""
         self._route.link("set", index=index, txqlen=frames)

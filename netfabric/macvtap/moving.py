@@ -10,14 +10,12 @@
     uplink ── macvtap (guest)       The kernel hands what one interface above an uplink sends to
           └── forwarder ◄─ tunnel   another one there: so the tunnel's frames reach the guest.
 
-The rules are nftables' (`fwd`), in a table of the tunnel's name at each end.
+The rules are in a table of the tunnel's name at each end (`netfabric.leading`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import re
 import socket
 import struct
 from collections.abc import Sequence
@@ -33,6 +31,7 @@ from netfabric.bridge.links import index_of, netlink
 from netfabric.bridge.moving import ARRIVAL_QUEUE_FRAMES, offer_filler
 from netfabric.frames import announcements, parse_mac
 from netfabric.host_routes import set_up
+from netfabric.leading import lead, tunnels_with_rules
 from netfabric.macvtap.network import FORWARDER_NAME, MacvtapNetwork, be_mute, uplink_of
 from netfabric.moves import Arrival, Departure
 from netfabric.taps import TUNNEL_NAME, tap_name, tunnel_name
@@ -40,10 +39,6 @@ from netfabric.taps import TUNNEL_NAME, tap_name, tunnel_name
 _SOL_PACKET: Final = 263
 _PACKET_ADD_MEMBERSHIP: Final = 1
 _PACKET_MR_UNICAST: Final = 3
-
-_TABLE: Final = re.compile(r"table netdev ferry_(fx[0-9a-f]{10}n[0-9]{1,2})\b")
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +80,8 @@ def prepare_departure(
 def divert(network: MacvtapNetwork, departures: Sequence[MacvtapDeparture]) -> None:
     for each in departures:
         if each.forwards and each.claim is not None:
-            rule = f"ether daddr {each.nic.mac} fwd to {each.tunnel}"
-            filters.run(_table(each.tunnel, network.uplink, rule), f"can't divert to {each.tunnel}")
+            what = f"can't divert to {each.tunnel}"
+            lead(each.tunnel, network.uplink, each.nic.mac, each.tunnel, what)
 
 
 def shut(departures: Sequence[MacvtapDeparture]) -> None:
@@ -143,8 +138,8 @@ def open_arrival(arrivals: Sequence[MacvtapArrival]) -> None:
         set_up(each.tap_index, up=True)
         if each.forwarder is not None:
             offer_filler(each.forwarder, parse_mac(each.nic.mac))
-            rule = f"ether daddr {each.nic.mac} fwd to {each.forwarder}"
-            filters.run(_table(each.tunnel, each.tunnel, rule), f"can't forward to {each.tap}")
+            what = f"can't forward to {each.tap}"
+            lead(each.tunnel, each.tunnel, each.nic.mac, each.forwarder, what)
 
 
 def close_ends(ends: Sequence[Departure | Arrival]) -> tuple[int, int]:
@@ -167,13 +162,7 @@ def remove_leftovers() -> None:
         names = [link.name for link in kernel.links()]
     found = {name for name in names if TUNNEL_NAME.fullmatch(name)}
     found |= {_tunnel_of(name) for name in names if FORWARDER_NAME.fullmatch(name)}
-    try:
-        listed = filters.run("list tables netdev\n", "can't list the rules")
-    except FabricError as error:
-        log.info("rules aren't looked after: %s", error)
-    else:
-        found |= set(_TABLE.findall(listed))
-    for name in found:
+    for name in found | tunnels_with_rules():
         _close(name)
 
 
@@ -186,15 +175,6 @@ def _close(tunnel: str) -> None:
             link = kernel.find(name)
             if link is not None:
                 kernel.delete(link)
-
-
-def _table(tunnel: str, device: str, rule: str) -> str:
-    name = filters.table_of(tunnel)
-    return (
-        f"table netdev {name}\ndelete table netdev {name}\n"
-        f'table netdev {name} {{\n  chain on {{\n    type filter hook ingress device "{device}"'
-        f" priority 0; policy accept;\n    {rule}\n  }}\n}}\n"
-    )
 
 
 def _open_end(name: str, tunnel: Tunnel, index: int, nic: NicSpec) -> None:

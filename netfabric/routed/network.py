@@ -27,6 +27,7 @@ from netfabric import filters
 from netfabric.bridge.links import netlink
 from netfabric.checks import nic_reasons
 from netfabric.host_routes import Address, interface_of
+from netfabric.uplinks import uplink_reason
 from netfabric.vxlan.overlay import Overlay, ensure
 
 GATEWAY4: Final = "169.254.1.1"
@@ -112,24 +113,16 @@ def reasons(network: RoutedNetwork, nic: NicSpec) -> list[str]:
 
 def _width_reasons(network: RoutedNetwork, nic: NicSpec) -> list[str]:
     found: list[str] = []
-    needed = needed_bytes(network, nic)
+    overhead = network.overlay.overhead_bytes if network.overlay else 0
     if network.overlay is not None and network.overlay.mtu_bytes < nic.mtu_bytes:
         found.append(
             f"{network.overlay.bridge} has an MTU of {network.overlay.mtu_bytes} bytes"
             f" (fabric.mtu_bytes), NIC {nic.mac} needs {nic.mtu_bytes}"
         )
     for hop in network.hops:
-        uplink = interface_of(hop)
-        if uplink is None:
-            found.append(f"no interface of this node has {hop}, which its guests are to be by")
-            continue
-        with netlink(f"can't look at {uplink}") as kernel:
-            link = kernel.find(uplink)
-        if link is not None and link.mtu_bytes < needed:
-            more = " with the overlay's headers" if needed > nic.mtu_bytes else ""
-            found.append(
-                f"{uplink} has an MTU of {link.mtu_bytes} bytes, NIC {nic.mac} needs {needed}{more}"
-            )
+        reason = uplink_reason(hop, nic, overhead)
+        if reason is not None:
+            found.append(reason)
     return list(dict.fromkeys(found))
 
 

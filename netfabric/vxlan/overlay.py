@@ -77,6 +77,11 @@ class Overlay:
         return OVERHEAD_BYTES[ipaddress.ip_address(self.local).version]
 
     @property
+    def carried_bytes(self) -> int:
+        """The MTU that what carries it must have."""
+        return self.mtu_bytes + self.overhead_bytes
+
+    @property
     def device(self) -> str:
         """The VXLAN's interface."""
         digest = hashlib.blake2b(self.bridge.encode(), digest_size=5).hexdigest()
@@ -110,6 +115,20 @@ def remotes(overlay: Overlay) -> list[str]:
     with netlink(f"can't look at {overlay.device}") as kernel:
         device = kernel.find(overlay.device)
         return kernel.remotes(device.index) if device is not None else []
+
+
+def forget_stale(overlay: Overlay) -> None:
+    """With EVPN: where MACs were before they came to this node's own ports. FabricError.
+
+    FRR leaves that in the VXLAN. Nothing is sent by it, but FRR reads it again whenever a VXLAN
+    becomes a port of the bridge, as a tunnel's end does: it believes that those MACs have left,
+    withdraws them, finds them here, and announces them anew, as if they had never moved. What is
+    sent to them meanwhile goes everywhere, and by the tunnel it would come twice.
+    """
+    with netlink(f"can't look at {overlay.device}") as kernel:
+        device, bridge = kernel.find(overlay.device), kernel.find(overlay.bridge)
+        if device is not None and bridge is not None:
+            kernel.forget_remote(device, bridge)
 
 
 def ensure(overlay: Overlay) -> None:

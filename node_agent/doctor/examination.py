@@ -17,6 +17,7 @@ from typing import Final
 
 from migrator.errors import ConfigError
 from migrator.model import HypervisorCapabilities, NodeState
+from node_agent import fabrics
 from node_agent.cli.client import ApiClient
 from node_agent.cli.errors import ApiProblem, CliError
 from node_agent.config import AgentConfig, parse_endpoint
@@ -61,8 +62,11 @@ def _network(config: AgentConfig, bridges: frozenset[str]) -> list[Finding]:
     if table.driver == "macvtap":
         return [links.check_uplink(table.uplink)]
     local = (table.local or config.migration.address, *filter(None, (table.local6,)))
+    if table.driver == "vxlan":
+        found = links.check_overlay(table.bridge, local[0], fabrics.carried_bytes(config))
+        return [*links.check_bridges(bridges), found, *check_frr(table, local)]
     if table.driver != "routed":
-        return [*links.check_bridges(bridges), *check_frr(table, local)]
+        return links.check_bridges(bridges)
     return [*links.check_routed(local), *check_frr(table, local)]
 
 

@@ -140,6 +140,28 @@ def check_routed(addresses: Sequence[str]) -> list[Finding]:
     return found
 
 
+def check_overlay(bridge: str, local: str, needed_bytes: int) -> Finding:
+    """Whether a full frame of the overlay leaves by the interface with its end's address."""
+    check = f"overlay {bridge}"
+    with IPRoute() as route:
+        held = {entry.get_attr("IFA_ADDRESS"): entry["index"] for entry in route.get_addr()}
+        index = held.get(str(ipaddress.ip_address(local)))
+        link = None if index is None else next(iter(route.get_links(index)), None)
+    if link is None:
+        mend = f"give an interface {local}, or correct fabric.local"
+        return failure(check, f"no interface of this node has {local}", mend)
+    name, mtu = link.get_attr("IFLA_IFNAME"), link.get_attr("IFLA_MTU")
+    if mtu < needed_bytes:
+        return failure(
+            check,
+            f"its full frames have {needed_bytes} bytes with their headers, {name} has an MTU of"
+            f" {mtu}",
+            f"ip link set {name} mtu {needed_bytes}, on every node and on the way; or a smaller"
+            " fabric.mtu_bytes, and guests with that MTU",
+        )
+    return fine(check, f"leaves by {name}, MTU {mtu}")
+
+
 def check_uplink(name: str) -> Finding:
     """An interface that guests are above, each by its own macvtap."""
     check = f"uplink {name}"

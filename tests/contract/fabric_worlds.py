@@ -294,7 +294,14 @@ def make_near_underlay() -> None:
     with IPRoute() as route:
         (under,) = route.link_lookup(ifname="under0")
         route.addr("add", index=under, address="192.0.2.1", prefixlen=24)
-        route.link("set", index=under, mtu=1600, state="up")
+        narrow_underlay(1600)
+        route.link("set", index=under, state="up")
+
+
+def narrow_underlay(mtu_bytes: int) -> None:
+    """Of what leaves this node in the calling thread's namespace."""
+    with IPRoute() as route:
+        route.link("set", index=route.link_lookup(ifname="under0")[0], mtu=mtu_bytes)
 
 
 @contextlib.asynccontextmanager

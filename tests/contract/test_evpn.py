@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import os
+import socket
+import struct
 import subprocess
 from collections.abc import Callable
 from typing import TypeVar
@@ -19,10 +21,11 @@ from pyroute2 import IPRoute
 
 from migrator.model import DomainName, NicSpec
 from migrator.ports import Tunnel
-from netfabric.frames import parse_mac
+from netfabric.bridge.tunnels import frames, network_identifier
+from netfabric.frames import ethernet, parse_mac
 from netfabric.routes.frr.vtysh import Vtysh
 from netfabric.rtnetlink import learn
-from netfabric.taps import tap_name
+from netfabric.taps import tap_name, tunnel_name
 from netfabric.vxlan import Overlay, VxlanFabric
 from netfabric.vxlan.overlay import ensure
 from node_agent.doctor.findings import Level
@@ -125,6 +128,14 @@ def leads_to(mac: str) -> str | None:
     return None
 
 
+def send_late() -> None:
+    """A frame for the guest by the VXLAN to its old node."""
+    head = struct.pack("!BxxxI", 0x08, NETWORK << 8)  # RFC 7348, section 5
+    frame = ethernet(parse_mac(NIC.mac), b"\x02\x00\x00\x00\x00\x01", 0x88B5, b"late")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.sendto(head + frame, (NEAR, 4789))
+
+
 async def is_cut_off(fabric: VxlanFabric) -> None:
     """Before FRR has said anything: a guest isn't to come, and the doctor knows why."""
     report = await fabric.hear_wide(NIC, b"12345678", 0.01)
@@ -142,6 +153,9 @@ async def moves(fabric: VxlanFabric, far: FarNode, vtysh: Vtysh) -> None:
         there = await far.do(lambda: leads_to(NIC.mac))
         return there == "port0" and await asyncio.to_thread(leads_to, NIC.mac) == FAR
 
+    async def forwarded() -> bool:
+        return (await asyncio.to_thread(lambda: frames([tunnel_name(WEB, 0)])))[1] == 1
+
     async def leads_on() -> bool:
         return (await fabric.hear_wide(NIC, b"12345678", 0.01)).cut_off == ""
 
@@ -158,7 +172,10 @@ async def moves(fabric: VxlanFabric, far: FarNode, vtysh: Vtysh) -> None:
         await fabric.shut(WEB)
         await eventually(led_away)
         assert await sequence(vtysh) == 1
-        await fabric.end_departure(WEB)
+        # Whoever hasn't heard of it still sends here.
+        await far.do(send_late)
+        await eventually(forwarded)
+        assert await fabric.end_departure(WEB) == 1
         assert await led_away()
     finally:
         os.close(fd)
@@ -173,8 +190,19 @@ async def moves(fabric: VxlanFabric, far: FarNode, vtysh: Vtysh) -> None:
         assert await sequence(vtysh) == 2
         await fabric.end_arrival(WEB)
         assert await led_here()
+        # FRR looks at the bridge again when a tunnel's end comes into it, and finds nothing new.
+        await fabric.prepare_departure(WEB, [NIC], TUNNEL)
+        await eventually(lambda: knows(vtysh, network_identifier(TUNNEL.name, 0)))
+        assert await sequence(vtysh) == 2
+        await fabric.end_departure(WEB)
     finally:
         os.close(fd)
+
+
+async def knows(vtysh: Vtysh, identifier: int) -> bool:
+    """Whether zebra has seen a VXLAN of this identifier come up."""
+    found = msgspec.json.decode(await vtysh.run(["show evpn vni json"]))
+    return str(identifier) in found
 
 
 async def sequence(vtysh: Vtysh) -> int:
