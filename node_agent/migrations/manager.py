@@ -202,7 +202,7 @@ class MigrationManager(MigrationService):
 
     async def create(self, domain: str, request: MigrationRequest) -> Migration:
         name = DomainName(domain)
-        reasons = await self.check(domain, request)
+        reasons = await self._reasons(domain, request, to_begin=True)
         if reasons:
             raise RefusedError(f"domain {domain} was not migrated: {reasons[0]}", reasons)
         choice = await self._chooser.choose(name, request)
@@ -243,10 +243,16 @@ class MigrationManager(MigrationService):
         if reason is not None:
             runner.feed(v.LeaveRefused(reason=reason))
         elif session.state is MigrationState.CREATED:
+            self._site.renew_path(session)
             runner.feed(v.Begin())
             await self._site.silence(session)
 
     async def check(self, domain: str, request: MigrationRequest) -> Sequence[str]:
+        return await self._reasons(domain, request, to_begin=False)
+
+    async def _reasons(
+        self, domain: str, request: MigrationRequest, *, to_begin: bool
+    ) -> Sequence[str]:
         name, destination = DomainName(domain), NodeName(request.destination)
         spec = (await self._records.get(name)).spec
         reasons: list[str] = []
@@ -267,7 +273,7 @@ class MigrationManager(MigrationService):
         except FerryError as error:
             return [*reasons, f"{self.node} can't send memory: {error}"]
         inspection = Inspection(spec=spec, source=own, engine=choice.engine, tls=tls)
-        path = self._site.path_reasons(spec, destination)
+        path = self._site.path_reasons(spec, destination, to_begin=to_begin)
         there, way = await asyncio.gather(self._reasons_there(destination, inspection), path)
         return [*reasons, *there] or way
 

@@ -4,7 +4,9 @@ source ── hear(token) ──► destination listens
        ── a short and a full frame, by the guests' network, until that has answered ──►
        ◄── what came; or, behind routers, where it can be asked, and the source asks by ICMP echo
 
-What was wide enough is taken to be so for a minute: a drain sends many guests the same way.
+What was wide enough a moment ago is taken to be so: a drain sends many guests the same way. What
+was wide enough some minutes ago may begin at once, and is measured again while its pages travel:
+its guest doesn't leave before that is known (`renew`, `renewed`).
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ AGAIN_S: Final = 0.02
 TOKEN_BYTES: Final = 8
 KNOWN_S: Final = 5.0
 """Long enough for a drain's domains, short enough for whoever has just changed a switch."""
+BEGIN_S: Final = 600.0
+"""Long enough for whoever moves guests to and fro. Measuring takes 30 to 40 ms of a migration."""
 KNOWN_MAX: Final = 1_000
 _CALL_S: Final = 2.0
 
@@ -54,24 +58,57 @@ class PathCheck:
         self._fabric = fabric
         self._monotonic = monotonic
         self._wide_at: dict[tuple[NodeName, str, int | None, int], float] = {}
+        self._renewals: dict[str, asyncio.Task[list[str]]] = {}
 
     def register(self) -> None:
         """Serve the other nodes' calls."""
         self._hub.handle(HEAR, HearParams, self._on_hear)
 
-    async def reasons(self, spec: DomainSpec, destination: NodeName) -> list[str]:
+    async def close(self) -> None:
+        """End what is being measured."""
+        tasks = list(self._renewals.values())
+        self._renewals.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def reasons(
+        self, spec: DomainSpec, destination: NodeName, known_s: float = KNOWN_S
+    ) -> list[str]:
         """Why its NICs would find too narrow a network there; takes twice LISTEN_S at most.
 
-        Empty also where it can't be told: that is no reason against a migration.
+        `known_s`: what was wide enough as long ago as that isn't measured again. Empty also where
+        it can't be told: that is no reason against a migration.
         """
         kinds = {(nic.bridge, nic.vlan, nic.mtu_bytes): nic for nic in spec.nics}
-        found = await asyncio.gather(*(self._reason(nic, destination) for nic in kinds.values()))
+        found = await asyncio.gather(
+            *(self._reason(nic, destination, known_s) for nic in kinds.values())
+        )
         return [reason for reason in found if reason is not None]
 
-    async def _reason(self, nic: NicSpec, destination: NodeName) -> str | None:
+    def renew(self, migration_id: str, spec: DomainSpec, destination: NodeName) -> None:
+        """A migration began: measure again what `reasons` took to be so for BEGIN_S."""
+        if migration_id not in self._renewals:
+            self._renewals[migration_id] = asyncio.create_task(
+                self.reasons(spec, destination), name=f"path-{migration_id}"
+            )
+
+    async def renewed(self, migration_id: str) -> list[str]:
+        """What that has found, when it has; empty where nothing was begun."""
+        task = self._renewals.get(migration_id)
+        return [] if task is None else await asyncio.shield(task)
+
+    async def forget(self, migration_id: str) -> None:
+        """The migration ended."""
+        task = self._renewals.pop(migration_id, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})
+
+    async def _reason(self, nic: NicSpec, destination: NodeName, known_s: float) -> str | None:
         way = (destination, nic.bridge, nic.vlan, nic.mtu_bytes)
         known_at = self._wide_at.get(way)
-        if known_at is not None and self._monotonic() - known_at < KNOWN_S:
+        if known_at is not None and self._monotonic() - known_at < known_s:
             return None
         token = secrets.token_bytes(TOKEN_BYTES)
         params = HearParams(nic=nic, token=token, timeout_s=LISTEN_S)
@@ -81,6 +118,7 @@ class PathCheck:
                 destination, HEAR, params, WidthReport, timeout_s=LISTEN_S + _CALL_S
             )
             if report.cut_off:
+                self._wide_at.pop(way, None)
                 return (
                     f"the network of bridge {nic.bridge} leads nowhere from {destination}:"
                     f" {report.cut_off}; `ferry doctor` there says more"
@@ -94,6 +132,7 @@ class PathCheck:
                 self._wide_at[way] = self._monotonic()
             if report.full or not report.short:
                 return None
+            self._wide_at.pop(way, None)
             why = ""
             if sending.done() and not sending.cancelled() and sending.exception() is not None:
                 why = f" ({sending.exception()})"

@@ -30,7 +30,7 @@ from node_agent.migrations.arrivals import Arrivals
 from node_agent.migrations.checks import DestinationCheck, Inspection
 from node_agent.migrations.cutover import CutoverService
 from node_agent.migrations.moments import MigrationMoments
-from node_agent.migrations.path_check import PathCheck
+from node_agent.migrations.path_check import BEGIN_S, KNOWN_S, PathCheck
 from node_agent.migrations.witnesses import Move
 from node_agent.peers.hub import PeerHub
 
@@ -85,11 +85,21 @@ class NodeSite(Site):
 
     async def close(self) -> None:
         """End what follows migrations that are over."""
+        await self._path.close()
         await self._cutover.close()
 
-    async def path_reasons(self, spec: DomainSpec, destination: NodeName) -> list[str]:
-        """What the network between here and there says against a migration."""
-        return await self._path.reasons(spec, destination)
+    async def path_reasons(
+        self, spec: DomainSpec, destination: NodeName, *, to_begin: bool = False
+    ) -> list[str]:
+        """What the network between here and there says against a migration.
+
+        `to_begin`: one that will `renew_path`, so what was wide enough lately will do.
+        """
+        return await self._path.reasons(spec, destination, BEGIN_S if to_begin else KNOWN_S)
+
+    def renew_path(self, session: SourceSession) -> None:
+        """Measure again what it began with; `leave` waits for that."""
+        self._path.renew(session.migration_id, session.spec, NodeName(session.destination))
 
     async def prepare_incoming(
         self,
@@ -131,6 +141,9 @@ class NodeSite(Site):
 
     async def leave(self, session: SourceSession) -> str:
         await self._arrivals.wait(session.destination, session.migration_id)
+        narrow = await self._path.renewed(session.migration_id)
+        if narrow:
+            raise RefusedError(narrow[0], narrow)
         report = await self._moments.before_switchover(session)
         if report.forbidden is not None:
             raise RefusedError(report.forbidden, [report.forbidden])
@@ -194,6 +207,7 @@ class NodeSite(Site):
 
     async def settle(self, session: Session) -> None:
         """After a source's end is published: the network's last part, here or towards there."""
+        await self._path.forget(session.migration_id)
         if session.state is MigrationState.COMPLETED:
             self._cutover.left(_move(session))
         else:

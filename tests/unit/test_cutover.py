@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import time
 from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 
@@ -118,6 +119,23 @@ async def test_a_network_that_is_too_narrow_is_found_before_anything_moves(
     world.a.node.fabric.network.width_bytes = 1500
     migration = await world.ended(await world.migrate())
     assert migration.state is MigrationState.COMPLETED
+
+
+async def test_a_network_that_has_become_too_narrow_is_found_before_the_guest_leaves(
+    world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = world.a.manager._site._path
+    spec, b = (await world.a.node.records.get(WEB)).spec, NodeName("b")
+    assert await path.reasons(spec, b) == []
+    later_s = time.monotonic() + KNOWN_S + 1.0
+    monkeypatch.setattr(path, "_monotonic", lambda: later_s)
+    world.a.node.fabric.network.width_bytes = 1400
+    migration = await world.ended(await world.migrate())
+    assert migration.state is MigrationState.FAILED
+    assert "doesn't carry frames of 1500 bytes to b" in str(migration.error)
+    assert world.running() == ["a"]
+    with pytest.raises(RefusedError, match="doesn't carry frames of 1500 bytes to b"):
+        await world.migrate()
 
 
 async def test_a_node_whose_network_leads_nowhere_is_not_moved_to(
