@@ -1,52 +1,34 @@
 """What the fabric asks of and tells the kernel by rtnetlink: links, bridge ports, learnt MACs.
 
-Everything here is synchronous (1 to 3 ms a call, most of it pyroute2's own) and belongs into a
-thread. pyroute2's exceptions end here: FabricError goes up.
+Everything here is synchronous and belongs into a thread. What changes something is 1 to 3 ms, most
+of it pyroute2's own; links are read by `link_table`. pyroute2's exceptions end here: FabricError
+goes up.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
+from pyroute2.netlink.exceptions import NetlinkError
 
 from migrator.errors import FabricError
 from netfabric.exits import Exit
+from netfabric.link_table import Link, all_links, link_named
 from netfabric.taps import TAP_MTU_BYTES_MAX, TAP_NAME, TUNNEL_NAME
 
-_IFF_UP: Final = 0x1
-_PORT_FORWARDING: Final = 3
 _ADDRESS_GENERATION_NONE: Final = 1
 _VLAN_PVID: Final = 0x2
 _VLAN_UNTAGGED: Final = 0x4
-_DUMP_TRIES: Final = 3
 _EVERYBODY: Final = "00:00:00:00:00:00"
 """A VXLAN's entry for MACs that it doesn't know, and for broadcasts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """One interface. `kind` is the kernel's (bridge, veth, tun...), empty for hardware."""
-
-    index: int
-    name: str
-    kind: str
-    up: bool
-    mtu_bytes: int
-    master: int | None
-    forwarding: bool
-    """A bridge port that is up and not blocked by the spanning tree."""
-    vlan_filtering: bool
-    vlan_ethertype: int
-    floods: bool = True
-    """A bridge port that broadcasts go out of."""
-    mac: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,27 +43,20 @@ class Vlan:
 class Netlink:
     """One rtnetlink conversation. Use `netlink()`, within one thread."""
 
-    def __init__(self, route: Any) -> None:
-        self._route = route
+    def __init__(self, resources: contextlib.ExitStack) -> None:
+        self._resources = resources
+
+    @functools.cached_property
+    def _route(self) -> Any:
+        """pyroute2's, which takes a millisecond to begin with."""
+        return self._resources.enter_context(IPRoute())
 
     def links(self) -> list[Link]:
-        for attempt in range(_DUMP_TRIES):
-            try:
-                return [_link(message) for message in self._route.get_links()]
-            except NetlinkDumpInterrupted:
-                if attempt == _DUMP_TRIES - 1:
-                    raise
-        raise AssertionError("unreachable")
+        return all_links()
 
     def find(self, name: str) -> Link | None:
         """The link of that name; None if there is none."""
-        try:
-            messages = list(self._route.link("get", ifname=name))
-        except NetlinkError as error:
-            if error.code in (errno.ENODEV, errno.EINVAL, errno.ERANGE):  # the last: a bad name
-                return None
-            raise
-        return _link(messages[0]) if messages else None
+        return link_named(name)
 
     def vlans(self) -> dict[int, tuple[Vlan, ...]]:
         """The VLANs of every bridge port by the port's index."""
@@ -221,10 +196,10 @@ class Netlink:
 
     def learnt_at(self, bridge: Link, mac: str) -> str:
         """The port at which the bridge has the MAC; "" if it has none."""
-        names = {link.index: link.name for link in self.links()}
         for entry in self._route.fdb("dump"):
             if entry.get_attr("NDA_LLADDR") == mac and entry.get_attr("NDA_MASTER") == bridge.index:
-                return names.get(entry["ifindex"], "")
+                with contextlib.suppress(OSError):  # It was removed meanwhile.
+                    return socket.if_indextoname(entry["ifindex"])
         return ""
 
     def delete(self, link: Link) -> None:
@@ -243,8 +218,8 @@ def netlink(what: str) -> Iterator[Netlink]:
     FabricError, beginning with `what`, for whatever the kernel refuses.
     """
     try:
-        with IPRoute() as route:
-            yield Netlink(route)
+        with contextlib.ExitStack() as resources:
+            yield Netlink(resources)
     except NetlinkError as error:
         raise FabricError(f"{what}: {os.strerror(error.code)}") from error
     except OSError as error:
@@ -374,31 +349,3 @@ def _exit_in(
     if member.untagged:
         return Exit(link.name)
     return Exit(link.name, member.id, bridge.vlan_ethertype)
-
-
-def _link(message: Any) -> Link:
-    information = message.get_attr("IFLA_LINKINFO")
-    kind = data = port = None
-    if information is not None:
-        kind = information.get_attr("IFLA_INFO_KIND")
-        if kind == "bridge":
-            data = information.get_attr("IFLA_INFO_DATA")
-        if information.get_attr("IFLA_INFO_SLAVE_KIND") == "bridge":
-            port = information.get_attr("IFLA_INFO_SLAVE_DATA")
-    up = bool(message["flags"] & _IFF_UP)
-    ethertype = data.get_attr("IFLA_BR_VLAN_PROTOCOL") if data is not None else None
-    return Link(
-        index=message["index"],
-        name=message.get_attr("IFLA_IFNAME"),
-        kind=kind or "",
-        up=up,
-        mtu_bytes=message.get_attr("IFLA_MTU"),
-        master=message.get_attr("IFLA_MASTER"),
-        forwarding=up
-        and port is not None
-        and port.get_attr("IFLA_BRPORT_STATE") == _PORT_FORWARDING,
-        vlan_filtering=data is not None and bool(data.get_attr("IFLA_BR_VLAN_FILTERING")),
-        vlan_ethertype=ethertype or 0x8100,
-        floods=port is None or bool(port.get_attr("IFLA_BRPORT_BCAST_FLOOD")),
-        mac=message.get_attr("IFLA_ADDRESS") or "",
-    )

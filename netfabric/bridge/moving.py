@@ -173,16 +173,17 @@ def open_arrival(arrivals: Sequence[BridgeArrival], *, pins: bool = True) -> Non
 
 def probe_from_bridge(nic: NicSpec, timeout_s: float) -> ProbeReport:
     """Ask by every uplink of the NIC's bridge on this node."""
-    uplinks, learnt_at = _uplinks_of(nic)
+    uplinks = _uplinks_of(nic)
     if not uplinks:
         return ProbeReport(able=False, detail=f"bridge {nic.bridge} has no uplink here")
     own_mac = probing_mac(uplinks[0].mac)
+    learnt_at = _learnt_at(nic)
     return probe(nic, [uplink.exit for uplink in uplinks], own_mac, timeout_s, learnt_at)
 
 
 def send_wide(nic: NicSpec, token: bytes) -> None:
     """Test frames by every uplink of the NIC's bridge. FabricError: one takes no full frame."""
-    uplinks, _ = _uplinks_of(nic)
+    uplinks = _uplinks_of(nic)
     if uplinks:
         ways = [uplink.exit for uplink in uplinks]
         wide_frames.send(ways, probing_mac(uplinks[0].mac), token, nic.mtu_bytes)
@@ -190,14 +191,21 @@ def send_wide(nic: NicSpec, token: bytes) -> None:
 
 def hear_wide(nic: NicSpec, token: bytes, timeout_s: float) -> WidthReport:
     """Listen for them on every uplink of the NIC's bridge."""
-    ways = [uplink.exit for uplink in _uplinks_of(nic)[0]]
+    ways = [uplink.exit for uplink in _uplinks_of(nic)]
     return wide_frames.hear(ways, token, nic.mtu_bytes, timeout_s)
 
 
-def _uplinks_of(nic: NicSpec) -> tuple[list[Uplink], str]:
-    """The ways into the NIC's network, none if it isn't here; where its MAC is, as learnt."""
+def _uplinks_of(nic: NicSpec) -> list[Uplink]:
+    """The ways into the NIC's network, none if it isn't here."""
     with netlink(f"can't look at bridge {nic.bridge}") as kernel:
         bridge = kernel.find(nic.bridge)
         if bridge is None or bridge.kind != "bridge":
-            return [], ""
-        return bridge_uplinks(kernel, bridge, nic.vlan), kernel.learnt_at(bridge, nic.mac)
+            return []
+        return bridge_uplinks(kernel, bridge, nic.vlan)
+
+
+def _learnt_at(nic: NicSpec) -> str:
+    """Where the bridge has the NIC's MAC, as learnt; "" if it has none."""
+    with netlink(f"can't look at bridge {nic.bridge}") as kernel:
+        bridge = kernel.find(nic.bridge)
+        return "" if bridge is None else kernel.learnt_at(bridge, nic.mac)

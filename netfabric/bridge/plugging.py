@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from migrator.errors import FabricError
 from migrator.model import NicSpec
 from netfabric import filters
-from netfabric.bridge.links import Exits, Link, find_exits, netlink
+from netfabric.bridge.links import Exits, find_exits, netlink
 from netfabric.checks import mtu_reason, nic_reasons
 from netfabric.frames import parse_mac
+from netfabric.link_table import Link
 from netfabric.taps import TAP_NAME, host_side_mac, open_tap
 
 _log = logging.getLogger(__name__)

@@ -26,7 +26,8 @@ from typing import Final
 from migrator.errors import FabricError
 from migrator.model import NicSpec
 from migrator.ports import Tunnel
-from netfabric.bridge.links import Link, Netlink, netlink
+from netfabric.bridge.links import Netlink, netlink
+from netfabric.link_table import Link
 from netfabric.moves import Arrival, Departure
 from netfabric.rtnetlink import set_port
 from netfabric.taps import TUNNEL_NAME

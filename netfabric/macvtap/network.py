@@ -25,10 +25,11 @@ from typing import Final
 from migrator.errors import FabricError
 from migrator.model import NicSpec
 from netfabric import filters
-from netfabric.bridge.links import Link, Netlink, netlink
+from netfabric.bridge.links import Netlink, netlink
 from netfabric.checks import nic_reasons
 from netfabric.filters import Side
 from netfabric.host_routes import take_all_multicast
+from netfabric.link_table import Link
 from netfabric.taps import TAP_NAME
 
 NODES: Final = Path("/dev")

@@ -19,9 +19,10 @@ from typing import Final
 from pyroute2 import IPRoute
 
 from migrator.errors import FabricError
-from netfabric.bridge.links import Link, netlink
+from netfabric.bridge.links import netlink
 from netfabric.frames import ETHERTYPE_IPV4, ETHERTYPE_IPV6, ethernet, icmpv6_checksum
 from netfabric.host_routes import Address
+from netfabric.link_table import Link
 
 _ICMP: Final = 1
 _ICMPV6: Final = 58

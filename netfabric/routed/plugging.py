@@ -20,7 +20,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from migrator.errors import FabricError
 from migrator.model import NicSpec
 from netfabric import filters
-from netfabric.bridge.links import Link, Netlink, netlink
+from netfabric.bridge.links import Netlink, netlink
 from netfabric.frames import parse_mac
 from netfabric.host_routes import (
     Hop,
@@ -31,6 +31,7 @@ from netfabric.host_routes import (
     set_route,
     set_up,
 )
+from netfabric.link_table import Link
 from netfabric.routed.network import (
     GATEWAY6,
     RoutedNetwork,

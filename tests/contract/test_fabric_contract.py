@@ -15,9 +15,10 @@ from pyroute2 import IPRoute
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
 from netfabric.bridge import BridgeFabric, announcing, list_taps
-from netfabric.bridge.links import Link, Vlan, _exit
+from netfabric.bridge.links import Vlan, _exit
 from netfabric.drivers import DRIVERS
 from netfabric.frames import announcements
+from netfabric.link_table import Link
 from netfabric.taps import TAP_NAME, VNET_HEADER_BYTES, host_side_mac, tap_name
 from tests.contract.fabric_worlds import (
     GAPS_S,

@@ -9,7 +9,8 @@ from pyroute2 import IPRoute
 
 from migrator.model import NicSpec
 from netfabric.bridge import BridgeFabric
-from netfabric.bridge.links import Link, shut_in, why_shut
+from netfabric.bridge.links import shut_in, why_shut
+from netfabric.link_table import Link
 from tests.contract.namespaces import run_in_new_namespace
 
 pytestmark = pytest.mark.lab
