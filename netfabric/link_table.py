@@ -1,8 +1,8 @@
 """The network interfaces of this namespace, read by hand: a migration looks at them some ten times.
 
-By pyroute2 it is 0.37 ms of Python a link, and 0.9 ms where one is asked for; everything else in the
-agent waits for that (the interpreter's lock), and a node of 100 guests has more than 100 links. By
-hand it is 0.04 and 0.06 (181 links, the best of five).
+By pyroute2 it is 0.37 ms of Python a link, and 0.9 ms where one is asked for; the rest of the agent
+waits for that (the interpreter's lock), and a node of 100 guests has more than 100 links. By hand
+it is 0.04 and 0.06 (181 links, the best of five).
 Synchronous, and bounded.
 """
 

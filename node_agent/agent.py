@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import os
 import signal
@@ -81,6 +82,7 @@ log = logging.getLogger(__name__)
 BOOT_ID_PATH: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
+@functools.cache
 def version() -> str:
     """The installed version of Ferry."""
     try:
@@ -433,6 +435,7 @@ async def serve(config: AgentConfig) -> None:
     if not await wait_for_membership(config, stop):
         return
     async with running_agent(config, on_removed=stop.set):
+        gc.freeze()  # What has come by now stays: no collection need go through it again.
         if (monitor := loop_monitor.current()) is not None:
             monitor.reset()  # The start may block: nobody is served yet.
         log.info("agent %s of node %s is ready", version(), config.node.name)

@@ -36,6 +36,16 @@ DISCONNECT_TIMEOUT_S = 2.0
 """The library flushes what it has to send first, which a stopped QEMU never reads."""
 
 
+class _Client(QMPClient):
+    """Writes no message down as text for a debug log: that took 5 ms of each migration's CPU."""
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return msg
+
+
 class QmpCommandError(HypervisorError):
     """QEMU answered with an error. `error_class` is QEMU's name for it."""
 
@@ -115,7 +125,7 @@ class Monitor:
     ) -> None:
         self._name = name
         self._on_lost = on_lost
-        self._client = QMPClient(name)
+        self._client = _Client(name)
         self._client.events.event_filter = lambda _event: False
         self._client.register_listener(_Tap(on_event))
         self._watcher: asyncio.Task[None] | None = None

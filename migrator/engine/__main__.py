@@ -6,6 +6,7 @@ Exit status: 0 after `Stop`, the agent's death or SIGTERM; 1 after `EngineFailed
 from __future__ import annotations
 
 import contextlib
+import encodings.idna  # noqa: F401 -- a socket's first address needs it: 3 ms of a migration.
 import os
 import signal
 import socket

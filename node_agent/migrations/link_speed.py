@@ -32,6 +32,8 @@ _ENGINE_BYTES_PER_S: Final = 2.1e9
 _NET: Final = Path("/sys/class/net")
 _SIOCGIFADDR: Final = 0x8915
 """linux/sockios.h"""
+_found_at: Final[dict[bytes, str]] = {}
+"""Where an address was found last; of those asked for, so of one or two."""
 
 
 def of_migrations(
@@ -99,23 +101,32 @@ def interface_speed(address: str, net: Path = _NET) -> LinkSpeed | None:
         wanted = ipaddress.IPv4Address(address).packed
     except ValueError:
         return None
-    for _, name in socket.if_nameindex():
-        if _address_of(name) == wanted:
-            mbit_per_s = real_speed_mbit_per_s(net, name)
-            if mbit_per_s is None:
-                return None
-            return LinkSpeed(
-                bytes_per_s=min(mbit_per_s * 1e6 / 8 * _LINE_SHARE, _ENGINE_BYTES_PER_S),
-                origin=LinkOrigin.INTERFACE,
-                detail=f"{name}: {mbit_per_s} Mbit/s",
-            )
-    return None
+    name = _interface_with(wanted)
+    mbit_per_s = None if name is None else real_speed_mbit_per_s(net, name)
+    if mbit_per_s is None:
+        return None
+    return LinkSpeed(
+        bytes_per_s=min(mbit_per_s * 1e6 / 8 * _LINE_SHARE, _ENGINE_BYTES_PER_S),
+        origin=LinkOrigin.INTERFACE,
+        detail=f"{name}: {mbit_per_s} Mbit/s",
+    )
 
 
 def interface_bytes_per_s(address: str) -> float | None:
     """The speed alone; see `interface_speed`."""
     found = interface_speed(address)
     return None if found is None else found.bytes_per_s
+
+
+def _interface_with(address: bytes) -> str | None:
+    """Its name. Listing all waits for the kernel's lock of links, and holds Python's meanwhile."""
+    known = _found_at.get(address)
+    if known is None or _address_of(known) != address:
+        every = (name for _, name in socket.if_nameindex())
+        known = next((name for name in every if _address_of(name) == address), None)
+    if known is not None:
+        _found_at[address] = known
+    return known
 
 
 def _address_of(interface: str) -> bytes | None:
