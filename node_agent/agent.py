@@ -16,7 +16,6 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Final
 
@@ -73,6 +72,7 @@ from node_agent.state.typed import TypedStore
 from node_agent.trust.members import Membership
 from node_agent.trust.opening import open_trust, wait_for_membership
 from node_agent.trust.removal import NodeRemoval
+from node_agent.version import version
 from node_agent.volumes import VolumeService
 from storage.drivers import make_pool
 from storage.settings import DirectorySettings
@@ -80,15 +80,6 @@ from storage.settings import DirectorySettings
 log = logging.getLogger(__name__)
 
 BOOT_ID_PATH: Final = Path("/proc/sys/kernel/random/boot_id")
-
-
-@functools.cache
-def version() -> str:
-    """The installed version of Ferry."""
-    try:
-        return metadata.version("ferry")
-    except metadata.PackageNotFoundError:
-        return "0"
 
 
 def make_store(config: AgentConfig) -> StateStore:
