@@ -52,6 +52,8 @@ class _Session:
         os.environ[_SESSION_VARIABLE] = self.mark.partition("=")[2]
         os.environ["FERRY_LAB_ROOT"] = str(self.lab_root)
         self.leaks: list[str] = []
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # By nohup, or a shell's &:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # children would inherit it.
 
     def processes(self) -> dict[int, str]:
         """Pid and command line of each live process that this session started."""

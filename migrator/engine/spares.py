@@ -4,13 +4,13 @@ Starting an engine takes a quarter of a second of CPU, most of it imports. Of a 
 half a second, that is too much; so the agent keeps engines waiting.
 
 Two: where guests leave a node one after the other, as in a drain, one is set up while another's
-pages travel, and there is no moment without a migration. The next ones are started when the last
-migration has ended, or as soon as none waits; a migration that is alone finds the second, and has
-nothing started beside it.
+pages travel, and there is no moment without a migration. The next ones are started some time after
+the last migration has ended, or as soon as none waits; a migration that is alone finds the second,
+and has nothing started beside it.
 
 When a migration has ended the guest needs the cores, whose connections recover at its new place;
-while it travels, everybody does. So what is started ahead comes after everybody else
-(`migrator.cores`), until it is taken.
+while it travels, everybody does. So it is left alone for RECOVERY_S, and what is started ahead
+comes after everybody else (`migrator.cores`), until it is taken.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from migrator.errors import FerryError
 log = logging.getLogger(__name__)
 STOP_S: Final = 2.0
 SPARES: Final = 2
+RECOVERY_S: Final = 2.0
+"""A TCP stream has its rate again after 0.2 s, and 1.0 at worst where engines started beside it."""
 
 
 class EngineSpares:
@@ -38,6 +40,8 @@ class EngineSpares:
         """Every engine of the node appends its output here."""
         self._waiting: deque[EngineProcess] = deque()
         self._task: asyncio.Task[None] | None = None
+        self._wanted = SPARES
+        self._later: asyncio.TimerHandle | None = None
         self._closed = False
 
     @property
@@ -45,12 +49,14 @@ class EngineSpares:
         """Their process ids, in the order in which they are taken."""
         return tuple(each.pid for each in self._waiting)
 
-    def refill(self) -> None:
-        """Start those that lack, one after the other, in the background.
+    def refill(self, after_s: float = 0.0) -> None:
+        """Start those that lack, one after the other, in the background, in `after_s`.
 
         A failure costs time, nothing else.
         """
-        self._fill_to(SPARES)
+        if self._later is not None:
+            self._later.cancel()
+        self._later = asyncio.get_running_loop().call_later(after_s, self._refill_now)
 
     async def take(self) -> EngineProcess | None:
         """A waiting engine, now the caller's; None if there is none. `attach` it at once."""
@@ -67,6 +73,8 @@ class EngineSpares:
     async def close(self) -> None:
         """Idempotent."""
         self._closed = True
+        if self._later is not None:
+            self._later.cancel()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task], timeout=STOP_S)
@@ -75,13 +83,18 @@ class EngineSpares:
             if spare.running:
                 await spare.stop(STOP_S)
 
-    def _fill_to(self, number: int) -> None:
-        if len(self._waiting) < number and self._task is None and not self._closed:
-            self._task = asyncio.create_task(self._start(number), name="engine-spare")
+    def _refill_now(self) -> None:
+        self._later = None
+        self._fill_to(SPARES)
 
-    async def _start(self, number: int) -> None:
+    def _fill_to(self, number: int) -> None:
+        self._wanted = number if self._task is None else max(number, self._wanted)
+        if len(self._waiting) < number and self._task is None and not self._closed:
+            self._task = asyncio.create_task(self._start(), name="engine-spare")
+
+    async def _start(self) -> None:
         try:
-            while len(self._waiting) < number:
+            while len(self._waiting) < self._wanted:
                 spare = await EngineProcess.spawn(
                     log_path=self.log_path, on_message=lambda _: None, on_exit=lambda _: None
                 )

@@ -15,6 +15,7 @@ import time
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, Final
 
+from migrator.engine.spares import RECOVERY_S
 from migrator.engine_driver import EngineSettings
 from migrator.errors import (
     FerryError,
@@ -367,7 +368,7 @@ class MigrationManager(MigrationService):
                 self._forecaster.ended(session.view())
                 self._own(self._after_end(session))
             if not self._runners:
-                self._engine.spares.refill()
+                self._engine.spares.refill(RECOVERY_S)
         finally:
             self._runners.pop(session.migration_id, None)
             self._domains.locks.release_from_migration(

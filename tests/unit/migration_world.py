@@ -149,7 +149,7 @@ class FakeEngine:
 
 
 class NoSpares(EngineSpares):
-    def refill(self) -> None: ...
+    def refill(self, after_s: float = 0.0) -> None: ...
 
 
 async def _sample(domain: DomainName, seconds: float) -> DirtySampled:

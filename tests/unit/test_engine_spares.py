@@ -38,7 +38,7 @@ async def spares_in(folder: Path) -> AsyncIterator[EngineSpares]:
 async def quiet(spares: EngineSpares) -> int:
     """How many wait when none is being started any more."""
     async with asyncio.timeout(30.0):
-        while spares._task is not None:  # noqa: ASYNC110 - it says nothing
+        while spares._task or spares._later:  # noqa: ASYNC110 - it says nothing
             await asyncio.sleep(0.01)
     return len(spares.waiting)
 
@@ -74,6 +74,23 @@ async def test_beside_a_lone_migration_none_is_started_beside_several_one_is(
         pids = {first.pid, second.pid, *spares.waiting}
         assert len(pids) == 2 + SPARES
         await asyncio.gather(first.stop(2.0), second.stop(2.0))
+
+
+async def test_none_is_started_while_a_guest_recovers_from_its_move(tmp_path: Path) -> None:
+    async with spares_in(tmp_path) as spares:
+        spares.refill(3600.0)
+        assert spares._task is None
+        spares.refill(0.01)
+        assert await quiet(spares) == SPARES
+        spares.refill(3600.0)
+
+
+async def test_more_are_wanted_while_one_starts(tmp_path: Path) -> None:
+    async with spares_in(tmp_path) as spares:
+        assert await spares.take() is None
+        assert spares._task is not None
+        spares.refill()
+        assert await quiet(spares) == SPARES
 
 
 async def test_one_that_has_died_is_nobody_s_engine(tmp_path: Path) -> None:
