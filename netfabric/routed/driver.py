@@ -20,6 +20,7 @@ CAP_NET_ADMIN and CAP_NET_RAW. Belongs to one event loop.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 from collections.abc import Sequence
 from typing import ClassVar, Final
@@ -31,6 +32,7 @@ from netfabric.announcer import GAPS_S
 from netfabric.bridge import tunnels
 from netfabric.bridge.links import index_of
 from netfabric.bridge.plugging import sweep, unplug
+from netfabric.host_routes import Address
 from netfabric.kernel_fabric import KernelFabric
 from netfabric.moves import Arrival, Departure
 from netfabric.routed import moving, overlay_probing, plugging, probing
@@ -147,12 +149,12 @@ class RoutedFabric(KernelFabric[RoutedDeparture, Arrival]):
         return self.routes.lead_here_now(addresses) if addresses else None
 
     async def probe(self, nic: NicSpec, timeout_s: float) -> ProbeReport:
-        hops: dict[str, str] = {}
+        hops: dict[Address, str] = {}
         if self.network.overlay is not None:
             for text in nic.addresses:
                 hop = await self.routes.hop_of(text)
                 if hop is not None:
-                    hops[text] = hop
+                    hops[ipaddress.ip_address(text)] = hop
         return await in_thread(lambda: probing.probe(self.network, nic, timeout_s, hops))
 
     async def send_wide(self, nic: NicSpec, token: bytes) -> None:

@@ -49,7 +49,7 @@ _NO_WAY: Final = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH})
 
 
 def probe(
-    network: RoutedNetwork, nic: NicSpec, timeout_s: float, hops: Mapping[str, str]
+    network: RoutedNetwork, nic: NicSpec, timeout_s: float, hops: Mapping[Address, str]
 ) -> ProbeReport:
     """Returns when each address has answered, or after `timeout_s`.
 
@@ -188,7 +188,7 @@ def _ask_into_overlay(
     opened: socket.socket,
     addresses: Sequence[Address],
     token: bytes,
-    hops: Mapping[str, str],
+    hops: Mapping[Address, str],
 ) -> None:
     """The way that packets take from here; or that they would take, were they not forwarded."""
     own = next(hop for hop in network.hops if hop.version == addresses[0].version)
@@ -197,7 +197,7 @@ def _ask_into_overlay(
         if route_of(address, Metric.HERE) is None:
             _ask(opened, [address], token)
             continue
-        hop = hops.get(str(address))
+        hop = hops.get(address)
         if hop is not None:
             message = echo_request(address.version, token)
             overlay_probing.send(overlay.bridge, hop, own, address, message)
