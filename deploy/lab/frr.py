@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -76,12 +77,29 @@ def ensure_daemons(plan: LabPlan, report: Callable[[str], None]) -> None:
     for role, lines in (("router", _router_lines(plan)), *_node_lines(plan)):
         folder = vty_directory(plan, role)
         folder.mkdir(parents=True, exist_ok=True)
-        configuration = folder / "frr.conf"
-        configuration.write_text("\n".join(lines) + "\n")
+        configuration, text = folder / "frr.conf", "\n".join(lines) + "\n"
+        grown = configuration.exists() and configuration.read_text() != text
+        configuration.write_text(text)
         for path in (folder, configuration):  # The daemons give up being root.
             shutil.chown(path, USER, USER)
         for daemon in ("zebra", "bgpd"):
             _ensure(plan, role, daemon, report)
+        if grown:
+            _tell(folder, configuration)
+
+
+def _tell(folder: Path, configuration: Path) -> None:
+    """Let running daemons have what has come to their configuration. FerryError: they refuse."""
+    done = subprocess.run(
+        ["vtysh", "--vty_socket", str(folder), "-f", str(configuration)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=READY_TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise FerryError(f"FRR refuses {configuration}:\n{done.stdout}{done.stderr}")
 
 
 def _ensure(plan: LabPlan, role: str, daemon: str, report: Callable[[str], None]) -> None:

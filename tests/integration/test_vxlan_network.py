@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from deploy import lab
 from deploy.lab.kinds import OVERLAY_FABRICS, OVERLAY_LINK_BYTES
 from deploy.lab.plan import NODE_UPLINK, FabricKind
 from tests.integration import quick_agent
@@ -26,10 +27,16 @@ NARROW_BYTES = OVERLAY_LINK_BYTES - 50
 def overlay(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
-    """A lab whose guests' network is an overlay; its client is an end of it, too."""
+    """A lab whose guests' network is an overlay; its client is an end of it, too. One end, and what
+    the others know of it, came later than the rest.
+    """
     name, folder = f"v{os.getpid()}", tmp_path_factory.mktemp("holds")
-    with two_nodes(name, request.param, quick_agent.COMMAND, folder) as made:
-        yield made
+    try:
+        lab.up(name, nodes=1, fabric=request.param, agent_command=quick_agent.COMMAND)
+        with two_nodes(name, request.param, quick_agent.COMMAND, folder) as made:
+            yield made
+    finally:
+        lab.down(name)
 
 
 def test_no_question_to_a_guest_in_an_overlay_is_lost(
