@@ -304,6 +304,8 @@ class ClusterService:
             engine=verdict.engine,
             engine_reason=verdict.engine_reason,
         )
+        if destination == source:  # Its link to itself says nothing.
+            return msgspec.structs.replace(result, prediction_unknown="nothing would move")
         wanted = PredictParams(domain=domain, request=request, sample_seconds=sample_seconds)
         wait_s = sample_seconds + OPERATION_TIMEOUT_S
         try:

@@ -207,7 +207,10 @@ def execute(
     command: Annotated[list[str], typer.Argument(help="The command and its arguments.")],
     name: _Name = DEFAULT_NAME,
 ) -> None:
-    """Run a command there, e.g. `ferry lab exec client -- ping 10.78.0.5`."""
+    """Run a command in the network of a node, or of another host of the lab.
+
+    As in `ferry lab exec client -- ping 10.78.0.5`. The exit status is the command's.
+    """
     with _errors_as_sentences():
         require_root()
         # Without interspersed options, click leaves the separator to us.

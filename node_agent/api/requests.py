@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -116,6 +118,19 @@ def flag(request: web.Request, name: str) -> bool:
 def invalid_query(name: str, right: str) -> InvalidRequest:
     """The InvalidRequest for a parameter behind the `?`."""
     return InvalidRequest(f"the parameter {name} must be {right}", {name: right})
+
+
+def check_query(request: web.Request, known: Collection[str]) -> None:
+    """InvalidRequest for a parameter that the route doesn't have.
+
+    A mistyped `dry_run` must not begin the real thing.
+    """
+    for name in request.query:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            others = f" (known: {', '.join(known)})" if known else ""
+            hint = f"did you mean {close[0]}?" if close else f"it is unknown{others}"
+            raise invalid_query(name, f"left out; {hint}")
 
 
 def _parameter(request: web.Request, name: str, kind: Any, noun: str) -> str:

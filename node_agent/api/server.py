@@ -28,7 +28,8 @@ from node_agent.api.drain_handlers import DRAIN_SERVICE
 from node_agent.api.hooks import PRESSURE_SERVICE
 from node_agent.api.openapi import document
 from node_agent.api.problems import problems
-from node_agent.api.requests import BODY_CAP_BYTES, CLUSTER
+from node_agent.api.requests import BODY_CAP_BYTES, CLUSTER, check_query
+from node_agent.api.route import Handler, Route
 from node_agent.api.routes import ROUTES
 from node_agent.api.streams import HEARTBEAT_S, STREAMS, Streams
 from node_agent.api.trust_handlers import REMOVAL, TRUST
@@ -71,7 +72,7 @@ def create_app(
     if removal is not None:
         app[REMOVAL] = removal
     for route in ROUTES:
-        app.router.add_route(route.method, route.path, route.handler)
+        app.router.add_route(route.method, route.path, _checked(route))
     described = msgspec.json.encode(document(ROUTES, version))
 
     async def get_openapi(_: web.Request) -> web.StreamResponse:
@@ -84,6 +85,19 @@ def create_app(
 
     app.on_shutdown.append(end_streams)
     return app
+
+
+def _checked(route: Route) -> Handler:
+    """The route's handler, behind a look at its parameters; probes may add theirs elsewhere."""
+    if not route.path.startswith("/v1/"):
+        return route.handler
+    known = tuple(query.name for query in route.query)
+
+    async def checked(request: web.Request) -> web.StreamResponse:
+        check_query(request, known)
+        return await route.handler(request)
+
+    return checked
 
 
 class ApiServer:

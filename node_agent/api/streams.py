@@ -77,6 +77,8 @@ async def read_events(request: web.Request) -> web.StreamResponse:
     if request.headers.get(hdrs.ACCEPT, "").startswith("application/json"):
         limit = number(request, "limit", 1000, at_least=1, at_most=10_000) or 1000
         return reply(EventList(events=tuple(await events.read(after_seq=after or 0, limit=limit))))
+    if "limit" in request.query:
+        raise invalid_query("limit", "left out, or Accept be application/json: a stream has no end")
     response = web.StreamResponse(
         headers={hdrs.CONTENT_TYPE: EVENT_STREAM, hdrs.CACHE_CONTROL: "no-store"}
     )

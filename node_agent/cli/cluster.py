@@ -73,8 +73,13 @@ def events(
 
 
 def _print_event(event: ClusterEvent) -> None:
-    if settings.json:
-        print(msgspec.json.encode(event).decode(), flush=True)
-    else:
-        text = f"{moment(event.at_s)}  {event.node:<12}  {event.kind:<20}  {event.message}"
-        print(text, flush=True)
+    print(msgspec.json.encode(event).decode() if settings.json else shown_event(event), flush=True)
+
+
+def shown_event(event: ClusterEvent) -> str:
+    """One line. It ends with what `ferry migration show` or `ferry drains show` tells more of."""
+    text = f"{moment(event.at_s)}  {event.node:<12}  {event.kind:<20}  {event.message}"
+    for noun, known in (("migration", event.migration), ("drain", event.data.get("drain"))):
+        if known and str(known) not in event.message:
+            return f"{text} ({noun} {known})"
+    return text

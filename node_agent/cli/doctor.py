@@ -58,4 +58,8 @@ def _text(found: Diagnosis) -> str:
     warnings = sum(each.level is Level.WARNING for each in found.findings)
     if mends:
         text += "\n\nHow to mend it:\n" + "\n".join(mends)
-    return f"{text}\n\n{failures} failures, {warnings} warnings"
+    return f"{text}\n\n{_count(failures, 'failure')}, {_count(warnings, 'warning')}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

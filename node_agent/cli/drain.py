@@ -93,7 +93,8 @@ def drain(
         if no_wait:
             show(asked, f"{asked.operation} {asked.id} of node {node} is being cancelled")
             return
-        raise typer.Exit(watch_drain(asked))
+        code = watch_drain(asked)
+        raise typer.Exit(ExitCode.OK if code is ExitCode.DRAIN_CANCELLED else code)
     if abort_moves:
         raise CliError("--abort-moves belongs to --cancel", ExitCode.USAGE)
     body = DrainRequest(

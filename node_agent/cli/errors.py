@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from typing import Final
 
+from migrator.errors import PeerError
 from node_agent.resources import Problem
 
 
@@ -32,7 +33,7 @@ Exit codes:
   2    wrong usage, or an invalid request
   3    there is no such domain, node, migration, volume or pool
   4    refused, or in conflict with the object's state
-  5    the agent can't be reached
+  5    the agent can't be reached, or another node's that it has to ask
   6    the migration failed; its error says what that means for the domain
   7    the migration was cancelled; the domain runs on its source
   8    the drain, undrain or balancing is over, but left something; it names each domain and why
@@ -76,5 +77,8 @@ class ApiProblem(CliError):
     """The agent answered with a problem document."""
 
     def __init__(self, problem: Problem) -> None:
-        super().__init__(problem.detail, exit_code(problem.status))
+        away = problem.code == PeerError.code
+        super().__init__(
+            problem.detail, ExitCode.UNREACHABLE if away else exit_code(problem.status)
+        )
         self.problem = problem

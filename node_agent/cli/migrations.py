@@ -12,9 +12,10 @@ from migrator.model import EngineKind, Migration, MigrationMode, OnTimeout, Pass
 from node_agent.cli.client import path_of
 from node_agent.cli.cutover import cutover_text
 from node_agent.cli.errors import ExitCode
-from node_agent.cli.output import facts, moment, parse_size, settings, show, size, table
+from node_agent.cli.output import facts, moment, note, parse_size, settings, show, size, table
 from node_agent.cli.prediction import comparison, dry_run_text
 from node_agent.cli.progress import watch_migration
+from node_agent.cli.silence import silence_of, silences
 from node_agent.resources import DryRun, MigrationChange, MigrationCreate, MigrationList
 
 app = typer.Typer(
@@ -111,7 +112,8 @@ def list_migrations(
     active: Annotated[bool, typer.Option("--active", help="Only those that go on.")] = False,
 ) -> None:
     """All migrations, newest first."""
-    migrations = settings.client().get("/v1/migrations", MigrationList).migrations
+    client = settings.client()
+    migrations = client.get("/v1/migrations", MigrationList).migrations
     if active:
         migrations = tuple(each for each in migrations if not each.ended)
     rows = [
@@ -128,24 +130,35 @@ def list_migrations(
     ]
     headings = ("ID", "DOMAIN", "NODES", "STATE", "BLACKOUT", "TOTAL", "CREATED")
     show(migrations, table(headings, rows))
+    if not all(each.ended for each in migrations):
+        silent = silences(client)
+        for each in migrations:
+            if said := silence_of(each, silent):
+                note(f"ferry: migration {each.id}: {said}")
 
 
 @app.command("show")
 def show_migration(id: _IdArgument) -> None:
     """One migration: what was asked, what was done, why it ended."""
-    each = settings.client().get(_path(id), Migration)
-    request = each.request
+    client = settings.client()
+    each = client.get(_path(id), Migration)
+    request, progress = each.request, each.progress
+    silence = "" if each.ended else silence_of(each, silences(client))
+    cap, speed = request.bandwidth_bytes_per_s, progress.throughput_bytes_per_s
     pairs = [
         ("migration", each.id),
         ("domain", each.domain),
         ("nodes", f"{each.source} -> {each.destination}"),
-        ("state", each.state.value),
+        ("state", f"{each.state.value} ({silence})" if silence else each.state.value),
         ("error", each.error or ""),
         ("blackout", f"{each.blackout_ms:.1f} ms" if each.blackout_ms is not None else ""),
         ("total", f"{each.total_s:.2f} s" if each.total_s is not None else ""),
-        ("sent", size(each.progress.bytes_sent)),
+        ("sent", size(progress.bytes_sent)),
+        ("to go", "" if each.ended else size(progress.remaining_bytes)),
+        ("speed", "" if each.ended or speed is None else f"{size(speed)}/s"),
         ("engine", request.engine.value),
         ("mode", request.mode.value),
+        ("bandwidth", "" if cap is None else f"{size(cap)}/s at most"),
         ("downtime limit", f"{request.downtime_limit_ms} ms"),
         ("timeout", f"{request.timeout_s:g} s, then {request.on_timeout.value}"),
         ("created", moment(each.created_at_s)),

@@ -6,6 +6,7 @@ migration alone. An agent that is being restarted is waited for: its migrations 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING, Final
@@ -15,6 +16,7 @@ from migrator.model import Migration, MigrationState
 from node_agent.cli.client import ApiClient
 from node_agent.cli.errors import ApiProblem, CliError, ExitCode, Unreachable
 from node_agent.cli.output import note, settings, show, size
+from node_agent.cli.silence import silence_of, silences
 from node_agent.resources import Domain
 
 if TYPE_CHECKING:
@@ -113,6 +115,9 @@ class _Watcher:
 
     def __init__(self, client: ApiClient) -> None:
         self._client = client
+        self._still: tuple[MigrationState, int] | None = None
+        self._looked_at_s = 0.0
+        self._silence = ""
 
     def until_ended(self, migration: Migration) -> Migration:
         """The migration when it ended. Unreachable after `SILENCE_S` without an answer."""
@@ -132,10 +137,22 @@ class _Watcher:
                         f"{error}; whether migration {migration.id} goes on is unknown",
                         ExitCode.UNREACHABLE,
                     ) from error
+                with contextlib.suppress(CliError):  # Where several agents may be asked: another.
+                    self._client = settings.client()
         return migration
 
     def saw(self, migration: Migration) -> None:
         raise NotImplementedError
+
+    def line(self, migration: Migration) -> str:
+        """`describe`; and once nothing has moved for `LINE_S`, which node is silent."""
+        now, figures = time.monotonic(), (migration.state, migration.progress.bytes_sent)
+        if figures != self._still:
+            self._still, self._looked_at_s, self._silence = figures, now, ""
+        elif now - self._looked_at_s >= LINE_S:
+            self._looked_at_s = now
+            self._silence = silence_of(migration, silences(self._client))
+        return describe(migration) + (f"; {self._silence}" if self._silence else "")
 
 
 class _LineWatcher(_Watcher):
@@ -147,9 +164,9 @@ class _LineWatcher(_Watcher):
         self._printed_at = 0.0
 
     def saw(self, migration: Migration) -> None:
-        now = time.monotonic()
+        now, line = time.monotonic(), self.line(migration)
         if migration.state is not self._state or now - self._printed_at >= LINE_S:
-            note(describe(migration))
+            note(line)
             self._state, self._printed_at = migration.state, now
 
 
@@ -174,7 +191,7 @@ class _LiveWatcher(_Watcher):
         total = progress.bytes_sent + progress.remaining_bytes
         bar = ProgressBar(total=max(total, 1), completed=progress.bytes_sent, width=60)
         if self._live is not None:
-            self._live.update(Group(Text(describe(migration)), bar))
+            self._live.update(Group(Text(self.line(migration)), bar))
 
 
 def _ask(client: ApiClient, migration: Migration) -> bool:

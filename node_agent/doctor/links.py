@@ -26,6 +26,8 @@ from node_agent.doctor.findings import Finding, failure, fine, warning
 _CLONE_NEWNET: Final = 0x40000000
 _FLAG_UP: Final = 0x1
 _FLAG_MULTICAST: Final = 0x1000
+_MTU_USUAL: Final = 1500
+"""What a NIC needs whose definition says nothing else."""
 _FORWARDING: Final = {4: "ipv4/ip_forward", 6: "ipv6/conf/all/forwarding"}
 _CONNECTIONS: Final = Path("/proc/sys/net/netfilter/nf_conntrack_count")
 _GROUP: Final = "239.255.77.81"
@@ -201,6 +203,12 @@ def _bridge(link: Any, links: list[Any]) -> Finding:
             check,
             f"MTU {mtu}, but {', '.join(narrow)} is narrower",
             f"ip link set {narrow[0]} mtu {mtu}",
+        )
+    if mtu < _MTU_USUAL:
+        return warning(
+            check,
+            f"{detail}: a NIC that isn't defined with less needs {_MTU_USUAL}, and is refused here",
+            f"ip link set {name} mtu {_MTU_USUAL}, and its ports as well",
         )
     delay_s = (data.get_attr("IFLA_BR_FORWARD_DELAY") or 0) / 100
     if data.get_attr("IFLA_BR_STP_STATE"):

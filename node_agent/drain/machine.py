@@ -138,7 +138,10 @@ class DrainMachine(Ledger):
         for move in self._moves.all():
             if move.state.active:
                 self._look(move)
-        self._note(f"coordinated by {self._base.coordinator}", now)
+        base, step = self._base, "has begun" if self._base.term <= 1 else "goes on"
+        self._note(
+            f"{base.operation} of {base.node} {step}, coordinated by {base.coordinator}", now
+        )
 
     def _look(self, move: Move) -> None:
         if move.domain not in self._looking:

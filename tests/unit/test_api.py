@@ -313,6 +313,18 @@ async def test_events_are_streamed_and_resumed(client: Client, world: World) -> 
         assert [each["kind"] for each in (await response.json())["events"]] == kinds
     async with client.get("/v1/events", headers={"Last-Event-ID": "x"}) as response:
         assert response.status == 400
+    assert "limit" in (await ask(client, "GET", "/v1/events?limit=5", status=400))["fields"]
+
+
+async def test_a_mistyped_parameter_begins_nothing(client: Client, world: World) -> None:
+    await running(client)
+    path = "/v1/domains/web/migrations"
+    for wrong, right in (("dryrun=true", "did you mean dry_run?"), ("x=1", "dry_run")):
+        problem = await ask(client, "POST", f"{path}?{wrong}", {"destination": "b"}, status=400)
+        assert right in problem["fields"][wrong.partition("=")[0]]
+    await ask(client, "GET", "/v1/domains?page=2", status=400)
+    await ask(client, "GET", "/healthz?from=probe", status=200)
+    assert not world.migrations
 
 
 async def test_a_silent_stream_has_heartbeats_and_ends_with_the_server(

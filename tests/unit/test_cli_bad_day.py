@@ -1,0 +1,83 @@
+"""What `ferry` says when a node is silent, and which exit codes tell it."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import pytest
+
+from migrator.model import MigrationState
+from node_agent.cli import progress
+from node_agent.cli.cluster import shown_event
+from node_agent.cli.errors import ExitCode
+from node_agent.events import ClusterEvent
+from tests.unit.agent_world import World
+from tests.unit.test_cli import Ferry, define, ferry, world
+
+__all__ = ["ferry", "world"]
+
+pytestmark = pytest.mark.allow_blocking("the CLI is synchronous; it runs in a thread")
+
+
+async def test_an_owner_that_cant_be_asked_has_the_code_of_silence(
+    ferry: Ferry, world: World
+) -> None:
+    await define(ferry, "--start")
+    await ferry("domain", "stop", "web")
+    await ferry("domain", "start", "web", "--node", "b")
+    await world.b.hub.close()
+    said = await ferry("domain", "pause", "web", "--json", code=ExitCode.UNREACHABLE)
+    assert json.loads(said.err.splitlines()[-1])["code"] == "peer-unreachable"
+
+
+async def test_a_migration_tells_which_node_is_silent_and_what_caps_it(
+    ferry: Ferry, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await define(ferry, "--start")
+    started = await ferry("migrate", "web", "--bandwidth", "15M", "--no-wait", "--json")
+    begun = json.loads(started.out)["id"]
+    shown = (await ferry("migration", "show", begun)).out
+    assert "15.0 MiB/s at most" in shown
+    assert "to go:" in shown
+    assert "silent" not in shown
+    monkeypatch.setattr("node_agent.cli.migrations.silences", lambda client: {"b": 7.2})
+    assert "precopy (b has been silent for 7 s)" in (await ferry("migration", "show", begun)).out
+    assert f"migration {begun}: b has been silent" in (await ferry("migration", "ls")).out
+    listed = await ferry("migration", "ls", "--json")
+    assert json.loads(listed.out)[0]["id"] == begun
+    assert "b has been silent" in listed.err
+    world.a.migrations.end(begun, MigrationState.FAILED, "it was")
+    assert "silent" not in (await ferry("migration", "show", begun)).out
+
+
+async def test_watching_says_why_nothing_moves(
+    ferry: Ferry, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await define(ferry, "--start")
+    seen = 0
+
+    def wait(_: float) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 3:
+            world.a.migrations.end("m-1", MigrationState.FAILED, "it was silent")
+
+    monkeypatch.setattr(progress, "_pause", wait)
+    monkeypatch.setattr(progress, "LINE_S", 0.0)
+    monkeypatch.setattr(progress, "silences", lambda client: {"a": 12.0, "b": 7.2})
+    out = (await ferry("migrate", "web", code=ExitCode.MIGRATION_FAILED)).out.splitlines()
+    assert "silent" not in out[0], "it has only begun"
+    assert "a, which knows how it goes, has been silent for 12 s; b has been silent" in out[1]
+
+
+def test_an_event_names_what_to_look_at() -> None:
+    event = ClusterEvent(
+        at_s=0.0, kind="migration-failed", node="n1", message="it failed", migration="abc"
+    )
+    assert shown_event(event).endswith("it failed (migration abc)")
+    named = msgspec.structs.replace(event, message="migration abc failed")
+    assert shown_event(named).endswith("migration abc failed")
+    drain = msgspec.structs.replace(event, migration=None, data={"drain": "d1"})
+    assert shown_event(drain).endswith("it failed (drain d1)")
+    assert shown_event(msgspec.structs.replace(event, migration=None)).endswith("it failed")
