@@ -287,7 +287,9 @@ async def running_agent(
         if trust is not None:
             await trust.start()
             stack.push_async_callback(trust.close)
-        events.emit(EventKind.AGENT_STARTED, f"the agent of {node} is up", adopted=len(adopted))
+        silent = f" after {nodes.silent_s:.0f} s of silence" if nodes.silent_s is not None else ""
+        up = f"the agent of {node} is up{silent}"
+        events.emit(EventKind.AGENT_STARTED, up, adopted=len(adopted))
         yield
 
 

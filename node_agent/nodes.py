@@ -69,6 +69,8 @@ class NodeRegistry:
         self._monotonic = monotonic
         self._seen: dict[str, _Seen] = {}
         self._task: asyncio.Task[None] | None = None
+        self.silent_s: float | None = None
+        """Between this node's last heartbeat before `open` and that; None: it had none."""
         self.trouble = ""
         """Why this node's last heartbeat wasn't written; "": it was."""
         self.on_read: Callable[[Mapping[NodeName, NodeView]], None] = lambda views: None
@@ -79,6 +81,7 @@ class NodeRegistry:
 
     async def open(self) -> None:
         """Write the first heartbeat and go on in the background. StoreError: nothing runs."""
+        self.silent_s = await self._silence()
         await self.beat()
         self.on_read(await self.read())
         self._task = asyncio.create_task(self._run(), name="node-heartbeat")
@@ -96,6 +99,11 @@ class NodeRegistry:
         info = await self._describe()
         info = msgspec.structs.replace(info, heartbeat_at_s=self._clock())
         await self._store.put(f"{NODES}{info.name}", info)
+
+    async def _silence(self) -> float | None:
+        name = (await self._describe()).name
+        last = await self._store.get(f"{NODES}{name}", NodeInfo)
+        return None if last is None else max(0.0, self._clock() - last.value.heartbeat_at_s)
 
     async def read(self) -> Mapping[NodeName, NodeView]:
         """Every node ever seen, by name."""

@@ -12,6 +12,7 @@ import time
 from typing import Final
 
 from migrator.engine.transport import SecureSocket, StreamSocket
+from migrator.errors import words
 
 _FLAGS: Final = socket.MSG_WAITALL
 
@@ -51,7 +52,7 @@ class Intake:
                     continue
                 raise self._silent() from None
             except ConnectionError as error:
-                raise ConnectionEndedError(str(error)) from error
+                raise ConnectionEndedError(words(error)) from error
             got += self._some(count)
 
     def fill_scattered(self, views: list[memoryview]) -> None:
@@ -64,7 +65,7 @@ class Intake:
             except BlockingIOError:
                 raise self._silent() from None
             except ConnectionError as error:
-                raise ConnectionEndedError(str(error)) from error
+                raise ConnectionEndedError(words(error)) from error
             self._some(count)
             while done < len(views) and count >= len(views[done]):
                 count -= len(views[done])
@@ -80,7 +81,7 @@ class Intake:
         except BlockingIOError:
             raise self._silent() from None
         except ConnectionError as error:
-            raise ConnectionEndedError(str(error)) from error
+            raise ConnectionEndedError(words(error)) from error
         return self._some(count)
 
     def _some(self, count: int) -> int:

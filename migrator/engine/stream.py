@@ -40,7 +40,7 @@ from migrator.engine.transport import (
     secure_outgoing,
     wire_bytes,
 )
-from migrator.errors import EngineError, RemoteProtocolError
+from migrator.errors import EngineError, RemoteProtocolError, words
 from migrator.ranges import Ranges
 
 SENDFILE_BYTES_MIN: Final = 64 * 1024
@@ -203,7 +203,7 @@ def _receive(sock: StreamSocket, count: int, deadline: float, waiter: Waiter) ->
 def _broken(error: OSError) -> Exception:
     if error.errno == errno.EFAULT:
         return EngineError("the guest's memory can't be read")
-    return StreamBrokenError(str(error))
+    return StreamBrokenError(words(error))
 
 
 class PageStream:
@@ -369,7 +369,7 @@ class PageStream:
         except BlockingIOError:
             return False
         except OSError as error:
-            raise StreamBrokenError(str(error)) from error
+            raise StreamBrokenError(words(error)) from error
         if not data:
             raise StreamBrokenError("the destination closed the stream")
         self._incoming += data

@@ -332,7 +332,8 @@ class DestinationSession(DestinationArrival):
         elif self._swap_pending:
             pass  # Its outcome is heard.
         elif self._dead:
-            self._give_up("the destination's hypervisor is gone")
+            whose = "agent restarted, and its " if self._restored else ""
+            self._give_up(f"the destination's {whose}hypervisor is gone")
         elif self._commit and self._loaded_at_s:
             self._swap()
         else:

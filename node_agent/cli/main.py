@@ -55,7 +55,8 @@ These options may stand anywhere:
   --api ADDRESS  the agent: unix:/PATH or http://HOST:PORT ($FERRY_API)
   --context NAME a cluster of `ferry context` ($FERRY_CONTEXT)
   --lab NAME     the first agent of this lab that answers ($FERRY_LAB)
-  --json         machine-readable output, to stdout only
+  --json         machine-readable output, to stdout only; an answer that is an
+                 error is the last line on stderr
 
 Without them: the current context, /run/ferry/api.sock, or the only lab of this machine.
 

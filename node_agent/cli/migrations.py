@@ -8,13 +8,20 @@ from urllib.parse import quote
 import typer
 
 from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN
-from migrator.model import EngineKind, Migration, MigrationMode, OnTimeout, PassReport
+from migrator.model import (
+    EngineKind,
+    Migration,
+    MigrationMode,
+    MigrationState,
+    OnTimeout,
+    PassReport,
+)
 from node_agent.cli.client import path_of
 from node_agent.cli.cutover import cutover_text
 from node_agent.cli.errors import ExitCode
 from node_agent.cli.output import facts, moment, note, parse_size, settings, show, size, table
 from node_agent.cli.prediction import comparison, dry_run_text
-from node_agent.cli.progress import watch_migration
+from node_agent.cli.progress import watch_migration, what_now
 from node_agent.cli.silence import silence_of, silences
 from node_agent.resources import DryRun, MigrationChange, MigrationCreate, MigrationList
 
@@ -144,10 +151,11 @@ def show_migration(id: _IdArgument) -> None:
     each = client.get(_path(id), Migration)
     request, progress = each.request, each.progress
     silence = "" if each.ended else silence_of(each, silences(client))
+    came_to_nothing = each.ended and each.state is not MigrationState.COMPLETED
     cap, speed = request.bandwidth_bytes_per_s, progress.throughput_bytes_per_s
     pairs = [
         ("migration", each.id),
-        ("domain", each.domain),
+        ("domain", each.domain + (what_now(client, each) if came_to_nothing else "")),
         ("nodes", f"{each.source} -> {each.destination}"),
         ("state", f"{each.state.value} ({silence})" if silence else each.state.value),
         ("error", each.error or ""),

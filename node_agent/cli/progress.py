@@ -52,14 +52,14 @@ def watch_migration(client: ApiClient, migration: Migration) -> ExitCode:
                 return ExitCode.INTERRUPTED
     text = outcome(migration)
     if migration.state is not MigrationState.COMPLETED:
-        text += _what_now(client, migration)
+        text += what_now(client, migration)
     show(migration, text)
     if migration.state is MigrationState.FAILED and settings.json:
         print(f"ferry: {text}", file=sys.stderr)
     return _EXIT[migration.state]
 
 
-def _what_now(client: ApiClient, migration: Migration) -> str:
+def what_now(client: ApiClient, migration: Migration) -> str:
     """Where its domain is after a migration that came to nothing: the first thing to know."""
     try:
         domain = client.get(f"/v1/domains/{quote(migration.domain, safe='')}", Domain)

@@ -48,7 +48,9 @@ async def test_a_migration_tells_which_node_is_silent_and_what_caps_it(
     assert json.loads(listed.out)[0]["id"] == begun
     assert "b has been silent" in listed.err
     world.a.migrations.end(begun, MigrationState.FAILED, "it was")
-    assert "silent" not in (await ferry("migration", "show", begun)).out
+    ended = (await ferry("migration", "show", begun)).out
+    assert "silent" not in ended
+    assert "web; web is running on a" in ended
 
 
 async def test_watching_says_why_nothing_moves(

@@ -360,6 +360,18 @@ async def test_a_silent_node_is_unreachable_whatever_its_clock_says(world: World
     assert views[world.b.name].state is NodeState.UNREACHABLE
 
 
+async def test_a_node_that_comes_back_knows_how_long_it_was_silent(world: World) -> None:
+    registry = world.a.registry
+    await registry.close()
+    store, describe = world.a.typed, registry._describe
+    await NodeRegistry(store, describe, clock=lambda: 1e6).beat()
+    back = NodeRegistry(store, describe, clock=lambda: 1e6 + 30.0)
+    assert back.silent_s is None
+    await back.open()
+    await back.close()
+    assert back.silent_s == 30.0
+
+
 async def test_uninterrupted_work_ends_before_the_cancellation() -> None:
     done = asyncio.Event()
 

@@ -108,6 +108,16 @@ def test_after_a_reboot_an_owner_may_have_run(boot_id: str, word: type[object]) 
     assert isinstance(pair.destination.last_word(), word)
 
 
+def test_a_copy_that_died_with_its_agent_says_that_the_agent_restarted() -> None:
+    pair = SessionPair()
+    pair.silence(m.Commit)
+    pair.run()
+    pair = _restored(pair, DESTINATION)
+    pair.push(pair.destination, GONE)
+    pair.run()
+    assert "agent restarted, and its hypervisor is gone" in (pair.destination.error or "")
+
+
 @pytest.mark.parametrize("owner", ["n1", "n3"])
 def test_a_copy_that_the_record_moved_past_is_discarded(owner: str) -> None:
     pair = SessionPair()
