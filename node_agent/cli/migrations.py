@@ -21,7 +21,7 @@ from node_agent.cli.cutover import cutover_text
 from node_agent.cli.errors import ExitCode
 from node_agent.cli.output import facts, moment, note, parse_size, settings, show, size, table
 from node_agent.cli.prediction import comparison, dry_run_text
-from node_agent.cli.progress import watch_migration, what_now
+from node_agent.cli.progress import watch_migration, where_now
 from node_agent.cli.silence import silence_of, silences
 from node_agent.resources import DryRun, MigrationChange, MigrationCreate, MigrationList
 
@@ -151,11 +151,12 @@ def show_migration(id: _IdArgument) -> None:
     each = client.get(_path(id), Migration)
     request, progress = each.request, each.progress
     silence = "" if each.ended else silence_of(each, silences(client))
-    came_to_nothing = each.ended and each.state is not MigrationState.COMPLETED
+    failed = each.ended and each.state is not MigrationState.COMPLETED
+    where = where_now(client, each.domain) if failed else ""
     cap, speed = request.bandwidth_bytes_per_s, progress.throughput_bytes_per_s
     pairs = [
         ("migration", each.id),
-        ("domain", each.domain + (what_now(client, each) if came_to_nothing else "")),
+        ("domain", f"{each.domain} ({where} now)" if where else each.domain),
         ("nodes", f"{each.source} -> {each.destination}"),
         ("state", f"{each.state.value} ({silence})" if silence else each.state.value),
         ("error", each.error or ""),

@@ -52,21 +52,21 @@ def watch_migration(client: ApiClient, migration: Migration) -> ExitCode:
                 return ExitCode.INTERRUPTED
     text = outcome(migration)
     if migration.state is not MigrationState.COMPLETED:
-        text += what_now(client, migration)
+        where = where_now(client, migration.domain)
+        text += f"; {migration.domain} is {where}" if where else ""
     show(migration, text)
     if migration.state is MigrationState.FAILED and settings.json:
         print(f"ferry: {text}", file=sys.stderr)
     return _EXIT[migration.state]
 
 
-def what_now(client: ApiClient, migration: Migration) -> str:
-    """Where its domain is after a migration that came to nothing: the first thing to know."""
+def where_now(client: ApiClient, name: str) -> str:
+    """Where a domain is after a migration that came to nothing: the first thing to know."""
     try:
-        domain = client.get(f"/v1/domains/{quote(migration.domain, safe='')}", Domain)
+        domain = client.get(f"/v1/domains/{quote(name, safe='')}", Domain)
     except CliError:
         return ""
-    where = f" on {domain.node}" if domain.node is not None else ""
-    return f"; {domain.name} is {domain.state}{where}"
+    return domain.state + (f" on {domain.node}" if domain.node is not None else "")
 
 
 def _on_terminal() -> bool:
@@ -118,6 +118,7 @@ class _Watcher:
         self._still: tuple[MigrationState, int] | None = None
         self._looked_at_s = 0.0
         self._silence = ""
+        self._unanswered_s = 0.0
 
     def until_ended(self, migration: Migration) -> Migration:
         """The migration when it ended. Unreachable after `SILENCE_S` without an answer."""
@@ -128,11 +129,12 @@ class _Watcher:
             _pause(time.monotonic() - began)
             try:
                 migration = self._client.get(path, Migration)
-                answered_at = time.monotonic()
+                answered_at, self._unanswered_s = time.monotonic(), 0.0
             except (Unreachable, ApiProblem) as error:
                 if isinstance(error, ApiProblem) and error.problem.status < 500:
                     raise
-                if time.monotonic() - answered_at > SILENCE_S:
+                self._unanswered_s = time.monotonic() - answered_at
+                if self._unanswered_s > SILENCE_S:
                     raise CliError(
                         f"{error}; whether migration {migration.id} goes on is unknown",
                         ExitCode.UNREACHABLE,
@@ -152,7 +154,10 @@ class _Watcher:
         elif now - self._looked_at_s >= LINE_S:
             self._looked_at_s = now
             self._silence = silence_of(migration, silences(self._client))
-        return describe(migration) + (f"; {self._silence}" if self._silence else "")
+        said = self._silence
+        if self._unanswered_s >= 1.0:
+            said = f"no agent has answered for {self._unanswered_s:.0f} s"
+        return describe(migration) + (f"; {said}" if said else "")
 
 
 class _LineWatcher(_Watcher):

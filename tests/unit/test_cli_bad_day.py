@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
 from migrator.model import MigrationState
 from node_agent.cli import progress
+from node_agent.cli.client import ApiClient
 from node_agent.cli.cluster import shown_event
-from node_agent.cli.errors import ExitCode
+from node_agent.cli.errors import ExitCode, Unreachable
 from node_agent.events import ClusterEvent
 from tests.unit.agent_world import World
 from tests.unit.test_cli import Ferry, define, ferry, world
@@ -50,7 +52,7 @@ async def test_a_migration_tells_which_node_is_silent_and_what_caps_it(
     world.a.migrations.end(begun, MigrationState.FAILED, "it was")
     ended = (await ferry("migration", "show", begun)).out
     assert "silent" not in ended
-    assert "web; web is running on a" in ended
+    assert "web (running on a now)" in ended
 
 
 async def test_watching_says_why_nothing_moves(
@@ -71,6 +73,28 @@ async def test_watching_says_why_nothing_moves(
     out = (await ferry("migrate", "web", code=ExitCode.MIGRATION_FAILED)).out.splitlines()
     assert "silent" not in out[0], "it has only begun"
     assert "a, which knows how it goes, has been silent for 12 s; b has been silent" in out[1]
+
+
+async def test_watching_says_that_no_agent_answers(
+    ferry: Ferry, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await define(ferry, "--start")
+    moments = iter(range(0, 1000, 2))
+    clock = SimpleNamespace(monotonic=lambda: float(next(moments)))
+    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(progress, "_pause", lambda _: None)
+    monkeypatch.setattr(progress, "silences", lambda client: {})
+    asked = ApiClient.get
+
+    def get(self: ApiClient, path: str, kind: type[object]) -> object:
+        if path.startswith("/v1/migrations/"):
+            raise Unreachable("nobody is there")
+        return asked(self, path, kind)
+
+    monkeypatch.setattr(ApiClient, "get", get)
+    result = await ferry("migrate", "web", code=ExitCode.UNREACHABLE)
+    assert "no agent has answered for" in result.out
+    assert "whether migration m-1 goes on is unknown" in result.err
 
 
 def test_an_event_names_what_to_look_at() -> None:
