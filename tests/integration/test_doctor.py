@@ -70,7 +70,7 @@ def test_a_link_that_is_too_narrow_on_its_way_is_found(cluster: Cluster) -> None
 
 def test_a_bridge_that_is_too_narrow_for_guests_is_found(cluster: Cluster) -> None:
     namespace = cluster.plan.node("n3").namespace
-    with changed(namespace, "br0", {"mtu": 1400}, {"mtu": 1500}):
+    with changed(namespace, "br0", {"mtu": 1500}, {"mtu": 1400}):
         code, found = examine(cluster, "n3")
     assert code == 0
     assert found["bridge br0"].level is Level.WARNING
