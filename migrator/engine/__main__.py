@@ -59,11 +59,19 @@ def main(arguments: list[str]) -> int:
     except BaseException as error:
         _close(engine)
         traceback.print_exc()
-        reason = str(error) if isinstance(error, FerryError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(AgentGoneError):
-            control.send(EngineFailed(reason=reason, channel=isinstance(error, ChannelLostError)))
+            control.send(
+                EngineFailed(reason=reason_of(error), channel=isinstance(error, ChannelLostError))
+            )
         return 1
     return 0
+
+
+def reason_of(error: BaseException) -> str:
+    """For an operator. Of what nobody expected the name of its class; the log has the rest."""
+    if isinstance(error, ProcessLookupError):
+        return "the process that has the guest's memory is gone"
+    return str(error) if isinstance(error, FerryError) else f"{type(error).__name__}: {error}"
 
 
 def _close(engine: SourceEngine | DestinationEngine | None) -> None:

@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 import typer
 
+from migrator.model import NodeState
 from node_agent.cli.drain_text import balance_text, counted, details, moved, plan_text
 from node_agent.cli.drain_view import watch_drain
 from node_agent.cli.errors import CliError, ExitCode
@@ -34,15 +35,21 @@ _NoWait = Annotated[bool, typer.Option("--no-wait", help="Don't wait for its end
 def cordon(node: _NodeArgument) -> None:
     """Let no domain start on a node or move there; what runs there goes on."""
     found = settings.client().post(f"{_path(node)}/cordon", Node)
-    show(
-        found, f"node {node} is {found.state.value}; {counted(len(found.domains), 'domain')} there"
-    )
+    there = counted(len(found.domains), "domain")
+    show(found, f"node {node} is {_stands(found, NodeState.CORDONED)}; {there} there")
 
 
 def uncordon(node: _NodeArgument) -> None:
     """Open a cordoned or drained node again. `undrain` brings its domains back, too."""
     found = settings.client().post(f"{_path(node)}/uncordon", Node)
-    show(found, f"node {node} is {found.state.value}")
+    show(found, f"node {node} is {_stands(found, NodeState.READY)}")
+
+
+def _stands(found: Node, intended: NodeState) -> str:
+    """A silent node's state is its silence; what was asked for holds all the same."""
+    if found.state is not NodeState.UNREACHABLE:
+        return found.state.value
+    return f"{'open' if intended is NodeState.READY else intended.value}, and unreachable"
 
 
 def drain(
@@ -85,6 +92,8 @@ def drain(
 
     Ctrl-C detaches; the drain goes on. It is done when the node is empty, and not before.
     """
+    if cancel and dry_run:
+        raise CliError("--cancel does it, --dry-run doesn't: one of them", ExitCode.USAGE)
     client = settings.client()
     if cancel:
         query = "?abort_moves=true" if abort_moves else ""

@@ -29,6 +29,8 @@ _YOUNG_S: Final = 3.0
 LINE_S: Final = 2.0
 SILENCE_S: Final = 60.0
 """How long an agent may be away before watching is given up."""
+_CHANNEL: Final = ("channel broken", "channel restored")
+"""What a timeline says of the connection that the pages take."""
 _EXIT: Final = {
     MigrationState.COMPLETED: ExitCode.OK,
     MigrationState.FAILED: ExitCode.MIGRATION_FAILED,
@@ -107,7 +109,17 @@ def describe(migration: Migration) -> str:
         parts.append(f"blackout ~{progress.predicted_blackout_ms:.0f} ms")
     if progress.eta_s is not None:
         parts.append(f"~{progress.eta_s:.0f} s left")
+    if broken := _broken(migration):
+        parts.append(broken)
     return ", ".join(parts)
+
+
+def _broken(migration: Migration) -> str:
+    """Why no pages travel now: their channel is broken, and not restored yet."""
+    noted = [each for each in migration.timeline if each.name in _CHANNEL]
+    if migration.state is not MigrationState.PRECOPY or not noted or noted[-1].name != _CHANNEL[0]:
+        return ""
+    return f"{noted[-1].name}: {noted[-1].detail}"
 
 
 class _Watcher:

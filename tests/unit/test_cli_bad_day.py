@@ -8,12 +8,16 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from migrator.model import MigrationState
+from migrator.engine.__main__ import reason_of
+from migrator.errors import EngineError
+from migrator.model import MigrationState, NodeState, Phase
 from node_agent.cli import progress
 from node_agent.cli.client import ApiClient
 from node_agent.cli.cluster import shown_event
+from node_agent.cli.drain import _stands
 from node_agent.cli.errors import ExitCode, Unreachable
 from node_agent.events import ClusterEvent
+from node_agent.resources import Node
 from tests.unit.agent_world import World
 from tests.unit.test_cli import Ferry, define, ferry, world
 
@@ -95,6 +99,40 @@ async def test_watching_says_that_no_agent_answers(
     result = await ferry("migrate", "web", code=ExitCode.UNREACHABLE)
     assert "no agent has answered for" in result.out
     assert "whether migration m-1 goes on is unknown" in result.err
+
+
+@pytest.mark.parametrize(("last", "told"), [("channel broken", True), ("channel restored", False)])
+async def test_a_broken_channel_is_told_until_it_is_restored(
+    ferry: Ferry, world: World, last: str, told: bool
+) -> None:
+    await define(ferry, "--start")
+    await ferry("migrate", "web", "--no-wait")
+    phases = [
+        Phase(name=name, started_at_s=0.0, seconds=0.0, detail="it took nothing")
+        for name in ("channel broken", "channel restored", last)
+    ]
+    migration = msgspec.structs.replace(world.migrations["m-1"], timeline=tuple(phases))
+    assert ("channel broken: it took nothing" in progress.describe(migration)) is told
+
+
+def test_an_engine_says_in_words_that_its_guest_is_gone() -> None:
+    assert reason_of(ProcessLookupError(3, "No such process")).endswith("memory is gone")
+    assert reason_of(EngineError("the link is gone")) == "the link is gone"
+    assert reason_of(KeyError("x")) == "KeyError: 'x'"
+
+
+async def test_to_cancel_and_only_to_look_contradict_each_other(ferry: Ferry) -> None:
+    said = await ferry("drain", "a", "--cancel", "--dry-run", code=ExitCode.USAGE)
+    assert "one of them" in said.err
+
+
+async def test_a_silent_node_is_said_to_be_cordoned(ferry: Ferry) -> None:
+    listed = msgspec.json.decode((await ferry("node", "ls", "--json")).out, type=list[Node])
+    silent = msgspec.structs.replace(listed[0], state=NodeState.UNREACHABLE)
+    assert _stands(silent, NodeState.CORDONED) == "cordoned, and unreachable"
+    assert _stands(silent, NodeState.READY) == "open, and unreachable"
+    drained = msgspec.structs.replace(silent, state=NodeState.DRAINED)
+    assert _stands(drained, NodeState.CORDONED) == "drained"
 
 
 def test_an_event_names_what_to_look_at() -> None:
