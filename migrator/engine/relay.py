@@ -31,7 +31,9 @@ from migrator.engine.control import (
     AgentGoneError,
     ChannelLostError,
     Control,
+    HelperWaiter,
     Signal,
+    StoppedError,
     Waiter,
     poll,
 )
@@ -206,6 +208,10 @@ class SourceRelay:
     def prepare(self, waiter: Waiter) -> None:
         """Have a fresh, live TCP stream. Ends an earlier relay. ChannelLostError if it can't."""
         self._end()
+        self._connect(waiter)
+
+    def _connect(self, waiter: Waiter) -> None:
+        """As `prepare`, for whichever thread has the stream now."""
         if self._peer is not None and is_alive(self._peer):
             return
         deadline = time.monotonic() + self._patience_s
@@ -249,10 +255,12 @@ class SourceRelay:
 
     def _serve(self, listener: socket.socket) -> None:
         """One hypervisor, once. Returns early when the relay is ended."""
+        try:
+            self._await(listener, HelperWaiter(self._stop))
+        except (EngineError, StoppedError):
+            return  # It is ended; or no stream is to be had, which ends the pages' as well.
         peer = self._peer
-        if peer is None or self._stop.fileno() in poll(
-            {listener.fileno(): POLL_IN, self._stop.fileno(): POLL_IN}, 86_400
-        ):
+        if peer is None:
             return
         with contextlib.suppress(OSError):
             hypervisor, _ = listener.accept()
@@ -265,6 +273,22 @@ class SourceRelay:
             )
             self._peer = None  # It belongs to the pumps now.
             self._pumps.run()
+
+    def _await(self, listener: socket.socket, waiter: HelperWaiter) -> None:
+        """Until the hypervisor calls, with a live stream: a broken one is replaced at once, while
+        the guest runs. Nothing comes on it before the hypervisor has sent, but its end.
+        """
+        idle = True
+        while True:
+            watched = {listener.fileno(): POLL_IN, self._stop.fileno(): POLL_IN}
+            if self._peer is not None and idle:
+                watched[self._peer.fileno()] = POLL_IN
+            called = listener.fileno() in poll(watched, 86_400)
+            waiter.tick()
+            idle = self._peer is None or not is_alive(self._peer)
+            self._connect(waiter)
+            if called:
+                return
 
     def _tell_deactivated(self, seconds: float, monotonic_s: float) -> None:
         at_s = time.time() - (time.monotonic() - monotonic_s)
@@ -289,7 +313,11 @@ class SourceRelay:
 
 
 class DestinationRelay:
-    """The destination's side: waits for a TCP stream and a path, in any order, and joins them."""
+    """The destination's side: waits for a TCP stream and a path, in any order, and joins them.
+
+    Not before the source's first byte: a stream that breaks while it waits is replaced by the next,
+    and the hypervisor, which would take its end for the guest's, hears of neither.
+    """
 
     def __init__(
         self, connect_s: float, opened: Callable[[Path], None], begun: Callable[[], None]
@@ -300,22 +328,22 @@ class DestinationRelay:
         self._begun = begun
         self._connect_s = connect_s
         self._opened = opened
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._peer: StreamSocket | None = None
+        """The newest; its thread closes it."""
         self._hypervisor: socket.socket | None = None
         self._pumps: Pumps | None = None
         self._closed = threading.Event()
 
     def offer_peer(self, peer: StreamSocket) -> None:
         """A stream from the source's engine; it replaces one that waits or is in use."""
-        with self._lock:
+        with self._changed:
             if self._pumps is not None:
                 self._pumps.close()
                 self._pumps = None
-            if self._peer is not None:
-                self._peer.close()
+            self._dismiss()
             self._peer = peer
-        self._join_up()
+        threading.Thread(target=self._serve, args=(peer,), daemon=True).start()
 
     def open(self, path: Path) -> None:
         """Connect to the hypervisor at `path`; call it in a thread of its own.
@@ -335,27 +363,42 @@ class DestinationRelay:
                     ) from error
                 self._closed.wait(0.005)
                 continue
-            with self._lock:
+            with self._changed:
                 self._hypervisor = sock
+                self._changed.notify_all()
             self._opened(path)
-            self._join_up()
             return
 
     def close(self) -> None:
         self._closed.set()
-        with self._lock:
+        with self._changed:
             if self._pumps is not None:
                 self._pumps.close()
-            for end in (self._peer, self._hypervisor):
-                if end is not None:
-                    end.close()
-            self._peer = self._hypervisor = None
+            self._dismiss()
+            if self._hypervisor is not None:
+                self._hypervisor.close()
+                self._hypervisor = None
 
-    def _join_up(self) -> None:
-        with self._lock:
-            if self._peer is None or self._hypervisor is None:
+    def _dismiss(self) -> None:
+        """Let the thread of the stream that waits end, which closes it."""
+        if self._peer is not None:
+            with contextlib.suppress(OSError):  # It has broken: the thread sees that, too.
+                self._peer.shutdown(socket.SHUT_RDWR)
+            self._peer = None
+        self._changed.notify_all()
+
+    def _serve(self, peer: StreamSocket) -> None:
+        """Until the stream's first byte, and from then on; returns when it is over."""
+        poll({peer.fileno(): POLL_IN}, 86_400)
+        with self._changed:
+            while self._peer is peer and self._hypervisor is None and is_alive(peer):
+                self._changed.wait()
+            if self._peer is not peer or self._hypervisor is None or not is_alive(peer):
+                if self._peer is peer:
+                    self._peer = None
+                peer.close()
                 return
-            pumps = Pumps(self._hypervisor, self._peer, at_source=False, begun=self._begun)
+            pumps = Pumps(self._hypervisor, peer, at_source=False, begun=self._begun)
             self._peer = self._hypervisor = None
             self._pumps = pumps
-        threading.Thread(target=pumps.run, daemon=True).start()
+        pumps.run()
