@@ -16,8 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from migrator.errors import FabricError
-from netfabric.rtnetlink import TIMEOUT_S, attribute
+from netfabric.rtnetlink import TIMEOUT_S, attribute, attributes_in
 
 _IFF_UP: Final = 0x1
 _PORT_FORWARDING: Final = 3
@@ -49,9 +48,6 @@ _ANSWER_BYTES: Final = 1 << 16
 _TRIES: Final = 3
 _MESSAGE: Final = struct.Struct("=IHHII")
 _LINK: Final = struct.Struct("=BxHiII")
-_ATTRIBUTE: Final = struct.Struct("=HH")
-_TYPE_MASK: Final = 0x3FFF
-"""Without NLA_F_NESTED and NLA_F_NET_BYTEORDER."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +111,7 @@ def _ask(attributes: bytes, flags: int) -> Iterator[Link]:
             at = 0
             while at < len(data):
                 size, kind, told, _, _ = _MESSAGE.unpack_from(data, at)
-                body = memoryview(data)[at + _MESSAGE.size : at + size]
+                body = data[at + _MESSAGE.size : at + size]
                 at += (size + 3) & ~3
                 if told & _NLM_F_DUMP_INTR:
                     raise _InterruptedError
@@ -130,18 +126,18 @@ def _ask(attributes: bytes, flags: int) -> Iterator[Link]:
                 return
 
 
-def link_in(message: memoryview) -> Link:
+def link_in(message: bytes) -> Link:
     """An RTM_NEWLINK's ifinfomsg and attributes. Pure."""
     _, _, index, flags, _ = _LINK.unpack_from(message)
-    found = _attributes(message[_LINK.size :])
-    information = _attributes(found.get(_IFLA_LINKINFO, memoryview(b"")))
+    found = attributes_in(message[_LINK.size :])
+    information = attributes_in(found.get(_IFLA_LINKINFO, b""))
     kind = _text(information.get(_INFO_KIND))
-    bridge: dict[int, memoryview] = {}
+    bridge: dict[int, bytes] = {}
     if kind == "bridge" and _INFO_DATA in information:
-        bridge = _attributes(information[_INFO_DATA])
-    port: dict[int, memoryview] | None = None
+        bridge = attributes_in(information[_INFO_DATA])
+    port: dict[int, bytes] | None = None
     if _text(information.get(_INFO_SLAVE_KIND)) == "bridge" and _INFO_SLAVE_DATA in information:
-        port = _attributes(information[_INFO_SLAVE_DATA])
+        port = attributes_in(information[_INFO_SLAVE_DATA])
     up = bool(flags & _IFF_UP)
     master = found.get(_IFLA_MASTER)
     protocol = bridge.get(_BR_VLAN_PROTOCOL)
@@ -156,31 +152,18 @@ def link_in(message: memoryview) -> Link:
         vlan_filtering=bool(_byte(bridge, _BR_VLAN_FILTERING)),
         vlan_ethertype=0x8100 if protocol is None else int.from_bytes(protocol[:2], "big"),
         floods=port is None or bool(_byte(port, _BRPORT_BCAST_FLOOD)),
-        mac=bytes(found.get(_IFLA_ADDRESS, b"")).hex(":"),
+        mac=found.get(_IFLA_ADDRESS, b"").hex(":"),
     )
 
 
-def _attributes(data: memoryview) -> dict[int, memoryview]:
-    """A list of nlattr by kind. FabricError: it is cut off, or none."""
-    found: dict[int, memoryview] = {}
-    at = 0
-    while at + _ATTRIBUTE.size <= len(data):
-        length, kind = _ATTRIBUTE.unpack_from(data, at)
-        if not _ATTRIBUTE.size <= length <= len(data) - at:
-            raise FabricError("the kernel's answer about links is malformed")
-        found[kind & _TYPE_MASK] = data[at + _ATTRIBUTE.size : at + length]
-        at += (length + 3) & ~3
-    return found
+def _text(value: bytes | None) -> str:
+    return "" if value is None else os.fsdecode(value.rstrip(b"\0"))
 
 
-def _text(value: memoryview | None) -> str:
-    return "" if value is None else os.fsdecode(bytes(value).rstrip(b"\0"))
-
-
-def _word(value: memoryview | None) -> int:
+def _word(value: bytes | None) -> int:
     return 0 if value is None else int(struct.unpack_from("=I", value)[0])
 
 
-def _byte(attributes: dict[int, memoryview], kind: int) -> int:
+def _byte(attributes: dict[int, bytes], kind: int) -> int:
     value = attributes.get(kind)
     return value[0] if value else 0

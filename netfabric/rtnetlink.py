@@ -31,6 +31,9 @@ _NLM_F_ACK: Final = 0x4
 NLM_F_REPLACE: Final = 0x100
 NLM_F_CREATE: Final = 0x400
 _NLA_F_NESTED: Final = 0x8000
+TYPE_MASK: Final = 0x3FFF
+"""Of an attribute's kind, without NLA_F_NESTED and NLA_F_NET_BYTEORDER."""
+_HEAD: Final = struct.Struct("=HH")
 _IFLA_PROTINFO: Final = 12
 _BRPORT_STATE: Final = 1
 _BRPORT_LEARNING: Final = 8
@@ -99,6 +102,19 @@ def _entry(kind: int, port_index: int, mac: bytes, state: int, flags: int) -> No
 def attribute(kind: int, value: bytes) -> bytes:
     """nlattr: length and kind, 16 bits each, padded to 4 bytes."""
     return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
+
+
+def attributes_in(data: bytes) -> dict[int, bytes]:
+    """A list of nlattr by kind; what is cut short is left out."""
+    found: dict[int, bytes] = {}
+    at = 0
+    while at + 4 <= len(data):
+        length, kind = _HEAD.unpack_from(data, at)
+        if length < 4 or at + length > len(data):
+            break
+        found[kind & TYPE_MASK] = data[at + 4 : at + length]
+        at += (length + 3) & ~3
+    return found
 
 
 def tell(kind: int, flags: int, payload: bytes, what: str, tolerated: Collection[int] = ()) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from migrator.ports import Connection
-from netfabric.rtnetlink import attribute
+from netfabric.rtnetlink import TYPE_MASK, attribute, attributes_in
 
 ORIGINAL, REPLY, STATUS, PROTOINFO, TIMEOUT, MARK, ZONE, LABELS = 1, 2, 3, 4, 7, 8, 18, 22
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
@@ -39,7 +39,6 @@ _FILTER: Final = 25
 _FILTER_SOURCE: Final = 1
 """CTA_FILTER_F_CTA_IP_SRC (net/netfilter/nf_internals.h)."""
 _NESTED: Final = 0x8000
-_TYPE_MASK: Final = 0x3FFF
 _SEEN_REPLY, _ASSURED, _CONFIRMED = 0x2, 0x4, 0x8
 _COPIED: Final = (TIMEOUT, MARK, ZONE, LABELS)
 _FAMILY: Final = {4: 2, 6: 10}
@@ -74,27 +73,14 @@ class Entry:
         return (back[1], back[0], back[3], back[2]) != there
 
     def _way(self, direction: int) -> tuple[bytes, bytes, bytes, bytes]:
-        whole = split(self.attributes[direction])
-        ip, proto = split(whole[_TUPLE_IP]), split(whole[_TUPLE_PROTO])
+        whole = attributes_in(self.attributes[direction])
+        ip, proto = attributes_in(whole[_TUPLE_IP]), attributes_in(whole[_TUPLE_PROTO])
         return (
             ip[_IP_SOURCE[self.version]],
             ip[_IP_DESTINATION[self.version]],
             proto.get(_PROTO_SOURCE_PORT, b""),
             proto.get(_PROTO_DESTINATION_PORT, b""),
         )
-
-
-def split(data: bytes) -> dict[int, bytes]:
-    """Attributes by their type; what is cut short is left out."""
-    found: dict[int, bytes] = {}
-    at = 0
-    while at + 4 <= len(data):
-        length, kind = struct.unpack_from("=HH", data, at)
-        if length < 4 or at + length > len(data):
-            break
-        found[kind & _TYPE_MASK] = data[at + 4 : at + length]
-        at += (length + 3) & ~3
-    return found
 
 
 def parse(payload: bytes) -> Entry | None:
@@ -104,7 +90,7 @@ def parse(payload: bytes) -> Entry | None:
     version = _VERSION.get(payload[0])
     if version is None:
         return None
-    entry = Entry(version, split(payload[_GENERIC.size :]))
+    entry = Entry(version, attributes_in(payload[_GENERIC.size :]))
     return entry if _is_whole(entry) else None
 
 
@@ -112,7 +98,7 @@ def received(connection: Connection) -> Entry | None:
     """The connection that another node told of."""
     if connection.version not in _FAMILY:
         return None
-    entry = Entry(connection.version, split(connection.entry))
+    entry = Entry(connection.version, attributes_in(connection.entry))
     return entry if _is_whole(entry) and TIMEOUT in entry.attributes else None
 
 
@@ -141,7 +127,7 @@ def told(entry: Entry) -> Connection:
 
 def _protocol_info(data: bytes) -> tuple[bytes, bool]:
     """TCP's part, and whether its handshake is under way."""
-    tcp = split(split(data).get(_PROTOINFO_TCP, b""))
+    tcp = attributes_in(attributes_in(data).get(_PROTOINFO_TCP, b""))
     if _TCP_STATE not in tcp:
         return b"", False
     state = tcp[_TCP_STATE][0]
@@ -164,7 +150,7 @@ def loosened(entry: Entry) -> bytes | None:
     A node that one direction of a connection doesn't pass any more takes the other's
     acknowledgements for invalid: it hasn't seen what they acknowledge.
     """
-    if _PROTOINFO_TCP not in split(entry.attributes.get(PROTOINFO, b"")):
+    if _PROTOINFO_TCP not in attributes_in(entry.attributes.get(PROTOINFO, b"")):
         return None
     liberal = bytes([_FLAG_LIBERAL, _FLAG_LIBERAL])
     flags = [attribute(kind, liberal) for kind in (_TCP_FLAGS_ORIGINAL, _TCP_FLAGS_REPLY)]
@@ -199,7 +185,7 @@ def generic(version: int | None = None) -> bytes:
 def removal(entry: Entry) -> bytes:
     """The payload that removes it, and begins what changes it: nothing but which one it is."""
     kinds = [ORIGINAL | _NESTED, *([ZONE] if ZONE in entry.attributes else [])]
-    parts = [attribute(kind, entry.attributes[kind & _TYPE_MASK]) for kind in kinds]
+    parts = [attribute(kind, entry.attributes[kind & TYPE_MASK]) for kind in kinds]
     return generic(entry.version) + b"".join(parts)
 
 
