@@ -49,14 +49,21 @@ class EngineSpares:
         """Their process ids, in the order in which they are taken."""
         return tuple(each.pid for each in self._waiting)
 
-    def refill(self, after_s: float = 0.0) -> None:
-        """Start those that lack, one after the other, in the background, in `after_s`.
+    def refill(self) -> None:
+        """Start those that lack, one after the other, in the background.
 
         A failure costs time, nothing else.
         """
+        self._refill_in(0.0)
+
+    def refill_later(self) -> None:
+        """The same in RECOVERY_S: a migration has ended."""
+        self._refill_in(RECOVERY_S)
+
+    def _refill_in(self, seconds: float) -> None:
         if self._later is not None:
             self._later.cancel()
-        self._later = asyncio.get_running_loop().call_later(after_s, self._refill_now)
+        self._later = asyncio.get_running_loop().call_later(seconds, self._refill_now)
 
     async def take(self) -> EngineProcess | None:
         """A waiting engine, now the caller's; None if there is none. `attach` it at once."""

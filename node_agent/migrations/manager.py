@@ -15,7 +15,6 @@ import time
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, Final
 
-from migrator.engine.spares import RECOVERY_S
 from migrator.engine_driver import EngineSettings
 from migrator.errors import (
     FerryError,
@@ -368,7 +367,7 @@ class MigrationManager(MigrationService):
                 self._forecaster.ended(session.view())
                 self._own(self._after_end(session))
             if not self._runners:
-                self._engine.spares.refill(RECOVERY_S)
+                self._engine.spares.refill_later()
         finally:
             self._runners.pop(session.migration_id, None)
             self._domains.locks.release_from_migration(

@@ -1,4 +1,6 @@
-"""A lab's agent that forgets its migrations' network sooner: tests wait for the last one's end.
+"""A lab's agent that soon forgets its migrations' network, and soon has its spare engines again.
+
+Tests wait for both, after each migration.
 
     python tests/integration/quick_agent.py --config PATH
 
@@ -13,6 +15,7 @@ from typing import Final
 
 import msgspec
 
+from migrator.engine import spares
 from node_agent.agent import run
 from node_agent.config import load_config
 
@@ -25,6 +28,7 @@ def main() -> None:
     """Until SIGTERM."""
     config = load_config(Path(sys.argv[sys.argv.index("--config") + 1]))
     fabric = msgspec.structs.replace(config.fabric, grace_s=GRACE_S)
+    setattr(spares, "RECOVERY_S", GRACE_S)  # noqa: B010 - final, but for tests
     run(msgspec.structs.replace(config, fabric=fabric))
 
 

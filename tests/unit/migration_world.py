@@ -149,7 +149,9 @@ class FakeEngine:
 
 
 class NoSpares(EngineSpares):
-    def refill(self, after_s: float = 0.0) -> None: ...
+    def refill(self) -> None: ...
+
+    def refill_later(self) -> None: ...
 
 
 async def _sample(domain: DomainName, seconds: float) -> DirtySampled:
