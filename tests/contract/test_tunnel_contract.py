@@ -26,6 +26,8 @@ BOTH = TunnelReport(short=True, full=True)
 KERNEL = [
     pytest.param(name, marks=pytest.mark.lab) for name in ("bridge", "macvtap", "routed", "vxlan")
 ]
+IN_FRAGMENTS = KERNEL[:-1]
+"""What carries a VXLAN's full frames carries the tunnel's, whose headers are the same."""
 PAYLOAD = b"what is for the guest"
 
 
@@ -149,7 +151,7 @@ def test_a_firewall_between_the_nodes_is_found(driver: str) -> None:
     with_nodes(driver, body)
 
 
-@pytest.mark.parametrize("driver", KERNEL)
+@pytest.mark.parametrize("driver", IN_FRAGMENTS)
 def test_a_firewall_that_drops_fragments_lets_the_short_one_pass(driver: str) -> None:
     async def body(pair: Pair) -> None:
         await pair.filter("prerouting priority -450", "ip frag-off & 0x3fff != 0 counter drop")

@@ -28,6 +28,7 @@ from netfabric.routed import RoutedFabric, RoutedNetwork
 from netfabric.routes.nobody import NobodyRoutes
 from netfabric.simulated import SimulatedFabric, SimulatedNetwork
 from netfabric.vxlan import Overlay, VxlanFabric
+from netfabric.vxlan.overlay import OVERHEAD_BYTES
 from tests.contract.fabric_worlds import remove_macvtaps
 from tests.contract.namespaces import unshare_network
 
@@ -164,6 +165,8 @@ def _join(near_namespace: int) -> None:
 def _make_node(address: str, under: str, driver: str) -> None:
     with IPRoute() as route:
         (index,) = route.link_lookup(ifname=under)
+        if driver == "vxlan":  # Else it wouldn't carry the guests' 1500 with a VXLAN's headers.
+            route.link("set", index=index, mtu=1500 + OVERHEAD_BYTES[4])
         route.addr("add", index=index, address=address, prefixlen=24)
         route.link("set", index=index, state="up")
         route.link("set", index=1, state="up")
