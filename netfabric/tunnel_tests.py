@@ -31,7 +31,7 @@ from netfabric.probing import dissect
 from netfabric.threads import in_thread
 
 SHORT_BYTES: Final = 64
-_GROUP: Final = bytes.fromhex("0180c200000d")
+GROUP: Final = bytes.fromhex("0180c200000d")
 _MARK: Final = b"ferrytunnel"
 _HEAD: Final = struct.Struct(f"!{len(_MARK)}sI")
 
@@ -45,7 +45,7 @@ def frame_of(tunnel: str, payload_bytes: int) -> bytes:
     """
     own_mac = b"\x06" + hashlib.blake2b(tunnel.encode(), digest_size=5).digest()
     body = _HEAD.pack(_MARK, payload_bytes).ljust(payload_bytes, b"\x00")
-    return ethernet(_GROUP, own_mac, ETHERTYPE_EXPERIMENTAL, body)
+    return ethernet(GROUP, own_mac, ETHERTYPE_EXPERIMENTAL, body)
 
 
 def length_in(frame: bytes) -> int | None:

@@ -171,10 +171,14 @@ class Netlink:
         known = self.remotes(index)
         for remote in remotes:
             if remote not in known:
-                self._route.fdb("append", ifindex=index, lladdr=_EVERYBODY, dst=remote)
+                self.set_remote(index, _EVERYBODY, remote)
         for remote in known:
             if remote not in remotes:
                 self._route.fdb("del", ifindex=index, lladdr=_EVERYBODY, dst=remote)
+
+    def set_remote(self, index: int, mac: str, remote: str) -> None:
+        """To whom a VXLAN sends what is for that MAC."""
+        self._route.fdb("append", ifindex=index, lladdr=mac, dst=remote)
 
     def forget_remote(self, vxlan: Link, bridge: Link) -> None:
         """What a VXLAN has of MACs that its bridge has at other ports."""

@@ -31,6 +31,7 @@ from netfabric.link_table import Link
 from netfabric.moves import Arrival, Departure
 from netfabric.rtnetlink import set_port
 from netfabric.taps import TUNNEL_NAME
+from netfabric.tunnel_tests import GROUP
 
 _log = logging.getLogger(__name__)
 
@@ -44,20 +45,31 @@ def network_identifier(name: str, index: int) -> int:
     return int.from_bytes(digest, "big") or 1
 
 
-def make_end(kernel: Netlink, name: str, tunnel: Tunnel, index: int) -> Link:
-    """The bare VXLAN link of one end, down. An older one of the name goes. FabricError."""
+def make_end(
+    kernel: Netlink, name: str, tunnel: Tunnel, index: int, *, only_for: Sequence[str] = ()
+) -> Link:
+    """The bare VXLAN link of one end, down. An older one of the name goes. FabricError.
+
+    `only_for`: MACs, if it shall take frames for no others.
+    """
     suffix = "" if ipaddress.ip_address(tunnel.local).version == 4 else "6"
+    ends = {f"vxlan_local{suffix}": tunnel.local}
+    if not only_for:
+        ends[f"vxlan_group{suffix}"] = tunnel.remote
     found = kernel.find(name)
     if found is not None:
         kernel.delete(found)
-    return kernel.add(
+    link = kernel.add(
         name,
         "vxlan",
         vxlan_id=network_identifier(tunnel.name, index),
         vxlan_port=tunnel.port,
         vxlan_learning=0,
-        **{f"vxlan_local{suffix}": tunnel.local, f"vxlan_group{suffix}": tunnel.remote},
+        **ends,
     )
+    for mac in only_for:
+        kernel.set_remote(link.index, mac, tunnel.remote)
+    return link
 
 
 def open_end(name: str, tunnel: Tunnel, index: int, nic: NicSpec) -> int:
@@ -66,7 +78,9 @@ def open_end(name: str, tunnel: Tunnel, index: int, nic: NicSpec) -> int:
     FabricError: no such bridge, or the kernel refuses; then none is left.
     """
     with netlink(f"can't make tunnel {name} to {tunnel.remote}") as kernel:
-        link = make_end(kernel, name, tunnel, index)
+        # A bridge sends its own node's broadcasts out of every port, also of those that flood
+        # nothing (br_flood, net/bridge/br_forward.c).
+        link = make_end(kernel, name, tunnel, index, only_for=(nic.mac, GROUP.hex(":")))
         try:
             port = kernel.find(nic.bridge)
             if port is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -210,6 +211,24 @@ def test_what_is_for_a_guest_that_leaves_takes_the_tunnel() -> None:
             assert 3 <= forwarded <= 5, "the bridge itself may say a word or two by each port"
             assert read_numbers(fd) == []
             assert await tunnels_here() == []
+        finally:
+            os.close(fd)
+
+    on_bridge(body)
+
+
+def test_what_the_node_itself_says_to_all_does_not_take_the_tunnel() -> None:
+    async def body(world: BridgeWorld) -> None:
+        fd = await world.fabric.plug(WEB, 0, NIC)
+        try:
+            await world.fabric.prepare_departure(WEB, [NIC], TUNNEL)
+            await world.fabric.divert(WEB)
+            with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as node:
+                for number in range(5):
+                    node.sendto(to_all(number), ("br0", 0))
+                    node.sendto(ethernet(b"\x33\x33\0\0\0\1", CLIENT, TEST, b""), ("br0", 0))
+                node.sendto(to_guest(9), ("br0", 0))
+            assert await world.fabric.end_departure(WEB) == 1
         finally:
             os.close(fd)
 
