@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, TypeVar
 
-from migrator.errors import StorageError
+from migrator.errors import StorageError, words
 
 CALL_TIMEOUT_S: Final = 30.0
 """For a call on a few small files. A file server that takes longer is down."""
@@ -75,9 +75,10 @@ def explained(where: str, error: OSError) -> StorageError:
     """A StorageError for an operator."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"{where} is full: {error.strerror}")
+    reason = words(error) if error.filename is None else f"{words(error)} ({error.filename})"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return StorageError(f"{where}: this agent may not: {error}")
-    return StorageError(f"{where}: {error}")
+        return StorageError(f"{where}: this agent may not: {reason}")
+    return StorageError(f"{where}: {reason}")
 
 
 async def run_program(

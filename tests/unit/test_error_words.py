@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import ssl
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from migrator.errors import words
+from storage.bounded import explained
 
 
 def test_a_file_is_named_by_the_sentence_alone(tmp_path: Path) -> None:
@@ -39,3 +41,12 @@ async def test_a_refused_connection_is_told_without_a_number() -> None:
 )
 def test_other_errors_are_told_as_they_are(error: Exception, said: str) -> None:
     assert said in words(error)
+
+
+def test_what_a_pool_says_of_an_error_has_no_number_in_it() -> None:
+    refused = OSError(errno.EACCES, "Permission denied", "/pool/a")
+    assert str(explained("pool p", refused)) == (
+        "pool p: this agent may not: Permission denied (/pool/a)"
+    )
+    assert str(explained("pool p", OSError(errno.EFBIG, "x"))) == "pool p: File too large"
+    assert str(explained("pool p", OSError(errno.ENOSPC, "No space"))) == "pool p is full: No space"
