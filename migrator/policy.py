@@ -29,7 +29,7 @@ SHRINK_FACTOR: Final = 0.85
 WINDOW: Final = 3
 MAX_ITERATIONS: Final = 30
 HYBRID_GAIN_SHARE: Final = 0.5
-"""Hybrid: a pass after which more than this share of what it had to send is pending doesn't pay."""
+"""Hybrid: after a pass that leaves more than this share of what it sent the next doesn't pay."""
 STREAM_BYTES_PER_S: Final = 1.4e9
 """What one page stream carries into cold memory, plain (measured on a slow core)."""
 TLS_STREAM_BYTES_PER_S: Final = 0.7e9
@@ -157,10 +157,14 @@ def decide(
 
 
 def _pays(last: PassReport) -> bool:
-    """Whether the next pass would leave clearly less than this one had to send."""
+    """Whether the next pass would leave clearly less than it has to send.
+
+    By how much was written while this one sent what it did. What it left out, because the guest had
+    written it already, took none of its time: a guest that writes twice as fast as the link carries
+    would seem to write slower the more is left out.
+    """
     went_bytes = max(last.bytes_sent, last.payload_bytes)  # Compressed, it is fewer on the wire.
-    had_bytes = went_bytes + last.deferred_pages * PAGE_SIZE_BYTES
-    return last.pending_pages * PAGE_SIZE_BYTES <= HYBRID_GAIN_SHARE * had_bytes
+    return last.pending_pages * PAGE_SIZE_BYTES <= HYBRID_GAIN_SHARE * went_bytes
 
 
 def _shrinks(passes: Sequence[PassReport], window: int) -> bool:
