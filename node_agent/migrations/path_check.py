@@ -93,10 +93,12 @@ class PathCheck:
                 self.reasons(spec, destination), name=f"path-{migration_id}"
             )
 
-    async def renewed(self, migration_id: str) -> list[str]:
-        """What that has found, when it has; empty where nothing was begun."""
-        task = self._renewals.get(migration_id)
-        return [] if task is None else await asyncio.shield(task)
+    async def renewed(
+        self, migration_id: str, spec: DomainSpec, destination: NodeName
+    ) -> list[str]:
+        """What that has found, when it has. An agent that restarted meanwhile measures now."""
+        self.renew(migration_id, spec, destination)
+        return await asyncio.shield(self._renewals[migration_id])
 
     async def forget(self, migration_id: str) -> None:
         """The migration ended."""

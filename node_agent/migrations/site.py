@@ -141,7 +141,8 @@ class NodeSite(Site):
 
     async def leave(self, session: SourceSession) -> str:
         await self._arrivals.wait(session.destination, session.migration_id)
-        narrow = await self._path.renewed(session.migration_id)
+        destination = NodeName(session.destination)
+        narrow = await self._path.renewed(session.migration_id, session.spec, destination)
         if narrow:
             raise RefusedError(narrow[0], narrow)
         report = await self._moments.before_switchover(session)

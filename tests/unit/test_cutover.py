@@ -138,6 +138,18 @@ async def test_a_network_that_has_become_too_narrow_is_found_before_the_guest_le
         await world.migrate()
 
 
+async def test_an_agent_that_restarted_measures_before_its_guest_leaves(
+    world: MigrationWorld,
+) -> None:
+    node, b = world.a.node, NodeName("b")
+    restarted = PathCheck(node.hub, node.fabric)
+    node.fabric.network.width_bytes = 1400
+    spec = (await node.records.get(WEB)).spec
+    assert len(await restarted.renewed("m1", spec, b)) == 1
+    await restarted.forget("m1")
+    await restarted.close()
+
+
 async def test_a_node_whose_network_leads_nowhere_is_not_moved_to(
     world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
