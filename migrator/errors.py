@@ -100,8 +100,9 @@ class WrongStateError(ConflictError):
 
     code = "wrong-state"
 
-    def __init__(self, what: str, actual: str, required: str) -> None:
-        super().__init__(f"{what}: the state is {actual}, it must be {required}")
+    def __init__(self, what: str, actual: str, required: str, sentence: str = "") -> None:
+        """`sentence`: instead of the usual one, where there is more to say than the two states."""
+        super().__init__(sentence or f"{what}: the state is {actual}, it must be {required}")
         self.actual = actual
         self.required = required
 

@@ -397,6 +397,8 @@ class Migration(Value, frozen=True, kw_only=True):
     """Made when the migration began, or after its first iteration where too little was known."""
     cutover: Cutover | None = None
     """How the network followed. Known some ms after the end, its last figure some seconds after."""
+    cancelled_by: str = ""
+    """Who asked for its cancel: a user with role and token, a node's root, or a drain."""
 
     @property
     def ended(self) -> bool:

@@ -57,6 +57,7 @@ from node_agent.cluster_calls import (
     DirtyRateParams,
     DomainParams,
     Done,
+    MigrationCancel,
     MigrationLimit,
     MigrationParams,
     MigrationRef,
@@ -73,6 +74,7 @@ from node_agent.domains import ConsoleChunk, DomainService
 from node_agent.events import EventLog
 from node_agent.homes import choose_home
 from node_agent.hooks.service import HookService
+from node_agent.migrations.endings import NOT_CANCELLED, too_late
 from node_agent.migrations.service import MigrationService
 from node_agent.nodes import NodeRegistry
 from node_agent.peers.hub import PeerHub
@@ -336,13 +338,15 @@ class ClusterService:
         """Newest first, as the store has them."""
         return await self._migrations.list_migrations()
 
-    async def cancel_migration(self, id: str) -> Migration:
-        """Ask its source to give up. WrongStateError: too late."""
-        source = NodeName((await self._migrations.get(id)).source)
+    async def cancel_migration(self, id: str, by: str = "") -> Migration:
+        """Ask its source to give up, for `by`. WrongStateError: too late."""
+        stored = await self._migrations.get(id)
+        if stored.ended:  # Its source needn't be there any more.
+            raise too_late(stored, NOT_CANCELLED)
         return await self._hub.call(
-            source,
+            NodeName(stored.source),
             MIGRATION_CANCEL,
-            MigrationRef(id=id),
+            MigrationCancel(id=id, by=by),
             Migration,
             timeout_s=OPERATION_TIMEOUT_S,
         )

@@ -98,6 +98,12 @@ class MigrationRef(Struct, frozen=True, kw_only=True):
     id: str
 
 
+class MigrationCancel(Struct, frozen=True, kw_only=True):
+    id: str
+    by: str = ""
+    """Who wants it."""
+
+
 class MigrationLimit(Struct, frozen=True, kw_only=True):
     id: str
     bandwidth_bytes_per_s: int | None
@@ -139,7 +145,7 @@ class ClusterCalls:
         hub.handle(DIRTY_RATE, DirtyRateParams, self._dirty_rate)
         hub.handle(MIGRATION_PREDICT, PredictParams, self._predict)
         hub.handle(MIGRATION_GET, MigrationRef, self._get)
-        hub.handle(MIGRATION_CANCEL, MigrationRef, self._cancel)
+        hub.handle(MIGRATION_CANCEL, MigrationCancel, self._cancel)
         hub.handle(MIGRATION_LIMIT, MigrationLimit, self._limit)
 
     async def _start(self, _: NodeName, params: DomainParams) -> OwnershipRecord:
@@ -192,5 +198,5 @@ class ClusterCalls:
     async def _limit(self, _: NodeName, params: MigrationLimit) -> Migration:
         return await self._migrations.limit(params.id, params.bandwidth_bytes_per_s)
 
-    async def _cancel(self, _: NodeName, params: MigrationRef) -> Migration:
-        return await self._migrations.cancel(params.id)
+    async def _cancel(self, _: NodeName, params: MigrationCancel) -> Migration:
+        return await self._migrations.cancel(params.id, params.by)

@@ -86,7 +86,7 @@ class SourceSession(SourceLeave):
     def _handle(self, event: Event) -> None:
         match event:
             case CancelRequested() if self.cancellable:
-                self._cancelled = True
+                self._cancelled, self.cancelled_by = True, event.by
                 self._give_up(event.reason)
             case PeerRemoved():
                 self._peer_removed(event.reason)

@@ -99,6 +99,8 @@ class SourceView(Session):
         self._prepared: Prepared | None = None
         """Where the destination's engine listens, as it last said."""
         self._cancelled = False
+        self.cancelled_by = ""
+        """Who asked for it; "": nobody, or one that isn't known."""
         self._rollback_token: int | None = None
         self._doubts_rollback = False
         self._destination_runs = False
@@ -201,6 +203,7 @@ class SourceView(Session):
             timeline=tuple(self.timeline),
             iterations=tuple(self.passes),
             prediction=self.prediction,
+            cancelled_by=self.cancelled_by,
         )
 
     def _progress(self) -> MigrationProgress:

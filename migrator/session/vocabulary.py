@@ -38,6 +38,8 @@ class PeerBack(Struct, frozen=True, kw_only=True):
 
 class CancelRequested(Struct, frozen=True, kw_only=True):
     reason: str = "cancelled by request"
+    by: str = ""
+    """Who asked; "": that isn't known, or nobody did."""
 
 
 class PeerRemoved(Struct, frozen=True, kw_only=True):

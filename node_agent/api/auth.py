@@ -15,6 +15,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from migrator.errors import FerryError, ForbiddenError, UnauthenticatedError
+from node_agent.api.requests import CLUSTER
 from node_agent.api.route import Route
 from node_agent.peers.refusals import RefusalLog
 from node_agent.trust.records import Role
@@ -34,6 +35,16 @@ def caller_of(request: web.Request) -> Caller:
     """Who asks; in plain mode everybody is the local root."""
     caller = request.get(_CALLER)
     return caller if isinstance(caller, Caller) else LOCAL
+
+
+def asker_of(request: web.Request) -> str:
+    """Who asks, for those who read later what was done and ask whose wish it was."""
+    if _is_local(request):
+        return f"{LOCAL.name} on {request.app[CLUSTER].node}"
+    caller = request.get(_CALLER)
+    if isinstance(caller, Caller):
+        return f"user {caller.name} ({caller.role}, {caller.how})"
+    return f"somebody at {request.remote}"  # In plain mode nobody is asked who they are.
 
 
 def authentication(users: Users, node: str, routes: Sequence[Route]) -> Middleware:

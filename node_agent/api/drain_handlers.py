@@ -8,6 +8,7 @@ from aiohttp import web
 
 from migrator.errors import NotFoundError
 from migrator.model import NodeName
+from node_agent.api.auth import asker_of
 from node_agent.api.requests import CLUSTER, drain_of, flag, node_of, read_body, reply
 from node_agent.drain.resources import CancelMode, DrainList, DrainRequest, UndrainRequest
 from node_agent.drain.service import DrainService
@@ -43,7 +44,8 @@ async def drain_node(request: web.Request) -> web.StreamResponse:
 
 async def cancel_node_drain(request: web.Request) -> web.StreamResponse:
     """202: no further move begins."""
-    drain = await request.app[DRAIN_SERVICE].cancel_of(node_of(request), _mode(request))
+    service = request.app[DRAIN_SERVICE]
+    drain = await service.cancel_of(node_of(request), _mode(request), asker_of(request))
     return reply(drain, status=202, location=f"/v1/drains/{drain.id}")
 
 
@@ -70,7 +72,8 @@ async def get_drain(request: web.Request) -> web.StreamResponse:
 
 async def cancel_drain(request: web.Request) -> web.StreamResponse:
     """202: no further move begins."""
-    drain = await request.app[DRAIN_SERVICE].cancel(drain_of(request), _mode(request))
+    service = request.app[DRAIN_SERVICE]
+    drain = await service.cancel(drain_of(request), _mode(request), asker_of(request))
     return reply(drain, status=202, location=f"/v1/drains/{drain.id}")
 
 

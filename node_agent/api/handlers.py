@@ -7,7 +7,7 @@ from typing import Final
 from aiohttp import web
 
 from migrator.model import DomainSpec, NodeName
-from node_agent.api.auth import caller_of
+from node_agent.api.auth import asker_of, caller_of
 from node_agent.api.requests import (
     CLUSTER,
     domain_of,
@@ -132,7 +132,8 @@ async def limit_migration(request: web.Request) -> web.StreamResponse:
 
 async def cancel_migration(request: web.Request) -> web.StreamResponse:
     """202: it is being cancelled."""
-    migration = await request.app[CLUSTER].cancel_migration(migration_of(request))
+    cluster = request.app[CLUSTER]
+    migration = await cluster.cancel_migration(migration_of(request), asker_of(request))
     return reply(migration, status=202, location=f"/v1/migrations/{migration.id}")
 
 

@@ -96,6 +96,7 @@ def details(drain: Drain) -> str:
         ("node", drain.node),
         ("state", drain.state.value),
         ("error", drain.error or ""),
+        ("cancelled by", drain.cancelled_by),
         ("coordinator", drain.coordinator + (f" (term {drain.term})" if drain.term > 1 else "")),
         ("planned", f"{drain.planned_s:.1f} s, {drain.parallel} at once"),
         ("took", f"{took:.1f} s" if took is not None else ""),

@@ -83,7 +83,7 @@ class Coordinator:
         """Until the drain has ended. LostError: another agent has taken it over."""
         self._hear(v.Took())
         if self.drain.cancel is not CancelMode.NO:
-            self._hear(v.CancelAsked(mode=self.drain.cancel))
+            self._hear(v.CancelAsked(mode=self.drain.cancel, by=self.drain.cancelled_by))
         ticker = asyncio.create_task(self._tick(), name=f"drain-{self.drain.id}-tick")
         self._tasks.add(ticker)
         try:
@@ -121,7 +121,7 @@ class Coordinator:
             self._beat += 1
             drain = msgspec.structs.replace(self.drain, beat=self._beat)
             try:
-                self._revision, wish = await self._records.save(drain, self._revision)
+                self._revision, written = await self._records.save(drain, self._revision)
                 break
             except LostError:
                 raise
@@ -130,8 +130,8 @@ class Coordinator:
                 log.warning("drain %s: %s; trying again", drain.id, error)
                 await asyncio.sleep(RETRY_S)
         self._saved_changes, self._saved_at = self._machine.changes, time.monotonic()
-        if wish is not drain.cancel:
-            self._hear(v.CancelAsked(mode=wish))
+        if written.cancel is not drain.cancel:
+            self._hear(v.CancelAsked(mode=written.cancel, by=written.cancelled_by))
 
     # --- commands ----------------------------------------------------------------------------
 
@@ -155,8 +155,8 @@ class Coordinator:
                 self._own(self._boot(command), command.domain)
             case v.Limit():
                 self._own(self._limit(command), "")
-            case v.CancelMigration(migration=migration):
-                self._own(self._cancel(migration), "")
+            case v.CancelMigration():
+                self._own(self._cancel(command), "")
             case v.Check():
                 self._own(self._check(), "")
             case v.RunHook(point=point):
@@ -303,9 +303,12 @@ class Coordinator:
                 command.migration, command.bandwidth_bytes_per_s
             )
 
-    async def _cancel(self, migration: str) -> None:
+    async def _cancel(self, command: v.CancelMigration) -> None:
+        drain = self.drain
+        node = f" of {drain.node}" if drain.node else ""
+        by = f"{drain.operation} {drain.id}{node}, {command.because}"
         with contextlib.suppress(ConflictError):  # Too late: then it completes.
-            await self._world.cluster.cancel_migration(migration)
+            await self._world.cluster.cancel_migration(command.migration, by)
 
     async def _check(self) -> None:
         node = self.drain.node

@@ -80,7 +80,7 @@ class DrainMachine(Ledger):
             case v.HookDone():
                 self._hook_done(event, now)
             case v.CancelAsked():
-                self._cancel(event.mode, now)
+                self._cancel(event.mode, now, event.by)
             case v.Checked():
                 self._checked(event, now)
             case v.CheckFailed():
@@ -203,8 +203,9 @@ class DrainMachine(Ledger):
             took = f", blackout {dark:.1f} ms" if dark is not None else ""
             self._note(f"{move.domain} is on {migration.destination}{took}", now, move.domain)
         elif migration.state is MigrationState.CANCELLED and migration.id not in self._given_up:
-            self._end(move, MoveState.LEFT, now, error="its migration was cancelled")
-            self._note(f"the migration of {move.domain} was cancelled", now, move.domain)
+            whose = f" by {migration.cancelled_by}" if migration.cancelled_by else ""
+            self._end(move, MoveState.LEFT, now, error=f"its migration was cancelled{whose}")
+            self._note(f"the migration of {move.domain} was cancelled{whose}", now, move.domain)
         else:
             if migration.id in self._given_up:
                 reason = f"node {move.destination} fell silent"
@@ -265,20 +266,22 @@ class DrainMachine(Ledger):
             phase = self._moves.phase(move.domain)
             if silent and phase in _CANCELLABLE and move.migration not in self._given_up:
                 self._given_up.add(move.migration)
-                self._out.append(v.CancelMigration(migration=move.migration))
+                because = f"because {move.destination} fell silent"
+                self._out.append(v.CancelMigration(migration=move.migration, because=because))
 
     # --- the whole ---------------------------------------------------------------------------
 
-    def _cancel(self, mode: CancelMode, now: float) -> None:
+    def _cancel(self, mode: CancelMode, now: float, by: str = "") -> None:
         already = self._base.state is DrainState.CANCELLING
         stronger = mode is CancelMode.ABORT and self._base.cancel is CancelMode.LET_END
         if mode is CancelMode.NO or (already and not stronger):
             return
-        self._set(state=DrainState.CANCELLING, cancel=mode)
-        self._note("cancelled; moves under way " + _CANCEL_TOLD[mode], now)
+        self._set(state=DrainState.CANCELLING, cancel=mode, cancelled_by=by)
+        whose = f"cancelled by {by}" if by else "cancelled"
+        self._note(f"{whose}; moves under way {_CANCEL_TOLD[mode]}", now)
         for move in self._moves.all():
-            if mode is CancelMode.ABORT and move.state is MoveState.MOVING and move.migration:
-                self._out.append(v.CancelMigration(migration=move.migration))
+            if move.state is MoveState.MOVING and move.migration:
+                self._cancel_if_asked(move.migration)
 
     def _seek_next(self) -> None:
         for move in self._moves.all():
@@ -293,7 +296,8 @@ class DrainMachine(Ledger):
 
     def _cancel_if_asked(self, migration: str) -> None:
         if self._base.cancel is CancelMode.ABORT:
-            self._out.append(v.CancelMigration(migration=migration))
+            because = f"which {self._base.cancelled_by or 'somebody'} cancelled"
+            self._out.append(v.CancelMigration(migration=migration, because=because))
 
     def _go_on(self, now: float) -> None:
         """Begin what may begin, share the links anew, see whether this is the end."""

@@ -60,15 +60,16 @@ class DrainRecords:
             await self._store.delete_if(entry.key, entry.revision)
         return Versioned(key, drain, revision)
 
-    async def save(self, drain: Drain, revision: int) -> tuple[int, CancelMode]:
-        """Write as its coordinator. The new revision, and a wish to cancel that came meanwhile.
+    async def save(self, drain: Drain, revision: int) -> tuple[int, Drain]:
+        """Write as its coordinator. The new revision, and the drain as it was written: with the
+        wish to cancel that came meanwhile.
 
         LostError: another agent took it over.
         """
         for _ in range(_TRIES):
             written = await self._store.put_if(f"{DRAINS}{drain.id}", drain, revision)
             if written is not None:
-                return written, drain.cancel
+                return written, drain
             entry = await self.get(drain.id)
             theirs = entry.value
             if (theirs.coordinator, theirs.term) != (drain.coordinator, drain.term):
@@ -81,11 +82,12 @@ class DrainRecords:
             revision = entry.revision
         raise ConflictError(f"drain {drain.id} keeps changing; it was not written")
 
-    async def _save_over(self, drain: Drain, entry: Versioned[Drain]) -> tuple[int, CancelMode]:
-        wish = entry.value.cancel
-        written = await self._store.put_if(
-            f"{DRAINS}{drain.id}", msgspec.structs.replace(drain, cancel=wish), entry.revision
+    async def _save_over(self, drain: Drain, entry: Versioned[Drain]) -> tuple[int, Drain]:
+        theirs = entry.value
+        wish = msgspec.structs.replace(
+            drain, cancel=theirs.cancel, cancelled_by=theirs.cancelled_by
         )
+        written = await self._store.put_if(f"{DRAINS}{drain.id}", wish, entry.revision)
         if written is None:
             raise ConflictError(f"drain {drain.id} keeps changing; it was not written")
         return written, wish
@@ -97,13 +99,13 @@ class DrainRecords:
         revision = await self._store.put_if(entry.key, taken, entry.revision)
         return None if revision is None else Versioned(entry.key, taken, revision)
 
-    async def ask_cancel(self, id: str, mode: CancelMode) -> Drain:
+    async def ask_cancel(self, id: str, mode: CancelMode, by: str = "") -> Drain:
         """Leave the wish in the record. WrongStateError: it has ended."""
         for _ in range(_TRIES):
             entry = await self.get(id)
             if entry.value.ended:
                 raise WrongStateError(f"drain {id}", entry.value.state, "under way")
-            asked = msgspec.structs.replace(entry.value, cancel=mode)
+            asked = msgspec.structs.replace(entry.value, cancel=mode, cancelled_by=by)
             if await self._store.put_if(entry.key, asked, entry.revision) is not None:
                 return asked
         raise ConflictError(f"drain {id} keeps changing; it was left as it is")

@@ -155,6 +155,8 @@ class Drain(Value, frozen=True, kw_only=True):
     beat: int = 0
     """Changes with each heartbeat of the coordinator."""
     cancel: CancelMode = CancelMode.NO
+    cancelled_by: str = ""
+    """Who asked for that."""
     moves: tuple[Move, ...] = ()
     parallel: int = 1
     """Moves from one node at once."""

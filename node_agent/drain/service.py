@@ -249,16 +249,19 @@ class DrainService:
     async def _to_undo(self, node: NodeName) -> tuple[Drain, ...]:
         return undrain.to_undo(await self._records.list_drains(), node)
 
-    async def cancel(self, id: str, mode: CancelMode) -> Drain:
-        """Begin no more moves, and let those under way end, or cancel them. WrongStateError."""
-        return await self._records.ask_cancel(id, mode)
+    async def cancel(self, id: str, mode: CancelMode, by: str = "") -> Drain:
+        """Begin no more moves, and let those under way end, or cancel them. WrongStateError.
 
-    async def cancel_of(self, node: NodeName, mode: CancelMode) -> Drain:
+        `by`: who wants it.
+        """
+        return await self._records.ask_cancel(id, mode, by)
+
+    async def cancel_of(self, node: NodeName, mode: CancelMode, by: str = "") -> Drain:
         """The same, of the drain or undrain of a node that is under way."""
         await self._must_exist(node)
         for drain in await self._records.list_drains():
             if drain.node == node and not drain.ended:
-                return await self.cancel(drain.id, mode)
+                return await self.cancel(drain.id, mode, by)
         raise ConflictError(f"no drain or undrain of node {node} is under way; nothing was changed")
 
     async def get(self, id: str) -> Drain:

@@ -100,6 +100,8 @@ class NoPlace(Event, frozen=True, kw_only=True):
 
 class CancelAsked(Event, frozen=True, kw_only=True):
     mode: CancelMode
+    by: str = ""
+    """Who wants it; "": that isn't known, or a hook forbids the drain."""
 
 
 class Checked(Event, frozen=True, kw_only=True):
@@ -158,6 +160,8 @@ class Limit(Command, frozen=True, kw_only=True):
 
 class CancelMigration(Command, frozen=True, kw_only=True):
     migration: str
+    because: str
+    """A clause about the drain: what made it do that."""
 
 
 class PowerOff(Command, frozen=True, kw_only=True):

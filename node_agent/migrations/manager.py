@@ -20,7 +20,6 @@ from migrator.errors import (
     FerryError,
     NotFoundError,
     RefusedError,
-    WrongStateError,
 )
 from migrator.figures import DirtyRate, Prediction
 from migrator.journal import MigrationJournal
@@ -54,6 +53,7 @@ from node_agent.migrations.checks import (
     node_reasons,
     state_reasons,
 )
+from node_agent.migrations.endings import NOT_CANCELLED, too_late
 from node_agent.migrations.engine_choice import EngineChoice, EngineChooser
 from node_agent.migrations.forecast import Forecaster
 from node_agent.migrations.moments import MigrationMoments
@@ -309,20 +309,18 @@ class MigrationManager(MigrationService):
     async def limit(self, id: str, bandwidth_bytes_per_s: int | None) -> Migration:
         runner = self._runners.get(id)
         if runner is None or not isinstance(runner.session, SourceSession):
-            ended = await self._publisher.read(id)
-            raise WrongStateError(f"migration {id}", ended.state, "under way")
+            raise too_late(await self._publisher.read(id), "its bandwidth was not changed")
         runner.limit_bandwidth(bandwidth_bytes_per_s)
         return runner.session.view()
 
-    async def cancel(self, id: str) -> Migration:
+    async def cancel(self, id: str, by: str = "") -> Migration:
         runner = self._runners.get(id)
         if runner is None or not isinstance(runner.session, SourceSession):
-            ended = await self._publisher.read(id)
-            raise WrongStateError(f"migration {id}", ended.state, "before its handoff")
+            raise too_late(await self._publisher.read(id), NOT_CANCELLED)
         session = runner.session
         if not session.cancellable and session.state is not MigrationState.CANCELLING:
-            raise WrongStateError(f"migration {id}", session.view().state, "before its handoff")
-        runner.feed(v.CancelRequested())
+            raise too_late(session.view(), NOT_CANCELLED)
+        runner.feed(v.CancelRequested(reason=f"cancelled by {by or 'request'}", by=by))
         return session.view()
 
     # --- runners -----------------------------------------------------------------------------

@@ -98,9 +98,10 @@ class Publisher:
         new_state = self._states.get(name) is not state
         self._states[name] = state
         if new_state and state not in _ENDS:
+            why = f": {session.error}" if session.error else ""
             self._events.emit(
                 EventKind.MIGRATION_STATE,
-                f"domain {session.domain}: migration is in {state}",
+                f"domain {session.domain}: migration is in {state}{why}",
                 domain=session.domain,
                 migration=name,
                 state=state.value,
@@ -142,7 +143,10 @@ class Publisher:
             except FerryError as error:
                 log.error("migration %s: its end was not published: %s", view.id, error)
                 await asyncio.sleep(2.0**attempt)
-        self._events.emit(_ENDS[view.state], _sentence(view), domain=view.domain, migration=view.id)
+        by = {"by": view.cancelled_by} if view.cancelled_by else {}
+        self._events.emit(
+            _ENDS[view.state], _sentence(view), domain=view.domain, migration=view.id, **by
+        )
 
     async def _prune(self) -> None:
         entries = await self._store.list_prefix(MIGRATIONS, Migration)

@@ -62,8 +62,10 @@ class MigrationService(abc.ABC):
         """
 
     @abc.abstractmethod
-    async def cancel(self, id: str) -> Migration:
+    async def cancel(self, id: str, by: str = "") -> Migration:
         """Ask a migration of this node to give up. Idempotent on one that is cancelling.
+
+        `by`: who wants it; "": that isn't known.
 
         WrongStateError from the handoff on, and on one that ended: it is too late.
         """

@@ -37,6 +37,7 @@ from node_agent.domains import DomainService
 from node_agent.events import EventLog
 from node_agent.hooks.service import HookService
 from node_agent.machines import MachinePinner
+from node_agent.migrations.endings import NOT_CANCELLED, too_late
 from node_agent.migrations.engine_choice import EngineChoice
 from node_agent.migrations.service import MigrationService
 from node_agent.nodes import NodeRegistry
@@ -144,15 +145,21 @@ class FakeMigrations(MigrationService):
         self.known[id] = msgspec.structs.replace(migration, request=request)
         return self.known[id]
 
-    async def cancel(self, id: str) -> Migration:
+    async def cancel(self, id: str, by: str = "") -> Migration:
         migration = await self.get(id)
         if migration.ended:
-            raise WrongStateError(f"migration {id}", migration.state, "before the handoff")
+            raise too_late(migration, NOT_CANCELLED)
+        self.known[id] = msgspec.structs.replace(migration, cancelled_by=by)
         return self.end(id, MigrationState.CANCELLED)
 
     def end(self, id: str, state: MigrationState, error: str | None = None) -> Migration:
         self.known[id] = msgspec.structs.replace(
-            self.known[id], state=state, error=error, total_s=1.0, blackout_ms=7.5
+            self.known[id],
+            state=state,
+            error=error,
+            ended_at_s=time.time(),
+            total_s=1.0,
+            blackout_ms=7.5,
         )
         return self.known[id]
 

@@ -165,8 +165,9 @@ async def test_a_migration_goes_to_the_source_and_is_watched_and_cancelled(
     assert "bandwidth_bytes_per_s" in problem["fields"]
     cancelled = await ask(client, "DELETE", "/v1/migrations/m-1", status=202)
     assert cancelled["state"] == MigrationState.CANCELLED
+    assert cancelled["cancelled_by"] == "somebody at 127.0.0.1"
     problem = await ask(client, "DELETE", "/v1/migrations/m-1", status=409)
-    assert "cancelled" in problem["detail"]
+    assert "was cancelled already, at 2" in problem["detail"]
     await ask(client, "GET", "/v1/migrations/m-9", status=404)
     await ask(client, "DELETE", "/v1/migrations/m-9", status=404)
 

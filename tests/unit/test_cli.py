@@ -224,7 +224,9 @@ async def test_migrate_can_begin_only_or_ask_only(ferry: Ferry, world: World) ->
     assert begun["id"] in (await ferry("migration", "ls", "--active")).out
     assert "precopy" in (await ferry("migration", "show", begun["id"])).out
     assert "cancelled" in (await ferry("migration", "cancel", begun["id"])).out
-    await ferry("migration", "cancel", begun["id"], code=ExitCode.REFUSED)
+    assert world.migrations[begun["id"]].cancelled_by == "root on a"
+    late = await ferry("migration", "cancel", begun["id"], code=ExitCode.REFUSED)
+    assert "was cancelled already, at 2" in late.err
     await ferry("migration", "watch", begun["id"], code=ExitCode.MIGRATION_CANCELLED)
     await ferry("migration", "show", "m-99", code=ExitCode.NOT_FOUND)
 

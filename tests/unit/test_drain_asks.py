@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from migrator.errors import PeerError
 from node_agent.cluster_calls import MIGRATION_CHECK, MigrationParams, Reasons
+from node_agent.drain.records import DrainRecords
+from node_agent.drain.resources import CancelMode, Drain, DrainState, Operation
 from node_agent.drain.survey import Survey
 from node_agent.drain.world import DrainWorld
 from node_agent.planner.model import DomainFacts, NodeFacts, Plan, PlanOptions
+from node_agent.state.memory import SimulatedData, SimulatedStore
+from node_agent.state.typed import TypedStore
 
 GIB = 2**30
 
@@ -86,3 +91,25 @@ async def test_what_is_not_about_a_node_is_left_to_the_migration(answer: str) ->
     plan, _ = await planned({("web", "*"): answer})
     assert set(places(plan)) == {"db", "web"}
     assert not plan.blockers
+
+
+async def test_a_wish_to_cancel_outlives_the_coordinator_s_next_write() -> None:
+    """With whose it is: the coordinator hears of both by its own write."""
+    store = SimulatedStore(SimulatedData())
+    await store.open()
+    records = DrainRecords(TypedStore(store))
+    drain = Drain(
+        id="d",
+        operation=Operation.DRAIN,
+        node="n1",
+        state=DrainState.RUNNING,
+        created_at_s=0.0,
+        started_at_s=0.0,
+    )
+    entry = await records.add(drain)
+    await records.ask_cancel("d", CancelMode.ABORT, "user bob (operator, token 1)")
+    _, written = await records.save(msgspec.structs.replace(drain, beat=2), entry.revision)
+    kept = (await records.get("d")).value
+    assert kept == written
+    assert (kept.cancel, kept.cancelled_by) == (CancelMode.ABORT, "user bob (operator, token 1)")
+    assert kept.beat == 2

@@ -139,7 +139,9 @@ def test_a_silent_destination_is_given_up_before_the_handoff_only() -> None:
         silent = v.Tick(unreachable=frozenset({"n2"}))
         machine.handle(silent, 2.0)
         commands = machine.handle(silent, 20.0)
-        assert bool(of(v.CancelMigration, commands)) is given_up
+        because = "because n2 fell silent"
+        wanted = [v.CancelMigration(migration="m-a", because=because)] if given_up else []
+        assert of(v.CancelMigration, commands) == wanted
 
 
 def test_whoever_takes_over_looks_first() -> None:
@@ -158,10 +160,13 @@ def test_cancelling_lets_end_what_is_under_way() -> None:
     machine = DrainMachine(drain("a", "b", parallel=1))
     machine.handle(v.Took(), 0.0)
     moving(machine, "a")
-    commands = machine.handle(v.CancelAsked(mode=CancelMode.LET_END), 1.0)
+    commands = machine.handle(v.CancelAsked(mode=CancelMode.LET_END, by="user x"), 1.0)
     assert not of(v.CancelMigration, commands)
-    commands = machine.handle(v.CancelAsked(mode=CancelMode.ABORT), 2.0)
-    assert of(v.CancelMigration, commands) == [v.CancelMigration(migration="m-a")]
+    commands = machine.handle(v.CancelAsked(mode=CancelMode.ABORT, by="root on n2"), 2.0)
+    assert of(v.CancelMigration, commands) == [
+        v.CancelMigration(migration="m-a", because="which root on n2 cancelled")
+    ]
+    assert machine.drain.cancelled_by == "root on n2"
     machine.handle(v.Seen(domain="a", migration=migration("a", MigrationState.CANCELLED)), 3.0)
     assert machine.drain.state is DrainState.CANCELLED
     assert {move.state for move in machine.drain.moves} == {MoveState.LEFT}

@@ -123,11 +123,24 @@ async def test_a_cancel_brings_it_back(tmp_path: Path, monkeypatch: pytest.Monke
             await world.a.node.domains.stop(WEB)
         with pytest.raises(RefusedError, match="migrated already"):
             await world.migrate()
-        await world.a.manager.cancel(began.id)
+        cancelling = await world.a.manager.cancel(began.id, "user alice (operator, token 17)")
+        assert cancelling.cancelled_by == "user alice (operator, token 17)"
         ended = await check_back_home(world, began, _S.CANCELLED)
-        assert ended.error == "cancelled by request"
-        with pytest.raises(WrongStateError):
+        assert ended.error == "cancelled by user alice (operator, token 17)"
+        with pytest.raises(
+            WrongStateError, match=r"was cancelled already, at .* UTC \(cancelled by"
+        ):
             await world.a.manager.cancel(began.id)
+        with pytest.raises(WrongStateError, match="its bandwidth was not changed"):
+            await world.a.manager.limit(began.id, None)
+        await world.until(lambda: not world.a.node.events._waiting)
+        events = [e for e in await world.a.node.events.read() if e.migration == began.id]
+        assert [e.message for e in events if "alice" in e.message] == [
+            "domain web: migration is in cancelling: cancelled by user alice (operator, token 17)",
+            "domain web: migration from a to b cancelled: "
+            "cancelled by user alice (operator, token 17)",
+        ]
+        assert events[-1].data["by"] == "user alice (operator, token 17)"
 
 
 async def test_a_removed_node_s_migrations_end_on_both_sides(

@@ -209,9 +209,10 @@ def test_cancel_before_the_handoff_brings_the_guest_back_here(state: MigrationSt
 
 def test_cancel_of_a_created_one_ends_at_once() -> None:
     pair = SessionPair()
-    commands = pair.source.handle(v.CancelRequested(reason="changed my mind"), 1000.0)
+    commands = pair.source.handle(v.CancelRequested(reason="changed my mind", by="me"), 1000.0)
     assert pair.source.state is _S.CANCELLED
     assert commands[-1] == v.Finish(state=_S.CANCELLED, error="changed my mind")
+    assert pair.source.view().cancelled_by == "me"
 
 
 @pytest.mark.parametrize("state", [_S.HANDOFF, _S.COMPLETED])

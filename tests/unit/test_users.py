@@ -13,6 +13,7 @@ import pytest
 from aiohttp import ClientSession, TCPConnector, UnixConnector
 
 from migrator.errors import ConflictError, NotFoundError, UnauthenticatedError
+from migrator.model import MigrationRequest
 from node_agent.api.routes import ROUTES
 from node_agent.resources import Problem
 from node_agent.state.memory import SimulatedStore
@@ -123,6 +124,22 @@ async def test_each_role_may_what_it_may(world: TrustWorld, session: ClientSessi
     assert (await ask(session, "POST", "/v1/cluster/tokens", tokens[Role.ADMIN]))[0] == 201
     async with session.get("/openapi.json") as response:
         assert response.status == 200
+
+
+async def test_it_is_kept_who_cancelled_a_migration(
+    world: TrustWorld, session: ClientSession
+) -> None:
+    agent = world.agents.a
+    token = await token_of(world, "alice", Role.OPERATOR)
+    begun = await agent.migrations.create("web", MigrationRequest(destination="b"))
+    assert (await ask(session, "DELETE", f"/v1/migrations/{begun.id}", token))[0] == 202
+    by = (await agent.migrations.get(begun.id)).cancelled_by
+    assert by == f"user alice (operator, token {token.split('-')[1]})"
+    async with ClientSession(connector=UnixConnector(str(world.folder / "api.sock"))) as local:
+        begun = await agent.migrations.create("web", MigrationRequest(destination="b"))
+        async with local.delete(f"http://ferry/v1/migrations/{begun.id}") as response:
+            assert response.status == 202
+    assert (await agent.migrations.get(begun.id)).cancelled_by == "root on a"
 
 
 @pytest.mark.parametrize(
