@@ -81,7 +81,8 @@ class NodeRegistry:
 
     async def open(self) -> None:
         """Write the first heartbeat and go on in the background. StoreError: nothing runs."""
-        self.silent_s = await self._silence()
+        last_s = await self.last_beat_at_s()
+        self.silent_s = None if last_s is None else max(0.0, self._clock() - last_s)
         await self.beat()
         self.on_read(await self.read())
         self._task = asyncio.create_task(self._run(), name="node-heartbeat")
@@ -100,10 +101,11 @@ class NodeRegistry:
         info = msgspec.structs.replace(info, heartbeat_at_s=self._clock())
         await self._store.put(f"{NODES}{info.name}", info)
 
-    async def _silence(self) -> float | None:
+    async def last_beat_at_s(self) -> float | None:
+        """This node's newest heartbeat, by its own clock; None: there is none. StoreError."""
         name = (await self._describe()).name
         last = await self._store.get(f"{NODES}{name}", NodeInfo)
-        return None if last is None else max(0.0, self._clock() - last.value.heartbeat_at_s)
+        return None if last is None else last.value.heartbeat_at_s
 
     async def read(self) -> Mapping[NodeName, NodeView]:
         """Every node ever seen, by name."""

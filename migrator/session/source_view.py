@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from migrator.figures import Prediction
 from migrator.model import (
     ENDED,
@@ -28,6 +30,12 @@ from migrator.session.messages import Prepared
 from migrator.session.vocabulary import DisksDeactivated, EngineReported
 
 _S = MigrationState
+_WAY: Final = (_S.CREATED, _S.SETUP, _S.PRECOPY, _S.SWITCHOVER, _S.HANDOFF, _S.POSTCOPY)
+_CLEAN_UP: Final = "clean-up"
+_RESTART: Final = "agent restart"
+"""From the last heartbeat of the agent that ended to the next one's beginning, in the timeline."""
+_STATES_TOLD: Final = frozenset({*(state.value for state in _S), _CLEAN_UP, _RESTART})
+"""The timeline's entries that follow each other without a gap; the others lie within them."""
 
 
 class SourceView(Session):
@@ -46,16 +54,15 @@ class SourceView(Session):
         request: MigrationRequest,
         created_at_s: float,
         timing: Timing | None = None,
-        restored: bool = False,
-        switchover_begun: bool = False,
+        journalled: MigrationState | None = None,
         device_state_out: bool = False,
         post_copy: bool = False,
         may_have_resumed: bool = False,
         prediction: Prediction | None = None,
     ) -> None:
-        """`restored`: from a journal, which knows of `switchover_begun`, `device_state_out`,
-        `post_copy` and `may_have_resumed`. It learns how far it had come only once it is told to
-        Recover.
+        """`journalled`: the state that it had in a journal, which knows of `device_state_out`,
+        `post_copy` and `may_have_resumed`, too. It learns how far it had come only once it is
+        told to Recover.
         """
         super().__init__(
             migration_id=migration_id,
@@ -74,6 +81,8 @@ class SourceView(Session):
         self.prediction = prediction
         """How it was expected to go; after the first iteration at the latest it is known."""
         self._live = MigrationProgress(state=self.state)
+        self._sent_before_bytes = 0
+        """By the engines of the agent that was restarted."""
         self._forced = False
         self._pass_running = False
         self._leaving: tuple[str, bool] | None = None
@@ -86,8 +95,10 @@ class SourceView(Session):
         self._continued_at_s = 0.0
         self._sent_at_s: float | None = None
         self._connecting = False
-        self._restored = restored
-        self._switchover_begun = switchover_begun
+        self._journalled = journalled
+        if journalled is not None:
+            self._part = _RESTART
+        self._switchover_begun = journalled is not None and journalled is not _S.SETUP
         self._continued = False
         self.device_state_out = device_state_out
         """Known: the hypervisor won't resume the guest by itself any more (`postmigrate`)."""
@@ -149,7 +160,7 @@ class SourceView(Session):
     def _note_progress(self, event: EngineReported) -> None:
         self._live = MigrationProgress(
             state=self.state,
-            bytes_sent=event.bytes_sent,
+            bytes_sent=self._sent_before_bytes + event.bytes_sent,
             remaining_bytes=event.remaining_bytes,
             throughput_bytes_per_s=event.throughput_bytes_per_s,
         )
@@ -158,16 +169,44 @@ class SourceView(Session):
         """The guest lives elsewhere, whole: for its users the migration has ended."""
         if self._handed_over_at_s is None:
             self._handed_over_at_s = self._now
-            self._begin_part("clean-up")
+            self._begin_part(_CLEAN_UP)
 
-    def take_up(self, published: Migration) -> None:
-        """What was shown before the agent's restart stays part of the migration's history."""
+    def take_up(self, published: Migration, alive_at_s: float | None = None) -> None:
+        """What was shown before the agent's restart stays part of the migration's history.
+
+        `alive_at_s`: when that agent was last heard of, where that is known.
+        """
         self.timeline.extend(published.timeline)
         self.passes.extend(published.iterations)
         self.blackout_ms = published.blackout_ms
         self.prediction = published.prediction
+        self.cancelled_by = published.cancelled_by
         if published.state is _S.COMPLETED:
             self._handed_over_at_s = published.ended_at_s
+        before = published.progress
+        self._sent_before_bytes = before.bytes_sent
+        self._live = MigrationProgress(
+            state=self.state,
+            iteration=before.iteration,
+            bytes_sent=before.bytes_sent,
+            remaining_bytes=before.remaining_bytes,
+        )
+        self._note_cut_off(published, alive_at_s)
+
+    def _note_cut_off(self, published: Migration, alive_at_s: float | None) -> None:
+        """The state that the agent's end cut off, up to where that agent is known to have lived."""
+        states = [each for each in self.timeline if each.name in _STATES_TOLD]
+        began_s = max((each.started_at_s + each.seconds for each in states), default=0.0)
+        began_s = began_s or published.created_at_s
+        ended_s = max(began_s, alive_at_s or began_s)
+        name, later = published.state.value, self._journalled
+        if self._handed_over_at_s is not None:
+            name, later = _CLEAN_UP, None
+        then = ""
+        if later is not None and _is_later(later, published.state):
+            then = f"; it had come to {later}, which wasn't published"
+        self._note(name, began_s, ended_s, f"cut off by the agent's end{then}")
+        self._entered_at_s = ended_s
 
     # --- what others see ---
 
@@ -211,7 +250,7 @@ class SourceView(Session):
         if not self.passes:
             return MigrationProgress(
                 state=self.shown_state,
-                iteration=1 if self.state is _S.PRECOPY else 0,
+                iteration=1 if self.state is _S.PRECOPY else live.iteration,
                 bytes_sent=live.bytes_sent,
                 remaining_bytes=live.remaining_bytes,
                 throughput_bytes_per_s=live.throughput_bytes_per_s,
@@ -249,8 +288,13 @@ class SourceView(Session):
             return self.state
         if self._handed_over_at_s is not None and not self._discard_error:
             return _S.COMPLETED
-        restored = self._restored and self.state is _S.CREATED
+        restored = self._journalled is not None and self.state is _S.CREATED
         return _S.RECOVERING if restored else self.state
+
+
+def _is_later(state: MigrationState, other: MigrationState) -> bool:
+    """On the way of a migration that goes well; of others nothing is said."""
+    return state in _WAY and other in _WAY and _WAY.index(state) > _WAY.index(other)
 
 
 def _eta_s(live: MigrationProgress) -> float | None:

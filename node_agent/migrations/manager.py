@@ -150,7 +150,8 @@ class MigrationManager(MigrationService):
     async def _take_up(self, session: SourceSession) -> None:
         """What was published before the restart stays part of the migration's history."""
         with contextlib.suppress(FerryError):
-            session.take_up(await self._publisher.read(session.migration_id))
+            published = await self._publisher.read(session.migration_id)
+            session.take_up(published, await self._nodes.last_beat_at_s())
 
     async def open(self) -> None:
         """Take calls and messages, and let the restored migrations go on."""

@@ -29,7 +29,9 @@ from migrator.model import (
     Migration,
     MigrationMode,
     MigrationRequest,
+    MigrationState,
     NodeName,
+    OwnershipState,
     PassKind,
     PassReport,
     PoolName,
@@ -341,3 +343,30 @@ async def migration_world(
         finally:
             for each in (both.a, both.b):
                 await each.manager.close()
+
+
+async def check_back_home(
+    world: MigrationWorld, migration: Migration, state: MigrationState
+) -> Migration:
+    """The migration ended in `state`, and left everything as it was before it."""
+    ended = await world.ended(migration)
+    assert ended.state is state, ended.error
+    assert world.running() == ["a"]
+    await world.until(lambda: not world.b.manager._runners)
+    assert world.state(world.b) is None
+    for each in (world.a, world.b):
+        assert each.node.domains.locks.migration_of(WEB) is None
+    record = await world.a.node.ownership.read(WEB)
+    assert record is not None
+    assert (record.owner, record.state) == ("a", OwnershipState.RUNNING)
+    assert not world.script.running
+    return ended
+
+
+async def held_in_precopy(world: MigrationWorld) -> tuple[Migration, Session]:
+    """A migration whose first pass doesn't end, and the source's session of it."""
+    world.script.hold_at_pass = PassKind.FIRST
+    began = await world.migrate()
+    live = world.a.manager._runners[began.id].session
+    await world.until(lambda: live.state is MigrationState.PRECOPY)
+    return began, live

@@ -13,9 +13,7 @@ from migrator.errors import ConflictError, RefusedError, WrongStateError
 from migrator.model import (
     ENDED,
     DomainState,
-    Migration,
     MigrationId,
-    MigrationProgress,
     MigrationRequest,
     MigrationState,
     NodeName,
@@ -24,45 +22,23 @@ from migrator.model import (
     Role,
 )
 from migrator.ports import AbortOutcome
-from migrator.runner import Session
 from migrator.session import vocabulary as v
 from migrator.session.messages import Prepare
 from migrator.session.source import SourceSession
 from node_agent.domain_locks import DomainLocks
 from node_agent.migrations import room
 from node_agent.migrations.checks import claim_reasons
-from node_agent.migrations.manager import MigrationManager
 from node_agent.migrations.removed_peers import part_with
 from node_agent.migrations.site import Envelope
-from node_agent.resources import MIGRATIONS
-from tests.unit.migration_world import WEB, MigrationWorld, eventually, migration_world
+from tests.unit.migration_world import (
+    WEB,
+    check_back_home,
+    eventually,
+    held_in_precopy,
+    migration_world,
+)
 
 _S = MigrationState
-
-
-async def check_back_home(world: MigrationWorld, migration: Migration, state: _S) -> Migration:
-    """The migration ended in `state`, and left everything as it was before it."""
-    ended = await world.ended(migration)
-    assert ended.state is state, ended.error
-    assert world.running() == ["a"]
-    await world.until(lambda: not world.b.manager._runners)
-    assert world.state(world.b) is None
-    for each in (world.a, world.b):
-        assert each.node.domains.locks.migration_of(WEB) is None
-    record = await world.a.node.ownership.read(WEB)
-    assert record is not None
-    assert (record.owner, record.state) == ("a", OwnershipState.RUNNING)
-    assert not world.script.running
-    return ended
-
-
-async def _held_in_precopy(world: MigrationWorld) -> tuple[Migration, Session]:
-    """A migration whose first pass doesn't end, and the source's session of it."""
-    world.script.hold_at_pass = PassKind.FIRST
-    began = await world.migrate()
-    live = world.a.manager._runners[began.id].session
-    await world.until(lambda: live.state is _S.PRECOPY)
-    return began, live
 
 
 async def test_a_guest_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +94,7 @@ async def test_a_late_prepare_harms_nothing(
 
 async def test_a_cancel_brings_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with migration_world(tmp_path, monkeypatch) as world:
-        began, _ = await _held_in_precopy(world)
+        began, _ = await held_in_precopy(world)
         with pytest.raises(ConflictError):
             await world.a.node.domains.stop(WEB)
         with pytest.raises(RefusedError, match="migrated already"):
@@ -148,7 +124,7 @@ async def test_a_removed_node_s_migrations_end_on_both_sides(
 ) -> None:
     """And their engines, which hold the connections that pages travel over."""
     async with migration_world(tmp_path, monkeypatch) as world:
-        began, live = await _held_in_precopy(world)
+        began, live = await held_in_precopy(world)
         part_with("c", world.a.manager.active_with(NodeName("c")))
         assert live.state is _S.PRECOPY, "another node's removal is nothing to it"
         part_with("b", world.a.manager.active_with(NodeName("b")))
@@ -208,7 +184,7 @@ async def test_a_destination_that_doesnt_come_up_says_why_though_pages_went_ther
     async with migration_world(tmp_path, monkeypatch) as world:
         faults = world.b.node.host.faults
         faults.hanging.add(COME_UP)
-        began, live = await _held_in_precopy(world)
+        began, live = await held_in_precopy(world)
         faults.hanging.clear()
         faults.failing[COME_UP] = 1
         faults.release()
@@ -260,7 +236,7 @@ async def test_an_engine_that_dies_costs_only_the_migration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: Role
 ) -> None:
     async with migration_world(tmp_path, monkeypatch) as world:
-        began, _ = await _held_in_precopy(world)
+        began, _ = await held_in_precopy(world)
         world.script.engine(role).die()
         ended = await check_back_home(world, began, _S.FAILED)
         assert ended.error is not None
@@ -300,53 +276,6 @@ async def test_a_driver_with_a_bug_leaves_no_session_waiting(
         assert tries == 2
 
 
-async def test_a_restarted_source_ends_what_it_had_begun(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with migration_world(tmp_path, monkeypatch) as world:
-        began, _ = await _held_in_precopy(world)
-        await world.a.crash()
-        await world.a.restart(world.b)
-        ended = await check_back_home(world, began, _S.FAILED)
-        assert ended.error == "the agent restarted during the migration"
-        assert [phase.name for phase in ended.timeline][:2] == ["created", "setup"]
-
-
-async def test_a_cancel_while_the_source_s_agent_starts_ends_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Peers may call before the restored migrations go on."""
-    async with migration_world(tmp_path, monkeypatch) as world:
-        began, _ = await _held_in_precopy(world)
-        await world.a.crash()
-        going_on = MigrationManager.open
-
-        async def cancelled_before(manager: MigrationManager) -> None:
-            with pytest.raises(WrongStateError, match="recovering"):
-                await manager.cancel(began.id)
-            await going_on(manager)
-
-        monkeypatch.setattr(MigrationManager, "open", cancelled_before)
-        await world.a.restart(world.b)
-        ended = await check_back_home(world, began, _S.FAILED)
-        assert ended.error == "the agent restarted during the migration"
-
-
-async def test_a_restarted_destination_is_heard_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its last word goes out although the connection has to be made first."""
-    async with migration_world(tmp_path, monkeypatch) as world:
-        began, _ = await _held_in_precopy(world)
-        await world.b.crash()
-        started = time.monotonic()
-        await world.b.restart(world.a)
-        ended = await check_back_home(world, began, _S.FAILED)
-        assert ended.error is not None
-        assert "the destination gave up" in ended.error
-        assert time.monotonic() - started < 10.0
-
-
 async def test_a_lost_connection_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,39 +296,11 @@ async def test_a_lost_connection_is_made_again(
         await check_back_home(world, began, _S.CANCELLED)
 
 
-async def test_ends_that_were_not_published_are_published_by_the_next_agent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with migration_world(tmp_path, monkeypatch) as world:
-        ended = await world.ended(await world.migrate())
-        moving = MigrationProgress(state=_S.PRECOPY)
-        unpublished = msgspec.structs.replace(
-            ended, state=_S.PRECOPY, progress=moving, ended_at_s=None, total_s=None
-        )
-        never_begun = msgspec.structs.replace(unpublished, id="never", state=_S.CREATED)
-        anothers = msgspec.structs.replace(unpublished, id="other", source="b")
-        for each in (unpublished, never_begun, anothers):
-            await world.a.node.typed.put(f"{MIGRATIONS}{each.id}", each)
-        await world.a.crash()
-        await world.a.restart(world.b)
-        publisher = world.a.manager._publisher
-
-        async def is_ended() -> bool:
-            return (await publisher.read("never")).ended
-
-        await eventually(is_ended)
-        assert (await publisher.read("never")).state is _S.FAILED
-        now = await publisher.read(ended.id)
-        assert (now.state, now.progress.state) == (_S.COMPLETED, _S.COMPLETED)
-        assert now.ended_at_s == ended.ended_at_s
-        assert not (await publisher.read("other")).ended
-
-
 async def test_a_guest_that_ends_in_its_migration_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with migration_world(tmp_path, monkeypatch) as world:
-        began, _ = await _held_in_precopy(world)
+        began, _ = await held_in_precopy(world)
         world.a.node.host.power_off(WEB)
         ended = await world.ended(began)
         assert ended.state is _S.FAILED

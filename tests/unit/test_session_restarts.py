@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from migrator.journal_entry import answer_without_session, entry_of, restore
 from migrator.model import (
+    MigrationProgress,
     MigrationState,
     NodeName,
     OwnershipRecord,
@@ -351,6 +353,44 @@ def test_an_unknown_migration_is_answered_so_that_the_other_side_can_end() -> No
     session = SessionPair().destination
     assert isinstance(session, DestinationSession)
     assert answer_without_session(DESTINATION, entry_of(session, boot_id=""), m.Inquire()) is None
+
+
+def test_a_source_s_history_goes_on_after_its_agent_s_restart() -> None:
+    """Each stretch of time once: what was published, until when the agent lived, its absence."""
+    pair = SessionPair()
+    pair.run_until_state(_S.PRECOPY)
+    published = msgspec.structs.replace(
+        pair.source.view(),
+        progress=MigrationProgress(state=_S.PRECOPY, iteration=2, bytes_sent=5, remaining_bytes=3),
+    )
+    pair.run_until_state(_S.SWITCHOVER)  # Isn't published: the store's disk is the record's.
+    entry = entry_of(pair.source, boot_id="boot")
+    session = restore(entry, boot_id="boot")
+    assert isinstance(session, SourceSession)
+    alive_at_s = pair.now_s + 2.0
+    session.take_up(published, alive_at_s)
+    back_at_s = alive_at_s + 30.0
+    session.handle(v.Recover(), back_at_s)
+    told = session.timeline[len(published.timeline) :]
+    assert [phase.name for phase in told] == ["precopy", "agent restart"]
+    assert "it had come to switchover" in told[0].detail
+    ends = [phase.started_at_s + phase.seconds for phase in session.timeline]
+    assert ends[-2:] == pytest.approx([alive_at_s, back_at_s])
+    assert told[1].started_at_s == pytest.approx(alive_at_s)
+    progress = session.view().progress
+    assert (progress.iteration, progress.bytes_sent, progress.remaining_bytes) == (2, 5, 3)
+    # Engines begin to count anew.
+    report = v.EngineReported(bytes_sent=4, remaining_bytes=2, throughput_bytes_per_s=1.0)
+    session._note_progress(report)
+    assert session.view().progress.bytes_sent == 9
+
+
+def test_a_source_whose_record_is_unknown_says_that_its_agent_restarted() -> None:
+    pair = SessionPair()
+    pair.run_until_state(_S.PRECOPY)
+    session = restore(entry_of(pair.source, boot_id="boot"), boot_id="boot")
+    session.handle(v.Recover(), pair.now_s + 30.0)
+    assert [phase.name for phase in session.timeline] == ["agent restart"]
 
 
 def test_a_source_that_had_shown_its_end_goes_on_showing_it_and_cleans_up() -> None:

@@ -1,0 +1,116 @@
+"""An agent that is restarted in the middle of its migrations, on simulated nodes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from migrator.errors import WrongStateError
+from migrator.model import (
+    MigrationProgress,
+    MigrationState,
+)
+from migrator.session import vocabulary as v
+from node_agent.migrations.manager import MigrationManager
+from node_agent.resources import MIGRATIONS
+from tests.unit.migration_world import check_back_home, eventually, held_in_precopy, migration_world
+
+_S = MigrationState
+
+_S = MigrationState
+
+
+async def test_a_restarted_source_ends_what_it_had_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And tells what it was at, and how far it had come."""
+    async with migration_world(tmp_path, monkeypatch) as world:
+        began, _ = await held_in_precopy(world)
+        sent = v.EngineReported(bytes_sent=7_000, remaining_bytes=900, throughput_bytes_per_s=1e3)
+        publisher = world.a.manager._publisher
+        publisher._written_at.clear()  # As a second later.
+        world.a.manager._runners[began.id].feed(sent)
+
+        async def published() -> bool:
+            return (await publisher.read(began.id)).progress.bytes_sent == 7_000
+
+        await eventually(published)
+        await world.a.crash()
+        await world.a.restart(world.b)
+        ended = await check_back_home(world, began, _S.FAILED)
+        assert ended.error == "the agent restarted during the migration"
+        assert ended.progress.bytes_sent == 7_000
+        phases = {phase.name: phase for phase in ended.timeline}
+        assert list(phases) == [
+            *("created", "setup", "precopy"),
+            *("agent restart", "recovering", "cancelling"),
+        ]
+        assert len(phases) == len(ended.timeline)
+        assert phases["precopy"].detail == "cut off by the agent's end"
+        assert phases["recovering"].detail == "the agent restarted"
+
+
+async def test_a_cancel_while_the_source_s_agent_starts_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peers may call before the restored migrations go on."""
+    async with migration_world(tmp_path, monkeypatch) as world:
+        began, _ = await held_in_precopy(world)
+        await world.a.crash()
+        going_on = MigrationManager.open
+
+        async def cancelled_before(manager: MigrationManager) -> None:
+            with pytest.raises(WrongStateError, match="recovering"):
+                await manager.cancel(began.id)
+            await going_on(manager)
+
+        monkeypatch.setattr(MigrationManager, "open", cancelled_before)
+        await world.a.restart(world.b)
+        ended = await check_back_home(world, began, _S.FAILED)
+        assert ended.error == "the agent restarted during the migration"
+
+
+async def test_a_restarted_destination_is_heard_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last word goes out although the connection has to be made first."""
+    async with migration_world(tmp_path, monkeypatch) as world:
+        began, _ = await held_in_precopy(world)
+        await world.b.crash()
+        started = time.monotonic()
+        await world.b.restart(world.a)
+        ended = await check_back_home(world, began, _S.FAILED)
+        assert ended.error is not None
+        assert "the destination gave up" in ended.error
+        assert time.monotonic() - started < 10.0
+
+
+async def test_ends_that_were_not_published_are_published_by_the_next_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with migration_world(tmp_path, monkeypatch) as world:
+        ended = await world.ended(await world.migrate())
+        moving = MigrationProgress(state=_S.PRECOPY)
+        unpublished = msgspec.structs.replace(
+            ended, state=_S.PRECOPY, progress=moving, ended_at_s=None, total_s=None
+        )
+        never_begun = msgspec.structs.replace(unpublished, id="never", state=_S.CREATED)
+        anothers = msgspec.structs.replace(unpublished, id="other", source="b")
+        for each in (unpublished, never_begun, anothers):
+            await world.a.node.typed.put(f"{MIGRATIONS}{each.id}", each)
+        await world.a.crash()
+        await world.a.restart(world.b)
+        publisher = world.a.manager._publisher
+
+        async def is_ended() -> bool:
+            return (await publisher.read("never")).ended
+
+        await eventually(is_ended)
+        assert (await publisher.read("never")).state is _S.FAILED
+        now = await publisher.read(ended.id)
+        assert (now.state, now.progress.state) == (_S.COMPLETED, _S.COMPLETED)
+        assert now.ended_at_s == ended.ended_at_s
+        assert not (await publisher.read("other")).ended
