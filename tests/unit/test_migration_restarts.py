@@ -20,8 +20,6 @@ from tests.unit.migration_world import check_back_home, eventually, held_in_prec
 
 _S = MigrationState
 
-_S = MigrationState
-
 
 async def test_a_restarted_source_ends_what_it_had_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
