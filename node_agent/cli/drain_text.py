@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final
+
 from node_agent.cli.output import facts, moment, size, table
 from node_agent.drain.resources import (
     BalancePlan,
@@ -10,8 +13,11 @@ from node_agent.drain.resources import (
     DrainState,
     Move,
     MoveState,
+    NodeLeftOut,
     Operation,
 )
+
+_LEFT_OUT_TOLD_MAX: Final = 20
 
 
 def plan_text(plan: DrainPlan, operation: Operation = Operation.DRAIN) -> str:
@@ -52,6 +58,7 @@ def plan_text(plan: DrainPlan, operation: Operation = Operation.DRAIN) -> str:
             for each in plan.blockers
         ]
         parts.append("\n".join(["BLOCKED: these domains can't leave:", *lines]))
+    parts += _left_out(plan.left_out)
     return "\n\n".join(parts)
 
 
@@ -85,7 +92,17 @@ def balance_text(plan: BalancePlan) -> str:
         ]
         parts.append(table(("DOMAIN", "MOVE", "TO SEND", "COSTS", "GAINS"), moves))
     parts.append(f"{counted(len(plan.moves), 'move')}: {plan.reason}")
+    parts += _left_out(plan.left_out)
     return "\n\n".join(parts)
+
+
+def _left_out(nodes: Sequence[NodeLeftOut]) -> list[str]:
+    if not nodes:
+        return []
+    lines = [f"  {each.node}: {each.reason}" for each in nodes[:_LEFT_OUT_TOLD_MAX]]
+    if len(nodes) > _LEFT_OUT_TOLD_MAX:
+        lines.append(f"  and {len(nodes) - _LEFT_OUT_TOLD_MAX} more (`ferry node ls`)")
+    return ["\n".join(["Left out of the plan, as nothing moves there now:", *lines])]
 
 
 def details(drain: Drain) -> str:

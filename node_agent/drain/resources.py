@@ -240,6 +240,13 @@ class PlanBlocker(Value, frozen=True, kw_only=True):
     remedy: str
 
 
+class NodeLeftOut(Value, frozen=True, kw_only=True):
+    """A node that the plan gives nothing to, whoever would fit there, and why."""
+
+    node: str
+    reason: str
+
+
 class DrainPlan(Value, frozen=True, kw_only=True):
     """What a dry run answers."""
 
@@ -248,6 +255,8 @@ class DrainPlan(Value, frozen=True, kw_only=True):
     blockers: tuple[PlanBlocker, ...] = ()
     left: tuple[PlanBlocker, ...] = ()
     """Undrain: domains that would stay where they are, and why."""
+    left_out: tuple[NodeLeftOut, ...] = ()
+    """Drain: nodes that are silent, cordoned or being emptied."""
     parallel: int = 1
     planned_s: float = 0.0
     lower_bound_s: float = 0.0
@@ -263,4 +272,6 @@ class BalancePlan(Value, frozen=True, kw_only=True):
     after: dict[str, float]
     reason: str
     """Why there are no more moves than these."""
+    left_out: tuple[NodeLeftOut, ...] = ()
+    """Nodes that are silent, cordoned or being emptied."""
     planned_s: float = 0.0

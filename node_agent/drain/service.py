@@ -140,7 +140,8 @@ class DrainService:
             PlanBlocker(domain=each, reason=_EXCLUDED, remedy="")
             for each in sorted(set(request.exclude))
         ]
-        return _shown_plan(node, survey, plan, left)
+        shown = _shown_plan(node, survey, plan, left)
+        return msgspec.structs.replace(shown, left_out=survey.left_out(node))
 
     async def drain(self, node: NodeName, request: DrainRequest) -> Drain:
         """Cordon the node and begin to empty it. RefusedError names every blocker: then nothing
@@ -219,7 +220,8 @@ class DrainService:
 
     async def plan_balance(self) -> BalancePlan:
         """The moves that would even the nodes out. Changes nothing."""
-        return shown_balance((await plan_balance(self.world, self._hub, self._clock))[1])
+        survey, found = await plan_balance(self.world, self._hub, self._clock)
+        return msgspec.structs.replace(shown_balance(found), left_out=survey.left_out())
 
     async def balance(self) -> Drain:
         """Make those moves, one after the other. ConflictError: a drain is under way."""

@@ -10,7 +10,7 @@ import msgspec
 from migrator.model import DomainState, MaintenancePolicy, NodeInfo, NodeState
 from migrator.ports import Struct
 from node_agent.drain.figures import DomainFigures, NodeFigures
-from node_agent.drain.resources import DrainPolicy, Move, PlanMove
+from node_agent.drain.resources import DrainPolicy, Move, NodeLeftOut, PlanMove
 from node_agent.nodes import NodeView
 from node_agent.planner.model import (
     DEFAULT_LINK_BYTES_PER_S,
@@ -68,6 +68,14 @@ class Survey(Struct, frozen=True, kw_only=True):
             fastest = min(self.move_bytes_per_s, ENGINE_BYTES_PER_S)
             options = msgspec.structs.replace(options, move_bytes_per_s=fastest)
         return msgspec.structs.replace(options, **changes)
+
+    def left_out(self, *besides: str) -> tuple[NodeLeftOut, ...]:
+        """The nodes that take nothing, and why; `besides`: of whom that needn't be said."""
+        return tuple(
+            NodeLeftOut(node=each.name, reason=each.why_not)
+            for each in self.nodes
+            if not each.admits and each.name not in besides
+        )
 
     def shares(self, options: PlanOptions) -> dict[str, float]:
         """What page streams may use of each link."""

@@ -1,0 +1,97 @@
+"""What a dry run tells beside the moves: the nodes that it gave nothing to."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, cast
+
+from migrator.model import HypervisorCapabilities, NodeInfo, NodeName, NodeState
+from node_agent.cli.drain_text import balance_text, plan_text
+from node_agent.drain.resources import BalancePlan, DrainPlan, DrainRequest, NodeLeftOut
+from node_agent.drain.service import DrainService
+from node_agent.drain.survey import Survey, make_survey
+from node_agent.nodes import NodeView
+from node_agent.planner.model import Plan, PlanOptions
+from node_agent.planner.plan import plan_moves
+from node_agent.state.memory import SimulatedData, SimulatedStore
+from node_agent.state.typed import TypedStore
+
+
+def view(name: str, state: NodeState, age_s: float = 0.5) -> NodeView:
+    info = NodeInfo(
+        name=name,
+        api_address="192.0.2.1:1",
+        peer_address="192.0.2.1:2",
+        migration_address="192.0.2.1",
+        memory_bytes=2**32,
+        cpus=2,
+        capabilities=HypervisorCapabilities(
+            driver="simulated", version="1", accelerator="tcg", machine_types=(), cpu_models=()
+        ),
+        heartbeat_at_s=0.0,
+        agent_version="1",
+    )
+    return NodeView(info=info, state=state, heartbeat_age_s=age_s)
+
+
+class Nodes:
+    """In the place of the drains' world: n1 is empty, the others are in all sorts of states."""
+
+    trouble = ""
+
+    async def views(self) -> dict[str, NodeView]:
+        return {
+            "n1": view("n1", NodeState.READY),
+            "n2": view("n2", NodeState.READY),
+            "n3": view("n3", NodeState.UNREACHABLE, age_s=34.4),
+            "n4": view("n4", NodeState.CORDONED),
+        }
+
+    async def unreachable(self) -> frozenset[str]:
+        return frozenset({"n3"})
+
+    async def owned_by(self, _node: str) -> tuple[str, ...]:
+        return ()
+
+    async def survey(self, _: object, *, sample_s: float, closed: Collection[str]) -> Survey:
+        return make_survey(await self.views(), (), {}, closed=closed)
+
+    async def plan(self, survey: Survey, leaving: Collection[str], options: PlanOptions) -> Plan:
+        return plan_moves(survey.nodes, survey.domains, leaving, options)
+
+
+LEFT_OUT = (
+    NodeLeftOut(node="n3", reason="it is unreachable: no heartbeat for 34 s"),
+    NodeLeftOut(node="n4", reason="it is cordoned"),
+)
+
+
+async def test_a_dry_run_names_the_nodes_that_it_left_out() -> None:
+    store = SimulatedStore(SimulatedData())
+    await store.open()
+    rest: Any = None
+    service = DrainService(
+        NodeName("n2"),
+        store=TypedStore(store),
+        world=cast(Any, Nodes()),
+        hub=rest,
+        events=rest,
+    )
+    plan = await service.plan(NodeName("n1"), DrainRequest())
+    assert plan.left_out == LEFT_OUT, "the node itself needn't be named"
+
+
+def test_the_left_out_nodes_are_printed() -> None:
+    told = [
+        "Left out of the plan, as nothing moves there now:",
+        "  n3: it is unreachable: no heartbeat for 34 s",
+        "  n4: it is cordoned",
+    ]
+    assert plan_text(DrainPlan(node="n1", moves=(), left_out=LEFT_OUT)).splitlines()[-3:] == told
+    balanced = BalancePlan(moves=(), before={}, after={}, reason="even", left_out=LEFT_OUT)
+    assert balance_text(balanced).splitlines()[-3:] == told
+    assert "Left out" not in plan_text(DrainPlan(node="n1", moves=()))
+    many = tuple(NodeLeftOut(node=f"n{n}", reason="it is drained") for n in range(30))
+    assert "  and 10 more (`ferry node ls`)" in plan_text(
+        DrainPlan(node="x", moves=(), left_out=many)
+    )
