@@ -19,6 +19,8 @@ from netfabric import filters
 
 _TABLE: Final = re.compile(r"table netdev ferry_(fx[0-9a-f]{10}n[0-9]{1,2})\b")
 
+_TRIAL: Final = "fytrial"
+
 log = logging.getLogger(__name__)
 
 
@@ -31,6 +33,18 @@ def lead(tunnel: str, device: str, mac: str, to: str, what: str) -> None:
         f" priority 0; policy accept;\n    ether daddr {mac} fwd to {to}\n  }}\n}}\n",
         what,
     )
+
+
+def obstacle() -> str:
+    """Why nothing can be led here; "": it can. Tried at `lo`, so the calling thread should be in a
+    network namespace that nobody else uses; it is left as it was.
+    """
+    try:
+        lead(_TRIAL, "lo", "02:00:00:00:00:01", "lo", "frames can't be led")
+        filters.remove(_TRIAL)
+    except FabricError as error:
+        return str(error)
+    return ""
 
 
 def tunnels_with_rules() -> frozenset[str]:

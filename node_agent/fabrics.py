@@ -6,11 +6,13 @@ A part of the composition root (`agent`), which names drivers.
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from migrator.errors import ConfigError, words
 from migrator.ports import ConnectionTracker, FabricDriver, RouteDriver
+from netfabric import leading
 from netfabric.bridge import BridgeFabric
 from netfabric.connections import KernelConnections
 from netfabric.macvtap import MacvtapFabric, MacvtapNetwork
@@ -99,6 +101,16 @@ def carried_bytes(config: AgentConfig) -> int:
 def overlay_ends(table: FabricTable) -> dict[str, bool]:
     """EVPN's: which ends routes lead to, and whether FRR has entered how. FabricError."""
     return overlay_probing.ends(table.bridge)
+
+
+def leading_obstacle(config: AgentConfig) -> Callable[[], str] | None:
+    """What finds out why guests' frames can't be led into tunnels here, by the fabrics that do that
+    (`leading.obstacle`); None: this node's doesn't.
+    """
+    leads = config.fabric.driver == "macvtap" or (
+        config.fabric.driver == "vxlan" and config.fabric.evpn
+    )
+    return leading.obstacle if leads else None
 
 
 def _key(path: str) -> bytes:

@@ -44,7 +44,7 @@ def examine(
         *_hypervisor(capabilities()),
         *_devices(),
         state_directory(Path(config.node.state_directory)),
-        *links.check_kernel_links(),
+        *links.check_kernel_links(fabrics.leading_obstacle(config)),
         links.check_connection_tracking(),
         *_network(config, _bridges_in_use(client) if running else frozenset()),
         links.check_multicast(config.migration.address),

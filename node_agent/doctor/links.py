@@ -13,7 +13,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,8 +53,12 @@ _KERNEL: Final = (
 )
 
 
-def check_kernel_links() -> list[Finding]:
-    """Which kinds of links the kernel makes."""
+def check_kernel_links(leading: Callable[[], str] | None = None) -> list[Finding]:
+    """Which kinds of links the kernel makes; and whether frames can be led from one to another.
+
+    `leading` tries that, in the namespace of this, and says what is in the way; None: nobody needs
+    it on this node.
+    """
     found: list[Finding] = []
 
     def work() -> None:
@@ -64,6 +68,8 @@ def check_kernel_links() -> list[Finding]:
             found.append(failure("network rights", reason, "run the agent, and this, as root"))
             return
         found.extend(_try_kinds())
+        if leading is not None:
+            found.append(_led(leading()))
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -82,6 +88,17 @@ def _try_kinds() -> Iterator[Finding]:
                 yield failure(name, detail, mend) if needed else warning(name, detail, mend)
             else:
                 yield fine(name, f"for {what_for}")
+
+
+def _led(obstacle: str) -> Finding:
+    check, what_for = "nftables' fwd", "leading a moving guest's frames into the tunnel"
+    if not obstacle:
+        return fine(check, f"for {what_for}")
+    return warning(
+        check,
+        f"{obstacle}: needed for {what_for}; without it what arrives at the old node is lost",
+        "modprobe nft_fwd_netdev (CONFIG_NFT_FWD_NETDEV), and install libnftables 1.0 or newer",
+    )
 
 
 def check_connection_tracking() -> Finding:
