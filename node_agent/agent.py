@@ -12,9 +12,7 @@ import contextlib
 import functools
 import gc
 import logging
-import os
 import signal
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
@@ -27,14 +25,15 @@ from migrator.engine_driver import EngineSettings
 from migrator.errors import ConfigError, words
 from migrator.figures import LinkSpeed
 from migrator.journal import MigrationJournal
-from migrator.model import DomainSpec, NodeInfo, NodeName, PoolName
+from migrator.model import DomainSpec, NodeName, PoolName
 from migrator.ports import FabricDriver, HypervisorDriver, VolumeDriver
 from migrator.tls import TlsFiles, files_of_node
 from node_agent import loop_monitor
 from node_agent.api.server import ApiServer, create_app
 from node_agent.cluster import ClusterService
 from node_agent.cluster_calls import ClusterCalls
-from node_agent.config import AgentConfig, advertised
+from node_agent.config import AgentConfig
+from node_agent.description import describe
 from node_agent.domain_records import DomainRecords
 from node_agent.domain_restart import RestartPolicy
 from node_agent.domain_takeover import DomainTakeover
@@ -64,6 +63,7 @@ from node_agent.peers.hub import PeerHub
 from node_agent.pools import PoolSet
 from node_agent.pressure.service import PressureService
 from node_agent.restart_notes import RestartFile
+from node_agent.silence import SilenceWatch
 from node_agent.state.etcd import EtcdSettings, EtcdStore
 from node_agent.state.ownership import StoreOwnership
 from node_agent.state.port import StateStore
@@ -165,7 +165,8 @@ async def running_agent(
             admit=members.admit,
         )
         nodes = NodeRegistry(typed, lambda: describe(config, hypervisor, pools, boot_id, members))
-        nodes.on_read, nodes.counts = members.saw, members.counts
+        silences = SilenceWatch(node, typed, events)
+        nodes.on_read, nodes.counts = (members.saw, silences.saw), members.counts
         cordons = Cordons(typed)
 
         async def cordon() -> list[str]:
@@ -228,6 +229,8 @@ async def running_agent(
             trust.attach(hub)
         await hub.start()
         stack.push_async_callback(hub.close)
+        silences.open()
+        stack.push_async_callback(silences.close)
         await nodes.open()
         stack.push_async_callback(nodes.close)
         members.on_gone = lambda gone: part_with(gone, migrations.active_with(gone))
@@ -390,33 +393,6 @@ def make_migrations(
     )
     incoming.append(manager.incoming)  # The two know each other: the check counts what comes.
     return manager
-
-
-async def describe(
-    config: AgentConfig,
-    hypervisor: HypervisorDriver,
-    pools: Iterable[PoolName],
-    boot_id: str,
-    members: Membership,
-) -> NodeInfo:
-    """What this node tells the others of itself with each heartbeat."""
-    link = await link_speed.of_interface(config.migration.address)
-    peer_address, api_address = advertised(config)
-    return NodeInfo(
-        name=config.node.name,
-        api_address=api_address,
-        peer_address=peer_address,
-        migration_address=config.migration.address,
-        memory_bytes=config.node.memory_bytes,
-        cpus=os.cpu_count() or 1,
-        capabilities=await hypervisor.capabilities(),
-        heartbeat_at_s=time.time(),
-        agent_version=version(),
-        boot_id=boot_id,
-        pools=tuple(pools),
-        link_bytes_per_s=None if link is None else link.bytes_per_s,
-        round_trips_ms=members.round_trips_ms(),
-    )
 
 
 async def serve(config: AgentConfig) -> None:

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -38,6 +38,8 @@ class NodeView(Struct, frozen=True, kw_only=True):
     info: NodeInfo
     state: NodeState
     heartbeat_age_s: float
+    revision: int = 0
+    """The store's, of that change."""
 
 
 class _Seen(Struct, frozen=True, kw_only=True):
@@ -73,8 +75,8 @@ class NodeRegistry:
         """Between this node's last heartbeat before `open` and that; None: it had none."""
         self.trouble = ""
         """Why this node's last heartbeat wasn't written; "": it was."""
-        self.on_read: Callable[[Mapping[NodeName, NodeView]], None] = lambda views: None
-        """Hears every node with each heartbeat."""
+        self.on_read: Sequence[Callable[[Mapping[NodeName, NodeView]], None]] = ()
+        """Hear every node with each heartbeat."""
         self.counts: Callable[[str], bool] = lambda name: True
         """Whether a node of this name belongs here: a removed one's last heartbeat may come late.
         """
@@ -84,7 +86,7 @@ class NodeRegistry:
         last_s = await self.last_beat_at_s()
         self.silent_s = None if last_s is None else max(0.0, self._clock() - last_s)
         await self.beat()
-        self.on_read(await self.read())
+        await self._look()
         self._task = asyncio.create_task(self._run(), name="node-heartbeat")
 
     async def close(self) -> None:
@@ -131,6 +133,7 @@ class NodeRegistry:
                 info=info,
                 state=NodeState.UNREACHABLE if silent else intended,
                 heartbeat_age_s=round(age_s, 3),
+                revision=entry.revision,
             )
         return views
 
@@ -141,13 +144,18 @@ class NodeRegistry:
             raise NotFoundError(f"there is no node {node}")
         return view
 
+    async def _look(self) -> None:
+        views = await self.read()
+        for hear in self.on_read:
+            hear(views)
+
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(self._interval_s)
             try:
                 await self.beat()
                 self.trouble = ""
-                self.on_read(await self.read())
+                await self._look()
             except FerryError as error:
                 self.trouble = str(error)
                 log.warning("heartbeat failed, trying again in %g s: %s", self._interval_s, error)

@@ -10,6 +10,7 @@ overwrites what they haven't seen. The revision is one counter for the whole sto
     migrations/ID     Migration
     drains/ID         Drain; changed by compare-and-set (`node_agent.drain.records`)
     cordons/NODE      Cordon: nothing comes to a node that is kept free
+    silences/NODE     Silence: what the event log was last told of its heartbeat (compare-and-set)
     pools/NAME        PoolRecord: a pool that every agent has, beside those of its configuration
     events/SEQ        ClusterEvent, SEQ zero-padded to 16 digits; the oldest are dropped
 """

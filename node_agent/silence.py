@@ -1,0 +1,206 @@
+"""Tells the cluster's event log that a node fell silent, or is back: each change once.
+
+    heartbeats, as read each second ──► SilenceWatch.saw() ──► silences/NODE, by compare-and-set
+                                                                    │ whose write it is
+                                                                    ▼
+                                                               node-silent, node-back
+
+Every agent looks, and the first to notice tells: it needn't be any certain one, which might be the
+silent one, or see less than others. Nobody decides anything by it (`nodes` says who is silent).
+
+- Who has been away itself sees everybody's heartbeat as old. So an agent tells nothing before it
+  has looked each second for `settle_s`: not after its start, nor after an outage of the store.
+- A change is of one heartbeat, whose revision the record has: what a slow agent still finds of an
+  older one isn't told again.
+- A node is back when it has been heard for as long as it may be silent, so that one which comes and
+  goes is told of at most once in ten seconds.
+- Lost is an event whose agent dies between its write and the event log's; never told twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from migrator.errors import FerryError
+from migrator.model import NodeName, NodeState, Value
+from migrator.ports import Struct
+from node_agent.events import EventKind, EventLog
+from node_agent.nodes import UNREACHABLE_AFTER_S, NodeView
+from node_agent.state.typed import TypedStore
+
+log = logging.getLogger(__name__)
+
+SILENCES: Final = "silences/"
+SETTLE_S: Final = 2 * UNREACHABLE_AFTER_S
+"""The others find the store again within one of its calls' time and a heartbeat more."""
+GAP_S: Final = 3.0
+"""Between two looks: this agent was away, or the store."""
+
+
+class Silence(Value, frozen=True, kw_only=True):
+    """`silences/NODE`: what was last told of it. A node without a record has always been heard."""
+
+    node: str
+    silent: bool
+    revision: int
+    """Of the node's heartbeat that this is about."""
+    heartbeat_at_s: float
+    """When that was made, by the node's own clock."""
+    silent_s: float
+    """So far, by the clock of who told it; of a node that is back in all, by its own."""
+    told_by: str
+    told_at_s: float
+
+
+class _Heard(Struct, frozen=True, kw_only=True):
+    """A node that speaks: since when, by our monotonic clock, and its first heartbeat's time."""
+
+    since: float
+    heartbeat_at_s: float
+
+
+class SilenceWatch:
+    """See the module. `open` starts the one task behind it; `saw` hears every look."""
+
+    def __init__(
+        self,
+        node: NodeName,
+        store: TypedStore,
+        events: EventLog,
+        *,
+        settle_s: float = SETTLE_S,
+        back_after_s: float = UNREACHABLE_AFTER_S,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._node = node
+        self._store = store
+        self._events = events
+        self._settle_s = settle_s
+        self._back_after_s = back_after_s
+        self._clock = clock
+        self._monotonic = monotonic
+        self._looked_at: float | None = None
+        self._looking_since = 0.0
+        self._heard: dict[NodeName, _Heard] = {}
+        self._views: Mapping[NodeName, NodeView] = {}
+        self._told: dict[NodeName, bool] | None = None
+        """Whether a node's silence is what was told last, as far as known; None: not read yet."""
+        self._unsure: Silence | None = None
+        """Written with an unknown outcome, and not told."""
+        self._wakeup = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def open(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="silences")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    def saw(self, views: Mapping[NodeName, NodeView]) -> None:
+        """The heartbeats as they were just read. Never waits."""
+        now = self._monotonic()
+        if self._looked_at is None or now - self._looked_at > GAP_S:
+            self._looking_since = now
+            self._heard.clear()
+        self._looked_at = now
+        for name in self._heard.keys() - views.keys():
+            del self._heard[name]
+        for name, view in views.items():
+            if view.state is NodeState.UNREACHABLE:
+                self._heard.pop(name, None)
+            elif name not in self._heard:
+                self._heard[name] = _Heard(since=now, heartbeat_at_s=view.info.heartbeat_at_s)
+        self._views = views
+        if now - self._looking_since >= self._settle_s:
+            self._wakeup.set()
+
+    async def _run(self) -> None:
+        while True:
+            await self._wakeup.wait()
+            self._wakeup.clear()
+            try:
+                await self._look()
+            except FerryError as error:
+                log.warning("who is silent can't be told now: %s", error)
+            except Exception:
+                log.exception("telling who is silent failed")
+
+    async def _look(self) -> None:
+        views, now = self._views, self._looked_at or 0.0
+        told = self._told if self._told is not None else await self._read()
+        for name, view in views.items():
+            silence_told, heard = told.get(name, False), self._heard.get(name)
+            if view.state is NodeState.UNREACHABLE:
+                if not silence_told:
+                    told[name] = await self._tell(name, view, None)
+            elif silence_told and heard is not None:
+                spoke_for_s = now - view.heartbeat_age_s - heard.since
+                if spoke_for_s >= self._back_after_s:
+                    told[name] = await self._tell(name, view, heard)
+        for name in told.keys() - views.keys():  # Removed from the cluster.
+            entry = await self._store.get(f"{SILENCES}{name}", Silence)
+            if entry is not None:
+                await self._store.delete_if(entry.key, entry.revision)
+            del told[name]
+
+    async def _read(self) -> dict[NodeName, bool]:
+        """What was told, by whomever; and tell what turns out to have been this agent's to tell."""
+        entries = await self._store.list_prefix(SILENCES, Silence)
+        unsure, self._unsure = self._unsure, None
+        for each in entries:
+            if each.value == unsure:
+                self._emit(each.value)
+        self._told = {NodeName(each.value.node): each.value.silent for each in entries}
+        return self._told
+
+    async def _tell(self, name: NodeName, view: NodeView, heard: _Heard | None) -> bool:
+        """A node fell silent (`heard` is None), or is back, if nobody has told that yet.
+
+        Whether its silence is what was told last.
+        """
+        key, silent, silent_s = f"{SILENCES}{name}", heard is None, view.heartbeat_age_s
+        entry = await self._store.get(key, Silence)
+        last = None if entry is None else entry.value
+        was_silent = last is not None and last.silent
+        behind = last is not None and (view.revision, silent) < (last.revision, last.silent)
+        if was_silent == silent or behind:
+            return was_silent
+        if heard is not None and last is not None:
+            silent_s = max(0.0, heard.heartbeat_at_s - last.heartbeat_at_s)
+        change = Silence(
+            node=name,
+            silent=silent,
+            revision=view.revision,
+            heartbeat_at_s=view.info.heartbeat_at_s,
+            silent_s=round(silent_s, 1),
+            told_by=self._node,
+            told_at_s=self._clock(),
+        )
+        try:
+            written = await self._store.put_if(key, change, entry.revision if entry else None)
+        except FerryError:
+            self._unsure, self._told = change, None
+            raise
+        if written is None:  # Another agent was faster, with this or with the next change.
+            return was_silent
+        self._emit(change)
+        return silent
+
+    def _emit(self, change: Silence) -> None:
+        if change.silent:
+            kind, text = EventKind.NODE_SILENT, f"is silent: no heartbeat for {change.silent_s:.0f}"
+            text += " s; whether its guests run isn't known"
+        else:
+            kind, text = EventKind.NODE_BACK, f"is back after {change.silent_s:.0f} s of silence"
+        text = f"node {change.node} {text}"
+        self._events.emit(kind, text, node=change.node, silent_s=change.silent_s)
