@@ -74,7 +74,7 @@ from node_agent.domains import ConsoleChunk, DomainService
 from node_agent.events import EventLog
 from node_agent.homes import choose_home
 from node_agent.hooks.service import HookService
-from node_agent.migrations.endings import NOT_CANCELLED, too_late
+from node_agent.migrations.endings import too_late
 from node_agent.migrations.service import MigrationService
 from node_agent.nodes import NodeRegistry
 from node_agent.peers.hub import PeerHub
@@ -342,7 +342,7 @@ class ClusterService:
         """Ask its source to give up, for `by`. WrongStateError: too late."""
         stored = await self._migrations.get(id)
         if stored.ended:  # Its source needn't be there any more.
-            raise too_late(stored, NOT_CANCELLED)
+            raise too_late(stored, "cancel")
         return await self._hub.call(
             NodeName(stored.source),
             MIGRATION_CANCEL,

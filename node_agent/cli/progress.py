@@ -89,8 +89,11 @@ def outcome(migration: Migration) -> str:
             f"domain {name} runs on {migration.destination}{dark}, total {total}, "
             f"{size(migration.progress.bytes_sent)} sent"
         )
+    told = f"migration {migration.id} of domain {name}"
+    if migration.state is MigrationState.CANCELLED and migration.cancelled_by:
+        return f"{told} was cancelled by {migration.cancelled_by}"
     why = f": {migration.error}" if migration.error else ""
-    return f"migration {migration.id} of domain {name} {migration.state.value}{why}"
+    return f"{told} {migration.state.value}{why}"
 
 
 def describe(migration: Migration) -> str:

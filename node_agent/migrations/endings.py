@@ -8,7 +8,6 @@ from typing import Final
 from migrator.errors import WrongStateError
 from migrator.model import Migration, MigrationState
 
-NOT_CANCELLED: Final = "it was not cancelled"
 _ENDED: Final = {
     MigrationState.COMPLETED: "has completed",
     MigrationState.CANCELLED: "was cancelled",
@@ -16,18 +15,16 @@ _ENDED: Final = {
 }
 
 
-def too_late(migration: Migration, left: str) -> WrongStateError:
-    """`left`: what was not done. Of one that goes on: it is past the beginning of its handoff."""
-    if not migration.ended:
-        why = f"is in the state {migration.state}, where only its own outcome ends it"
-        required = "before its handoff"
-    else:
-        why = f"{_ENDED[migration.state]} already"
-        if migration.ended_at_s is not None:
-            ended_at = time.gmtime(migration.ended_at_s)
-            why += time.strftime(", at %Y-%m-%d %H:%M:%S UTC", ended_at)
-        if migration.error:
-            why += f" ({migration.error})"
-        required = "under way"
+def too_late(migration: Migration, asked: str) -> WrongStateError:
+    """`asked`: what can't be done to it any more, like "cancel"."""
     what = f"migration {migration.id} of domain {migration.domain}"
-    return WrongStateError(what, migration.state, required, f"{what} {why}; {left}")
+    if not migration.ended:
+        why = f"is in the state {migration.state}: it is too late to {asked} it, it ends by itself"
+        return WrongStateError(what, migration.state, "before its handoff", f"{what} {why}")
+    why = f"{_ENDED[migration.state]} already"
+    if migration.ended_at_s is not None:
+        why += time.strftime(", at %Y-%m-%d %H:%M:%S UTC", time.gmtime(migration.ended_at_s))
+    if migration.error:
+        why += f" ({migration.error})"
+    sentence = f"{what} {why}; there is nothing to {asked} any more"
+    return WrongStateError(what, migration.state, "under way", sentence)

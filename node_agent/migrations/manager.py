@@ -53,7 +53,7 @@ from node_agent.migrations.checks import (
     node_reasons,
     state_reasons,
 )
-from node_agent.migrations.endings import NOT_CANCELLED, too_late
+from node_agent.migrations.endings import too_late
 from node_agent.migrations.engine_choice import EngineChoice, EngineChooser
 from node_agent.migrations.forecast import Forecaster
 from node_agent.migrations.moments import MigrationMoments
@@ -310,17 +310,17 @@ class MigrationManager(MigrationService):
     async def limit(self, id: str, bandwidth_bytes_per_s: int | None) -> Migration:
         runner = self._runners.get(id)
         if runner is None or not isinstance(runner.session, SourceSession):
-            raise too_late(await self._publisher.read(id), "its bandwidth was not changed")
+            raise too_late(await self._publisher.read(id), "change")
         runner.limit_bandwidth(bandwidth_bytes_per_s)
         return runner.session.view()
 
     async def cancel(self, id: str, by: str = "") -> Migration:
         runner = self._runners.get(id)
         if runner is None or not isinstance(runner.session, SourceSession):
-            raise too_late(await self._publisher.read(id), NOT_CANCELLED)
+            raise too_late(await self._publisher.read(id), "cancel")
         session = runner.session
         if not session.cancellable and session.state is not MigrationState.CANCELLING:
-            raise too_late(session.view(), NOT_CANCELLED)
+            raise too_late(session.view(), "cancel")
         runner.feed(v.CancelRequested(reason=f"cancelled by {by or 'request'}", by=by))
         return session.view()
 

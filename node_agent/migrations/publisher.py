@@ -178,4 +178,6 @@ def _sentence(migration: Migration) -> str:
             "" if migration.blackout_ms is None else f", blackout {migration.blackout_ms:.1f} ms"
         )
         return f"{route} completed in {migration.total_s or 0.0:.2f} s{blackout}"
+    if migration.state is MigrationState.CANCELLED and migration.cancelled_by:
+        return f"{route} was cancelled by {migration.cancelled_by}"
     return f"{route} {migration.state}: {migration.error}"

@@ -37,7 +37,7 @@ from node_agent.domains import DomainService
 from node_agent.events import EventLog
 from node_agent.hooks.service import HookService
 from node_agent.machines import MachinePinner
-from node_agent.migrations.endings import NOT_CANCELLED, too_late
+from node_agent.migrations.endings import too_late
 from node_agent.migrations.engine_choice import EngineChoice
 from node_agent.migrations.service import MigrationService
 from node_agent.nodes import NodeRegistry
@@ -148,7 +148,7 @@ class FakeMigrations(MigrationService):
     async def cancel(self, id: str, by: str = "") -> Migration:
         migration = await self.get(id)
         if migration.ended:
-            raise too_late(migration, NOT_CANCELLED)
+            raise too_late(migration, "cancel")
         self.known[id] = msgspec.structs.replace(migration, cancelled_by=by)
         return self.end(id, MigrationState.CANCELLED)
 

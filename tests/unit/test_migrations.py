@@ -107,14 +107,13 @@ async def test_a_cancel_brings_it_back(tmp_path: Path, monkeypatch: pytest.Monke
             WrongStateError, match=r"was cancelled already, at .* UTC \(cancelled by"
         ):
             await world.a.manager.cancel(began.id)
-        with pytest.raises(WrongStateError, match="its bandwidth was not changed"):
+        with pytest.raises(WrongStateError, match="there is nothing to change any more"):
             await world.a.manager.limit(began.id, None)
         await world.until(lambda: not world.a.node.events._waiting)
         events = [e for e in await world.a.node.events.read() if e.migration == began.id]
         assert [e.message for e in events if "alice" in e.message] == [
             "domain web: migration is in cancelling: cancelled by user alice (operator, token 17)",
-            "domain web: migration from a to b cancelled: "
-            "cancelled by user alice (operator, token 17)",
+            "domain web: migration from a to b was cancelled by user alice (operator, token 17)",
         ]
         assert events[-1].data["by"] == "user alice (operator, token 17)"
 
