@@ -398,6 +398,13 @@ class VolumeDriver(abc.ABC):
     async def verify(self, volume: VolumeName) -> FencingToken | None:
         """The newest token that fenced this volume; None if none did."""
 
+    async def mark(self) -> str | None:
+        """What only this storage answers with; another one behind the same settings doesn't.
+
+        Nodes compare it before a guest goes from one to the other. None: the settings say it all.
+        """
+        return None
+
     async def shut_down(self) -> None:  # noqa: B027 - Most drivers have nothing to let go of.
         """Let go of the driver's own threads and connections. What is open stays open."""
 

@@ -6,6 +6,7 @@ Every agent has the same pools (`pools`), so the agent that is asked does the wo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -30,7 +31,7 @@ from node_agent.resources import (
     VolumeCreate,
     VolumeResize,
 )
-from storage.settings import PoolSettings
+from storage.settings import PoolSettings, same_place
 
 HEALTH_S: Final = 10.0
 """Beyond what any driver allows itself."""
@@ -57,9 +58,13 @@ class VolumeService:
         return await _resource(self._pools.entry(pool))
 
     async def add_pool(self, settings: PoolSettings) -> Pool:
-        """ConflictError: the name is taken; RefusedError: it doesn't work. Nothing was changed."""
+        """ConflictError: the name is taken, or another pool has the place; RefusedError: it doesn't
+        work. Nothing was changed.
+        """
         async with self._pools.trial(settings) as driver:
             health = await _health(driver)
+            if health.reachable:
+                await self._refuse_second_name(settings, driver)
         if not health.reachable:
             raise RefusedError(
                 f"pool {settings.name} was not added: this node can't use it: {health.reason}",
@@ -70,6 +75,21 @@ class VolumeService:
             EventKind.POOL_ADDED, f"pool {settings.name} was added ({entry.driver.name})"
         )
         return await _resource(entry)
+
+    async def _refuse_second_name(self, settings: PoolSettings, driver: VolumeDriver) -> None:
+        """By two names one volume could be given to two domains, and nobody would see it."""
+        mark = await driver.mark()
+        for name in self._pools:
+            present = self._pools.entry(name)
+            same = same_place(settings, present.settings)
+            if not same and mark is not None:
+                with contextlib.suppress(FerryError):  # A pool that doesn't work now can't say.
+                    same = await present.driver.mark() == mark
+            if same and name != settings.name:  # Its own name is told as taken.
+                raise ConflictError(
+                    f"pool {settings.name} was not added: it would be the place of pool {name} "
+                    "under a second name, and its volumes could be used twice"
+                )
 
     async def remove_pool(self, pool: PoolName) -> None:
         """The volumes stay on the storage. ConflictError says which domains have disks on it."""

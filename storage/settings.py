@@ -124,5 +124,20 @@ BY_DRIVER: Final[dict[str, type[PoolBase]]] = {
     "block": BlockSettings,
     "simulated": SimulatedSettings,
 }
+_PLACE: Final = {"path", "server", "export", "provisioner", "portal", "tgt_folder", "tgt_socket"}
+
+
+def same_place(one: PoolBase, other: PoolBase) -> bool:
+    """Whether both lead to the same volumes, as far as settings can tell.
+
+    What only a hook knows is left to it: it may tell pools apart.
+    """
+    places = [
+        {key: value for key, value in msgspec.structs.asdict(each).items() if key in _PLACE}
+        for each in (one, other)
+    ]
+    return type(one) is type(other) and places[0] == places[1] and any(places[0].values())
+
+
 DEFAULT_DRIVER: Final = "directory"
 """Of a pool in agent.toml that names none."""

@@ -28,6 +28,7 @@ volumes = typer.Typer(help="Volumes.", no_args_is_help=True, rich_markup_mode=No
 COPY_TIMEOUT_S = 3700
 """A little more than any driver takes for a copy."""
 
+_OFFERED = ", ".join(name for name in BY_DRIVER if name != "simulated")  # That's for tests.
 _PoolOption = Annotated[str, typer.Option("--pool", help="The pool.")]
 _PoolArgument = Annotated[str, typer.Argument(metavar="NAME", help="The pool.")]
 _VolumeArgument = Annotated[str, typer.Argument(metavar="NAME", help="The volume.")]
@@ -81,7 +82,7 @@ def show_pool(name: _PoolArgument) -> None:
 @pools.command("add")
 def add_pool(
     name: _PoolArgument,
-    driver: Annotated[str, typer.Argument(help=f"One of: {', '.join(BY_DRIVER)}.")],
+    driver: Annotated[str, typer.Argument(help=f"One of: {_OFFERED}.")],
     options: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="The driver's settings: `ferry pool drivers`."),
@@ -90,19 +91,23 @@ def add_pool(
     """Add a pool to the cluster: `ferry pool add fast nfs server=10.0.0.5 export=/ferry`."""
     kind = BY_DRIVER.get(driver)
     if kind is None:
-        raise CliError(
-            f"there is no driver {driver}; there are {', '.join(BY_DRIVER)}", ExitCode.USAGE
-        )
+        raise CliError(f"there is no driver {driver}; there are {_OFFERED}", ExitCode.USAGE)
     body: dict[str, Any] = {"name": name, "driver": driver}
     known = [field.name for field in msgspec.structs.fields(kind) if field.name != "name"]
     for option in options or ():
         key, separator, value = option.partition("=")
         if not separator or key not in known:
             right = ", ".join(f"{each}=" for each in known) or "none"
-            raise CliError(f"{option!r} is no setting of {driver}: {right}", ExitCode.USAGE)
+            raise CliError(
+                f"{option} is no setting of {driver}, which has: {right}", ExitCode.USAGE
+            )
         body[key] = _typed(kind, key, value)
     pool = settings.client().post("/v1/pools", Pool, body)
-    show(pool, f"pool {pool.name} ({pool.driver}) is there on every node")
+    show(
+        pool,
+        f"pool {pool.name} ({pool.driver}) is added, and works on the node that was "
+        "asked; `ferry doctor` tries it on each",
+    )
 
 
 @pools.command("drivers")

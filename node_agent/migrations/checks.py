@@ -7,6 +7,7 @@ can't offer. Both lists go to the user together.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -38,6 +39,8 @@ class Inspection(Struct, frozen=True, kw_only=True):
     tls: bool | None = None
     """Whether the source's engine speaks TLS; None: nobody asks."""
     engine: EngineKind = EngineKind.PAGED
+    marks: Mapping[str, str] = {}
+    """By pool, which storage the source has behind its name; without a pool: nobody asks."""
 
 
 def node_reasons(
@@ -123,7 +126,7 @@ class DestinationCheck:
             lambda: self._here(spec),
             lambda: self._memory(spec),
             lambda: self._machine(spec, inspection.source, inspection.engine),
-            lambda: self._disks(spec),
+            lambda: self._disks(spec, inspection.marks),
             lambda: self._nics(spec),
             lambda: self._boot(spec),
             lambda: self._encryption(inspection.tls),
@@ -193,8 +196,24 @@ class DestinationCheck:
             found.append(f"it can't receive memory: {own.paged_engine_reason}")
         return found
 
-    async def _disks(self, spec: DomainSpec) -> list[str]:
-        found: list[str] = []
+    async def marks(self, spec: DomainSpec) -> dict[str, str]:
+        """This node's, of the pools that a domain has disks on; without those that can't say."""
+        found: dict[str, str] = {}
+        for name in {disk.pool for disk in spec.disks}:
+            pool = self._pools.get(PoolName(name))
+            with contextlib.suppress(FerryError):  # Whether the storage works is asked elsewhere.
+                if pool is not None and (mark := await pool.mark()) is not None:
+                    found[name] = mark
+        return found
+
+    async def _disks(self, spec: DomainSpec, there: Mapping[str, str]) -> list[str]:
+        own = await self.marks(spec)
+        found = [
+            f"its pool {name} is another storage than the source's, under the same name: is it "
+            "mounted on both?"
+            for name in sorted(own.keys() & there.keys())
+            if own[name] != there[name]
+        ]
         for disk in spec.disks:
             pool = self._pools.get(PoolName(disk.pool))
             if pool is None:

@@ -82,6 +82,9 @@ class DirectoryPool(VolumeDriver):
         except StorageError as error:
             return PoolHealth(reachable=False, reason=str(error))
 
+    async def mark(self) -> str | None:
+        return await self._call(self._folder.mark, timeout_s=HEALTH_TIMEOUT_S)
+
     async def create(
         self,
         volume: VolumeName,

@@ -3,6 +3,7 @@
     NAME.raw or NAME.qcow2       a volume; the suffix says its format, nobody probes it
     .NAME.token                  the newest token that fenced it, in decimal
     .NAME.FORMAT.RANDOM.tmp      a volume that is being made; renamed when it is complete
+    .ferry.mark                  random text: which folder this is (two nodes' may differ)
     .ferry.lock                  held (flock) while a name appears, disappears or is fenced
 
 Volume names begin with a letter or digit, so no volume is ever hidden, and nothing hidden a
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from migrator import durable
-from migrator.errors import ConflictError, FenceError, NotFoundError, StorageError
+from migrator.errors import ConflictError, FenceError, NotFoundError, StorageError, words
 from migrator.model import (
     DiskFormat,
     FencingToken,
@@ -39,6 +40,8 @@ ABANDONED_AFTER_S: Final = 86_400.0
 
 CHAIN_MAX: Final = 16
 """Linked clones of linked clones: each costs a lookup on every first read of a cluster."""
+
+POOL_MARK: Final = ".ferry.mark"
 
 _WRITABLE: Final = 0o660
 _READ_ONLY: Final = 0o440
@@ -156,6 +159,29 @@ class PoolFolder:
             capacity_bytes=room.f_blocks * room.f_frsize,
             free_bytes=room.f_bavail * room.f_frsize,
         )
+
+    def mark(self) -> str | None:
+        """The folder's random text, made where there is none. None: it can't be written now.
+
+        Whoever makes it first wins, by link(2), which is atomic on NFS too.
+        """
+        mark = self.path / POOL_MARK
+        if not self.path.is_dir():
+            raise StorageError(f"pool {self.pool}: folder {self.path} is missing: is it mounted?")
+        with contextlib.suppress(FileNotFoundError):
+            return mark.read_text().strip() or None
+        fresh = self.path / f"{POOL_MARK}.{uuid.uuid4().hex}.tmp"
+        try:
+            fresh.write_text(f"{uuid.uuid4().hex}\n")
+            durable.sync(fresh)
+            with contextlib.suppress(FileExistsError):
+                os.link(fresh, mark)
+            return mark.read_text().strip() or None
+        except OSError as error:
+            _log.warning("pool %s: %s can't be made: %s", self.pool, mark, words(error))
+            return None
+        finally:
+            fresh.unlink(missing_ok=True)
 
     # --- linked clones -----------------------------------------------------------------------
 

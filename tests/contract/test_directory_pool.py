@@ -64,6 +64,27 @@ async def test_a_raw_image_is_copied_with_its_holes_and_grown(folder: Path, tmp_
     assert leftovers(folder) == [f"{DISK}.raw"]
 
 
+async def test_nodes_can_tell_whether_they_have_the_same_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, also_here = DirectoryPool(POOL, folder), DirectoryPool(POOL, folder)
+    marks = await asyncio.gather(*(pool.mark() for pool in (here, also_here, here)))
+    assert len(set(marks)) == 1 and marks[0]
+    (other := tmp_path / "other").mkdir()
+    assert await DirectoryPool(POOL, other).mark() not in (None, marks[0])
+    assert leftovers(folder) == [".ferry.mark"]
+    with pytest.raises(StorageError, match="is missing: is it mounted"):
+        await DirectoryPool(POOL, tmp_path / "missing").mark()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (folder / ".ferry.mark").unlink()
+    monkeypatch.setattr(os, "link", full)
+    assert await here.mark() is None
+    assert leftovers(folder) == []
+
+
 @needs_qemu_img
 async def test_a_qcow2_image_is_copied_and_grown(folder: Path, tmp_path: Path) -> None:
     image = tmp_path / "image.qcow2"

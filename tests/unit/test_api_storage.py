@@ -16,7 +16,7 @@ from node_agent.api.server import create_app
 from node_agent.pools import PoolSet
 from storage.directory import DirectoryPool
 from storage.drivers import make_pool
-from storage.settings import SimulatedSettings
+from storage.settings import NbdSettings, NfsSettings, SimulatedSettings, same_place
 from tests.unit.agent_world import World, open_world
 from tests.unit.test_api import SPEC, Client, ask, running
 
@@ -139,6 +139,32 @@ async def test_a_pool_that_cant_be_used_is_not_added(
     assert "mounted" in problem["detail"] and problem["reasons"]
     await ask(client, "GET", "/v1/pools/gone", status=404)
     assert await world.a.store.list_prefix("pools/") == []
+
+
+async def test_one_place_has_no_two_names(client: Client, world: World, tmp_path: Path) -> None:
+    """By two names, one volume could be a disk of two domains."""
+    world.a.pools._make = lambda settings: make_pool(settings, NodeName("a"), tmp_path)
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        body = {"name": folder, "driver": "directory", "path": str(tmp_path / folder)}
+        await ask(client, "POST", "/v1/pools", body, status=201)
+    (tmp_path / "link").symlink_to(tmp_path / "two")
+    for path, known in (("one", "one"), ("link", "two")):
+        again = {"name": "again", "driver": "directory", "path": str(tmp_path / path)}
+        problem = await ask(client, "POST", "/v1/pools", again, status=409)
+        assert f"the place of pool {known} under a second name" in problem["detail"]
+        await ask(client, "GET", "/v1/pools/again", status=404)
+
+
+def test_settings_tell_whether_two_pools_are_one_place() -> None:
+    nfs = NfsSettings(name="a", server="10.0.0.5", export="/srv")
+    assert same_place(nfs, NfsSettings(name="b", server="10.0.0.5", export="/srv"))
+    assert not same_place(nfs, NfsSettings(name="b", server="10.0.0.5", export="/other"))
+    nbd = NbdSettings(name="a", provisioner="10.0.0.5:10808")
+    assert same_place(nbd, NbdSettings(name="b", provisioner="10.0.0.5:10808", tls_username="x"))
+    assert not same_place(nfs, nbd)
+    hooked = NbdSettings(name="a", hook="/usr/local/lib/nbd")
+    assert not same_place(hooked, NbdSettings(name="b", hook="/usr/local/lib/nbd"))
 
 
 async def test_a_stored_pool_that_nobody_understands_keeps_no_agent_from_starting(

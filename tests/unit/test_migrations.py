@@ -30,6 +30,7 @@ from node_agent.migrations import room
 from node_agent.migrations.checks import claim_reasons
 from node_agent.migrations.removed_peers import part_with
 from node_agent.migrations.site import Envelope
+from storage.simulated import SimulatedPool
 from tests.unit.migration_world import (
     WEB,
     check_back_home,
@@ -330,6 +331,27 @@ async def test_a_full_disk_is_a_reason_against_it_on_either_node(
         full = tmp_path
         began = await world.migrate()
         assert (await world.ended(began)).state is _S.COMPLETED
+
+
+async def test_another_storage_behind_a_pool_s_name_is_a_reason_against_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that isn't mounted there: the guest would go on with other disks than its own."""
+    marks: dict[str, str] = {}
+
+    async def mark(pool: SimulatedPool) -> str | None:
+        return marks.get(pool.node)
+
+    monkeypatch.setattr(SimulatedPool, "mark", mark)
+    async with migration_world(tmp_path, monkeypatch) as world:
+        marks = {"a": "x", "b": "y"}
+        with pytest.raises(RefusedError, match="node b: its pool default is another storage"):
+            await world.migrate()
+        assert world.running() == ["a"]
+        for none_or_same in ({"a": "x"}, {"b": "x"}, {"a": "x", "b": "x"}):
+            marks = none_or_same
+            assert await world.a.manager.check(WEB, MigrationRequest(destination="b")) == []
+        assert (await world.ended(await world.migrate())).state is _S.COMPLETED
 
 
 async def test_a_claim_that_only_waits_for_the_journal_is_told_as_that() -> None:
