@@ -50,7 +50,8 @@ from node_agent.hooks.service import HookService
 from node_agent.machines import MachinePinner
 from node_agent.migrations import link_speed
 from node_agent.migrations.checks import DestinationCheck, cordon_reasons
-from node_agent.migrations.cutover import CutoverService, CutoverSettings
+from node_agent.migrations.cutover import CutoverService
+from node_agent.migrations.cutover_settings import CutoverSettings
 from node_agent.migrations.forecast import Forecaster
 from node_agent.migrations.link_probe import LinkProbe
 from node_agent.migrations.manager import MigrationManager

@@ -16,7 +16,7 @@ import msgspec
 import typer
 
 from deploy.lab import lab as labs
-from deploy.lab.plan import FabricKind, StoreKind
+from deploy.lab.kinds import FabricKind, StoreKind
 from deploy.lab.preconditions import remarks, require_root
 from deploy.lab.record import DEFAULT_NAME
 from migrator.errors import FerryError, InvalidRequest, RefusedError

@@ -7,17 +7,16 @@ from typing import Final
 import msgspec
 
 from deploy.lab import frr, storage
-from deploy.lab.kinds import FRR_FABRICS, OVERLAY_IDENTIFIER, OVERLAY_MTU_BYTES
-from deploy.lab.overlay import overlay_of
-from deploy.lab.plan import (
-    ETCD_CLIENT_PORT,
-    GUEST_BRIDGE,
-    NODE_UPLINK,
+from deploy.lab.cables import NODE_UPLINK
+from deploy.lab.kinds import (
+    FRR_FABRICS,
+    OVERLAY_IDENTIFIER,
+    OVERLAY_MTU_BYTES,
     FabricKind,
-    LabPlan,
-    NodePlan,
     StoreKind,
 )
+from deploy.lab.overlay import overlay_of
+from deploy.lab.plan import ETCD_CLIENT_PORT, GUEST_BRIDGE, LabPlan, NodePlan
 from migrator.tls import TlsMode
 from node_agent.config import (
     AgentConfig,

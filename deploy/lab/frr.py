@@ -24,13 +24,9 @@ from typing import Final
 from pyroute2 import IPRoute
 
 from deploy.lab import processes
-from deploy.lab.kinds import FRR_FABRICS, OVERLAY_IDENTIFIER, OVERLAY_MTU_BYTES
+from deploy.lab.kinds import FRR_FABRICS, OVERLAY_IDENTIFIER, OVERLAY_MTU_BYTES, FabricKind
 from deploy.lab.namespaces import work_in
-from deploy.lab.plan import (
-    GUEST_BRIDGE,
-    FabricKind,
-    LabPlan,
-)
+from deploy.lab.plan import GUEST_BRIDGE, LabPlan
 from migrator.errors import FerryError, RefusedError
 from netfabric.vxlan.overlay import Overlay
 from netfabric.vxlan.overlay import ensure as ensure_end

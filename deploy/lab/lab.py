@@ -37,15 +37,9 @@ from deploy.lab import (
     storage,
 )
 from deploy.lab.config import agent_config_text
+from deploy.lab.kinds import FabricKind, StoreKind
 from deploy.lab.merging import merge, with_fabric
-from deploy.lab.plan import (
-    FabricKind,
-    LabPlan,
-    NodePlan,
-    StoreKind,
-    check_lab_name,
-    lab_of_namespace,
-)
+from deploy.lab.plan import LabPlan, NodePlan, check_lab_name, lab_of_namespace
 from deploy.lab.preconditions import check_machine, require_root
 from deploy.lab.processes import Process
 from deploy.lab.record import (

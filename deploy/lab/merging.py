@@ -6,7 +6,8 @@ from typing import Final
 
 import msgspec
 
-from deploy.lab.plan import FabricKind, LabPlan, StoreKind, check_fabric, make_plan
+from deploy.lab.kinds import FabricKind, StoreKind
+from deploy.lab.plan import LabPlan, check_fabric, make_plan
 from deploy.lab.record import LabRecord, labs_root
 from migrator.errors import ConflictError
 

@@ -16,15 +16,9 @@ from typing import Any, Final
 
 from pyroute2 import IPRoute, NetlinkError
 
+from deploy.lab.cables import GUEST_INTERFACE, SWITCH_GUEST_BRIDGE, SWITCH_MGMT_BRIDGE, Link, Subnet
 from deploy.lab.namespaces import ensure_namespace, namespace_key, netlink_socket
-from deploy.lab.plan import (
-    GUEST_INTERFACE,
-    SWITCH_GUEST_BRIDGE,
-    SWITCH_MGMT_BRIDGE,
-    LabPlan,
-    Link,
-    Subnet,
-)
+from deploy.lab.plan import LabPlan
 from migrator.errors import FabricError
 
 PREFIX_BITS: Final = 24

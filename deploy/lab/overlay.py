@@ -20,9 +20,10 @@ from typing import Final
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from deploy.lab.cables import GUEST_INTERFACE
 from deploy.lab.kinds import OVERLAY_IDENTIFIER, OVERLAY_MTU_BYTES, FabricKind
 from deploy.lab.namespaces import work_in
-from deploy.lab.plan import GUEST_BRIDGE, GUEST_INTERFACE, LabPlan
+from deploy.lab.plan import GUEST_BRIDGE, LabPlan
 from migrator.errors import FabricError
 from netfabric.vxlan.overlay import Overlay, ensure
 

@@ -39,17 +39,17 @@ from typing import Final
 
 import msgspec
 
-from deploy.lab.cables import GUEST_INTERFACE as GUEST_INTERFACE
-from deploy.lab.cables import MGMT_INTERFACE as MGMT_INTERFACE
-from deploy.lab.cables import NODE_UPLINK as NODE_UPLINK
-from deploy.lab.cables import SWITCH_GUEST_BRIDGE as SWITCH_GUEST_BRIDGE
-from deploy.lab.cables import SWITCH_MGMT_BRIDGE as SWITCH_MGMT_BRIDGE
-from deploy.lab.cables import Link as Link
-from deploy.lab.cables import Subnet as Subnet
-from deploy.lab.cables import evpn_link, mgmt_link, routed_link
-from deploy.lab.kinds import OVERLAY_FABRICS, ROUTED_FABRICS
-from deploy.lab.kinds import FabricKind as FabricKind
-from deploy.lab.kinds import StoreKind as StoreKind
+from deploy.lab.cables import (
+    GUEST_INTERFACE,
+    NODE_UPLINK,
+    SWITCH_GUEST_BRIDGE,
+    Link,
+    Subnet,
+    evpn_link,
+    mgmt_link,
+    routed_link,
+)
+from deploy.lab.kinds import OVERLAY_FABRICS, ROUTED_FABRICS, FabricKind, StoreKind
 from migrator.errors import InvalidRequest, NotFoundError
 
 NODES_MAX: Final = 200

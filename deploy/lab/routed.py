@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Final
 
 from deploy.lab import frr, processes
+from deploy.lab.kinds import FabricKind
 from deploy.lab.namespaces import write_setting
-from deploy.lab.plan import FabricKind, LabPlan
+from deploy.lab.plan import LabPlan
 from deploy.lab.processes import Process
 from migrator.errors import FerryError
 from netfabric.routes.netlink.speaker import PORT

@@ -46,7 +46,7 @@ from node_agent.cluster_calls import Done
 from node_agent.events import EventKind, EventLog
 from node_agent.migrations.connections import ConnectionMover
 from node_agent.migrations.cutover_records import CutoverRecords, seen_by, with_first
-from node_agent.migrations.cutover_settings import CutoverSettings as CutoverSettings
+from node_agent.migrations.cutover_settings import CutoverSettings
 from node_agent.migrations.judgement import is_verified, suspects, to_prove, with_learnt
 from node_agent.migrations.late_cutover import LateCutover
 from node_agent.migrations.publisher import Publisher

@@ -27,7 +27,7 @@ from typing import Final
 from deploy import lab
 from deploy.guest.build import build_guest, default_cache_directory
 from deploy.lab.enter import enter
-from deploy.lab.plan import FabricKind
+from deploy.lab.kinds import FabricKind
 from migrator.model import Cutover, Migration
 from netfabric import filters
 from tests.benchmarks.tcp import Arrivals, Recovery, recovery

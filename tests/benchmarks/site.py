@@ -20,9 +20,10 @@ from pyroute2 import IPRoute
 
 from deploy import lab
 from deploy.guest.build import GuestImage
+from deploy.lab.cables import MGMT_INTERFACE
 from deploy.lab.enter import enter
 from deploy.lab.namespaces import netlink_socket
-from deploy.lab.plan import GUEST_BRIDGE, MGMT_INTERFACE
+from deploy.lab.plan import GUEST_BRIDGE
 from migrator.errors import FerryError
 from migrator.model import DomainSpec, KernelBoot, NicSpec
 from netfabric import taps

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from deploy.lab.plan import GUEST_INTERFACE
+from deploy.lab.cables import GUEST_INTERFACE
 from tests.integration.cluster.client import _Watch, in_namespace
 
 BIN_S: Final = 0.05

@@ -9,8 +9,8 @@ import pytest
 
 from deploy import lab
 from deploy.guest.build import build_guest, default_cache_directory
+from deploy.lab.kinds import StoreKind
 from deploy.lab.lab import etcd_member
-from deploy.lab.plan import StoreKind
 from migrator.model import MigrationState, NodeState
 from node_agent.cli.errors import ApiProblem
 from node_agent.drain.resources import Drain, DrainState, MoveState

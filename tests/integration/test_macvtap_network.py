@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.lab.plan import FabricKind
+from deploy.lab.kinds import FabricKind
 from tests.integration import quick_agent
 from tests.integration.cluster.to_and_fro import nothing_is_lost_to_and_fro
 from tests.integration.cluster.world import Cluster, Load, two_nodes

@@ -18,8 +18,8 @@ from deploy import lab
 from deploy.guest.build import build_guest, default_cache_directory
 from deploy.lab import frr
 from deploy.lab.enter import enter
-from deploy.lab.kinds import ROUTED_FABRICS
-from deploy.lab.plan import GUEST_BRIDGE, FabricKind
+from deploy.lab.kinds import ROUTED_FABRICS, FabricKind
+from deploy.lab.plan import GUEST_BRIDGE
 from migrator.model import Cutover, Migration
 from netfabric import filters
 from node_agent.doctor.findings import Level

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from deploy import lab
-from deploy.lab.kinds import OVERLAY_FABRICS, OVERLAY_LINK_BYTES
-from deploy.lab.plan import NODE_UPLINK, FabricKind
+from deploy.lab.cables import NODE_UPLINK
+from deploy.lab.kinds import OVERLAY_FABRICS, OVERLAY_LINK_BYTES, FabricKind
 from tests.integration import quick_agent
 from tests.integration.cluster.to_and_fro import nothing_is_lost_to_and_fro
 from tests.integration.cluster.world import Cluster, Load, eventually, two_nodes

@@ -16,7 +16,8 @@ import msgspec
 import pytest
 
 from deploy.lab.enter import enter
-from deploy.lab.plan import FabricKind, LabPlan
+from deploy.lab.kinds import FabricKind
+from deploy.lab.plan import LabPlan
 from node_agent.hooks.routes import RouteCall
 from node_agent.hooks.webhook import signature
 from tests.integration import webhook_agent

@@ -44,7 +44,8 @@ from netfabric.simulated.connections import SimulatedConnections
 from node_agent.cluster_calls import ClusterCalls
 from node_agent.hooks.service import HookService
 from node_agent.migrations.checks import DestinationCheck
-from node_agent.migrations.cutover import CutoverService, CutoverSettings
+from node_agent.migrations.cutover import CutoverService
+from node_agent.migrations.cutover_settings import CutoverSettings
 from node_agent.migrations.forecast import Forecaster
 from node_agent.migrations.manager import MigrationManager
 from node_agent.migrations.moments import MigrationMoments

@@ -10,18 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deploy.lab.cables import NODE_UPLINK
 from deploy.lab.config import agent_config, agent_config_text
-from deploy.lab.kinds import OVERLAY_FABRICS
+from deploy.lab.kinds import OVERLAY_FABRICS, FabricKind, StoreKind
 from deploy.lab.network import shaping_bytes
 from deploy.lab.plan import (
     LINK_MBIT_MAX,
-    NODE_UPLINK,
     NODES_MAX,
     ROUTED_NODES_MAX,
     SOCKET_PATH_BYTES_MAX,
-    FabricKind,
     LabPlan,
-    StoreKind,
     check_fabric,
     lab_of_namespace,
     make_plan,

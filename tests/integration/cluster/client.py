@@ -19,8 +19,8 @@ from types import TracebackType
 from typing import Final, Self
 
 from deploy.guest.protocol import UdpPacket, stream_bytes
+from deploy.lab.cables import GUEST_INTERFACE
 from deploy.lab.enter import enter
-from deploy.lab.plan import GUEST_INTERFACE
 
 HTTP_PORT: Final = 80
 CONNECT_S: Final = 10.0

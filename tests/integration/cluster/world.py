@@ -19,7 +19,8 @@ from deploy.guest.cmdline import guest_cmdline
 from deploy.guest.disk_check import check_disk
 from deploy.guest.protocol import READY, ConsoleReport, GuestStatus, parse_status, read_console
 from deploy.guest.records import DiskReport
-from deploy.lab.plan import GUEST_BRIDGE, FabricKind, LabPlan
+from deploy.lab.kinds import FabricKind
+from deploy.lab.plan import GUEST_BRIDGE, LabPlan
 from deploy.lab.processes import (
     Process,
     alive,
