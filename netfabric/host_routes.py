@@ -23,15 +23,22 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from migrator.errors import FabricError
-from netfabric.rtnetlink import NLM_F_CREATE, NLM_F_REPLACE, attribute, tell
+from netfabric.netlink_format import (
+    IFF_UP,
+    NDA_LLADDR,
+    NLM_F_CREATE,
+    NLM_F_REPLACE,
+    RTM_NEWLINK,
+    RTM_NEWNEIGH,
+    attribute,
+)
+from netfabric.rtnetlink import tell
 
 PROTOCOL: Final = 111
 """Of the routes that Ferry makes; free in /etc/iproute2/rt_protos."""
 
-_RTM_NEWLINK: Final = 16
 _RTM_NEWROUTE: Final = 24
 _RTM_DELROUTE: Final = 25
-_RTM_NEWNEIGH: Final = 28
 _RTA_DST: Final = 1
 _RTA_OIF: Final = 4
 _RTA_GATEWAY: Final = 5
@@ -42,10 +49,8 @@ _SCOPE_UNIVERSE: Final = 0
 _SCOPE_LINK: Final = 253
 _UNICAST: Final = 1
 _NDA_DST: Final = 1
-_NDA_LLADDR: Final = 2
 _NUD_PERMANENT: Final = 0x80
 _NTF_PROXY: Final = 0x08
-_IFF_UP: Final = 0x1
 _IFF_ALLMULTI: Final = 0x200
 _GONE: Final = frozenset({errno.ESRCH, errno.ENOENT, errno.ENODEV})
 
@@ -96,16 +101,16 @@ def set_neighbour(address: Address, interface_index: int, mac: bytes) -> None:
     header = struct.pack(
         "=BxxxiHBB", _family(address), interface_index, _NUD_PERMANENT, 0, _UNICAST
     )
-    payload = header + attribute(_NDA_DST, address.packed) + attribute(_NDA_LLADDR, mac)
+    payload = header + attribute(_NDA_DST, address.packed) + attribute(NDA_LLADDR, mac)
     flags = NLM_F_CREATE | NLM_F_REPLACE
-    tell(_RTM_NEWNEIGH, flags, payload, f"can't make {address} a neighbour")
+    tell(RTM_NEWNEIGH, flags, payload, f"can't make {address} a neighbour")
 
 
 def answer_for(address: Address, interface_index: int) -> None:
     """Answer questions for the address on the interface with our own MAC there (proxy)."""
     header = struct.pack("=BxxxiHBB", _family(address), interface_index, 0, _NTF_PROXY, 0)
     flags = NLM_F_CREATE | NLM_F_REPLACE
-    tell(_RTM_NEWNEIGH, flags, header + attribute(_NDA_DST, address.packed), f"proxy {address}")
+    tell(RTM_NEWNEIGH, flags, header + attribute(_NDA_DST, address.packed), f"proxy {address}")
 
 
 def set_up(interface_index: int, *, up: bool) -> None:
@@ -113,7 +118,7 @@ def set_up(interface_index: int, *, up: bool) -> None:
 
     Nothing happens if it is gone.
     """
-    _set_flag(interface_index, _IFF_UP, up)
+    _set_flag(interface_index, IFF_UP, up)
 
 
 def take_all_multicast(interface_index: int) -> None:
@@ -124,7 +129,7 @@ def take_all_multicast(interface_index: int) -> None:
 def _set_flag(interface_index: int, flag: int, on: bool) -> None:
     flags = flag if on else 0
     payload = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, interface_index, flags, flag)
-    tell(_RTM_NEWLINK, 0, payload, "can't switch the interface", _GONE)
+    tell(RTM_NEWLINK, 0, payload, "can't switch the interface", _GONE)
 
 
 def way_to(address: Address, interface: str | None = None) -> Hop | None:

@@ -16,17 +16,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from netfabric.rtnetlink import TIMEOUT_S, attribute, attributes_in
+from netfabric.netlink_format import (
+    IFF_UP,
+    IFLA_BRPORT_BCAST_FLOOD,
+    IFLA_BRPORT_STATE,
+    NLM_F_DUMP,
+    NLM_F_DUMP_INTR,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    RTM_NEWLINK,
+    PortState,
+    attribute,
+    attributes_in,
+    error_in,
+    message,
+    messages_in,
+)
+from netfabric.rtnetlink import TIMEOUT_S
 
-_IFF_UP: Final = 0x1
-_PORT_FORWARDING: Final = 3
-_RTM_NEWLINK: Final = 16
 _RTM_GETLINK: Final = 18
-_NLM_F_REQUEST: Final = 0x1
-_NLM_F_DUMP: Final = 0x300
-_NLM_F_DUMP_INTR: Final = 0x10
-_NLMSG_ERROR: Final = 2
-_NLMSG_DONE: Final = 3
 _IFLA_ADDRESS: Final = 1
 _IFLA_IFNAME: Final = 3
 _IFLA_MTU: Final = 4
@@ -39,14 +47,12 @@ _INFO_SLAVE_KIND: Final = 4
 _INFO_SLAVE_DATA: Final = 5
 _BR_VLAN_FILTERING: Final = 7
 _BR_VLAN_PROTOCOL: Final = 8
-_BRPORT_STATE: Final = 1
-_BRPORT_BCAST_FLOOD: Final = 30
+_FORWARDING: Final = PortState.FORWARDING
 _SKIP_STATISTICS: Final = 1 << 3
 _NAME_BYTES_MAX: Final = 15
 _ANSWER_BYTES: Final = 1 << 16
 """The kernel fills at most 32 KiB at once (rtnl_dump_ifinfo, af_netlink.c)."""
 _TRIES: Final = 3
-_MESSAGE: Final = struct.Struct("=IHHII")
 _LINK: Final = struct.Struct("=BxHiII")
 
 
@@ -77,7 +83,7 @@ def all_links() -> list[Link]:
     """Every link. OSError."""
     for _ in range(_TRIES):
         try:
-            return list(_ask(b"", _NLM_F_DUMP))
+            return list(_ask(b"", NLM_F_DUMP))
         except _InterruptedError:
             continue
     raise OSError(errno.EINTR, "the table of links changes without a pause")
@@ -101,35 +107,28 @@ def _ask(attributes: bytes, flags: int) -> Iterator[Link]:
     """RTM_GETLINK's answers."""
     mask = attribute(_IFLA_EXT_MASK, struct.pack("=I", _SKIP_STATISTICS))
     payload = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + mask + attributes
-    length = _MESSAGE.size + len(payload)
-    header = _MESSAGE.pack(length, _RTM_GETLINK, _NLM_F_REQUEST | flags, 1, 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as kernel:
         kernel.settimeout(TIMEOUT_S)
-        kernel.sendto(header + payload, (0, 0))
+        kernel.sendto(message(_RTM_GETLINK, flags, payload), (0, 0))
         while True:
-            data = kernel.recv(_ANSWER_BYTES)
-            at = 0
-            while at < len(data):
-                size, kind, told, _, _ = _MESSAGE.unpack_from(data, at)
-                body = data[at + _MESSAGE.size : at + size]
-                at += (size + 3) & ~3
-                if told & _NLM_F_DUMP_INTR:
+            for kind, told, body in messages_in(kernel.recv(_ANSWER_BYTES)):
+                if told & NLM_F_DUMP_INTR:
                     raise _InterruptedError
-                if kind == _NLMSG_DONE:
+                if kind == NLMSG_DONE:
                     return
-                if kind == _NLMSG_ERROR:
-                    code: int = -struct.unpack_from("=i", body)[0]
+                if kind == NLMSG_ERROR:
+                    code = error_in(body)
                     raise OSError(code, os.strerror(code))
-                if kind == _RTM_NEWLINK:
+                if kind == RTM_NEWLINK:
                     yield link_in(body)
             if not flags:
                 return
 
 
-def link_in(message: bytes) -> Link:
+def link_in(content: bytes) -> Link:
     """An RTM_NEWLINK's ifinfomsg and attributes. Pure."""
-    _, _, index, flags, _ = _LINK.unpack_from(message)
-    found = attributes_in(message[_LINK.size :])
+    _, _, index, flags, _ = _LINK.unpack_from(content)
+    found = attributes_in(content[_LINK.size :])
     information = attributes_in(found.get(_IFLA_LINKINFO, b""))
     kind = _text(information.get(_INFO_KIND))
     bridge: dict[int, bytes] = {}
@@ -138,7 +137,7 @@ def link_in(message: bytes) -> Link:
     port: dict[int, bytes] | None = None
     if _text(information.get(_INFO_SLAVE_KIND)) == "bridge" and _INFO_SLAVE_DATA in information:
         port = attributes_in(information[_INFO_SLAVE_DATA])
-    up = bool(flags & _IFF_UP)
+    up = bool(flags & IFF_UP)
     master = found.get(_IFLA_MASTER)
     protocol = bridge.get(_BR_VLAN_PROTOCOL)
     return Link(
@@ -148,10 +147,10 @@ def link_in(message: bytes) -> Link:
         up=up,
         mtu_bytes=_word(found.get(_IFLA_MTU)),
         master=None if master is None else _word(master),
-        forwarding=up and port is not None and _byte(port, _BRPORT_STATE) == _PORT_FORWARDING,
+        forwarding=up and port is not None and _byte(port, IFLA_BRPORT_STATE) == _FORWARDING,
         vlan_filtering=bool(_byte(bridge, _BR_VLAN_FILTERING)),
         vlan_ethertype=0x8100 if protocol is None else int.from_bytes(protocol[:2], "big"),
-        floods=port is None or bool(_byte(port, _BRPORT_BCAST_FLOOD)),
+        floods=port is None or bool(_byte(port, IFLA_BRPORT_BCAST_FLOOD)),
         mac=found.get(_IFLA_ADDRESS, b"").hex(":"),
     )
 

@@ -39,8 +39,9 @@ from netfabric.bridge.links import (
 )
 from netfabric.frames import ETHERTYPE_EXPERIMENTAL, announcements, ethernet, parse_mac
 from netfabric.moves import Arrival, Departure
+from netfabric.netlink_format import PortState
 from netfabric.probing import probe, probing_mac
-from netfabric.rtnetlink import PortState, learn, pin, set_port, set_port_state
+from netfabric.rtnetlink import learn, pin, set_port, set_port_state
 from netfabric.taps import host_side_mac, tap_name, tunnel_name
 
 ARRIVAL_QUEUE_FRAMES: Final = 4096

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import ipaddress
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from migrator.ports import Connection
-from netfabric.rtnetlink import TYPE_MASK, attribute, attributes_in
+from netfabric.netlink_format import NLA_F_NESTED, NLA_TYPE_MASK, attribute, attributes_in
 
 ORIGINAL, REPLY, STATUS, PROTOINFO, TIMEOUT, MARK, ZONE, LABELS = 1, 2, 3, 4, 7, 8, 18, 22
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
@@ -38,7 +38,6 @@ _FLAG_SCALE, _FLAG_SACK, _FLAG_LIBERAL = 0x01, 0x02, 0x08
 _FILTER: Final = 25
 _FILTER_SOURCE: Final = 1
 """CTA_FILTER_F_CTA_IP_SRC (net/netfilter/nf_internals.h)."""
-_NESTED: Final = 0x8000
 _SEEN_REPLY, _ASSURED, _CONFIRMED = 0x2, 0x4, 0x8
 _COPIED: Final = (TIMEOUT, MARK, ZONE, LABELS)
 _FAMILY: Final = {4: 2, 6: 10}
@@ -116,8 +115,8 @@ def told(entry: Entry) -> Connection:
     info, unanswered = _protocol_info(attributes.get(PROTOINFO, b""))
     seen = _SEEN_REPLY if unanswered else status & _SEEN_REPLY
     parts = [
-        attribute(ORIGINAL | _NESTED, attributes[ORIGINAL]),
-        attribute(REPLY | _NESTED, attributes[REPLY]),
+        attribute(ORIGINAL | NLA_F_NESTED, attributes[ORIGINAL]),
+        attribute(REPLY | NLA_F_NESTED, attributes[REPLY]),
         attribute(STATUS, (_CONFIRMED | seen | status & _ASSURED).to_bytes(4, "big")),
         info,
         *(attribute(kind, attributes[kind]) for kind in _COPIED if kind in attributes),
@@ -140,8 +139,8 @@ def _protocol_info(data: bytes) -> tuple[bytes, bool]:
     for kind in (_TCP_FLAGS_ORIGINAL, _TCP_FLAGS_REPLY):
         flags = (tcp.get(kind, b"\0")[0] & (_FLAG_SCALE | _FLAG_SACK)) | _FLAG_LIBERAL
         parts.append(attribute(kind, bytes([flags, _FLAG_SCALE | _FLAG_SACK | _FLAG_LIBERAL])))
-    inner = attribute(_PROTOINFO_TCP | _NESTED, b"".join(parts))
-    return attribute(PROTOINFO | _NESTED, inner), handshake
+    inner = attribute(_PROTOINFO_TCP | NLA_F_NESTED, b"".join(parts))
+    return attribute(PROTOINFO | NLA_F_NESTED, inner), handshake
 
 
 def loosened(entry: Entry) -> bytes | None:
@@ -154,8 +153,8 @@ def loosened(entry: Entry) -> bytes | None:
         return None
     liberal = bytes([_FLAG_LIBERAL, _FLAG_LIBERAL])
     flags = [attribute(kind, liberal) for kind in (_TCP_FLAGS_ORIGINAL, _TCP_FLAGS_REPLY)]
-    inner = attribute(_PROTOINFO_TCP | _NESTED, b"".join(flags))
-    return removal(entry) + attribute(PROTOINFO | _NESTED, inner)
+    inner = attribute(_PROTOINFO_TCP | NLA_F_NESTED, b"".join(flags))
+    return removal(entry) + attribute(PROTOINFO | NLA_F_NESTED, inner)
 
 
 def of_addresses(entry: Entry, packed: Collection[bytes]) -> bool:
@@ -172,8 +171,8 @@ def question(address: ipaddress.IPv4Address | ipaddress.IPv6Address, direction: 
     )
     return (
         generic(address.version)
-        + attribute(direction | _NESTED, attribute(_TUPLE_IP | _NESTED, ip))
-        + attribute(_FILTER | _NESTED, wanted)
+        + attribute(direction | NLA_F_NESTED, attribute(_TUPLE_IP | NLA_F_NESTED, ip))
+        + attribute(_FILTER | NLA_F_NESTED, wanted)
     )
 
 
@@ -184,17 +183,6 @@ def generic(version: int | None = None) -> bytes:
 
 def removal(entry: Entry) -> bytes:
     """The payload that removes it, and begins what changes it: nothing but which one it is."""
-    kinds = [ORIGINAL | _NESTED, *([ZONE] if ZONE in entry.attributes else [])]
-    parts = [attribute(kind, entry.attributes[kind & TYPE_MASK]) for kind in kinds]
+    kinds = [ORIGINAL | NLA_F_NESTED, *([ZONE] if ZONE in entry.attributes else [])]
+    parts = [attribute(kind, entry.attributes[kind & NLA_TYPE_MASK]) for kind in kinds]
     return generic(entry.version) + b"".join(parts)
-
-
-def messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Kind and payload of each netlink message in what was read."""
-    at = 0
-    while at + 16 <= len(data):
-        length, kind = struct.unpack_from("=IH", data, at)
-        if length < 16 or at + length > len(data):
-            return
-        yield kind, data[at + 16 : at + length]
-        at += (length + 3) & ~3

@@ -17,7 +17,6 @@ import ipaddress
 import logging
 import os
 import socket
-import struct
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar, Final
@@ -33,13 +32,22 @@ from netfabric.connections.messages import (
     Entry,
     generic,
     loosened,
-    messages,
     of_addresses,
     parse,
     question,
     received,
     removal,
     told,
+)
+from netfabric.netlink_format import (
+    NLM_F_ACK,
+    NLM_F_CREATE,
+    NLM_F_DUMP,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    error_in,
+    message,
+    messages_in,
 )
 from netfabric.threads import in_thread
 
@@ -49,8 +57,6 @@ _NETLINK_NETFILTER: Final = 12
 _TABLE: Final = 1 << 8
 _NEW, _GET, _DELETE = _TABLE, _TABLE | 1, _TABLE | 2
 _GROUP_NEW: Final = 1
-_REQUEST, _ACK, _DUMP, _CREATE = 0x1, 0x4, 0x300, 0x400
-_ERROR, _DONE = 2, 3
 _AT_ONCE: Final = 100
 """Their acknowledgements fit into a socket's usual buffer."""
 _FEW: Final = 1_000
@@ -192,13 +198,13 @@ def _dump(kernel: socket.socket, payload: bytes) -> list[bytes]:
     """The payloads of all that the kernel answers. FabricError: it refuses."""
     found: list[bytes] = []
     try:
-        kernel.send(_message(_GET, _REQUEST | _DUMP, payload))
+        kernel.send(message(_GET, NLM_F_DUMP, payload))
         while True:
-            for kind, content in messages(kernel.recv(_READ_BYTES)):
-                if kind == _DONE:
+            for kind, _, content in messages_in(kernel.recv(_READ_BYTES)):
+                if kind == NLMSG_DONE:
                     return found
-                if kind == _ERROR:
-                    code = -struct.unpack_from("=i", content)[0]
+                if kind == NLMSG_ERROR:
+                    code = error_in(content)
                     raise FabricError(f"connection tracking can't be read: {os.strerror(code)}")
                 found.append(content)
     except OSError as error:
@@ -209,7 +215,7 @@ def _dump(kernel: socket.socket, payload: bytes) -> list[bytes]:
 def _install(payloads: Sequence[bytes]) -> int:
     if not payloads or not is_tracking():
         return 0
-    refused = _tell(_NEW, _CREATE, payloads)
+    refused = _tell(_NEW, NLM_F_CREATE, payloads)
     if len(refused) == len(payloads):
         raise FabricError(f"no connection could be told: {os.strerror(refused[0])}")
     for code in sorted(set(refused)):
@@ -247,13 +253,13 @@ def _tell(kind: int, flags: int, payloads: Sequence[bytes]) -> list[int]:
         with _open() as kernel:
             for at in range(0, len(payloads), _AT_ONCE):
                 part = payloads[at : at + _AT_ONCE]
-                kernel.send(b"".join(_message(kind, _REQUEST | _ACK | flags, one) for one in part))
+                kernel.send(b"".join(message(kind, NLM_F_ACK | flags, one) for one in part))
                 answered = 0
                 while answered < len(part):
-                    for answer, content in messages(kernel.recv(_READ_BYTES)):
-                        if answer == _ERROR:
+                    for answer, _, content in messages_in(kernel.recv(_READ_BYTES)):
+                        if answer == NLMSG_ERROR:
                             answered += 1
-                            code = -struct.unpack_from("=i", content)[0]
+                            code = error_in(content)
                             refused += [code] if code and code != errno.ENOENT else []
     except OSError as error:
         reason = error.strerror or str(error)
@@ -261,13 +267,8 @@ def _tell(kind: int, flags: int, payloads: Sequence[bytes]) -> list[int]:
     return refused
 
 
-def _message(kind: int, flags: int, payload: bytes) -> bytes:
-    padding = bytes(-len(payload) % 4)
-    return struct.pack("=IHHII", 16 + len(payload), kind, flags, 1, 0) + payload + padding
-
-
 def _entries(data: bytes, packed: Collection[bytes]) -> Iterable[Entry]:
-    for kind, payload in messages(data):
+    for kind, _, payload in messages_in(data):
         entry = parse(payload) if kind == _NEW else None
         if entry is not None and of_addresses(entry, packed):
             yield entry

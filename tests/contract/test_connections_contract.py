@@ -27,7 +27,7 @@ from migrator.model import DomainName
 from migrator.ports import Connection, ConnectionTracker, TakenConnections
 from netfabric import filters
 from netfabric.connections import KernelConnections, messages, tracker
-from netfabric.rtnetlink import attribute
+from netfabric.netlink_format import attribute
 from netfabric.simulated.connections import SimulatedConnections
 from node_agent.doctor import links
 from node_agent.doctor.findings import Level
