@@ -43,6 +43,8 @@ def words(error: Exception) -> str:
         number = error.errno
         if number is not None and number in errno.errorcode:
             return os.strerror(number)
+    if type(error).__name__ == "SSLEOFError":  # By name: nothing here needs ssl.
+        return "the other end is gone, without a word"
     return str(error) or type(error).__name__
 
 

@@ -160,7 +160,7 @@ async def running_agent(
         hub = PeerHub(
             node,
             config.peer.listen_address,
-            {},
+            members.peers(),  # Who dials us in our first second is no stranger.
             version(),
             ssl_contexts=None if trust is None else trust.contexts.peers,
             admit=members.admit,

@@ -14,7 +14,9 @@ from node_agent.config import load_config
 
 
 def agent(
-    config: Annotated[Path, typer.Option("--config", "-c", help="Its TOML file.")],
+    config: Annotated[Path, typer.Option("--config", "-c", help="Its TOML file.")] = Path(
+        "/etc/ferry/agent.toml"
+    ),
 ) -> None:
     """Run the agent of this node, until SIGTERM."""
     try:

@@ -16,11 +16,12 @@ from typing import Annotated, Final
 import msgspec
 import typer
 
-from migrator.errors import words
+from migrator.errors import ConfigError, words
 from migrator.ports import Struct
 from node_agent.cli.client import Access, ApiClient
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import show, table
+from node_agent.config import parse_endpoint
 
 app = typer.Typer(
     help="The clusters that you work with.", no_args_is_help=True, rich_markup_mode=None
@@ -149,6 +150,10 @@ def add(
     host = server.removeprefix("https://").rstrip("/")
     if (ca is None) == (fingerprint is None):
         raise CliError("either --ca FILE or --fingerprint HEX is needed", ExitCode.USAGE)
+    try:
+        parse_endpoint(host)
+    except ConfigError as error:
+        raise CliError(f"--server: {error}", ExitCode.USAGE) from error
     if ca is not None:
         try:
             authority = ca.read_text()
@@ -169,7 +174,8 @@ def add(
     write_contexts(
         ContextFile(current=contexts.current or name, contexts=(*contexts.without(name), context))
     )
-    show(who, f"context {name}: {who.name} ({who.role}) at {host}")
+    replaced = "" if len(contexts.without(name)) == len(contexts.contexts) else ", replaced"
+    show(who, f"context {name}{replaced}: {who.name} ({who.role}) at {host}")
 
 
 @app.command("ls")

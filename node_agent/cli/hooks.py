@@ -13,7 +13,7 @@ import typer
 
 from migrator.errors import words
 from node_agent.cli.errors import CliError, ExitCode
-from node_agent.cli.output import facts, settings, show, table
+from node_agent.cli.output import facts, note, settings, show, table
 from node_agent.hooks.model import (
     DEADLINE_S_MAX,
     CommandHook,
@@ -167,20 +167,31 @@ def remove(name: _NameArgument) -> None:
 @app.command()
 def test(
     name: _NameArgument,
-    point: Annotated[HookPoint, typer.Option("--point", help="As if this moment had come.")],
+    point: Annotated[
+        list[HookPoint] | None,
+        typer.Option(
+            "--point", help="As if this moment had come; repeatable. [default: each that it has]"
+        ),
+    ] = None,
     domain: Annotated[str | None, typer.Option(help="For this domain.")] = None,
     node: Annotated[str | None, typer.Option(help="For this node; default: the agent's.")] = None,
 ) -> None:
-    """Really run a hook once. Exit status 1 if it fails."""
-    body = HookTest(point=point, domain=domain, node=node)
-    result = (
-        settings.client()
-        .post(f"{_path(name)}/test", HookTestResult, body, timeout_s=2 * DEADLINE_S_MAX)
-        .result
-    )
-    word = "succeeded" if result.succeeded else "FAILED"
-    show(result, f"hook {name} {word} in {result.seconds:.2f} s: {result.detail}")
-    if not result.succeeded:
+    """Really run a hook, once for each of its moments. Exit status 1 if it fails at one."""
+    client = settings.client()
+    points = point or client.get(_path(name), HookSpec).points
+    results = []
+    for each in points:
+        body = HookTest(point=each, domain=domain, node=node)
+        result = client.post(
+            f"{_path(name)}/test", HookTestResult, body, timeout_s=2 * DEADLINE_S_MAX
+        ).result
+        results.append(result)
+        word = "succeeded" if result.succeeded else "FAILED"
+        if not settings.json:
+            note(f"hook {name} {each} {word} in {result.seconds:.2f} s: {result.detail}")
+    if settings.json:
+        show(results[0] if point and len(point) == 1 else results, "")
+    if not all(result.succeeded for result in results):
         raise typer.Exit(ExitCode.FAILED)
 
 

@@ -63,6 +63,11 @@ def note(text: str) -> None:
     print(text, file=sys.stderr if settings.json else sys.stdout, flush=True)
 
 
+def aside(text: str) -> None:
+    """For people only, where stdout is one value that a script takes as it is: to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as they must be; nothing but the headings where there are no rows."""
     lines = [tuple(headings), *(tuple(row) for row in rows)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from migrator.figures import DirtyRate, LinkOrigin, LinkSpeed, Prediction
-from migrator.model import Migration, MigrationState
+from migrator.model import Migration, MigrationMode, MigrationState
 from node_agent.cli.output import facts, size, table
 from node_agent.resources import DryRun
 
@@ -78,14 +78,11 @@ def _link(link: LinkSpeed) -> str:
 
 def comparison(migration: Migration, prediction: Prediction) -> str:
     """A prediction beside what came of it."""
-    outcome = migration.state.value
-    if migration.ended:
-        outcome = "yes" if migration.state is MigrationState.COMPLETED else "no"
     done = bool(migration.ended)
     total, blackout = migration.total_s, migration.blackout_ms
     sent = sum(each.bytes_sent for each in migration.iterations)
     rows = [
-        ("converges", "yes" if prediction.converges else "no", outcome),
+        ("converges", "yes" if prediction.converges else "no", _converged(migration)),
         ("total", f"{prediction.total_s:.2f} s", "-" if total is None else f"{total:.2f} s"),
         ("sent", size(prediction.bytes_sent), size(sent) if done else "-"),
         ("iterations", str(prediction.iterations), str(len(migration.iterations)) if done else "-"),
@@ -97,3 +94,15 @@ def comparison(migration: Migration, prediction: Prediction) -> str:
     ]
     text = table(("FIGURE", "PREDICTED", "OUTCOME"), rows)
     return text + "\n\nthe prediction was made from\n" + facts(made_from(prediction))
+
+
+def _converged(migration: Migration) -> str:
+    """What pre-copy came to; "-" where the migration ended before that was known."""
+    noted = {phase.name for phase in migration.timeline}
+    if "post-copy" in noted and migration.request.mode is not MigrationMode.POSTCOPY:
+        return "no"
+    if "decision: switch_over" in noted or migration.state is MigrationState.COMPLETED:
+        return "yes"
+    if "decision: give_up" in noted:
+        return "no"
+    return "-" if migration.ended else migration.state.value

@@ -105,8 +105,8 @@ def add_pool(
     pool = settings.client().post("/v1/pools", Pool, body)
     show(
         pool,
-        f"pool {pool.name} ({pool.driver}) is added, and works on the node that was "
-        "asked; `ferry doctor` tries it on each",
+        f"pool {pool.name} ({pool.driver}) is added for every node, and works on the "
+        "one that was asked; `ferry doctor` tries it on each",
     )
 
 

@@ -10,7 +10,7 @@ import typer
 
 from migrator.errors import FerryError
 from node_agent.cli.errors import CliError, ExitCode
-from node_agent.cli.output import facts, moment, note, settings, show, table
+from node_agent.cli.output import aside, facts, moment, note, settings, show, table
 from node_agent.trust.records import (
     TOKEN_TTL_S,
     TOKEN_TTL_S_MAX,
@@ -78,6 +78,11 @@ def init(
         if new:
             write_config(config, loaded)
             note(f"wrote {config}; look at it before other nodes join (store, pools)")
+        if loaded.store.driver == "sqlite":
+            note(
+                f"its store is the file {loaded.store.path}: a cluster of agents on this one host. "
+                "For several hosts found it with --etcd"
+            )
     except FerryError as error:
         raise refused(error) from error
     show(
@@ -101,7 +106,8 @@ def token(
         raise CliError(f"--ttl {ttl}: a join token holds from 1s to 7d", ExitCode.USAGE)
     body = JoinTokenCreate(ttl_s=ttl_s)
     made = settings.client().post("/v1/cluster/tokens", JoinTokenMade, body)
-    note(f"for one node, until {moment(made.expires_at_s)}; on that node: ferry cluster join TOKEN")
+    until = moment(made.expires_at_s)
+    aside(f"for one node, until {until}; on that node: ferry cluster join TOKEN")
     show(made, made.token)
 
 

@@ -9,7 +9,7 @@ import typer
 
 from node_agent.cli.client import ApiClient
 from node_agent.cli.errors import CliError, ExitCode
-from node_agent.cli.output import moment, note, settings, show, table
+from node_agent.cli.output import aside, moment, settings, show, table
 from node_agent.cli.trust import parse_duration
 from node_agent.resources import NodeList
 from node_agent.trust.records import (
@@ -97,13 +97,13 @@ def _issue(client: ApiClient, name: str, label: str, ttl: str | None) -> ApiToke
 
 
 def _print_token(client: ApiClient, made: ApiTokenMade) -> None:
-    """The token alone on stdout; how to use it on stderr or before it."""
+    """The token alone on stdout; how to use it on stderr."""
     authority = client.get("/v1/cluster/authority", AuthorityView)
     nodes = client.get("/v1/nodes", NodeList).nodes
     if not nodes:
         raise CliError("the cluster has no nodes", ExitCode.FAILED)
     server = next((each.api_address for each in nodes if each.name == authority.node), "HOST:7780")
-    note(
+    aside(
         f"for {made.user}: ferry context add {authority.cluster} --server {server} "
         f"--fingerprint {authority.fingerprint} --token TOKEN"
     )

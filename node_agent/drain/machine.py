@@ -140,7 +140,7 @@ class DrainMachine(Ledger):
                 self._look(move)
         base, step = self._base, "has begun" if self._base.term <= 1 else "goes on"
         self._note(
-            f"{base.operation} of {base.node} {step}, coordinated by {base.coordinator}", now
+            f"{base.operation}{self._of_node} {step}, coordinated by {base.coordinator}", now
         )
 
     def _look(self, move: Move) -> None:
@@ -433,9 +433,12 @@ class DrainMachine(Ledger):
         if self._base.node:
             self._out.append(v.SetCordon(state=node_state))
         took = f"{now - self._base.started_at_s:.1f} s"
-        node = f" of {self._base.node}" if self._base.node else ""
         why = f": {self._base.error}" if self._base.error else ""
-        self._note(f"{self._base.operation}{node} is {state} after {took}{why}", now)
+        self._note(f"{self._base.operation}{self._of_node} is {state} after {took}{why}", now)
+
+    @property
+    def _of_node(self) -> str:
+        return f" of {self._base.node}" if self._base.node else ""  # A balancing has none.
 
 
 _SOUGHT: Final = (v.Found, v.NoPlace, v.Looked, v.Unclear)

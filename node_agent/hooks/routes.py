@@ -22,7 +22,7 @@ import msgspec
 
 from migrator.errors import FabricError
 from migrator.ports import RouteDriver
-from node_agent.hooks.webhook import post
+from node_agent.hooks.webhook import post, why
 
 LIMIT_S: Final = 3.0
 """For one call, repetitions included."""
@@ -126,7 +126,7 @@ class WebhookRoutes(RouteDriver):
                     self._session, self._url, self._secret, body, delivery, left_s
                 )
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                last = str(error) or type(error).__name__
+                last = why(error)
             else:
                 if 200 <= status < 300:
                     return content

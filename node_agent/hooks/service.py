@@ -91,7 +91,12 @@ class HookService:
         hook = await self._read(name)
         if call.point not in hook.points:
             points = " or ".join(hook.points)
-            raise WrongStateError(f"hook {name}", f"not run {call.point}", f"run {points}")
+            raise WrongStateError(
+                f"hook {name}",
+                call.point,
+                points,
+                f"hook {name} was not tried: it is run {points}, not {call.point}",
+            )
         return await self._run_one(hook, call, hook.deadline_s)
 
     # --- moments -----------------------------------------------------------------------------

@@ -18,12 +18,14 @@ import asyncio
 import hashlib
 import hmac
 import secrets
+import ssl
 import time
 from typing import Final
 
 import aiohttp
 import msgspec
 
+from migrator.errors import words
 from node_agent.hooks.model import HookCall, WebhookHook
 from node_agent.hooks.port import HookDriver, HookError
 
@@ -66,7 +68,7 @@ class WebhookDriver(HookDriver[WebhookHook]):
                         session, settings.url, settings.secret, body, delivery, left_s
                     )
                 except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                    last = str(error) or type(error).__name__
+                    last = why(error)
                 else:
                     answer = _answer(content)
                     if status == 202 and answer.more_time_s > 0:
@@ -83,6 +85,15 @@ class WebhookDriver(HookDriver[WebhookHook]):
                 await asyncio.sleep(min(gap_s, max(ends_s - loop.time(), 0)))
                 gap_s = min(2 * gap_s, _GAP_LONGEST_S)
         raise HookError(f"{settings.url} was not done in time, {attempts} attempts; last: {last}")
+
+
+def why(error: Exception) -> str:
+    """Why nothing was answered, without what aiohttp adds for its own developers."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, aiohttp.ClientConnectorError) and not isinstance(error, ssl.SSLError):
+        return f"{error.host} port {error.port} can't be reached: {words(error.os_error)}"
+    return words(error)
 
 
 async def post(

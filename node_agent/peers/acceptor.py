@@ -2,7 +2,8 @@
 
 asyncio's own TLS servers drop a failed handshake in silence, and keep one context for good. Here
 each connection takes the context of its moment (so that a renewed certificate needs no restart),
-and whoever fails is told to the caller: a stranger at the door belongs in the log.
+and whoever fails is told to the caller: a stranger at the door belongs in the log. Who closes the
+connection by itself was refused nothing, and isn't told.
 """
 
 from __future__ import annotations
@@ -77,15 +78,17 @@ class Acceptor:
                 secured = await asyncio.get_running_loop().start_tls(
                     transport, gate, self._context(), server_side=True
                 )
+        except ConnectionError:  # It only knocked (`ferry doctor`, a health check): not refused.
+            transport.abort()
         except OSError as error:  # ssl.SSLError and TimeoutError are among them.
             transport.abort()
             self._failed(str(address[0]) if address else "somebody", explain(error))
-            return
         except BaseException:
             transport.abort()
             raise
-        if secured is not None:
-            gate.open(secured, self._make())
+        else:
+            if secured is not None:
+                gate.open(secured, self._make())
 
 
 class _Plain(asyncio.Protocol):

@@ -122,10 +122,11 @@ class Membership:
         """The last round trip to each peer that we are connected to."""
         if self._hub is None:
             return {}
-        measured = {name: self._hub.round_trip_ms(name) for name in self._peers()}
+        measured = {name: self._hub.round_trip_ms(name) for name in self.peers()}
         return {name: round(ms, 3) for name, ms in sorted(measured.items()) if ms is not None}
 
-    def _peers(self) -> dict[NodeName, Address]:
+    def peers(self) -> dict[NodeName, Address]:
+        """The other nodes, and where each listens; known before the first heartbeat is read."""
         peers: dict[NodeName, Address] = {}
         if self.secured:
             for name, member in self.members.items():
@@ -142,7 +143,7 @@ class Membership:
 
     def _apply(self) -> None:
         if self._hub is not None:
-            self._hub.set_peers(self._peers())
+            self._hub.set_peers(self.peers())
 
     async def _follow(self) -> None:
         async for change in self._store.follow(MEMBERS, MemberRecord):
@@ -168,7 +169,7 @@ class Membership:
             await asyncio.sleep(self._reach_every_s)
             wanted = [
                 name
-                for name in neighbours(self.node, self._peers())
+                for name in neighbours(self.node, self.peers())
                 if self._hub.round_trip_ms(name) is None and self._heard.get(name, (None, True))[1]
             ]
             await asyncio.gather(*(self._reach_one(self._hub, name) for name in wanted))

@@ -7,7 +7,7 @@ import json
 import msgspec
 import pytest
 
-from migrator.model import MigrationState
+from migrator.model import MigrationState, Phase
 from node_agent.cli.errors import ExitCode
 from tests.unit.agent_world import World
 from tests.unit.test_cli import Ferry, define, ferry, world
@@ -49,3 +49,36 @@ async def test_a_prediction_is_shown_beside_the_outcome(ferry: Ferry, world: Wor
     assert lines[at].split() == ["FIGURE", "PREDICTED", "OUTCOME"]
     assert lines[at + 1].split() == ["converges", "yes", "yes"]
     assert lines[at + 5].split()[-2:] == ["7.5", "ms"]
+
+
+@pytest.mark.parametrize(
+    ("state", "noted", "mode", "said"),
+    [
+        (MigrationState.FAILED, (), "hybrid", "-"),  # A hook, or the agent's end: nobody knows.
+        (MigrationState.FAILED, ("decision: switch_over",), "hybrid", "yes"),
+        (MigrationState.FAILED, ("decision: give_up",), "precopy", "no"),
+        (MigrationState.COMPLETED, ("decision: iterate", "post-copy"), "hybrid", "no"),
+        (MigrationState.COMPLETED, ("post-copy",), "postcopy", "yes"),
+        (MigrationState.COMPLETED, (), "precopy", "yes"),
+    ],
+)
+async def test_whether_it_converged_is_told_by_what_was_decided(
+    ferry: Ferry,
+    world: World,
+    state: MigrationState,
+    noted: tuple[str, ...],
+    mode: str,
+    said: str,
+) -> None:
+    await define(ferry, "--start")
+    begun = json.loads((await ferry("migrate", "web", "--no-wait", "--json", "--mode", mode)).out)
+    migration = world.migrations[begun["id"]]
+    world.a.migrations.known[migration.id] = msgspec.structs.replace(
+        migration,
+        prediction=await world.a.migrations.predict("web", migration.request, 1.0),
+        timeline=tuple(Phase(name=name, started_at_s=1.0, seconds=0.0) for name in noted),
+    )
+    world.a.migrations.end(begun["id"], state)
+    lines = (await ferry("migration", "show", begun["id"])).out.splitlines()
+    line = next(each for each in lines if each.startswith("converges "))
+    assert line.split()[-1] == said

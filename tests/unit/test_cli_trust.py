@@ -63,12 +63,14 @@ def ferry(
 async def test_users_and_contexts(world: TrustWorld, ferry: Ferry, tmp_path: Path) -> None:
     local = ["--api", f"unix:{tmp_path / 'api.sock'}"]
     made = await ferry("user", "add", "bob", "--role", "operator", "--label", "laptop", *local)
-    token = made.out.splitlines()[-1]
-    assert "ferry context add c1 --server" in made.out
+    token = made.out.strip()  # Alone: a script takes it as it is.
+    assert "ferry context add c1 --server" in made.err
     fingerprint = world.one.identity.fingerprint
     add = ["context", "add", "prod", "--server", world.server, "--token", token]
     refused = await ferry(*add, code=ExitCode.USAGE)
     assert "--ca FILE or --fingerprint HEX" in refused.err
+    no_port = [*add, "--server", "127.0.0.1", "--fingerprint", "ab" * 32]
+    assert '"127.0.0.1" is not HOST:PORT' in (await ferry(*no_port, code=ExitCode.USAGE)).err
     refused = await ferry(*add, "--fingerprint", "ab" * 32, code=ExitCode.REFUSED)
     assert "of another cluster" in refused.err
     await ferry(*add, "--fingerprint", "xyz", code=ExitCode.USAGE)
@@ -164,6 +166,9 @@ async def test_what_can_not_be_joined_says_why(
     await ferry("cluster", "token", "--ttl", "soon", *local, code=ExitCode.USAGE)
     long = await ferry("cluster", "token", "--ttl", "30d", *local, code=ExitCode.USAGE)
     assert "a join token holds from 1s to 7d" in long.err
+    made = await ferry("cluster", "token", *local)
+    assert made.out.strip() == made.out.split()[0]  # Nothing but the token.
+    assert "ferry cluster join TOKEN" in made.err
     assert not (tmp_path / "c.toml").exists()
 
 
@@ -176,6 +181,7 @@ async def test_a_cluster_is_founded_with_one_command(
         "cluster", "init", "--cluster", "prod", "--config", str(config), "--listen", "192.0.2.1"
     )
     assert "founded the cluster prod" in founded.out
+    assert "a cluster of agents on this one host" in founded.out
     name = load_config(config).node.name
     assert TrustFolder(tmp_path / "state").load(name).cluster == "prod"
     again = await ferry("cluster", "init", "--config", str(config), code=ExitCode.REFUSED)
@@ -183,7 +189,7 @@ async def test_a_cluster_is_founded_with_one_command(
     monkeypatch.setattr(new_config, "STATE_DIRECTORY", str(tmp_path / "second"))
     members = ["--etcd", "192.0.2.1:2379", "--etcd", "192.0.2.2:2379"]
     second = ["cluster", "init", "--config", str(tmp_path / "b.toml"), "--listen", "192.0.2.1"]
-    await ferry(*second, *members)
+    assert "one host" not in (await ferry(*second, *members)).out
     store = load_config(tmp_path / "b.toml").store
     assert (store.driver, store.endpoints) == ("etcd", ("192.0.2.1:2379", "192.0.2.2:2379"))
 

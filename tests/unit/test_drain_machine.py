@@ -75,6 +75,11 @@ def test_as_many_begin_as_were_planned_and_they_share_the_link() -> None:
     assert v.Limit(migration="m-b", bandwidth_bytes_per_s=100_000_000) in done
 
 
+def test_what_is_noted_of_a_balancing_names_no_node() -> None:
+    told = DrainMachine(drain(operation=Operation.BALANCE, node="")).handle(v.Took(), 0.0)
+    assert str(told[0]).count("balance has begun, coordinated by") == 1
+
+
 def test_a_destination_takes_no_more_than_its_lanes() -> None:
     crowded = msgspec.structs.replace(drain("a", "b", "c"), parallel=3, lanes={"n2": 2})
     machine = DrainMachine(crowded)

@@ -34,6 +34,7 @@ async def test_a_refused_connection_is_told_without_a_number() -> None:
     [
         (socket.gaierror(-2, "Name or service not known"), "Name or service not known"),
         (ssl.SSLError(1, "wrong version number"), "wrong version number"),
+        (ssl.SSLEOFError(8, "EOF occurred in violation of protocol (_ssl.c:9)"), "other end is"),
         (ValueError("a key of 3 bytes"), "a key of 3 bytes"),
         (OSError("timed out"), "timed out"),
         (TimeoutError(), "TimeoutError"),

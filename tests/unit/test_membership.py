@@ -275,6 +275,15 @@ async def _renewal_of(folder: TrustFolder) -> RenewRequest:
 # --- peers -----------------------------------------------------------------------------------
 
 
+async def test_members_are_known_before_any_heartbeat_is_read(tmp_path: Path) -> None:
+    """So an agent that has just come up takes nobody of its cluster for a stranger."""
+    async with trust_world(tmp_path, 2) as world:
+        fresh = Membership(N2, world.one.typed, static={})
+        fresh.secured = True
+        await fresh.read()
+        assert set(fresh.peers()) == {N1}
+
+
 async def test_plain_peers_come_from_the_heartbeats_and_the_configuration(
     tmp_path: Path,
 ) -> None:

@@ -123,6 +123,8 @@ async def test_without_tls_and_without_a_certificate_nobody_gets_in(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with trust_world(tmp_path) as world:
+        _, knocking = await asyncio.open_connection(*world.one.hub.address)
+        knocking.close()  # As `ferry doctor` does: nobody was refused anything.
         reader, writer = await asyncio.open_connection(*world.one.hub.address)
         writer.write(hello("n2"))
         with contextlib.suppress(ConnectionResetError):
@@ -137,6 +139,7 @@ async def test_without_tls_and_without_a_certificate_nobody_gets_in(
             assert await reader.read() == b""
         writer.close()
         await until(lambda: "peer did not return a certificate" in caplog.text)
+        assert caplog.text.count("n1 refused 127.0.0.1") == 2
 
 
 async def remove(world: TrustWorld, node: str) -> None:
