@@ -19,7 +19,7 @@ from __future__ import annotations
 import abc
 
 from migrator.model import DomainName, NodeName
-from migrator.ports import Struct
+from migrator.struct import Struct
 from migrator.tls import TlsFiles
 
 

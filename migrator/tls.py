@@ -18,7 +18,7 @@ from typing import Protocol
 
 from migrator.errors import ConfigError, RemoteProtocolError
 from migrator.model import NodeName
-from migrator.ports import Struct
+from migrator.struct import Struct
 
 
 class TlsFiles(Struct, frozen=True, kw_only=True):

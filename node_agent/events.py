@@ -22,6 +22,7 @@ import msgspec
 
 from migrator.errors import StoreError
 from migrator.model import Value
+from node_agent.background import Background
 from node_agent.resources import EVENTS
 from node_agent.state.typed import TypedStore, decode
 
@@ -122,22 +123,19 @@ class EventLog:
         self._wakeup = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._writer: asyncio.Task[None] | None = None
+        self._writer = Background("event-writer")
 
     async def open(self) -> None:
-        self._writer = asyncio.create_task(self._write_all(), name="event-writer")
+        self._writer.start(self._write_all())
 
     async def close(self, timeout_s: float = 2.0) -> None:
         """Write what waits, for at most `timeout_s`, and end the writer."""
-        if self._writer is None:
+        if not self._writer.running:
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
-        self._writer.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._writer
-        self._writer = None
+        await self._writer.close()
 
     def emit(
         self,

@@ -11,7 +11,6 @@ Unreachable means silent, never dead: it entitles nobody to take a domain over (
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ import msgspec
 from migrator.errors import FerryError, NotFoundError
 from migrator.model import NodeInfo, NodeName, NodeState
 from migrator.ports import Struct
+from node_agent.background import Background
 from node_agent.drain.cordons import read_cordons
 from node_agent.resources import NODES
 from node_agent.state.typed import TypedStore
@@ -70,7 +70,7 @@ class NodeRegistry:
         self._clock = clock
         self._monotonic = monotonic
         self._seen: dict[str, _Seen] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._task = Background("node-heartbeat")
         self.silent_s: float | None = None
         """Between this node's last heartbeat before `open` and that; None: it had none."""
         self.trouble = ""
@@ -87,15 +87,11 @@ class NodeRegistry:
         self.silent_s = None if last_s is None else max(0.0, self._clock() - last_s)
         await self.beat()
         await self._look()
-        self._task = asyncio.create_task(self._run(), name="node-heartbeat")
+        self._task.start(self._run())
 
     async def close(self) -> None:
         """End the heartbeat. The others see this node unreachable five seconds later."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        await self._task.close()
 
     async def beat(self) -> None:
         """Write one heartbeat."""

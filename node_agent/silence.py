@@ -20,7 +20,6 @@ silent one, or see less than others. Nobody decides anything by it (`nodes` says
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +28,7 @@ from typing import Final
 from migrator.errors import FerryError
 from migrator.model import NodeName, NodeState, Value
 from migrator.ports import Struct
+from node_agent.background import Background
 from node_agent.events import EventKind, EventLog
 from node_agent.nodes import UNREACHABLE_AFTER_S, NodeView
 from node_agent.state.typed import TypedStore
@@ -94,17 +94,13 @@ class SilenceWatch:
         self._unsure: Silence | None = None
         """Written with an unknown outcome, and not told."""
         self._wakeup = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._task = Background("silences")
 
     def open(self) -> None:
-        self._task = asyncio.create_task(self._run(), name="silences")
+        self._task.start(self._run())
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        await self._task.close()
 
     def saw(self, views: Mapping[NodeName, NodeView]) -> None:
         """The heartbeats as they were just read. Never waits."""

@@ -20,6 +20,7 @@ from typing import Final
 from migrator.errors import FerryError
 from migrator.model import DomainStatus, NodeName
 from migrator.ports import HypervisorDriver, Struct
+from node_agent.background import Background
 from node_agent.peers.hub import PeerHub
 from node_agent.planner.balance import Usage
 
@@ -55,19 +56,16 @@ class UsageMeter:
         self._hypervisor = hypervisor
         self._last: dict[str, Reading] = {}
         self._means: dict[str, Usage] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._task = Background("usage-meter")
 
     def register(self, hub: PeerHub) -> None:
         hub.handle(USAGE, UsageParams, self._answer)
 
     def open(self) -> None:
-        self._task = asyncio.create_task(self._run(), name="usage-meter")
+        self._task.start(self._run())
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await self._task.close()
 
     async def _answer(self, _: NodeName, __: UsageParams) -> NodeUsage:
         return NodeUsage(domains=dict(self._means))

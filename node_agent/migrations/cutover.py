@@ -24,9 +24,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -42,6 +42,7 @@ from migrator.ports import (
     Struct,
     Tunnel,
 )
+from node_agent.background import Asides
 from node_agent.cluster_calls import Done
 from node_agent.events import EventKind, EventLog
 from node_agent.migrations.connections import ConnectionMover
@@ -146,7 +147,7 @@ class CutoverService:
         self._clock = clock
         self._leaving: dict[DomainName, _Leaving] = {}
         self._arriving: dict[DomainName, _Arriving] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._asides = Asides(log)
         self._unsubscribe = hypervisor.subscribe(self._on_domain_event)
 
     def register(self) -> None:
@@ -161,7 +162,7 @@ class CutoverService:
         """End the tasks. Tunnels that are left are removed by the next agent's start."""
         self._unsubscribe()
         watching = [each.watching for each in self._arriving.values() if each.watching is not None]
-        tasks = {*self._tasks, *watching}
+        tasks = {*self._asides.tasks, *watching}
         for task in tasks:
             task.cancel()
         if tasks:
@@ -227,7 +228,7 @@ class CutoverService:
     def left(self, move: Move) -> None:
         """The guest runs elsewhere and the migration's end is published: forward for a while."""
         leaving = self._leaving.pop(move.domain, None)
-        self._own(self._forward(move, leaving))
+        self._asides.add(self._forward(move, leaving))
 
     async def _forward(self, move: Move, leaving: _Leaving | None) -> None:
         record = self._records.of(move.migration_id)
@@ -274,7 +275,7 @@ class CutoverService:
             self._problem(arriving.problems, move, f"not all is ready for its frames: {error}")
         if move.nics:
             arriving.trial = Trial(move)
-            self._own(self._trials.run(arriving.trial))
+            self._asides.add(self._trials.run(arriving.trial))
 
     async def announce(self, move: Move) -> None:
         """The session's word that the guest runs here. FabricError: nothing could be sent."""
@@ -289,7 +290,7 @@ class CutoverService:
         arriving = self._arriving.get(move.domain)
         if arriving is not None and arriving.move.migration_id == move.migration_id:
             del self._arriving[move.domain]
-            self._own(self._connections.gone(move))
+            self._asides.add(self._connections.gone(move))
 
     def _on_domain_event(self, event: DomainEvent) -> None:
         leaving, arriving = self._leaving.get(event.domain), self._arriving.get(event.domain)
@@ -299,11 +300,11 @@ class CutoverService:
                 arriving.resumed_at_s = event.at_s
                 self._watch(arriving)
             case DomainEventKind.PAUSED if leaving is not None and leaving.expected:
-                self._own(self._connections.rest(leaving.move))
-                self._own(self._fabric.shut(event.domain))
+                self._asides.add(self._connections.rest(leaving.move))
+                self._asides.add(self._fabric.shut(event.domain))
             case DomainEventKind.RESUMED if leaving is not None and leaving.expected:
                 leaving.expected = False
-                self._own(self.stays(leaving.move))
+                self._asides.add(self.stays(leaving.move))
             case DomainEventKind.EXITED:
                 self._late.forget(event.domain)
             case _:
@@ -312,7 +313,7 @@ class CutoverService:
     def _follow(self, arriving: _Arriving) -> None:
         if not arriving.followed:
             arriving.followed = True
-            self._own(self._verify(arriving))
+            self._asides.add(self._verify(arriving))
 
     async def _verify(self, arriving: _Arriving) -> None:
         move, loop = arriving.move, asyncio.get_running_loop()
@@ -433,14 +434,3 @@ class CutoverService:
     def _problem(self, problems: list[str], move: Move, text: str) -> None:
         problems.append(f"{self.node}: {text}")
         log.warning("migration %s of %s: %s", move.migration_id, move.domain, text)
-
-    def _own(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(self._logged(work))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _logged(self, work: Coroutine[Any, Any, None]) -> None:
-        try:
-            await work
-        except FerryError as error:
-            log.warning("%s", error)

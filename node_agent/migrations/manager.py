@@ -12,8 +12,8 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Coroutine, Iterable, Sequence
-from typing import Any, Final
+from collections.abc import Iterable, Sequence
+from typing import Final
 
 from migrator.engine_driver import EngineSettings
 from migrator.errors import (
@@ -41,6 +41,7 @@ from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.messages import Prepare, Refused
 from migrator.session.source import SourceSession
+from node_agent.background import Asides
 from node_agent.cluster_calls import Reasons
 from node_agent.domain_records import DomainRecords
 from node_agent.domains import DomainService
@@ -116,7 +117,7 @@ class MigrationManager(MigrationService):
         self._runners: dict[str, Runner] = {}
         self._admissions = Admissions(domains, hypervisor, ownership)
         self._restored: list[Runner] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._asides = Asides(log)
         self._redials: dict[NodeName, asyncio.Task[None]] = {}
 
     def incoming(self) -> Iterable[DomainSpec]:
@@ -164,7 +165,7 @@ class MigrationManager(MigrationService):
         restored, self._restored = self._restored, []
         for runner in restored:
             runner.feed(v.Recover())
-        self._own(self._end_the_unpublished())
+        self._asides.add(self._end_the_unpublished())
 
     async def _end_the_unpublished(self) -> None:
         """Publish the ends that an earlier agent of this node could not: nobody else will."""
@@ -190,8 +191,8 @@ class MigrationManager(MigrationService):
             redial.cancel()
         for runner in list(self._runners.values()):
             await runner.close()
-        if self._tasks:
-            _, late = await asyncio.wait(self._tasks, timeout=_CLOSE_S)
+        if self._asides.tasks:
+            _, late = await asyncio.wait(self._asides.tasks, timeout=_CLOSE_S)
             for task in late:  # Hooks that take longer: they come again with the next agent.
                 task.cancel()
         await self._site.close()
@@ -235,7 +236,7 @@ class MigrationManager(MigrationService):
             domain=domain,
             migration=migration,
         )
-        self._own(self._begin(self._make_runner(session), session))
+        self._asides.add(self._begin(self._make_runner(session), session))
         return session.view()
 
     async def _begin(self, runner: Runner, session: SourceSession) -> None:
@@ -351,10 +352,10 @@ class MigrationManager(MigrationService):
         if isinstance(runner.session, SourceSession):
             self._publisher.changed(runner.session)
             if self._moments.newly_resumed(runner.session):
-                self._own(self._moments.after_resume(runner.session))
+                self._asides.add(self._moments.after_resume(runner.session))
 
     def _on_finish(self, runner: Runner) -> None:
-        self._own(self._end(runner))
+        self._asides.add(self._end(runner))
 
     async def _end(self, runner: Runner) -> None:
         session = runner.session
@@ -365,7 +366,7 @@ class MigrationManager(MigrationService):
                 await self._publisher.end(session)
                 await self._site.settle(session)
                 self._forecaster.ended(session.view())
-                self._own(self._after_end(session))
+                self._asides.add(self._after_end(session))
             if not self._runners:
                 self._engine.spares.refill_later()
         finally:
@@ -377,17 +378,6 @@ class MigrationManager(MigrationService):
     async def _after_end(self, session: SourceSession) -> None:
         if await self._moments.at_end(session):
             await self._publisher.write(session.view())  # With what the hooks did.
-
-    def _own(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(self._logged(work))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _logged(self, work: Coroutine[Any, Any, None]) -> None:
-        try:
-            await work
-        except FerryError as error:
-            log.warning("%s", error)
 
     # --- what peers say ----------------------------------------------------------------------
 

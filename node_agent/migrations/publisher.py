@@ -8,7 +8,6 @@ disk then belongs to the ownership record.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ import msgspec
 from migrator.errors import FerryError, NotFoundError
 from migrator.model import Migration, MigrationState
 from migrator.session.source import SourceSession
+from node_agent.background import Background
 from node_agent.events import EventKind, EventLog
 from node_agent.resources import MIGRATIONS
 from node_agent.state.typed import TypedStore
@@ -55,17 +55,13 @@ class Publisher:
         self._writing = asyncio.Lock()
         """One after the other, each as of its turn: an older view never comes last."""
         self._wakeup = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._task = Background("migration-publisher")
 
     def open(self) -> None:
-        self._task = asyncio.create_task(self._run(), name="migration-publisher")
+        self._task.start(self._run())
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        await self._task.close()
 
     async def read(self, id: str) -> Migration:
         """NotFoundError if there is none."""

@@ -5,7 +5,6 @@ it has worked. The key stays, the file is replaced in one step, open connections
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
@@ -13,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from migrator.errors import FerryError
+from node_agent.background import Background
 from node_agent.trust import certificates
 from node_agent.trust.certificates import NodeCertificate
 from node_agent.trust.contexts import TlsContexts
@@ -57,19 +57,15 @@ class Renewer:
         self._renewed = renewed
         self._clock = clock
         self._retry_s = retry_s
-        self._task: asyncio.Task[None] | None = None
+        self._task = Background("certificate renewal")
 
     def open(self) -> None:
         """Begin to watch the clock."""
-        self._task = asyncio.create_task(self._run(), name="certificate renewal")
+        self._task.start(self._run())
 
     async def close(self) -> None:
         """Stop. A renewal under way is given up; the old certificate holds."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        await self._task.close()
 
     async def renew(self) -> NodeCertificate:
         """Now. FerryError: the old certificate stays in use."""

@@ -1,0 +1,59 @@
+"""Tasks with an owner, who ends them: none goes on without it, and none is forgotten by asyncio.
+
+Background    the one loop behind a service, from its `open` to its `close`
+Asides        pieces of work that nobody waits for
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+from migrator.errors import FerryError
+
+
+class Background:
+    """One task at a time. What it raises when it is ended, other than by that, its owner hears."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started, and not closed."""
+        return self._task is not None
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._task = asyncio.create_task(work, name=self._name)
+
+    async def close(self) -> None:
+        """End it, and wait until it has. Idempotent."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+class Asides:
+    """Any number of tasks. A FerryError of one goes to its owner's log."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    def add(self, work: Coroutine[Any, Any, None]) -> None:
+        """Begin it."""
+        task = asyncio.create_task(self._logged(work))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _logged(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except FerryError as error:
+            self._log.warning("%s", error)
