@@ -200,6 +200,8 @@ class HypervisorCapabilities(Value, frozen=True, kw_only=True):
     paged_engine: bool = True
     paged_engine_reason: str | None = None
     """Why the page engine can't be used here, e.g. a kernel older than 6.7."""
+    native_hazard: str = ""
+    """What the hypervisor's own migration does to guests here, where it is known to harm them."""
 
 
 class NodeState(enum.StrEnum):

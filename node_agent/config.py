@@ -396,14 +396,26 @@ def _store_contradictions(store: StoreTable) -> Iterator[str]:
         )
 
 
-def render_config(config: AgentConfig) -> str:
-    """TOML text with every key, in the file's usual order."""
+def render_config(
+    config: AgentConfig, without: Mapping[str, Mapping[str, object]] | None = None
+) -> str:
+    """TOML text with every key, in the file's usual order; without those that `without` has alike.
+
+    A table that has no key left is left out, too.
+    """
+    known = without or {}
     lines: list[str] = []
     for name, value in msgspec.to_builtins(config).items():
-        for table in value if isinstance(value, list | tuple) else [value]:
-            lines.append(f"[[{name}]]" if isinstance(value, list | tuple) else f"[{name}]")
-            lines += [f"{key} = {_toml(item)}" for key, item in table.items() if item is not None]
-            lines.append("")
+        several = isinstance(value, list | tuple)
+        for table in value if several else [value]:
+            alike = {} if several else known.get(name, {})
+            keys = [
+                f"{key} = {_toml(item)}"
+                for key, item in table.items()
+                if item is not None and alike.get(key, None) != item
+            ]
+            if keys:
+                lines += [f"[[{name}]]" if several else f"[{name}]", *keys, ""]
     return "\n".join(lines)
 
 

@@ -30,6 +30,7 @@ PROBE_TIMEOUT_S = 20.0
 """QEMU answers in well under a second; a host that boots many guests may be slow."""
 
 _PROBE_FD = 100
+_SOUND_UNDER_TCG = 10
 
 
 class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,8 +77,20 @@ class HostProbe:
                 cpu_features=tuple(sorted(flags)),
                 paged_engine=obstacle is None,
                 paged_engine_reason=obstacle,
+                native_hazard=native_hazard(version, accelerator),
             ),
         )
+
+
+def native_hazard(version: str, accelerator: str) -> str:
+    """Found by guests that verify their memory: 7.2 by TCG loses pages, 10.0 and KVM lose none."""
+    major = version.partition(".")[0]
+    if accelerator != "tcg" or (major.isdecimal() and int(major) >= _SOUND_UNDER_TCG):
+        return ""
+    return (
+        f"QEMU {version}'s own migration loses memory that a guest writes meanwhile, under "
+        "emulation (TCG): the guest may crash after it"
+    )
 
 
 def _binary_stamp(binary: str) -> tuple[str, int, int]:

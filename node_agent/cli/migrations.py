@@ -12,6 +12,7 @@ from migrator.model import (
     EngineKind,
     Migration,
     MigrationMode,
+    MigrationRequest,
     MigrationState,
     OnTimeout,
     PassReport,
@@ -57,8 +58,8 @@ def migrate(
     on_timeout: Annotated[
         OnTimeout,
         typer.Option(
-            help="What then: cancel, or pause the guest anyway. In the other modes what is left "
-            "follows the guest."
+            help="What then: cancel, or pause the guest anyway. In the other modes the pass under "
+            "way ends, and what is left follows the guest."
         ),
     ] = OnTimeout.CANCEL,
     bandwidth: Annotated[
@@ -107,6 +108,9 @@ def migrate(
         show(result, dry_run_text(name, result))
         raise typer.Exit(ExitCode.REFUSED if result.refused else ExitCode.OK)
     migration = client.post(path, Migration, body)
+    for phase in migration.timeline:
+        if phase.name == "engine":  # It isn't the usual one, and may do harm.
+            note(f"engine: {phase.detail}")
     if no_wait:
         text = f"migration {migration.id} of {name} to {migration.destination} has begun"
         show(migration, text)
@@ -169,7 +173,7 @@ def show_migration(id: _IdArgument) -> None:
         ("mode", request.mode.value),
         ("bandwidth", "" if cap is None else f"{size(cap)}/s at most"),
         ("downtime limit", f"{request.downtime_limit_ms} ms"),
-        ("timeout", f"{request.timeout_s:g} s, then {request.on_timeout.value}"),
+        ("timeout", _timeout(request)),
         ("created", moment(each.created_at_s)),
     ]
     text = facts(pairs)
@@ -237,3 +241,9 @@ def limit(
 
 def _path(id: str) -> str:
     return f"/v1/migrations/{quote(id, safe='')}"
+
+
+def _timeout(request: MigrationRequest) -> str:
+    if request.mode is MigrationMode.PRECOPY:
+        return f"{request.timeout_s:g} s, then {request.on_timeout.value}"
+    return f"{request.timeout_s:g} s, then post-copy once the pass under way has ended"

@@ -19,6 +19,16 @@ STATE_DIRECTORY: Final = "/var/lib/ferry"
 API_SOCKET: Final = "/run/ferry/api.sock"
 API_PORT: Final = 7780
 PEER_PORT: Final = 7781
+_SAID: Final = (
+    ("node", "name"),
+    ("node", "state_directory"),
+    ("api", "listen"),
+    ("api", "socket"),
+    ("peer", "listen"),
+    ("migration", "address"),
+    ("store", "driver"),
+)
+"""What a new file says in any case."""
 
 
 def load_or_make(
@@ -72,15 +82,28 @@ def with_store(config: AgentConfig, store: Mapping[str, Any]) -> AgentConfig:
 
 
 def write_config(path: Path, config: AgentConfig) -> None:
-    """Only where there is none. ConfigError if it can't be written."""
+    """Only where there is none. ConfigError if it can't be written.
+
+    What is as it is by default isn't in it: a release may change that, and an older one may not
+    know the key.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write("# Written by ferry. Every key: deploy/samples/agent.toml.\n\n")
-            file.write(render_config(config))
+            file.write(render_config(config, without=_defaults()))
     except OSError as error:
         raise ConfigError(f"{path} can't be written: {words(error)}") from error
+
+
+def _defaults() -> dict[str, dict[str, Any]]:
+    """By table and key, what an agent takes where its file says nothing."""
+    tables: dict[str, dict[str, Any]] = msgspec.to_builtins(make_config("any", "192.0.2.1"))
+    for table, key in _SAID:
+        del tables[table][key]
+    tables["store"]["path"] = ""
+    return tables
 
 
 def store_problem(config: AgentConfig, store: Mapping[str, Any]) -> str | None:

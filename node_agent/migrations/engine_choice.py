@@ -1,8 +1,9 @@
 """Which engine moves a domain: `auto` is decided here, and what speaks against an engine is said.
 
-auto     paged, where both hosts and the domain allow it; else native, with the reason
+auto     paged, where both hosts and the domain allow it; else native, with the reason; refused
+         where the hypervisor's own migration is known to harm guests
 paged    paged, or refused
-native   native, or refused; without post-copy (`migrator.native_driver`)
+native   native, or refused; without post-copy (`migrator.native_driver`). A known harm is told
 """
 
 from __future__ import annotations
@@ -50,19 +51,27 @@ class EngineChoice(Struct, frozen=True, kw_only=True):
 
 
 def choose(
-    request: MigrationRequest, *, not_paged: Sequence[str], not_native: Sequence[str]
+    request: MigrationRequest,
+    *,
+    not_paged: Sequence[str],
+    not_native: Sequence[str],
+    hazard: str = "",
 ) -> EngineChoice:
-    """By what speaks against each engine (empty: nothing)."""
+    """By what speaks against each engine (empty: nothing).
+
+    `hazard`: what native would do to the guest; only who asks for native gets it all the same.
+    """
     asked, mode = request.engine, request.mode
     if asked is EngineKind.PAGED or (asked is EngineKind.AUTO and not not_paged):
         return EngineChoice(engine=EngineKind.PAGED, refused=tuple(not_paged), mode=mode)
     refused = [*not_native]
     if asked is EngineKind.AUTO:
         why = f"the page engine can't be used: {'; '.join(not_paged)}"
+        refused += [hazard] if hazard else []
         if refused:
             refused.insert(0, why)
     else:
-        why = "asked for"
+        why = "asked for" + (f", but {hazard}" if hazard else "")
     if mode is MigrationMode.POSTCOPY:
         refused.append(NO_POST_COPY if asked is EngineKind.NATIVE else f"{why}; {NO_POST_COPY}")
     elif mode is MigrationMode.HYBRID:
@@ -95,7 +104,7 @@ class EngineChooser:
             view = views.get(NodeName(request.destination))
             if view is not None:
                 not_paged += _obstacles(NodeName(view.info.name), view.info.capabilities)
-        return choose(request, not_paged=not_paged, not_native=not_native)
+        return choose(request, not_paged=not_paged, not_native=not_native, hazard=own.native_hazard)
 
     async def _domain_obstacles(self, domain: DomainName) -> list[str]:
         """A domain that Ferry didn't start, or on another kernel, may lack what it takes."""

@@ -139,6 +139,21 @@ async def test_a_node_joins_with_one_command(
     assert "node n7 joined the cluster c1, with n1" in joined.out
     loaded = load_config(config)
     assert loaded.peer.listen == "127.0.0.7:7781"
+    assert [line for line in config.read_text().splitlines()[2:] if line] == [
+        "[node]",
+        'name = "n7"',
+        f'state_directory = "{tmp_path / "joined"}"',
+        "[api]",
+        'listen = "127.0.0.7:7780"',
+        'socket = "/run/ferry/api.sock"',
+        "[peer]",
+        'listen = "127.0.0.7:7781"',
+        "[migration]",
+        'address = "127.0.0.7"',
+        "[store]",
+        'driver = "sqlite"',
+        f'path = "{tmp_path / "cluster.sqlite"}"',
+    ]
     assert loaded.store == world.one.config.store  # As the cluster says.
     assert TrustFolder(tmp_path / "joined").load("n7").cluster == "c1"
     again = await ferry(*command, code=ExitCode.REFUSED)

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from hypervisor.qemu.host import native_hazard
 from hypervisor.qemu.native import parse_figures
 from hypervisor.simulated.driver import SimulatedHypervisor
 from migrator.errors import RefusedError
@@ -65,6 +66,24 @@ def test_native_has_no_post_copy() -> None:
         assert not hybrid.refused
         assert hybrid.mode is MigrationMode.PRECOPY
         assert "instead of hybrid" in hybrid.reason
+
+
+def test_a_known_harm_refuses_auto_and_is_told_to_who_asks_for_native() -> None:
+    request = MigrationRequest(destination="b", mode=MigrationMode.PRECOPY)
+    harm = native_hazard("7.2.22", "tcg")
+    assert "the guest may crash" in harm
+    found = choose(request, not_paged=(OLD,), not_native=(), hazard=harm)
+    assert harm in found.refused
+    assert choose(request, not_paged=(), not_native=(), hazard=harm).engine is EngineKind.PAGED
+    asked = msgspec.structs.replace(request, engine=EngineKind.NATIVE)
+    found = choose(asked, not_paged=(), not_native=(), hazard=harm)
+    assert not found.refused
+    assert found.reason == f"asked for, but {harm}"
+
+
+@pytest.mark.parametrize("known", [("10.0.8", "tcg"), ("7.2.22", "kvm"), ("11.0.0", "tcg")])
+def test_no_harm_is_known_under_kvm_or_of_newer_releases(known: tuple[str, str]) -> None:
+    assert native_hazard(*known) == ""
 
 
 def test_where_neither_can_be_used_both_reasons_are_given() -> None:
