@@ -40,9 +40,11 @@ from migrator.ranges import Ranges
 CHUNK_PAGES: Final = 32
 """Asked for at once: 128 KiB."""
 _WINDOW_S: Final = 0.02
-"""What is under way on the bulk stream takes so long to arrive: a fault's page waits behind it."""
-_WINDOW_BUSY_S: Final = 0.003
-"""The same while the guest waits for pages again and again."""
+"""What was asked for on the bulk stream takes so long to arrive. Most of it is still the source's
+to send, which keeps the link's queue short (`engine.short_queue`): a fault's page waits for that.
+"""
+_WINDOW_BUSY_S: Final = 0.006
+"""The same while the guest waits for pages again and again, and needs the next ones soon."""
 _BUSY_S: Final = 0.1
 """After a fault."""
 _CHUNKS: Final = 3
@@ -53,8 +55,6 @@ _WINDOW_BYTES_FIRST: Final = 2 * CHUNK_PAGES * PAGE_SIZE_BYTES
 _WINDOW_BYTES_MAX: Final = 4 * 1024 * 1024
 _HANDOFF_S: Final = 2.0
 """From the armed faults to a running guest, at most; then the rest is pulled all the same."""
-_YIELD_S: Final = 0.02
-_YIELD_STEP_S: Final = 0.002
 _POLL_S: Final = 0.5
 _REWAKE_S: Final = 1.0
 _JOIN_S: Final = 5.0
@@ -105,7 +105,6 @@ class Filler:
         self._closed = False
         self._done = False
         self._guest_runs = threading.Event()
-        self._fault_settled = threading.Event()
         self._armed_at_s = 0.0
         self._pages = 0
         self._fault_at_s = 0.0
@@ -325,7 +324,6 @@ class Filler:
         rate: float | None = None
         began, came = time.monotonic(), 0
         while not self._closed:
-            self._let_faults_pass()
             window = self._window_bytes(rate)
             chunk_pages = window // (_CHUNKS * PAGE_SIZE_BYTES)
             while under_way < window:
@@ -353,13 +351,6 @@ class Filler:
         busy = time.monotonic() - self._fault_at_s < _BUSY_S
         fitting = int(bytes_per_s * (_WINDOW_BUSY_S if busy else _WINDOW_S))
         return max(_WINDOW_BYTES_MIN, min(fitting, _WINDOW_BYTES_MAX))
-
-    def _let_faults_pass(self) -> None:
-        """Whoever waits for a page has the link and the processors first."""
-        until = time.monotonic() + _YIELD_S
-        while self._waited_for and time.monotonic() < until:
-            self._fault_settled.wait(_YIELD_STEP_S)
-            self._fault_settled.clear()
 
     def _take(self, sock: PageSocket) -> int:
         """Receive one answer and fill it in. Its bytes of guest memory."""
@@ -393,6 +384,5 @@ class Filler:
             if since is None:
                 continue
             self._latencies.append(now - since)
-            self._fault_settled.set()
             if zero:
                 self._placer.zero(region, offset, offset + PAGE_SIZE_BYTES)

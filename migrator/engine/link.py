@@ -26,10 +26,11 @@ _IDLE_WINDOWS_MAX: Final = 16
 _SMOOTHING: Final = 0.5
 
 _TCP_INFO_BYTES: Final = 192
-# linux/tcp.h, struct tcp_info: bytes_acked, segments out and in, notsent_bytes; busy_time and
-# rwnd_limited, in microseconds.
-_BYTES: Final = struct.Struct("=Q16xI")
+# linux/tcp.h, struct tcp_info: bytes_acked, notsent_bytes and min_rtt; busy_time and rwnd_limited.
+# Times in microseconds; a min_rtt that isn't known has all bits set.
+_BYTES: Final = struct.Struct("=Q16xII")
 _BYTES_OFFSET: Final = 120
+_UNKNOWN_US: Final = 0xFFFF_FFFF
 _TIMES: Final = struct.Struct("=QQ")
 _TIMES_OFFSET: Final = 168
 
@@ -44,6 +45,8 @@ class TcpFigures(msgspec.Struct, frozen=True):
     """With something to send."""
     receiver_limited_s: float
     """Of that, held up by the other side's window."""
+    round_trip_s: float = 0.0
+    """The shortest of late; 0.0: not known."""
 
 
 class HasOptions(Protocol):
@@ -60,9 +63,10 @@ def tcp_figures(sock: HasOptions) -> TcpFigures | None:
         return None
     if len(data) < _TCP_INFO_BYTES:
         return None
-    acknowledged, queued = _BYTES.unpack_from(data, _BYTES_OFFSET)
+    acknowledged, queued, round_trip_us = _BYTES.unpack_from(data, _BYTES_OFFSET)
     busy_us, receiver_us = _TIMES.unpack_from(data, _TIMES_OFFSET)
-    return TcpFigures(acknowledged, queued, busy_us / 1e6, receiver_us / 1e6)
+    round_trip_s = 0.0 if round_trip_us == _UNKNOWN_US else round_trip_us / 1e6
+    return TcpFigures(acknowledged, queued, busy_us / 1e6, receiver_us / 1e6, round_trip_s)
 
 
 class LinkGauge:

@@ -21,6 +21,7 @@ from migrator.engine.delivery import ChannelHealth
 from migrator.engine.frames import FrameKind, RegionShape, StreamHello, StreamKind
 from migrator.engine.memory import MappedRegion
 from migrator.engine.page_socket import PageSocket, StreamEndedError
+from migrator.engine.short_queue import ShortQueue
 from migrator.engine.stream import Endpoint, StreamBrokenError, open_stream
 from migrator.engine.zeroes import split_zeroes
 from migrator.errors import RemoteProtocolError
@@ -58,8 +59,11 @@ class PageServer:
         self._sockets: dict[StreamKind, PageSocket] = {}
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
+        self._queue = ShortQueue()
+        """Of the bulk stream, as it is now."""
         self._unopened = set(_KINDS)
         self._on_open: Callable[[], None] = lambda: None
+        self._fault_bytes = 0
         self.bytes_sent = 0
         self.left_pages = 0
         """As the destination last said."""
@@ -107,7 +111,11 @@ class PageServer:
                     ) from error
                 waiter.wait(None, 0, _BACKOFF_S)
             else:
-                return PageSocket(sock, self._shapes, self._endpoint.silence_s)
+                opened = PageSocket(sock, self._shapes, self._endpoint.silence_s)
+                if kind is StreamKind.BULK:
+                    self._queue = ShortQueue()
+                    opened.limit_queue(self._queue.bytes)
+                return opened
 
     def _run(self, kind: StreamKind) -> None:
         waiter = HelperWaiter(self._stop)
@@ -169,6 +177,8 @@ class PageServer:
         while len(content):
             piece_bytes = frames.FRAME_BYTES_MAX
             if kind is StreamKind.BULK:
+                if self._queue.note(time.monotonic(), sock.figures(), self._fault_bytes):
+                    sock.limit_queue(self._queue.bytes)
                 while (wait_s := self._bucket.wait_s(time.monotonic())) > 0:
                     waiter.wait(None, 0, min(wait_s, 0.1))
                 piece_bytes = self._bucket.piece_bytes(frames.FRAME_BYTES_MAX)
@@ -179,7 +189,11 @@ class PageServer:
             ]
             vector += [region.view[start:end] for start, end in head.tolist()]
             count = sum(map(len, vector))
-            sock.send_vector(vector)
+            if kind is StreamKind.BULK:
+                sock.send_vector(vector, self._queue.bytes // 2)
+            else:
+                sock.send_vector(vector)
+                self._fault_bytes += count
             self._bucket.spend(count, time.monotonic())
             self.bytes_sent += count
 

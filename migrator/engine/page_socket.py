@@ -10,7 +10,8 @@ from typing import Final
 
 from migrator.engine import frames
 from migrator.engine.frames import FrameKind, Header, RegionShape
-from migrator.engine.transport import StreamSocket, is_buffered, limit_waits
+from migrator.engine.link import TcpFigures, tcp_figures
+from migrator.engine.transport import StreamSocket, is_buffered, limit_send_buffer, limit_waits
 from migrator.errors import RemoteProtocolError
 from migrator.ranges import Ranges
 
@@ -57,8 +58,28 @@ class PageSocket:
         """A frame without a payload."""
         self.send_vector([frames.encode(kind, region=region, content=content, sequence=sequence)])
 
-    def send_vector(self, vector: list[bytes | memoryview]) -> None:
-        """A frame with its payload. StreamEndedError."""
+    def send_vector(self, vector: list[bytes | memoryview], step_bytes: int | None = None) -> None:
+        """A frame with its payload. StreamEndedError.
+
+        `step_bytes`: given to the kernel at once. It takes as much as it is given beyond what its
+        buffer is limited to.
+        """
+        if step_bytes is None:
+            self._send_all(vector)
+            return
+        whole = memoryview(b"".join(vector))
+        for at in range(0, len(whole), step_bytes):
+            self._send_all([whole[at : at + step_bytes]])
+
+    def limit_queue(self, size_bytes: int) -> None:
+        """How much may be sent and not yet acknowledged, about."""
+        limit_send_buffer(self._sock, size_bytes)
+
+    def figures(self) -> TcpFigures | None:
+        """What the kernel knows of the connection."""
+        return tcp_figures(self._sock)
+
+    def _send_all(self, vector: list[bytes | memoryview]) -> None:
         done = 0
         try:
             while done < len(vector):

@@ -34,6 +34,7 @@ _DIRECT_BYTES_MIN: Final = 64 * 1024
 _GATHER_BYTES: Final = 256 * 1024
 _WRITE_BYTES_MAX: Final = 1024 * 1024
 """Written at once: what progress and a bandwidth cap see as one step."""
+_SO_SNDBUFFORCE: Final = 32  # asm-generic/socket.h
 _RECORD_BYTES: Final = 16 * 1024
 _RECORD_OVERHEAD_BYTES: Final = 22
 """Header, content type and tag of a TLS 1.3 record (RFC 8446, 5.2)."""
@@ -107,6 +108,9 @@ class SecureSocket:
 
     def getsockopt(self, level: int, name: int, size: int) -> bytes:
         return self._sock.getsockopt(level, name, size)
+
+    def setsockopt(self, level: int, name: int, value: int) -> None:
+        self._sock.setsockopt(level, name, value)
 
     def shutdown(self, how: int) -> None:
         """As for a socket, from any thread: no call ever falls back to the plain connection."""
@@ -252,6 +256,18 @@ def limit_waits(sock: StreamSocket, seconds: float, *, one_thread: bool = False)
     sock.setblocking(True)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+
+def limit_send_buffer(sock: StreamSocket, size_bytes: int) -> None:
+    """What may be sent and not yet acknowledged, about; the kernel's own tuning ends with it.
+
+    Without CAP_NET_ADMIN at most net.core.wmem_max.
+    """
+    asked = size_bytes // 2  # The kernel doubles it (socket(7)).
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, asked)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, asked)
 
 
 def is_buffered(sock: StreamSocket) -> bool:

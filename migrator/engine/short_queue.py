@@ -1,0 +1,102 @@
+"""How much post-copy's bulk may have under way: enough to fill the link, and hardly more. Pure.
+
+A page that a vCPU waits for has a stream of its own, but the link is one: it waits behind all that
+bulk has queued there. So bulk's send buffer is kept as small as the link's rate allows:
+
+    bytes under way = rate x (round trip + slack)
+
+The slack is what both sides need to go on sending. It shrinks while the rate stays, and doubles
+when the rate falls. At first, and once a second, twice as much may be under way for a tenth of a
+second: if that gains anything the link carries more than was known, and the next is doubled, too.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from migrator.engine.link import TcpFigures
+from migrator.model import PAGE_SIZE_BYTES
+
+BYTES_MIN: Final = 2 * PAGE_SIZE_BYTES
+BYTES_MAX: Final = 4 * 1024 * 1024
+BYTES_FIRST: Final = 32 * 1024
+"""Until the rate is known: 1.3 ms of a link of 200 Mbit/s."""
+SLACK_FIRST_S: Final = 0.0005
+SLACK_MIN_S: Final = 0.00025
+SLACK_MAX_S: Final = 0.01
+_WINDOW_S: Final = 0.1
+_WINDOW_BYTES_MIN: Final = 64 * 1024
+_BUSY_SHARE: Final = 0.5
+_SHRINK: Final = 0.7
+_LOW_SHARE: Final = 0.85
+"""Of the usual rate: where two windows in a row are below it, the buffer may be too small."""
+_GAIN_SHARE: Final = 1.08
+"""Of the usual rate: where a doubled slack gains so much, the buffer was too small."""
+_SMOOTHING: Final = 0.3
+_PROBE_WINDOWS: Final = 10
+_HOLD_WINDOWS: Final = 10
+
+
+class ShortQueue:
+    """One connection's bound. Clockless: `now` is in seconds."""
+
+    def __init__(self) -> None:
+        self.bytes = BYTES_FIRST
+        """What may be under way."""
+        self._slack_s = SLACK_FIRST_S
+        self._bytes_per_s = 0.0
+        """Smoothed; 0.0: not known yet."""
+        self._since_s = 0.0
+        self._since: TcpFigures | None = None
+        self._windows = 0
+        self._hold = 0
+        self._low = 0
+        self._probing = False
+        """Twice as much may be under way now."""
+
+    def note(self, now: float, figures: TcpFigures | None, beside_bytes: int = 0) -> bool:
+        """Look at the figures; cheap enough for every answer. Whether `bytes` has changed.
+
+        `beside_bytes`: what was sent so far by the stream that shares the link.
+        """
+        if figures is not None:
+            acknowledged = figures.acknowledged_bytes + beside_bytes
+            figures = msgspec.structs.replace(figures, acknowledged_bytes=acknowledged)
+        since = self._since
+        if figures is None or since is None or figures.busy_s == since.busy_s:
+            self._since_s, self._since = now, figures
+            return False
+        seconds = now - self._since_s
+        count = figures.acknowledged_bytes - since.acknowledged_bytes
+        if seconds < _WINDOW_S or count < _WINDOW_BYTES_MIN:
+            return False
+        self._since_s, self._since = now, figures
+        busy_s = figures.busy_s - since.busy_s
+        if busy_s < _BUSY_SHARE * seconds:
+            return False  # Little was asked for: the link's rate isn't what was seen.
+        before = self.bytes
+        self._judge(count / busy_s)
+        fitting = self._bytes_per_s * (figures.round_trip_s + self._slack_s)
+        if self._probing:
+            fitting *= 2
+        self.bytes = max(BYTES_MIN, min(int(fitting), BYTES_MAX))
+        return self.bytes != before
+
+    def _judge(self, bytes_per_s: float) -> None:
+        """A window's rate is known: whether the buffer was too small for it."""
+        usual = self._bytes_per_s or bytes_per_s
+        self._low = self._low + 1 if bytes_per_s < _LOW_SHARE * usual else 0
+        gained = self._probing and bytes_per_s > _GAIN_SHARE * usual
+        if gained or self._low > 1:
+            self._slack_s = min(2 * self._slack_s, SLACK_MAX_S)
+            self._hold = _HOLD_WINDOWS
+        elif self._hold:
+            self._hold -= 1
+        elif not self._low:
+            self._slack_s = max(_SHRINK * self._slack_s, SLACK_MIN_S)
+        self._probing = gained or self._windows % _PROBE_WINDOWS == 0
+        self._windows += 1
+        share = 1.0 if gained else _SMOOTHING
+        self._bytes_per_s = usual + share * (bytes_per_s - usual)
