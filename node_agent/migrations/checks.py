@@ -10,9 +10,11 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from migrator.errors import FerryError
 from migrator.model import (
+    DiskSpec,
     DomainName,
     DomainSpec,
     DomainState,
@@ -29,6 +31,9 @@ from migrator.tls import TlsFiles
 from node_agent.domain_locks import DomainLocks
 from node_agent.migrations.room import room_reasons
 from node_agent.nodes import NodeView
+
+LOOK_S: Final = 3.0
+"""For a look at a volume: less than `manager.INSPECT_S` by what drivers take to give up."""
 
 
 class Inspection(Struct, frozen=True, kw_only=True):
@@ -207,23 +212,31 @@ class DestinationCheck:
         return found
 
     async def _disks(self, spec: DomainSpec, there: Mapping[str, str]) -> list[str]:
-        own = await self.marks(spec)
+        looks = asyncio.gather(*(self._trouble_of(disk) for disk in spec.disks))
+        own, troubles = await asyncio.gather(self.marks(spec), looks)
         found = [
             f"its pool {name} is another storage than the source's, under the same name: is it "
             "mounted on both?"
             for name in sorted(own.keys() & there.keys())
             if own[name] != there[name]
         ]
-        for disk in spec.disks:
-            pool = self._pools.get(PoolName(disk.pool))
-            if pool is None:
-                found.append(f"it has no pool {disk.pool}")
-                continue
-            try:
+        return [*found, *(trouble for trouble in troubles if trouble)]
+
+    async def _trouble_of(self, disk: DiskSpec) -> str:
+        """Told before whoever asks takes this node for the one that hangs."""
+        pool = self._pools.get(PoolName(disk.pool))
+        if pool is None:
+            return f"it has no pool {disk.pool}"
+        try:
+            async with asyncio.timeout(LOOK_S):
                 await pool.inspect(VolumeName(disk.volume))
-            except FerryError as error:
-                found.append(f"volume {disk.pool}/{disk.volume}: {error}")
-        return found
+        except TimeoutError:
+            return (
+                f"volume {disk.pool}/{disk.volume}: its storage gives no answer within {LOOK_S:g} s"
+            )
+        except FerryError as error:
+            return f"volume {disk.pool}/{disk.volume}: {error}"
+        return ""
 
     async def _nics(self, spec: DomainSpec) -> list[str]:
         return [reason for nic in spec.nics for reason in await self._fabric.check(nic)]

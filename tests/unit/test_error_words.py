@@ -12,6 +12,7 @@ import pytest
 
 from migrator.errors import words
 from storage.bounded import explained
+from storage.nfs.libnfs import NfsError
 
 
 def test_a_file_is_named_by_the_sentence_alone(tmp_path: Path) -> None:
@@ -49,5 +50,7 @@ def test_what_a_pool_says_of_an_error_has_no_number_in_it() -> None:
     assert str(explained("pool p", refused)) == (
         "pool p: this agent may not: Permission denied (/pool/a)"
     )
+    other = NfsError(errno.ENODEV, "it isn't exported", "10.0.0.5:/x")
+    assert str(explained("pool p", other)) == "pool p: it isn't exported (10.0.0.5:/x)"
     assert str(explained("pool p", OSError(errno.EFBIG, "x"))) == "pool p: File too large"
     assert str(explained("pool p", OSError(errno.ENOSPC, "No space"))) == "pool p is full: No space"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from migrator.session import vocabulary as v
 from migrator.session.messages import Prepare
 from migrator.session.source import SourceSession
 from node_agent.domain_locks import DomainLocks
-from node_agent.migrations import room
+from node_agent.migrations import checks, room
 from node_agent.migrations.checks import claim_reasons
 from node_agent.migrations.removed_peers import part_with
 from node_agent.migrations.site import Envelope
@@ -352,6 +353,21 @@ async def test_another_storage_behind_a_pool_s_name_is_a_reason_against_it(
             marks = none_or_same
             assert await world.a.manager.check(WEB, MigrationRequest(destination="b")) == []
         assert (await world.ended(await world.migrate())).state is _S.COMPLETED
+
+
+async def test_storage_that_hangs_is_told_as_that_and_not_as_a_silent_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(pool: SimulatedPool, volume: str) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(checks, "LOOK_S", 0.05)
+    async with migration_world(tmp_path, monkeypatch) as world:
+        monkeypatch.setattr(SimulatedPool, "inspect", hang)
+        found = await world.a.manager.check(WEB, MigrationRequest(destination="b"))
+    assert found == [
+        "node b: volume default/root: its storage gives no answer within 0.05 s",
+    ]
 
 
 async def test_a_claim_that_only_waits_for_the_journal_is_told_as_that() -> None:
