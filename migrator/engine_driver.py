@@ -10,9 +10,9 @@ import asyncio
 import logging
 import os
 import secrets
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -27,6 +27,7 @@ from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
 from migrator.tls import TlsFiles
+from migrator.turns import Turns
 
 log = logging.getLogger(__name__)
 STOP_S: Final = 2.0
@@ -74,8 +75,7 @@ class EngineDriver:
         self._configured_process: EngineProcess | None = None
         self._pages_in_use = 0
         self._round_trip_ms = 0.0
-        self._tail: asyncio.Task[None] | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._turns = Turns(f"migration-{session.migration_id}-engine", self._lost, STOP_S)
 
     def perform(
         self,
@@ -91,14 +91,14 @@ class EngineDriver:
                 self._send(m.PullAll())
             case v.StopEngine():
                 self._stopping = True
-                self._queue(self._stop())
+                self._turns.put("stop", self._stop())
             case v.StartEngine():
                 if command.post_copy:
                     self._generation += 1
                     self._stopping = False
-                self._queue(self._guarded("start", self._start(memory, command.post_copy)))
+                self._turns.put("start", self._start(memory, command.post_copy))
             case v.ConnectEngine():
-                self._queue(self._guarded("connect", self._connect_source(command, memory)))
+                self._turns.put("connect", self._connect_source(command, memory))
 
     def limit_bandwidth(self, bandwidth_bytes_per_s: int | None) -> None:
         """At once where the engine is configured; otherwise its configuration will say it."""
@@ -112,52 +112,27 @@ class EngineDriver:
     async def arrived(self, hypervisor: HypervisorDriver) -> None:
         """The hypervisor is up: returns when an engine that began early has been told the rest."""
         if self._early:
-            await asyncio.wait([self._queue(self._guarded("start", self._attach(hypervisor)))])
+            await asyncio.wait([self._turns.put("start", self._attach(hypervisor))])
 
     async def drained(self) -> None:
         """Wait until every command begun has ended; bounded by the commands' own bounds."""
-        while self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=STOP_S)
+        await self._turns.drained()
 
     async def close(self) -> None:
         """Stop the engine, by force if need be."""
         self._stopping = True
-        for task in tuple(self._tasks):
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=STOP_S)
+        await self._turns.close()
         await self._stop()
 
     # --- in order, in the background ---
 
-    def _queue(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        before = self._tail
-
-        async def in_turn() -> None:
-            try:
-                if before is not None and not before.done():
-                    await asyncio.wait([before])
-            except BaseException:
-                work.close()
-                raise
-            await work
-
-        self._tail = task = asyncio.create_task(
-            in_turn(), name=f"migration-{self._session.migration_id}-engine"
-        )
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def _guarded(self, what: str, work: Coroutine[Any, Any, None]) -> None:
-        try:
-            await work
-        except (FerryError, OSError) as error:  # OSError: no descriptors left, for example.
-            self._feed(v.EngineLost(reason=f"{what}: {error}"))
+    def _lost(self, reason: str) -> None:
+        if not self._stopping:
+            self._feed(v.EngineLost(reason=reason))
 
     def warm_up(self) -> None:
         """Spawn the engine ahead: its imports take as long as a hypervisor's start."""
-        self._queue(self._guarded("start", self._spawn()))
+        self._turns.put("start", self._spawn())
 
     async def _spawn(self) -> None:
         if self._stopping or self._process is not None:

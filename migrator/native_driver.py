@@ -26,9 +26,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from migrator.engine_driver import EngineSettings
 from migrator.errors import FerryError, HypervisorError
@@ -38,6 +38,7 @@ from migrator.ports import DomainEvent, DomainEventKind, HypervisorDriver
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
+from migrator.turns import Turns
 
 NO_POST_COPY: Final = (
     "the native engine has no post-copy: once the hypervisor's own has begun, a link or a process "
@@ -83,9 +84,8 @@ class NativeDriver:
         self._switching: list[DomainEvent] = []
         """What the hypervisor said of a switchover, to be told again once one was begun."""
         self._stopped = False
-        self._tail: asyncio.Task[None] | None = None
         self._reporter: asyncio.Task[None] | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._turns = Turns(f"migration-{session.migration_id}-native", self._lost, STOP_S)
         self._unsubscribe = hypervisor.subscribe(self._on_domain_event)
 
     @classmethod
@@ -130,13 +130,13 @@ class NativeDriver:
         """Begin a command; what is asked of the hypervisor goes in order, in the background."""
         match command:
             case v.StartEngine() if self._session.role is Role.DESTINATION:
-                self._queue("receive", self._receive())
+                self._turns.put("receive", self._receive())
             case v.ConnectEngine():
                 self._target = (command.host, command.port)
-                self._queue("prepare", self._prepare(max(command.secret[:1], default=1)))
+                self._turns.put("prepare", self._prepare(max(command.secret[:1], default=1)))
             case v.RunPass(kind=PassKind.FIRST):
                 self._pass = command
-                self._queue("begin", self._begin())
+                self._turns.put("begin", self._begin())
             case v.RunPass(kind=PassKind.DIRTY):
                 self._pass = command
                 self._tell_later()
@@ -163,19 +163,15 @@ class NativeDriver:
 
     def limit_bandwidth(self, bandwidth_bytes_per_s: int | None) -> None:
         if self._target is not None and not self._stopped:
-            self._queue("limit", self._limit(bandwidth_bytes_per_s))
+            self._turns.put("limit", self._limit(bandwidth_bytes_per_s))
 
     async def drained(self) -> None:
         """Wait until every command begun has ended; bounded by the hypervisor's own bounds."""
-        while self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=STOP_S)
+        await self._turns.drained()
 
     async def close(self) -> None:
         self._stop()
-        for task in tuple(self._tasks):
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=STOP_S)
+        await self._turns.close()
 
     # --- in the hypervisor's place for a switchover ---
 
@@ -190,30 +186,6 @@ class NativeDriver:
             self._feed(v.GuestReported(kind=event.kind, at_s=event.at_s, detail=event.detail))
 
     # --- in order, in the background ---
-
-    def _queue(self, what: str, work: Coroutine[Any, Any, None]) -> None:
-        before = self._tail
-
-        async def in_turn() -> None:
-            try:
-                if before is not None and not before.done():
-                    await asyncio.wait([before])
-            except BaseException:
-                work.close()
-                raise
-            try:
-                await work
-            except FerryError as error:
-                self._lost(f"{what}: {error}")
-
-        self._tail = self._own(in_turn())
-
-    def _own(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        name = f"migration-{self._session.migration_id}-native"
-        task = asyncio.create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     def _lost(self, reason: str) -> None:
         if not self._stopped:
@@ -244,7 +216,7 @@ class NativeDriver:
         self._begun = True
         await self._native.begin(self._domain, *self._target)
         if not self._stopped:
-            self._reporter = self._own(self._report())
+            self._reporter = self._turns.beside(self._report())
 
     async def _limit(self, bandwidth_bytes_per_s: int | None) -> None:
         await self._native.limit_bandwidth(self._domain, bandwidth_bytes_per_s)
@@ -266,12 +238,12 @@ class NativeDriver:
             if self._reporter is not None:
                 self._reporter.cancel()
             if event.kind is DomainEventKind.DEVICE_STATE_SENT:
-                self._own(self._tell_the_end())
+                self._turns.beside(self._tell_the_end())
 
     def _tell_later(self) -> None:
         """Tell the pass that the session waits for, if it is over."""
         if self._ended_at_s and self._pass is not None and not self._stopped:
-            self._queue("figures", self._tell_pass())
+            self._turns.put("figures", self._tell_pass())
 
     async def _tell_pass(self) -> None:
         if self._pass is None or not self._ended_at_s:

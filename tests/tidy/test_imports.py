@@ -42,6 +42,7 @@ SHELL = (
     "migrator/journal.py",
     "migrator/engine_driver.py",
     "migrator/native_driver.py",
+    "migrator/turns.py",
     "migrator/dirty_sampler.py",
     "migrator/tls.py",
     "migrator/hold_points.py",
