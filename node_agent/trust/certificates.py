@@ -12,6 +12,7 @@ fingerprint of its authority's certificate.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import ipaddress
@@ -44,6 +45,8 @@ class NodeCertificate(Struct, frozen=True, kw_only=True):
     not_before_s: float
     not_after_s: float
     """Seconds since the epoch, as are all times here."""
+    addresses: tuple[str, ...] = ()
+    """The IP addresses that it names beside the node."""
 
 
 def make_key() -> Key:
@@ -137,11 +140,7 @@ def sign_request(
     """
     authority = x509.load_pem_x509_certificate(authority_pem)
     names: list[x509.GeneralName] = [x509.DNSName(node)]
-    for text in dict.fromkeys(addresses):
-        try:
-            names.append(x509.IPAddress(ipaddress.ip_address(text)))
-        except ValueError:
-            continue  # A host name: a node has one DNS name, its own.
+    names += [x509.IPAddress(ipaddress.ip_address(text)) for text in ip_addresses(addresses)]
     usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
     builder = (
         x509.CertificateBuilder()
@@ -163,12 +162,22 @@ def sign_request(
     return builder.sign(authority_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
+def ip_addresses(hosts: Sequence[str]) -> tuple[str, ...]:
+    """Those of `hosts` that are IP addresses, each once, as certificates name them."""
+    found: dict[str, None] = {}
+    for text in hosts:
+        with contextlib.suppress(ValueError):  # A host name: a node has one DNS name, its own.
+            found[str(ipaddress.ip_address(text))] = None
+    return tuple(found)
+
+
 def read_certificate(pem: bytes) -> NodeCertificate:
     """InvalidRequest if it isn't a node's certificate."""
     try:
         certificate = x509.load_pem_x509_certificate(pem)
         extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
         names = extension.value.get_values_for_type(x509.DNSName)
+        addresses = extension.value.get_values_for_type(x509.IPAddress)
     except (ValueError, x509.ExtensionNotFound) as error:
         raise InvalidRequest(f"this is not a node's certificate: {error}") from error
     if len(names) != 1:
@@ -178,6 +187,7 @@ def read_certificate(pem: bytes) -> NodeCertificate:
         serial=format_serial(certificate.serial_number),
         not_before_s=certificate.not_valid_before_utc.timestamp(),
         not_after_s=certificate.not_valid_after_utc.timestamp(),
+        addresses=tuple(map(str, addresses)),
     )
 
 

@@ -1,5 +1,6 @@
-"""A node's certificate renews itself: at two thirds of its life, then again every few minutes until
-it has worked. The key stays, the file is replaced in one step, open connections stay as they are.
+"""A node's certificate renews itself: at two thirds of its life, and at once where it doesn't name
+an address that the node has now; then again every few minutes until it has worked. The key stays,
+the file is replaced in one step, open connections stay as they are.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from migrator.errors import FerryError
@@ -45,11 +46,14 @@ class Renewer:
         folder: TrustFolder,
         contexts: TlsContexts,
         request: Callable[[bytes], Awaitable[bytes]],
+        addresses: Sequence[str] = (),
         renewed: Callable[[NodeCertificate], None] = lambda certificate: None,
         clock: Callable[[], float] = time.time,
         retry_s: float = RETRY_S,
     ) -> None:
+        """`addresses`: the node's IP addresses, which its certificate is to name."""
         self.certificate = certificate
+        self._readdress = not set(addresses) <= set(certificate.addresses)
         self._node = node
         self._folder = folder
         self._contexts = contexts
@@ -77,13 +81,14 @@ class Renewer:
         await asyncio.to_thread(self._folder.write, self._folder.certificate_path.name, pem)
         await asyncio.to_thread(self._contexts.reload)
         self.certificate = fresh
+        self._readdress = False  # What the authority leaves out it would leave out again.
         self._renewed(fresh)
         return fresh
 
     async def _run(self) -> None:
         while True:
             wait_s = due_at_s(self.certificate) - self._clock()
-            if wait_s > 0:
+            if wait_s > 0 and not self._readdress:
                 await asyncio.sleep(min(wait_s, LONGEST_SLEEP_S))
                 continue
             try:

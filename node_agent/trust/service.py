@@ -23,7 +23,7 @@ from migrator.errors import (
     UnauthenticatedError,
 )
 from migrator.model import NodeName
-from node_agent.config import AgentConfig, advertised
+from node_agent.config import AgentConfig, advertised, parse_endpoint
 from node_agent.events import EventKind, EventLog
 from node_agent.peers.hub import PeerHub
 from node_agent.peers.refusals import RefusalLog
@@ -107,6 +107,9 @@ class Trust:
             folder=self.folder,
             contexts=contexts,
             request=self._renewed_certificate,
+            addresses=certificates.ip_addresses(
+                [parse_endpoint(each)[0] for each in (self.peer_address, self.api_address)]
+            ),
             renewed=self._note_renewal,
             clock=clock,
         )

@@ -247,6 +247,36 @@ async def test_a_renewal_that_fails_is_tried_again(
         assert renewer.certificate.serial != before.serial
 
 
+async def test_a_node_whose_address_has_changed_gets_a_certificate_for_it_at_once(
+    tmp_path: Path,
+) -> None:
+    async with trust_world(tmp_path) as world:
+        one = world.one
+        assert one.identity.certificate.addresses == ("127.0.0.1",)
+        one.trust.peer_address, one.trust.api_address = "127.0.0.9:7781", "127.0.0.9:7780"
+        renewed = asyncio.Event()
+
+        def renewer(certificate: NodeCertificate) -> Renewer:
+            return Renewer(
+                "n1",
+                certificate,
+                folder=one.folder,
+                contexts=one.contexts,
+                request=one.trust._renewed_certificate,
+                addresses=("127.0.0.9",),
+                renewed=lambda _: renewed.set(),
+            )
+
+        moved = renewer(one.identity.certificate)
+        moved.open()
+        await asyncio.wait_for(renewed.wait(), 30)
+        await moved.close()
+        assert moved.certificate.addresses == ("127.0.0.9",)
+        record = await one.typed.get(f"{MEMBERS}n1", MemberRecord)
+        assert record is not None and record.value.peer_address == "127.0.0.9:7781"
+        assert not renewer(moved.certificate)._readdress
+
+
 async def test_only_a_member_with_its_own_key_is_renewed(tmp_path: Path) -> None:
     async with trust_world(tmp_path, 2) as world:
         authority = world.one.trust._own_authority()
