@@ -7,10 +7,10 @@ import time
 import pytest
 
 from deploy import lab
-from migrator.model import DomainState
+from migrator.model import DomainState, MigrationState
 from tests.integration.cluster import inventory
 from tests.integration.cluster.client import Download, PacketWatch
-from tests.integration.cluster.world import Cluster, Load
+from tests.integration.cluster.world import Cluster, Load, describe, eventually
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
@@ -72,3 +72,36 @@ def test_guests_outlive_their_agents(cluster: Cluster, capsys: pytest.CaptureFix
             f"\nall agents killed: client's longest gap {gap_ms:.1f} ms, no packet lost in "
             f"{unattended_until_s - dead_at_s:.1f} s without agents"
         )
+
+
+def test_a_source_s_agent_that_is_away_is_told_of_and_its_migration_s_record_goes_on(
+    cluster: Cluster,
+) -> None:
+    """Its silence and its return once each, though two agents see them."""
+    with cluster.guest("away", "n1", Load(udp=False)):
+        began = cluster.migrate("away", "n2", bandwidth_bytes_per_s=2_000_000)
+
+        def sends() -> bool:
+            seen = cluster.migration(began.id, "n1").progress
+            return seen.state is MigrationState.PRECOPY and seen.bytes_sent > 3_000_000
+
+        eventually("its first seconds are recorded", sends)
+        newest = cluster.events("n2")[-1].seq
+
+        def told() -> list[str]:
+            events = [each for each in cluster.events("n2") if each.seq > newest]
+            return [each.kind for each in events if each.data.get("node") == "n1"]
+
+        lab.kill_agent(cluster.name, "n1")
+        eventually("its silence is told", told)
+        lab.start_agent(cluster.name, "n1")
+        ended = cluster.ended(began.id)
+        eventually("its return is told", lambda: len(told()) > 1)
+        assert told() == ["node-silent", "node-back"]
+        assert ended.error == "the agent restarted during the migration", describe(ended)
+        names = [phase.name for phase in ended.timeline]
+        assert names[:5] == ["created", "setup", "precopy", "agent restart", "recovering"]
+        assert len(set(names)) == len(names)
+        assert ended.progress.bytes_sent > 1_000_000
+        away = ended.timeline[3]
+        assert away.seconds > 4.0, describe(ended)
