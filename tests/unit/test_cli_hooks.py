@@ -13,7 +13,7 @@ __all__ = ["ferry", "world"]
 
 pytestmark = pytest.mark.allow_blocking("the CLI is synchronous; it runs in a thread")
 
-BOTH = ("--point", "before-migration", "--point", "on-failure")
+BOTH = ("--point", "on-failure", "--point", "before-migration")
 
 
 async def test_a_hook_is_tried_as_adding_it_says(ferry: Ferry) -> None:
