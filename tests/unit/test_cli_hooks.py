@@ -37,7 +37,7 @@ async def test_a_hook_that_fails_at_one_moment_fails(ferry: Ferry) -> None:
     assert "before-migration succeeded" in tried and "on-failure FAILED" in tried
     other = ("hook", "test", "half", "--point", "after-resume")
     assert (
-        "it is run before-migration or on-failure, not after-resume"
+        "it is run on-failure or before-migration, not after-resume"
         in (await ferry(*other, code=ExitCode.REFUSED)).err
     )
 
