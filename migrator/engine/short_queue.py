@@ -77,7 +77,7 @@ class ShortQueue:
         if busy_s < _BUSY_SHARE * seconds:
             return False  # Little was asked for: the link's rate isn't what was seen.
         before = self.bytes
-        self._judge(count / busy_s)
+        self._judge(count / seconds)
         fitting = self._bytes_per_s * (figures.round_trip_s + self._slack_s)
         if self._probing:
             fitting *= 2
