@@ -73,7 +73,7 @@ class NicSpec(Value, frozen=True, kw_only=True):
     vlan: (
         Annotated[int, msgspec.Meta(ge=1, le=4094, description="a VLAN from 1 to 4094")] | None
     ) = None
-    """The VLAN of a VLAN-aware bridge that its frames are in; None: the bridge's own."""
+    """The VLAN of a VLAN-aware bridge that its frames are in; None: that of its new ports."""
     networks: tuple[str, ...] = ()
     """Where given, each address must be in one of them (like 10.0.0.0/24)."""
     anti_spoofing: bool = False

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from migrator.errors import FabricError
+from netfabric.exits import Exit
 
 Instruction = tuple[int, int, int, int]
 
@@ -27,9 +28,15 @@ _SO_ATTACH_FILTER: Final = 26
 _SO_RCVBUF_BYTES: Final = 1 << 18
 _LOAD_WORD: Final = 0x20
 _LOAD_HALF: Final = 0x28
+_AND: Final = 0x54
 _EQUAL: Final = 0x15
 _RETURN: Final = 0x06
 WHOLE_FRAME: Final = 0x40000
+_VLAN_TAG: Final = 0xFFFFF02C
+_VLAN_TAGGED: Final = 0xFFFFF030
+"""SKF_AD_VLAN_TAG and SKF_AD_VLAN_TAG_PRESENT of linux/filter.h: the kernel takes the outer tag off
+before a filter sees the frame. Where a bridge took it off, the former is still what it was."""
+_VLAN_MASK: Final = 0xFFF
 
 
 def from_mac(mac: bytes) -> list[Instruction]:
@@ -52,6 +59,25 @@ def of_ethertype(ethertype: int) -> list[Instruction]:
         (_EQUAL, 0, 1, ethertype),
         (_RETURN, 0, 0, WHOLE_FRAME),
         (_RETURN, 0, 0, 0),
+    ]
+
+
+def in_vlan(way: Exit, program: Sequence[Instruction]) -> Sequence[Instruction]:
+    """The program, for what comes in by the way's port in its VLAN alone.
+
+    Where the port isn't VLAN-aware all that comes is in one network, whatever tags it has.
+    """
+    if not way.vlan_aware:
+        return program
+    to_program, to_refusal = 4, 3
+    return [
+        (_LOAD_WORD, 0, 0, _VLAN_TAGGED),
+        (_EQUAL, to_program if way.vlan_id is None else to_refusal, 0, 0),
+        (_LOAD_WORD, 0, 0, _VLAN_TAG),
+        (_AND, 0, 0, _VLAN_MASK),
+        (_EQUAL, 1, 0, way.vlan_id or 0),  # 0: a priority without a VLAN.
+        (_RETURN, 0, 0, 0),
+        *program,
     ]
 
 

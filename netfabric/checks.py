@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from migrator.errors import FabricError
 from migrator.model import NicSpec
 from netfabric.frames import parse_address, parse_mac
+
+VLAN_MAX: Final = 4094
+"""IEEE 802.1Q; what is sent for another, no bridge takes, and pyroute2 doesn't even ask."""
 
 
 def nic_reasons(nic: NicSpec) -> list[str]:
@@ -14,6 +19,8 @@ def nic_reasons(nic: NicSpec) -> list[str]:
         parse_mac(nic.mac)
     except FabricError as error:
         reasons.append(str(error))
+    if nic.vlan is not None and not 1 <= nic.vlan <= VLAN_MAX:
+        reasons.append(f"NIC {nic.mac}: a VLAN is from 1 to {VLAN_MAX}, not {nic.vlan}")
     for address in nic.addresses:
         try:
             parse_address(address)

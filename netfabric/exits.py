@@ -14,3 +14,5 @@ class Exit:
     vlan_ethertype: int = 0x8100
     addressed: bool = False
     """The port takes only frames for MACs that it was told of; a bridge's port takes all."""
+    vlan_aware: bool = False
+    """What comes in by the port in another VLAN than this is somebody else's."""

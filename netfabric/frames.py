@@ -37,6 +37,7 @@ ETHERTYPE_ARP: Final = 0x0806
 ETHERTYPE_RARP: Final = 0x8035
 ETHERTYPE_IPV6: Final = 0x86DD
 ETHERTYPE_EXPERIMENTAL: Final = 0x88B5
+ETHERTYPE_VLAN: Final = 0x8100
 """For whoever likes, by IEEE 802: nobody else listens to it."""
 
 _ARP_REQUEST: Final = 1
@@ -166,7 +167,7 @@ def ethernet(destination: bytes, source: bytes, ethertype: int, payload: bytes) 
     return frame.ljust(FRAME_BYTES_MIN, b"\x00")
 
 
-def tagged(frame: bytes, vlan_id: int, ethertype: int = 0x8100) -> bytes:
+def tagged(frame: bytes, vlan_id: int, ethertype: int = ETHERTYPE_VLAN) -> bytes:
     """The frame with a VLAN tag of priority 0 (IEEE 802.1Q, or 802.1ad with 0x88a8)."""
     return frame[:12] + struct.pack("!HH", ethertype, vlan_id) + frame[12:]
 

@@ -12,6 +12,7 @@ import errno
 import os
 import socket
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -47,6 +48,7 @@ _INFO_SLAVE_KIND: Final = 4
 _INFO_SLAVE_DATA: Final = 5
 _BR_VLAN_FILTERING: Final = 7
 _BR_VLAN_PROTOCOL: Final = 8
+_BR_VLAN_DEFAULT_PVID: Final = 39
 _FORWARDING: Final = PortState.FORWARDING
 _SKIP_STATISTICS: Final = 1 << 3
 _NAME_BYTES_MAX: Final = 15
@@ -70,6 +72,8 @@ class Link:
     """A bridge port that is up and not blocked by the spanning tree."""
     vlan_filtering: bool
     vlan_ethertype: int
+    vlan_default: int | None = None
+    """The VLAN that a new port of this bridge's is put into, untagged; None: none."""
     floods: bool = True
     """A bridge port that broadcasts go out of."""
     mac: str = ""
@@ -81,9 +85,14 @@ class _InterruptedError(Exception):
 
 def all_links() -> list[Link]:
     """Every link. OSError."""
+    return [link_in(content) for content in dump_links(socket.AF_UNSPEC, _SKIP_STATISTICS)]
+
+
+def dump_links(family: int, mask: int) -> list[bytes]:
+    """The kernel's messages of every link, as `mask` (IFLA_EXT_MASK) has them. OSError."""
     for _ in range(_TRIES):
         try:
-            return list(_ask(b"", NLM_F_DUMP))
+            return list(_ask(family, mask, b"", NLM_F_DUMP))
         except _InterruptedError:
             continue
     raise OSError(errno.EINTR, "the table of links changes without a pause")
@@ -95,18 +104,19 @@ def link_named(name: str) -> Link | None:
     if not 0 < len(encoded) <= _NAME_BYTES_MAX:
         return None
     try:
-        (link,) = _ask(attribute(_IFLA_IFNAME, encoded + b"\0"), 0)
+        asked = attribute(_IFLA_IFNAME, encoded + b"\0")
+        (content,) = _ask(socket.AF_UNSPEC, _SKIP_STATISTICS, asked, 0)
     except OSError as error:
         if error.errno in (errno.ENODEV, errno.EINVAL):
             return None
         raise
-    return link
+    return link_in(content)
 
 
-def _ask(attributes: bytes, flags: int) -> Iterator[Link]:
+def _ask(family: int, mask: int, attributes: bytes, flags: int) -> Iterator[bytes]:
     """RTM_GETLINK's answers."""
-    mask = attribute(_IFLA_EXT_MASK, struct.pack("=I", _SKIP_STATISTICS))
-    payload = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + mask + attributes
+    wanted = attribute(_IFLA_EXT_MASK, struct.pack("=I", mask))
+    payload = _LINK.pack(family, 0, 0, 0, 0) + wanted + attributes
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as kernel:
         kernel.settimeout(TIMEOUT_S)
         kernel.sendto(message(_RTM_GETLINK, flags, payload), (0, 0))
@@ -120,7 +130,7 @@ def _ask(attributes: bytes, flags: int) -> Iterator[Link]:
                     code = error_in(body)
                     raise OSError(code, os.strerror(code))
                 if kind == RTM_NEWLINK:
-                    yield link_in(body)
+                    yield body
             if not flags:
                 return
 
@@ -140,6 +150,7 @@ def link_in(content: bytes) -> Link:
     up = bool(flags & IFF_UP)
     master = found.get(_IFLA_MASTER)
     protocol = bridge.get(_BR_VLAN_PROTOCOL)
+    default = bridge.get(_BR_VLAN_DEFAULT_PVID, bytes(2))
     return Link(
         index=index,
         name=_text(found.get(_IFLA_IFNAME)),
@@ -150,6 +161,7 @@ def link_in(content: bytes) -> Link:
         forwarding=up and port is not None and _byte(port, IFLA_BRPORT_STATE) == _FORWARDING,
         vlan_filtering=bool(_byte(bridge, _BR_VLAN_FILTERING)),
         vlan_ethertype=0x8100 if protocol is None else int.from_bytes(protocol[:2], "big"),
+        vlan_default=int.from_bytes(default[:2], sys.byteorder) or None,
         floods=port is None or bool(_byte(port, IFLA_BRPORT_BCAST_FLOOD)),
         mac=found.get(_IFLA_ADDRESS, b"").hex(":"),
     )

@@ -72,13 +72,16 @@ def attribute(kind: int, value: bytes) -> bytes:
 
 
 def attributes_in(data: bytes) -> dict[int, bytes]:
-    """A list of attributes by kind; what is cut short is left out."""
-    found: dict[int, bytes] = {}
+    """A list of attributes by kind, of two of a kind the last; what is cut short is left out."""
+    return dict(attribute_list(data))
+
+
+def attribute_list(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Kind and value of each attribute; what is cut short is left out."""
     at = 0
     while at + 4 <= len(data):
         length, kind = _ATTRIBUTE.unpack_from(data, at)
         if length < 4 or at + length > len(data):
-            break
-        found[kind & NLA_TYPE_MASK] = data[at + 4 : at + length]
+            return
+        yield kind & NLA_TYPE_MASK, data[at + 4 : at + length]
         at += (length + 3) & ~3
-    return found

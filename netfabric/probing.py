@@ -80,7 +80,7 @@ def probe(
         sockets: list[socket.socket] = []
         for way in uplinks:
             try:
-                program = capture.from_mac(mac)
+                program = capture.in_vlan(way, capture.from_mac(mac))
                 opened = capture.open_capture(way.port, program, promiscuous=way.addressed)
                 sockets.append(stack.enter_context(opened))
                 _ask(opened, way, questions.values())

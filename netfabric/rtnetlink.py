@@ -67,8 +67,9 @@ def set_port_state(index: int, state: PortState) -> None:
 def learn(port_index: int, mac: bytes) -> None:
     """Tell the port's bridge that the MAC is behind the port, as if it had learnt it.
 
-    The entry ages and moves as a learnt one does. Under VLAN filtering the kernel makes one for
-    each VLAN of the port. FabricError if the port is gone.
+    The entry ages and moves as a learnt one does. A kernel that knows VLANs makes one for each of
+    the port's beside that without, whether the bridge filters by them or not; those that the
+    bridge doesn't go by stay until they age. FabricError if the port is gone.
     """
     _entry(RTM_NEWNEIGH, port_index, mac, _NUD_REACHABLE, 0)
 

@@ -1,4 +1,4 @@
-"""Debian's cloud kernel for the guest, and those of its modules that the guest needs.
+"""One of Debian's kernels, and those of its modules that a guest needs.
 
 The package is downloaded and unpacked, never installed: the host's own boot is not touched. What
 the guest needs of it stays in the cache, so that a changed workload needs no download.
@@ -20,15 +20,6 @@ from typing import Final
 
 from migrator.errors import FerryError
 
-META_PACKAGE: Final = "linux-image-cloud-amd64"
-WANTED_MODULES: Final = (
-    "virtio_pci",
-    "virtio_net",
-    "virtio_blk",
-    "evdev",  # the power button's events
-    "button",  # the power button
-    "pvpanic_pci",  # tells the hypervisor of a panic, where it offers the device
-)
 _ORDER_FILE: Final = "order"
 _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
 _QUERY_TIMEOUT_S: Final = 60.0
@@ -42,16 +33,39 @@ class GuestBuildError(FerryError):
 
 
 @dataclass(frozen=True, slots=True)
+class WantedKernel:
+    """What is asked for: the newest kernel of a flavour."""
+
+    meta_package: str
+    modules: tuple[str, ...]
+    """The names of those that are needed, without what they need themselves."""
+
+
+GUESTS_KERNEL: Final = WantedKernel(
+    "linux-image-cloud-amd64",
+    (
+        "virtio_pci",
+        "virtio_net",
+        "virtio_blk",
+        "evdev",  # the power button's events
+        "button",  # the power button
+        "pvpanic_pci",  # tells the hypervisor of a panic, where it offers the device
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
 class KernelPackage:
-    """A kernel as the package manager offers it."""
+    """A kernel as the package manager offers it, and which of its modules are needed."""
 
     name: str
     version: str
+    modules: tuple[str, ...]
 
     @property
     def cache_name(self) -> str:
         """The name of its folder in the cache."""
-        digest = hashlib.sha256(" ".join((self.name, *WANTED_MODULES)).encode()).hexdigest()
+        digest = hashlib.sha256(" ".join((self.name, *self.modules)).encode()).hexdigest()
         return f"kernel-{re.sub(r'[^A-Za-z0-9.+-]', '_', self.version)}-{digest[:12]}"
 
 
@@ -71,22 +85,23 @@ class UnpackedKernel:
         return [(name, (self.directory / name).read_bytes()) for name in order]
 
 
-def resolve_kernel() -> KernelPackage:
-    """Which kernel package the newest cloud kernel is. Asks the local package lists only."""
+def resolve_kernel(wanted: WantedKernel) -> KernelPackage:
+    """Which kernel package the flavour's newest is. Asks the local package lists only."""
     depends = run_tool(
-        ["apt-cache", "depends", META_PACKAGE], package="apt", timeout_s=_QUERY_TIMEOUT_S
+        ["apt-cache", "depends", wanted.meta_package], package="apt", timeout_s=_QUERY_TIMEOUT_S
     )
-    name = parse_depends(depends)
+    name = parse_depends(depends, wanted.meta_package)
     policy = run_tool(["apt-cache", "policy", name], package="apt", timeout_s=_QUERY_TIMEOUT_S)
-    return KernelPackage(name, parse_policy(policy))
+    return KernelPackage(name, parse_policy(policy), wanted.modules)
 
 
-def parse_depends(output: str) -> str:
+def parse_depends(output: str, meta_package: str) -> str:
     """The kernel's package in the output of `apt-cache depends`."""
-    match = re.search(r"^\s*Depends: (linux-image-\S+-cloud-amd64)\s*$", output, re.MULTILINE)
+    flavour = re.escape(meta_package.removeprefix("linux-image"))
+    match = re.search(rf"^\s*Depends: (linux-image-\d\S*{flavour})\s*$", output, re.MULTILINE)
     if match is None:
         raise GuestBuildError(
-            f"the package lists don't know {META_PACKAGE}: run `apt-get update` (Debian, amd64)"
+            f"the package lists don't know {meta_package}: run `apt-get update` (Debian, amd64)"
         )
     return match.group(1)
 
@@ -146,7 +161,7 @@ def _download_and_unpack(package: KernelPackage, work: Path) -> None:
     files = {
         module_name(path): path for path in (root / "lib/modules").rglob("*.ko*") if path.is_file()
     }
-    names = load_order(WANTED_MODULES, files)
+    names = load_order(package.modules, files)
     for name in names:
         (result / f"{name}.ko").write_bytes(read_module(files[name]))
     (result / _ORDER_FILE).write_text("".join(f"{name}.ko\n" for name in names))

@@ -23,21 +23,11 @@ from migrator.errors import FabricError
 from netfabric.exits import Exit
 from netfabric.link_table import Link, all_links, link_named
 from netfabric.taps import TAP_MTU_BYTES_MAX, TAP_NAME, TUNNEL_NAME
+from netfabric.vlan_table import Vlans, port_vlans
 
 _ADDRESS_GENERATION_NONE: Final = 1
-_VLAN_PVID: Final = 0x2
-_VLAN_UNTAGGED: Final = 0x4
 _EVERYBODY: Final = "00:00:00:00:00:00"
 """A VXLAN's entry for MACs that it doesn't know, and for broadcasts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Vlan:
-    """One VLAN of a bridge port: frames of it leave untagged or tagged; pvid: untagged come in."""
-
-    id: int
-    pvid: bool
-    untagged: bool
 
 
 class Netlink:
@@ -58,23 +48,9 @@ class Netlink:
         """The link of that name; None if there is none."""
         return link_named(name)
 
-    def vlans(self) -> dict[int, tuple[Vlan, ...]]:
+    def vlans(self) -> dict[int, tuple[Vlans, ...]]:
         """The VLANs of every bridge port by the port's index."""
-        found: dict[int, tuple[Vlan, ...]] = {}
-        for message in self._route.get_vlans():
-            specification = message.get_attr("IFLA_AF_SPEC")
-            if specification is None:
-                continue
-            entries = specification.get_attrs("IFLA_BRIDGE_VLAN_INFO")
-            found[message["index"]] = tuple(
-                Vlan(
-                    id=entry["vid"],
-                    pvid=bool(entry["flags"] & _VLAN_PVID),
-                    untagged=bool(entry["flags"] & _VLAN_UNTAGGED),
-                )
-                for entry in entries
-            )
-        return found
+        return port_vlans()
 
     def attach(self, port: Link, bridge: Link, mac: bytes, *, open_now: bool = True) -> None:
         """Make a tap a port of the bridge, with the bridge's MTU, and bring it up (`open_now`).
@@ -120,8 +96,9 @@ class Netlink:
 
     def put_into_vlan(self, index: int, vlan_id: int) -> None:
         """Make a port of a VLAN-aware bridge one of this VLAN alone, untagged."""
-        for vlan in self.vlans().get(index, ()):
-            self._route.vlan_filter("del", index=index, vlan_info={"vid": vlan.id})
+        for vlans in self.vlans().get(index, ()):
+            for other in range(vlans.first, vlans.last + 1):
+                self._route.vlan_filter("del", index=index, vlan_info={"vid": other})
         flags = ["pvid", "untagged"]
         self._route.vlan_filter("add", index=index, vlan_info={"vid": vlan_id, "flags": flags})
 
@@ -182,7 +159,11 @@ class Netlink:
 
     def forget_remote(self, vxlan: Link, bridge: Link) -> None:
         """What a VXLAN has of MACs that its bridge has at other ports."""
-        entries = [(each.get_attr("NDA_LLADDR"), each) for each in self._route.fdb("dump")]
+        entries = [
+            (each.get_attr("NDA_LLADDR"), each)
+            for each in self._route.fdb("dump")
+            if each.get_attr("NDA_VLAN") is None  # Else it's of no bridge without VLANs.
+        ]
         here = {
             mac
             for mac, each in entries
@@ -198,10 +179,15 @@ class Netlink:
         """How many frames may wait in an interface for whoever reads them."""
         self._route.link("set", index=index, txqlen=frames)
 
-    def learnt_at(self, bridge: Link, mac: str) -> str:
-        """The port at which the bridge has the MAC; "" if it has none."""
+    def learnt_at(self, bridge: Link, mac: str, vlan_id: int | None) -> str:
+        """The port at which the bridge has the MAC, in its VLAN; "" if it has none."""
+        vlan_id = (vlan_id or bridge.vlan_default) if bridge.vlan_filtering else None
         for entry in self._route.fdb("dump"):
-            if entry.get_attr("NDA_LLADDR") == mac and entry.get_attr("NDA_MASTER") == bridge.index:
+            if (
+                entry.get_attr("NDA_LLADDR") == mac
+                and entry.get_attr("NDA_MASTER") == bridge.index
+                and entry.get_attr("NDA_VLAN") == vlan_id
+            ):
                 with contextlib.suppress(OSError):  # It was removed meanwhile.
                     return socket.if_indextoname(entry["ifindex"])
         return ""
@@ -259,11 +245,11 @@ class Uplink:
 def bridge_uplinks(kernel: Netlink, bridge: Link, vlan_id: int | None = None) -> list[Uplink]:
     """The bridge's forwarding ports that are neither guests' taps nor our tunnels.
 
-    Under VLAN filtering those in `vlan_id` (None: in the VLAN of the bridge's untagged frames).
+    Under VLAN filtering those in `vlan_id` (None: in the VLAN that a new port is put into).
     """
     vlans = kernel.vlans() if bridge.vlan_filtering else None
-    if vlans is not None and vlan_id is None:
-        vlan_id = next((vlan.id for vlan in vlans.get(bridge.index, ()) if vlan.pvid), None)
+    if vlan_id is None:
+        vlan_id = bridge.vlan_default
     found: list[Uplink] = []
     for link in kernel.links():
         ours = TAP_NAME.fullmatch(link.name) or TUNNEL_NAME.fullmatch(link.name)
@@ -333,23 +319,23 @@ def find_exits(kernel: Netlink, tap: str) -> Exits | None:
 
 
 def _exit(
-    link: Link, own: Link, bridge: Link, vlans: dict[int, tuple[Vlan, ...]] | None
+    link: Link, own: Link, bridge: Link, vlans: dict[int, tuple[Vlans, ...]] | None
 ) -> Exit | None:
     if vlans is None:
         return Exit(link.name)
-    vlan_id = next((vlan.id for vlan in vlans.get(own.index, ()) if vlan.pvid), None)
+    vlan_id = next((vlan.first for vlan in vlans.get(own.index, ()) if vlan.pvid), None)
     return _exit_in(link, bridge, vlan_id, vlans)
 
 
 def _exit_in(
-    link: Link, bridge: Link, vlan_id: int | None, vlans: dict[int, tuple[Vlan, ...]] | None
+    link: Link, bridge: Link, vlan_id: int | None, vlans: dict[int, tuple[Vlans, ...]] | None
 ) -> Exit | None:
     """The way out by `link` for frames of a VLAN; None if it isn't in it."""
     if vlans is None:
         return Exit(link.name)
-    member = next((vlan for vlan in vlans.get(link.index, ()) if vlan.id == vlan_id), None)
+    member = next((each for each in vlans.get(link.index, ()) if vlan_id in each), None)
     if member is None:
         return None
     if member.untagged:
-        return Exit(link.name)
-    return Exit(link.name, member.id, bridge.vlan_ethertype)
+        return Exit(link.name, vlan_aware=True)
+    return Exit(link.name, vlan_id, bridge.vlan_ethertype, vlan_aware=True)

@@ -209,4 +209,4 @@ def _learnt_at(nic: NicSpec) -> str:
     """Where the bridge has the NIC's MAC, as learnt; "" if it has none."""
     with netlink(f"can't look at bridge {nic.bridge}") as kernel:
         bridge = kernel.find(nic.bridge)
-        return "" if bridge is None else kernel.learnt_at(bridge, nic.mac)
+        return "" if bridge is None else kernel.learnt_at(bridge, nic.mac, nic.vlan)

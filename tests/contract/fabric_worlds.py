@@ -23,6 +23,7 @@ from migrator.model import DomainName, NicSpec, NodeName
 from migrator.ports import FabricDriver
 from netfabric.bridge import BridgeFabric, list_taps
 from netfabric.frames import announcements, gratuitous_arp_reply, parse_mac, rarp
+from netfabric.link_table import link_named
 from netfabric.macvtap import MacvtapFabric, MacvtapNetwork
 from netfabric.macvtap.network import macvtaps, unplug
 from netfabric.simulated import SimulatedFabric, SimulatedNetwork
@@ -183,7 +184,10 @@ class BridgeWorld(World):
 
 
 async def learnt(mac: str) -> dict[str, str]:
-    """Which port each bridge has learnt the MAC on."""
+    """Which port each bridge has learnt the MAC on.
+
+    A kernel that knows VLANs has entries for them beside, which a bridge without them never reads.
+    """
 
     def look() -> dict[str, str]:
         with IPRoute() as route:
@@ -191,10 +195,22 @@ async def learnt(mac: str) -> dict[str, str]:
             return {
                 names[entry.get_attr("NDA_MASTER")]: names[entry["ifindex"]]
                 for entry in route.fdb("dump")
-                if entry.get_attr("NDA_LLADDR") == mac and entry.get_attr("NDA_MASTER") in names
+                if entry.get_attr("NDA_LLADDR") == mac
+                and entry.get_attr("NDA_MASTER") in names
+                and entry.get_attr("NDA_VLAN") is None
             }
 
     return await asyncio.to_thread(look)
+
+
+async def forwarding(*ports: str) -> None:
+    """Wait until they do: a bridge enables a port when the kernel has noticed its carrier."""
+
+    def look() -> bool:
+        links = [link_named(name) for name in ports]
+        return all(link is not None and link.forwarding for link in links)
+
+    await eventually(lambda: asyncio.to_thread(look))
 
 
 def make_network() -> None:
@@ -216,6 +232,7 @@ async def bridge_world(
     make: Callable[[socket.socket], BridgeWorld] | None = None,
 ) -> AsyncIterator[BridgeWorld]:
     await asyncio.to_thread(make_network)
+    await forwarding("up0", "up1", "far0")
     await asyncio.to_thread(change)
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as far:
         far.bind(("far1", 3))

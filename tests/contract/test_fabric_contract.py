@@ -15,10 +15,8 @@ from pyroute2 import IPRoute
 from migrator.errors import FabricError
 from migrator.model import DomainName, NicSpec
 from netfabric.bridge import BridgeFabric, announcing, list_taps
-from netfabric.bridge.links import Vlan, _exit
 from netfabric.drivers import DRIVERS
 from netfabric.frames import announcements
-from netfabric.link_table import Link
 from netfabric.taps import TAP_NAME, VNET_HEADER_BYTES, host_side_mac, tap_name
 from tests.contract.fabric_worlds import (
     GAPS_S,
@@ -425,26 +423,3 @@ def test_a_taps_own_mac_differs_from_the_guests() -> None:
     for first in ("52", "fe", "fa"):
         assert host_side_mac(mac := bytes.fromhex(f"{first}5400aabbcc")) != mac
         assert not host_side_mac(mac)[0] & 1
-
-
-def _a_link(index: int, name: str) -> Link:
-    return Link(index, name, "", True, 1500, 1, True, False, 0x88A8)
-
-
-@pytest.mark.parametrize(
-    ("vlans", "expected"),
-    [
-        ((Vlan(7, pvid=True, untagged=True),), (None,)),
-        ((Vlan(1, pvid=True, untagged=True), Vlan(7, pvid=False, untagged=False)), (7,)),
-        ((Vlan(1, pvid=True, untagged=True),), None),
-        ((), None),
-    ],
-)
-def test_an_announcement_leaves_in_the_taps_vlan(
-    vlans: tuple[Vlan, ...], expected: tuple[int | None] | None
-) -> None:
-    own, uplink, bridge = _a_link(2, "fy"), _a_link(3, "up0"), _a_link(1, "br0")
-    table = {2: (Vlan(7, pvid=True, untagged=True),), 3: vlans}
-    way = _exit(uplink, own, bridge, table)
-    assert (None if way is None else (way.vlan_id,)) == expected
-    assert _exit(uplink, own, bridge, None) is not None

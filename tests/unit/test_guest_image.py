@@ -15,6 +15,7 @@ from deploy.guest.cpio import character_device, directory, file, symlink, write_
 from deploy.guest.disk_check import check_disk, describe
 from deploy.guest.kernel import (
     GuestBuildError,
+    KernelPackage,
     load_order,
     module_name,
     parse_depends,
@@ -164,13 +165,26 @@ def test_cmdline_refuses_negative_numbers() -> None:
 def test_kernel_package_is_read_from_apt() -> None:
     depends = "linux-image-cloud-amd64\n  Depends: linux-image-6.1.0-9-cloud-amd64\n  Suggests: x\n"
     policy = "linux-image:\n  Installed: (none)\n  Candidate: 6.1.27-1\n  Version table:\n"
-    assert parse_depends(depends) == "linux-image-6.1.0-9-cloud-amd64"
+    assert parse_depends(depends, "linux-image-cloud-amd64") == "linux-image-6.1.0-9-cloud-amd64"
     assert parse_policy(policy) == "6.1.27-1"
+
+
+def test_each_flavour_and_each_choice_of_modules_has_its_own_folder() -> None:
+    depends = "linux-image-amd64\n  Depends: linux-image-6.1.0-9-amd64\n"
+    assert parse_depends(depends, "linux-image-amd64") == "linux-image-6.1.0-9-amd64"
+    with pytest.raises(GuestBuildError, match="linux-image-cloud-amd64"):
+        parse_depends(depends, "linux-image-cloud-amd64")
+    packages = [
+        KernelPackage(name, "6.1.27-1", modules)
+        for name in ("linux-image-6.1.0-9-amd64", "linux-image-6.1.0-9-cloud-amd64")
+        for modules in (("virtio_pci",), ("virtio_pci", "bridge"))
+    ]
+    assert len({package.cache_name for package in packages}) == 4
 
 
 def test_missing_package_lists_are_named() -> None:
     with pytest.raises(GuestBuildError, match="apt-get update"):
-        parse_depends("")
+        parse_depends("", "linux-image-amd64")
     with pytest.raises(GuestBuildError, match="apt-get update"):
         parse_policy("  Candidate: (none)\n")
 
