@@ -36,8 +36,8 @@ ETHERTYPE_IPV4: Final = 0x0800
 ETHERTYPE_ARP: Final = 0x0806
 ETHERTYPE_RARP: Final = 0x8035
 ETHERTYPE_IPV6: Final = 0x86DD
-ETHERTYPE_EXPERIMENTAL: Final = 0x88B5
 ETHERTYPE_VLAN: Final = 0x8100
+ETHERTYPE_EXPERIMENTAL: Final = 0x88B5
 """For whoever likes, by IEEE 802: nobody else listens to it."""
 
 _ARP_REQUEST: Final = 1
