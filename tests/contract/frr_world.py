@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from deploy.lab.frr import PROGRAMS, SYSTEM, USER
+from deploy.lab.frr import PROGRAMS, SYSTEM, USER, ZEBRA_OPTIONS
 from tests.contract.fabric_worlds import SOON_S
 
 
@@ -66,6 +66,7 @@ def start_daemons(folder: Path, configuration: str) -> list[subprocess.Popen[byt
             *(str(PROGRAMS / daemon), "-f", str(path), "-i", str(folder / f"{daemon}.pid")),
             *("-z", str(folder / "zserv.api"), "--vty_socket", str(folder), "-P", "0"),
             *("--log", f"file:{folder / daemon}.log"),
+            *(ZEBRA_OPTIONS if daemon == "zebra" else ()),
         ]
         with (folder / f"{daemon}.out").open("wb") as out:
             started.append(subprocess.Popen(command, stdout=out, stderr=out))

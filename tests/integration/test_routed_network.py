@@ -6,6 +6,7 @@ import concurrent.futures
 import os
 import socket
 import statistics
+import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,8 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
 MOVES = 6
 RTMGRP_IPV4_ROUTE = 0x40
+RTMGRP_IPV6_ROUTE = 0x400
+RTM_DELROUTE = 25
 STATEFUL = """
 table inet ferrytest {
   chain forward {
@@ -63,11 +66,13 @@ def routed(
 
 
 class RouteWatch:
-    """When the router's IPv4 table changes (wall clock, s): only guests' routes ever do."""
+    """When the router's table changes (wall clock, s): only guests' routes ever do."""
 
-    def __init__(self, namespace: str) -> None:
-        self._socket = in_namespace(namespace, _route_socket)
+    def __init__(self, namespace: str, version: int = 4) -> None:
+        self._socket = in_namespace(namespace, lambda: _route_socket(version))
         self._changes: list[float] = []
+        self.withdrawn = 0
+        """How often a route went before its successor was there."""
 
     def changes(self) -> list[float]:
         """All so far. The kernel stamps none, so a thread's time would be no better."""
@@ -82,10 +87,14 @@ class RouteWatch:
     def _run(self) -> None:
         while not self._ended.is_set():
             try:
-                self._socket.recv(65536)
+                content = self._socket.recv(65536)
             except TimeoutError:
                 continue
             self._changes.append(time.time())
+            while content:
+                length, kind = struct.unpack_from("=IH", content)
+                self.withdrawn += kind == RTM_DELROUTE
+                content = content[(length + 3) & ~3 :]
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
@@ -99,9 +108,9 @@ class RouteWatch:
         return min(((each - resumed_at_s) * 1e3 for each in changes), key=abs)
 
 
-def _route_socket() -> socket.socket:
+def _route_socket(version: int) -> socket.socket:
     opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-    opened.bind((0, RTMGRP_IPV4_ROUTE))
+    opened.bind((0, RTMGRP_IPV4_ROUTE if version == 4 else RTMGRP_IPV6_ROUTE))
     opened.settimeout(0.2)
     return opened
 
@@ -159,7 +168,8 @@ def test_no_question_to_a_guest_whose_routes_move_is_lost(
         routed.move(name, "n2")
         routed.move(name, "n1")
         moves: list[Migration] = []
-        with RouteWatch(routed.plan.router) as routes, PingWatch(client, address) as pings:
+        watch = RouteWatch(routed.plan.router, version)
+        with watch as routes, PingWatch(client, address) as pings:
             pings.wait_answers(300)
             for number in range(MOVES):
                 node = "n2" if number % 2 == 0 else "n1"
@@ -179,6 +189,7 @@ def test_no_question_to_a_guest_whose_routes_move_is_lost(
             f"the router's route changed +{statistics.median(led_ms):.1f} ms"
             f" (worst {max(led_ms):.1f}) after the resume"
         )
+    assert not routes.withdrawn, "a question between two routes would have been lost"
     outcome = (pings.lost, pings.duplicates, pings.reordered)
     assert outcome == (0, 0, 0), (outcome, pings.story(resumed_s))
     eventually(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -12,18 +14,22 @@ import pytest
 from deploy import lab
 from deploy.guest.build import build_guest, default_cache_directory
 from deploy.guest.disk_check import check_disk
-from deploy.lab import storage
+from deploy.lab import processes, storage
 from deploy.lab.plan import LabPlan
 from migrator import hold_points
 from migrator.model import DomainState
 from node_agent.cli.errors import ApiProblem
 from node_agent.resources import Domain, Pool
+from storage.nbd.protocol import PORT as NBD_PORT
 from tests.chaos import cells, judge
 from tests.chaos.faults import FAULTS
+from tests.integration.cluster.client import in_namespace
 from tests.integration.cluster.world import Cluster, Guest, Load, describe, eventually
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
+SECOND = "hasty"
+SECOND_PORT = 12_000
 HEAL_S = 60.0
 """A bound against hanging: clients of a server that came back try at growing gaps."""
 
@@ -53,6 +59,29 @@ def disk_of(plan: LabPlan, kind: str, volume: str) -> Path:
     if kind == "nfs":
         return folder / "export" / volume / "disk.raw"
     return folder / "volumes" / f"{volume}.raw"
+
+
+def start_second_server(plan: LabPlan) -> None:
+    """Another NBD server beside the lab's, which `storage.kill(plan, SECOND)` ends."""
+    folder = plan.folder / "storage" / SECOND
+    (folder / "volumes").mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "storage.nbd", "--folder", f"{folder}/volumes"]
+    command += ["--address", plan.storage_address, "--port", str(SECOND_PORT)]
+    command += ["--first-export-port", str(SECOND_PORT + 1)]
+    process = processes.spawn_in(plan.namespace("storage"), command, folder / "nbd.log")
+
+    def serves() -> bool:
+        assert processes.alive(process), processes.tail(folder / "nbd.log")
+        address = (plan.storage_address, SECOND_PORT)
+        try:
+            in_namespace(
+                plan.namespace("storage"), lambda: socket.create_connection(address, 1.0)
+            ).close()
+        except OSError:
+            return False
+        return True
+
+    eventually("the second server serves", serves)
 
 
 def wait_records(guest: Guest, more: int = 20) -> None:
@@ -97,13 +126,18 @@ def test_a_guest_moves_and_outlives_its_server(
 
 def test_a_disk_that_fails_pauses_the_guest_which_goes_on_by_itself(cluster: Cluster) -> None:
     """With a pool that was added to the cluster while it runs, and hardly waits for its server."""
-    address = f"{cluster.plan.storage_address}:10808"
-    settings = {"name": "hasty", "driver": "nbd", "provisioner": address, "reconnect_delay_s": 1}
-    cluster.api("n1").post("/v1/pools", Pool, settings)
+    plan = cluster.plan
+    start_second_server(plan)
+    settings = {"name": "hasty", "driver": "nbd", "reconnect_delay_s": 1}
+    first = {**settings, "provisioner": f"{plan.storage_address}:{NBD_PORT}"}
+    with pytest.raises(ApiProblem, match="the place of pool nbd under a second name"):
+        cluster.api("n1").post("/v1/pools", Pool, first)
+    own = {**settings, "provisioner": f"{plan.storage_address}:{SECOND_PORT}"}
+    cluster.api("n1").post("/v1/pools", Pool, own)
     eventually("n2 has the pool, too", lambda: _has_pool(cluster, "n2", "hasty"))
     load = Load(dirty_pages_per_s=0, disk=True, udp=False, pool="hasty")
     with cluster.guest("patient", load=load) as guest:
-        assert storage.kill(cluster.plan, "nbd")
+        assert storage.kill(plan, SECOND)
         failed = eventually(
             "the guest is paused by its disk",
             lambda: _domain_in(cluster, guest.name, DomainState.IO_ERROR),
@@ -113,7 +147,7 @@ def test_a_disk_that_fails_pauses_the_guest_which_goes_on_by_itself(cluster: Clu
         assert "disk 0 (hasty/patient) failed: " in failed.reason
         with pytest.raises(ApiProblem, match="patient"):
             cluster.api("n2").delete("/v1/pools/hasty")
-        assert storage.start(cluster.plan, "nbd")
+        start_second_server(plan)
         eventually(
             "the guest runs again",
             lambda: _domain_in(cluster, guest.name, DomainState.RUNNING),
@@ -123,6 +157,7 @@ def test_a_disk_that_fails_pauses_the_guest_which_goes_on_by_itself(cluster: Clu
         assert guest.verify().disk_errors == 0
     cluster.api("n2").delete("/v1/pools/hasty")
     eventually("n1 has no such pool any more", lambda: not _has_pool(cluster, "n1", "hasty"))
+    assert storage.kill(plan, SECOND)
 
 
 def test_a_cell_of_make_chaos(cluster: Cluster) -> None:
