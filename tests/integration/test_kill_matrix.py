@@ -6,14 +6,18 @@ far the ownership record was; the expected side is written down for each moment.
 
 from __future__ import annotations
 
+import json
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 from deploy.lab.processes import Process
+from hypervisor.qemu.config import MONITORS, monitor_path
 from migrator.model import Migration, MigrationState
 from node_agent.events import EventKind
 from tests.integration.cluster import inventory
@@ -22,6 +26,7 @@ from tests.integration.cluster.world import Cluster, Guest, describe, eventually
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
+ANSWER_S = 10.0
 WITNESS = "n3"
 """Asked about what goes on: its agent has no part in the migrations and isn't killed."""
 SLOW_BYTES_PER_S = 4_000_000
@@ -99,6 +104,32 @@ def kill(scene: Scene, name: str) -> None:
         )
 
 
+def wait_loaded(scene: Scene) -> None:
+    """Until the destination's hypervisor has all of the device state, by its own word.
+
+    The source's hypervisor says that it is out some ms earlier: it is on its way then.
+    """
+    state = scene.cluster.plan.node(scene.destination).state_path
+    with socket.socket(socket.AF_UNIX) as monitor:
+        monitor.settimeout(ANSWER_S)
+        monitor.connect(str(monitor_path(state / "qemu" / "run" / scene.guest.name, MONITORS - 1)))
+        with monitor.makefile("rw", encoding="utf-8") as talk:
+            talk.readline()  # The greeting.
+
+            def answer(command: str) -> Any:
+                talk.write(json.dumps({"execute": command}) + "\n")
+                talk.flush()
+                while "return" not in (line := json.loads(talk.readline())):
+                    assert "event" in line, line
+                return line["return"]
+
+            answer("qmp_capabilities")
+            eventually(
+                "the device state is loaded",
+                lambda: answer("query-status")["status"] != "inmigrate",
+            )
+
+
 def settle(scene: Scene, migration: Migration, at: str | None) -> Migration:
     """With every agent up again: the migration ends, the guest is sound, and runs `at` alone."""
     cluster, guest = scene.cluster, scene.guest
@@ -172,7 +203,7 @@ class Handoff:
 FAILED, COMPLETED = MigrationState.FAILED, MigrationState.COMPLETED
 BOTH_AGENTS = ("source agent", "destination agent")
 HANDOFFS = (
-    # The device state is out, the destination hasn't been told that it may take the record.
+    # The device state is there, the destination hasn't been told that it may take the record.
     Handoff("source", "Commit", ("source agent",), "source", FAILED),
     Handoff("source", "Commit", BOTH_AGENTS, "source", FAILED),
     Handoff("source", "Commit", ("destination hypervisor",), "source", FAILED),
@@ -212,6 +243,8 @@ def test_a_kill_in_the_handoff_leaves_one_copy(
     with cluster.held(handoff.role, handoff.step) as point:
         begun = cluster.migrate(guest.name, scene.destination, via=scene.source)
         point.wait_reached()
+        if handoff.step == "Commit":
+            wait_loaded(scene)
         for victim in handoff.victims:
             kill(scene, victim)
     at = {"source": scene.source, "destination": scene.destination}.get(handoff.at)
