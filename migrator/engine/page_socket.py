@@ -72,8 +72,12 @@ class PageSocket:
             self._send_all([whole[at : at + step_bytes]])
 
     def limit_queue(self, size_bytes: int) -> None:
-        """How much may be sent and not yet acknowledged, about."""
-        limit_send_buffer(self._sock, size_bytes)
+        """How much may be sent and not yet acknowledged, about.
+
+        A wish: a stream that has ended says so when it is used.
+        """
+        with contextlib.suppress(OSError):
+            limit_send_buffer(self._sock, size_bytes)
 
     def figures(self) -> TcpFigures | None:
         """What the kernel knows of the connection."""

@@ -25,6 +25,7 @@ BYTES_FIRST: Final = 32 * 1024
 """Until the rate is known: 1.3 ms of a link of 200 Mbit/s."""
 SLACK_FIRST_S: Final = 0.0005
 SLACK_MIN_S: Final = 0.00025
+"""The links of the benchmark stayed full with it; below, two pages are what bounds."""
 SLACK_MAX_S: Final = 0.01
 _WINDOW_S: Final = 0.1
 _WINDOW_BYTES_MIN: Final = 64 * 1024
@@ -33,7 +34,8 @@ _SHRINK: Final = 0.7
 _LOW_SHARE: Final = 0.85
 """Of the usual rate: where two windows in a row are below it, the buffer may be too small."""
 _GAIN_SHARE: Final = 1.08
-"""Of the usual rate: where a doubled slack gains so much, the buffer was too small."""
+"""Of the usual rate: where twice the bytes under way gain so much, the buffer was too small. Most
+windows of 0.1 s are within 3 % of each other (200 Mbit/s and 1 Gbit/s, shaped)."""
 _SMOOTHING: Final = 0.3
 _PROBE_WINDOWS: Final = 10
 _HOLD_WINDOWS: Final = 10

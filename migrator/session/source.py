@@ -249,7 +249,7 @@ class SourceSession(SourceLeave):
         self._live = MigrationProgress(
             state=self.state,
             bytes_sent=sum(each.bytes_sent for each in self.passes),
-            remaining_bytes=report.pending_pages * PAGE_SIZE_BYTES,
+            remaining_bytes=self._left_pages() * PAGE_SIZE_BYTES,
             throughput_bytes_per_s=throughput(self.passes),
         )
 

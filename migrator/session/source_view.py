@@ -15,6 +15,7 @@ from migrator.model import (
     MigrationRequest,
     MigrationState,
     NodeName,
+    PassKind,
     PassReport,
     Role,
 )
@@ -31,6 +32,8 @@ from migrator.session.vocabulary import DisksDeactivated, EngineReported
 
 _S = MigrationState
 _WAY: Final = (_S.CREATED, _S.SETUP, _S.PRECOPY, _S.SWITCHOVER, _S.HANDOFF, _S.POSTCOPY)
+_TOLD: Final = frozenset({PassKind.STALE, PassKind.MISSING})
+"""What these passes count isn't sent by them, but told as missing."""
 _CLEAN_UP: Final = "clean-up"
 _RESTART: Final = "agent restart"
 """From the last heartbeat of the agent that ended to the next one's beginning, in the timeline."""
@@ -244,6 +247,11 @@ class SourceView(Session):
             prediction=self.prediction,
             cancelled_by=self.cancelled_by,
         )
+
+    def _left_pages(self) -> int:
+        """After the last pass; in post-copy all that the destination was told it lacks."""
+        told = [each.pages for each in self.passes if each.kind in _TOLD]
+        return sum(told) if told else self.passes[-1].pending_pages
 
     def _progress(self) -> MigrationProgress:
         live = self._live
