@@ -1,9 +1,9 @@
 """What one stream has to deliver in a pass, and how it gets through.
 
-    todo ─► prepare (8 MiB: zero pages apart, announced) ─► ready ─► frames ─► unacknowledged
-     ▲                                                        ▲└─ packed ─┘ (slow links)  │
-     │                                                        └── stream broke ───────────┘
-     └ the pass's ranges
+    todo ─► prepare (8 MiB: zero pages apart, announced) ─► ready ─────────► frames ─► not yet
+     ▲                                                       ▲ └ sorted, packed ─┘      acknowledged
+     │                                                       │   (slow links)             │
+     └ the pass's ranges                                     └──────── stream broke ──────┘
 
 A delivery is done when each of its pages is acknowledged. When the stream breaks, it connects
 again (bounded by `reconnect_s`), and sends again only what wasn't acknowledged.
@@ -28,6 +28,7 @@ from migrator.engine.known import KnownPages
 from migrator.engine.memory import MappedRegion
 from migrator.engine.packing import PACK_BYTES_MAX, Packer
 from migrator.engine.packing_policy import PackingPolicy, Plan
+from migrator.engine.sorting import PieceQueue, Sorted
 from migrator.engine.stream import PageStream, Piece, StreamBrokenError
 from migrator.engine.zeroes import ZeroFilter
 from migrator.engine_messages import ChannelBroken, ChannelRestored, FromEngine
@@ -41,6 +42,8 @@ _EXPECT_BYTES_MIN: Final = 1024 * 1024
 """Less than this isn't worth a prefault in another thread."""
 _PACKING_BYTES_MIN: Final = 1024 * 1024
 """Less is sent before a packing thread is up; a usual final pass is."""
+_LOOKS_A_STEP: Final = 4
+"""Pieces looked at beside each frame that is sent."""
 _PACKED_WAIT_S: Final = 0.005
 _BUDGET_WAIT_S: Final = 0.001
 _IN_HAND_S_MIN: Final = 0.005
@@ -122,13 +125,16 @@ class Delivery:
     ) -> None:
         """`written`: pages that have to be sent again anyway, and are left for then."""
         self._stream = stream
-        self._todo = collections.deque(piece for piece in pieces if len(piece.content))
-        self._ready: collections.deque[Piece] = collections.deque()
-        self._ready_bytes = 0
+        self._todo = PieceQueue()
+        self.left_bytes = 0
+        for piece in pieces:
+            self._todo.put(piece)
+            self.left_bytes += _guest_bytes(piece)
+        self._ready = PieceQueue()
+        self._sorted = Sorted()
         self._regions = regions
         self._bucket = bucket
         self._zero_filter = ZeroFilter() if skip_zeroes else None
-        self.left_bytes = sum(map(_guest_bytes, self._todo))
         self.pages = 0
         self.zero_pages = 0
         self.same_pages = 0
@@ -167,51 +173,99 @@ class Delivery:
     @property
     def empty(self) -> bool:
         """Nothing has to be sent. True again at the end of `run`."""
-        return not self._todo and not self._ready and self._packer.empty
+        return not self._todo and not self._waiting
+
+    @property
+    def _waiting(self) -> bool:
+        """Something is prepared, and has to be sent."""
+        return bool(self._ready or self._sorted or not self._packer.empty)
 
     def _take_back(self) -> None:
         """What wasn't acknowledged comes first again, then what was packed and not sent."""
         for piece in reversed(self._packer.take_back()):
-            self._ready.appendleft(piece)
-            self._ready_bytes += ranges.byte_count(piece.content)
+            self._ready.put_back(piece)
         for sent in reversed(self._stream.take_unacknowledged()):
             if sent.piece is not None:
                 self._forget(sent.piece)
-                self._ready.appendleft(sent.piece)
-                self._ready_bytes += ranges.byte_count(sent.piece.content)
+                self._ready.put_back(sent.piece)
                 self.left_bytes += _guest_bytes(sent.piece)
 
     def _step(self, waiter: Waiter) -> bool:
         """Prepare as far ahead as allowed, and send one frame. False: nothing is left."""
-        while self._todo and self._ready_bytes < (_LOOKAHEAD_BYTES if self._todo[0].cold else 1):
-            self._prepare(waiter)
         link_bytes_per_s = self._stream.gauge()
         plan = None
         if self._may_pack:
             plan = self._policy.plan(link_bytes_per_s, self._stream.codecs)
+        sorting = self._may_pack and self._is_slow(plan, link_bytes_per_s)
+        while (
+            self._todo
+            and self._ready.content_bytes < (_LOOKAHEAD_BYTES if self._todo.head.cold else 1)
+            and not (sorting and self._sorted.enough)
+        ):
+            self._prepare(waiter)
+        if sorting:
+            self._sort()
+        else:
+            self._sorted.put_back(self._ready)
         if plan is not None:
             self._pack_ahead(plan)
-        if self._packer.empty and not self._ready:
+        if not self._waiting:
             return False
-        if not self._packed_goes(plan, waiter):
+        if not self._packed_goes(plan, waiter) or self._runs_dry:
             # In small frames while it isn't known whether packing pays, or packed ones are awaited.
             wary = self._may_pack and not (
                 plan is None and self._stream.link.judged and self._packer.empty
             )
-            head = self._take_ready(PACK_BYTES_MAX if wary else frames.FRAME_BYTES_MAX)
-            if head is None:
-                return True
-            self._count(head)
-            self._forget(head)
-            self._stream.send(head, self._regions[head.region], waiter)
+            self._send_plain(PACK_BYTES_MAX if wary else frames.FRAME_BYTES_MAX, waiter)
         self._stream.collect_acks()
         return True
 
+    def _is_slow(self, plan: Plan | None, link_bytes_per_s: float | None) -> bool:
+        """Whether pages are packed, or would be on idle cores. True while nothing is known."""
+        if plan is not None or not self._stream.link.judged:
+            return True
+        return self._policy.could_pay(link_bytes_per_s, self._stream.codecs)
+
+    def _sort(self) -> None:
+        """Look at a few of the pieces that come next: the link mustn't wait for that."""
+        for _ in range(_LOOKS_A_STEP):
+            if self._sorted.enough or not self._next_packable:
+                return
+            piece = self._ready.take(PACK_BYTES_MAX, frames.FRAME_RANGES_MAX)
+            self._sorted.put(piece, self._regions[piece.region].words)
+
+    @property
+    def _runs_dry(self) -> bool:
+        """The link does, packed frames or not, and there are pages that are as good plain."""
+        if not self._sorted.hard or self._stream.gauge() is None:
+            return False
+        return self._stream.in_hand_s < _IN_HAND_S_MIN
+
+    def _send_plain(self, bytes_max: int, waiter: Waiter) -> None:
+        head = self._take(self._plain, bytes_max)
+        if head is not None:
+            self._count(head)
+            self._forget(head)
+            self._stream.send(head, self._regions[head.region], waiter)
+
+    @property
+    def _next_packable(self) -> bool:
+        return bool(self._ready) and self._packable(self._ready.head)
+
+    @property
+    def _plain(self) -> PieceQueue:
+        """What goes as it is: what is never packed, what isn't worth it, what comes next."""
+        if self._ready and not self._packable(self._ready.head):
+            return self._ready
+        return self._sorted.hard or self._sorted.soft or self._ready
+
     def _packed_goes(self, plan: Plan | None, waiter: Waiter) -> bool:
         """Whether the turn is over: what is packed went, or is awaited. False: plain pages go."""
+        if self._ready and not self._packable(self._ready.head):
+            return False
         if not self._packer.empty:
             return self._send_packed(waiter)
-        if plan is None or not self._packable(self._ready[0]):
+        if plan is None:
             return False
         # No core has time for it: that is awaited while the link has enough to do.
         if self._stream.in_hand_s <= _IN_HAND_S_MIN + _PACKED_WAIT_S:
@@ -219,18 +273,17 @@ class Delivery:
         waiter.wait(None, 0, _BUDGET_WAIT_S)
         return True
 
-    def _take_ready(self, bytes_max: int) -> Piece | None:
-        """A frame's worth off the first ready piece. None: all of that was written meanwhile."""
-        piece = self._ready[0]
+    def _take(self, queue: PieceQueue, bytes_max: int) -> Piece | None:
+        """A frame's worth off the next piece. None: all of that was written meanwhile."""
+        piece = queue.head
         limit = frames.PAYLOAD_BYTES_CAP
         if piece.kind is FrameKind.PAGES:
             page = self._regions[piece.region].page_size_bytes
             limit = self._bucket.piece_bytes(bytes_max)
             limit = max(page, limit - limit % page)
-        head = _split_off(self._ready, limit, frames.FRAME_RANGES_MAX)
-        self._ready_bytes -= ranges.byte_count(head.content)
-        self._defer(head)
-        return head if len(head.content) else None
+        taken = queue.take(limit, frames.FRAME_RANGES_MAX)
+        self._defer(taken)
+        return taken if len(taken.content) else None
 
     def _forget(self, piece: Piece) -> None:
         """Nobody knows with which content these pages go, or went."""
@@ -250,11 +303,15 @@ class Delivery:
 
     def _pack_ahead(self, plan: Plan) -> None:
         """Keep the packing threads busy with what comes next. Huge pages are left as they are."""
-        while self._ready and self._packer.room and self._packable(self._ready[0]):
-            region = self._regions[self._ready[0].region]
-            head = self._take_ready(PACK_BYTES_MAX)
-            if head is not None:
-                self._packer.put(head, region, plan)
+        while self._packer.room:
+            queue = self._sorted.soft
+            if not queue and (self._sorted.full or not (self._next_packable or self._todo)):
+                queue = self._sorted.hard
+            if not queue:
+                return
+            piece = self._take(queue, PACK_BYTES_MAX)
+            if piece is not None:
+                self._packer.put(piece, self._regions[piece.region], plan)
 
     def _packable(self, piece: Piece) -> bool:
         can_sendfile = self._regions[piece.region].can_sendfile
@@ -267,8 +324,8 @@ class Delivery:
         if taken is None:
             if spare_s > _PACKED_WAIT_S:
                 return True
-            for piece in self._packer.take_back(1) if not self._ready else ():
-                self._make_ready(piece)
+            for piece in self._packer.take_back(1) if not (self._ready or self._sorted) else ():
+                self._ready.put(piece)
             return False
         piece, packed = taken
         zeroes = msgspec.structs.replace(piece, content=packed.zeroes, kind=FrameKind.ZERO)
@@ -285,7 +342,7 @@ class Delivery:
             try:
                 self._stream.send_copy(pages, packed.payload, packed.codec, waiter)
             except BaseException:
-                self._make_ready(zeroes)
+                self._ready.put(zeroes)
                 raise
         if len(zeroes.content):
             self._count(zeroes)
@@ -295,17 +352,17 @@ class Delivery:
 
     def _prepare(self, waiter: Waiter) -> None:
         """Move a batch from todo to ready: zero pages apart, the rest announced if it is cold."""
-        region = self._regions[self._todo[0].region]
+        region = self._regions[self._todo.head.region]
         batch_bytes = frames.PAYLOAD_BYTES_CAP
-        if self._todo[0].kind is FrameKind.PAGES:
+        if self._todo.head.kind is FrameKind.PAGES:
             batch_bytes = max(_BATCH_BYTES, region.page_size_bytes)
-        piece = _split_off(self._todo, batch_bytes, len(self._todo[0].content))
+        piece = self._todo.take(batch_bytes)
         self._defer(piece)
         if self._zero_filter is not None and piece.kind is FrameKind.PAGES and region.can_sendfile:
             piece.content, zeroes = self._zero_filter.split(region.words, piece.content)
-            self._make_ready(Piece(piece.region, zeroes, FrameKind.ZERO))
+            self._ready.put(Piece(piece.region, zeroes, FrameKind.ZERO))
         content = piece.content
-        self._make_ready(piece)  # First: announcing may break the stream.
+        self._ready.put(piece)  # First: announcing may break the stream.
         if piece.cold and ranges.byte_count(content) >= _EXPECT_BYTES_MIN:
             self._stream.expect(region, content, waiter)
 
@@ -318,11 +375,6 @@ class Delivery:
             piece.content = ranges.subtract(piece.content, written)
             self.deferred.append((piece.region, written))
             self.left_bytes -= ranges.byte_count(written)
-
-    def _make_ready(self, piece: Piece) -> None:
-        if len(piece.content):
-            self._ready.append(piece)
-            self._ready_bytes += ranges.byte_count(piece.content)
 
 
 def delivered(number: int, kind: PassKind, deliveries: Sequence[Delivery]) -> PassReport:
@@ -349,13 +401,3 @@ def delivered(number: int, kind: PassKind, deliveries: Sequence[Delivery]) -> Pa
 def _guest_bytes(piece: Piece) -> int:
     """What a piece counts for: a hole isn't memory."""
     return 0 if piece.hole else ranges.byte_count(piece.content)
-
-
-def _split_off(pieces: collections.deque[Piece], bytes_max: int, ranges_max: int) -> Piece:
-    """Take what is within the limits off the first piece."""
-    first = pieces[0]
-    head, rest = ranges.take(first.content, bytes_max, ranges_max)
-    if not len(rest):
-        return pieces.popleft()
-    first.content = rest
-    return msgspec.structs.replace(first, content=head)

@@ -256,6 +256,12 @@ class PackingPolicy:
             cheap=offer.seconds_a_byte * _CHEAP * link_bytes_per_s <= 1.0,
         )
 
+    def could_pay(self, link_bytes_per_s: float | None, usable: Sequence[Codec]) -> bool:
+        """Whether a stream on such a link would be packed if the cores were idle."""
+        if link_bytes_per_s is None:
+            return False
+        return choose(self.offers(usable), link_bytes_per_s, THREADS_MAX) is not None
+
     @property
     def affordable(self) -> bool:
         """Whether the idle cores have time for another frame by now."""

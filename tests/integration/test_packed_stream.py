@@ -34,7 +34,7 @@ class _Always(PackingPolicy):
         super().__init__(lambda: 8.0)
         self._tried = tried
 
-    def plan(self, link_bytes_per_s: float | None, usable: Sequence[Codec]) -> Plan:
+    def plan(self, link_bytes_per_s: float | None, usable: Sequence[Codec]) -> Plan | None:
         tried = tuple(codec for codec in self._tried if codec in usable)
         return Plan(codec=tried[0], usable=tried, threads=2, hashing=True, cheap=True)
 
@@ -131,6 +131,51 @@ def test_a_budget_is_awaited_while_the_link_has_enough_to_do(ends: Ends, full_li
     assert ends.arrived[: 6 * MIB] == ends.source.view[: 6 * MIB]
     packed = delivery.packed_bytes.total()
     assert packed == 6 * MIB if full_link else packed < 6 * MIB
+
+
+class _Late(_Always):
+    """Its cores are busy for the first frames."""
+
+    def __init__(self, frames: int) -> None:
+        super().__init__()
+        self._busy = frames
+
+    def plan(self, link_bytes_per_s: float | None, usable: Sequence[Codec]) -> Plan | None:
+        self._busy -= 1
+        return None if self._busy >= 0 else super().plan(link_bytes_per_s, usable)
+
+    def could_pay(self, link_bytes_per_s: float | None, usable: Sequence[Codec]) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("cut_at", [0, 6, 20])
+def test_what_cant_be_made_smaller_goes_while_the_cores_are_busy(ends: Ends, cut_at: int) -> None:
+    """So that what can still goes packed, wherever in memory it lies."""
+    view = ends.source.view
+    text = (b"what a guest has in its memory, line by line\n" * MIB)[: 4 * MIB]
+    view[: 4 * MIB] = text
+    view[4 * MIB : 12 * MIB] = os.urandom(8 * MIB)
+    view[12 * MIB : 16 * MIB] = text
+    bucket = TokenBucket(24 * MIB, time.monotonic())
+    endpoint = Endpoint(host="127.0.0.1", port=ends.listener.getsockname()[1])
+    stream = _FullLink(endpoint, hello(), bucket)
+    with contextlib.closing(Signal()) as stop:
+        waiter = AcceptingWaiter(stop, ends, cut_at)
+        stream.connect(waiter)
+        content = ranges.from_pairs([(0, 16 * MIB)])
+        delivery = Delivery(
+            stream, [Piece(0, content)], [ends.source], bucket, _Late(12), skip_zeroes=True
+        )
+        delivery.run(ChannelHealth(lambda message: None), 30.0, waiter)
+        stream.bye()
+        stream.close()
+    assert ends.arrived[: 16 * MIB] == view[: 16 * MIB]
+    assert delivery.empty
+    assert delivery.left_bytes == 0
+    if not cut_at:
+        # All but a few frames, which went before anything else was found.
+        assert delivery.packed_bytes.total() >= 7 * MIB
+        assert stream.bytes_sent < 9.5 * MIB
 
 
 @pytest.mark.parametrize("cut_at", [0, 3])

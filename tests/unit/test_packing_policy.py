@@ -95,6 +95,15 @@ def test_nothing_is_packed_where_the_link_isnt_the_bottleneck_or_no_core_is_idle
     assert _Source(idle=0.05).codec(1e6) != ""  # 8 Mbit/s: a hundredth of a core does.
 
 
+def test_busy_cores_may_be_idle_later_but_a_fast_link_stays_fast() -> None:
+    policy = PackingPolicy(lambda: 0.0)
+    assert policy.plan(SLOW, LADDER) is None
+    assert policy.could_pay(SLOW, LADDER)
+    assert not policy.could_pay(FASTEST, LADDER)
+    assert not policy.could_pay(None, LADDER)
+    assert not policy.could_pay(SLOW, ())
+
+
 def test_fewer_idle_cores_a_cheaper_codec() -> None:
     names = [_Source(idle=idle).codec(125e6) for idle in (2.0, 1.0, 0.6, 0.2)]
     assert names[0] in ("zstd-1", "zstd-3")
