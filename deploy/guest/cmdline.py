@@ -10,6 +10,7 @@
 | `ferry.udp=10.77.1.250:9999` | where the numbered packets go | workload |
 | `ferry.udp_per_s=1000` | numbered packets a second | workload |
 | `ferry.mem_mib=64` | memory kept and verified; 0 for none | workload |
+| `ferry.mem_noise=100` | percent of each page of it that can't be compressed | workload |
 | `ferry.dirty_pages_per_s=2000` | pages verified and rewritten, in random order | workload |
 | `ferry.verify_pages_per_s=2000` | pages of the sweep, which verifies all in turn | workload |
 | `ferry.disk=1` | write records to /dev/vda | workload |
@@ -62,6 +63,7 @@ def guest_cmdline(
     udp: str | None = None,
     udp_per_s: int = 1000,
     memory_mib: int = 64,
+    memory_noise_percent: int = 100,
     dirty_pages_per_s: int = 0,
     verify_pages_per_s: int = 2000,
     disk: bool = False,
@@ -90,9 +92,12 @@ def guest_cmdline(
         words.append(f"ferry.gw6={ipaddress.IPv6Address(gateway6)}")
     if udp is not None:
         words.append(f"ferry.udp={_udp_target(udp)}")
+    if memory_noise_percent > 100:
+        raise ValueError(f"ferry.mem_noise={memory_noise_percent} is more than 100 percent")
     numbers = {
         "udp_per_s": udp_per_s,
         "mem_mib": memory_mib,
+        "mem_noise": memory_noise_percent,
         "dirty_pages_per_s": dirty_pages_per_s,
         "verify_pages_per_s": verify_pages_per_s,
         "disk": int(disk),

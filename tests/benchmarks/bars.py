@@ -69,7 +69,7 @@ def judge(runs: Runs) -> list[Bar]:
     """Every bar of the two issues that a benchmark can measure."""
     figures = _Figures(runs)
     found: list[Bar] = []
-    for case in ("1", "1-10g", "2", "2-capped", "3", "3-10g"):
+    for case in ("1", "1-noise", "1-10g", "2", "2-noise", "2-capped", "3", "3-10g"):
         found += _everyday(figures, case)
     found += _never_converging(figures)
     found += _bytes(figures)
@@ -106,6 +106,12 @@ def _everyday(figures: _Figures, case: str) -> list[Bar]:
             name=f"case {case}: total / multifd's",
             value=_ratio(total, figures.total(case, "qemu-multifd")),
             limit=1.0,
+        ),
+        Bar(
+            name=f"case {case}: total / multifd's with zstd",
+            value=_ratio(total, figures.total(case, "qemu-zstd")),
+            limit=1.0,
+            note="stricter than the bar",
         ),
         Bar(
             name=f"case {case}: total of `ferry migrate` / of `virsh migrate`",

@@ -38,6 +38,8 @@ class Case:
     """The migration's own bandwidth cap."""
     kept_mib: int = 64
     """Memory that the guest fills with its pattern and verifies."""
+    noise_percent: int = 100
+    """Of that memory, what can't be compressed."""
     dirty_pages_per_s: int = 0
     verify_pages_per_s: int = 500
     load: Load = dataclasses.field(default_factory=Load)
@@ -60,6 +62,7 @@ class Case:
             address=address,
             udp=udp_target,
             memory_mib=self.kept_mib,
+            memory_noise_percent=self.noise_percent,
             dirty_pages_per_s=self.dirty_pages_per_s,
             verify_pages_per_s=self.verify_pages_per_s,
         )
@@ -70,12 +73,16 @@ class Case:
         return min(self.link_mbit * MBIT, self.cap_bytes_per_s or self.link_mbit * MBIT)
 
 
+NOISE_PERCENT: Final = 33
+"""Of what an everyday guest keeps: no less than in a Linux guest's own memory can't be compressed,
+and more than zram's users find in theirs (docs/benchmarks.md, "What guests keep")."""
 _SLOW_MBIT: Final = 200
 _WEB = Case(
     name="2",
     title="web server, 800 MiB, under download",
     memory_mib=800,
     kept_mib=512,
+    noise_percent=NOISE_PERCENT,
     load=Load(download_bytes_per_s=100 * MBIT),
 )
 
@@ -98,17 +105,35 @@ def _dirty_case(percent: int) -> Case:
     )
 
 
-_IDLE: Final = Case(name="1", title="idle, 512 MiB", memory_mib=512)
+_IDLE: Final = Case(name="1", title="idle, 512 MiB", memory_mib=512, noise_percent=NOISE_PERCENT)
 _GAME: Final = Case(
     name="3",
     title="game server, 64 MB, 6 players",
     memory_mib=96,
     kept_mib=16,
+    noise_percent=NOISE_PERCENT,
     dirty_pages_per_s=200,
     load=Load(players=6),
 )
 _FAST_MBIT: Final = 10_000
 """Where the wire isn't what bounds a guest of this size."""
+
+
+NOISE_ENGINES: Final = frozenset(
+    {"ferry", "ferry-command", "qemu-10ms", "qemu-multifd", "qemu-zstd", "libvirt"}
+)
+
+
+def _noise(case: Case) -> Case:
+    """The same, with nothing to compress in what the guest keeps: only its kernel's memory is."""
+    return dataclasses.replace(
+        case,
+        name=f"{case.name}-noise",
+        title=f"{case.title}, incompressible",
+        noise_percent=100,
+        engines=NOISE_ENGINES,
+        repeats_max=3,
+    )
 
 
 CASES: Final[tuple[Case, ...]] = (
@@ -124,7 +149,9 @@ CASES: Final[tuple[Case, ...]] = (
         engines=frozenset({"ferry", "qemu-10ms"}),
         repeats_max=3,
     ),
+    _noise(_IDLE),
     _WEB,
+    _noise(_WEB),
     dataclasses.replace(
         _WEB,
         name="2-capped",

@@ -48,7 +48,7 @@ def _native(method: Method) -> Callable[[Site, Case, DomainSpec], Guest]:
     return lambda site, case, spec: NativeGuest(site, case, spec, method)
 
 
-_BY_COMMAND: Final = frozenset({"1", "1-10g", "2", "3", "3-10g"})
+_BY_COMMAND: Final = frozenset({"1", "1-noise", "1-10g", "2", "2-noise", "3", "3-10g"})
 """Where users' commands are compared, their own start included."""
 STREAMS: Final = 2
 """As many as this benchmark's machine has cores."""
@@ -82,6 +82,11 @@ ENGINES: Final[Mapping[str, Engine]] = {
     "qemu-300ms": Engine("QEMU, limit 300 ms", _native(Method(downtime_limit_ms=300))),
     "qemu-multifd": Engine(
         "QEMU multifd", _native(Method(downtime_limit_ms=300, multifd_channels=2))
+    ),
+    "qemu-zstd": Engine(
+        "QEMU multifd, zstd",
+        _native(Method(downtime_limit_ms=300, multifd_channels=2, multifd_compression="zstd")),
+        cases=_BY_COMMAND,
     ),
     "libvirt": Engine(
         "virsh migrate --live --p2p",

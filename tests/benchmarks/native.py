@@ -37,6 +37,7 @@ class Method:
 
     downtime_limit_ms: int
     multifd_channels: int = 0
+    multifd_compression: str = "none"
 
 
 class _Qemu:
@@ -154,10 +155,11 @@ class NativeGuest:
         capabilities = ["events", *(["multifd"] if self._method.multifd_channels else [])]
         states = [{"capability": name, "state": True} for name in capabilities]
         monitor.command("migrate-set-capabilities", {"capabilities": states})
-        parameters = {
+        parameters: dict[str, int | str] = {
             "downtime-limit": self._method.downtime_limit_ms,
             "max-bandwidth": self._case.cap_bytes_per_s or _UNLIMITED,
         }
         if self._method.multifd_channels:
             parameters["multifd-channels"] = self._method.multifd_channels
+            parameters["multifd-compression"] = self._method.multifd_compression
         monitor.command("migrate-set-parameters", parameters)

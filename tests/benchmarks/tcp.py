@@ -6,6 +6,7 @@ sent again. Segments are as long as the sender's card hands them over (up to 64 
 
 from __future__ import annotations
 
+import collections
 import itertools
 import socket
 import statistics
@@ -42,7 +43,9 @@ class Recovery(NamedTuple):
     before_bytes_per_s: float
     after_bytes_per_s: float
     back_ms: float | None
-    """From the resume until the rate of one BIN_S was SHARE of the one before; None: never."""
+    """From the resume to the end of the first BIN_S that had SHARE of the rate before; None: never.
+    It may begin at any time: if it had to begin at a multiple of its length, the stream's own
+    unsteadiness would make it some multiples late."""
     silence_ms: float
     """The longest time without a segment, from the resume on."""
     repeated: int
@@ -107,13 +110,12 @@ def recovery(
     until_s = resumed_s + after_s
     before = statistics.median(_rates(segments, from_s, began_s))
     after = _rates(segments, resumed_s, until_s)
-    back = next((n for n, rate in enumerate(after) if rate >= SHARE * before), None)
     late = [each.at_s for each in segments if resumed_s <= each.at_s < until_s]
     gaps = [later - earlier for earlier, later in itertools.pairwise([resumed_s, *late, until_s])]
     return Recovery(
         before_bytes_per_s=before,
         after_bytes_per_s=statistics.mean(after),
-        back_ms=None if back is None else (back + 1) * BIN_S * 1e3,
+        back_ms=_back_ms(segments, resumed_s, until_s, SHARE * before * BIN_S),
         silence_ms=max(gaps) * 1e3,
         repeated=_repeated([each for each in segments if began_s <= each.at_s < until_s]),
     )
@@ -126,6 +128,24 @@ def _rates(segments: Sequence[Segment], from_s: float, until_s: float) -> list[f
         if 0 <= number < len(bins):
             bins[number] += each.length_bytes
     return [count / BIN_S for count in bins]
+
+
+def _back_ms(
+    segments: Sequence[Segment], resumed_s: float, until_s: float, enough_bytes: float
+) -> float | None:
+    """The end of the first BIN_S since the resume in which so much arrived."""
+    window: collections.deque[Segment] = collections.deque()
+    held_bytes = 0
+    for each in segments:
+        if not resumed_s <= each.at_s < until_s:
+            continue
+        window.append(each)
+        held_bytes += each.length_bytes
+        while window[0].at_s <= each.at_s - BIN_S:
+            held_bytes -= window.popleft().length_bytes
+        if held_bytes >= enough_bytes:
+            return max(each.at_s - resumed_s, BIN_S) * 1e3
+    return None
 
 
 def _repeated(segments: Sequence[Segment]) -> int:

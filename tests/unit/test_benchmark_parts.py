@@ -127,7 +127,7 @@ def test_a_streams_recovery_is_read_from_its_segments() -> None:
     full = _stream(103.4, 106.3, 48e6)
     found = recovery([*before, *slow, *full], 100.0, 103.0, 103.15, 3.0)
     assert found.before_bytes_per_s == pytest.approx(50e6, rel=0.05)
-    assert found.back_ms == pytest.approx(300.0, abs=60.0)
+    assert found.back_ms == pytest.approx(294.6, abs=3.0)
     assert found.silence_ms == pytest.approx(50.0, abs=2.0)
 
 

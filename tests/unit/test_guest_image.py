@@ -154,9 +154,11 @@ def test_cmdline_refuses_what_the_guest_would_refuse(wrong: dict[str, str], name
         guest_cmdline(**wrong)  # type: ignore[arg-type]
 
 
-def test_cmdline_refuses_negative_numbers() -> None:
+def test_cmdline_refuses_numbers_that_mean_nothing() -> None:
     with pytest.raises(ValueError, match="negative"):
         guest_cmdline(memory_mib=-1)
+    with pytest.raises(ValueError, match="100 percent"):
+        guest_cmdline(memory_noise_percent=101)
 
 
 # --- kernel package ---------------------------------------------------------------------------

@@ -29,6 +29,7 @@ struct config {
     char name[64];
     uint64_t boot_id;
     uint64_t memory_mib;
+    uint64_t memory_noise_percent; /* of each page: what can't be compressed */
     uint64_t dirty_pages_per_s;
     uint64_t verify_pages_per_s;
     bool disk;

@@ -13,6 +13,7 @@
 struct config config = {
     .name = "guest",
     .memory_mib = 64,
+    .memory_noise_percent = 100,
     .dirty_pages_per_s = 0,
     .verify_pages_per_s = 2000,
     .disk = false,
@@ -63,6 +64,8 @@ static void parse_word(const char *word)
         config.udp_per_s = parse_number(word, value);
     else if (IS("mem_mib"))
         config.memory_mib = parse_number(word, value);
+    else if (IS("mem_noise"))
+        config.memory_noise_percent = parse_number(word, value);
     else if (IS("dirty_pages_per_s"))
         config.dirty_pages_per_s = parse_number(word, value);
     else if (IS("verify_pages_per_s"))

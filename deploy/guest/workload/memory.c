@@ -6,7 +6,9 @@
  *
  *   word 0       page number
  *   word 1       generation
- *   word i >= 2  seed + i * WEYL, seed = mix64(boot_id ^ mix64(page number << 32 | generation))
+ *   word i >= 2  value(i) = seed + i * WEYL, seed = mix64(boot_id ^ mix64(page << 32 | generation))
+ *                as it is, which no codec makes smaller, up to ferry.mem_noise percent of the page;
+ *                from there on one of 16 words that memory is full of, chosen by mix64(value(i))
  *
  * One thread does it all, in ticks, so nothing here is locked but the requests for a full sweep.
  */
@@ -29,7 +31,27 @@
 #define REPORTS_MAX 50u
 #define NICE_LEVEL 5
 
+static const uint64_t common[16] = {
+    0,
+    0,
+    0,
+    1,
+    0xffffffffffffffffull,
+    0x00007f0000000000ull,
+    0x0000000100000000ull,
+    0xffff888000000000ull,
+    0x6c6320766964203cull, /* "< div cl", ... */
+    0x223d737361202020ull,
+    0x2f3c3e6e6170732full,
+    0x6572683c20202020ull,
+    0x2020202020202020ull,
+    0x203a226570797422ull,
+    0x74786574202c226eull,
+    0x0a0d30203a687467ull,
+};
+
 static uint64_t *region;
+static size_t noise_words;
 static uint32_t *generations;
 static uint64_t page_count;
 static uint64_t sweep_page;
@@ -45,15 +67,23 @@ static uint64_t page_seed(uint64_t page, uint32_t generation)
     return mix64(config.boot_id ^ mix64(page << 32 | generation));
 }
 
+static uint64_t text_word(uint64_t value)
+{
+    return common[mix64(value) >> 60];
+}
+
 static void write_page(uint64_t page)
 {
     uint64_t *words = region + page * WORDS_PER_PAGE;
     uint32_t generation = ++generations[page];
     uint64_t word = page_seed(page, generation) + 2 * WEYL;
+    size_t i = 2;
     words[0] = page;
     words[1] = generation;
-    for (size_t i = 2; i < WORDS_PER_PAGE; i++, word += WEYL)
+    for (; i < noise_words; i++, word += WEYL)
         words[i] = word;
+    for (; i < WORDS_PER_PAGE; i++, word += WEYL)
+        words[i] = text_word(word);
 }
 
 static void report(uint64_t page)
@@ -64,7 +94,8 @@ static void report(uint64_t page)
     size_t bad_words = 0;
     size_t first_bad = WORDS_PER_PAGE;
     for (size_t i = 0; i < WORDS_PER_PAGE; i++) {
-        uint64_t expected = i == 0 ? page : i == 1 ? generation : word;
+        uint64_t value = i < noise_words ? word : text_word(word);
+        uint64_t expected = i == 0 ? page : i == 1 ? generation : value;
         if (i >= 2)
             word += WEYL;
         if (words[i] == expected)
@@ -86,8 +117,11 @@ static void verify_page(uint64_t page)
     uint32_t generation = generations[page];
     uint64_t word = page_seed(page, generation) + 2 * WEYL;
     uint64_t difference = (words[0] ^ page) | (words[1] ^ generation);
-    for (size_t i = 2; i < WORDS_PER_PAGE; i++, word += WEYL)
+    size_t i = 2;
+    for (; i < noise_words; i++, word += WEYL)
         difference |= words[i] ^ word;
+    for (; i < WORDS_PER_PAGE; i++, word += WEYL)
+        difference |= words[i] ^ text_word(word);
     if (difference)
         report(page);
     else
@@ -184,6 +218,10 @@ void memory_start(void)
     if (bytes >= free_bytes)
         give_up("ferry.mem_mib=%llu: only %llu MiB are free", (unsigned long long)config.memory_mib,
                 (unsigned long long)(free_bytes >> 20));
+    if (config.memory_noise_percent > 100)
+        give_up("ferry.mem_noise=%llu: at most 100 percent",
+                (unsigned long long)config.memory_noise_percent);
+    noise_words = WORDS_PER_PAGE * config.memory_noise_percent / 100;
     page_count = bytes / PAGE_BYTES;
     region = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     generations = calloc(page_count, sizeof *generations);
