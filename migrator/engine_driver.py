@@ -321,6 +321,7 @@ class EngineDriver:
                         faults=message.faults,
                         fault_ms_median=message.fault_ms_median,
                         fault_ms_max=message.fault_ms_max,
+                        packed_ratio=message.packed_ratio,
                     )
                 )
             case m.EngineFailed():

@@ -183,6 +183,8 @@ class PostCopyDone(Message, frozen=True, kw_only=True):
     faults: int
     fault_ms_median: float
     fault_ms_max: float
+    packed_ratio: float = 1.0
+    """Bytes of pages to one that they took on the link."""
 
 
 class DeviceChannelOpen(Message, frozen=True, kw_only=True):

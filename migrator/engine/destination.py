@@ -184,6 +184,7 @@ class DestinationEngine:
                 faults=report.faults,
                 fault_ms_median=report.fault_ms_median,
                 fault_ms_max=report.fault_ms_max,
+                packed_ratio=report.packed_ratio,
             )
         )
 

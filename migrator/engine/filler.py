@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 
 from migrator import ranges
-from migrator.engine import kernel
+from migrator.engine import codecs, frames, kernel
 from migrator.engine.control import POLL_IN, Signal, poll
 from migrator.engine.frames import FrameKind, Header, RegionShape, StreamKind
 from migrator.engine.memory import MappedRegion
@@ -59,6 +59,7 @@ _POLL_S: Final = 0.5
 _REWAKE_S: Final = 1.0
 _JOIN_S: Final = 5.0
 _LATENCIES_MAX: Final = 100_000
+_ANSWERS: Final = frames.COMPRESSED | {FrameKind.PAGES, FrameKind.ZERO}
 
 
 class FillReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +70,25 @@ class FillReport(msgspec.Struct, frozen=True, kw_only=True):
     faults: int
     fault_ms_median: float
     fault_ms_max: float
+    packed_ratio: float
+    """Bytes of pages to one of payload."""
+
+
+class _Came:
+    """What arrived of pages that aren't zero, on both streams."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._page_bytes = self._payload_bytes = 0
+
+    def note(self, page_bytes: int, payload_bytes: int) -> None:
+        with self._lock:
+            self._page_bytes += page_bytes
+            self._payload_bytes += payload_bytes
+
+    @property
+    def ratio(self) -> float:
+        return self._page_bytes / self._payload_bytes if self._payload_bytes else 1.0
 
 
 class Filler:
@@ -107,6 +127,7 @@ class Filler:
         self._guest_runs = threading.Event()
         self._armed_at_s = 0.0
         self._pages = 0
+        self._came = _Came()
         self._fault_at_s = 0.0
 
     # --- from the engine ---
@@ -171,6 +192,7 @@ class Filler:
             faults=len(self._latencies),
             fault_ms_median=float(np.median(found)),
             fault_ms_max=float(found.max()),
+            packed_ratio=self._came.ratio,
         )
 
     def close(self) -> None:
@@ -355,16 +377,24 @@ class Filler:
     def _take(self, sock: PageSocket) -> int:
         """Receive one answer and fill it in. Its bytes of guest memory."""
         header, content = sock.receive()
-        if content is None or header.kind not in (FrameKind.PAGES, FrameKind.ZERO):
+        if content is None or header.kind not in _ANSWERS:
             raise RemoteProtocolError(f"a source doesn't answer by {header.kind.name}")
-        self._place(sock, header, content)
-        return ranges.byte_count(content)
+        size = ranges.byte_count(content)
+        if header.kind is not FrameKind.ZERO:
+            self._came.note(size, header.payload_bytes)
+        if header.kind in frames.COMPRESSED:
+            payload = codecs.decompress(header.kind, sock.payload[: header.payload_bytes], size)
+            unpacked = np.frombuffer(payload, dtype=np.uint8)
+            self._place(sock, header, content, int(unpacked.ctypes.data))
+        else:
+            self._place(sock, header, content, sock.payload_address)
+        return size
 
-    def _place(self, sock: PageSocket, header: Header, content: Ranges) -> None:
+    def _place(self, sock: PageSocket, header: Header, content: Ranges, source: int) -> None:
+        """`source`: the pages' address, unless they are zeros."""
         region = header.region
-        source = sock.payload_address
         for start, end in content.tolist():
-            if header.kind is FrameKind.PAGES:
+            if header.kind is not FrameKind.ZERO:
                 self._placer.copy(region, start, end, source)
                 source += end - start
             self._missing.filled(region, start, end)  # A zero page may stay a hole.

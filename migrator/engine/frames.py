@@ -17,7 +17,7 @@
 On the two post-copy streams (FAULTS and BULK), which the source opens, the destination asks:
 
       │◄───────────────────────────────── PULL ranges (sequence: pages that are missing still) │
-      │  PAGES, ZERO: each page that was asked for, once ────────────────►│ fills holes
+      │  PAGES, PACKED, ZSTD, ZERO: each page that was asked for, once ──►│ fills holes
       │◄──────────────────────────────────────────────────────────── LIST │ after a restart
       │  EXTENTS ranges ... BARRIER: what isn't a hole ──────────────────►│
       │◄───────────────────────────────────────────────────────────── BYE │ nothing is missing
@@ -31,10 +31,10 @@ On the two post-copy streams (FAULTS and BULK), which the source opens, the dest
            size, which is that of the ranges, at most PACKED_BYTES_MAX, and more than the payload.
            Of ZSTD: likewise as one Zstandard frame, which tells the same size.
 
-A source sends ZSTD only where the welcome says so: one that doesn't know it says nothing. PAGES,
-PACKED, ZSTD, ZERO, MISSING, ARM and BARRIER count up the sequence by one each, from 1 on every new
-connection, and are acknowledged. Kind 0 is invalid. Whatever is not as described is refused with
-RemoteProtocolError before a byte of guest memory is touched.
+A source sends ZSTD, and packed answers, only where the welcome says so: one that doesn't know them
+says nothing. PAGES, PACKED, ZSTD, ZERO, MISSING, ARM and BARRIER count up the sequence by one each,
+from 1 on every new connection, and are acknowledged. Kind 0 is invalid. Whatever is not as
+described is refused with RemoteProtocolError before a byte of guest memory is touched.
 """
 
 from __future__ import annotations
@@ -97,6 +97,8 @@ class StreamWelcome(msgspec.Struct, frozen=True, kw_only=True):
     refusal: str = ""
     codecs: tuple[str, ...] = ("lz4",)
     """What this side can undo (`engine.codecs`). A destination that says nothing knows LZ4."""
+    pull_codecs: tuple[str, ...] = ()
+    """Likewise on FAULTS and BULK. One that says nothing takes PAGES and ZERO alone there."""
 
 
 def refusal_of(hello: StreamHello, migration_id: str, secret: bytes) -> str:

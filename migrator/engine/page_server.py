@@ -14,16 +14,18 @@ from collections.abc import Callable
 from typing import Final
 
 from migrator import ranges
-from migrator.engine import frames, kernel
+from migrator.engine import codecs, frames, kernel
+from migrator.engine.answers import AnswerPacker
 from migrator.engine.bandwidth import TokenBucket
 from migrator.engine.control import ChannelLostError, HelperWaiter, Signal, StoppedError, Waiter
 from migrator.engine.delivery import ChannelHealth
 from migrator.engine.frames import FrameKind, RegionShape, StreamHello, StreamKind
 from migrator.engine.memory import MappedRegion
+from migrator.engine.packing import PACK_BYTES_MAX
+from migrator.engine.packing_policy import PackingPolicy
 from migrator.engine.page_socket import PageSocket, StreamEndedError
 from migrator.engine.short_queue import ShortQueue
-from migrator.engine.stream import Endpoint, StreamBrokenError, open_stream
-from migrator.engine.zeroes import split_zeroes
+from migrator.engine.stream import Endpoint, StreamBrokenError, open_welcomed
 from migrator.errors import RemoteProtocolError
 from migrator.model import PAGE_SIZE_BYTES
 from migrator.ranges import Ranges
@@ -43,6 +45,7 @@ class PageServer:
         regions: list[MappedRegion],
         bucket: TokenBucket,
         health: ChannelHealth,
+        policy: PackingPolicy,
         *,
         reconnect_s: float,
         fault: Callable[[BaseException], None],
@@ -61,6 +64,7 @@ class PageServer:
         self._lock = threading.Lock()
         self._queue = ShortQueue()
         """Of the bulk stream, as it is now."""
+        self._answers = AnswerPacker(policy)
         self._unopened = set(_KINDS)
         self._on_open: Callable[[], None] = lambda: None
         self._fault_bytes = 0
@@ -102,7 +106,7 @@ class PageServer:
         deadline = time.monotonic() + self._reconnect_s
         while True:
             try:
-                sock = open_stream(self._endpoint, self._hello(kind), waiter)
+                sock, welcome = open_welcomed(self._endpoint, self._hello(kind), waiter)
             except StreamBrokenError as error:
                 if time.monotonic() > deadline:
                     raise ChannelLostError(
@@ -112,6 +116,7 @@ class PageServer:
                 waiter.wait(None, 0, _BACKOFF_S)
             else:
                 opened = PageSocket(sock, self._shapes, self._endpoint.silence_s)
+                self._answers.usable = codecs.usable(welcome.pull_codecs)
                 if kind is StreamKind.BULK:
                     self._queue = ShortQueue()
                     opened.limit_queue(self._queue.bytes)
@@ -168,34 +173,41 @@ class PageServer:
     def _answer(
         self, kind: StreamKind, sock: PageSocket, index: int, content: Ranges, waiter: Waiter
     ) -> None:
-        region = self._regions[index]
-        if kind is StreamKind.BULK:
-            content, zeroes = split_zeroes(region.words, content)
-            if len(zeroes):
-                sock.send(FrameKind.ZERO, region=index, content=zeroes)
-        count = 0
         while len(content):
-            piece_bytes = frames.FRAME_BYTES_MAX
             if kind is StreamKind.BULK:
-                if self._queue.note(time.monotonic(), sock.figures(), self._fault_bytes):
-                    sock.limit_queue(self._queue.bytes)
-                while (wait_s := self._bucket.wait_s(time.monotonic())) > 0:
-                    waiter.wait(None, 0, min(wait_s, 0.1))
-                piece_bytes = self._bucket.piece_bytes(frames.FRAME_BYTES_MAX)
-                piece_bytes = max(PAGE_SIZE_BYTES, piece_bytes - piece_bytes % PAGE_SIZE_BYTES)
-            head, content = ranges.take(content, piece_bytes, frames.FRAME_RANGES_MAX)
-            vector: list[bytes | memoryview] = [
-                frames.encode(FrameKind.PAGES, region=index, content=head)
-            ]
-            vector += [region.view[start:end] for start, end in head.tolist()]
-            count = sum(map(len, vector))
-            if kind is StreamKind.BULK:
-                sock.send_vector(vector, self._queue.bytes // 2)
-            else:
-                sock.send_vector(vector)
-                self._fault_bytes += count
-            self._bucket.spend(count, time.monotonic())
-            self.bytes_sent += count
+                content = self._answer_bulk(sock, index, content, waiter)
+                continue
+            head, content = ranges.take(content, frames.FRAME_BYTES_MAX, frames.FRAME_RANGES_MAX)
+            vector = self._answers.fault(self._regions[index], head).vector(index)
+            sock.send_vector(vector)
+            self._fault_bytes += self._spend(vector)
+
+    def _answer_bulk(self, sock: PageSocket, index: int, content: Ranges, waiter: Waiter) -> Ranges:
+        """Send a piece of it within the cap; what is left of it."""
+        if self._queue.note(time.monotonic(), sock.figures(), self._fault_bytes):
+            sock.limit_queue(self._queue.bytes)
+        while (wait_s := self._bucket.wait_s(time.monotonic())) > 0:
+            waiter.wait(None, 0, min(wait_s, 0.1))
+        piece_bytes = self._bucket.piece_bytes(PACK_BYTES_MAX)
+        piece_bytes = max(PAGE_SIZE_BYTES, piece_bytes - piece_bytes % PAGE_SIZE_BYTES)
+        head, left = ranges.take(content, piece_bytes, frames.FRAME_RANGES_MAX)
+        rates = (self._queue.bytes_per_s, self._bucket.bytes_per_s)
+        rate = min((each for each in rates if each is not None), default=None)
+        answer = self._answers.bulk(self._regions[index], head, rate)
+        if len(answer.zeroes):
+            sock.send(FrameKind.ZERO, region=index, content=answer.zeroes)
+        if len(answer.content):
+            vector = answer.vector(index)
+            sock.send_vector(vector, self._queue.bytes // 2)
+            self._spend(vector)
+        return left
+
+    def _spend(self, vector: list[bytes | memoryview]) -> int:
+        """It was sent, and has so many bytes."""
+        count = sum(map(len, vector))
+        self._bucket.spend(count, time.monotonic())
+        self.bytes_sent += count
+        return count
 
     def _list(self, sock: PageSocket) -> None:
         """What isn't a hole here: all that the destination can miss."""

@@ -33,7 +33,7 @@ class PageSocket:
         self._ranges = memoryview(bytearray(frames.FRAME_RANGES_MAX * frames.RANGE_BYTES))
         self._payload = bytearray(frames.FRAME_BYTES_MAX)
         self.payload = memoryview(self._payload)
-        """Of the PAGES frame that was received last."""
+        """Of the PAGES, PACKED or ZSTD frame that was received last."""
         self.payload_address = ctypes.addressof(ctypes.c_char.from_buffer(self._payload))
 
     def fileno(self) -> int:

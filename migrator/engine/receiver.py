@@ -171,7 +171,8 @@ class Connection:
         return None if refusal else hello
 
     def _answer(self, refusal: str) -> None:
-        welcome = StreamWelcome(refusal=refusal, codecs=codecs.FAMILIES)
+        known = codecs.FAMILIES
+        welcome = StreamWelcome(refusal=refusal, codecs=known, pull_codecs=known)
         self._sock.sendall(wire.encode_frame(wire.FrameKind.HELLO, welcome))
 
     def _read_hello(self) -> StreamHello:

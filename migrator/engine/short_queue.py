@@ -58,6 +58,11 @@ class ShortQueue:
         self._probing = False
         """Twice as much may be under way now."""
 
+    @property
+    def bytes_per_s(self) -> float | None:
+        """The link's rate; None: not known yet."""
+        return self._bytes_per_s or None
+
     def note(self, now: float, figures: TcpFigures | None, beside_bytes: int = 0) -> bool:
         """Look at the figures; cheap enough for every answer. Whether `bytes` has changed.
 

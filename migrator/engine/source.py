@@ -216,6 +216,7 @@ class SourceEngine:
             self._regions,
             self._bucket,
             self._health,
+            self._packing,
             reconnect_s=configure.reconnect_s,
             fault=self._faults.report,
         )
@@ -332,10 +333,9 @@ class SourceEngine:
             began_scan = time.monotonic()
             self._log.scan()
             scan_seconds = time.monotonic() - began_scan
-        deliveries = self._deliveries
-        self._planner.not_sent(part for delivery in deliveries for part in delivery.deferred)
+        self._planner.not_sent(part for each in self._deliveries for part in each.deferred)
         report = msgspec.structs.replace(
-            delivered(message.number, message.kind, deliveries),
+            delivered(message.number, message.kind, self._deliveries),
             seconds=seconds,
             bytes_sent=self._bytes_sent() - bytes_before,
             pending_pages=self._log.pending_pages(),

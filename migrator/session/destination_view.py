@@ -131,6 +131,7 @@ class DestinationView(Session):
             faults=done.faults,
             fault_ms_median=done.fault_ms_median,
             fault_ms_max=done.fault_ms_max,
+            packed_ratio=done.packed_ratio,
         )
 
     @property

@@ -123,6 +123,8 @@ class Filled(Message, frozen=True, kw_only=True):
     faults: int = 0
     fault_ms_median: float = 0.0
     fault_ms_max: float = 0.0
+    packed_ratio: float = 1.0
+    """Bytes of pages to one that they took on the link."""
 
 
 class Lost(Message, frozen=True, kw_only=True):

@@ -184,7 +184,8 @@ class SourcePostCopy(SourceRecovery):
                 "pages complete",
                 self._entered_at_s,
                 self._now,
-                f"{message.pages} pages in {message.seconds:.2f} s, {message.faults} faults: "
+                f"{message.pages} pages in {message.seconds:.2f} s, "
+                f"packed {message.packed_ratio:.2f} : 1, {message.faults} faults: "
                 f"median {message.fault_ms_median:.2f} ms, longest {message.fault_ms_max:.1f} ms",
             )
         self._discard(message.lost)

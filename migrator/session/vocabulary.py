@@ -116,6 +116,7 @@ class PagesComplete(Struct, frozen=True, kw_only=True):
     faults: int = 0
     fault_ms_median: float = 0.0
     fault_ms_max: float = 0.0
+    packed_ratio: float = 1.0
 
 
 class EngineLost(Struct, frozen=True, kw_only=True):

@@ -139,7 +139,7 @@ def _everyday(figures: _Figures, case: str) -> list[Bar]:
 
 def _never_converging(figures: _Figures) -> list[Bar]:
     bars: list[Bar] = []
-    for case in ("4", "5-50", "5-100", "5-200"):
+    for case in ("4", "5-50", "5-100", "5-200", "5-200-packed"):
         tried, done = figures.all(case, "ferry-hybrid"), figures.of(case, "ferry-hybrid")
         share = len(done) / len(tried) if tried else None
         blackout = worst(run.blackout_ms for run in done)

@@ -178,6 +178,13 @@ CASES: Final[tuple[Case, ...]] = (
         settle_s=2.5,
     ),
     *(_dirty_case(percent) for percent in (50, 100, 200)),
+    dataclasses.replace(
+        _dirty_case(200),
+        name="5-200-packed",
+        title="dirty rate 200 % of the link, an everyday guest's contents",
+        noise_percent=NOISE_PERCENT,
+        engines=frozenset({"ferry-hybrid"}),
+    ),
     Case(
         name="6-4GiB",
         title="4 GiB guest, 200 MiB in use",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Sequence
 
 from migrator import wire
 from migrator.engine import frames
+from migrator.engine.codecs import LADDER, Codec
 from migrator.engine.control import HelperWaiter, Signal
 from migrator.engine.frames import StreamHello, StreamKind
 from migrator.engine.memory import MappedRegion
+from migrator.engine.packing_policy import Order, PackingPolicy, Plan
 from migrator.engine.receiver import Connection, Memory
 from migrator.engine.transport import StreamSocket
 from migrator.engine_messages import RegionLayout
@@ -128,3 +131,20 @@ class AcceptingWaiter(HelperWaiter):
         self._cut_in -= 1
         if self._cut_in == 0:
             self._ends.connections[-1].revoke()
+
+
+class AlwaysPacks(PackingPolicy):
+    """Packs, whatever this machine is busy with, which may make it slower than the link."""
+
+    affordable = True
+
+    def __init__(self, tried: tuple[Codec, ...] = LADDER) -> None:
+        super().__init__(lambda: 8.0)
+        self._tried = tried
+
+    def plan(self, link_bytes_per_s: float | None, usable: Sequence[Codec]) -> Plan | None:
+        tried = tuple(codec for codec in self._tried if codec in usable)
+        return Plan(codec=tried[0], usable=tried, threads=2, hashing=True, cheap=True)
+
+    def order(self, plan: Plan, guest_bytes: int) -> Order:
+        return Order(plan.usable, compared=True)

@@ -167,7 +167,8 @@ async def test_post_copy_fills_every_page_while_the_guest_faults(pair: Pair) -> 
     told = [each for each in pair.source.heard if isinstance(each, Report)]
     assert await pair.source.process.stop(timeout_s=10.0)
     stopped = next(each for each in pair.source.heard if isinstance(each, Stopped))
-    assert stopped.bytes_sent > 32 * MIB  # What was asked for counts, too.
+    # What was asked for counts, too.
+    assert stopped.bytes_sent > 32 * MIB / done.packed_ratio
     assert all(each.number == 0 for each in told)
     assert pair.same_memory()
 

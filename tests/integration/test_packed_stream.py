@@ -16,30 +16,21 @@ from migrator.engine.codecs import LADDER, Codec
 from migrator.engine.control import Signal
 from migrator.engine.delivery import ChannelHealth, Delivery
 from migrator.engine.known import KnownPages
-from migrator.engine.packing_policy import Order, PackingPolicy, Plan
+from migrator.engine.packing_policy import Plan
 from migrator.engine.stream import Endpoint, PageStream, Piece
-from tests.integration.stream_ends import MIB, PAGE, SIZE, AcceptingWaiter, Ends, hello
+from tests.integration.stream_ends import (
+    MIB,
+    PAGE,
+    SIZE,
+    AcceptingWaiter,
+    AlwaysPacks,
+    Ends,
+    hello,
+)
 
 
 def _names(tried: tuple[Codec, ...]) -> str:
     return tried[0].name if len(tried) == 1 else "all"
-
-
-class _Always(PackingPolicy):
-    """Packs, whatever this machine is busy with, which may make it slower than the link."""
-
-    affordable = True
-
-    def __init__(self, tried: tuple[Codec, ...] = LADDER) -> None:
-        super().__init__(lambda: 8.0)
-        self._tried = tried
-
-    def plan(self, link_bytes_per_s: float | None, usable: Sequence[Codec]) -> Plan | None:
-        tried = tuple(codec for codec in self._tried if codec in usable)
-        return Plan(codec=tried[0], usable=tried, threads=2, hashing=True, cheap=True)
-
-    def order(self, plan: Plan, guest_bytes: int) -> Order:
-        return Order(plan.usable, compared=True)
 
 
 class _FullLink(PageStream):
@@ -75,7 +66,7 @@ def test_memory_arrives_compressed(ends: Ends, tried: tuple[Codec, ...], cut_at:
         [Piece(0, content)],
         [ends.source],
         bucket,
-        _Always(tried),
+        AlwaysPacks(tried),
         skip_zeroes=False,
     )
     try:
@@ -98,7 +89,7 @@ def test_memory_arrives_compressed(ends: Ends, tried: tuple[Codec, ...], cut_at:
         assert delivery.packed_bytes.total() > 6 * MIB
 
 
-class _Stingy(_Always):
+class _Stingy(AlwaysPacks):
     """Has time for a frame now and then."""
 
     _asked = 0
@@ -133,7 +124,7 @@ def test_a_budget_is_awaited_while_the_link_has_enough_to_do(ends: Ends, full_li
     assert packed == 6 * MIB if full_link else packed < 6 * MIB
 
 
-class _Late(_Always):
+class _Late(AlwaysPacks):
     """Its cores are busy for the first frames."""
 
     def __init__(self, frames: int) -> None:
@@ -190,7 +181,7 @@ def test_pages_that_are_as_they_were_sent_stay_here(ends: Ends, cut_at: int) -> 
     stop = Signal()
     waiter = AcceptingWaiter(stop, ends, 0)
     stream.connect(waiter)
-    known, policy = KnownPages([ends.source]), _Always()
+    known, policy = KnownPages([ends.source]), AlwaysPacks()
 
     def deliver() -> Delivery:
         made = Delivery(
