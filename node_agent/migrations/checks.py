@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from migrator.errors import FerryError
+from migrator.errors import FerryError, words
 from migrator.model import (
     DiskSpec,
     DomainName,
@@ -26,6 +26,7 @@ from migrator.model import (
     PoolName,
     VolumeName,
 )
+from migrator.own_threads import in_own_thread
 from migrator.ports import FabricDriver, HypervisorDriver, Struct, VolumeDriver
 from migrator.tls import TlsFiles
 from node_agent.domain_locks import DomainLocks
@@ -203,13 +204,15 @@ class DestinationCheck:
 
     async def marks(self, spec: DomainSpec) -> dict[str, str]:
         """This node's, of the pools that a domain has disks on; without those that can't say."""
-        found: dict[str, str] = {}
-        for name in {disk.pool for disk in spec.disks}:
-            pool = self._pools.get(PoolName(name))
-            with contextlib.suppress(FerryError):  # Whether the storage works is asked elsewhere.
-                if pool is not None and (mark := await pool.mark()) is not None:
-                    found[name] = mark
-        return found
+        names = sorted({disk.pool for disk in spec.disks})
+        marks = await asyncio.gather(*(self._mark(PoolName(name)) for name in names))
+        return {name: mark for name, mark in zip(names, marks, strict=True) if mark is not None}
+
+    async def _mark(self, name: PoolName) -> str | None:
+        pool = self._pools.get(name)
+        with contextlib.suppress(FerryError):  # Whether the storage works is asked elsewhere.
+            return None if pool is None else await pool.mark()
+        return None
 
     async def _disks(self, spec: DomainSpec, there: Mapping[str, str]) -> list[str]:
         looks = asyncio.gather(*(self._trouble_of(disk) for disk in spec.disks))
@@ -246,5 +249,13 @@ class DestinationCheck:
         if not isinstance(spec.boot, KernelBoot):
             return []
         files = [Path(path) for path in (spec.boot.kernel, spec.boot.initrd) if path]
-        missing = await asyncio.to_thread(lambda: [str(f) for f in files if not f.is_file()])
+        try:
+            async with asyncio.timeout(LOOK_S):
+                missing = await in_own_thread(
+                    "boot files", lambda: [str(f) for f in files if not f.is_file()]
+                )
+        except TimeoutError:
+            return [f"its boot files: their storage gives no answer within {LOOK_S:g} s"]
+        except OSError as error:
+            return [f"its boot files can't be looked at: {words(error)}"]
         return [f"the boot file {path} is not there" for path in missing]

@@ -30,7 +30,7 @@ from migrator.model import (
     VolumeName,
 )
 from migrator.ports import VolumeDriver
-from storage.bounded import CALL_TIMEOUT_S, bounded, run_program
+from storage.bounded import CALL_TIMEOUT_S, COPIES, bounded, run_program, tidy
 from storage.copying import CopyCancelled, copy_image
 from storage.directory.files import PoolFolder
 from storage.images import image_capacity
@@ -232,9 +232,10 @@ class DirectoryPool(VolumeDriver):
                 lambda: self._folder.publish(temporary, volume, format),
                 timeout_s=self._copy_timeout_s,
                 undo=lambda _: self._folder.remove(volume),
+                kind=COPIES,  # It syncs what was copied.
             )
         except BaseException:
-            await asyncio.shield(asyncio.to_thread(_remove, temporary))
+            await asyncio.shield(tidy(f"pool {self._pool}", lambda: _remove(temporary)))
             raise
 
     async def _copy(self, image: Path, temporary: Path) -> None:
@@ -243,6 +244,7 @@ class DirectoryPool(VolumeDriver):
             lambda: _copy(image, temporary, given_up),
             timeout_s=self._copy_timeout_s,
             given_up=given_up,
+            kind=COPIES,
         )
 
     async def _fill_from(
@@ -274,10 +276,11 @@ class DirectoryPool(VolumeDriver):
         timeout_s: float = CALL_TIMEOUT_S,
         undo: Callable[[_T], None] | None = None,
         given_up: threading.Event | None = None,
+        kind: str = "",
     ) -> _T:
         """`bounded`, with the pool's name in its messages."""
         return await bounded(
-            work, f"pool {self._pool}", timeout_s=timeout_s, undo=undo, given_up=given_up
+            work, f"pool {self._pool}", timeout_s=timeout_s, undo=undo, given_up=given_up, kind=kind
         )
 
 

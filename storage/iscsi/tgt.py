@@ -26,6 +26,7 @@ import msgspec
 from migrator import durable
 from migrator.errors import ConflictError, FenceError, NotFoundError, StorageError, words
 from migrator.model import FencingToken, PoolHealth, VolumeName
+from migrator.own_threads import in_own_thread
 from storage.iscsi.names import iqn_part
 from storage.iscsi.provisioner import Lun, Provisioner
 from storage.iscsi.secrets import ChapFile
@@ -63,7 +64,7 @@ class TgtFolder:
         chap: ChapFile | None = None,
     ) -> None:
         """`chap`: what every target asks for at login."""
-        self._folder = folder
+        self.folder = folder
         self._control = control
         self._portal = portal
         self._pool = pool
@@ -99,7 +100,7 @@ class TgtFolder:
 
     def list_luns(self) -> dict[VolumeName, Lun]:
         found = {}
-        for path in sorted(self._folder.glob("*.json")):
+        for path in sorted(self.folder.glob("*.json")):
             volume = VolumeName(path.name.removesuffix(".json"))
             with contextlib.suppress(NotFoundError):  # Deleted meanwhile.
                 found[volume] = self.inspect(volume)
@@ -166,7 +167,7 @@ class TgtFolder:
     def health(self) -> PoolHealth:
         """StorageError: tgtd, or the folder."""
         self._control.targets()
-        found = os.statvfs(self._folder)
+        found = os.statvfs(self.folder)
         return PoolHealth(
             reachable=True,
             capacity_bytes=found.f_blocks * found.f_frsize,
@@ -202,7 +203,7 @@ class TgtFolder:
 
     def _free_number(self) -> int:
         taken = set(self._control.targets().values())
-        for path in self._folder.glob("*.json"):
+        for path in self.folder.glob("*.json"):
             with contextlib.suppress(NotFoundError):
                 taken.add(self._read(VolumeName(path.name.removesuffix(".json"))).number)
         return max(taken, default=0) + 1
@@ -210,10 +211,10 @@ class TgtFolder:
     # --- the folder ---
 
     def _image(self, volume: VolumeName) -> Path:
-        return self._folder / f"{volume}.raw"
+        return self.folder / f"{volume}.raw"
 
     def _state_path(self, volume: VolumeName) -> Path:
-        return self._folder / f"{volume}.json"
+        return self.folder / f"{volume}.json"
 
     def _lun(self, volume: VolumeName, state: VolumeState) -> Lun:
         try:
@@ -242,7 +243,7 @@ class TgtFolder:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Every holder finishes within its calls' own bounds."""
-        lock = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -261,47 +262,43 @@ class TgtProvisioner(Provisioner):
         return True
 
     async def create(self, volume: VolumeName, capacity_bytes: int) -> Lun:
-        return await _call(lambda: self._tgt.create(volume, capacity_bytes))
+        return await self._call(lambda: self._tgt.create(volume, capacity_bytes))
 
     async def inspect(self, volume: VolumeName) -> Lun:
-        return await _call(lambda: self._tgt.inspect(volume))
+        return await self._call(lambda: self._tgt.inspect(volume))
 
     async def list_luns(self) -> Mapping[VolumeName, Lun]:
-        return await _call(self._tgt.list_luns)
+        return await self._call(self._tgt.list_luns)
 
     async def resize(self, volume: VolumeName, capacity_bytes: int) -> Lun:
-        return await _call(lambda: self._tgt.resize(volume, capacity_bytes))
+        return await self._call(lambda: self._tgt.resize(volume, capacity_bytes))
 
     async def delete(self, volume: VolumeName) -> None:
-        await _call(lambda: self._tgt.delete(volume))
+        await self._call(lambda: self._tgt.delete(volume))
 
     async def grant(self, volume: VolumeName, initiator: str) -> Lun:
-        return await _call(lambda: self._tgt.grant(volume, initiator))
+        return await self._call(lambda: self._tgt.grant(volume, initiator))
 
     async def fence(self, volume: VolumeName, token: FencingToken, initiator: str) -> None:
-        await _call(lambda: self._tgt.fence(volume, token, initiator))
+        await self._call(lambda: self._tgt.fence(volume, token, initiator))
 
     async def token(self, volume: VolumeName) -> FencingToken | None:
-        return await _call(lambda: self._tgt.token(volume))
+        return await self._call(lambda: self._tgt.token(volume))
 
     async def health(self) -> PoolHealth:
-        return await _call(self._tgt.health)
+        return await self._call(self._tgt.health)
 
-
-async def _call(work: Callable[[], _T]) -> _T:
-    """In a thread, and to its end: a change of tgtd's is never left half-way by a cancellation."""
-    task = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        async with asyncio.timeout(CALL_TIMEOUT_S):
-            return await asyncio.shield(task)
-    except TimeoutError as error:
-        task.add_done_callback(_forget)
-        raise StorageError(f"tgtd: no answer in {CALL_TIMEOUT_S:g} s") from error
-    except asyncio.CancelledError:
-        task.add_done_callback(_forget)
-        raise
-    except OSError as error:
-        raise StorageError(f"the folder of tgtd's volumes: {words(error)}") from error
+    async def _call(self, work: Callable[[], _T]) -> _T:
+        """To its end: a change of tgtd's is never left half-way by a cancellation."""
+        try:
+            task = in_own_thread(f"tgtd, {self._tgt.folder}", work)
+            task.add_done_callback(_forget)
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                return await asyncio.shield(task)
+        except TimeoutError as error:
+            raise StorageError(f"tgtd: no answer in {CALL_TIMEOUT_S:g} s") from error
+        except OSError as error:
+            raise StorageError(f"the folder of tgtd's volumes: {words(error)}") from error
 
 
 def _forget(task: asyncio.Future[_T]) -> None:

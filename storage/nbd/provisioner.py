@@ -28,7 +28,7 @@ from migrator.errors import (
     StorageError,
 )
 from migrator.model import VolumeInfo, VolumeName
-from storage.bounded import bounded
+from storage.bounded import COPIES, bounded
 from storage.names import check_volume_name
 from storage.nbd import protocol as p
 from storage.nbd.exports import Export, Serving
@@ -141,7 +141,9 @@ class Provisioner:
                 await self._end_draft(draft)
                 return p.Answer(volumes=(await self._do(lambda: folder.publish(draft, volume)),))
             case p.Clone(new=new):
-                made = await self._do(lambda: folder.clone(volume, new), timeout_s=COPY_TIMEOUT_S)
+                made = await self._do(
+                    lambda: folder.clone(volume, new), timeout_s=COPY_TIMEOUT_S, kind=COPIES
+                )
                 return p.Answer(volumes=(made,))
             case p.Resize(capacity_bytes=size):
                 await self._refuse_used(volume, "resized")
@@ -334,8 +336,10 @@ class Provisioner:
     async def _write(self, volume: str, state: VolumeState) -> None:
         await self._do(lambda: self._folder.write_state(volume, state))
 
-    async def _do(self, work: Callable[[], _T], *, timeout_s: float = REQUEST_TIMEOUT_S) -> _T:
-        return await bounded(work, "the storage", timeout_s=timeout_s)
+    async def _do(
+        self, work: Callable[[], _T], *, timeout_s: float = REQUEST_TIMEOUT_S, kind: str = ""
+    ) -> _T:
+        return await bounded(work, "the storage", timeout_s=timeout_s, kind=kind)
 
 
 def _name(volume: str, state: ExportState) -> str:

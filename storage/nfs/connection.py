@@ -20,18 +20,14 @@ from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 from migrator.errors import FerryError, StorageError
-from storage.bounded import explained
+from storage.bounded import explained, given_up_calls
 from storage.nfs.libnfs import Export, NfsError
 
-GIVEN_UP_MAX: Final = 16
-"""Threads that may hang in libnfs at once; then calls fail without being tried."""
 _BROKEN: Final = frozenset({errno.EFAULT, errno.EINTR, errno.ETIMEDOUT, errno.EIO, errno.EPIPE})
 """After these nothing is known of the connection."""
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-_given_up = 0
-_counting = threading.Lock()
 
 
 class Connection:
@@ -59,10 +55,9 @@ class Connection:
         raise AssertionError("the last try returns or raises")
 
     async def _call(self, work: Callable[[Export], _T], timeout_s: float) -> _T:
-        if _given_up >= GIVEN_UP_MAX:
-            raise StorageError(f"{self._where}: the server hangs; {_given_up} calls wait for it")
+        given_up_calls.refuse(self._where)
         if self._worker is None or self._worker.broken:
-            self._worker = _Worker(self._connect)
+            self._worker = _Worker(self._where, self._connect)
         worker = self._worker
         future = worker.put(work)
         try:
@@ -94,8 +89,9 @@ class Connection:
 class _Worker:
     """A thread with a connection, which it makes at its first work."""
 
-    def __init__(self, connect: Callable[[], Export]) -> None:
+    def __init__(self, where: str, connect: Callable[[], Export]) -> None:
         self.broken = False
+        self._where = where
         self._counted = False
         self._connect = connect
         self._work: queue.SimpleQueue[tuple[Callable[[Export], Any], asyncio.Future[Any]] | None]
@@ -114,15 +110,12 @@ class _Worker:
 
     def give_up(self) -> None:
         """End it without waiting for what it is at."""
-        global _given_up
         if not self.broken:
             self._counted = True
-            with _counting:
-                _given_up += 1
+            given_up_calls.add(self._where)
             self.end()
 
     def _run(self) -> None:
-        global _given_up
         export: Export | None = None
         while (item := self._work.get()) is not None:
             work, future = item
@@ -143,8 +136,7 @@ class _Worker:
         if export is not None:
             export.close()
         if self._counted:
-            with _counting:
-                _given_up -= 1
+            given_up_calls.remove(self._where)
 
     def _tell(self, future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
         def tell() -> None:

@@ -2,7 +2,7 @@
 
 node_agent -> hypervisor, storage, netfabric (drivers: only in its composition root), migrator
 hypervisor | storage | netfabric -> migrator.model, .errors, .ports, .native_port, .unknown_fields,
-                                    .cores, .durable
+                                    .cores, .durable, .own_threads
 migrator -> no sibling; its pure modules no clock, randomness, sockets, event loop, threads
 deploy, tests -> anything
 """
@@ -29,6 +29,7 @@ DRIVERS_MAY_IMPORT = (
     "migrator.unknown_fields",
     "migrator.cores",
     "migrator.durable",
+    "migrator.own_threads",
 )
 COMPOSITION_ROOT = ("node_agent/agent.py", "node_agent/fabrics.py")
 NOT_DRIVERS = ("hypervisor.machine_types", "storage.settings")
@@ -38,6 +39,7 @@ SHELL = (
     "migrator/engine/",
     "migrator/cores.py",
     "migrator/durable.py",
+    "migrator/own_threads.py",
     "migrator/runner.py",
     "migrator/journal.py",
     "migrator/engine_driver.py",

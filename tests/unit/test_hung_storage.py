@@ -1,0 +1,139 @@
+"""A storage that hangs, or that copies for long, costs the agent nothing else than that storage."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrator.errors import ConflictError, StorageError
+from migrator.model import DiskFormat, PoolName, VolumeName
+from migrator.own_threads import THREADS_MAX, in_own_thread
+from storage import bounded as bounded_module
+from storage.bounded import GIVEN_UP_MAX, bounded
+from storage.directory import DirectoryPool, driver
+from storage.nfs.connection import Connection
+
+MORE_THAN_A_LOOP_HAS = 40
+"""asyncio's own threads are 32 at most."""
+
+
+@pytest.fixture
+def hung(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """What hanging calls wait for."""
+    monkeypatch.setattr(bounded_module, "GIVE_UP_WAIT_S", 0.01)
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+async def eventually_works(where: str) -> None:
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                assert await bounded(lambda: 7, where) == 7
+            except StorageError:
+                await asyncio.sleep(0.01)
+            else:
+                return
+
+
+async def test_calls_that_hang_take_no_thread_of_anybody_else(hung: threading.Event) -> None:
+    calls = (bounded(hung.wait, "pool 1", timeout_s=0.1) for _ in range(MORE_THAN_A_LOOP_HAS))
+    ended = await asyncio.gather(*calls, return_exceptions=True)
+    assert {type(each) for each in ended} == {StorageError}
+    async with asyncio.timeout(5):
+        assert await asyncio.to_thread(lambda: "the heartbeat") == "the heartbeat"
+        assert await bounded(lambda: 7, "pool good") == 7
+
+
+async def test_nobody_waits_behind_calls_that_hang(hung: threading.Event) -> None:
+    calls = (bounded(hung.wait, "pool 2", timeout_s=0.1) for _ in range(GIVEN_UP_MAX))
+    await asyncio.gather(*calls, return_exceptions=True)
+    async with asyncio.timeout(5):
+        with pytest.raises(StorageError, match=f"hangs; {GIVEN_UP_MAX} calls wait for it"):
+            await bounded(lambda: 7, "pool 2")
+    hung.set()
+    await eventually_works("pool 2")
+
+
+async def test_a_call_that_was_given_up_in_the_queue_never_begins(hung: threading.Event) -> None:
+    begun: list[str] = []
+    holding = [in_own_thread("pool full", hung.wait) for _ in range(THREADS_MAX)]
+    with pytest.raises(StorageError, match="no answer in 0 s"):
+        await bounded(lambda: begun.append("late"), "pool full", timeout_s=0.05)
+    hung.set()
+    await asyncio.wait(holding)
+    await eventually_works("pool full")
+    assert not begun
+
+
+async def test_long_copies_hold_nothing_else_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hung: threading.Event
+) -> None:
+    image, folder = tmp_path / "image", tmp_path / "pool"
+    image.write_bytes(bytes(512))
+    folder.mkdir()
+    begun = threading.Event()
+
+    def copy_slowly(source: int, destination: int, cancelled: threading.Event) -> None:
+        begun.set()
+        hung.wait()
+
+    monkeypatch.setattr(driver, "copy_image", copy_slowly)
+    pool = DirectoryPool(PoolName("p"), folder)
+
+    async def create(number: int) -> None:
+        name = VolumeName(f"v{number}")
+        await pool.create(name, capacity_bytes=512, format=DiskFormat.RAW, image=image)
+
+    creating = [asyncio.create_task(create(number)) for number in range(MORE_THAN_A_LOOP_HAS)]
+    try:
+        async with asyncio.timeout(5):
+            await asyncio.to_thread(begun.wait)
+            await asyncio.sleep(0.2)  # The others, too.
+            assert await asyncio.to_thread(lambda: "the heartbeat") == "the heartbeat"
+            assert await pool.list_volumes() == []
+    finally:
+        hung.set()
+    await asyncio.gather(*creating)
+    assert len(await pool.list_volumes()) == MORE_THAN_A_LOOP_HAS
+
+
+async def test_what_a_failed_copy_left_is_waited_for_within_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hung: threading.Event
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ConflictError("taken")
+
+    monkeypatch.setattr(driver, "_remove", lambda _: hung.wait())
+    pool = DirectoryPool(PoolName("p"), tmp_path)
+    monkeypatch.setattr(pool._folder, "publish", refuse)
+    async with asyncio.timeout(5):
+        with pytest.raises(ConflictError, match="taken"):
+            await pool.create(VolumeName("v"), capacity_bytes=512, format=DiskFormat.RAW)
+
+
+async def test_one_nfs_server_that_hangs_costs_the_others_nothing(hung: threading.Event) -> None:
+    def connect() -> Any:
+        return _Export()
+
+    def hang(_: Any) -> None:
+        hung.wait()
+
+    for _ in range(GIVEN_UP_MAX):
+        with pytest.raises(StorageError, match="no answer"):
+            await Connection("pool 3", connect).call(hang, timeout_s=0.01)
+    bad, good = Connection("pool 3", connect), Connection("pool 4", connect)
+    with pytest.raises(StorageError, match="hangs"):
+        await bad.call(lambda _: 7, timeout_s=5)
+    assert await good.call(lambda _: 7, timeout_s=5) == 7
+    good.close()
+
+
+class _Export:
+    def close(self) -> None: ...
