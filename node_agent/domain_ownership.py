@@ -325,6 +325,8 @@ class DomainOwnership:
                 gap_s = min(UNREAD_S, self._sweep_s)
             except FerryError as error:
                 log.warning("the sweep over this node's domains failed: %s", error)
+            except Exception:  # A bug; without the sweep a stale copy would live on for good.
+                log.exception("the sweep over this node's domains failed")
 
     async def _sweep_once(self) -> None:
         records = await self._records.list_ownership()
@@ -387,6 +389,8 @@ class DomainOwnership:
             raise
         except FerryError as error:
             log.warning("domain %s: could not be settled: %s", domain, error)
+        except Exception:  # A driver's bug, which must not keep the others from being settled.
+            log.exception("domain %s: could not be settled", domain)
 
     async def _settle_logged(self, domain: DomainName) -> None:
         try:

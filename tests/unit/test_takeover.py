@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import errno
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from migrator.errors import (
 from migrator.model import (
     DomainName,
     DomainState,
+    DomainStatus,
     FencingToken,
     NodeName,
     OwnershipState,
@@ -235,6 +237,36 @@ async def test_a_node_that_comes_back_after_a_partition_ends_its_stale_copy(worl
 
     await eventually(told)  # When all of it is closed.
     assert not world.a.fabric.plugged
+
+
+async def test_a_driver_s_bug_doesn_t_end_the_looking_after_stale_copies(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await silence(world)
+    await world.b.takeover.take_over(WEB)
+    world.a.store.faults.unavailable = False
+    hypervisor, failures = world.a.hypervisor, iter([OSError(errno.EROFS, "read-only")])
+    destroy, list_domains = hypervisor.destroy, hypervisor.list_domains
+    lists = iter([ValueError("a bug")])
+
+    async def fail_first(domain: DomainName) -> None:
+        for failure in failures:
+            raise failure
+        await destroy(domain)
+
+    async def fail_to_list() -> Sequence[DomainStatus]:
+        for failure in lists:
+            raise failure
+        return await list_domains()
+
+    monkeypatch.setattr(hypervisor, "destroy", fail_first)
+    monkeypatch.setattr(hypervisor, "list_domains", fail_to_list)
+    await ownership_of(world.a).open()
+
+    async def ended() -> bool:
+        return await state(world.a) is DomainState.STOPPED
+
+    await eventually(ended)
 
 
 async def test_a_node_that_reboots_into_another_owner_ends_its_stale_copy_first(
