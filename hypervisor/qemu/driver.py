@@ -30,7 +30,7 @@ from hypervisor.qemu.host import HostProbe
 from hypervisor.qemu.launcher import Launched
 from hypervisor.qemu.memory import memory_in_use_bytes, open_arriving, open_memory
 from hypervisor.qemu.native import QemuNative
-from hypervisor.qemu.offload import offload
+from hypervisor.qemu.offload import offload, offload_or_undone
 from hypervisor.qemu.process import QemuProcess
 from hypervisor.qemu.qmp import Monitor, QmpDisconnected, QmpEvent
 from hypervisor.qemu.status import MigrationStatus
@@ -236,8 +236,10 @@ class QemuDriver(HypervisorDriver):
             host_devices=await offload(lambda: launcher.host_devices(launch)),
         )
         directory = config.domain_directory(name)
-        launched = await offload(
-            lambda: launcher.launch_process(request, directory, qemu_log), undo=_discard
+        launched = await offload_or_undone(
+            lambda: launcher.launch_process(request, directory, qemu_log),
+            Launched.kill,
+            f"the start of {name}",
         )
         guest = self._take(launched)
         guest.said = lambda: logs.since(qemu_log, said)
@@ -443,8 +445,3 @@ def _ignore_event(_event: QmpEvent) -> None:
 def _let_go(process: QemuProcess | None) -> None:
     if process is not None:
         process.release()
-
-
-def _discard(launched: Launched) -> None:
-    """End a process that nobody waits for any more, off the event loop."""
-    asyncio.get_running_loop().run_in_executor(None, launched.kill)

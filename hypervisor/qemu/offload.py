@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Final, TypeVar
+
+from migrator.own_threads import in_own_thread
 
 Result = TypeVar("Result")
+
+UNDO_TIMEOUT_S: Final = 30.0
+"""From SIGKILL to the end of a process that has just begun: it may be in an uninterruptible I/O."""
+
+log = logging.getLogger(__name__)
 
 
 async def offload(
@@ -23,6 +32,41 @@ async def offload(
     except asyncio.CancelledError:
         work.add_done_callback(lambda done: _undo(done, undo))
         raise
+
+
+async def offload_or_undone(
+    function: Callable[[], Result], undo: Callable[[Result], None], what: str
+) -> Result:
+    """As `offload`; but if we are cancelled, it raises only when the result was undone.
+
+    For what must not be there any more when somebody makes it anew. `undo` may block; it is waited
+    for within UNDO_TIMEOUT_S.
+    """
+    work = asyncio.get_running_loop().run_in_executor(None, function)
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        undoing = asyncio.create_task(_undone(work, undo, what))
+        deadline_s = asyncio.get_running_loop().time() + UNDO_TIMEOUT_S
+        while not undoing.done():
+            left_s = deadline_s - asyncio.get_running_loop().time()
+            if left_s <= 0:
+                log.error("%s isn't undone %g s after it was given up", what, UNDO_TIMEOUT_S)
+                break
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({undoing}, timeout=left_s)
+        raise
+
+
+async def _undone(work: asyncio.Future[Result], undo: Callable[[Result], None], what: str) -> None:
+    try:
+        result = await work
+    except Exception:
+        return  # It failed, and left nothing.
+    try:
+        await in_own_thread(what, lambda: undo(result))
+    except Exception:
+        log.exception("%s can't be undone", what)
 
 
 def _undo(done: asyncio.Future[Result], undo: Callable[[Result], None] | None) -> None:

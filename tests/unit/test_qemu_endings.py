@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from hypervisor.qemu import records
+from hypervisor.qemu import launcher, records
 from hypervisor.qemu.driver import QemuDriver
 from hypervisor.qemu.host import HostFacts
 from hypervisor.qemu.launcher import Launched
 from hypervisor.qemu.process import QemuProcess, Spawn, identify, spawn
 from hypervisor.qemu.records import ProcessRecord
-from migrator.model import DomainName, HypervisorCapabilities
+from migrator.errors import HypervisorError
+from migrator.model import DomainName, FencingToken, HypervisorCapabilities
+from migrator.ports import Launch
 from tests.unit.session_pair import SPEC
 
 VM = DomainName(SPEC.name)
+LAUNCH = Launch(spec=SPEC, disks=(), tap_fds=(), token=FencingToken(1))
 FACTS = HostFacts(
     binary="/bin/true",
     accelerator="tcg",
@@ -77,3 +82,35 @@ async def test_a_disk_that_takes_no_writes_keeps_no_guest_alive(
     finally:
         made.process.signal(signal.SIGKILL)
         await asyncio.wait_for(guest.gone.wait(), 10)
+
+
+async def test_a_start_that_is_cancelled_is_over_when_its_process_is(
+    driver: QemuDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder is removed last: that must not be the next start's."""
+    begun, go = threading.Event(), threading.Event()
+    made: list[Launched] = []
+
+    def launch_slowly(_request: object, directory: Path, _log: Path) -> Launched:
+        begun.set()
+        go.wait(10)
+        made.append(launched(directory))
+        return made[0]
+
+    monkeypatch.setattr(launcher, "launch_process", launch_slowly)
+    starting = asyncio.create_task(driver.start(LAUNCH))
+    try:
+        await asyncio.to_thread(begun.wait)
+        starting.cancel()
+        await asyncio.sleep(0)
+        starting.cancel()  # Whoever is impatient waits all the same.
+        await asyncio.sleep(0.01)
+        with pytest.raises(HypervisorError, match="is here already"):
+            await driver.start(LAUNCH)
+    finally:
+        go.set()
+    with contextlib.suppress(asyncio.CancelledError):
+        await starting
+    assert starting.cancelled()
+    assert identify(made[0].process.pid) is None
+    assert not driver.config.domain_directory(VM).exists()
