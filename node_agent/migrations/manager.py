@@ -213,6 +213,7 @@ class MigrationManager(MigrationService):
         await self._domains.locks.claim_for_migration(name, migration)
         try:
             await self._forecaster.interrupt(name)
+            await self._refuse_unless_running(name)
             owned = await self._domains.ownership.owned_here(name)
             spec = (await self._records.get(name)).spec
             session = SourceSession(
@@ -238,6 +239,14 @@ class MigrationManager(MigrationService):
         )
         self._asides.add(self._begin(self._make_runner(session), session))
         return session.view()
+
+    async def _refuse_unless_running(self, domain: DomainName) -> None:
+        """Asking the destination takes time, in which it may have been paused, and was not claimed:
+        a destination runs what it has loaded, and so would a guest that somebody wants to stand.
+        """
+        found = state_reasons(domain, (await self._hypervisor.inspect(domain)).state)
+        if found:
+            raise RefusedError(f"domain {domain} was not migrated: {found[0]}", found)
 
     async def _begin(self, runner: Runner, session: SourceSession) -> None:
         """Let it begin, unless a hook forbids it, or it was cancelled while they took time."""

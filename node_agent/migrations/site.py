@@ -135,6 +135,7 @@ class NodeSite(Site):
             if paged:
                 await self._hypervisor.receive_device_state(domain, device_channel)
         except BaseException:
+            undo.release()  # Also where the hypervisor can't be ended now: that is tried again.
             await self._hypervisor.destroy(domain)
             await undo()
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -28,7 +29,7 @@ from migrator.session.messages import Prepare
 from migrator.session.source import SourceSession
 from node_agent.domain_locks import DomainLocks
 from node_agent.migrations import checks, room
-from node_agent.migrations.checks import claim_reasons
+from node_agent.migrations.checks import Inspection, claim_reasons
 from node_agent.migrations.removed_peers import part_with
 from node_agent.migrations.site import Envelope
 from storage.simulated import SimulatedPool
@@ -368,6 +369,26 @@ async def test_storage_that_hangs_is_told_as_that_and_not_as_a_silent_node(
     assert found == [
         "node b: volume default/root: its storage gives no answer within 0.05 s",
     ]
+
+
+async def test_a_guest_that_is_paused_while_its_destination_is_asked_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A destination runs what it has loaded: somebody wants this one to stand still."""
+    async with migration_world(tmp_path, monkeypatch) as world:
+        check = world.b.manager._check
+        reasons = check.reasons
+
+        async def pause_meanwhile(inspection: Inspection) -> Sequence[str]:
+            await world.a.node.domains.pause(WEB)
+            return await reasons(inspection)
+
+        monkeypatch.setattr(check, "reasons", pause_meanwhile)
+        with pytest.raises(RefusedError, match="is paused, it must be running"):
+            await world.migrate()
+        assert world.state(world.a) is DomainState.PAUSED
+        assert not world.a.manager._runners
+        await world.a.node.domains.resume(WEB)
 
 
 async def test_a_claim_that_only_waits_for_the_journal_is_told_as_that() -> None:
