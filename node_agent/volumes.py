@@ -134,14 +134,25 @@ class VolumeService:
         return await driver.resize(volume, request.capacity_bytes)
 
     async def clone(self, pool: PoolName, volume: VolumeName, request: VolumeClone) -> VolumeInfo:
-        """ConflictError while a domain that writes to it runs; linked: if any may write to it."""
-        driver = self._driver(pool)
+        """ConflictError while a domain that writes to it runs, or if one was started before the
+        copy was whole: then it is deleted. Linked: if any may write to it.
+        """
+        driver, new = self._driver(pool), VolumeName(request.name)
         if request.linked:
             users = await self._users(pool, volume, writers_only=True)
             self._refuse(pool, volume, "the base of a linked clone", users)
-        else:
-            await self._refuse_running(pool, volume, "cloned", writers_only=True)
-        return await driver.clone(volume, VolumeName(request.name), linked=request.linked)
+            return await driver.clone(volume, new, linked=True)
+        before = await self._writers(pool, volume)
+        await self._refuse_running(pool, volume, "cloned", writers_only=True)
+        made = await driver.clone(volume, new)
+        try:
+            after = await self._writers(pool, volume)
+            started = [name for name, token in after.items() if token > before.get(name, 0)]
+            self._refuse(pool, volume, "cloned: the domain was started meanwhile", started)
+        except BaseException:
+            await asyncio.shield(driver.delete(new))
+            raise
+        return made
 
     async def delete(self, pool: PoolName, volume: VolumeName) -> None:
         """ConflictError while it is a disk of a defined domain; nothing was deleted."""
@@ -163,6 +174,14 @@ class VolumeService:
             for name, only_reads in _having(records, pool, volume)
             if not (only_reads and writers_only)
         ]
+
+    async def _writers(self, pool: PoolName, volume: VolumeName) -> Mapping[DomainName, int]:
+        """The domains that write to it when they run, with their tokens: each start takes a newer
+        one. Without those that were never started.
+        """
+        owned = await self._records.list_ownership()
+        users = await self._users(pool, volume, writers_only=True)
+        return {name: owned[name].token for name in users if name in owned}
 
     async def _refuse_running(
         self, pool: PoolName, volume: VolumeName, what: str, *, writers_only: bool = False

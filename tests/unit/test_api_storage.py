@@ -11,12 +11,13 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from migrator.errors import InvalidRequest
-from migrator.model import NodeName, PoolName
+from migrator.model import DomainName, NodeName, PoolName, VolumeInfo, VolumeName
 from node_agent.api.server import create_app
 from node_agent.pools import PoolSet
 from storage.directory import DirectoryPool
 from storage.drivers import make_pool
 from storage.settings import NbdSettings, NfsSettings, SimulatedSettings, same_place
+from storage.simulated import SimulatedPool
 from tests.unit.agent_world import World, open_world
 from tests.unit.test_api import SPEC, Client, ask, running
 
@@ -79,6 +80,30 @@ async def test_volumes_grow_and_are_cloned(client: Client) -> None:
     for path, body in (("resize", {"capacity_bytes": 4 * 1024**2}), ("clone", {"name": "other"})):
         problem = await ask(client, "POST", f"{volumes}/root/{path}", body, status=409)
         assert "web" in problem["detail"] and "runs on a" in problem["detail"]
+
+
+async def test_a_copy_of_what_was_written_to_meanwhile_is_none(
+    client: Client, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it has been stopped again by the end of the copy."""
+    await ask(client, "POST", "/v1/domains", SPEC, status=201)
+    clone = SimulatedPool.clone
+
+    async def copy_for_long(
+        pool: SimulatedPool, volume: VolumeName, new: VolumeName, *, linked: bool = False
+    ) -> VolumeInfo:
+        made = await clone(pool, volume, new, linked=linked)
+        await world.b.domains.start(DomainName("web"))
+        await world.b.domains.stop(DomainName("web"), timeout_s=0)
+        return made
+
+    monkeypatch.setattr(SimulatedPool, "clone", copy_for_long)
+    path = "/v1/pools/default/volumes/root/clone"
+    problem = await ask(client, "POST", path, {"name": "copy"}, status=409)
+    assert "was not cloned: the domain was started meanwhile" in problem["detail"]
+    await ask(client, "GET", "/v1/pools/default/volumes/copy", status=404)
+    monkeypatch.setattr(SimulatedPool, "clone", clone)
+    await ask(client, "POST", path, {"name": "copy"}, status=201)
 
 
 async def test_pools_are_added_for_every_node_and_removed(client: Client, world: World) -> None:
