@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from pathlib import Path
 
 
@@ -30,6 +31,28 @@ def replace(path: Path, content: bytes, *, mode: int = 0o600) -> None:
             draft.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def make_private(path: Path) -> None:
+    """A database's file that isn't there yet: its owner's alone, and so is what SQLite puts beside
+    it. OSError.
+    """
+    with contextlib.suppress(FileExistsError):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        os.close(os.open(path, flags, 0o600))
+
+
+def close_to_others(path: Path) -> None:
+    """One that an earlier release made is read by its owner and his group at most. OSError.
+
+    It isn't opened for that: to close it would end the locks that this process has on it.
+    """
+    for each in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+        # Another's: who shares it has seen to its mode.
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            mode = stat.S_IMODE(each.stat().st_mode)
+            if mode & stat.S_IRWXO:
+                each.chmod(mode & ~stat.S_IRWXO)
 
 
 def sync(path: Path) -> None:

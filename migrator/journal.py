@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from migrator import durable
 from migrator.errors import StoreError
 from migrator.journal_entry import JournalEntry
 from migrator.unknown_fields import decode
@@ -90,6 +91,7 @@ class MigrationJournal:
 
     def _open(self) -> list[JournalEntry]:
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        durable.make_private(self._path)
         connection = sqlite3.connect(
             self._path, isolation_level=None, timeout=5.0, check_same_thread=False
         )
@@ -98,6 +100,7 @@ class MigrationJournal:
         # What is read now is acted on: also what was written without an fsync must stay.
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         connection.execute(_SCHEMA)
+        durable.close_to_others(self._path)
         self._connection = connection
         decoder = msgspec.msgpack.Decoder(JournalEntry)
         rows = connection.execute("SELECT id, entry FROM migrations ORDER BY at").fetchall()

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from migrator import durable
 from migrator.errors import StoreError
 from node_agent.state.port import Change, Entry
 from node_agent.state.watches import KEPT_CHANGES, check_key, sequence_key
@@ -75,10 +76,12 @@ class Database:
             if not path.exists():
                 # Either a cluster's first agent, or a path that isn't the cluster's.
                 log.warning("there is no store at %s yet: a new, empty one is made", path)
+            durable.make_private(path)  # Hooks' secrets are in it.
             self._connection = sqlite3.connect(path, timeout=busy_timeout_s, isolation_level=None)
         try:
             with self._errors():
                 self._prepare(time.monotonic() + busy_timeout_s)
+                durable.close_to_others(path)
         except BaseException:
             self._connection.close()
             raise

@@ -124,13 +124,26 @@ async def test_a_held_write_lock_ends_in_store_error_and_blocks_no_loop(tmp_path
         await store.put("d/a", b"1")
 
 
+async def test_nobody_else_reads_what_is_in_it(tmp_path: Path) -> None:
+    """Hooks' secrets are, and an earlier release made the file readable by all."""
+    path = tmp_path / "cluster.sqlite"
+    for _ in range(2):
+        store = SqliteStore(path)
+        async with opened(store):
+            await store.put("d/a", b"1")
+            assert {each.stat().st_mode & 0o007 for each in tmp_path.iterdir()} == {0}
+        path.chmod(0o644)
+
+
 async def test_a_foreign_file_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "other.sqlite"
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE other (x)")
     connection.close()
+    path.chmod(0o644)
     with pytest.raises(StoreError, match="not Ferry's"):
         await SqliteStore(path).open()
+    assert path.stat().st_mode & 0o777 == 0o644
     path.write_text("no database at all, but long enough to be looked at as one " * 20)
     with pytest.raises(StoreError, match="not a database"):
         await SqliteStore(path).open()

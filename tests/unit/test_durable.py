@@ -63,3 +63,18 @@ def test_content_is_on_the_disk_before_its_name_and_the_name_before_the_return(
     monkeypatch.setattr(os, "fsync", watched)
     durable.replace(path, b"new")
     assert seen == [(False, b"old"), (True, b"new")]
+
+
+def test_databases_are_nobody_else_s_to_read(tmp_path: Path) -> None:
+    path = tmp_path / "ferry.sqlite"
+    durable.make_private(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for name, before, after in (("", 0o644, 0o640), ("-wal", 0o666, 0o660), ("-shm", 0o600, 0o600)):
+        each = tmp_path / f"ferry.sqlite{name}"
+        each.write_bytes(b"x")
+        each.chmod(before)
+        durable.make_private(path)
+        durable.close_to_others(path)
+        assert stat.S_IMODE(each.stat().st_mode) == after
+        assert each.read_bytes() == b"x"
+    durable.close_to_others(tmp_path / "none")

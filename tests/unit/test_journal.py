@@ -47,6 +47,7 @@ async def test_the_newest_entry_outlives_the_agent(tmp_path: Path) -> None:
     await journal.write(last, durable=False)
     assert journal.get("m1") == last
     assert journal.get("m2") is None
+    assert {each.stat().st_mode & 0o077 for each in path.parent.iterdir()} == {0}
     await journal.close()
     await journal.close()
     assert await reopened(path) == [last]
