@@ -6,7 +6,8 @@
     DHCP, DHCPv6   what a server has just given it (RFC 2131, RFC 8415)
 
 A filter in the kernel passes these frames alone, so a busy guest costs nothing. A NIC keeps its
-latest few addresses: what a guest gave up is forgotten when it has taken as many others.
+latest few addresses: what a guest gave up is forgotten when it has taken as many others. A guest
+that sends nothing but these, as fast as it can, is listened to now and then, and not logged.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ ADDRESSES_MAX: Final = 16
 """That are kept of one NIC."""
 FRAMES_A_TURN: Final = 32
 """That are read before others get their turn in the event loop."""
+PAUSE_S: Final = 0.05
+"""Then nothing is read for so long. What the socket can't keep meanwhile is dropped."""
 
 _log = logging.getLogger(__name__)
 _ETHERTYPE_IPV4: Final = 0x0800
@@ -43,6 +46,8 @@ _RET: Final = 0x06
 _DHCP_COOKIE: Final = b"\x63\x82\x53\x63"
 _DHCP_ACK: Final = 5
 _DHCPV6_REPLY: Final = 7
+_IA_NA: Final = 3
+_IAADDR: Final = 5
 _SOLICITATION: Final = 135
 _ADVERTISEMENT: Final = 136
 
@@ -105,7 +110,9 @@ def _told(frame: bytes, mac: bytes, to_guest: bool) -> Iterator[str]:
             yield from _from_discovery(frame)
     elif ethertype == ETHERTYPE_IPV6 and to_guest:
         is_reply = frame[20] == socket.IPPROTO_UDP and frame[62] == _DHCPV6_REPLY
-        yield from _from_options(frame[66:]) if is_reply and frame[:6] == mac else ()
+        if is_reply and frame[:6] == mac:
+            for kind, value in _options_in(frame[66:]):
+                yield from _from_association(value) if kind == _IA_NA else ()
 
 
 def _from_discovery(frame: bytes) -> Iterator[str]:
@@ -130,16 +137,19 @@ def _from_dhcp(message: bytes, mac: bytes) -> Iterator[str]:
         at += 2 + length
 
 
-def _from_options(options: bytes) -> Iterator[str]:
-    """DHCPv6: IA_NA (3) holds IAADDR (5)."""
+def _from_association(value: bytes) -> Iterator[str]:
+    """DHCPv6: what an IA_NA holds."""
+    for kind, address in _options_in(value[12:]):
+        if kind == _IAADDR:
+            yield str(ipaddress.IPv6Address(address[:16]))
+
+
+def _options_in(options: bytes) -> Iterator[tuple[int, bytes]]:
+    """DHCPv6: code and content of each."""
     at = 0
     while at + 4 <= len(options):
         kind, length = struct.unpack_from("!HH", options, at)
-        value = options[at + 4 : at + 4 + length]
-        if kind == 3:
-            yield from _from_options(value[12:])
-        elif kind == 5:
-            yield str(ipaddress.IPv6Address(value[:16]))
+        yield kind, options[at + 4 : at + 4 + length]
         at += 4 + length
 
 
@@ -218,10 +228,17 @@ class AddressWatcher:
             to_guest = outgoing is self._outgoing_to_guest
             for text in addresses_in(frame, mac, to_guest=to_guest):
                 self._note(tap, text)
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(opened)
+        loop.call_later(PAUSE_S, self._go_on, tap, opened, mac)
+
+    def _go_on(self, tap: str, opened: socket.socket, mac: bytes) -> None:
+        if self._sockets.get(tap) is opened:
+            asyncio.get_running_loop().add_reader(opened, self._take, tap, opened, mac)
 
     def _note(self, tap: str, text: str) -> None:
         learnt = self._learnt.setdefault(tap, {})
-        if text not in learnt:
+        if text not in learnt and len(learnt) < ADDRESSES_MAX:  # Else it has taken many already.
             _log.info("the guest behind %s uses %s", tap, text)
         learnt.pop(text, None)
         learnt[text] = None

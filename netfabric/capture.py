@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
+import select
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Final
 
 from migrator.errors import FabricError
@@ -37,6 +39,8 @@ _VLAN_TAGGED: Final = 0xFFFFF030
 """SKF_AD_VLAN_TAG and SKF_AD_VLAN_TAG_PRESENT of linux/filter.h: the kernel takes the outer tag off
 before a filter sees the frame. Where a bridge took it off, the former is still what it was."""
 _VLAN_MASK: Final = 0xFFF
+FRAMES_A_TURN: Final = 64
+"""Of one interface, before others get their turn, or the time is looked at."""
 
 
 def from_mac(mac: bytes) -> list[Instruction]:
@@ -126,6 +130,28 @@ def receive(opened: socket.socket) -> tuple[bytes, bool, float] | None:
         raise FabricError(f"can't listen any more: {error.strerror}") from error
     seconds, nanoseconds = struct.unpack("@ll", control[0][2]) if control else (0, 0)
     return frame, sender[2] == PACKET_OUTGOING, seconds + nanoseconds / 1e9
+
+
+def received(opened: socket.socket) -> Iterator[tuple[bytes, bool, float]]:
+    """What has come, as `receive` has it, but FRAMES_A_TURN at most: a guest may send faster than
+    anybody here reads. FabricError if the interface is gone.
+    """
+    for _ in range(FRAMES_A_TURN):
+        one = receive(opened)
+        if one is None:
+            return
+        yield one
+
+
+def readable(sockets: Collection[socket.socket], timeout_s: float) -> list[socket.socket]:
+    """Those that something has come to, or an error; waits for it. [] when the time is over.
+
+    By poll(2): an agent of many guests has descriptors above 1,023, which select(2) can't take.
+    """
+    poller, by_number = select.poll(), {each.fileno(): each for each in sockets}
+    for number in by_number:
+        poller.register(number, select.POLLIN)
+    return [by_number[number] for number, _ in poller.poll(math.ceil(max(timeout_s, 0.0) * 1e3))]
 
 
 def _attach(opened: socket.socket, program: Sequence[Instruction]) -> None:

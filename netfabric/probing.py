@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import select
 import socket
 import struct
 import time
@@ -91,7 +90,7 @@ def probe(
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 break
-            for ready in select.select(sockets, [], [], left_s)[0]:
+            for ready in capture.readable(sockets, left_s):
                 _take(ready, own_mac, findings)
     return ProbeReport(
         able=bool(sockets),
@@ -149,8 +148,7 @@ def _ask(opened: socket.socket, way: Exit, questions: Iterable[bytes]) -> None:
 
 
 def _take(ready: socket.socket, own_mac: bytes, findings: _Findings) -> None:
-    while (received := capture.receive(ready)) is not None:
-        frame, outgoing, _ = received
+    for frame, outgoing, _ in capture.received(ready):
         if outgoing or len(frame) < 14:
             continue
         findings.heard.add(kind_of(frame))

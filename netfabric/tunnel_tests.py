@@ -97,8 +97,8 @@ class TunnelTests:
             return TunnelReport(made=False)
         lengths = ears.lengths.setdefault(tunnel, set())
         with contextlib.suppress(FabricError):  # the end is gone
-            while (received := capture.receive(opened)) is not None:
-                length = None if received[1] else length_in(received[0])
+            for frame, outgoing, _ in capture.received(opened):
+                length = None if outgoing else length_in(frame)
                 if length is not None:
                     lengths.add(length)
                     ears.frames += 1

@@ -14,7 +14,6 @@ Synchronous; belongs into a thread.
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import struct
 import time
@@ -98,9 +97,9 @@ def hear(uplinks: Sequence[Exit], token: bytes, mtu_bytes: int, timeout_s: float
         ]
         deadline = time.monotonic() + timeout_s
         while sockets and not full and (left_s := deadline - time.monotonic()) > 0:
-            for ready in select.select(sockets, [], [], left_s)[0]:
-                while (received := capture.receive(ready)) is not None:
-                    length = None if received[1] else length_in(received[0], token)
+            for ready in capture.readable(sockets, left_s):
+                for frame, outgoing, _ in capture.received(ready):
+                    length = None if outgoing else length_in(frame, token)
                     shorts += length == SHORT_BYTES
                     full = full or length == mtu_bytes
     return WidthReport(short=full or shorts >= SHORT_FRAMES_MIN, full=full)

@@ -18,7 +18,6 @@ import contextlib
 import errno
 import ipaddress
 import os
-import select
 import socket
 import struct
 import time
@@ -28,6 +27,7 @@ from typing import Final
 from migrator.errors import FabricError
 from migrator.model import NicSpec
 from migrator.ports import ProbeReport, WidthReport
+from netfabric import capture
 from netfabric.host_routes import Address, Metric, route_of
 from netfabric.routed import overlay_probing
 from netfabric.routed.network import RoutedNetwork, addresses_of, needed_bytes, uplink_of
@@ -80,7 +80,7 @@ def probe(
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 break
-            for ready in select.select(list(sockets), [], [], left_s)[0]:
+            for ready in capture.readable(sockets, left_s):
                 found = _answer(ready, sockets[ready], token)
                 if found is not None:
                     answered.add(found)
@@ -144,7 +144,7 @@ def _take_widths(
 ) -> None:
     until = time.monotonic() + timeout_s
     while answered < wanted and (left_s := until - time.monotonic()) > 0:
-        for ready in select.select(list(sockets), [], [], left_s)[0]:
+        for ready in capture.readable(sockets, left_s):
             hop, full_bytes = sockets[ready]
             message = _echo_reply(ready, hop.version, token)
             if message is not None and message[0] == str(hop):

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import collections
+import contextlib
+import logging
 import random
+import socket
+import struct
 
 import pytest
 from scapy.layers.dhcp import BOOTP, DHCP
@@ -12,7 +18,8 @@ from scapy.layers.inet6 import ICMPv6ND_NA, ICMPv6ND_NS, IPv6
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet
 
-from netfabric.addresses import addresses_in
+from netfabric import capture
+from netfabric.addresses import ADDRESSES_MAX, FRAMES_A_TURN, AddressWatcher, addresses_in
 
 MAC, OTHER = "52:54:00:aa:bb:cc", "52:54:00:aa:bb:dd"
 RAW = bytes.fromhex(MAC.replace(":", ""))
@@ -84,3 +91,55 @@ def test_what_is_cut_short_or_nonsense_tells_nothing_and_harms_nobody() -> None:
         for _ in range(rng.randrange(1, 8)):
             damaged[rng.randrange(12, len(damaged))] = rng.randrange(256)
         addresses_in(bytes(damaged), RAW, to_guest=rng.random() < 0.5)
+
+
+def test_options_within_options_without_end_are_no_recursion_without_end() -> None:
+    nested = b""
+    while len(nested) < 60_000:  # An MTU may be 65,521 bytes.
+        nested = struct.pack("!HH12x", 3, 12 + len(nested)) + nested
+    reply = IPv6(src="fe80::1", dst="fe80::2") / UDP(sport=547, dport=546) / DHCP6_Reply()
+    frame = (Ether(src=OTHER, dst=MAC) / reply).build() + nested
+    assert addresses_in(frame, RAW, to_guest=True) == set()
+
+
+# --- a guest that floods ---------------------------------------------------------------------
+
+
+def arp_from(number: int) -> bytes:
+    said = ARP(op=1, hwsrc=MAC, psrc=f"10.0.0.{1 + number}", pdst="10.0.0.1")
+    return (Ether(src=MAC, dst="ff:ff:ff:ff:ff:ff") / said).build()
+
+
+async def test_a_guest_that_floods_is_neither_logged_nor_listened_to_without_end(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = collections.deque(arp_from(number) for number in range(3 * FRAMES_A_TURN))
+    guest, watched = socket.socketpair()
+    watched.setblocking(False)
+    guest.send(b"There is something to read.")
+
+    def receive(opened: socket.socket) -> tuple[bytes, bool, float] | None:
+        if waiting:
+            return waiting.popleft(), False, 0.0
+        with contextlib.suppress(BlockingIOError):
+            opened.recv(100)
+        return None
+
+    monkeypatch.setattr(capture, "open_capture", lambda *_: watched)
+    monkeypatch.setattr(capture, "receive", receive)
+    caplog.set_level(logging.INFO, "netfabric.addresses")
+    watcher = AddressWatcher(outgoing_to_guest=True)
+    with guest, watched:
+        watcher.watch("fy", RAW)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert len(waiting) == 2 * FRAMES_A_TURN
+
+        async def until_all_is_read() -> None:
+            while waiting:
+                await asyncio.sleep(0.01)
+
+        await asyncio.wait_for(until_all_is_read(), 10)
+        assert len(watcher.learnt("fy")) == ADDRESSES_MAX
+        assert len(caplog.records) == ADDRESSES_MAX
+        await watcher.close()

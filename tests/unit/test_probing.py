@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import os
+import resource
+import socket
+import time
+from collections.abc import Iterator
 
 import pytest
 from scapy.layers.inet6 import ICMPv6ND_NA, ICMPv6ND_NS, ICMPv6NDOptDstLLAddr, IPv6
 from scapy.layers.l2 import ARP, Dot1Q, Ether
 
-from netfabric import frames
-from netfabric.probing import answer, kind_of, probing_mac, question
+from migrator.model import NicSpec
+from netfabric import capture, frames
+from netfabric.exits import Exit
+from netfabric.probing import answer, kind_of, probe, probing_mac, question
+from netfabric.wide_frames import hear
 
 GUEST = bytes.fromhex("525400aabbcc")
 OWN = bytes.fromhex("0611223344ff")
@@ -63,3 +72,71 @@ def test_what_is_no_answer() -> None:
 
 def test_questions_come_from_a_mac_that_no_port_has() -> None:
     assert probing_mac("52:54:00:00:00:01").hex(":") == "06:54:00:00:00:01"
+
+
+# --- many descriptors, many frames -----------------------------------------------------------
+
+NIC = NicSpec(mac="52:54:00:aa:bb:cc", bridge="br0", addresses=("10.1.2.3",))
+UPLINK = [Exit("eth0")]
+
+
+@pytest.fixture
+def uplink(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """The network's end of what stands in for an uplink."""
+    network, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def open_capture(*_: object, **__: object) -> socket.socket:
+        ours.setblocking(False)
+        return ours
+
+    def receive(opened: socket.socket) -> tuple[bytes, bool, float] | None:
+        try:
+            return opened.recv(2048), False, 0.0
+        except BlockingIOError:
+            return None
+
+    monkeypatch.setattr(capture, "open_capture", open_capture)
+    monkeypatch.setattr(capture, "receive", receive)
+    with network, ours:
+        yield network
+
+
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """As an agent of some hundred guests has them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1200
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, max(hard, wanted)))
+    try:
+        with contextlib.ExitStack() as stack:
+            while (opened := os.open(os.devnull, os.O_RDONLY)) <= 1024:
+                stack.callback(os.close, opened)
+            os.close(opened)
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_descriptors")
+def test_descriptors_above_1023_can_be_listened_to(uplink: socket.socket) -> None:
+    assert uplink.fileno() > 1023
+    assert probe(NIC, UPLINK, OWN, 0.02).able
+    assert not hear(UPLINK, bytes(8), 1500, 0.02).full
+
+
+def test_a_guest_that_sends_faster_than_anybody_reads_is_not_listened_to_for_ever(
+    uplink: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is on its way to somebody at the node that asks, say."""
+    frame = (Ether(src=NIC.mac, dst="06:11:22:33:44:00") / ARP(op=1)).build()
+    until = time.monotonic() + 5
+    uplink.send(frame)
+
+    def flood(_: socket.socket) -> tuple[bytes, bool, float] | None:
+        assert time.monotonic() < until, "the time wasn't looked at"
+        return frame, False, 0.0
+
+    monkeypatch.setattr(capture, "receive", flood)
+    report = probe(NIC, UPLINK, OWN, 0.05)
+    assert (report.able, report.answered, report.heard) == (True, (), ("arp",))
