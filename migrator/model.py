@@ -30,6 +30,7 @@ from migrator.disks import PoolHealth as PoolHealth
 from migrator.disks import TlsPsk as TlsPsk
 from migrator.disks import VolumeInfo as VolumeInfo
 from migrator.figures import Prediction
+from migrator.names import END as END
 from migrator.names import FileName as FileName
 from migrator.names import MacAddress as MacAddress
 from migrator.names import Name as Name
@@ -67,7 +68,7 @@ class NicSpec(Value, frozen=True, kw_only=True):
     """One network interface. `addresses` (IPv4 or IPv6, no prefix) are announced after a move."""
 
     mac: MacAddress
-    bridge: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,15}$")]
+    bridge: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,15}" + END)]
     addresses: tuple[str, ...] = ()
     mtu_bytes: Annotated[int, msgspec.Meta(ge=576, le=65521)] = 1500
     vlan: (
@@ -104,9 +105,9 @@ class DomainSpec(Value, frozen=True, kw_only=True):
     name: Name
     memory_bytes: Annotated[int, msgspec.Meta(ge=16 * 1024**2, le=16 * 1024**4)]
     vcpus: Annotated[int, msgspec.Meta(ge=1, le=288)] = 1
-    machine: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9.-]{1,40}$")] = "q35"
+    machine: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9.-]{1,40}" + END)] = "q35"
     """`q35` or `pc`, or a versioned type. Pinned to a versioned one when the domain is defined."""
-    cpu_model: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.,+-]{1,200}$")] = "qemu64"
+    cpu_model: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.,+-]{1,200}" + END)] = "qemu64"
     disks: tuple[DiskSpec, ...] = ()
     nics: tuple[NicSpec, ...] = ()
     boot: Boot = msgspec.field(default_factory=DiskBoot)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 
-_NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
-_VOLUME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,126}$"
-_MAC_PATTERN = r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$"
+END: Final = r"$(?!\n)"
+"""Where a pattern's text ends. `$` alone also stands before a line break that is the last."""
+
+_NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?" + END
+_VOLUME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,126}" + END
+_MAC_PATTERN: Final = r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}" + END
 
 Name = Annotated[
     str,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import msgspec
 
-from migrator.names import Name, Value
+from migrator.names import END, Name, Value
 
 
 class MaintenancePolicy(enum.StrEnum):
@@ -24,21 +24,21 @@ class MaintenancePolicy(enum.StrEnum):
 LabelKey = Annotated[
     str,
     msgspec.Meta(
-        pattern=r"^[a-z0-9]([a-z0-9./-]{0,61}[a-z0-9])?$",
+        pattern=r"^[a-z0-9]([a-z0-9./-]{0,61}[a-z0-9])?" + END,
         description="1 to 63 lower-case letters, digits, '.', '/' and '-'",
     ),
 ]
 LabelValue = Annotated[
     str,
     msgspec.Meta(
-        pattern=r"^[A-Za-z0-9._-]{0,63}$",
+        pattern=r"^[A-Za-z0-9._-]{0,63}" + END,
         description="at most 63 letters, digits, '.', '_' and '-'",
     ),
 ]
 DomainSelector = Annotated[
     str,
     msgspec.Meta(
-        pattern=r"^[a-z0-9][a-z0-9./-]{0,62}(=[A-Za-z0-9._-]{0,63})?$",
+        pattern=r"^[a-z0-9][a-z0-9./-]{0,62}(=[A-Za-z0-9._-]{0,63})?" + END,
         description="the name of a domain, or a label: KEY=VALUE",
     ),
 ]

@@ -16,9 +16,6 @@ def check_volume_name(volume: VolumeName) -> None:
         msgspec.convert(volume, FileName)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"volume name {volume!r}: {error}", {"volume": str(error)}) from error
-    if not volume.isprintable():
-        reason = "no line breaks"
-        raise InvalidRequest(f"volume name {volume!r}: {reason}", {"volume": reason})
 
 
 def check_capacity(volume: VolumeName, capacity_bytes: int) -> None:

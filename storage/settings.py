@@ -10,23 +10,26 @@ from typing import Annotated, Final
 
 import msgspec
 
-from migrator.model import Name, Value
+from migrator.model import END, Name, Value
 
 AbsolutePath = Annotated[
-    str, msgspec.Meta(description="an absolute path", pattern=r"^/[^\x00-\x1f]*$", max_length=1024)
+    str,
+    msgspec.Meta(
+        description="an absolute path", pattern=r"^/[^\x00-\x1f]*" + END, max_length=1024
+    ),
 ]
 Host = Annotated[
     str,
     msgspec.Meta(
         description="an address or host name, IPv6 without brackets",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_-]{0,252}$",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_-]{0,252}" + END,
     ),
 ]
 Endpoint = Annotated[
     str,
     msgspec.Meta(
         description='"HOST:PORT", IPv6 in brackets',
-        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,252}|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,252}|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}" + END,
     ),
 ]
 
@@ -63,7 +66,7 @@ class NbdSettings(PoolBase, frozen=True, kw_only=True, tag_field="driver", tag="
     """A program on the nodes that answers the same requests, one a run, on its standard output."""
     tls_directory: AbsolutePath | None = None
     """A folder on the nodes with keys.psk; then every connection is encrypted."""
-    tls_username: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "ferry"
+    tls_username: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}" + END)] = "ferry"
     reconnect_delay_s: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 60
 
 
@@ -83,11 +86,11 @@ class IscsiSettings(PoolBase, frozen=True, kw_only=True, tag_field="driver", tag
     """A program on the nodes that makes LUNs; docs/storage-iscsi.md says how it is asked."""
     hook_fences: bool = False
     """The hook also has grant, fence and token."""
-    chap_user: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._:@-]{1,63}$")] | None = None
+    chap_user: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._:@-]{1,63}" + END)] | None = None
     chap_secret_file: AbsolutePath | None = None
     """A file on the nodes, mode 0600, that holds the CHAP secret and nothing else."""
     initiator_prefix: Annotated[
-        str, msgspec.Meta(pattern=r"^iqn\.[0-9]{4}-[0-9]{2}\.[a-z0-9.:-]{1,120}$")
+        str, msgspec.Meta(pattern=r"^iqn\.[0-9]{4}-[0-9]{2}\.[a-z0-9.:-]{1,120}" + END)
     ] = "iqn.2026-11.io.ferry:node"
     """A node's initiator name is this, a colon and the node's name."""
 

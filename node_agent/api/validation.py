@@ -19,6 +19,7 @@ import msgspec
 from msgspec import inspect
 
 from migrator.errors import InvalidRequest
+from migrator.model import END
 
 T = TypeVar("T")
 
@@ -176,7 +177,8 @@ def _right(kind: inspect.Type) -> str:
     if isinstance(kind, inspect.LiteralType):
         return " or ".join(str(each) for each in kind.values)
     if isinstance(kind, inspect.StrType):
-        return f"text that matches {kind.pattern}" if kind.pattern else "text"
+        pattern = (kind.pattern or "").replace(END, "$")
+        return f"text that matches {pattern}" if pattern else "text"
     if isinstance(kind, inspect.BoolType):
         return "true or false"
     if isinstance(kind, inspect.VarTupleType | inspect.ListType):

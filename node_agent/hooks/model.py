@@ -19,7 +19,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from migrator.model import DomainSelector, Name, Value
+from migrator.model import END, DomainSelector, Name, Value
 from migrator.ports import Struct
 
 HOOKS: Final = "hooks/"
@@ -81,12 +81,12 @@ class HaproxyHook(Value, frozen=True, kw_only=True, tag="haproxy", tag_field="dr
     address: Annotated[
         str,
         msgspec.Meta(
-            pattern=r"^(unix:/.+|.+:[0-9]{1,5})$",
+            pattern=r"^(unix:/.+|.+:[0-9]{1,5})" + END,
             description="the runtime API's socket: unix:/PATH or HOST:PORT",
         ),
     ]
-    backend: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.:-]{1,200}$")]
-    server: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.:{}-]{1,200}$")] = "{domain}"
+    backend: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.:-]{1,200}" + END)]
+    server: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.:{}-]{1,200}" + END)] = "{domain}"
     """Its name there; {domain} and {node} (the source) are filled in."""
     away: HaproxyAway = HaproxyAway.DRAIN
     weight_percent: Annotated[int, msgspec.Meta(ge=0, le=100)] = 10
@@ -101,7 +101,7 @@ class WebhookHook(Value, frozen=True, kw_only=True, tag="webhook", tag_field="dr
     """A POST with JSON, signed; repeated until it is acknowledged or the deadline has passed."""
 
     url: Annotated[
-        str, msgspec.Meta(pattern=r"^https?://[^\s]+$", description="an http or https URL")
+        str, msgspec.Meta(pattern=r"^https?://[^\s]+" + END, description="an http or https URL")
     ]
     secret: Annotated[str, msgspec.Meta(max_length=1024)] = ""
     """Key of the HMAC-SHA256 in X-Ferry-Signature; "": not signed. Never shown again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from openapi_spec_validator import validate
 
 from migrator.errors import ConfigError, StoreError
-from migrator.model import DomainName, DomainState, MigrationState
+from migrator.model import END, DomainName, DomainState, MigrationState
 from node_agent.api.openapi import document
 from node_agent.api.routes import ROUTES
 from node_agent.api.server import ApiServer, create_app
@@ -418,6 +419,10 @@ async def test_the_openapi_document_is_valid_and_complete(client: Client) -> Non
     ids = [each["operationId"] for path in served["paths"].values() for each in path.values()]
     assert len(ids) == len(set(ids))
     assert served["components"] == document(ROUTES, "x")["components"]
+    patterns = re.findall(r'"pattern": "((?:[^"\\]|\\.)*)"', json.dumps(served["components"]))
+    assert len(patterns) > 10
+    for pattern in patterns:
+        assert json.loads(f'"{pattern}"').endswith(END), "a line break passes, too"
 
 
 async def test_it_listens_on_tcp_and_on_a_private_socket(world: World, tmp_path: Path) -> None:

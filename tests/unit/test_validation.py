@@ -9,8 +9,9 @@ import msgspec
 import pytest
 
 from migrator.errors import InvalidRequest
-from migrator.model import DomainSpec
+from migrator.model import DomainSpec, FileName, LabelKey, LabelValue, MacAddress, Name
 from node_agent.api.validation import decode_body
+from storage.settings import AbsolutePath, Endpoint, Host
 
 
 class Nested(msgspec.Struct):
@@ -62,3 +63,31 @@ def test_maps_in_maps() -> None:
 )
 def test_where_no_key_can_be_found_the_map_is_named(data: bytes) -> None:
     assert list(refusal(data).fields) == ["labels[...]"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "right"),
+    [
+        (Name, "web"),
+        (FileName, "web.raw"),
+        (MacAddress, "52:54:00:00:00:01"),
+        (LabelKey, "tier"),
+        (LabelValue, "front"),
+        (LabelValue, ""),
+        (AbsolutePath, "/srv/disks"),
+        (Host, "nfs.example"),
+        (Endpoint, "[fd00::1]:10809"),
+    ],
+)
+def test_a_name_ends_without_a_line_break(kind: Any, right: str) -> None:
+    assert msgspec.convert(right, kind) == right
+    for end in ("\n", "\n\n", "\r", "\0"):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.convert(right + end, kind)
+
+
+def test_what_is_wrong_with_a_line_break_is_said() -> None:
+    error = refusal(b'{"name": "web\\n", "memory_bytes": 268435456}')
+    assert error.fields["name"].startswith("1 to 40 lower-case letters")
+    error = refusal(b'{"name": "web", "memory_bytes": 268435456, "machine": "q35\\n"}')
+    assert error.fields["machine"] == "text that matches ^[a-z0-9.-]{1,40}$"
