@@ -47,6 +47,7 @@ from node_agent.drain.world import DrainWorld
 from node_agent.events import EventKind, EventLog
 from node_agent.fabrics import make_fabric, make_tracker
 from node_agent.hooks.service import HookService
+from node_agent.log_lines import LogLines
 from node_agent.machines import MachinePinner
 from node_agent.migrations import link_speed
 from node_agent.migrations.checks import DestinationCheck, cordon_reasons
@@ -415,9 +416,9 @@ async def serve(config: AgentConfig) -> None:
 
 def run(config: AgentConfig) -> None:
     """Blocking: the whole life of an agent process."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    lines = logging.StreamHandler()
+    lines.setFormatter(LogLines("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[lines])
     cores.favour_ourselves()
     with asyncio.Runner(loop_factory=loop_monitor.monitored_loop) as runner:
         runner.run(serve(config))

@@ -23,6 +23,7 @@ import msgspec
 from migrator.errors import StoreError
 from migrator.model import Value
 from node_agent.background import Background
+from node_agent.log_lines import one_line
 from node_agent.resources import EVENTS
 from node_agent.state.typed import TypedStore, decode
 
@@ -147,6 +148,7 @@ class EventLog:
         **data: str | int | float | bool | None,
     ) -> None:
         """Report. Never waits and never fails; see the module for what may be lost."""
+        message = one_line(message)
         event = ClusterEvent(
             at_s=self._clock(),
             kind=kind.value,

@@ -1,0 +1,56 @@
+"""Nobody who may put a name or a text into the log writes lines of their own."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from node_agent.events import EventKind, EventLog
+from node_agent.log_lines import LogLines, one_line
+from node_agent.state.memory import SimulatedData, SimulatedStore
+from node_agent.state.typed import TypedStore
+
+FORGED = "/v1/domains/a\n2026-11-29 05:00:00,000 INFO node_agent.api.auth: DELETE by root\x1b[2K"
+
+
+def test_a_record_is_one_line() -> None:
+    record = logging.LogRecord("ferry", logging.INFO, "", 1, "POST %s by %s", (FORGED, "ops"), None)
+    line = LogLines("%(levelname)s %(name)s: %(message)s").format(record)
+    assert line.startswith("INFO ferry: POST /v1/domains/a\\n2026-11-29")
+    assert line.endswith("\\x1b[2K by ops")
+    assert "\n" not in line
+
+
+def test_a_failure_keeps_its_lines() -> None:
+    try:
+        raise ValueError("wrong")
+    except ValueError as error:
+        where = (type(error), error, error.__traceback__)
+    record = logging.LogRecord("ferry", logging.ERROR, "", 1, "it failed", (), where)
+    lines = LogLines().format(record).splitlines()
+    assert lines[0] == "it failed"
+    assert lines[-1] == "ValueError: wrong"
+    assert len(lines) > 2
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Größe: 5 µs, “so”", "Größe: 5 µs, “so”"),
+        ("a\r\nb\tc", "a\\r\\nb\\tc"),
+        ("\u2028\u202e\x9b\ud800", "\\u2028\\u202e\\x9b\\ud800"),
+        ("", ""),
+    ],
+)
+def test_one_line(text: str, shown: str) -> None:
+    assert one_line(text) == shown
+
+
+async def test_an_event_is_one_line() -> None:
+    events = EventLog(TypedStore(SimulatedStore(SimulatedData())), "n1")
+    await events.open()
+    events.emit(EventKind.DRAIN, f"asked by {FORGED}")
+    await events.close()
+    (event,) = await events.read()
+    assert event.message == one_line(f"asked by {FORGED}")
