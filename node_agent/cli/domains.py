@@ -39,7 +39,12 @@ def define(
         list[str] | None, typer.Option(help="VOLUME[,pool=POOL][,ro=true]; repeatable.")
     ] = None,
     nic: Annotated[
-        list[str] | None, typer.Option(help="bridge=BR,mac=MAC[,ip=IP][,mtu=N]; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="bridge=BR,mac=MAC[,ip=IP][,net=NETWORK][,mtu=N][,vlan=ID][,antispoof=true]"
+            "[,receive=RATE][,send=RATE], rates in bytes a second, like 50M; ip and net may stand "
+            "more than once. Repeatable."
+        ),
     ] = None,
     kernel: Annotated[str | None, typer.Option(help="Boot this kernel.")] = None,
     initrd: Annotated[str | None, typer.Option(help="Its initrd.")] = None,

@@ -52,7 +52,7 @@ _HELP: Final = f"""Moves running virtual machines between hosts without their us
 These options may stand anywhere:
 
 \b
-  --api ADDRESS  the agent: unix:/PATH or http://HOST:PORT ($FERRY_API)
+  --api ADDRESS  the agent: unix:/PATH or http(s)://HOST:PORT ($FERRY_API)
   --context NAME a cluster of `ferry context` ($FERRY_CONTEXT)
   --lab NAME     the first agent of this lab that answers ($FERRY_LAB)
   --json         machine-readable output, to stdout only; an answer that is an
