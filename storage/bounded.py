@@ -1,7 +1,7 @@
 """Work that may hang with a storage server: in a thread, or in a process, but never for ever.
 
 bounded(work)      a thread of the storage's own; a late result is undone when it comes at last
-run_program(...)   a child process; it is dead when the call returns or raises
+run_program(...)   a child process, killed where it is late (`migrator.programs`)
 
 A call that is given up keeps its thread until the storage lets go of it. From so many on
 (`GIVEN_UP_MAX`) further ones fail without being tried, so that nobody waits behind them.
@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Generic, TypeVar
 
+from migrator import programs
 from migrator.errors import StorageError, words
 from migrator.own_threads import THREADS_MAX, in_own_thread
 
@@ -170,34 +171,31 @@ async def run_program(
     command: Sequence[str],
     *,
     timeout_s: float = TOOL_TIMEOUT_S,
-    stdin: bytes | None = None,
+    stdin: bytes = b"",
     environment: Mapping[str, str] | None = None,
+    with_group: bool = False,
 ) -> bytes:
-    """Run a program to its end and return what it printed. StorageError with its last words."""
+    """Run a program to its end and return what it printed. StorageError with its last words.
+
+    `with_group`: also to the end of what it began (`programs.run`).
+    """
     what = " ".join([os.path.basename(command[0]), *command[1:2]])  # noqa: PTH119 - Not a path.
     try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL if stdin is None else asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=None if environment is None else dict(environment),
+        ended = await programs.run(
+            command,
+            stdin=stdin,
+            timeout_s=timeout_s,
+            environment=environment,
+            with_group=with_group,
         )
-    except OSError as error:
-        raise StorageError(f"{where}: can't run {command[0]}: {error.strerror}") from error
-    try:
-        async with asyncio.timeout(timeout_s):
-            printed, complaint = await process.communicate(stdin)
     except TimeoutError as error:
         raise StorageError(f"{where}: {what} took over {timeout_s:.0f} s") from error
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await asyncio.shield(process.wait())
-    if process.returncode != 0:
-        detail = complaint.decode(errors="replace").strip() or f"status {process.returncode}"
+    except OSError as error:
+        raise StorageError(f"{where}: can't run {command[0]}: {error.strerror}") from error
+    if ended.status != 0:
+        detail = ended.err.decode(errors="replace").strip() or f"status {ended.status}"
         raise StorageError(f"{where}: {what} failed: {detail}")
-    return printed
+    return ended.out
 
 
 def _log_late(task: asyncio.Future[_T]) -> None:

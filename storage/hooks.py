@@ -11,18 +11,14 @@ docs/storage-iscsi.md has the operations; deploy/samples/ has hooks to start fro
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import os
-import signal
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
 
+from migrator import programs
 from migrator.errors import ConflictError, FenceError, NotFoundError, StorageError
 
-OUTPUT_BYTES_MAX: Final = 4 * 1024 * 1024
 _STDERR_BYTES_SHOWN: Final = 500
 _T = TypeVar("_T")
 
@@ -49,34 +45,22 @@ async def call_hook(
     """Run a hook once. Its answer, validated.
 
     StorageError (also for one that can't be run, is late, or answers nonsense), NotFoundError,
-    ConflictError, FenceError as the hook says. The process and its children are gone then.
+    ConflictError, FenceError as the hook says. The process and its group are gone then.
     """
     what = f"hook {argv[0]} {request.get('operation', '')}".rstrip()
     try:
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            limit=OUTPUT_BYTES_MAX,
+        ended = await programs.run(
+            argv, stdin=msgspec.json.encode(request), timeout_s=timeout_s, with_group=True
         )
-    except OSError as error:
-        raise StorageError(f"{what} can't be run: {error.strerror}") from error
-    try:
-        async with asyncio.timeout(timeout_s):
-            out, err = await process.communicate(msgspec.json.encode(request))
     except TimeoutError as error:
         raise StorageError(f"{what}: no answer in {timeout_s:g} s; it was killed") from error
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await asyncio.shield(process.wait())
-    return _judge(what, process.returncode or 0, out, err, answer)
+    except OSError as error:
+        raise StorageError(f"{what} can't be run: {error.strerror}") from error
+    return _judge(what, ended, answer)
 
 
-def _judge(what: str, status: int, out: bytes, err: bytes, answer: type[_T]) -> _T:
+def _judge(what: str, ended: programs.Ended, answer: type[_T]) -> _T:
+    out = ended.out
     try:
         complaint = msgspec.json.decode(out, type=_Failed).error if out.strip() else None
     except msgspec.DecodeError:
@@ -84,9 +68,11 @@ def _judge(what: str, status: int, out: bytes, err: bytes, answer: type[_T]) -> 
     if complaint is not None:
         kind = _ERRORS.get(complaint.code, StorageError)
         raise kind(f"{what}: {complaint.message or complaint.code}")
-    if status != 0:
-        words = err.decode(errors="replace").strip()[-_STDERR_BYTES_SHOWN:] or "it said nothing"
-        raise StorageError(f"{what} failed with status {status}: {words}")
+    if ended.status != 0:
+        said = ended.err.decode(errors="replace").strip()[-_STDERR_BYTES_SHOWN:]
+        raise StorageError(
+            f"{what} failed with status {ended.status}: {said or 'it said nothing'}"
+        )
     try:
         return msgspec.json.decode(out, type=answer)
     except msgspec.DecodeError as error:

@@ -184,7 +184,11 @@ class NbdPool(VolumeDriver):
         if self._settings.hook is not None:
             body = msgspec.json.encode(request)
             printed = await run_program(
-                self._where, [self._settings.hook], stdin=body, timeout_s=timeout_s
+                self._where,
+                [self._settings.hook],
+                stdin=body,
+                timeout_s=timeout_s,
+                with_group=True,
             )
             text = printed.decode(errors="replace")
         else:

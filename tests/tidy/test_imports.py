@@ -30,6 +30,7 @@ DRIVERS_MAY_IMPORT = (
     "migrator.cores",
     "migrator.durable",
     "migrator.own_threads",
+    "migrator.programs",
 )
 COMPOSITION_ROOT = ("node_agent/agent.py", "node_agent/fabrics.py")
 NOT_DRIVERS = ("hypervisor.machine_types", "storage.settings")
@@ -40,6 +41,7 @@ SHELL = (
     "migrator/cores.py",
     "migrator/durable.py",
     "migrator/own_threads.py",
+    "migrator/programs.py",
     "migrator/runner.py",
     "migrator/journal.py",
     "migrator/engine_driver.py",
