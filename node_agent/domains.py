@@ -235,10 +235,19 @@ class DomainService:
         return by_itself
 
     async def pause(self, domain: DomainName) -> None:
-        """Stop the vCPUs. Idempotent."""
+        """Stop the vCPUs. Idempotent. WrongStateError for one that a disk's error has stopped: a
+        hypervisor can't tell the two, and it would go on when its storage does.
+        """
         async with self.locks.hold(domain, "pause"):
             await self._records.get(domain)
             await self.ownership.owned_here(domain)
+            state = (await self._hypervisor.inspect(domain)).state
+            if state is DomainState.IO_ERROR:
+                sentence = (
+                    f"domain {domain} stands already, by a disk's error, and goes on by itself when "
+                    "its storage answers; stop it if it must not"
+                )
+                raise WrongStateError(f"domain {domain}", state, "running", sentence)
             await self._hypervisor.pause(domain)
         self._events.emit(EventKind.DOMAIN_PAUSED, f"domain {domain} was paused", domain=domain)
 

@@ -7,6 +7,9 @@ not an error. So all it takes is to resume it, again and again until the disk an
                   ▲  yes: does the storage answer? ──► resume ──► it runs, or IO_ERROR again
                   └────── a little longer each time, at most 5 s
 
+A hypervisor that doesn't answer meanwhile is asked again: it may wait for the same storage, and
+says nothing anew when it is back.
+
 Only the owner's agent does that, by the record, under the domain's lock: a copy that a fence has
 shut out has the same error, and must not run. While a migration has the domain nothing is done; it
 comes again when the migration lets go.
@@ -70,7 +73,7 @@ class IoRecovery:
             self._locks.on_release(self._watch),
         ]
         for status in await self._hypervisor.list_domains():
-            if status.state is DomainState.IO_ERROR:
+            if status.state in (DomainState.IO_ERROR, DomainState.UNKNOWN):
                 self._watch(DomainName(status.name))
 
     async def close(self) -> None:
@@ -108,7 +111,13 @@ class IoRecovery:
         """Until it runs, or isn't this node's. Bounded by the guest's stay in this state."""
         reason = ""
         while True:
-            if (await self._hypervisor.inspect(domain)).state is not DomainState.IO_ERROR:
+            state = (await self._hypervisor.inspect(domain)).state
+            if state is DomainState.UNKNOWN:
+                if self._locks.migration_of(domain) is not None:
+                    return  # Its end calls us again.
+                await asyncio.sleep(FIRST_PAUSE_S)
+                continue
+            if state is not DomainState.IO_ERROR:
                 return
             await asyncio.sleep(self._next_pause_s(domain))
             try:
@@ -132,8 +141,9 @@ class IoRecovery:
                 await self._ownership.owned_here(domain)
             except ConflictError:
                 return True  # A copy that must not run; ending it is another's business.
-            if (await self._hypervisor.inspect(domain)).state is not DomainState.IO_ERROR:
-                return True
+            state = (await self._hypervisor.inspect(domain)).state
+            if state is not DomainState.IO_ERROR:
+                return state is not DomainState.UNKNOWN
             await self._launches.newest_fence(record.spec)  # Does the storage answer at all?
             await self._hypervisor.resume(domain)
         loop = asyncio.get_running_loop()

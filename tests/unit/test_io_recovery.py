@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from migrator.model import DomainName, DomainState, MigrationId, NodeName
+from migrator.errors import WrongStateError
+from migrator.model import DomainName, DomainState, DomainStatus, MigrationId, NodeName
 from node_agent import io_recovery
 from storage.simulated import PoolFaults
 from tests.unit.agent_world import World, open_world, spec_of
@@ -108,6 +109,43 @@ async def test_what_the_last_agent_left_paused_is_taken_up(world: World) -> None
     world.a.host.fail_disk(WEB)
     await world.a.domains.open([WEB])
     await until(lambda: runs(world))
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_a_hypervisor_that_is_silent_meanwhile_is_asked_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, restarted: bool
+) -> None:
+    """It may wait for the same storage, and reports nothing anew."""
+    inspect, asked, silent = world.a.hypervisor.inspect, asyncio.Event(), True
+
+    async def say_nothing(domain: DomainName) -> DomainStatus:
+        if not silent:
+            return await inspect(domain)
+        asked.set()
+        return DomainStatus(name=domain, state=DomainState.UNKNOWN, reason="no answer in 2 s")
+
+    monkeypatch.setattr(world.a.hypervisor, "inspect", say_nothing)
+    if restarted:
+        await world.a.domains.close()
+    world.a.host.fail_disk(WEB)
+    if restarted:
+        await world.a.domains.open([WEB])
+    await asyncio.wait_for(asked.wait(), 10)
+    await asyncio.sleep(0.05)
+    silent = False
+    await until(lambda: runs(world))
+
+
+async def test_a_pause_that_could_not_last_is_refused(world: World) -> None:
+    faults: PoolFaults = world.a.pool.faults
+    faults.lost = True
+    world.a.host.fail_disk(WEB)
+    with pytest.raises(WrongStateError, match="stop it if it must not"):
+        await world.a.domains.pause(WEB)
+    faults.lost = False
+    await until(lambda: runs(world))
+    await world.a.domains.pause(WEB)
+    assert await state(world) is DomainState.PAUSED
 
 
 async def test_it_pauses_longer_and_longer(world: World) -> None:
