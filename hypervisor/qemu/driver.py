@@ -264,7 +264,7 @@ class QemuDriver(HypervisorDriver):
         """Ask the guest to power off; by force after `timeout_s`, or at once if it can't hear."""
         guest = self._guest(domain)
         status = await self.inspect(domain)
-        if status.state is DomainState.RUNNING:
+        if status.state in (DomainState.RUNNING, DomainState.UNKNOWN):  # Silent now: it may hear.
             deadline = asyncio.get_running_loop().time() + timeout_s
             while (left := deadline - asyncio.get_running_loop().time()) > 0:
                 with contextlib.suppress(HypervisorError):

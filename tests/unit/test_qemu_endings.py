@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from hypervisor.qemu import driver as driver_module
 from hypervisor.qemu import launcher, records
 from hypervisor.qemu.driver import QemuDriver
 from hypervisor.qemu.host import HostFacts
@@ -20,7 +21,7 @@ from hypervisor.qemu.launcher import Launched
 from hypervisor.qemu.process import QemuProcess, Spawn, identify, spawn
 from hypervisor.qemu.records import ProcessRecord
 from migrator.errors import HypervisorError
-from migrator.model import DomainName, FencingToken, HypervisorCapabilities
+from migrator.model import DomainName, DomainState, FencingToken, HypervisorCapabilities
 from migrator.ports import Launch
 from tests.unit.session_pair import SPEC
 
@@ -79,6 +80,33 @@ async def test_a_disk_that_takes_no_writes_keeps_no_guest_alive(
     try:
         await driver.destroy(VM)
         assert guest.gone.is_set()
+    finally:
+        made.process.signal(signal.SIGKILL)
+        await asyncio.wait_for(guest.gone.wait(), 10)
+
+
+async def test_a_hypervisor_that_is_silent_for_a_while_is_asked_to_power_off(
+    driver: QemuDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy host's QEMU may need more than an inspection's two seconds: its guest has files."""
+    made = await asyncio.to_thread(launched, driver.config.domain_directory(VM))
+    guest = driver._take(made)
+    presses: list[str] = []
+
+    async def execute(command: str, *_: object, **__: object) -> object:
+        if command != "system_powerdown":
+            raise HypervisorError("no answer in 2 s")
+        presses.append(command)
+        if len(presses) == 2:
+            made.process.signal(signal.SIGTERM)  # As a guest ends that has written everything.
+        return {}
+
+    monkeypatch.setattr(guest, "execute", execute)
+    monkeypatch.setattr(driver_module, "POWER_BUTTON_PERIOD_S", 0.05)
+    try:
+        assert (await driver.inspect(VM)).state is DomainState.UNKNOWN
+        assert await driver.stop(VM, timeout_s=10)
+        assert presses == ["system_powerdown"] * 2
     finally:
         made.process.signal(signal.SIGKILL)
         await asyncio.wait_for(guest.gone.wait(), 10)
