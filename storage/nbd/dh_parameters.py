@@ -6,9 +6,10 @@ which takes seconds, in the middle of a start or a migration.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Final
+
+from migrator import durable
 
 FFDHE2048: Final = """\
 -----BEGIN DH PARAMETERS-----
@@ -25,11 +26,6 @@ ssbzSibBsu/6iGtCOGEoXJf//////////wIBAg==
 
 def ensure(directory: Path) -> None:
     """Put the file there unless there is one. OSError."""
-    try:
-        fd = os.open(
-            directory / "dh-params.pem", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644
-        )
-    except FileExistsError:
-        return
-    with os.fdopen(fd, "w") as file:
-        file.write(FFDHE2048)
+    path = directory / "dh-params.pem"
+    if not path.exists() or not path.stat().st_size:  # What a power loss may leave of one.
+        durable.replace(path, FFDHE2048.encode(), mode=0o644)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from migrator import durable
+from storage.nbd import dh_parameters
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -78,3 +79,13 @@ def test_databases_are_nobody_else_s_to_read(tmp_path: Path) -> None:
         assert stat.S_IMODE(each.stat().st_mode) == after
         assert each.read_bytes() == b"x"
     durable.close_to_others(tmp_path / "none")
+
+
+def test_a_group_that_a_power_loss_emptied_is_put_there_anew(tmp_path: Path) -> None:
+    path = tmp_path / "dh-params.pem"
+    path.touch()
+    dh_parameters.ensure(tmp_path)
+    assert path.read_text() == dh_parameters.FFDHE2048
+    path.write_text("a site's own")
+    dh_parameters.ensure(tmp_path)
+    assert path.read_text() == "a site's own"
