@@ -120,7 +120,10 @@ async def post(
         allow_redirects=False,
         timeout=aiohttp.ClientTimeout(total=min(_ATTEMPT_S, left_s)),
     ) as response:
-        return response.status, await response.content.read(_BODY_BYTES_MAX)
+        content = b""
+        while chunk := await response.content.read(_BODY_BYTES_MAX - len(content)):
+            content += chunk  # It comes in as many pieces as its sender, or the network, makes.
+        return response.status, content
 
 
 def _answer(content: bytes) -> _Answer:

@@ -175,7 +175,7 @@ async def test_what_is_wrong_with_haproxy_is_said(
 
 # --- webhooks --------------------------------------------------------------------------------
 
-Handler = Callable[[web.Request], Awaitable[web.Response]]
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Serve = Callable[[Handler], Awaitable[str]]
 
 
@@ -225,6 +225,26 @@ async def test_an_acknowledgement_may_ask_for_more_time(serve: Serve) -> None:
     hook = WebhookHook(url=await serve(receive), more_time_s_max=60.0)
     said = await WebhookDriver().run(hook, call_of(HookPoint.BEFORE_MIGRATION), deadline_s=0.2)
     assert said.startswith("acknowledged") and asked == 4
+
+
+async def test_an_answer_may_come_in_pieces(serve: Serve) -> None:
+    asked = 0
+
+    async def receive(request: web.Request) -> web.StreamResponse:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            return web.Response()
+        response = web.StreamResponse(status=202)
+        await response.prepare(request)
+        for piece in (b'{"more', b'_time_s', b'": 20}'):
+            await response.write(piece)
+            await asyncio.sleep(0.05)
+        return response
+
+    hook = WebhookHook(url=await serve(receive))
+    await WebhookDriver().run(hook, call_of(HookPoint.BEFORE_MIGRATION), deadline_s=PATIENCE_S)
+    assert asked == 2
 
 
 async def test_more_time_than_is_allowed_is_not_given(serve: Serve) -> None:
