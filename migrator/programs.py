@@ -3,9 +3,9 @@
     run ──► the program ends ──► how it ended, and what it had printed by then
               └ it is late, or we are cancelled ──► SIGKILL, and END_S for its end
 
-The program's own end counts, and not that of its pipes, for which asyncio's `communicate` (in Python
-3.11 `wait`, too) waits: a daemon that it has started may hold them for ever, as ssh's connection
-that persists does.
+The program's own end counts, and not that of its pipes, for which asyncio's `communicate` (in
+Python 3.11 `wait`, too) waits: a daemon that it has started may hold them for ever, as ssh's
+connection that persists does.
 """
 
 from __future__ import annotations

@@ -244,8 +244,8 @@ class DomainService:
             state = (await self._hypervisor.inspect(domain)).state
             if state is DomainState.IO_ERROR:
                 sentence = (
-                    f"domain {domain} stands already, by a disk's error, and goes on by itself when "
-                    "its storage answers; stop it if it must not"
+                    f"domain {domain} stands already, by a disk's error, and goes on by itself "
+                    "when its storage answers; stop it if it must not"
                 )
                 raise WrongStateError(f"domain {domain}", state, "running", sentence)
             await self._hypervisor.pause(domain)

@@ -70,9 +70,7 @@ def _judge(what: str, ended: programs.Ended, answer: type[_T]) -> _T:
         raise kind(f"{what}: {complaint.message or complaint.code}")
     if ended.status != 0:
         said = ended.err.decode(errors="replace").strip()[-_STDERR_BYTES_SHOWN:]
-        raise StorageError(
-            f"{what} failed with status {ended.status}: {said or 'it said nothing'}"
-        )
+        raise StorageError(f"{what} failed with status {ended.status}: {said or 'it said nothing'}")
     try:
         return msgspec.json.decode(out, type=answer)
     except msgspec.DecodeError as error:

@@ -14,9 +14,7 @@ from migrator.model import END, Name, Value
 
 AbsolutePath = Annotated[
     str,
-    msgspec.Meta(
-        description="an absolute path", pattern=r"^/[^\x00-\x1f]*" + END, max_length=1024
-    ),
+    msgspec.Meta(description="an absolute path", pattern=r"^/[^\x00-\x1f]*" + END, max_length=1024),
 ]
 Host = Annotated[
     str,

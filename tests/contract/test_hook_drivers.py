@@ -237,7 +237,7 @@ async def test_an_answer_may_come_in_pieces(serve: Serve) -> None:
             return web.Response()
         response = web.StreamResponse(status=202)
         await response.prepare(request)
-        for piece in (b'{"more', b'_time_s', b'": 20}'):
+        for piece in (b'{"more', b"_time_s", b'": 20}'):
             await response.write(piece)
             await asyncio.sleep(0.05)
         return response

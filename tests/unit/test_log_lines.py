@@ -48,7 +48,9 @@ def test_one_line(text: str, shown: str) -> None:
 
 
 async def test_an_event_is_one_line() -> None:
-    events = EventLog(TypedStore(SimulatedStore(SimulatedData())), "n1")
+    store = SimulatedStore(SimulatedData())
+    await store.open()
+    events = EventLog(TypedStore(store), "n1")
     await events.open()
     events.emit(EventKind.DRAIN, f"asked by {FORGED}")
     await events.close()

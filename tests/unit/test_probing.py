@@ -86,8 +86,9 @@ def uplink(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     network, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def open_capture(*_: object, **__: object) -> socket.socket:
-        ours.setblocking(False)
-        return ours
+        opened = ours.dup()
+        opened.setblocking(False)
+        return opened
 
     def receive(opened: socket.socket) -> tuple[bytes, bool, float] | None:
         try:
