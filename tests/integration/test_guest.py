@@ -216,7 +216,7 @@ def damage_page(memory: Path, page_number: int, byte: int) -> None:
         # Such a page begins with its number, and a generation: how often it was written.
         generation = rb"(?:[\1-\xff]\0|[\0-\xff][\1-\xff])\0{6}"
         number = re.escape(struct.pack("<Q", page_number))
-        wanted = re.compile(number + generation + rb"[^\0]", re.DOTALL)
+        wanted = re.compile(number + generation + rb"(?!\0{8})", re.DOTALL)
         found = [match.start() for match in wanted.finditer(ram) if match.start() % 4096 == 0]
         assert len(found) == 1, found
         ram[found[0] + byte] ^= 0xFF
