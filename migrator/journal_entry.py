@@ -19,6 +19,7 @@ from migrator.session.messages import (
     SessionMessage,
 )
 from migrator.session.source import SourceSession
+from migrator.session.vocabulary import CancelRequested
 
 
 class JournalEntry(Struct, frozen=True, kw_only=True):
@@ -41,6 +42,10 @@ class JournalEntry(Struct, frozen=True, kw_only=True):
     post_copy: bool = False
     """Pages are missing at the destination, or may be; unless it is `complete`."""
     complete: bool = False
+    cancel: CancelRequested | None = None
+    """Source: why it ends, if that was a cancel."""
+    switchover_begun: bool = True
+    """Source: the guest may have been paused. In SETUP it never was, whatever this says."""
     boot_id: str = ""
     """The host's boot that this was written in. A destination's `resuming` may be lost with it."""
     ended_at_s: float | None = None
@@ -59,7 +64,10 @@ def entry_of(
     ended = session.state in ENDED
     last_word = session.last_word() if ended else None
     complete = False
+    cancel: CancelRequested | None = None
+    switchover_begun = True
     if isinstance(session, SourceSession):
+        cancel, switchover_begun = session.cancel, session.switchover_begun
         committed = session.device_state_out
         resuming = resuming or session.may_have_resumed
     else:
@@ -81,6 +89,8 @@ def entry_of(
         committed=committed,
         post_copy=session.post_copy,
         complete=complete,
+        cancel=cancel,
+        switchover_begun=switchover_begun,
         boot_id=boot_id,
         ended_at_s=session.ended_at_s,
         last_word=last_word,
@@ -108,6 +118,8 @@ def restore(
             device_state_out=entry.committed,
             post_copy=entry.post_copy,
             may_have_resumed=entry.resuming,
+            cancel=entry.cancel,
+            switchover_begun=entry.switchover_begun,
         )
     return DestinationSession(
         migration_id=entry.migration_id,

@@ -37,7 +37,7 @@ from migrator.errors import (
 from migrator.hold_points import hold
 from migrator.journal import MigrationJournal
 from migrator.journal_entry import entry_of
-from migrator.model import DomainName, DomainState, FencingToken, Role
+from migrator.model import ENDED, DomainName, DomainState, FencingToken, Role
 from migrator.native_driver import NativeDriver
 from migrator.ports import AbortOutcome, DomainEvent, HypervisorDriver, OwnershipStore
 from migrator.session import vocabulary as v
@@ -140,6 +140,7 @@ class Runner:
         self._sends = Lane(f"migration-{session.migration_id}-send")
         self._aside: set[asyncio.Task[None]] = set()
         self._leave: asyncio.Task[None] | None = None
+        self._end_journalled = asyncio.Event()
         self._closed = False
         self.device_channel = engine.run_directory / f"{session.migration_id}.dev"
         native = NativeDriver.wanted(session, engine, hypervisor, self.feed)
@@ -173,6 +174,17 @@ class Runner:
         self._pump()
         self._on_change(self)
 
+    async def journalled(self, most_s: float) -> None:
+        """Return when the next agent will know what the session was told, or after `most_s`: a disk
+        may hang, or be full, and then the session goes on all the same.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(most_s):
+                while self._journalling is not None and not self._closed:
+                    await asyncio.wait((self._journalling,))
+                if self.session.state in ENDED:
+                    await self._end_journalled.wait()
+
     def limit_bandwidth(self, bandwidth_bytes_per_s: int | None) -> None:
         """Change the page streams' cap; None lifts it. In force within a frame."""
         session = self.session
@@ -191,6 +203,7 @@ class Runner:
         if self._closed:
             return
         self._closed = True
+        self._end_journalled.set()
         self._unsubscribe()
         for timer in self._timers.values():
             timer.cancel()
@@ -405,6 +418,7 @@ class Runner:
         while not self._closed:
             try:
                 await self._journal.write(entry)
+                self._end_journalled.set()
                 break
             except FerryError as error:
                 log.error("migration %s: its end isn't journalled: %s", entry.migration_id, error)

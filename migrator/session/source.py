@@ -86,8 +86,7 @@ class SourceSession(SourceLeave):
     def _handle(self, event: Event) -> None:
         match event:
             case CancelRequested() if self.cancellable:
-                self._cancelled, self.cancelled_by = True, event.by
-                self._give_up(event.reason)
+                self._cancel(event)
             case PeerRemoved():
                 self._peer_removed(event.reason)
             case GuestReported(kind=DomainEventKind.EXITED | DomainEventKind.PANICKED) if (

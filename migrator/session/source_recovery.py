@@ -15,6 +15,7 @@ from migrator.session.messages import Abort, Commit, Farewell, Inquire, Running
 from migrator.session.source_view import SourceView
 from migrator.session.vocabulary import (
     AbortSwitchover,
+    CancelRequested,
     CommandFailed,
     DestroyGuest,
     Event,
@@ -237,6 +238,16 @@ class SourceRecovery(SourceView):
         self._journal()  # Last: it may fail.
 
     # --- the ends ---
+
+    def _cancel(self, event: CancelRequested) -> None:
+        """A user's wish outlives the agent; not the host, with which the guest would be gone.
+
+        It is noted last: a disk that hangs must not keep the guest paused.
+        """
+        self._cancelled, self.cancelled_by = True, event.by
+        self._give_up(event.reason)
+        if self.state is _S.CANCELLING:  # Else it has ended, which is journalled.
+            self._do(Journal(state=self.state, durable=False))
 
     def _destination_gave_up(self, reason: str) -> None:
         if self.state in _BEFORE_HANDOFF:

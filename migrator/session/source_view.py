@@ -28,7 +28,7 @@ from migrator.policy import (
 )
 from migrator.session.base import Session, Timing
 from migrator.session.messages import Prepared
-from migrator.session.vocabulary import DisksDeactivated, EngineReported
+from migrator.session.vocabulary import CancelRequested, DisksDeactivated, EngineReported
 
 _S = MigrationState
 _WAY: Final = (_S.CREATED, _S.SETUP, _S.PRECOPY, _S.SWITCHOVER, _S.HANDOFF, _S.POSTCOPY)
@@ -61,11 +61,13 @@ class SourceView(Session):
         device_state_out: bool = False,
         post_copy: bool = False,
         may_have_resumed: bool = False,
+        cancel: CancelRequested | None = None,
+        switchover_begun: bool = True,
         prediction: Prediction | None = None,
     ) -> None:
         """`journalled`: the state that it had in a journal, which knows of `device_state_out`,
-        `post_copy` and `may_have_resumed`, too. It learns how far it had come only once it is
-        told to Recover.
+        `post_copy`, `may_have_resumed`, `cancel` and `switchover_begun`, too. It learns how far
+        it had come only once it is told to Recover.
         """
         super().__init__(
             migration_id=migration_id,
@@ -101,7 +103,7 @@ class SourceView(Session):
         self._journalled = journalled
         if journalled is not None:
             self._part = _RESTART
-        self._switchover_begun = journalled is not None and journalled is not _S.SETUP
+        self._switchover_begun = switchover_begun and journalled not in (None, _S.SETUP)
         self._continued = False
         self.device_state_out = device_state_out
         """Known: the hypervisor won't resume the guest by itself any more (`postmigrate`)."""
@@ -112,9 +114,11 @@ class SourceView(Session):
         self._copy_gone = False
         self._prepared: Prepared | None = None
         """Where the destination's engine listens, as it last said."""
-        self._cancelled = False
+        self._cancelled = cancel is not None
         self.cancelled_by = ""
         """Who asked for it; "": nobody, or one that isn't known."""
+        if cancel is not None:
+            self.error, self.cancelled_by = cancel.reason, cancel.by
         self._rollback_token: int | None = None
         self._doubts_rollback = False
         self._destination_runs = False
@@ -183,7 +187,8 @@ class SourceView(Session):
         self.passes.extend(published.iterations)
         self.blackout_ms = published.blackout_ms
         self.prediction = published.prediction
-        self.cancelled_by = published.cancelled_by
+        if published.cancelled_by:  # That may be all there is, where the journal's disk is full.
+            self._cancelled, self.cancelled_by = True, published.cancelled_by
         if published.state is _S.COMPLETED:
             self._handed_over_at_s = published.ended_at_s
         before = published.progress
@@ -217,6 +222,18 @@ class SourceView(Session):
     def may_have_resumed(self) -> bool:
         """After a rollback the vCPUs ran here, or may have: the destination's copy is stale."""
         return self._may_have_resumed
+
+    @property
+    def cancel(self) -> CancelRequested | None:
+        """That it ends because somebody asked for it, while the guest can still stay."""
+        if not self._cancelled:
+            return None
+        return CancelRequested(reason=self.error or "", by=self.cancelled_by)
+
+    @property
+    def switchover_begun(self) -> bool:
+        """The guest may have been paused, or sent."""
+        return self._switchover_begun
 
     @property
     def destination_runs(self) -> bool:

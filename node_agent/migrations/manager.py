@@ -15,12 +15,10 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+import msgspec
+
 from migrator.engine_driver import EngineSettings
-from migrator.errors import (
-    FerryError,
-    NotFoundError,
-    RefusedError,
-)
+from migrator.errors import FerryError, NotFoundError, RefusedError
 from migrator.figures import DirtyRate, Prediction
 from migrator.journal import MigrationJournal
 from migrator.journal_entry import answer_without_session, restore
@@ -71,6 +69,8 @@ INSPECT: Final = "migration.inspect"
 INSPECT_S: Final = 10.0
 REDIAL_S: Final = 0.5
 """Between tries to reach a peer whose connection was lost during a migration."""
+_NOTED_S: Final = 1.0
+"""That the answer to a cancel waits for the journal."""
 _CLOSE_S: Final = 5.0
 
 
@@ -169,12 +169,15 @@ class MigrationManager(MigrationService):
 
     async def _end_the_unpublished(self) -> None:
         """Publish the ends that an earlier agent of this node could not: nobody else will."""
-        for migration in await self._publisher.read_all():
+        for published in await self._publisher.read_all():
+            migration = published
             if migration.ended or migration.source != self.node or migration.id in self._runners:
                 continue
             entry = self._journal.get(migration.id)
             if entry is not None and entry.ended:
                 state, error, at_s = entry.state, entry.detail or None, entry.ended_at_s
+                if entry.cancel is not None:
+                    migration = msgspec.structs.replace(migration, cancelled_by=entry.cancel.by)
             else:
                 state, at_s = MigrationState.FAILED, None
                 error = "the agent ended before the migration began; nothing was changed"
@@ -333,6 +336,7 @@ class MigrationManager(MigrationService):
         if not session.cancellable and session.state is not MigrationState.CANCELLING:
             raise too_late(session.view(), "cancel")
         runner.feed(v.CancelRequested(reason=f"cancelled by {by or 'request'}", by=by))
+        await runner.journalled(_NOTED_S)
         return session.view()
 
     # --- runners -----------------------------------------------------------------------------

@@ -276,3 +276,35 @@ def test_a_source_that_dies_in_its_rollback_hands_over_once_more(
     inventory.assert_nothing_left(cluster, before, connections_change=True)
     cluster.move(guest.name, guest.other_node(), via=WITNESS)
     guest.verify()
+
+
+@pytest.mark.parametrize("state", [MigrationState.PRECOPY, MigrationState.SWITCHOVER], ids=str)
+def test_a_cancel_outlives_the_agent_that_was_asked(
+    cluster: Cluster, guest: Guest, state: MigrationState
+) -> None:
+    """Its answer was given, and the guest is about to be brought back."""
+    scene = scene_of(cluster, guest)
+    before = inventory.take_settled(cluster)
+    paused = state is MigrationState.SWITCHOVER
+    with ExitStack() as stack:
+        point = stack.enter_context(cluster.held(*HOLDS["switchover"])) if paused else None
+        undoing = stack.enter_context(cluster.held("source", "AbortSwitchover"))
+        begun = cluster.migrate(
+            guest.name,
+            scene.destination,
+            via=scene.source,
+            bandwidth_bytes_per_s=None if paused else SLOW_BYTES_PER_S,
+        )
+        if point is not None:
+            point.wait_reached()
+        else:
+            eventually("pages are sent", lambda: sending(cluster, begun, scene.source))
+        cluster.cancel(begun.id, scene.source)
+        undoing.wait_reached()
+        kill(scene, "source agent")
+    ended = settle(scene, begun, at=scene.source)
+    assert ended.state is MigrationState.CANCELLED, describe(ended)
+    assert ended.cancelled_by, describe(ended)
+    inventory.assert_nothing_left(cluster, before, connections_change=True)
+    cluster.move(guest.name, scene.destination, via=WITNESS)
+    guest.verify()

@@ -1,16 +1,19 @@
-"""Agents that break a rule on purpose in what they do with their domains (see `mutants`)."""
+"""Agents that break a rule on purpose in what they do, and what they note (see `mutants`)."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
+import msgspec
+
+from migrator.journal_entry import JournalEntry
 from migrator.model import DomainName, DomainSpec, OwnershipRecord
 from migrator.session import messages as m
 from migrator.session import vocabulary as v
 from node_agent.restart_notes import RestartNotes
 from tests.simulation.agent import Agent
 from tests.simulation.node import Node
-from tests.simulation.side import Envelope, Side
+from tests.simulation.side import Envelope, Sessions, Side
 
 
 class AdmitsEveryPrepare(Node):
@@ -25,6 +28,15 @@ class AdmitsEveryPrepare(Node):
         await agent.locks.claim_for_migration(side.domain.name, side.migration_id)
         side.begin(self.cluster.sessions.destination(side, prepare))
         side.feed(v.Begin())
+
+
+class ForgetsCancels(Sessions):
+    """After a restart nobody knows that somebody asked for what is being undone."""
+
+    found_as: ClassVar = ("cancel:",)
+
+    def journalled(self, side: Side, entry: JournalEntry) -> JournalEntry:
+        return msgspec.structs.replace(entry, cancel=None)
 
 
 class LeavesStaleCopies(Node):

@@ -27,6 +27,7 @@ from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
 from tests.simulation.agent_mutants import (
     AdmitsEveryPrepare,
+    ForgetsCancels,
     ForgetsWhatItLost,
     LeavesStaleCopies,
     TakesBeforeItLooks,
@@ -390,6 +391,7 @@ MUTANTS: tuple[type[Mutant], ...] = (
     GivesUpWithItsEngine,
     DoubtsThatItIsFull,
     ForgetsThatItRan,
+    ForgetsCancels,
     JournalsAfterwards,
     AdmitsEveryPrepare,
     LeavesStaleCopies,

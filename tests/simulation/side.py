@@ -18,7 +18,7 @@ from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
 from tests.simulation import effects, post_copy
-from tests.simulation.checkers import shown
+from tests.simulation.checkers import cancels, shown
 from tests.simulation.guests import Guest
 from tests.simulation.world import AIM_S
 
@@ -125,6 +125,10 @@ class Side:
         """A guest may have been resumed here, for all that this node can know."""
         self._uncertain_before = False
         self.rebooted_committed = False
+        self.leaving: Guest | None = None
+        """Source: the guest that was to move."""
+        self.cancel_noted: v.CancelRequested | None = None
+        """Source: what its journal has had."""
         self.ended: MigrationState | None = None
         self.error: str | None = None
         self.engine_due_s = 0.0
@@ -154,6 +158,7 @@ class Side:
 
     def begin(self, session: NodeSession) -> None:
         self.session = session
+        self.leaving = self.leaving or self.guest
         self.token_before = session.token
         self.resume_uncertain = self.rebooted_committed = False
         self.guest_lane, self.record_lane = Lane("guest"), Lane("record")
@@ -275,6 +280,8 @@ class Side:
             self._uncertain_before = self.resume_uncertain
             self.resume_uncertain = True
         node.journal[entry.migration_id] = entry
+        if not failed:
+            cancels.note(self)
         if durable and not failed:  # It may have failed in fsync: written, for the time being.
             node.durable[entry.migration_id] = entry
         return not failed
@@ -307,6 +314,7 @@ class Side:
         """Until the end is in the journal, the session answers for itself, and has the domain."""
         session = self.session
         assert session is not None
+        cancels.check_end(self)
         self.ended, self.error = session.state, session.error
         if self.write_journal(True):
             self.world.log("{}: finished {} ({})", self.name, session.state.value, session.error)

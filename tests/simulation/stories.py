@@ -33,6 +33,7 @@ CANCEL_S = 1.0
 """With nothing else broken, a cancel before HANDOFF ends within this."""
 LAST_S = 200.0
 """Nothing is begun later, so that it has time to end."""
+_CANCEL = v.CancelRequested(reason="cancelled by an operator", by="an operator")
 
 
 class Operator:
@@ -177,14 +178,14 @@ class Migrations(Story):
         elif not self.calm and world.random.random() < 0.3:
             most_s = world.random.choice((0.2, 3.0, 20.0))
             side = migration.source
-            world.after(world.delay(most_s), lambda: side.feed(v.CancelRequested()))
+            world.after(world.delay(most_s), lambda: side.feed(_CANCEL))
 
     def _cancel(self, migration: Migration) -> None:
         session = migration.source.session
         if not isinstance(session, SourceSession):
             return
         bound = session.cancellable
-        migration.source.feed(v.CancelRequested())
+        migration.source.feed(_CANCEL)
 
         def check() -> None:
             if session.ended_at_s is None:

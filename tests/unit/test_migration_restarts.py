@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 
@@ -9,11 +10,16 @@ import msgspec
 import pytest
 
 from migrator.errors import WrongStateError
+from migrator.journal import MigrationJournal
+from migrator.journal_entry import JournalEntry
 from migrator.model import (
+    DomainName,
     MigrationProgress,
     MigrationState,
 )
+from migrator.ports import AbortOutcome
 from migrator.session import vocabulary as v
+from node_agent.migrations import manager as manager_module
 from node_agent.migrations.manager import MigrationManager
 from node_agent.resources import MIGRATIONS
 from tests.unit.migration_world import check_back_home, eventually, held_in_precopy, migration_world
@@ -69,6 +75,64 @@ async def test_a_cancel_while_the_source_s_agent_starts_ends_nothing(
         await world.a.restart(world.b)
         ended = await check_back_home(world, began, _S.FAILED)
         assert ended.error == "the agent restarted during the migration"
+
+
+async def test_a_cancel_under_way_outlives_the_source_s_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with migration_world(tmp_path, monkeypatch) as world:
+        began, live = await held_in_precopy(world)
+
+        async def stuck(_: DomainName) -> AbortOutcome:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        with monkeypatch.context() as patched:
+            patched.setattr(world.a.node.hypervisor, "abort_switchover", stuck)
+            await world.a.manager.cancel(began.id, "user alice")
+            assert live.state is _S.CANCELLING
+            await world.a.crash()
+        await world.a.restart(world.b)
+        ended = await check_back_home(world, began, _S.CANCELLED)
+        assert (ended.error, ended.cancelled_by) == ("cancelled by user alice", "user alice")
+
+
+async def test_a_cancel_is_answered_although_the_journal_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with migration_world(tmp_path, monkeypatch) as world:
+        began, live = await held_in_precopy(world)
+        going_on = asyncio.Event()
+        write = MigrationJournal.write
+
+        async def slow(
+            journal: MigrationJournal, entry: JournalEntry, *, durable: bool = True
+        ) -> None:
+            await going_on.wait()
+            await write(journal, entry, durable=durable)
+
+        monkeypatch.setattr(MigrationJournal, "write", slow)
+        monkeypatch.setattr(manager_module, "_NOTED_S", 0.01)
+        assert (await world.a.manager.cancel(began.id, "me")).cancelled_by == "me"
+        assert live.state in (_S.CANCELLING, _S.CANCELLED)
+        assert began.id in world.a.manager._runners, "its end isn't journalled, and so not told"
+        going_on.set()
+        assert (await check_back_home(world, began, _S.CANCELLED)).cancelled_by == "me"
+
+
+async def test_a_cancel_whose_end_was_not_published_is_published_with_who_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with migration_world(tmp_path, monkeypatch) as world:
+        began, _ = await held_in_precopy(world)
+        await world.a.manager.cancel(began.id, "user alice")
+        await check_back_home(world, began, _S.CANCELLED)
+        await world.until(lambda: began.id not in world.a.manager._runners)
+        await world.a.node.typed.put(f"{MIGRATIONS}{began.id}", began)  # As it was before.
+        await world.a.crash()
+        await world.a.restart(world.b)
+        ended = await world.ended(began)
+        assert (ended.state, ended.cancelled_by) == (_S.CANCELLED, "user alice")
 
 
 async def test_a_restarted_destination_is_heard_at_once(

@@ -1,0 +1,97 @@
+"""A cancel that is under way while its source's agent ends, on a pair of sessions."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from migrator.journal_entry import JournalEntry, entry_of, restore
+from migrator.model import MigrationState, Role
+from migrator.session import vocabulary as v
+from migrator.session.source import SourceSession
+from tests.unit.session_pair import SessionPair
+
+_S = MigrationState
+SOURCE = Role.SOURCE
+GONE = v.GuestInspected(condition=v.GuestCondition.GONE)
+
+
+def _cancelling(state: MigrationState) -> SessionPair:
+    """Cancelled in `state`; nothing of what was asked for is done yet."""
+    pair = SessionPair()
+    pair.run_until_state(state)
+    pair.source.handle(v.CancelRequested(reason="cancelled by me", by="me"), pair.now_s)
+    assert pair.source.state is _S.CANCELLING
+    return pair
+
+
+def _restart(pair: SessionPair, entry: JournalEntry | None = None) -> SourceSession:
+    """The source's agent; `entry`: what its journal has, where that isn't the newest."""
+    entry = entry or entry_of(pair.source, boot_id="boot")
+    session = restore(entry, boot_id="boot")
+    assert isinstance(session, SourceSession)
+    pair.source = session
+    pair._events.clear()
+    pair.timers.clear()
+    pair.given.clear()
+    pair.push(session, v.Recover())
+    return session
+
+
+@pytest.mark.parametrize("state", [_S.SETUP, _S.PRECOPY, _S.SWITCHOVER])
+@pytest.mark.parametrize("sent", [False, True])
+def test_a_cancel_outlives_the_agent(state: MigrationState, sent: bool) -> None:
+    """It ended as failed, for the agent had restarted. `sent`: it came to be a rollback."""
+    pair = _cancelling(state)
+    pair.sent = sent
+    _restart(pair)
+    pair.run(timers=3)
+    assert pair.source.state is _S.CANCELLED
+    view = pair.source.view()
+    assert (view.cancelled_by, view.error) == ("me", "cancelled by me")
+    assert pair.resumed_on == ([SOURCE] if sent else [])
+
+
+def test_a_cancel_that_only_its_record_knows_of_outlives_the_agent() -> None:
+    """The journal's disk was full."""
+    pair = SessionPair()
+    pair.run_until_state(_S.PRECOPY)
+    before = entry_of(pair.source, boot_id="boot")
+    pair.source.handle(v.CancelRequested(by="me"), pair.now_s)
+    shown = pair.source.view()
+    _restart(pair, before).take_up(shown)
+    pair.run()
+    assert (pair.source.state, pair.source.cancelled_by) == (_S.CANCELLED, "me")
+
+
+def test_a_cancel_is_not_forgotten_for_a_record_that_is_behind() -> None:
+    pair = _cancelling(_S.PRECOPY)
+    behind = msgspec.structs.replace(pair.source.view(), cancelled_by="")
+    _restart(pair).take_up(behind)
+    assert pair.source.view().cancelled_by == "me"
+
+
+@pytest.mark.parametrize(("state", "asks"), [(_S.PRECOPY, False), (_S.SWITCHOVER, True)])
+def test_a_guest_that_dies_in_a_cancel_is_missed_by_its_source_alone(
+    state: MigrationState, asks: bool
+) -> None:
+    """Unless it may have been sent: also after a restart no other node is waited for."""
+    pair = _cancelling(state)
+    _restart(pair)
+    pair.silence(v.InspectGuest)
+    pair.run()
+    pair.push(pair.source, GONE)
+    pair.silence(v.ReadRecord)
+    pair.run()
+    assert ("ReadRecord" in pair.commands(SOURCE)) is asks
+    assert pair.source.state is (_S.RECOVERING if asks else _S.FAILED)
+
+
+def test_a_cancel_is_noted_last_and_holds_nothing_up() -> None:
+    pair = SessionPair()
+    pair.run_until_state(_S.SWITCHOVER)
+    commands = pair.source.handle(v.CancelRequested(), pair.now_s)
+    assert commands[-1] == v.Journal(state=_S.CANCELLING, durable=False)
+    failed = v.CommandFailed(command="Journal", error="disk full")
+    assert pair.source.handle(failed, pair.now_s) == []
+    assert pair.source.state is _S.CANCELLING
