@@ -4,6 +4,10 @@ A durable write is on the disk when it returns (fsync). A write that isn't durab
 agent, not the host: it takes no fsync, and is meant for what matters only while the host is up.
 
 All SQL runs in one thread that the journal owns; the event loop never waits for the disk.
+
+Ended entries are forgotten in the order in which they were written, whatever the clock said: an
+entry that is forgotten is answered for as one that never was, which may undo a handoff. So `at`
+grows from write to write.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ T = TypeVar("T")
 
 KEEP_ENDED: Final = 1_000
 """Ended entries kept, so that the other side of a migration always gets its answer."""
+_LATER_S: Final = 0.001
 
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS migrations (
@@ -42,6 +47,8 @@ class MigrationJournal:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         self._connection: sqlite3.Connection | None = None
         self._entries: dict[str, JournalEntry] = {}
+        """In the order of their last writes."""
+        self._last_at = 0.0
 
     @property
     def folder(self) -> Path:
@@ -69,6 +76,7 @@ class MigrationJournal:
         """Replace the migration's entry. See the module for `durable`."""
         packed = msgspec.msgpack.encode(entry)
         await self._run(lambda: self._write(entry, packed, durable))
+        self._entries.pop(entry.migration_id, None)
         self._entries[entry.migration_id] = entry
         if entry.ended:
             self._forget_oldest()
@@ -76,7 +84,6 @@ class MigrationJournal:
     def _forget_oldest(self) -> None:
         """In memory as in the file: no more than KEEP_ENDED ended entries."""
         ended = [each for each in self._entries.values() if each.ended]
-        ended.sort(key=lambda each: each.ended_at_s or each.created_at_s)
         for each in ended[: max(0, len(ended) - KEEP_ENDED)]:
             del self._entries[each.migration_id]
 
@@ -103,7 +110,8 @@ class MigrationJournal:
         durable.close_to_others(self._path)
         self._connection = connection
         decoder = msgspec.msgpack.Decoder(JournalEntry)
-        rows = connection.execute("SELECT id, entry FROM migrations ORDER BY at").fetchall()
+        rows = connection.execute("SELECT id, entry, at FROM migrations ORDER BY at").fetchall()
+        self._last_at = rows[-1][2] if rows else 0.0
         try:
             return [decode(row[1], decoder) for row in rows]
         except (msgspec.DecodeError, msgspec.ValidationError) as error:
@@ -117,10 +125,12 @@ class MigrationJournal:
         execute = self._connection.execute
         # In WAL mode NORMAL leaves out the commit's fsync, but none that a checkpoint needs.
         execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+        at = max(entry.ended_at_s or entry.created_at_s, self._last_at + _LATER_S)
         execute(
             "INSERT OR REPLACE INTO migrations (id, ended, entry, at) VALUES (?, ?, ?, ?)",
-            (entry.migration_id, entry.ended, packed, entry.ended_at_s or entry.created_at_s),
+            (entry.migration_id, entry.ended, packed, at),
         )
+        self._last_at = at
         if entry.ended:
             execute(
                 "DELETE FROM migrations WHERE ended AND id NOT IN "

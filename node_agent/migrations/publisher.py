@@ -148,7 +148,7 @@ class Publisher:
         entries = await self._store.list_prefix(MIGRATIONS, Migration)
         ended = sorted(
             (entry for entry in entries if entry.value.ended),
-            key=lambda entry: entry.value.created_at_s,
+            key=lambda entry: entry.revision,  # Nodes' clocks differ.
         )
         for entry in ended[: max(0, len(ended) - KEEP)]:
             await self._store.delete_if(f"{MIGRATIONS}{entry.value.id}", entry.revision)

@@ -70,6 +70,30 @@ async def test_ended_entries_are_forgotten_oldest_first_in_the_file_and_in_memor
     assert {each.migration_id for each in await reopened(tmp_path / "j")} == kept
 
 
+async def test_what_ended_last_is_kept_though_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its destination would say that it never knew it, and its source would take it back."""
+    monkeypatch.setattr(journal_module, "KEEP_ENDED", 2)
+    journal = MigrationJournal(tmp_path / "j")
+    await journal.open()
+    for number in (1, 2, 3):
+        await journal.write(ended(number, at_s=1e9))
+    await journal.close()
+    journal = MigrationJournal(tmp_path / "j")
+    await journal.open()
+    await journal.write(ended(4, at_s=1e8))
+    kept = {name for name in ("m1", "m2", "m3", "m4") if journal.get(name) is not None}
+    await journal.close()
+    assert kept == {"m3", "m4"}
+    assert [each.migration_id for each in await reopened(tmp_path / "j")] == ["m3", "m4"]
+
+
+def ended(number: int, *, at_s: float) -> JournalEntry:
+    completed = entry(number, MigrationState.COMPLETED)
+    return msgspec.structs.replace(completed, created_at_s=at_s, ended_at_s=at_s)
+
+
 async def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
     path.write_bytes(b"this is no database, but it is long enough to be taken for one" * 20)
