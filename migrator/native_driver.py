@@ -38,6 +38,7 @@ from migrator.ports import DomainEvent, DomainEventKind, HypervisorDriver
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
+from migrator.steady_clock import SteadyClock
 from migrator.turns import Turns
 
 NO_POST_COPY: Final = (
@@ -78,6 +79,7 @@ class NativeDriver:
         self._begun = False
         self._sent = NativeFigures()
         """As of the end of the last pass that was told."""
+        self._clock = SteadyClock()
         self._pass_began_at_s = 0.0
         self._ended_at_s: list[float] = []
         """The ends of passes that were not told yet."""
@@ -212,7 +214,7 @@ class NativeDriver:
 
     async def _begin(self) -> None:
         assert self._target is not None
-        self._pass_began_at_s = time.time()
+        self._pass_began_at_s = self._clock.now_s
         self._begun = True
         await self._native.begin(self._domain, *self._target)
         if not self._stopped:
@@ -228,11 +230,11 @@ class NativeDriver:
             return
         if event.kind is DomainEventKind.PASS_BEGAN and not self._switching:
             if event.detail != "1":
-                self._ended_at_s.append(event.at_s)
+                self._ended_at_s.append(self._clock.heard(event.at_s))
                 self._tell_later()
         elif event.kind in _SWITCHING:
             self._switching.append(event)
-            self._ended_at_s.append(event.at_s)
+            self._ended_at_s.append(self._clock.heard(event.at_s))
             self._tell_later()
         elif event.kind in _OVER:
             if self._reporter is not None:

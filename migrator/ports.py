@@ -244,6 +244,14 @@ class HypervisorDriver(abc.ABC):
     async def launched(self, domain: DomainName) -> DomainSpec | None:
         """The spec that the running process was started from; None if it isn't here."""
 
+    async def launched_token(self, domain: DomainName) -> FencingToken | None:
+        """The token that the running process was started under; None: it isn't here, or not known.
+
+        A handoff, or a rollback, raises the domain's token without a new process: a record with a
+        newer token is no contradiction, but one with an older token is.
+        """
+        return None
+
     async def launched_all(self) -> Sequence[DomainSpec]:
         """Those of all processes here. A driver that knows them needn't ask the processes."""
         names = [DomainName(status.name) for status in await self.list_domains()]

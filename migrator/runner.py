@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -46,6 +45,7 @@ from migrator.session.messages import SessionMessage
 from migrator.session.source import SourceSession
 from migrator.site import Session as Session
 from migrator.site import Site as Site
+from migrator.steady_clock import SteadyClock
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +129,7 @@ class Runner:
         self._boot_id = boot_id
         self._on_change = on_change
         self._on_finish = on_finish
-        self._started_monotonic = time.monotonic()
-        self._started_wall_s = time.time()
+        self._clock = SteadyClock()
         self._commands: deque[tuple[int, v.Command]] = deque()
         self._batch = 0
         self._journalling: asyncio.Task[None] | None = None
@@ -150,11 +149,6 @@ class Runner:
         self._switchover = native or hypervisor
         self._unsubscribe = hypervisor.subscribe(self._on_domain_event)
 
-    @property
-    def now_s(self) -> float:
-        """Wall-clock seconds that never go back: the start's, plus the monotonic clock."""
-        return self._started_wall_s + time.monotonic() - self._started_monotonic
-
     # --- events in ---
 
     def feed(self, event: v.Event) -> None:
@@ -162,7 +156,11 @@ class Runner:
         if self._closed:
             return
         before = self.session.state
-        commands = self.session.handle(event, self.now_s)
+        if isinstance(event, v.GuestReported | v.DisksDeactivated):
+            event = msgspec.structs.replace(event, at_s=self._clock.heard(event.at_s))
+        elif isinstance(event, v.GuestResumed):  # Maybe long ago, before this agent began.
+            event = msgspec.structs.replace(event, at_s=self._clock.of(event.at_s))
+        commands = self.session.handle(event, self._clock.now_s)
         if self.session.state is not before:
             log.info(
                 "migration %s of %s: %s: %s -> %s (%s)",

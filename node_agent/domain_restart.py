@@ -69,7 +69,8 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
     enabled: bool = True
     """False: what is lost stays stopped."""
     clock: Callable[[], float] = time.time
-    """Wall clock, s."""
+    """Wall clock, s: it may be wrong when the host boots, and be set by a day or a year then."""
+    monotonic: Callable[[], float] = time.monotonic
 
 
 class DomainRestarts:
@@ -100,6 +101,8 @@ class DomainRestarts:
         """Whose process here died; until it is known what comes of that, or it ends otherwise."""
         self._running: set[DomainName] = set()
         self._slots = asyncio.Semaphore(PARALLEL)
+        self._known_at: dict[str, float] = {}
+        """Since when each is wanted, by the monotonic clock; as earlier agents noted it."""
 
     # --- what is wanted ----------------------------------------------------------------------
 
@@ -133,6 +136,10 @@ class DomainRestarts:
             ours = {domain for domain, each in records.items() if each.owner == self._node}
             left = (ours | set(claimed)) - set(here)
             wanted = {name: each for name, each in notes.wanted.items() if name in left}
+            wall_s, now = self._policy.clock(), self._policy.monotonic()
+            self._known_at = {
+                name: now - max(wall_s - each.since_s, 0.0) for name, each in wanted.items()
+            }
             left -= set(ending)
             why = "its hypervisor died before this agent began"
             wanted |= self._lost(why, left & set(crashed), records, claimed)
@@ -165,6 +172,7 @@ class DomainRestarts:
                 lost[domain] = Wanted(token=None, why=why, since_s=now_s)
             elif owned is not None and owned.state is OwnershipState.RUNNING:
                 lost[domain] = Wanted(token=owned.token, why=why, since_s=now_s)
+        self._known_at |= dict.fromkeys(lost, self._policy.monotonic())
         return lost
 
     def go_on(self, domains: Sequence[DomainName]) -> None:
@@ -185,6 +193,7 @@ class DomainRestarts:
         self._crashed.discard(domain)
         if crashed and self._policy.enabled:
             why, since_s = "its hypervisor died", self._policy.clock()
+            self._known_at[domain] = self._policy.monotonic()
             await self._want(domain, Wanted(token=owned.token, why=why, since_s=since_s))
         return await self.stands(owned)
 
@@ -228,6 +237,7 @@ class DomainRestarts:
         """It needn't be started again any more. Whether it was to be."""
         if domain not in self._notes.wanted:
             return False
+        self._known_at.pop(domain, None)
         wanted = {name: each for name, each in self._notes.wanted.items() if name != domain}
         self._notes = msgspec.structs.replace(self._notes, wanted=wanted)
         await self._save()
@@ -303,7 +313,7 @@ class DomainRestarts:
         if len(self._recent(self._notes.tries).get(domain, ())) >= TRIES:
             minutes = f"{WITHIN_S / 60:.0f} minutes"
             reason = f"it was started again {TRIES} times in {minutes}, and lost again"
-        elif now_s - wanted.since_s > GIVE_UP_S:
+        elif self._waited_s(domain) > GIVE_UP_S:
             reason = f"it could not be started again for {GIVE_UP_S / 3600:.0f} hours"
         if reason:
             await self._give_up(domain, f"{reason} ({wanted.why}); it is left stopped")
@@ -318,6 +328,11 @@ class DomainRestarts:
             await self._uncount(domain, now_s)
             return error
         return None
+
+    def _waited_s(self, domain: DomainName) -> float:
+        """A clock that is set while domains wait for their turn or their storage is no wait."""
+        now = self._policy.monotonic()
+        return now - self._known_at.setdefault(domain, now)
 
     async def _give_up(self, domain: DomainName, text: str) -> None:
         await self.drop(domain)

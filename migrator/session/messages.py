@@ -81,6 +81,19 @@ class Running(Message, frozen=True, kw_only=True):
     fenced_at_s: float = 0.0
     fence_detail: str = ""
 
+    def by_clock_of(self, sent_at_s: float, heard_at_s: float) -> Running:
+        """The same by the source's clock, as far as can be told: it sent the device state at
+        `sent_at_s` and hears of this at `heard_at_s`, and what is told here was in between. Where
+        the clocks disagree it is as late as can be: that makes no blackout shorter than it was.
+        """
+        first_s = self.won_at_s or self.resumed_at_s
+        if not self.resumed_at_s or sent_at_s <= first_s <= self.resumed_at_s <= heard_at_s:
+            return self
+        ahead_s = self.resumed_at_s - heard_at_s
+        times = ("resumed_at_s", "won_at_s", "loaded_at_s", "fenced_at_s")
+        moved = {name: at_s - ahead_s for name in times if (at_s := getattr(self, name))}
+        return msgspec.structs.replace(self, **moved)
+
 
 class Pending(Message, frozen=True, kw_only=True):
     """Answer to Inquire: the other side is still at it.

@@ -277,6 +277,7 @@ class SourceRecovery(SourceView):
             return
         if self._rollback_token is not None or message.token != self.next_token:
             return  # We hold a newer token, or it isn't about this handoff: the word is stale.
+        message = message.by_clock_of(self._sent_at_s or self._paused_at_s or 0.0, self._now)
         if message.resumed_at_s:
             self._note_blackout(message.resumed_at_s)
         elif self._handed_over_at_s is None:

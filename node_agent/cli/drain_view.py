@@ -157,7 +157,7 @@ def _done_whole(drain: Drain) -> float:
 def _whole(drain: Drain) -> str:
     """One line about the whole."""
     ended = sum(move.state.ended for move in drain.moves)
-    elapsed = time.time() - drain.started_at_s
+    elapsed = (drain.at_s or time.time()) - drain.started_at_s
     done = _done_whole(drain)
     left = elapsed * (1 - done) / done if done > 0.1 else drain.planned_s - elapsed
     node = f" {drain.node}" if drain.node else ""

@@ -46,7 +46,7 @@ async def plan_balance(
         each.domain
         for each in await world.cluster.list_migrations()
         if not each.ended
-        or (each.state is MigrationState.COMPLETED and now - (each.ended_at_s or now) < REST_S)
+        or (each.state is MigrationState.COMPLETED and abs(now - (each.ended_at_s or now)) < REST_S)
     )
     found = await asyncio.to_thread(
         balance,

@@ -6,6 +6,9 @@
 
 The record is written at least once a second, which is the coordinator's heartbeat. Nothing is done
 that isn't in the record first; so whoever takes over knows what may have been done.
+
+A drain's time is its own (`Drain.at_s`): a clock that is set, or another coordinator's that
+differs, neither ends its time nor prolongs a wait. While nobody coordinates it, it stands still.
 """
 
 from __future__ import annotations
@@ -67,7 +70,9 @@ class Coordinator:
         self._events = events
         self._hooks = hooks
         self._settle = settle
-        self._clock = clock
+        self._began_s = entry.value.at_s or clock()
+        self._began_at: float | None = None
+        """By the event loop's monotonic clock."""
         self._heard: asyncio.Queue[v.Event] = asyncio.Queue(_EVENTS_MAX)
         self._tasks: set[asyncio.Task[None]] = set()
         self._followed: dict[str, asyncio.Task[None]] = {}
@@ -79,6 +84,14 @@ class Coordinator:
     def drain(self) -> Drain:
         return self._machine.drain
 
+    @property
+    def now_s(self) -> float:
+        """The drain's own time; see the module."""
+        now = asyncio.get_running_loop().time()
+        if self._began_at is None:
+            self._began_at = now
+        return self._began_s + now - self._began_at
+
     async def run(self) -> None:
         """Until the drain has ended. LostError: another agent has taken it over."""
         self._hear(v.Took())
@@ -89,7 +102,7 @@ class Coordinator:
         try:
             while not self.drain.ended:
                 event = await self._heard.get()
-                commands = self._machine.handle(event, self._clock())
+                commands = self._machine.handle(event, self.now_s)
                 await self._save_if_due()
                 for command in commands:
                     await self._perform(command)
@@ -119,7 +132,7 @@ class Coordinator:
             return
         while True:
             self._beat += 1
-            drain = msgspec.structs.replace(self.drain, beat=self._beat)
+            drain = msgspec.structs.replace(self.drain, beat=self._beat, at_s=self.now_s)
             try:
                 self._revision, written = await self._records.save(drain, self._revision)
                 break
@@ -192,7 +205,7 @@ class Coordinator:
             log.warning("the cordon of %s was not set: %s", self.drain.node, error)
 
     async def _begin(self, command: v.Begin) -> None:
-        left_s = self.drain.started_at_s + self.drain.timeout_s - self._clock()
+        left_s = self.drain.started_at_s + self.drain.timeout_s - self.now_s
         body = MigrationCreate(
             destination=command.destination,
             timeout_s=min(600.0, max(left_s, 30.0)),

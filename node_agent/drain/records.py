@@ -17,6 +17,7 @@ from node_agent.drain.resources import DRAINS, CancelMode, Drain
 from node_agent.state.typed import TypedStore, Versioned
 
 KEEP: Final = 100
+LATER_S: Final = 0.001
 _TRIES: Final = 20
 
 
@@ -46,8 +47,15 @@ class DrainRecords:
         return sorted(found, key=lambda drain: drain.created_at_s, reverse=True)
 
     async def add(self, drain: Drain) -> Versioned[Drain]:
-        """A new one; the oldest that ended are dropped beyond `KEEP`."""
-        key = f"{DRAINS}{drain.id}"
+        """A new one; the oldest that ended are dropped beyond `KEEP`.
+
+        It is newer than all that are there, whatever this node's clock says beside theirs: an
+        undrain undoes a node's newest.
+        """
+        key, known = f"{DRAINS}{drain.id}", await self.list_drains()
+        if known and known[0].created_at_s >= drain.created_at_s:
+            later_s = known[0].created_at_s + LATER_S
+            drain = msgspec.structs.replace(drain, created_at_s=later_s)
         revision = await self._store.put_if(key, drain, None)
         if revision is None:
             raise ConflictError(f"drain {drain.id} is there already")

@@ -154,6 +154,9 @@ class Drain(Value, frozen=True, kw_only=True):
     """Grows with each coordinator: who writes under an older one has lost it."""
     beat: int = 0
     """Changes with each heartbeat of the coordinator."""
+    at_s: float = 0.0
+    """The drain's own time at that: its first coordinator's wall clock when it began, which goes on
+    by monotonic clocks, whoever coordinates it and whichever clock is set. 0: not known."""
     cancel: CancelMode = CancelMode.NO
     cancelled_by: str = ""
     """Who asked for that."""

@@ -174,7 +174,7 @@ class DrainService:
             )
             raise
         self.begin(entry)
-        return drain
+        return entry.value
 
     async def undrain(self, node: NodeName, request: UndrainRequest) -> Drain:
         """Open the node again, and bring back what its last drain took away."""
@@ -205,7 +205,7 @@ class DrainService:
             await asyncio.shield(self.set_cordon(node, state, by, allowed))
             raise
         self.begin(entry)
-        return drain
+        return entry.value
 
     async def plan_undrain(self, node: NodeName) -> DrainPlan:
         """What `undrain` would bring back, and what it would leave. Changes nothing."""
@@ -239,6 +239,7 @@ class DrainService:
             state=DrainState.RUNNING,
             created_at_s=now,
             started_at_s=now,
+            at_s=now,
             coordinator=self.node,
             term=1,
             moves=moves_of_balance(found),
@@ -315,6 +316,7 @@ class DrainService:
             state=DrainState.RUNNING,
             created_at_s=now,
             started_at_s=now,
+            at_s=now,
             coordinator=self.node,
             term=1,
             moves=moves_of(plan, {each.name: each.priority for each in survey.domains}),

@@ -104,7 +104,17 @@ class Proposal(Struct, frozen=True, kw_only=True):
 
 
 def weigh(history: History, report: PressureReport, now_s: float) -> tuple[History, Standing]:
-    """The history with this report in it, and whether it is due (PROPOSED) now."""
+    """The history with this report in it, and whether it is due (PROPOSED) now.
+
+    Another node's clock may have made the history, or one that was set since: what it says of the
+    future is as if it had just been.
+    """
+    history = msgspec.structs.replace(
+        history,
+        since_s=min(history.since_s, now_s),
+        last_s=min(history.last_s, now_s),
+        moved_at_s=min(history.moved_at_s, now_s),
+    )
     if history.since_s and now_s - history.last_s > FORGOTTEN_S:
         history = msgspec.structs.replace(history, since_s=0.0, reports=0)
     if report.level < LOW or (report.level < HIGH and not history.since_s):

@@ -16,7 +16,6 @@ import contextlib
 import logging
 import os
 import stat
-import time
 import uuid
 from pathlib import Path
 from typing import Final
@@ -94,13 +93,21 @@ class PoolFolder:
         return found
 
     def make_temporary(self, volume: VolumeName, format: DiskFormat) -> Path:
-        """An empty file for a volume to be. Half-made ones of dead agents are removed first."""
+        """An empty file for a volume to be. Half-made ones of dead agents are removed.
+
+        How old those are is told by the folder's own clock: another node may be writing one, and
+        this node's clock may be wrong.
+        """
+        temporary = self.path / f".{volume}.{format.value}.{uuid.uuid4().hex}.tmp"
+        opened = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _WRITABLE)
+        try:
+            now_s = os.fstat(opened).st_mtime
+        finally:
+            os.close(opened)
         for left in self.path.glob(".*.tmp"):
             with contextlib.suppress(FileNotFoundError):
-                if time.time() - left.stat().st_mtime > ABANDONED_AFTER_S:
+                if now_s - left.stat().st_mtime > ABANDONED_AFTER_S:
                     left.unlink()
-        temporary = self.path / f".{volume}.{format.value}.{uuid.uuid4().hex}.tmp"
-        os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _WRITABLE))
         return temporary
 
     def publish(self, temporary: Path, volume: VolumeName, format: DiskFormat) -> VolumeInfo:

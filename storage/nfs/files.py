@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import time
 import uuid
 from typing import Final
 
@@ -111,13 +110,20 @@ def remove_tree(export: Export, folder: str) -> None:
     export.remove_folder(folder)
 
 
-def remove_abandoned(export: Export) -> None:
-    """What agents that died left half made."""
+def remove_abandoned(export: Export, now_s: float) -> None:
+    """What agents that died left half made. `now_s`: by the server's clock, as its files' times
+    are; another node may be filling one, and this node's clock may be wrong."""
     for name in export.names("/"):
         if name.startswith(".") and name.endswith(".tmp"):
             with contextlib.suppress(NfsError):
-                if time.time() - export.status(f"/{name}").changed_at_s > ABANDONED_AFTER_S:
+                if now_s - _changed_at_s(export, f"/{name}") > ABANDONED_AFTER_S:
                     remove_tree(export, f"/{name}")
+
+
+def _changed_at_s(export: Export, folder: str) -> float:
+    """The folder, or what is in it: a copy that takes days changes its file alone."""
+    inside = [export.status(f"{folder}/{name}").changed_at_s for name in export.names(folder)]
+    return max([export.status(folder).changed_at_s, *inside])
 
 
 def touch(export: Export, path: str) -> None:

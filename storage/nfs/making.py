@@ -107,12 +107,12 @@ class Maker:
             raise
 
     def _begin(self, export: Export, volume: VolumeName, folder: str) -> None:
-        files.remove_abandoned(export)
         if files.exists(export, f"/{volume}"):
             raise ConflictError(f"{self._where} has a volume {volume} already")
         export.make_folder(folder, FOLDER_MODE)
         export.chmod(folder, FOLDER_MODE)  # Whatever the umask of this process is.
         export.touch(f"{folder}/{UNFENCED.name}")
+        files.remove_abandoned(export, export.status(folder).changed_at_s)
 
     def _publish(self, export: Export, volume: VolumeName, folder: str) -> None:
         try:

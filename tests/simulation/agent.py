@@ -19,6 +19,7 @@ from migrator.model import (
     DomainSpec,
     DomainState,
     DomainStatus,
+    FencingToken,
     HypervisorCapabilities,
     NodeInfo,
     NodeName,
@@ -106,6 +107,7 @@ class Agent:
                 boot_id=node.boot_id,
                 store=stand_ins.SimulatedRestarts(self),
                 clock=lambda: node.clock_s,
+                monotonic=lambda: node.clock_s,
             ),
             clock=lambda: node.clock_s,
         )
@@ -303,6 +305,10 @@ class SimulatedHypervisor(HypervisorDriver):
     def subscribe(self, callback: Callable[[DomainEvent], None]) -> Callable[[], None]:
         self.subscribers.append(callback)
         return lambda: self.subscribers.remove(callback)
+
+    async def launched_token(self, domain: DomainName) -> FencingToken | None:
+        guest = self._here(domain)
+        return None if guest is None else FencingToken(guest.opened_token)
 
     async def start(self, launch: Launch) -> None:
         domain = self._domain(launch.spec.name)

@@ -47,6 +47,7 @@ SHELL = (
     "migrator/engine_driver.py",
     "migrator/native_driver.py",
     "migrator/turns.py",
+    "migrator/steady_clock.py",
     "migrator/dirty_sampler.py",
     "migrator/tls.py",
     "migrator/hold_points.py",

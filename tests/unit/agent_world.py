@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -185,6 +185,7 @@ class SimulatedNode:
         self.events = EventLog(self.typed, name)
         self.registry = NodeRegistry(self.typed, self._describe, interval_s=0.05)
         self.restarts = VolatileRestarts()
+        self.clock: Callable[[], float] = time.time
         self.domains = self.make_domains()
         self.takeover = DomainTakeover(
             self.name,
@@ -212,6 +213,9 @@ class SimulatedNode:
             hooks=HookService(self.typed, self.events),
         )
 
+    def _wall(self) -> float:
+        return self.clock()
+
     def make_domains(self, boot_id: str = "boot-1", *, restart: bool = True) -> DomainService:
         """An agent's, in that boot of the host."""
         return DomainService(
@@ -223,7 +227,9 @@ class SimulatedNode:
             records=self.records,
             events=self.events,
             pin_machine=MachinePinner(self.registry),
-            restart=RestartPolicy(boot_id=boot_id, store=self.restarts, enabled=restart),
+            restart=RestartPolicy(
+                boot_id=boot_id, store=self.restarts, enabled=restart, clock=self._wall
+            ),
         )
 
     def _make_pool(self, settings: PoolSettings) -> SimulatedPool:

@@ -270,6 +270,38 @@ async def test_it_is_given_up_in_the_end(world: World) -> None:
     assert "could not be started again for 12 hours" in await history(world.a)
 
 
+async def test_a_clock_that_is_set_after_the_boot_gives_nothing_up(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's clock was wrong until NTP had its say, while domains waited for their storage."""
+    before = await started(world.a)
+    await host_dies(world.a)
+    monkeypatch.setattr(world.a, "clock", lambda: time.time() - 2 * GIVE_UP_S)
+    world.a.fabric.faults.plug_fails = True
+    await agent_starts(world.a, "boot-2")
+
+    async def failed() -> bool:
+        return "could not be started again yet" in await history(world.a)
+
+    await eventually(failed)
+    monkeypatch.setattr(world.a, "clock", time.time)
+    last = (await record_of(world.a)).token
+
+    async def tried_since() -> bool:
+        return (await record_of(world.a)).token > last
+
+    await eventually(tried_since)
+    world.a.fabric.faults.plug_fails = False
+
+    async def runs() -> bool:
+        return WEB in world.a.host.guests and not world.a.restarts.notes.wanted
+
+    await eventually(runs)
+    record = await record_of(world.a)
+    assert record.state is RUNNING and record.token > before.token
+    assert "left stopped" not in await history(world.a)
+
+
 async def test_a_stop_calls_it_off(world: World) -> None:
     await fails_to_start_again(world.a)
     await world.b.cluster.stop(WEB, 1.0)

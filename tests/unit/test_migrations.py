@@ -21,6 +21,7 @@ from migrator.model import (
     NodeName,
     OwnershipState,
     PassKind,
+    PassReport,
     Role,
 )
 from migrator.ports import AbortOutcome
@@ -42,6 +43,33 @@ from tests.unit.migration_world import (
 )
 
 _S = MigrationState
+
+
+@pytest.mark.parametrize("step_s", [86_400.0, -86_400.0])
+async def test_a_clock_that_is_set_in_the_midst_makes_no_blackout_of_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step_s: float
+) -> None:
+    real, ahead_s = time.time, 0.0
+
+    def wall() -> float:
+        return real() + ahead_s
+
+    monkeypatch.setattr(time, "time", wall)
+    async with migration_world(tmp_path, monkeypatch) as world:
+        for each in (world.a, world.b):
+            monkeypatch.setattr(each.node.host, "clock", wall)
+        began, _ = await held_in_precopy(world)
+        ahead_s = step_s
+        world.script.hold_at_pass = None
+        report = PassReport(
+            number=1, kind=PassKind.FIRST, seconds=0.01, pages=100, bytes_sent=4096, pending_pages=0
+        )
+        world.a.manager._runners[began.id].feed(v.PassFinished(report=report))
+        ended = await world.ended(began)
+        assert ended.state is _S.COMPLETED, ended.error
+        assert ended.blackout_ms is not None and 0.0 <= ended.blackout_ms < 30_000.0
+        assert ended.total_s is not None and 0.0 <= ended.total_s < 30.0
+        assert all(0.0 <= phase.seconds < 30.0 for phase in ended.timeline)
 
 
 async def test_a_guest_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

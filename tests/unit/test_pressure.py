@@ -57,6 +57,15 @@ class Told:
         )
 
 
+def test_a_history_of_the_future_holds_nothing_up_for_long() -> None:
+    """Made by a node whose clock was a year ahead."""
+    told = Told(history=History(since_s=4e7, last_s=4e7, reports=1, moved_at_s=4e7))
+    standings = [told.tell(0.9) for _ in range(62)]
+    assert standings[:3] == [_S.NOTED] * 3
+    assert standings[10] is _S.RESTING
+    assert standings[-1] is _S.PROPOSED
+
+
 def test_it_has_to_last() -> None:
     told = Told()
     standings = [told.tell(0.95) for _ in range(5)]

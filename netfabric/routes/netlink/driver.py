@@ -16,7 +16,14 @@ from typing import ClassVar, Final
 from migrator.errors import FabricError
 from migrator.ports import RouteDriver
 from netfabric.host_routes import Address, Metric, route_of
-from netfabric.routes.netlink.messages import ASKING, KEY_BYTES_MIN, Claim, Known, canonical
+from netfabric.routes.netlink.messages import (
+    ASKING,
+    KEY_BYTES_MIN,
+    SKEW_S,
+    Claim,
+    Known,
+    canonical,
+)
 from netfabric.routes.netlink.speaker import Speaker, SpeakerSettings
 from netfabric.threads import in_thread
 
@@ -75,7 +82,10 @@ class NetlinkRoutes(RouteDriver):
                 continue  # Somebody knew of a later one: ours must be later still.
             failures += [text for answer in answers.values() for text in answer.failures]
             if silent:
-                failures.append(f"no answer of {', '.join(silent)}")
+                failures.append(
+                    f"no answer of {', '.join(silent)}: it can't be reached, or its clock is more "
+                    f"than {SKEW_S:.0f} s from this node's"
+                )
             if failures:
                 raise FabricError("routes: " + "; ".join(dict.fromkeys(failures)))
             return

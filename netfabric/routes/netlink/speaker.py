@@ -66,7 +66,7 @@ class Speaker:
         self._ids = itertools.count(secrets.randbits(48))
         self._setting = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._logged_at_s = 0.0
+        self._logged_at: float | None = None
 
     async def open(self) -> None:
         """Listen. FabricError: the address isn't here, or the port is taken."""
@@ -192,9 +192,9 @@ class Speaker:
         return not self._networks or any(parsed in network for network in self._networks)
 
     def _complain(self, text: str) -> None:
-        now_s = self._clock()
-        if now_s - self._logged_at_s > _LOG_GAP_S:
-            self._logged_at_s = now_s
+        now = time.monotonic()
+        if self._logged_at is None or now - self._logged_at > _LOG_GAP_S:
+            self._logged_at = now
             log.warning("%s", text)
 
 
