@@ -48,6 +48,7 @@ TAKEOVER_STEP: Final = 2
 """By how much a takeover raises the token. A handoff raises it by one: the silent node may have
 begun one, to this very node, and must not take this record for its outcome, and take it back."""
 _NEVER_RAN: Final = (DomainState.INCOMING, DomainState.LOADED)
+_RAN: Final = (DomainState.RUNNING, DomainState.PAUSED, DomainState.IO_ERROR)
 
 
 class DomainOwnership:
@@ -87,6 +88,7 @@ class DomainOwnership:
             events=events,
         )
         self._waiting: Sequence[DomainName] = ()
+        self._told_behind: set[tuple[DomainName, int]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._unsubscribe: list[Callable[[], None]] = []
 
@@ -217,7 +219,7 @@ class DomainOwnership:
         """Destroy what runs here of a domain that isn't this node's. Idempotent.
 
         Under the domain's lock, or a migration's claim that has made no process yet. StoreError,
-        HypervisorError: it may be there still.
+        HypervisorError: it may be there still. ConflictError: it is, see `_refuse_older_store`.
         """
         if (await self._hypervisor.inspect(domain)).state is DomainState.STOPPED:
             return
@@ -294,11 +296,35 @@ class DomainOwnership:
                 token=owned.token,
             )
             return
-        await self._end_copy(domain, owned)
+        try:
+            await self._end_copy(domain, owned)
+        except ConflictError as error:
+            log.error("%s", error)
+            return
         if ours:
             await self.settle(domain)
 
+    async def _refuse_older_store(self, domain: DomainName, owned: OwnershipRecord) -> None:
+        """ConflictError: the guest here ran under a newer token than the record's, so it isn't the
+        guest that is stale, but the store. Tokens only grow, and none runs before it is recorded.
+        """
+        token = await self._hypervisor.launched_token(domain)
+        if token is None or token <= owned.token:
+            return
+        if (await self._hypervisor.inspect(domain)).state not in _RAN:
+            return
+        text = (
+            f"domain {domain} runs on {self.node} under token {token}, and the store knows it "
+            f"under {owned.token}, of {owned.owner}: the store was restored from an older copy, or "
+            "is another cluster's; the guest is left as it is"
+        )
+        if (domain, owned.token) not in self._told_behind:
+            self._told_behind.add((domain, owned.token))
+            self._events.emit(EventKind.STORE_BEHIND, text, domain=domain, token=token)
+        raise ConflictError(text)
+
     async def _end_copy(self, domain: DomainName, owned: OwnershipRecord) -> None:
+        await self._refuse_older_store(domain, owned)
         spec = await self._hypervisor.launched(domain)
         await self._hypervisor.destroy(domain)
         if spec is not None:

@@ -391,11 +391,6 @@ class QemuDriver(HypervisorDriver):
         return [guest.record.spec for guest in self._guests.values()]
 
     async def launched_token(self, domain: DomainName) -> FencingToken | None:
-        """The fencing token that the running process was started under; None if it isn't here.
-
-        A handoff, or a rollback, raises the domain's token without a new process: a record with
-        a newer token and this node as its owner is no contradiction.
-        """
         guest = self._guests.get(domain)
         return None if guest is None else FencingToken(guest.record.token)
 

@@ -215,7 +215,6 @@ class SimulatedHypervisor(HypervisorDriver):
         return None if guest is None else guest.launch.spec
 
     async def launched_token(self, domain: DomainName) -> FencingToken | None:
-        """The fencing token that the process was started under; None if it isn't here."""
         guest = self.host.guests.get(domain)
         return None if guest is None else guest.launch.token
 

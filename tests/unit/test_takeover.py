@@ -23,6 +23,7 @@ from migrator.model import (
     DomainStatus,
     FencingToken,
     NodeName,
+    OwnershipRecord,
     OwnershipState,
     VolumeName,
 )
@@ -30,6 +31,7 @@ from migrator.ports import Launch
 from node_agent.domain_ownership import DomainOwnership
 from node_agent.domain_records import DomainRecords
 from node_agent.events import EventKind
+from node_agent.state.ownership import ownership_key
 from storage.simulated import SimulatedPool
 from tests.unit.agent_world import SimulatedNode, World, open_world, spec_of
 from tests.unit.test_domains import eventually
@@ -297,3 +299,34 @@ async def test_a_start_ends_a_stale_copy_before_it_takes_the_record(
         with pytest.raises(ConflictError, match="runs on b"):
             await world.a.domains.start(WEB)
     assert not world.volumes.stale_writes()
+
+
+@pytest.mark.parametrize("theirs", [OwnershipState.RUNNING, OwnershipState.STOPPED])
+async def test_a_guest_that_is_newer_than_the_store_is_left_as_it_is(
+    world: World, theirs: OwnershipState
+) -> None:
+    """The store was restored from a backup, or is another cluster's with a domain of the name."""
+    await world.a.domains.stop(WEB)
+    await world.a.domains.start(WEB)
+    assert await world.a.hypervisor.launched_token(WEB) == 2
+    older = OwnershipRecord(domain=WEB, token=1, owner="b", state=theirs)
+    await world.a.typed.put(ownership_key(WEB), older)
+    ownership = world.a.domains.ownership
+    await ownership.reconcile([WEB])
+    await ownership._sweep_once()
+    assert await state(world.a) is DomainState.RUNNING
+    expected = "runs on b" if theirs is OwnershipState.RUNNING else "the guest is left as it is"
+    with pytest.raises(ConflictError, match=expected):
+        await world.a.domains.start(WEB)
+    assert await state(world.a) is DomainState.RUNNING
+
+    async def told() -> bool:
+        return any(each.kind == EventKind.STORE_BEHIND for each in await world.a.events.read())
+
+    await eventually(told)
+    events = [each for each in await world.a.events.read() if each.kind == EventKind.STORE_BEHIND]
+    assert len(events) == 1
+    assert events[0].message.startswith(
+        "domain web runs on a under token 2, and the store knows it under 1, of b: the store was"
+    )
+    assert not [e for e in await world.a.events.read() if e.kind == EventKind.DOMAIN_DESTROYED]
