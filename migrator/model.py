@@ -248,6 +248,8 @@ class NodeInfo(Value, frozen=True, kw_only=True):
     """Of the interface of `migration_address`, where it says so; each way."""
     round_trips_ms: dict[str, float] = msgspec.field(default_factory=dict)
     """The last measured round trip to each node that it keeps a connection to."""
+    certificate_until_s: float | None = None
+    """Until when its certificate holds; None: it has none, or an older agent."""
 
 
 # --- migrations ------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 import ssl
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from migrator.errors import ConfigError, RemoteProtocolError
 from migrator.model import NodeName
@@ -106,3 +106,21 @@ def peer_node(connection: HasPeerCertificate) -> NodeName:
     if len(nodes) != 1:
         raise RemoteProtocolError(f"the peer's certificate names {len(nodes)} nodes, not one")
     return NodeName(nodes[0])
+
+
+_OF_ANOTHER: Final = frozenset({2, 7, 18, 19, 20, 21})
+"""OpenSSL's X509_V_ERR_*: no issuer found, self-signed, or not the authority's signature."""
+_OF_ANOTHER_TIME: Final = frozenset({9, 10})
+"""Not yet valid, expired."""
+
+
+def verification_words(error: ssl.SSLCertVerificationError) -> str:
+    """Why a certificate was not accepted, for an operator. No moment in it: it may be repeated."""
+    if error.verify_code in _OF_ANOTHER:
+        return (
+            f"another authority than the trusted one has signed it, another cluster's maybe "
+            f"({error.verify_message})"
+        )
+    if error.verify_code in _OF_ANOTHER_TIME:
+        return f"{error.verify_message}, by the clock here"
+    return error.verify_message

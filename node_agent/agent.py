@@ -25,11 +25,12 @@ from migrator.engine_driver import EngineSettings
 from migrator.errors import ConfigError, words
 from migrator.figures import LinkSpeed
 from migrator.journal import MigrationJournal
-from migrator.model import DomainSpec, NodeName, PoolName
+from migrator.model import DomainSpec, NodeInfo, NodeName, PoolName
 from migrator.ports import FabricDriver, HypervisorDriver, VolumeDriver
 from migrator.tls import TlsFiles, files_of_node
 from node_agent import loop_monitor
 from node_agent.api.server import ApiServer, create_app
+from node_agent.clocks import ClockWatch
 from node_agent.cluster import ClusterService
 from node_agent.cluster_calls import ClusterCalls
 from node_agent.config import AgentConfig
@@ -60,6 +61,7 @@ from node_agent.migrations.moments import MigrationMoments
 from node_agent.migrations.publisher import Publisher
 from node_agent.migrations.removed_peers import part_with
 from node_agent.migrations.site import NodeSite
+from node_agent.namesake import refuse_namesake
 from node_agent.nodes import NodeRegistry
 from node_agent.peers.hub import PeerHub
 from node_agent.pools import PoolSet
@@ -149,6 +151,7 @@ async def running_agent(
         stack.push_async_callback(events.close)
         members = Membership(node, typed, static=config.peer_addresses, on_removed=on_removed)
         trust = await open_trust(config, typed, events, members)
+        await refuse_namesake(typed, node, boot_id)
         hypervisor = make_hypervisor(config)
         adopted = await hypervisor.open()
         stack.push_async_callback(hypervisor.close)
@@ -166,9 +169,15 @@ async def running_agent(
             ssl_contexts=None if trust is None else trust.contexts.peers,
             admit=members.admit,
         )
-        nodes = NodeRegistry(typed, lambda: describe(config, hypervisor, pools, boot_id, members))
+
+        async def described() -> NodeInfo:
+            until_s = None if trust is None else trust.certificate.not_after_s
+            return await describe(config, hypervisor, pools, boot_id, members, until_s)
+
+        nodes = NodeRegistry(typed, described)
         silences = SilenceWatch(node, typed, events)
-        nodes.on_read, nodes.counts = (members.saw, silences.saw), members.counts
+        nodes.on_read = (members.saw, silences.saw, ClockWatch(node, events).saw)
+        nodes.counts = members.counts
         cordons = Cordons(typed)
 
         async def cordon() -> list[str]:

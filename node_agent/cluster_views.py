@@ -86,4 +86,6 @@ def node_view(
         round_trip_ms=round_trip_ms,
         round_trips_ms=info.round_trips_ms,
         trouble=trouble,
+        clock_offset_s=view.clock_offset_s,
+        certificate_until_s=info.certificate_until_s,
     )

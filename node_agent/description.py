@@ -20,6 +20,7 @@ async def describe(
     pools: Iterable[PoolName],
     boot_id: str,
     members: Membership,
+    certificate_until_s: float | None = None,
 ) -> NodeInfo:
     """This node as it is now."""
     link = await link_speed.of_interface(config.migration.address)
@@ -38,4 +39,5 @@ async def describe(
         pools=tuple(pools),
         link_bytes_per_s=None if link is None else link.bytes_per_s,
         round_trips_ms=members.round_trips_ms(),
+        certificate_until_s=certificate_until_s,
     )

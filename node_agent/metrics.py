@@ -34,6 +34,7 @@ class Seen(Struct, frozen=True, kw_only=True):
     """Those that the store still has."""
     certificate_not_after_s: float | None
     """None without TLS."""
+    authority_not_after_s: float | None = None
 
 
 def render(seen: Seen) -> bytes:
@@ -71,6 +72,12 @@ def _of_the_agent(seen: Seen) -> Iterator[Metric]:
             "Until when the node's certificate holds.",
             value=seen.certificate_not_after_s,
         )
+    if seen.authority_not_after_s is not None:
+        yield GaugeMetricFamily(
+            "ferry_authority_expires_timestamp_seconds",
+            "Until when the cluster's authority holds, and with it every certificate.",
+            value=seen.authority_not_after_s,
+        )
 
 
 def _of_nodes(seen: Seen) -> Iterator[Metric]:
@@ -80,13 +87,21 @@ def _of_nodes(seen: Seen) -> Iterator[Metric]:
     trips = GaugeMetricFamily(
         "ferry_round_trip_seconds", "The last round trip to the node.", labels=("node",)
     )
+    clocks = GaugeMetricFamily(
+        "ferry_clock_offset_seconds",
+        "The node's wall clock less this one's, to about a second.",
+        labels=("node",),
+    )
     for node in seen.nodes:
         for state in NodeState:
             states.add_metric((node.name, state.value), float(node.state is state))
         if node.round_trip_ms is not None and node.name != seen.health.node:
             trips.add_metric((node.name,), node.round_trip_ms / 1e3)
+        if node.clock_offset_s is not None and node.name != seen.health.node:
+            clocks.add_metric((node.name,), node.clock_offset_s)
     yield states
     yield trips
+    yield clocks
     for node in seen.nodes:
         if node.name == seen.health.node:
             yield GaugeMetricFamily(

@@ -3,7 +3,8 @@
 Each agent writes its `NodeInfo` every second and looks at the others'. A node is unreachable when
 its record hasn't changed for five seconds *of the reader's own monotonic clock*: the wall clocks
 of two hosts are never compared, except for a record seen for the first time, whose age is taken
-from its own timestamp so that a fresh agent doesn't believe in nodes that died yesterday.
+from its own timestamp so that a fresh agent doesn't believe in nodes that died yesterday. How far
+the clocks are apart is looked at all the same, to be told (`clocks`).
 
 Unreachable means silent, never dead: it entitles nobody to take a domain over (DESIGN: "Handoff").
 """
@@ -25,11 +26,15 @@ from node_agent.background import Background
 from node_agent.drain.cordons import read_cordons
 from node_agent.resources import NODES
 from node_agent.state.typed import TypedStore
+from node_agent.trust.certificates import moment
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S: Final = 1.0
 UNREACHABLE_AFTER_S: Final = 5.0
+OFFSETS_KEPT: Final = 5
+"""A heartbeat is read a moment after it was written, and late ones later: the largest of a few
+differences is the nearest to the truth."""
 
 
 class NodeView(Struct, frozen=True, kw_only=True):
@@ -40,11 +45,25 @@ class NodeView(Struct, frozen=True, kw_only=True):
     heartbeat_age_s: float
     revision: int = 0
     """The store's, of that change."""
+    clock_offset_s: float | None = None
+    """The node's wall clock less ours, to about a second; None: no heartbeat was seen coming."""
+    barred: str = ""
+    """Why nothing can be connected to it anew, and so nothing can move there or from it."""
 
 
 class _Seen(Struct, frozen=True, kw_only=True):
     revision: int
     at_monotonic_s: float
+    offsets_s: tuple[float, ...] = ()
+    """Of the latest heartbeats: the node's wall clock in them, less ours when they were read."""
+
+
+def _barred(info: NodeInfo, now_s: float) -> str:
+    """By the clock that would judge its certificate in a handshake. Pure."""
+    until_s = info.certificate_until_s
+    if until_s is None or now_s < until_s:
+        return ""
+    return f"its certificate has ended, on {moment(until_s)} (`ferry doctor` there says what helps)"
 
 
 class NodeRegistry:
@@ -119,7 +138,9 @@ class NodeRegistry:
                 age_s = max(0.0, self._clock() - info.heartbeat_at_s)
                 seen = _Seen(revision=entry.revision, at_monotonic_s=now - age_s)
             elif seen.revision != entry.revision:
-                seen = _Seen(revision=entry.revision, at_monotonic_s=now)
+                offset_s = info.heartbeat_at_s - self._clock()
+                latest = (*seen.offsets_s, offset_s)[-OFFSETS_KEPT:]
+                seen = _Seen(revision=entry.revision, at_monotonic_s=now, offsets_s=latest)
             self._seen[info.name] = seen
             age_s = now - seen.at_monotonic_s
             silent = age_s > self._unreachable_after_s
@@ -130,6 +151,8 @@ class NodeRegistry:
                 state=NodeState.UNREACHABLE if silent else intended,
                 heartbeat_age_s=round(age_s, 3),
                 revision=entry.revision,
+                clock_offset_s=max(seen.offsets_s, default=None),
+                barred=_barred(info, self._clock()),
             )
         return views
 

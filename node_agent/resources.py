@@ -103,6 +103,10 @@ class Node(Value, frozen=True, kw_only=True):
     """What this node last measured to its neighbours."""
     trouble: str = ""
     """Of the node that was asked: why its own heartbeat couldn't be written. Others know less."""
+    clock_offset_s: float | None = None
+    """Its wall clock less that of the node that was asked, to about a second; None: not known."""
+    certificate_until_s: float | None = None
+    """Until when its certificate holds; None: it has none, or isn't known."""
 
     @property
     def memory_free_bytes(self) -> int:

@@ -34,6 +34,7 @@ BESIDE: Final = [
         "etcd_lab",
         "takeover",
         "trust",
+        "clocks",
         "adoption",
         "doctor",
         "storage_pools",

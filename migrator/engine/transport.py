@@ -27,7 +27,13 @@ import msgspec
 
 from migrator.engine.control import POLL_IN, POLL_OUT, Waiter
 from migrator.errors import EngineError
-from migrator.tls import TlsFiles, client_context, peer_node, server_context
+from migrator.tls import (
+    TlsFiles,
+    client_context,
+    peer_node,
+    server_context,
+    verification_words,
+)
 
 _DIRECT_BYTES_MIN: Final = 64 * 1024
 """From here on memory is encrypted where it lies; less is joined to fill whole records."""
@@ -347,7 +353,7 @@ def refusal_of(error: ssl.SSLError, node: str) -> Exception:
     if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
         return ConnectionResetError("the destination's engine closed the connection")
     if isinstance(error, ssl.SSLCertVerificationError):
-        return TlsRefusedError(f"the certificate of node {node}: {error.verify_message}")
+        return TlsRefusedError(f"the certificate of node {node}: {verification_words(error)}")
     reason = error.reason or str(error)
     if reason == "WRONG_VERSION_NUMBER":
         return TlsRefusedError(f"node {node}: {_NO_TLS}")

@@ -19,6 +19,7 @@ from node_agent.trust.records import (
     ApiTokenCreate,
     JoinRequest,
     JoinTokenCreate,
+    UserChange,
     UserCreate,
     UserList,
     WhoAmI,
@@ -73,6 +74,7 @@ async def get_metrics(request: web.Request) -> web.StreamResponse:
         nodes=await cluster.list_nodes(),
         migrations=await cluster.list_migrations(),
         certificate_not_after_s=None if trust is None else trust.certificate.not_after_s,
+        authority_not_after_s=None if trust is None else trust.authority_span.not_after_s,
     )
     body = await asyncio.to_thread(render, seen)
     return web.Response(body=body, headers={hdrs.CONTENT_TYPE: CONTENT_TYPE})
@@ -122,6 +124,15 @@ async def create_user(request: web.Request) -> web.StreamResponse:
 async def get_user(request: web.Request) -> web.StreamResponse:
     """One."""
     return reply(await trust_of(request).users.get(_name(request, "user")))
+
+
+async def change_user(request: web.Request) -> web.StreamResponse:
+    """The role; what the user's tokens may from the next request on."""
+    name, body = _name(request, "user"), await read_body(request, UserChange)
+    before, user = await trust_of(request).users.set_role(name, body.role)
+    if before is not body.role:
+        _tell(request, f"changed the role of user {name} from {before} to {body.role}")
+    return reply(user)
 
 
 async def delete_user(request: web.Request) -> web.StreamResponse:

@@ -13,7 +13,8 @@ import select
 import socket
 import ssl
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from urllib.parse import quote, urlsplit
 import msgspec
 
 from migrator.errors import FerryError, words
+from migrator.tls import verification_words
 from migrator.unknown_fields import decode
 from node_agent.cli.errors import ApiProblem, CliError, ExitCode, Unreachable
 from node_agent.resources import Problem
@@ -184,10 +186,17 @@ class ApiClient:
         return self.decoded(self._exchange("GET", path, timeout_s=timeout_s), kind)
 
     def post(
-        self, path: str, kind: type[T], body: object = None, *, timeout_s: float = ANSWER_TIMEOUT_S
+        self,
+        path: str,
+        kind: type[T],
+        body: object = None,
+        *,
+        timeout_s: float = ANSWER_TIMEOUT_S,
+        meanwhile: Sequence[tuple[float, str]] = (),
     ) -> T:
-        """POST, None: an empty body."""
-        return self.decoded(self._exchange("POST", path, body, timeout_s), kind)
+        """POST, None: an empty body. `meanwhile`: what to say after so many seconds (ascending)
+        without an answer, where it is known what takes so long."""
+        return self.decoded(self._exchange("POST", path, body, timeout_s, meanwhile), kind)
 
     def patch(self, path: str, kind: type[T], body: object) -> T:
         """PATCH."""
@@ -219,7 +228,12 @@ class ApiClient:
                 raise self._unreachable(error) from error
 
     def _exchange(
-        self, method: str, path: str, body: object = None, timeout_s: float = ANSWER_TIMEOUT_S
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        timeout_s: float = ANSWER_TIMEOUT_S,
+        meanwhile: Sequence[tuple[float, str]] = (),
     ) -> bytes:
         data = None if body is None else msgspec.json.encode(body)
         headers = {"Accept": "application/json", **self._authorization}
@@ -228,7 +242,7 @@ class ApiClient:
         with closing(self._connection(timeout_s)) as connection:
             try:
                 connection.request(method, path, body=data, headers=headers)
-                self._wait(connection, timeout_s)
+                self._wait(connection, timeout_s, meanwhile)
                 response = connection.getresponse()
                 answer = response.read(ANSWER_CAP_BYTES)
             except (OSError, http.client.HTTPException) as error:
@@ -245,20 +259,31 @@ class ApiClient:
             self._raise_problem(response.status, answer)
         return answer
 
-    def _wait(self, connection: http.client.HTTPConnection, timeout_s: float) -> None:
-        """Say on stderr that an answer takes long, instead of standing there in silence."""
+    def _wait(
+        self,
+        connection: http.client.HTTPConnection,
+        timeout_s: float,
+        meanwhile: Sequence[tuple[float, str]],
+    ) -> None:
+        """Say on stderr that an answer takes long, instead of standing there in silence.
+
+        What was waited here is taken from the time that the answer is given.
+        """
         if connection.sock is None:
             return
+        silent = (
+            f"{self.address} has not answered for {PATIENCE_S:.0f} s; it is given "
+            f"{timeout_s - PATIENCE_S:.0f} s more"
+        )
         answer = select.poll()  # select(2) takes no descriptor above 1,023.
         answer.register(connection.sock, select.POLLIN)
-        if answer.poll(1000 * PATIENCE_S):
-            return
-        print(
-            f"ferry: {self.address} has not answered for {PATIENCE_S:.0f} s; it is given "
-            f"{timeout_s:.0f} s more",
-            file=sys.stderr,
-            flush=True,
-        )
+        waited_s = 0.0
+        for after_s, text in meanwhile or ((PATIENCE_S, silent),):
+            if answer.poll(1000 * (after_s - waited_s)):
+                return
+            waited_s = after_s
+            connection.sock.settimeout(max(timeout_s - waited_s, 1.0))
+            print(f"ferry: {text}", file=sys.stderr, flush=True)
 
     def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
         if self.address.startswith("unix:"):
@@ -291,7 +316,9 @@ class ApiClient:
 
     def _unreachable(self, error: Exception) -> Unreachable:
         if isinstance(error, ssl.SSLCertVerificationError):
-            why = f"its certificate is not accepted: {error.verify_message}"
+            why = f"its certificate is not accepted: {verification_words(error)}"
+            if "clock" in why:
+                why += time.strftime(", which says %Y-%m-%d %H:%M UTC", time.gmtime())
         elif isinstance(error, TimeoutError):
             why = "it doesn't answer in time"
         elif isinstance(error, OSError):

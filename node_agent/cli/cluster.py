@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import time
+from collections.abc import Iterator
+from typing import Annotated, Final
 
 import msgspec
 import typer
 
 from node_agent.cli.nodes import remove_node, round_trip, show_node
 from node_agent.cli.output import moment, note, settings, show, size, table
+from node_agent.clock_words import DIFFERS_S, offset_text, span_text
 from node_agent.events import ClusterEvent, EventList
-from node_agent.resources import NodeList
+from node_agent.resources import Node, NodeList
+
+ENDS_SOON_S: Final = 86_400.0
+"""Of a certificate, whatever its life is: the first of those that hold for a month has failed to
+be renewed for nine days by then."""
 
 nodes = typer.Typer(help="Nodes.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -49,8 +56,26 @@ def list_nodes() -> None:
     )
     show(found, table(headings, rows))
     for node in found:
-        if node.trouble:
-            note(f"ferry: {node.name}: its heartbeat isn't written: {node.trouble}")
+        for text in troubles(node, time.time()):
+            note(f"ferry: {node.name}: {text}")
+
+
+def troubles(node: Node, now_s: float) -> Iterator[str]:
+    """What an operator must know of a node beside its state."""
+    if node.trouble:
+        yield f"its heartbeat isn't written: {node.trouble}"
+    if abs(node.clock_offset_s or 0.0) > DIFFERS_S:
+        told = offset_text(node.clock_offset_s or 0.0, "that of the node that was asked")
+        yield f"its clock is {told}; see `ferry doctor`"
+    if node.certificate_until_s is not None:
+        left_s = node.certificate_until_s - now_s
+        if left_s <= 0:
+            yield (
+                f"its certificate has ended {span_text(-left_s)} ago: nobody can connect to it, and"
+                " nothing moves there; see `ferry doctor` on it"
+            )
+        elif left_s < ENDS_SOON_S:
+            yield f"its certificate ends in {span_text(left_s)}; see `ferry events`"
 
 
 def events(

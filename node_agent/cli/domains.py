@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 import typer
 
 from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN, DirtyRate
 from migrator.model import NicSpec
-from node_agent.cli.client import READ_TIMEOUT_S, path_of
+from node_agent.cli.client import PATIENCE_S, READ_TIMEOUT_S, path_of
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import facts, moment, note, settings, show, size, table
 from node_agent.cli.prediction import dirty_rate_text
@@ -21,6 +21,9 @@ from node_agent.resources import Domain, DomainList, StartRequest, StopRequest, 
 app = typer.Typer(
     help="Domains: define, start, stop, look at.", no_args_is_help=True, rich_markup_mode=None
 )
+
+END_S: Final = 90.0
+"""What an end by force may take beyond the guest's own time: its disks' I/O is waited for."""
 
 _NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The domain.")]
 
@@ -120,9 +123,26 @@ def stop(
     ] = 30.0,
 ) -> None:
     """Power a domain off."""
-    body = StopRequest(timeout_s=timeout)
-    domain = settings.client().post(f"{path_of(name)}/stop", Domain, body, timeout_s=timeout + 90)
+    domain = settings.client().post(
+        f"{path_of(name)}/stop",
+        Domain,
+        StopRequest(timeout_s=timeout),
+        timeout_s=timeout + END_S,
+        meanwhile=stop_progress(name, timeout),
+    )
     show(domain, f"domain {name} is {domain.state}")
+
+
+def stop_progress(name: str, timeout_s: float) -> list[tuple[float, str]]:
+    """What to say while a domain is being stopped: after how many seconds, and the text."""
+    told: list[tuple[float, str]] = []
+    if timeout_s > PATIENCE_S:
+        left = f"{timeout_s - PATIENCE_S:.0f} s more"
+        text = f"domain {name} hasn't powered itself off yet; it is given {left}, then it is ended"
+        told.append((PATIENCE_S, f"{text} by force"))
+    text = f"domain {name} was to be ended by force {PATIENCE_S:.0f} s ago, and its node hasn't"
+    text += f" said yet that it is: waiting {END_S - PATIENCE_S:.0f} s more"
+    return [*told, (timeout_s + PATIENCE_S, f"{text} (does its storage hang?)")]
 
 
 @app.command()

@@ -29,6 +29,7 @@ from node_agent.trust.records import AuthorityView, JoinAnswer, JoinRequest
 
 JOIN_TIMEOUT_S: Final = 30.0
 FIND_S: Final = 10.0
+SHOWN_OTHERS: Final = 4
 
 
 def pinned_context(authority_pem: str) -> ssl.SSLContext:
@@ -71,13 +72,24 @@ def find_members(token: JoinToken, address: str | None, interfaces: Sequence[str
             raise CliError(f"--address: {error}", ExitCode.USAGE) from error
         return [address]
     try:
-        found = asyncio.run(find(token.fingerprint.hex(), timeout_s=FIND_S, interfaces=interfaces))
+        others = set[str]()
+        found = asyncio.run(
+            find(token.fingerprint.hex(), timeout_s=FIND_S, interfaces=interfaces, others=others)
+        )
     except FerryError as error:
         raise CliError(f"{error}; give --address HOST:PORT of a member's API") from error
     if not found:
+        none = f"no member of the token's cluster was found within {FIND_S:g} s"
+        address_helps = "else give --address HOST:PORT of a member's API"
+        if others:
+            names = ", ".join(sorted(others)[:SHOWN_OTHERS])
+            raise Unreachable(
+                f"{none}, but nodes of other clusters ({names}): the token is of a cluster whose "
+                f"fingerprint begins with {token.fingerprint.hex()[:8]}; is it the one that is "
+                f"meant? {address_helps}"
+            )
         raise Unreachable(
-            f"no member of the token's cluster was found within {FIND_S:g} s: is the token whole, "
-            "and does multicast reach here? else give --address HOST:PORT of a member's API"
+            f"{none}: is the token whole, and does multicast reach here? {address_helps}"
         )
     return [format_endpoint(each.host, each.port) for each in found]
 

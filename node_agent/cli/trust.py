@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -11,12 +12,14 @@ import typer
 from migrator.errors import FerryError
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import aside, facts, moment, note, settings, show, table
+from node_agent.clock_words import span_text
 from node_agent.trust.records import (
     TOKEN_TTL_S,
     TOKEN_TTL_S_MAX,
     ClusterView,
     JoinTokenCreate,
     JoinTokenMade,
+    Member,
 )
 
 app = typer.Typer(
@@ -24,6 +27,8 @@ app = typer.Typer(
 )
 
 DEFAULT_CONFIG: Final = Path("/etc/ferry/agent.toml")
+ENDS_SOON_S: Final = 7 * 86_400.0
+"""Of a certificate: with the usual 30 days its renewal has failed for three days then."""
 _DURATION: Final = re.compile(r"^(\d+(?:\.\d+)?)\s*([smhd]?)$")
 _SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -55,7 +60,9 @@ def refused(error: FerryError) -> CliError:
 
 @app.command()
 def init(
-    cluster: Annotated[str, typer.Option("--cluster", help="The cluster's name.")] = "ferry",
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="The cluster's name; by default ferry.")
+    ] = None,
     etcd: Annotated[
         list[str] | None,
         typer.Option(
@@ -64,14 +71,26 @@ def init(
             "SQLite file, for a cluster on one machine.",
         ),
     ] = None,
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace",
+            help="A new authority for the cluster that is in the store: the old one ends, or was "
+            "stolen. Stop the agents first; guests run on. Every other node joins anew (--again).",
+        ),
+    ] = False,
     config: _Config = DEFAULT_CONFIG,
     name: _Name = None,
     listen: _Host = None,
 ) -> None:
     """Found a cluster on this node: its authority, and this node's certificate. As root."""
     from node_agent.cli.new_config import load_or_make, main_address, write_config
-    from node_agent.trust.founding import found_cluster
+    from node_agent.trust.founding import DEFAULT_CLUSTER, found_cluster
 
+    if replace:
+        _replace(config, cluster)
+        return
+    cluster = cluster or DEFAULT_CLUSTER
     try:
         loaded, new = load_or_make(config, name, lambda: listen or main_address(), etcd or ())
         identity = found_cluster(loaded, cluster)
@@ -91,6 +110,31 @@ def init(
         f"fingerprint: {identity.fingerprint}\n"
         f"the authority's key is in {loaded.node.state_directory}/tls/authority-key.pem: back it "
         "up\n\nnext: systemctl enable --now ferry-agent, then `ferry cluster token`",
+    )
+
+
+def _replace(config: Path, cluster: str | None) -> None:
+    from node_agent.cli.replacing import replace_authority
+    from node_agent.config import load_config
+
+    try:
+        loaded = load_config(config)
+        identity, kept = replace_authority(loaded, cluster)
+    except FerryError as error:
+        raise refused(error) from error
+    old = "" if kept is None else f"\nwhat was there before is in {kept}; remove it some day"
+    show(
+        {
+            "cluster": identity.cluster,
+            "node": loaded.node.name,
+            "fingerprint": identity.fingerprint,
+        },
+        f"node {loaded.node.name} founded the cluster {identity.cluster} anew; users, domains and "
+        f"pools stay\nfingerprint: {identity.fingerprint}\nthe authority's key is in "
+        f"{loaded.node.state_directory}/tls/authority-key.pem: back it up{old}\n\nnext: "
+        "systemctl start ferry-agent; for each other node `ferry cluster token` here, and there "
+        "`ferry cluster join TOKEN --again` and systemctl restart ferry-agent; "
+        "contexts need the new fingerprint",
     )
 
 
@@ -132,6 +176,7 @@ def join(
     """Let this node join a cluster, with a token of `ferry cluster token`. As root."""
     from node_agent.cli import joining
     from node_agent.cli.new_config import load_or_make, store_problem, with_store, write_config
+    from node_agent.trust import certificates
     from node_agent.trust.join_token import parse_token
 
     text = typer.get_text_stream("stdin").readline() if join_token == "-" else join_token
@@ -146,6 +191,8 @@ def join(
             write_config(config, loaded)
             note(f"wrote {config}")
         problem = store_problem(loaded, answer.store)
+        joined = certificates.read_certificate(answer.certificate.encode())
+        wrong = certificates.why_not_now(joined, time.time())
     except FerryError as error:
         raise refused(error) from error
     show(
@@ -154,6 +201,11 @@ def join(
         f"{', '.join(sorted(answer.members)) or 'nobody else'}\n\nnext: "
         + ("systemctl restart ferry-agent" if again else "systemctl enable --now ferry-agent"),
     )
+    if wrong:
+        raise CliError(
+            f"joined, but nobody accepts the certificate: {wrong}; set the clock that is wrong, "
+            "here or on the node that signs, and join once more, with another token and --again"
+        )
     if problem:
         raise CliError(f"joined, but the agent can't work with {config} yet: {problem}")
 
@@ -169,10 +221,25 @@ def show_cluster() -> None:
             "yes" if each.authority else "no",
             each.peer_address,
             moment(each.joined_at_s)[:16],
-            moment(each.certificate_expires_at_s)[:16] if each.certificate_expires_at_s else "-",
+            _until(each),
         )
         for each in view.members
     ]
     headings = ("NAME", "STATE", "SIGNS", "ADDRESS", "JOINED", "CERTIFICATE UNTIL")
-    head = facts((("cluster", view.name), ("fingerprint", view.fingerprint)))
+    known: list[tuple[str, str]] = [("cluster", view.name), ("fingerprint", view.fingerprint)]
+    if view.authority_expires_at_s is not None:
+        known.append(("authority until", moment(view.authority_expires_at_s)[:16]))
+    head = facts(known)
     show(view, f"{head}\n\n{table(headings, rows)}")
+
+
+def _until(member: Member) -> str:
+    """When its certificate ends, and whether that is near: it should have been renewed by then."""
+    at_s = member.certificate_expires_at_s
+    if not at_s:
+        return "-"
+    left_s = at_s - time.time()
+    told = ""
+    if member.removed_at_s is None and left_s < ENDS_SOON_S:
+        told = " (expired)" if left_s <= 0 else f" ({span_text(left_s)} more)"
+    return moment(at_s)[:16] + told

@@ -18,6 +18,7 @@ from node_agent.trust.records import (
     AuthorityView,
     Role,
     User,
+    UserChange,
     UserCreate,
     UserList,
 )
@@ -82,6 +83,16 @@ def token(
         return
     client.delete(f"{_path(name)}/tokens/{quote(remove, safe='')}")
     show({"removed": remove}, f"token {remove} of user {name} is removed")
+
+
+@app.command("role")
+def change_role(
+    name: _Name,
+    role: Annotated[Role, typer.Argument(help="viewer: look; operator: run, migrate; admin: all.")],
+) -> None:
+    """Change a user's role. The tokens stay, and may what it says from the next request on."""
+    user = settings.client().patch(_path(name), User, UserChange(role=role))
+    show(user, f"user {name} has the role {user.role}")
 
 
 @app.command("rm")

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,7 @@ from node_agent.cli.client import ApiClient
 from node_agent.cli.errors import ApiProblem, CliError
 from node_agent.config import AgentConfig, parse_endpoint
 from node_agent.doctor import links, paths
+from node_agent.doctor.certificates import check_certificates, check_store_certificates
 from node_agent.doctor.findings import Diagnosis, Finding, failure, fine, warning
 from node_agent.doctor.frr import check_frr
 from node_agent.migrations.room import STATE_ROOM_BYTES, free_bytes
@@ -48,6 +50,8 @@ def examine(
         links.check_connection_tracking(),
         *_network(config, _bridges_in_use(client) if running else frozenset()),
         links.check_multicast(config.migration.address),
+        *check_certificates(config, time.time()),
+        *check_store_certificates(config, time.time()),
         _agent(config, running),
         *_ports(config, running),
         *_pools(client, running),
@@ -201,6 +205,7 @@ def _others(config: AgentConfig, nodes: Sequence[Node]) -> Iterator[Finding]:
         known.setdefault(peer.name, (peer.address, peer.endpoint[0]))
     alive = {node.name for node in nodes if node.state is not NodeState.UNREACHABLE}
     silent = {node.name for node in nodes if node.state is NodeState.UNREACHABLE}
+    offsets = {node.name: node.clock_offset_s for node in nodes if node.name in alive}
     mtu_bytes = links.mtu_towards(config.migration.address)
     for name, (peer_address, migration_address) in sorted(known.items()):
         if name == own:
@@ -221,7 +226,7 @@ def _others(config: AgentConfig, nodes: Sequence[Node]) -> Iterator[Finding]:
         yield fine(f"peer port of {name}", peer_address)
         yield paths.check_mtu(name, migration_address, mtu_bytes)
         yield paths.check_tunnel_port(name, migration_address, config.fabric.tunnel_port)
-        yield paths.check_clock(name, migration_address)
+        yield paths.check_clock(name, migration_address, offsets.get(name))
 
 
 def _mend_port(port: int, alive: bool) -> str:

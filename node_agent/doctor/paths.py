@@ -14,6 +14,7 @@ import struct
 import time
 from typing import Final
 
+from node_agent.clock_words import DIFFERS_S, offset_text
 from node_agent.doctor.datagrams import checksum, rejecter
 from node_agent.doctor.findings import Finding, failure, fine, warning
 
@@ -21,6 +22,8 @@ ANSWER_S: Final = 1.0
 TRIES: Final = 3
 CLOCK_OFFSET_MS_MAX: Final = 100.0
 """Timelines of two nodes are compared; heartbeats and leases don't need it this close."""
+CERTIFICATES_S_MAX: Final = 86_400.0
+"""As `node_agent.trust.certificates.BACKDATED_S`."""
 _OTHER_PORT: Final = 7789
 """Near the tunnels' own; nobody is known to listen there."""
 _IP_HEADER_BYTES: Final = 20
@@ -98,23 +101,35 @@ def _refuses(address: str, port: int) -> bool:
     return False
 
 
-def check_clock(node: str, address: str) -> Finding:
-    """How far the other node's clock is from ours."""
+def check_clock(node: str, address: str, heartbeats_s: float | None = None) -> Finding:
+    """How far the other node's clock is from ours.
+
+    A timestamp's answer knows no date. `heartbeats_s`: what the node's heartbeats say, to a second.
+    """
     name = f"clock of {node}"
+    mend = "run chrony or another NTP client on both nodes"
+    if heartbeats_s is not None and abs(heartbeats_s) > DIFFERS_S:
+        detail = offset_text(heartbeats_s, "this node's")
+        if abs(heartbeats_s) > CERTIFICATES_S_MAX:
+            said = f"{detail}: certificates may be refused as expired, or as not yet valid"
+            return failure(name, said, f"set the clock that is wrong; {mend}")
+        return warning(name, detail, f"set the clock that is wrong; {mend}")
     try:
         offset_ms = clock_offset_ms(address)
     except OSError as error:
         return warning(name, f"{address}: {error.strerror or error}", "mend the route to it")
     if offset_ms is None:
+        if heartbeats_s is not None:
+            return fine(name, f"within {DIFFERS_S:.0f} s, by its heartbeats")
         return warning(name, "unknown: no answer to ICMP timestamps", "look at `chronyc tracking`")
     detail = f"{round(offset_ms):+d} ms"
     if abs(offset_ms) <= CLOCK_OFFSET_MS_MAX:
         return fine(name, detail)
-    return warning(name, detail, "run chrony or another NTP client on both nodes")
+    return warning(name, detail, mend)
 
 
 def clock_offset_ms(address: str) -> float | None:
-    """Theirs less ours, to about 1 ms; None without an answer. OSError."""
+    """Theirs less ours, of the time of day, to about 1 ms; None without an answer. OSError."""
     sent_ms = _since_midnight_ms()
     answer = _ask(address, _TIMESTAMP, struct.pack("!III", int(sent_ms), 0, 0))
     received_ms = _since_midnight_ms()

@@ -129,6 +129,8 @@ def _node(view: NodeView, default: float, figures: NodeFigures | None, closed: b
         why_not = f"it is unreachable: no heartbeat for {view.heartbeat_age_s:.0f} s"
     elif not view.state.admits or closed:
         why_not = f"it is {NodeState.DRAINING if closed else view.state}"
+    elif view.barred:
+        why_not = view.barred
     return NodeFacts(
         name=info.name,
         memory_bytes=info.memory_bytes,

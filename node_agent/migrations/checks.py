@@ -63,7 +63,12 @@ def node_reasons(
         return [
             f"node {destination} is {view.state}: no heartbeat for {view.heartbeat_age_s:.0f} s"
         ]
-    return cordon_reasons(destination, view.state)
+    ours = views.get(source)
+    barred = [(source, ours.barred if ours is not None else ""), (destination, view.barred)]
+    return [
+        *cordon_reasons(destination, view.state),
+        *(f"node {name}: {why}" for name, why in barred if why),
+    ]
 
 
 def cordon_reasons(node: NodeName, state: NodeState) -> list[str]:

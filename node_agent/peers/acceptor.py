@@ -13,6 +13,8 @@ import ssl
 from collections.abc import Callable
 from typing import Final
 
+from migrator.tls import verification_words
+
 HANDSHAKE_S: Final = 5.0
 HANDSHAKES_LIMIT: Final = 64
 """Unfinished ones at once: a stranger costs us no more than that."""
@@ -130,7 +132,7 @@ class _Gate(asyncio.Protocol):
 def explain(error: OSError) -> str:
     """Why a handshake failed, for an operator."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate was not accepted: {error.verify_message}"
+        return f"its certificate was not accepted: {verification_words(error)}"
     if isinstance(error, ssl.SSLError):
         reason = (error.reason or str(error)).replace("_", " ").lower()
         return f"the TLS handshake failed: {reason[:_REASON_CHARACTERS]}"

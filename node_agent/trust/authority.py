@@ -147,9 +147,12 @@ class Authority:
                 f"join token {token.id} was used already, by {token.used_by}; a token lets one "
                 "node in: make another with `ferry cluster token`"
             )
-        if self._clock() >= token.expires_at_s:
+        now_s = self._clock()
+        if now_s >= token.expires_at_s:
             raise ForbiddenError(
-                f"join token {token.id} has expired; make another with `ferry cluster token`"
+                f"join token {token.id} has expired: it held until "
+                f"{certificates.moment(token.expires_at_s)}, and the clock of the node that signs "
+                f"says {certificates.moment(now_s)}; make another with `ferry cluster token`"
             )
         return entry
 

@@ -25,12 +25,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from migrator.errors import InvalidRequest
+from migrator.errors import ConflictError, InvalidRequest
 from migrator.ports import Struct
 
 AUTHORITY_DAYS: Final = 3650
-BACKDATED_S: Final = 3600.0
-"""The clocks of two hosts may differ by so much."""
+AUTHORITY_ENDS_SOON_S: Final = 365 * 86_400.0
+"""So long before its end it is told of: a new one takes planning."""
+BACKDATED_S: Final = 86_400.0
+"""The clock of the node that signs may be ahead of the others' by so much."""
 PEM_BYTES_MAX: Final = 16_384
 
 Key = ec.EllipticCurvePrivateKey
@@ -47,6 +49,29 @@ class NodeCertificate(Struct, frozen=True, kw_only=True):
     """Seconds since the epoch, as are all times here."""
     addresses: tuple[str, ...] = ()
     """The IP addresses that it names beside the node."""
+
+
+class Span(Struct, frozen=True, kw_only=True):
+    """From when until when a certificate holds."""
+
+    not_before_s: float
+    not_after_s: float
+
+
+def moment(at_s: float) -> str:
+    """A time as an operator reads it."""
+    return _moment(at_s).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def why_not_now(span: Span | NodeCertificate, now_s: float) -> str:
+    """Why a certificate isn't accepted at this moment; "": it is."""
+    if now_s < span.not_before_s:
+        return f"it holds from {moment(span.not_before_s)} on, and the clock here says " + moment(
+            now_s
+        )
+    if now_s >= span.not_after_s:
+        return f"it held until {moment(span.not_after_s)}, and the clock here says {moment(now_s)}"
+    return ""
 
 
 def make_key() -> Key:
@@ -136,9 +161,16 @@ def sign_request(
 ) -> bytes:
     """A node's certificate (PEM), of the request's key. `addresses`: those that are IP addresses.
 
-    Nothing of the request but its key is taken over.
+    Nothing of the request but its key is taken over. No certificate outlives the authority's:
+    whoever checks the one checks the other. ConflictError: the authority's has ended.
     """
     authority = x509.load_pem_x509_certificate(authority_pem)
+    ends_s = read_authority(authority_pem).not_after_s
+    if now_s >= ends_s:
+        raise ConflictError(
+            f"the cluster's authority held until {moment(ends_s)}, and the clock here says "
+            f"{moment(now_s)}: nothing more can be signed by it (docs/cluster.md, Certificates)"
+        )
     names: list[x509.GeneralName] = [x509.DNSName(node)]
     names += [x509.IPAddress(ipaddress.ip_address(text)) for text in ip_addresses(addresses)]
     usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
@@ -149,7 +181,7 @@ def sign_request(
         .public_key(request.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(_moment(now_s - min(BACKDATED_S, life_s)))
-        .not_valid_after(_moment(now_s + life_s))
+        .not_valid_after(_moment(min(now_s + life_s, ends_s)))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage(usage), critical=False)
@@ -188,6 +220,18 @@ def read_certificate(pem: bytes) -> NodeCertificate:
         not_before_s=certificate.not_valid_before_utc.timestamp(),
         not_after_s=certificate.not_valid_after_utc.timestamp(),
         addresses=tuple(map(str, addresses)),
+    )
+
+
+def read_authority(pem: bytes) -> Span:
+    """When the authority's certificate holds. InvalidRequest if it isn't a certificate."""
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+    except ValueError as error:
+        raise InvalidRequest(f"this is not a certificate in PEM: {error}") from error
+    return Span(
+        not_before_s=certificate.not_valid_before_utc.timestamp(),
+        not_after_s=certificate.not_valid_after_utc.timestamp(),
     )
 
 

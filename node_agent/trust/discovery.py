@@ -23,6 +23,9 @@ SERVICE: Final = "_ferry._tcp.local."
 _CLUSTER: Final = "cluster"
 _NODE: Final = "node"
 _ASK_MS: Final = 3000
+_SHOWN: Final = 8
+"""So much of the fingerprint is in a node's announced name."""
+OTHERS_MAX: Final = 64
 
 
 class Found(Struct, frozen=True, kw_only=True):
@@ -64,11 +67,11 @@ class Announcer:
         self._addresses = announcing_addresses(host)
         self._info = AsyncServiceInfo(
             SERVICE,
-            f"{node}-{fingerprint[:8]}.{SERVICE}",
+            f"{node}-{fingerprint[:_SHOWN]}.{SERVICE}",
             port=port,
             addresses=[ipaddress.ip_address(each).packed for each in self._addresses],
             properties={_NODE: node, _CLUSTER: fingerprint},
-            server=f"{node}-{fingerprint[:8]}.local.",
+            server=f"{node}-{fingerprint[:_SHOWN]}.local.",
         )
         self._zeroconf: AsyncZeroconf | None = None
 
@@ -93,21 +96,32 @@ class Announcer:
 
 
 async def find(
-    fingerprint: str, *, timeout_s: float, interfaces: Sequence[str] = ()
+    fingerprint: str,
+    *,
+    timeout_s: float,
+    interfaces: Sequence[str] = (),
+    others: set[str] | None = None,
 ) -> list[Found]:
     """Members of the cluster with this fingerprint, as soon as there is one; empty if none in time.
 
-    PeerError if multicast doesn't work here.
+    Of other clusters' nodes nothing is asked, so that they cost no time; `others` gets their names,
+    NODE-FINGERPRINT as far as they tell it. PeerError if multicast doesn't work here.
     """
     addresses = list(interfaces) or await asyncio.to_thread(local_addresses)
     if not addresses:
         raise PeerError("this host has no IPv4 address to look for other nodes on")
     arrived: asyncio.Queue[str] = asyncio.Queue(maxsize=64)
+    seen = others if others is not None else set[str]()
 
     def changed(
         zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange
     ) -> None:
-        if state_change is ServiceStateChange.Added and not arrived.full():
+        if state_change is not ServiceStateChange.Added:
+            return
+        if not is_of(name, fingerprint):
+            if len(seen) < OTHERS_MAX:
+                seen.add(name.removesuffix(f".{SERVICE}"))
+        elif not arrived.full():
             arrived.put_nowait(name)
 
     try:
@@ -129,6 +143,11 @@ async def find(
     finally:
         await browser.async_cancel()
         await zeroconf.async_close()
+
+
+def is_of(name: str, fingerprint: str) -> bool:
+    """Whether an announced name may be of that cluster. A second one of a name has a number."""
+    return f"-{fingerprint[:_SHOWN]}" in name
 
 
 async def _ask(zeroconf: AsyncZeroconf, name: str) -> list[Found]:

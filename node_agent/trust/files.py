@@ -87,10 +87,22 @@ class TrustFolder:
             return key
 
     def write_membership(self, *, cluster: str, authority_pem: bytes, certificate: bytes) -> None:
-        """What a join or an init brings, the certificate last."""
+        """What a join or an init brings, the certificate last.
+
+        The key of an authority that was replaced is kept beside, and signs nothing more.
+        """
+        if self.authority_key_path.exists() and not self._signs_for(authority_pem):
+            self.authority_key_path.rename(self.path / "authority-key.replaced.pem")
         self.write("authority.pem", authority_pem)
         self.write("cluster.json", msgspec.json.encode(ClusterNote(cluster=cluster)))
         self.write(self.certificate_path.name, certificate)
+
+    def _signs_for(self, authority_pem: bytes) -> bool:
+        try:
+            key = certificates.load_key(self.authority_key_path.read_bytes())
+        except FerryError:
+            return False
+        return certificates.belongs_to(authority_pem, key)
 
     def write(self, name: str, content: bytes) -> None:
         """Replace a file in one step, mode 0600, durably. ConfigError if it can't be written."""

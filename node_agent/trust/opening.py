@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Final
 
+from migrator.errors import ConfigError
 from migrator.tls import TlsMode, files_of_node
 from node_agent.config import AgentConfig
 from node_agent.events import EventLog
@@ -15,6 +16,7 @@ from node_agent.state.typed import TypedStore
 from node_agent.trust.contexts import TlsContexts
 from node_agent.trust.files import TrustFolder
 from node_agent.trust.members import Membership
+from node_agent.trust.records import CLUSTER, ClusterRecord
 from node_agent.trust.service import Trust
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,13 @@ async def open_trust(
     """None in plain mode. ConfigError: this node's certificates or its store don't fit."""
     folder = TrustFolder(Path(config.node.state_directory))
     files = await asyncio.to_thread(files_of_node, folder.path.parent, config.tls.mode)
+    if files is None and (founded := await store.get(CLUSTER, ClusterRecord)) is not None:
+        raise ConfigError(
+            f"store: it belongs to the cluster {founded.value.name}, whose nodes have "
+            f'certificates, and this node has none (tls.mode is "{config.tls.mode}"): join that '
+            "cluster (`ferry cluster join`), or use another store.prefix or store.path; to go "
+            f"without TLS for good stop every agent and delete the key {CLUSTER} from the store"
+        )
     if files is None:
         log.warning(
             'tls.mode is "%s": no TLS and no authentication; whoever reaches %s or %s may do '

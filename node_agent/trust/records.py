@@ -187,6 +187,8 @@ class ClusterView(Value, frozen=True, kw_only=True):
     name: str
     fingerprint: str
     members: tuple[Member, ...]
+    authority_expires_at_s: float | None = None
+    """No certificate holds for longer."""
 
 
 class UserCreate(Value, frozen=True, kw_only=True):
@@ -194,6 +196,12 @@ class UserCreate(Value, frozen=True, kw_only=True):
 
     name: Name
     role: Role = Role.VIEWER
+
+
+class UserChange(Value, frozen=True, kw_only=True):
+    """What may be changed of a user; the tokens stay."""
+
+    role: Role
 
 
 class ApiTokenCreate(Value, frozen=True, kw_only=True):

@@ -81,6 +81,7 @@ class Trust:
         self.node = NodeName(config.node.name)
         self.folder = TrustFolder(Path(config.node.state_directory))
         self.identity = identity
+        self.authority_span = certificates.read_authority(identity.authority_pem)
         self.contexts = contexts
         self.members = members
         self.users = Users(store, clock=clock)
@@ -110,16 +111,21 @@ class Trust:
             addresses=certificates.ip_addresses(
                 [parse_endpoint(each)[0] for each in (self.peer_address, self.api_address)]
             ),
+            authority=self.authority_span,
             renewed=self._note_renewal,
+            failing=self._note_failing,
             clock=clock,
         )
 
     async def open(self) -> None:
         """Check that the store is this cluster's, and this node a member. ConfigError if not."""
-        if self.identity.certificate.not_after_s <= self._clock():
-            log.error(
-                "this node's certificate has expired: its peers refuse it until it is renewed"
-            )
+        for whose, span in (
+            ("this node's certificate", self.identity.certificate),
+            ("the cluster's authority", self.authority_span),
+        ):
+            wrong = certificates.why_not_now(span, self._clock())
+            if wrong:
+                log.error("%s isn't accepted by its peers: %s", whose, wrong)
         await self._check_cluster()
         await self._check_member()
         await self.members.read()
@@ -180,6 +186,7 @@ class Trust:
         return ClusterView(
             name=self.identity.cluster,
             fingerprint=self.identity.fingerprint,
+            authority_expires_at_s=self.authority_span.not_after_s,
             members=tuple(members),
         )
 
@@ -260,10 +267,25 @@ class Trust:
         return answer.certificate.encode()
 
     def _note_renewal(self, certificate: certificates.NodeCertificate) -> None:
-        until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(certificate.not_after_s))
-        log.info("the certificate was renewed; it holds until %s", until)
+        text = f"{self.node} has a certificate until {certificates.moment(certificate.not_after_s)}"
+        ends_s = self.authority_span.not_after_s
+        if ends_s - self._clock() < certificates.AUTHORITY_ENDS_SOON_S:
+            text += (
+                f"; the cluster's authority itself holds until {certificates.moment(ends_s)}, and "
+                "nothing after that: plan a new one (docs/cluster.md, Certificates)"
+            )
+        self._events.emit(EventKind.CERTIFICATE_RENEWED, text)
+
+    def _note_failing(self, certificate: certificates.NodeCertificate, why: str) -> None:
+        left_s = certificate.not_after_s - self._clock()
+        until = certificates.moment(certificate.not_after_s)
+        text = f"the certificate of {self.node} can't be renewed: {why}; it "
+        if left_s > 0:
+            text += f"holds until {until}, and after that nobody can connect to it anew"
+        else:
+            text += f"held until {until}: nobody can connect to {self.node} anew"
         self._events.emit(
-            EventKind.CERTIFICATE_RENEWED, f"{self.node} has a certificate until {until}"
+            EventKind.CERTIFICATE_NOT_RENEWED, text, node=self.node, left_s=round(left_s)
         )
 
     def _own_authority(self) -> Authority:

@@ -16,9 +16,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import msgspec
+
 from migrator.errors import ConflictError, NotFoundError, UnauthenticatedError
 from migrator.ports import Struct
 from node_agent.state.typed import TypedStore, Versioned
+from node_agent.trust.certificates import moment
 from node_agent.trust.records import (
     API_TOKENS,
     USERS,
@@ -33,6 +36,8 @@ from node_agent.trust.records import (
 )
 
 PREFIX: Final = "ferryapi-"
+ATTEMPTS: Final = 5
+"""Of a compare-and-set on a user's record, which hardly anybody else writes."""
 TOKENS_MAX: Final = 20
 """Of one user."""
 _TOKEN: Final = re.compile(rf"{PREFIX}([0-9a-f]{{16}})-[0-9a-f]{{64}}")
@@ -85,6 +90,18 @@ class Users:
         entry = await self._user(name)
         return _view(entry.value, [each.value for each in await self._tokens(name)])
 
+    async def set_role(self, name: str, role: Role) -> tuple[Role, User]:
+        """Change what a user may, from the next request on. The role before, and the user now."""
+        for _ in range(ATTEMPTS):
+            entry = await self._user(name)
+            before = entry.value.role
+            if before is not role:
+                changed = msgspec.structs.replace(entry.value, role=role)
+                if await self._store.put_if(entry.key, changed, entry.revision) is None:
+                    continue
+            return before, await self.get(name)
+        raise ConflictError(f"user {name} keeps being changed; the role was left as it was")
+
     async def remove(self, name: str) -> None:
         """The user and all its tokens."""
         entry = await self._user(name)
@@ -128,8 +145,12 @@ class Users:
         if entry is None or not hmac.compare_digest(entry.value.hash, _hash(token)):
             raise UnauthenticatedError("the token is wrong, or was removed")
         record = entry.value
-        if record.expires_at_s is not None and self._clock() >= record.expires_at_s:
-            raise UnauthenticatedError(f"token {record.id} has expired")
+        now_s = self._clock()
+        if record.expires_at_s is not None and now_s >= record.expires_at_s:
+            raise UnauthenticatedError(
+                f"token {record.id} has expired: it held until {moment(record.expires_at_s)}, and "
+                f"the clock of the node that was asked says {moment(now_s)}"
+            )
         user = await self._store.get(f"{USERS}{record.user}", UserRecord)
         if user is None:
             raise UnauthenticatedError(f"user {record.user} was removed")

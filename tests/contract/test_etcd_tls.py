@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from migrator.errors import StoreError
 from migrator.tls import TlsFiles
 from node_agent.state.etcd import EtcdSettings, EtcdStore
+from node_agent.state.etcd.client import _read
 from node_agent.trust import certificates
 from tests.contract.etcd_members import EtcdMember, running_members
 
@@ -101,3 +104,30 @@ async def test_who_is_not_believed_is_refused_with_a_reason(
     assert "nowhere.pem" in said["no key"]
     assert "CERTIFICATE_VERIFY_FAILED" in said["another authority"]
     assert all(str(member.endpoint[1]) in said[name] for name in cases if name != "no key")
+
+
+async def test_certificates_that_were_replaced_are_used_without_a_restart(
+    member: EtcdMember, files: TlsFiles, tmp_path: Path
+) -> None:
+    """As when the old ones have run out, and a connection breaks."""
+    wrong = made(tmp_path / "own", "other", "etcd")
+    store = store_with(member, files)
+    await store.open()
+    store._client._settings = msgspec.structs.replace(store._client._settings, tls=wrong)
+    try:
+        await store.put_if("t/a", b"1", None)
+        store._client._keys = await asyncio.to_thread(_read, wrong)
+        await asyncio.to_thread(_replace, wrong, files)
+        for each in store._client._members:
+            await each.channel.close()
+        store._client._connect()  # Of the other authority: refused.
+        entry = await store.get("t/a")
+        assert entry is not None and entry.value == b"1"
+        assert store._client._retired
+    finally:
+        await store.close()
+
+
+def _replace(old: TlsFiles, new: TlsFiles) -> None:
+    for name in ("authority_path", "certificate_path", "key_path"):
+        Path(getattr(old, name)).write_bytes(Path(getattr(new, name)).read_bytes())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
@@ -11,7 +13,7 @@ import pytest
 from migrator.engine.__main__ import reason_of
 from migrator.errors import EngineError
 from migrator.model import MigrationState, NodeState, Phase
-from node_agent.cli import progress
+from node_agent.cli import domains, main, progress
 from node_agent.cli.client import ApiClient
 from node_agent.cli.cluster import shown_event
 from node_agent.cli.drain import _stands
@@ -145,3 +147,30 @@ def test_an_event_names_what_to_look_at() -> None:
     drain = msgspec.structs.replace(event, migration=None, data={"drain": "d1"})
     assert shown_event(drain).endswith("it failed (drain d1)")
     assert shown_event(msgspec.structs.replace(event, migration=None)).endswith("it failed")
+
+
+def test_a_stop_says_what_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "api.sock"
+    monkeypatch.setattr(domains, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(domains, "END_S", 0.3)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(path))
+        silent.listen()
+        arguments = ["--api", f"unix:{path}", "domain", "stop", "web", "--timeout", "0.2"]
+        assert main.run(arguments) == ExitCode.UNREACHABLE
+    told = capfd.readouterr().err
+    assert "has not answered" not in told
+    first, second, last = told.splitlines()
+    assert first.startswith("ferry: domain web hasn't powered itself off yet; it is given")
+    assert "was to be ended by force" in second
+    assert "doesn't answer in time" in last
+
+
+def test_a_stop_tells_its_times() -> None:
+    patient = domains.stop_progress("web", 30.0)
+    assert [after_s for after_s, _ in patient] == [10.0, 40.0]
+    assert "it is given 20 s more, then it is ended by force" in patient[0][1]
+    assert "waiting 80 s more" in patient[1][1]
+    assert [after_s for after_s, _ in domains.stop_progress("web", 0.0)] == [10.0]

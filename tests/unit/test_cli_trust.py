@@ -106,6 +106,10 @@ async def test_users_and_contexts(world: TrustWorld, ferry: Ferry, tmp_path: Pat
     await ferry("context", "use", "again")
     await ferry("context", "rm", "again")
     assert contexts.read_contexts().current is None
+    changed = await ferry("user", "role", "bob", "viewer", *local)
+    assert changed.out == "user bob has the role viewer\n"
+    await ferry("user", "role", "bob", "king", *local, code=ExitCode.USAGE)
+    await ferry("user", "role", "eve", "viewer", *local, code=ExitCode.NOT_FOUND)
     await ferry("user", "rm", "bob", *local)
     await ferry("user", "rm", "bob", *local, code=ExitCode.NOT_FOUND)
 
@@ -191,6 +195,7 @@ async def test_a_cluster_is_founded_with_one_command(
     ferry: Ferry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(new_config, "STATE_DIRECTORY", str(tmp_path / "state"))
+    monkeypatch.setattr(new_config, "API_SOCKET", str(tmp_path / "nobody.sock"))
     config = tmp_path / "agent.toml"
     founded = await ferry(
         "cluster", "init", "--cluster", "prod", "--config", str(config), "--listen", "192.0.2.1"
@@ -201,6 +206,11 @@ async def test_a_cluster_is_founded_with_one_command(
     assert TrustFolder(tmp_path / "state").load(name).cluster == "prod"
     again = await ferry("cluster", "init", "--config", str(config), code=ExitCode.REFUSED)
     assert "belongs to the cluster prod already" in again.err
+    before = TrustFolder(tmp_path / "state").load(name).fingerprint
+    anew = await ferry("cluster", "init", "--replace", "--config", str(config))
+    assert "founded the cluster prod anew; users, domains and pools stay" in anew.out
+    assert TrustFolder(tmp_path / "state").load(name).fingerprint not in (before, "")
+    assert [path.name[:4] for path in (tmp_path / "state").glob("tls.*")] == ["tls."]
     monkeypatch.setattr(new_config, "STATE_DIRECTORY", str(tmp_path / "second"))
     members = ["--etcd", "192.0.2.1:2379", "--etcd", "192.0.2.2:2379"]
     second = ["cluster", "init", "--config", str(tmp_path / "b.toml"), "--listen", "192.0.2.1"]

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from node_agent.doctor import examination
+from node_agent.doctor import examination, paths
+from node_agent.doctor.certificates import check_certificates
 from node_agent.doctor.examination import version_of
 from node_agent.doctor.findings import Diagnosis, Level, failure, fine, warning
+from node_agent.trust.founding import found_cluster
+from tests.unit.trust_world import node_config
 
 
 @pytest.mark.parametrize(
@@ -48,3 +51,61 @@ def test_a_state_directory_that_isnt_there_is_named(tmp_path: Path) -> None:
     found = examination.state_directory(tmp_path / "nowhere")
     assert found.level is Level.FAILURE
     assert "nowhere: No such file" in found.detail
+
+
+DAY_S = 86_400.0
+
+
+@pytest.mark.parametrize(
+    ("heartbeats_s", "icmp_ms", "level", "detail"),
+    [
+        (0.3, 12.0, Level.OK, "+12 ms"),
+        (-1.2, -400.0, Level.WARNING, "-400 ms"),
+        (None, 12.0, Level.OK, "+12 ms"),
+        (-0.8, None, Level.OK, "within 10 s, by its heartbeats"),
+        (None, None, Level.WARNING, "unknown: no answer to ICMP timestamps"),
+        (300.0, 0.0, Level.WARNING, "5.0 min ahead of this node's"),
+        # ICMP tells the time of day alone: a day or a year off looks like nothing.
+        (-DAY_S + 60, 0.0, Level.WARNING, "24.0 h behind this node's"),
+        (365 * DAY_S, 0.0, Level.FAILURE, "365.0 days ahead of this node's: certificates may"),
+    ],
+)
+def test_a_clock_that_is_whole_days_off_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+    heartbeats_s: float | None,
+    icmp_ms: float | None,
+    level: Level,
+    detail: str,
+) -> None:
+    monkeypatch.setattr(paths, "clock_offset_ms", lambda address: icmp_ms)
+    found = paths.check_clock("n2", "192.0.2.2", heartbeats_s)
+    assert (found.level, found.check) == (level, "clock of n2")
+    assert found.detail.startswith(detail)
+
+
+@pytest.mark.allow_blocking("the command line is synchronous")
+def test_what_is_wrong_with_certificates_is_told_with_its_mend(tmp_path: Path) -> None:
+    config = node_config(tmp_path, 1, 'mode = "required"')
+    (alone,) = check_certificates(config, 0.0)
+    assert (alone.level, alone.detail) == (Level.FAILURE, "this node belongs to no cluster")
+    assert not list(check_certificates(node_config(tmp_path, 1, 'mode = "plain"'), 0.0))
+    identity = found_cluster(config, "c1")
+    now_s = identity.certificate.not_after_s - 30 * DAY_S
+
+    def levels(days: float) -> list[Level]:
+        return [each.level for each in check_certificates(config, now_s + days * DAY_S)]
+
+    assert levels(0) == levels(20.5) == [Level.OK, Level.OK]
+    assert levels(-10) == [Level.FAILURE, Level.FAILURE]  # A clock that is behind.
+    assert levels(22) == [Level.WARNING, Level.OK]
+    assert levels(31) == [Level.FAILURE, Level.OK]
+    assert levels(3500) == [Level.FAILURE, Level.WARNING]
+    assert levels(3651) == [Level.FAILURE, Level.FAILURE]
+    own, _ = check_certificates(config, now_s + 31 * DAY_S)
+    assert "it held until" in own.detail and "this node signs" in own.mend
+    (tmp_path / "n1" / "tls" / "authority-key.pem").unlink()
+    own, _ = check_certificates(config, now_s + 31 * DAY_S)
+    assert "ferry cluster join TOKEN --again" in own.mend
+    (tmp_path / "n1" / "tls" / "key.pem").write_text("nonsense")
+    (broken,) = check_certificates(config, now_s)
+    assert broken.level is Level.FAILURE

@@ -184,8 +184,8 @@ async def test_a_second_node_signs_once_it_has_the_key(tmp_path: Path) -> None:
 def test_a_certificate_is_due_at_two_thirds_of_its_life() -> None:
     day_s = 86_400.0
     usual = NodeCertificate(
-        node="n1", serial="", not_before_s=-3600, not_after_s=30 * day_s
-    )  # Backdated by an hour.
+        node="n1", serial="", not_before_s=-day_s, not_after_s=30 * day_s
+    )  # Backdated by a day.
     assert due_at_s(usual) == 20 * day_s
     short = NodeCertificate(node="n1", serial="", not_before_s=-900, not_after_s=900)
     assert due_at_s(short) == 600

@@ -21,7 +21,7 @@ from migrator.tls import TlsFiles, client_context
 from migrator.wire import FrameDecoder, FrameKind, encode_frame
 from node_agent.peers import PeerHub, messages
 from node_agent.peers.messages import Side
-from node_agent.peers.refusals import QUIET_S, RefusalLog
+from node_agent.peers.refusals import LONGEST_QUIET_S, QUIET_S, RefusalLog
 from node_agent.trust.contexts import TlsContexts
 from node_agent.trust.records import MEMBERS, MemberRecord
 from tests.unit.peers_world import N1, N2, N3, Text, until
@@ -95,7 +95,7 @@ async def test_a_peer_of_another_cluster_is_refused_both_ways_and_logged(
     ):
         stranger = theirs.members["n2"]
         async with hub_with(stranger.folder.files, N2, ours.one.hub) as hub:
-            with pytest.raises(PeerError, match="certificate was not accepted"):
+            with pytest.raises(PeerError, match="another authority than the trusted one has"):
                 await hub.call(N1, "echo", Text("hi"), Text, timeout_s=60)
         files = msgspec.structs.replace(
             stranger.folder.files, authority_path=ours.one.folder.files.authority_path
@@ -294,3 +294,20 @@ async def test_a_refusal_is_logged_once_a_minute(caplog: pytest.LogCaptureFixtur
         log.note("n9", "unknown")
     log.note("n8", "unknown")
     assert told == [("n9", "unknown"), ("n9", "unknown"), ("n8", "unknown")]
+
+
+def test_who_tries_for_weeks_does_not_fill_the_event_log() -> None:
+    now, told = [0.0], list[float]()
+    log = RefusalLog(logging.getLogger("test"), "n1", monotonic=lambda: now[0])
+    log.on_refusal = lambda who, why: told.append(now[0])
+    for at_s in range(0, 86_400, 10):
+        now[0] = float(at_s)
+        log.note("n9", "its certificate has expired")
+    assert told[:4] == [0.0, 60.0, 180.0, 420.0]
+    assert len(told) < 32
+    now[0] += LONGEST_QUIET_S  # It was away, and is back.
+    log.note("n9", "its certificate has expired")
+    log.note("n9", "its certificate has expired")
+    now[0] += QUIET_S
+    log.note("n9", "its certificate has expired")
+    assert told[-2:] == [now[0] - QUIET_S, now[0]]

@@ -15,6 +15,7 @@ from aiohttp import ClientSession, TCPConnector, UnixConnector
 from migrator.errors import ConflictError, NotFoundError, UnauthenticatedError
 from migrator.model import MigrationRequest
 from node_agent.api.routes import ROUTES
+from node_agent.events import EventKind
 from node_agent.resources import Problem
 from node_agent.state.memory import SimulatedStore
 from node_agent.state.typed import TypedStore
@@ -174,6 +175,35 @@ async def test_a_removed_token_and_a_removed_user_are_refused_at_once(
     assert (await ask(session, "GET", "/v1/nodes", second))[0] == 401
     await users.create(UserCreate(name="bob", role=Role.ADMIN))
     assert (await ask(session, "GET", "/v1/nodes", second))[0] == 401
+
+
+async def test_a_changed_role_holds_for_the_tokens_that_are_there(
+    world: TrustWorld, session: ClientSession
+) -> None:
+    admin = await token_of(world, "alice", Role.ADMIN)
+    token = await token_of(world, "bob", Role.VIEWER)
+    path, stop = "/v1/users/bob", "/v1/domains/nobody/stop"
+    assert (await ask(session, "POST", stop, token))[0] == 403
+    assert (await ask(session, "PATCH", path, token, {"role": "admin"}))[0] == 403
+    assert (await ask(session, "PATCH", path, admin, {"role": "operator"}))[0] == 200
+    assert (await ask(session, "POST", stop, token))[0] == 404
+    assert (await ask(session, "PATCH", path, admin, {"role": "viewer"}))[0] == 200
+    assert (await ask(session, "POST", stop, token))[0] == 403
+    assert (await ask(session, "PATCH", path, admin, {"role": "viewer"}))[0] == 200
+    status, problem = await ask(session, "PATCH", path, admin, {"role": "king"})
+    assert status == 400 and problem is not None and "role" in str(problem.fields)
+    assert (await ask(session, "PATCH", "/v1/users/eve", admin, {"role": "viewer"}))[0] == 404
+    told: list[str] = []
+    async with asyncio.timeout(30):
+        async for event in world.agents.a.events.tail(0):
+            if event.kind == EventKind.USER_CHANGED:
+                told.append(event.message)
+                if len(told) == 2:  # What changed nothing isn't told.
+                    break
+    assert told == [
+        "alice changed the role of user bob from viewer to operator",
+        "alice changed the role of user bob from operator to viewer",
+    ]
 
 
 async def test_the_local_root_is_admin(world: TrustWorld) -> None:

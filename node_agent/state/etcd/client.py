@@ -8,6 +8,9 @@
 What a caller gets is the answer, and whether an earlier try may have been carried out as well; a
 write finds out what that means (`store.py` marks each write).
 
+Certificates run out and are replaced: when no member answers the files are read again, and where
+they have changed everything is connected anew with them. Nobody has to restart an agent for it.
+
 aetcd brings etcd's messages and gRPC stubs. Its own client takes one endpoint, no TLS, and doesn't
 fail over, so the calls are made here.
 """
@@ -102,19 +105,44 @@ class EtcdClient:
         self._settings = settings
         self._timeout_s = timeout_s
         self._members: list[Member] = []
+        self._retired: list[Member] = []
+        """Of the keys before: calls that had begun may use them yet."""
+        self._keys: _Keys | None = None
         self._first = 0
         """The member that answered last."""
 
     async def open(self) -> None:
         """Read the keys. StoreError if they can't be read; nothing is connected yet."""
         _keep_grpc_alive()
-        credentials = None
         if self._settings.tls is not None:
-            credentials = await asyncio.to_thread(_credentials, self._settings.tls)
+            self._keys = await asyncio.to_thread(_read, self._settings.tls)
+        self._connect()
+
+    def _connect(self) -> None:
+        credentials = None if self._keys is None else grpc.ssl_channel_credentials(*self._keys)
         self._members = [Member(host, port, credentials) for host, port in self._settings.endpoints]
 
+    async def _connect_anew(self) -> None:
+        """If the files aren't what they were."""
+        if self._settings.tls is None:
+            return
+        try:
+            keys = await asyncio.to_thread(_read, self._settings.tls)
+        except StoreError as error:
+            log.warning("%s; going on with what was read before", error)
+            return
+        if keys == self._keys or not self._members:
+            return
+        log.warning("etcd: no member answers, and store.tls_* have changed: connecting with them")
+        retired, self._retired = self._retired, self._members
+        self._keys = keys
+        self._connect()
+        for member in retired:
+            await member.channel.close()
+
     async def close(self) -> None:
-        members, self._members = self._members, []
+        members = [*self._members, *self._retired]
+        self._members, self._retired = [], []
         for member in members:
             await member.channel.close()
 
@@ -129,7 +157,8 @@ class EtcdClient:
 
     def prefer(self, member: Member) -> None:
         """Ask this one first from now on."""
-        self._first = self._members.index(member)
+        if member in self._members:  # Else it is of the keys before.
+            self._first = self._members.index(member)
 
     async def call(self, method: str, request: Any) -> Answer:
         """Ask until a member answers. StoreError after `timeout_s`, or at once if etcd refuses."""
@@ -155,6 +184,7 @@ class EtcdClient:
                         log.warning("etcd: %s answers instead of %s", member.name, _told(reasons))
                         self.prefer(member)
                     return Answer(response, uncertain)
+            await self._connect_anew()
             await asyncio.sleep(_ROUND_PAUSE_S)
 
     def _silent(self, uncertain: bool, reasons: dict[str, str]) -> StoreError:
@@ -200,12 +230,14 @@ def _told(reasons: dict[str, str]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "no time left"
 
 
-def _credentials(files: TlsFiles) -> grpc.ChannelCredentials:
+_Keys = tuple[bytes, bytes, bytes]
+"""Authorities, private key, certificate: as gRPC takes them."""
+
+
+def _read(files: TlsFiles) -> _Keys:
+    paths = (files.authority_path, files.key_path, files.certificate_path)
     try:
-        authority, key, certificate = (
-            Path(path).read_bytes()
-            for path in (files.authority_path, files.key_path, files.certificate_path)
-        )
+        authority, key, certificate = (Path(path).read_bytes() for path in paths)
     except OSError as error:
         raise StoreError(f"store.tls: {error}") from error
-    return grpc.ssl_channel_credentials(authority, key, certificate)
+    return authority, key, certificate
