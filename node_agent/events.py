@@ -4,7 +4,8 @@
 
 `emit` never waits, so that hypervisor callbacks and failing paths may use it. When the store is
 away the writer keeps trying, and the oldest waiting events are dropped once the queue is full:
-an event is a report, never a state that something else depends on.
+an event is a report, never a state that something else depends on. `emit_if` is for what the
+store has a record of, too: it writes both, or neither.
 """
 
 from __future__ import annotations
@@ -169,6 +170,36 @@ class EventLog:
         self._waiting.append(event)
         self._idle.clear()
         self._wakeup.set()
+
+    async def emit_if(
+        self,
+        kind: EventKind,
+        message: str,
+        *,
+        key: str,
+        replacing: object,
+        expected_revision: int | None,
+        **data: str | int | float | bool | None,
+    ) -> bool:
+        """Report what the store's `key` says, in the one write that makes it say so.
+
+        Whether it was written: not where the key's revision is another than `expected_revision`.
+        StoreError: both are written, or neither. Unlike `emit` it waits, and tries once.
+        """
+        event = ClusterEvent(
+            at_s=self._clock(), kind=kind.value, node=self._node, message=message, data=data
+        )
+        written = await self._store.append_if(
+            EVENTS,
+            event,
+            keep=KEEP_EVENTS,
+            key=key,
+            replacing=replacing,
+            expected_revision=expected_revision,
+        )
+        if written:
+            log.info("%s: %s", kind.value, message)
+        return written
 
     async def read(self, *, after_seq: int = 0, limit: int = 1000) -> Sequence[ClusterEvent]:
         """The newest `limit` events after `after_seq`, oldest first."""

@@ -1,9 +1,7 @@
 """Tells the cluster's event log that a node fell silent, or is back: each change once.
 
-    heartbeats, as read each second ──► SilenceWatch.saw() ──► silences/NODE, by compare-and-set
-                                                                    │ whose write it is
-                                                                    ▼
-                                                               node-silent, node-back
+    heartbeats, as read each second ──► SilenceWatch.saw() ──► silences/NODE, by compare-and-set,
+                                                               with node-silent or node-back
 
 Every agent looks, and the first to notice tells: it needn't be any certain one, which might be the
 silent one, or see less than others. Nobody decides anything by it (`nodes` says who is silent).
@@ -14,7 +12,7 @@ silent one, or see less than others. Nobody decides anything by it (`nodes` says
   older one isn't told again.
 - A node is back when it has been heard for as long as it may be silent, so that one which comes and
   goes is told of at most once in ten seconds.
-- Lost is an event whose agent dies between its write and the event log's; never told twice.
+- The record and the event are one write: neither is without the other, whoever dies.
 """
 
 from __future__ import annotations
@@ -91,8 +89,6 @@ class SilenceWatch:
         self._views: Mapping[NodeName, NodeView] = {}
         self._told: dict[NodeName, bool] | None = None
         """Whether a node's silence is what was told last, as far as known; None: not read yet."""
-        self._unsure: Silence | None = None
-        """Written with an unknown outcome, and not told."""
         self._wakeup = asyncio.Event()
         self._task = Background("silences")
 
@@ -150,12 +146,8 @@ class SilenceWatch:
             del told[name]
 
     async def _read(self) -> dict[NodeName, bool]:
-        """What was told, by whomever; and tell what turns out to have been this agent's to tell."""
+        """What was told, by whomever."""
         entries = await self._store.list_prefix(SILENCES, Silence)
-        unsure, self._unsure = self._unsure, None
-        for each in entries:
-            if each.value == unsure:
-                self._emit(each.value)
         self._told = {NodeName(each.value.node): each.value.silent for each in entries}
         return self._told
 
@@ -182,21 +174,27 @@ class SilenceWatch:
             told_by=self._node,
             told_at_s=self._clock(),
         )
+        kind, text = _sentence(change)
         try:
-            written = await self._store.put_if(key, change, entry.revision if entry else None)
+            written = await self._events.emit_if(
+                kind,
+                text,
+                key=key,
+                replacing=change,
+                expected_revision=None if entry is None else entry.revision,
+                node=name,
+                silent_s=change.silent_s,
+            )
         except FerryError:
-            self._unsure, self._told = change, None
+            self._told = None  # It may be told: that is to be read.
             raise
-        if written is None:  # Another agent was faster, with this or with the next change.
-            return was_silent
-        self._emit(change)
-        return silent
+        return silent if written else was_silent  # Another agent may have been faster.
 
-    def _emit(self, change: Silence) -> None:
-        if change.silent:
-            kind, text = EventKind.NODE_SILENT, f"is silent: no heartbeat for {change.silent_s:.0f}"
-            text += " s; whether its guests run isn't known"
-        else:
-            kind, text = EventKind.NODE_BACK, f"is back after {change.silent_s:.0f} s of silence"
-        text = f"node {change.node} {text}"
-        self._events.emit(kind, text, node=change.node, silent_s=change.silent_s)
+
+def _sentence(change: Silence) -> tuple[EventKind, str]:
+    if change.silent:
+        kind, text = EventKind.NODE_SILENT, f"is silent: no heartbeat for {change.silent_s:.0f}"
+        text += " s; whether its guests run isn't known"
+    else:
+        kind, text = EventKind.NODE_BACK, f"is back after {change.silent_s:.0f} s of silence"
+    return kind, f"node {change.node} {text}"

@@ -25,7 +25,7 @@ from typing import Final
 
 from migrator import durable
 from migrator.errors import StoreError
-from node_agent.state.port import Change, Entry
+from node_agent.state.port import Change, Entry, Swap
 from node_agent.state.watches import KEPT_CHANGES, check_key, sequence_key
 
 log = logging.getLogger(__name__)
@@ -200,22 +200,35 @@ class Database:
             return True
 
     def append(self, prefix: str, value: bytes, keep: int) -> int:
-        execute = self._connection.execute
         with self._transaction():
-            number = int(
-                execute(
-                    "INSERT INTO sequences VALUES (?, 1) "
-                    "ON CONFLICT (prefix) DO UPDATE SET last = last + 1 RETURNING last",
-                    (prefix,),
-                ).fetchone()[0]
-            )
-            self._write(sequence_key(prefix, number), value)
-            old = execute(
-                "SELECT key FROM entries WHERE key >= ? AND key < ?",
-                (prefix, sequence_key(prefix, max(0, number - max(keep, 1) + 1))),
-            ).fetchall()
-            for (key,) in old:
-                self._write(key, None)
+            return self._append(prefix, value, keep)
+
+    def append_if(self, prefix: str, value: bytes, keep: int, swap: Swap) -> bool:
+        check_key(swap.key)
+        with self._transaction():
+            if self._revision_of(swap.key) != swap.expected_revision:
+                return False
+            self._write(swap.key, swap.value)
+            self._append(prefix, value, keep)
+            return True
+
+    def _append(self, prefix: str, value: bytes, keep: int) -> int:
+        """Inside a transaction: write under the next number below `prefix`, and return it."""
+        execute = self._connection.execute
+        number = int(
+            execute(
+                "INSERT INTO sequences VALUES (?, 1) "
+                "ON CONFLICT (prefix) DO UPDATE SET last = last + 1 RETURNING last",
+                (prefix,),
+            ).fetchone()[0]
+        )
+        self._write(sequence_key(prefix, number), value)
+        old = execute(
+            "SELECT key FROM entries WHERE key >= ? AND key < ?",
+            (prefix, sequence_key(prefix, max(0, number - max(keep, 1) + 1))),
+        ).fetchall()
+        for (key,) in old:
+            self._write(key, None)
         return number
 
     def _revision_of(self, key: str) -> int | None:

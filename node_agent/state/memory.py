@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
 from migrator.errors import StoreError
-from node_agent.state.port import Change, Entry, StateStore
+from node_agent.state.port import Change, Entry, StateStore, Swap
 from node_agent.state.watches import KEPT_CHANGES, StoreClosed, Watch, check_key, sequence_key
 
 T = TypeVar("T")
@@ -54,6 +54,17 @@ class SimulatedData:
         for store in self.stores:
             store.publish(change)
         return self.revision
+
+    def append(self, prefix: str, value: bytes, keep: int) -> int:
+        """Write under the next number below `prefix`, and return it."""
+        number = self.sequences.get(prefix, 0) + 1
+        key = sequence_key(prefix, number)
+        self.sequences[prefix] = number
+        self.write(key, value)
+        oldest = sequence_key(prefix, max(0, number - max(keep, 1) + 1))
+        for old in sorted(key for key in self.entries if prefix <= key < oldest):
+            self.write(old, None)
+        return number
 
     def revision_of(self, key: str) -> int | None:
         entry = self.entries.get(key)
@@ -109,14 +120,17 @@ class SimulatedStore(StateStore):
 
     async def append(self, prefix: str, value: bytes, *, keep: int) -> int:
         await self._reach_open("append")
-        number = self.data.sequences.get(prefix, 0) + 1
-        key = sequence_key(prefix, number)
-        self.data.sequences[prefix] = number
-        self.data.write(key, value)
-        oldest = sequence_key(prefix, max(0, number - max(keep, 1) + 1))
-        for old in sorted(key for key in self.data.entries if prefix <= key < oldest):
-            self.data.write(old, None)
-        return self._answer(number)
+        return self._answer(self.data.append(prefix, value, keep))
+
+    async def append_if(self, prefix: str, value: bytes, *, keep: int, swap: Swap) -> bool:
+        check_key(swap.key)
+        sequence_key(prefix, 0)
+        await self._reach_open("append_if")
+        if self.data.revision_of(swap.key) != swap.expected_revision:
+            return False
+        self.data.write(swap.key, swap.value)
+        self.data.append(prefix, value, keep)
+        return self._answer(True)
 
     async def delete_if(self, key: str, expected_revision: int) -> bool:
         await self._reach_open("delete_if")

@@ -38,6 +38,14 @@ class Change(Struct, frozen=True, kw_only=True):
     revision: int
 
 
+class Swap(Struct, frozen=True, kw_only=True):
+    """A `put_if` that is done together with another write, or not at all."""
+
+    key: str
+    value: bytes
+    expected_revision: int | None
+
+
 class StateStore(abc.ABC):
     """Errors: StoreError when the store can't be used; then the outcome of a write is unknown."""
 
@@ -72,6 +80,13 @@ class StateStore(abc.ABC):
         """Write under the next 16-digit sequence number below `prefix`; keep the newest `keep`.
 
         Returns the sequence number.
+        """
+
+    @abc.abstractmethod
+    async def append_if(self, prefix: str, value: bytes, *, keep: int, swap: Swap) -> bool:
+        """`append`, and `swap`, as one write: both are done, or neither.
+
+        False when the swap's compare failed: somebody else has written its key.
         """
 
     @abc.abstractmethod

@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Final, TypeVar
 
 from migrator.errors import StoreError
 from node_agent.state.database import Database
-from node_agent.state.port import Change, Entry, StateStore
+from node_agent.state.port import Change, Entry, StateStore, Swap
 from node_agent.state.watches import StoreClosed, Watch
 
 T = TypeVar("T")
@@ -110,6 +110,9 @@ class SqliteStore(StateStore):
 
     async def append(self, prefix: str, value: bytes, *, keep: int) -> int:
         return await self._perform(lambda database: database.append(prefix, value, keep))
+
+    async def append_if(self, prefix: str, value: bytes, *, keep: int, swap: Swap) -> bool:
+        return await self._perform(lambda database: database.append_if(prefix, value, keep, swap))
 
     async def delete_if(self, key: str, expected_revision: int) -> bool:
         return await self._perform(lambda database: database.delete_if(key, expected_revision))

@@ -17,7 +17,7 @@ import msgspec
 
 from migrator.errors import StoreError
 from migrator.unknown_fields import LeftOut, decode_keeping, merged
-from node_agent.state.port import Change, Entry, StateStore
+from node_agent.state.port import Change, Entry, StateStore, Swap
 from node_agent.state.watches import StoreClosed
 
 T = TypeVar("T")
@@ -71,10 +71,8 @@ class TypedStore:
 
     async def put_if(self, key: str, value: object, expected_revision: int | None) -> int | None:
         """The new revision, durable; None if the key's revision is another (None: not there)."""
-        data = _encoder.encode(value)
+        data = self._encoded(key, value, expected_revision)
         read_at, left_out = self._left_out.get(key, (None, None))
-        if left_out is not None and read_at == expected_revision:
-            data = _encoder.encode(merged(msgspec.msgpack.decode(data), left_out))
         written = await self.store.put_if(key, data, expected_revision)
         if left_out is not None and written is not None:
             self._remember(key, written, left_out if read_at == expected_revision else None)
@@ -88,9 +86,39 @@ class TypedStore:
         """Write under the next sequence number below `prefix` ("events/") and return it."""
         return await self.store.append(prefix, _encoder.encode(value), keep=keep)
 
+    async def append_if(
+        self,
+        prefix: str,
+        value: object,
+        *,
+        keep: int,
+        key: str,
+        replacing: object,
+        expected_revision: int | None,
+    ) -> bool:
+        """`append` of `value`, and `put_if` of `replacing` at `key`: one write.
+
+        Whether it was done: not where the key's revision is another.
+        """
+        swap = Swap(
+            key=key,
+            value=self._encoded(key, replacing, expected_revision),
+            expected_revision=expected_revision,
+        )
+        self._left_out.pop(key, None)  # At which revision it is from now on isn't known.
+        return await self.store.append_if(prefix, _encoder.encode(value), keep=keep, swap=swap)
+
     async def delete_if(self, key: str, expected_revision: int) -> bool:
         """Whether it was deleted: only at that revision."""
         return await self.store.delete_if(key, expected_revision)
+
+    def _encoded(self, key: str, value: object, expected_revision: int | None) -> bytes:
+        """With what was left out of the value that it is to replace."""
+        data = _encoder.encode(value)
+        read_at, left_out = self._left_out.get(key, (None, None))
+        if left_out is not None and read_at == expected_revision:
+            data = _encoder.encode(merged(msgspec.msgpack.decode(data), left_out))
+        return data
 
     def _versioned(self, entry: Entry, kind: type[T]) -> Versioned[T]:
         value, left_out = _decode(entry.key, entry.value, kind)

@@ -12,6 +12,7 @@ from migrator.errors import StoreError
 from migrator.model import DomainName, NodeName, OwnershipRecord, OwnershipState
 from node_agent.state.etcd import EtcdSettings, EtcdStore
 from node_agent.state.ownership import StoreOwnership
+from node_agent.state.port import Swap
 from tests.contract.etcd_members import EtcdMember, running_members
 
 PATIENCE_S = 60.0
@@ -153,6 +154,39 @@ async def test_no_write_is_lost_or_doubled_while_members_die(
                 continue
     assert final is not None
     assert certain <= int(final.value) <= certain + unknown
+
+
+async def test_what_is_written_together_is_never_halved_while_members_die(
+    members: list[EtcdMember], store: EtcdStore
+) -> None:
+    """A counter, and a log entry for each of its numbers. An unknown outcome is whole, too."""
+    certain = 0
+    killing = asyncio.create_task(_kill_in_turn(members))
+    try:
+        while not killing.done():
+            try:
+                entry = await store.get("counter")
+                number = 1 if entry is None else int(entry.value) + 1
+                revision = None if entry is None else entry.revision
+                swap = Swap(key="counter", value=b"%d" % number, expected_revision=revision)
+                assert await store.append_if("log/", b"%d" % number, keep=100_000, swap=swap)
+                certain += 1
+            except StoreError:
+                continue
+    finally:
+        killing.cancel()
+    await asyncio.gather(killing, return_exceptions=True)
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            try:
+                final = await store.get("counter")
+                log = await store.list_prefix("log/")
+                break
+            except StoreError:
+                continue
+    assert final is not None
+    assert [int(entry.value) for entry in log] == list(range(1, int(final.value) + 1))
+    assert certain <= len(log)
 
 
 async def _kill_in_turn(members: list[EtcdMember]) -> None:

@@ -16,7 +16,7 @@ from node_agent.state.drivers import DRIVERS
 from node_agent.state.etcd import EtcdSettings, EtcdStore
 from node_agent.state.memory import SimulatedData, SimulatedStore
 from node_agent.state.ownership import StoreOwnership, ownership_key
-from node_agent.state.port import Change, StateStore
+from node_agent.state.port import Change, StateStore, Swap
 from node_agent.state.sqlite import SqliteStore
 from node_agent.state.typed import TypedStore
 from node_agent.state.watches import KEPT_CHANGES, QUEUE_LIMIT, StoreClosed
@@ -119,6 +119,63 @@ async def test_append_numbers_and_drops_the_oldest(make: MakeStore) -> None:
         for entry in entries:
             assert await store.delete_if(entry.key, entry.revision)
         assert await store.append("events/", b"", keep=3) == 7
+
+
+def swap(key: str, value: bytes, expected_revision: int | None) -> Swap:
+    return Swap(key=key, value=value, expected_revision=expected_revision)
+
+
+async def test_an_entry_and_a_key_are_written_together_or_not_at_all(make: MakeStore) -> None:
+    store = make()
+    async with opened(store):
+        changes = store.watch("")
+        await store.append("events/", b"1", keep=2)
+        assert await store.append_if("events/", b"2", keep=2, swap=swap("k/a", b"x", None))
+        first = await store.get("k/a")
+        assert first is not None and first.value == b"x"
+        for expected in (None, first.revision + 100):
+            late = swap("k/a", b"y", expected)
+            assert not await store.append_if("events/", b"no", keep=2, swap=late)
+        assert await store.get("k/a") == first
+        again = swap("k/a", b"z", first.revision)
+        assert await store.append_if("events/", b"3", keep=2, swap=again)
+        entries = await store.list_prefix("events/")
+        assert [(entry.key, entry.value) for entry in entries] == [
+            (f"events/{2:016d}", b"2"),
+            (f"events/{3:016d}", b"3"),
+        ]
+        second = await store.get("k/a")
+        assert second is not None and second.value == b"z" and second.revision > first.revision
+        assert await store.put_if("k/a", b"", second.revision) is not None
+        assert await store.append("events/", b"4", keep=2) == 4
+        seen = await take(changes, 9)
+        assert sorted(seen[1:3]) == [(f"events/{2:016d}", b"2"), ("k/a", b"x")]
+        assert (f"events/{1:016d}", None) in seen[3:6] and ("k/a", b"z") in seen[3:6]
+        for bad in ("a b", ""):
+            with pytest.raises(StoreError, match="not a key"):
+                await store.append_if("events/", b"", keep=2, swap=swap(bad, b"", None))
+        assert len(await store.list_prefix("events/")) == 2
+
+
+async def test_of_many_that_write_a_key_with_an_entry_one_does(make: MakeStore) -> None:
+    """While others append: those take no turn of it away."""
+    stores = [make() for _ in range(4)]
+    async with opened(*stores):
+        revision: int | None = None
+        for number in range(10):
+            results = await asyncio.gather(
+                *(
+                    store.append_if("events/", b"won", keep=99, swap=swap("k/a", b"", revision))
+                    for store in stores
+                ),
+                *(store.append("events/", b"other", keep=99) for store in stores),
+            )
+            assert results[:4].count(True) == 1, number
+            entry = await stores[0].get("k/a")
+            assert entry is not None
+            revision = entry.revision
+        values = [entry.value for entry in await stores[0].list_prefix("events/")]
+        assert (values.count(b"won"), values.count(b"other")) == (10, 40)
 
 
 async def test_watch_begins_with_the_call_and_sees_all_instances_in_order(make: MakeStore) -> None:

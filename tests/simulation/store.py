@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, ClassVar
 
 from migrator.errors import StoreError
-from node_agent.state.port import Change, Entry, StateStore
+from node_agent.state.port import Change, Entry, StateStore, Swap
 from tests.simulation.world import STORE_LATE_S, World
 
 if TYPE_CHECKING:
@@ -81,6 +81,9 @@ class SimulatedStore(StateStore):
         raise NotImplementedError
 
     async def append(self, prefix: str, value: bytes, *, keep: int) -> int:
+        raise NotImplementedError
+
+    async def append_if(self, prefix: str, value: bytes, *, keep: int, swap: Swap) -> bool:
         raise NotImplementedError
 
     def watch(self, prefix: str, since_revision: int | None = None) -> AsyncIterator[Change]:

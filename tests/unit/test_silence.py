@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
+
+import pytest
 
 from migrator.model import HypervisorCapabilities, NodeInfo, NodeName
 from node_agent.events import ClusterEvent, EventKind, EventLog
@@ -12,6 +14,7 @@ from node_agent.nodes import NodeRegistry
 from node_agent.resources import NODES
 from node_agent.silence import SILENCES, Silence, SilenceWatch
 from node_agent.state.memory import SimulatedData, SimulatedStore
+from node_agent.state.port import Swap
 from node_agent.state.typed import TypedStore
 
 
@@ -192,29 +195,67 @@ async def test_agents_that_were_restarted_know_what_was_told() -> None:
         assert await world.kinds() == [(SILENT, "c"), (BACK, "c")]
 
 
-async def test_a_claim_of_unknown_outcome_is_told_once() -> None:
-    """The write got through, its answer didn't: nobody else will tell it."""
+Append = Callable[[], Awaitable[bool]]
+
+
+def at_the_next_telling(agent: Agent, way: Callable[[Append], Awaitable[bool]]) -> None:
+    """The agent's next write of a change goes that way; what follows goes well."""
+    store, append_if = agent.store, agent.store.append_if
+
+    async def once(prefix: str, value: bytes, *, keep: int, swap: Swap) -> bool:
+        store.append_if = append_if  # type: ignore[method-assign]
+        return await way(lambda: append_if(prefix, value, keep=keep, swap=swap))
+
+    store.append_if = once  # type: ignore[method-assign]
+
+
+async def test_a_telling_of_unknown_outcome_is_one() -> None:
+    """The write got through, its answer didn't."""
     async with cluster("a", "b") as world:
         await world.seconds(15)
-        store = world.agents["a"].store
-        await world.seconds(5, without=["b"])
-        put_if = store.put_if
+        agent = world.agents["a"]
 
-        async def lost(key: str, value: bytes, expected_revision: int | None) -> int | None:
-            store.faults.lose_replies = key.startswith(SILENCES)
+        async def answer_lost(append: Append) -> bool:
+            agent.store.faults.lose_replies = True
             try:
-                return await put_if(key, value, expected_revision)
+                return await append()
             finally:
-                store.faults.lose_replies = False
-                store.put_if = put_if  # type: ignore[method-assign]
+                agent.store.faults.lose_replies = False
 
-        store.put_if = lost  # type: ignore[method-assign]
+        await world.seconds(5, without=["b"])
+        at_the_next_telling(agent, answer_lost)
         await world.seconds(1, without=["b"])
-        assert await world.kinds() == []
+        assert await world.kinds() == [(SILENT, "b")]
         await world.seconds(5, without=["b"])
         assert await world.kinds() == [(SILENT, "b")]
         await world.seconds(10)
         assert await world.kinds() == [(SILENT, "b"), (BACK, "b")]
+
+
+@pytest.mark.parametrize("written", [False, True])
+async def test_what_an_agent_dies_at_telling_is_told_once(written: bool) -> None:
+    """Its record was written, and then it died before the event was: nobody told it any more."""
+    async with cluster("a", "b", "c") as world:
+        await world.seconds(15)
+        agent = world.agents["a"]
+
+        async def last(append: Append) -> bool:
+            if written:
+                await append()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        await world.seconds(5, without=["c"])
+        at_the_next_telling(agent, last)
+        await world.seconds(1, without=["b", "c"])
+        assert await world.kinds() == ([(SILENT, "c")] if written else [])
+        await agent.watch.close()
+        agent.start()
+        agent.watch.open()
+        await world.seconds(5, without=["c"])
+        assert await world.kinds() == [(SILENT, "c")]
+        await world.seconds(10)
+        assert await world.kinds() == [(SILENT, "c"), (BACK, "c")]
 
 
 async def test_a_slow_agent_does_not_tell_what_was_true_before() -> None:

@@ -24,7 +24,7 @@ from aetcd import rpc
 from migrator.errors import StoreError
 from node_agent.state.etcd.client import Answer, EtcdClient, EtcdSettings
 from node_agent.state.etcd.watch import WatchStream
-from node_agent.state.port import Change, Entry, StateStore
+from node_agent.state.port import Change, Entry, StateStore, Swap
 from node_agent.state.watches import KEPT_CHANGES, StoreClosed, Watch, check_key, sequence_key
 
 MARK_BYTES: Final = 16
@@ -142,42 +142,70 @@ class EtcdStore(StateStore):
 
     async def append(self, prefix: str, value: bytes, *, keep: int) -> int:
         sequence_key(prefix, 0)
-        counter = self._sequences + prefix.encode()
         async with self._own_turn(prefix):
             for _ in range(_TRIES):
-                found = await self._ask("range", rpc.RangeRequest(key=counter))
-                kv = next(iter(found.response.kvs), None)
-                number = 1 + (0 if kv is None else int(kv.value[MARK_BYTES:]))
-                revision = None if kv is None else int(kv.mod_revision)
-                if await self._append(prefix, value, number, revision, max(keep, 1)):
+                mark = secrets.token_bytes(MARK_BYTES)
+                number, unchanged, writes = await self._next(prefix, value, keep, mark)
+                counter = self._counter(prefix)
+                answer = await self._write(
+                    compare=[unchanged], success=writes, failure=[_get(counter)]
+                )
+                if answer.response.succeeded or _has(mark, _found(answer)):
                     return number
+                if answer.uncertain:
+                    raise StoreError(
+                        f"etcd: an answer about {prefix} was lost; whether it was appended to is "
+                        "unknown"
+                    )
         raise StoreError(f"etcd: {prefix} is written by others all the time; nothing was done")
 
-    async def _append(
-        self, prefix: str, value: bytes, number: int, revision: int | None, keep: int
-    ) -> bool:
-        """Write entry `number`, if the counter is still as it was at `revision`."""
-        mark = secrets.token_bytes(MARK_BYTES)
-        counter = self._sequences + prefix.encode()
-        key = self._key(sequence_key(prefix, number))
-        oldest = self._key(sequence_key(prefix, max(0, number - keep + 1)))
-        answer = await self._write(
-            compare=[_at(counter, revision)],
-            success=[
-                _put(counter, mark + str(number).encode()),
-                _delete(self._key(sequence_key(prefix, 0)), oldest),
-                _put(key, mark + value),
-            ],
-            failure=[_get(counter)],
-        )
-        if answer.response.succeeded or not answer.uncertain:
-            return bool(answer.response.succeeded)
-        for kv in answer.response.responses[0].response_range.kvs:
-            if kv.value[:MARK_BYTES] == mark:
-                return True
-        raise StoreError(
-            f"etcd: an answer about {prefix} was lost; whether it was appended to is unknown"
-        )
+    async def append_if(self, prefix: str, value: bytes, *, keep: int, swap: Swap) -> bool:
+        """The key says how it went, and not the counter, which others may raise meanwhile."""
+        check_key(swap.key)
+        sequence_key(prefix, 0)
+        key, mark, uncertain = self._key(swap.key), secrets.token_bytes(MARK_BYTES), False
+        async with self._own_turn(prefix):
+            for _ in range(_TRIES):
+                _, unchanged, writes = await self._next(prefix, value, keep, mark)
+                answer = await self._write(
+                    compare=[_at(key, swap.expected_revision), unchanged],
+                    success=[*writes, _put(key, mark + swap.value)],
+                    failure=[_get(key)],
+                )
+                kv = None if answer.response.succeeded else _found(answer)
+                if answer.response.succeeded or _has(mark, kv):
+                    return True
+                uncertain = uncertain or answer.uncertain
+                revision = None if kv is None else int(kv.mod_revision)
+                if revision != swap.expected_revision and not uncertain:
+                    return False
+                if revision != swap.expected_revision:
+                    break
+        if uncertain:
+            raise StoreError(
+                f"etcd: an answer about {swap.key} was lost; whether this write was carried out "
+                "is unknown"
+            )
+        raise StoreError(f"etcd: {prefix} is written by others all the time; nothing was done")
+
+    async def _next(
+        self, prefix: str, value: bytes, keep: int, mark: bytes
+    ) -> tuple[int, Any, list[Any]]:
+        """The next number below `prefix`, what it rests on, and the writes of that entry."""
+        counter = self._counter(prefix)
+        found = await self._ask("range", rpc.RangeRequest(key=counter))
+        kv = next(iter(found.response.kvs), None)
+        number = 1 + (0 if kv is None else int(kv.value[MARK_BYTES:]))
+        oldest = self._key(sequence_key(prefix, max(0, number - max(keep, 1) + 1)))
+        writes = [
+            _put(counter, mark + str(number).encode()),
+            _delete(self._key(sequence_key(prefix, 0)), oldest),
+            _put(self._key(sequence_key(prefix, number)), mark + value),
+        ]
+        return number, _at(counter, None if kv is None else int(kv.mod_revision)), writes
+
+    def _counter(self, prefix: str) -> bytes:
+        return self._sequences + prefix.encode()
 
     async def delete_if(self, key: str, expected_revision: int) -> bool:
         name = self._key(key)
@@ -239,6 +267,15 @@ class EtcdStore(StateStore):
         """Forget old revisions, or etcd's database fills up. Another agent may be faster."""
         with contextlib.suppress(StoreError):
             await self._client.call("compact", rpc.CompactionRequest(revision=revision))
+
+
+def _found(answer: Answer) -> Any | None:
+    """What a write that failed its compare has read instead."""
+    return next(iter(answer.response.responses[0].response_range.kvs), None)
+
+
+def _has(mark: bytes, kv: Any | None) -> bool:
+    return kv is not None and bool(kv.value[:MARK_BYTES] == mark)
 
 
 def _unmarked(key: str, value: bytes) -> bytes:
