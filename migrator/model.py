@@ -64,10 +64,11 @@ class DiskSpec(Value, frozen=True, kw_only=True):
     read_only: bool = False
 
 
-class NicSpec(Value, frozen=True, kw_only=True):
+class NicDefinition(Value, frozen=True, kw_only=True):
     """One network interface. `addresses` (IPv4 or IPv6, no prefix) are announced after a move."""
 
-    mac: MacAddress
+    mac: MacAddress | None = None
+    """None: one is made, which no other domain has."""
     bridge: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,15}" + END)]
     addresses: tuple[str, ...] = ()
     mtu_bytes: Annotated[int, msgspec.Meta(ge=576, le=65521)] = 1500
@@ -82,6 +83,12 @@ class NicSpec(Value, frozen=True, kw_only=True):
     receive_limit_bytes_per_s: Annotated[int, msgspec.Meta(ge=10_000)] | None = None
     send_limit_bytes_per_s: Annotated[int, msgspec.Meta(ge=10_000)] | None = None
     """As the guest sees it: what it receives is queued at the limit, what it sends is dropped."""
+
+
+class NicSpec(NicDefinition, frozen=True, kw_only=True):
+    """One network interface as it is, wherever its guest runs."""
+
+    mac: MacAddress
 
 
 class KernelBoot(Value, frozen=True, kw_only=True, tag="kernel", tag_field="kind"):
@@ -99,7 +106,7 @@ class DiskBoot(Value, frozen=True, kw_only=True, tag="disk", tag_field="kind"):
 Boot = KernelBoot | DiskBoot
 
 
-class DomainSpec(Value, frozen=True, kw_only=True):
+class DomainDefinition(Value, frozen=True, kw_only=True):
     """What a user defines: a virtual machine, independent of where it runs."""
 
     name: Name
@@ -109,7 +116,7 @@ class DomainSpec(Value, frozen=True, kw_only=True):
     """`q35` or `pc`, or a versioned type. Pinned to a versioned one when the domain is defined."""
     cpu_model: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.,+-]{1,200}" + END)] = "qemu64"
     disks: tuple[DiskSpec, ...] = ()
-    nics: tuple[NicSpec, ...] = ()
+    nics: tuple[NicDefinition, ...] = ()
     boot: Boot = msgspec.field(default_factory=DiskBoot)
     labels: dict[LabelKey, LabelValue] = msgspec.field(default_factory=dict)
     priority: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 500
@@ -120,6 +127,12 @@ class DomainSpec(Value, frozen=True, kw_only=True):
     placement: PlacementRules = PlacementRules()
     hook_deadline_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] | None = None
     """How long each hook of this domain may take; None: as the hook itself says."""
+
+
+class DomainSpec(DomainDefinition, frozen=True, kw_only=True):
+    """A domain's definition with what was made up for its user: what runs, and moves."""
+
+    nics: tuple[NicSpec, ...] = ()
 
 
 class DomainState(enum.StrEnum):

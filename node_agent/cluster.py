@@ -26,8 +26,8 @@ from migrator.errors import (
 )
 from migrator.figures import DirtyRate, Prediction
 from migrator.model import (
+    DomainDefinition,
     DomainName,
-    DomainSpec,
     DomainStatus,
     Migration,
     NodeName,
@@ -155,10 +155,10 @@ class ClusterService:
 
     # --- domains -----------------------------------------------------------------------------
 
-    async def define(self, spec: DomainSpec) -> Domain:
+    async def define(self, definition: DomainDefinition) -> Domain:
         """See `DomainService.define`."""
-        await self._domains.define(spec)
-        return await self.get_domain(DomainName(spec.name))
+        await self._domains.define(definition)
+        return await self.get_domain(DomainName(definition.name))
 
     async def delete(self, domain: DomainName) -> None:
         """See `DomainService.delete`."""

@@ -14,7 +14,8 @@ from typing import Final
 import msgspec
 
 from migrator.errors import ConflictError, InvalidRequest, NotFoundError
-from migrator.model import DomainName, DomainSpec, OwnershipRecord, PoolName
+from migrator.model import DomainDefinition, DomainName, DomainSpec, OwnershipRecord, PoolName
+from node_agent.mac_addresses import Roll, made, with_macs
 from node_agent.resources import DOMAINS, DomainNote, DomainRecord
 from node_agent.state.ownership import PREFIX as OWNERSHIP
 from node_agent.state.typed import TypedStore, Versioned
@@ -58,6 +59,28 @@ class DomainRecords:
         except ConflictError:
             await self._store.delete_if(key, revision)
             raise
+
+    async def define(
+        self, definition: DomainDefinition, roll: Roll, *, at_s: float
+    ) -> DomainRecord:
+        """`add`, with a MAC for each NIC that has none. The same errors."""
+        for attempt in range(1, ATTEMPTS + 1):
+            spec = with_macs(definition, roll)
+            record = DomainRecord(spec=spec, defined_at_s=at_s)
+            try:
+                await self.add(record)
+            except ConflictError:
+                # Chance has found one that is taken, maybe in this moment by another node.
+                taken = await self._macs_of_others(spec.name)
+                if attempt == ATTEMPTS or not made(definition, spec) & taken:
+                    raise
+            else:
+                return record
+        raise AssertionError("unreachable")
+
+    async def _macs_of_others(self, name: str) -> set[str]:
+        specs = [entry.value.spec for entry in await self._list()]
+        return {mac for spec in specs if spec.name != name for mac in _macs(spec)}
 
     async def note(self, domain: DomainName, text: str, *, user: str, at_s: float) -> None:
         """Add to the domain's history; durable when it returns. NotFoundError, ConflictError."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ import msgspec
 
 from migrator.errors import FabricError, FerryError, RefusedError, WrongStateError
 from migrator.model import (
+    DomainDefinition,
     DomainName,
     DomainSpec,
     DomainState,
@@ -46,6 +48,7 @@ from node_agent.domain_records import DomainRecords, check_spec
 from node_agent.domain_restart import RestartPolicy
 from node_agent.events import EventKind, EventLog
 from node_agent.io_recovery import IoRecovery
+from node_agent.mac_addresses import Roll, with_macs
 from node_agent.resources import DomainRecord
 
 log = logging.getLogger(__name__)
@@ -90,6 +93,7 @@ class DomainService:
         locks: DomainLocks | None = None,
         cordon: Callable[[], Awaitable[list[str]]] | None = None,
         clock: Callable[[], float] = time.time,
+        roll: Roll = secrets.token_bytes,
     ) -> None:
         """`restart`: which of its domains that were lost are started again.
 
@@ -106,6 +110,7 @@ class DomainService:
         self._events = events
         self._pin_machine = pin_machine
         self._clock = clock
+        self._roll = roll
         self.ownership = DomainOwnership(
             node,
             hypervisor=hypervisor,
@@ -149,19 +154,17 @@ class DomainService:
 
     # --- definitions -------------------------------------------------------------------------
 
-    async def define(self, spec: DomainSpec) -> DomainRecord:
-        """Validate, pin the machine type and write the definition.
+    async def define(self, definition: DomainDefinition) -> DomainRecord:
+        """Validate, give each NIC a MAC, pin the machine type and write the definition.
 
         InvalidRequest names each wrong field; ConflictError what another domain already has.
         """
-        check_spec(spec, self._pools.keys())
-        machine = await self._pin_machine(spec.machine)
-        pinned = msgspec.structs.replace(spec, machine=machine)
-        record = DomainRecord(spec=pinned, defined_at_s=self._clock())
-        await self._records.add(record)
-        self._events.emit(
-            EventKind.DOMAIN_DEFINED, f"domain {spec.name} was defined", domain=spec.name
-        )
+        name = definition.name
+        check_spec(with_macs(definition, self._roll), self._pools.keys())
+        machine = await self._pin_machine(definition.machine)
+        pinned = msgspec.structs.replace(definition, machine=machine)
+        record = await self._records.define(pinned, self._roll, at_s=self._clock())
+        self._events.emit(EventKind.DOMAIN_DEFINED, f"domain {name} was defined", domain=name)
         return record
 
     async def delete(self, domain: DomainName) -> None:

@@ -6,7 +6,7 @@ from typing import Final
 
 from aiohttp import web
 
-from migrator.model import DomainSpec, NodeName
+from migrator.model import DomainDefinition, NodeName
 from node_agent.api.auth import asker_of, caller_of
 from node_agent.api.requests import (
     CLUSTER,
@@ -33,7 +33,7 @@ DEFAULT_SAMPLE_S: Final = 1.0
 
 async def define_domain(request: web.Request) -> web.StreamResponse:
     """201 and where it is."""
-    domain = await request.app[CLUSTER].define(await read_body(request, DomainSpec))
+    domain = await request.app[CLUSTER].define(await read_body(request, DomainDefinition))
     return reply(domain, status=201, location=f"/v1/domains/{domain.name}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from migrator.figures import DirtyRate, SampleSeconds
-from migrator.model import DomainSpec, Migration
+from migrator.model import DomainDefinition, Migration
 from node_agent.api import handlers, hooks, storage, streams
 from node_agent.api.drain_routes import DRAIN_ROUTES
 from node_agent.api.route import Query, Route
@@ -33,7 +33,7 @@ _DOMAINS: Final = (
         path="/v1/domains",
         handler=handlers.define_domain,
         summary="Define a domain",
-        body=DomainSpec,
+        body=DomainDefinition,
         status=201,
         result=Domain,
         location=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 import typer
@@ -44,9 +44,9 @@ def define(
     nic: Annotated[
         list[str] | None,
         typer.Option(
-            help="bridge=BR,mac=MAC[,ip=IP][,net=NETWORK][,mtu=N][,vlan=ID][,antispoof=true]"
+            help="bridge=BR[,mac=MAC][,ip=IP][,net=NETWORK][,mtu=N][,vlan=ID][,antispoof=true]"
             "[,receive=RATE][,send=RATE], rates in bytes a second, like 50M; ip and net may stand "
-            "more than once. Repeatable."
+            "more than once. Without mac= one is made. Repeatable."
         ),
     ] = None,
     kernel: Annotated[str | None, typer.Option(help="Boot this kernel.")] = None,
@@ -72,11 +72,17 @@ def define(
         raise CliError("give a file (-f) or a name and options", ExitCode.USAGE)
     client = settings.client()
     domain = client.post("/v1/domains", Domain, spec)
+    done = "is defined"
     if start_it:
         domain = client.post(f"{path_of(domain.name)}/start", Domain)
-        show(domain, f"domain {domain.name} is defined and runs on {domain.node}")
-    else:
-        show(domain, f"domain {domain.name} is defined")
+        done = f"is defined and runs on {domain.node}"
+    show(domain, "\n".join((f"domain {domain.name} {done}", *_made_macs(spec, domain))))
+
+
+def _made_macs(given: dict[str, Any], domain: Domain) -> list[str]:
+    """A line for each NIC that was defined without a MAC."""
+    pairs = zip(given.get("nics", ()), domain.spec.nics, strict=True)
+    return [f"NIC on {nic.bridge}: {nic.mac}" for each, nic in pairs if not each.get("mac")]
 
 
 @app.command()

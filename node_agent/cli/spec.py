@@ -58,17 +58,18 @@ def parse_disk(text: str) -> dict[str, Any]:
 
 
 def parse_nic(text: str) -> dict[str, Any]:
-    """`bridge=BR,mac=MAC[,ip=ADDRESS ...][,mtu=BYTES][,vlan=ID]...`; `ip`, `net` may be repeated.
+    """`bridge=BR[,mac=MAC][,ip=ADDRESS ...][,mtu=BYTES][,vlan=ID]...`; `ip`, `net` may be repeated.
 
     Also `net=NETWORK`, `antispoof=true`, and bytes a second as `receive=10M`, `send=10M`.
+    Without `mac` the agent makes one.
     """
     pairs = _pairs(text, "--nic", _NIC_KEYS)
     nic: dict[str, Any] = {"addresses": pairs.get("ip", [])}
-    for key in ("bridge", "mac"):
-        if key not in pairs:
-            raise CliError(f"--nic {text}: {key}= is missing", ExitCode.USAGE)
-        nic[key] = pairs[key][-1]
-    nic["mac"] = nic["mac"].lower()
+    if "bridge" not in pairs:
+        raise CliError(f"--nic {text}: bridge= is missing", ExitCode.USAGE)
+    nic["bridge"] = pairs["bridge"][-1]
+    if "mac" in pairs:
+        nic["mac"] = pairs["mac"][-1].lower()
     for key, name in _NIC_NUMBERS.items():
         if key in pairs:
             if not pairs[key][-1].isdigit():
