@@ -48,6 +48,8 @@ class Cutover(Value, frozen=True, kw_only=True):
     witnesses: tuple[Witness, ...] = ()
     suspect: str = ""
     """What is most likely wrong, where it wasn't verified."""
+    left_early: str = ""
+    """Nothing was proved, nor is anything suspected: the guest moved on or ended before that."""
     forwarded_frames: int | None = None
     """That arrived at the old place after all, and went on by the tunnel; None: not counted yet."""
     connections: MovedConnections | None = None

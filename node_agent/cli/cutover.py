@@ -13,6 +13,8 @@ def cutover_text(cutover: Cutover) -> str:
     verified = "not verified"
     if cutover.verified_ms is not None:
         verified = f"verified {cutover.verified_ms:.1f} ms after the resume"
+    elif cutover.left_early:
+        verified = f"not verified: the guest {cutover.left_early} before it was seen to follow"
     pairs = [
         ("network", verified),
         ("announced", _after(cutover.first_announcement_ms)),

@@ -25,7 +25,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
@@ -46,6 +45,7 @@ from node_agent.background import Asides
 from node_agent.cluster_calls import Done
 from node_agent.events import EventKind, EventLog
 from node_agent.migrations.connections import ConnectionMover
+from node_agent.migrations.cutover_moves import Arriving, Leaving
 from node_agent.migrations.cutover_records import CutoverRecords, seen_by, with_first
 from node_agent.migrations.cutover_settings import CutoverSettings
 from node_agent.migrations.judgement import is_verified, suspects, to_prove, with_learnt
@@ -93,27 +93,6 @@ class OutcomeParams(Struct, frozen=True, kw_only=True):
     """It was verified after all, long after the migration's end."""
 
 
-@dataclass(slots=True)
-class _Leaving:
-    move: Move
-    problems: list[str] = field(default_factory=list)
-    tunnel: Tunnel | None = None
-    expected: bool = False
-    """The destination's port is open: the guest's frames are not for this node any more."""
-
-
-@dataclass(slots=True)
-class _Arriving:
-    move: Move
-    problems: list[str] = field(default_factory=list)
-    resumed_at_s: float | None = None
-    announced_at_s: float | None = None
-    learnt: tuple[tuple[str, ...], ...] = ()
-    trial: Trial | None = None
-    watching: asyncio.Task[FirstFrames] | None = None
-    followed: bool = False
-
-
 class CutoverService:
     """See the module. `register` before the hub starts; `close` ends its tasks, not the tunnels."""
 
@@ -145,8 +124,8 @@ class CutoverService:
         self._records = CutoverRecords(publisher)
         self._settings = settings or CutoverSettings()
         self._clock = clock
-        self._leaving: dict[DomainName, _Leaving] = {}
-        self._arriving: dict[DomainName, _Arriving] = {}
+        self._leaving: dict[DomainName, Leaving] = {}
+        self._arriving: dict[DomainName, Arriving] = {}
         self._asides = Asides(log)
         self._unsubscribe = hypervisor.subscribe(self._on_domain_event)
 
@@ -173,8 +152,8 @@ class CutoverService:
     async def prepare_departure(self, move: Move) -> None:
         """While the guest runs. Bounded; never fails."""
         self._late.forget(move.domain)
-        leaving = self._leaving[move.domain] = _Leaving(move)
-        self._arriving.pop(move.domain, None)
+        arrived = self._arriving.pop(move.domain, None)
+        leaving = self._leaving[move.domain] = Leaving(move, arrived)
         try:
             async with asyncio.timeout(PREPARE_S):
                 tunnel = await self._tunnel(move.migration_id, move.destination)
@@ -204,7 +183,7 @@ class CutoverService:
         else:
             self._complain_of_tunnels(leaving, known.tunnels)
 
-    def _complain_of_tunnels(self, leaving: _Leaving, trials: Sequence[TunnelTrial]) -> None:
+    def _complain_of_tunnels(self, leaving: Leaving, trials: Sequence[TunnelTrial]) -> None:
         move, tunnel = leaving.move, leaving.tunnel
         text = complaint(move, trials, tunnel) if tunnel is not None else None
         if text is not None:
@@ -218,7 +197,9 @@ class CutoverService:
 
     async def stays(self, move: Move) -> None:
         """The guest goes on running here. Idempotent, also after a restart; never fails."""
-        self._leaving.pop(move.domain, None)
+        leaving = self._leaving.pop(move.domain, None)
+        if leaving is not None:
+            leaving.stays()
         self._connections.stays(move.domain)
         try:
             await self._fabric.reopen(move.domain, move.nics)
@@ -228,9 +209,11 @@ class CutoverService:
     def left(self, move: Move) -> None:
         """The guest runs elsewhere and the migration's end is published: forward for a while."""
         leaving = self._leaving.pop(move.domain, None)
+        if leaving is not None:
+            leaving.paused()  # Where that wasn't heard.
         self._asides.add(self._forward(move, leaving))
 
-    async def _forward(self, move: Move, leaving: _Leaving | None) -> None:
+    async def _forward(self, move: Move, leaving: Leaving | None) -> None:
         record = self._records.of(move.migration_id)
         record.published = True
         record.connections = self._connections.figures(move.domain)
@@ -265,7 +248,7 @@ class CutoverService:
     async def prepare_arrival(self, move: Move) -> None:
         """After the taps were plugged, before the guest can run. Bounded; never fails."""
         self._late.forget(move.domain)
-        arriving = self._arriving[move.domain] = _Arriving(move)
+        arriving = self._arriving[move.domain] = Arriving(move)
         self._leaving.pop(move.domain, None)
         try:
             async with asyncio.timeout(PREPARE_S):
@@ -279,7 +262,7 @@ class CutoverService:
 
     async def announce(self, move: Move) -> None:
         """The session's word that the guest runs here. FabricError: nothing could be sent."""
-        arriving = self._arriving.setdefault(move.domain, _Arriving(move))
+        arriving = self._arriving.setdefault(move.domain, Arriving(move))
         try:
             await self._fabric.announce(move.domain, with_learnt(move.nics, arriving.learnt))
         finally:
@@ -294,6 +277,8 @@ class CutoverService:
 
     def _on_domain_event(self, event: DomainEvent) -> None:
         leaving, arriving = self._leaving.get(event.domain), self._arriving.get(event.domain)
+        if event.kind is DomainEventKind.PAUSED and leaving is not None:
+            leaving.paused()
         match event.kind:
             case DomainEventKind.RESUMED if arriving is not None and not arriving.resumed_at_s:
                 arriving.announced_at_s = self._fabric.announce_now(event.domain)
@@ -307,15 +292,18 @@ class CutoverService:
                 self._asides.add(self.stays(leaving.move))
             case DomainEventKind.EXITED:
                 self._late.forget(event.domain)
+                here = leaving.arrived if leaving is not None else arriving
+                if here is not None:
+                    here.left_early = here.left_early or "ended"
             case _:
                 pass
 
-    def _follow(self, arriving: _Arriving) -> None:
+    def _follow(self, arriving: Arriving) -> None:
         if not arriving.followed:
             arriving.followed = True
             self._asides.add(self._verify(arriving))
 
-    async def _verify(self, arriving: _Arriving) -> None:
+    async def _verify(self, arriving: Arriving) -> None:
         move, loop = arriving.move, asyncio.get_running_loop()
         started = loop.time()
         if arriving.resumed_at_s is None:  # Not heard: the agent restarted in the handoff.
@@ -323,10 +311,10 @@ class CutoverService:
         watching = arriving.watching or self._watch(arriving)
         try:
             cutover = await self._ask_until_verified(arriving)
-            if cutover.verified_ms is None:
-                await self._complain(move, cutover)
-            else:
+            if cutover.verified_ms is not None:
                 await self._fabric.announce(move.domain, ())  # It is known: no more of them.
+            elif not cutover.left_early:
+                await self._complain(move, cutover)
             await asyncio.wait({watching}, timeout=FIRST_FRAMES_S)
             first = seen_by(watching)
         finally:
@@ -337,7 +325,7 @@ class CutoverService:
         if self._arriving.get(move.domain) is arriving:
             del self._arriving[move.domain]
             await self._fabric.end_arrival(move.domain)
-            if cutover.verified_ms is None:
+            if cutover.verified_ms is None and not arriving.left_early:
                 nics = to_prove(move.nics, arriving.learnt)
                 found = await self._late.seek(move, nics)
                 if found:
@@ -346,13 +334,13 @@ class CutoverService:
                     late = msgspec.structs.replace(cutover, **change)
                     await self._report(move, late, late=True)
 
-    def _watch(self, arriving: _Arriving) -> asyncio.Task[FirstFrames]:
+    def _watch(self, arriving: Arriving) -> asyncio.Task[FirstFrames]:
         since_s, limit_s = arriving.resumed_at_s or self._clock(), self._settings.verify_limit_s
         work = self._fabric.first_frames(arriving.move.domain, since_s, limit_s)
         arriving.watching = asyncio.create_task(work)
         return arriving.watching
 
-    async def _ask_until_verified(self, arriving: _Arriving) -> Cutover:
+    async def _ask_until_verified(self, arriving: Arriving) -> Cutover:
         move, resumed_at_s = arriving.move, arriving.resumed_at_s or self._clock()
         announced = arriving.announced_at_s
         cutover = Cutover(
@@ -369,14 +357,18 @@ class CutoverService:
             last_s = deadline - self._clock() - PROBE_LONGEST_S
             await asyncio.sleep(min(gap_s, max(last_s, 0.0)))
             left_s = max(deadline - self._clock(), 0.0)
-            if number and left_s < PROBE_S:
+            if arriving.left_early or (number and left_s < PROBE_S):
                 break  # Nobody would answer in time, and that would look like evidence.
             timeout_s = min(PROBE_S * 2**number, PROBE_LONGEST_S, left_s)
             witnesses = await self._witnesses.ask(move.migration_id, nics, others, timeout_s)
+            if arriving.left_early:
+                break  # It may be its next place that was found, or none.
             cutover = msgspec.structs.replace(cutover, rounds=number + 1, witnesses=witnesses)
             if is_verified(nics, witnesses):
                 verified_ms = (self._clock() - resumed_at_s) * 1e3
                 return msgspec.structs.replace(cutover, verified_ms=verified_ms)
+        if arriving.left_early:
+            return msgspec.structs.replace(cutover, left_early=arriving.left_early)
         return msgspec.structs.replace(cutover, suspect=suspects(nics, cutover.witnesses))
 
     async def _complain(self, move: Move, cutover: Cutover) -> None:

@@ -11,13 +11,23 @@ from pathlib import Path
 import pytest
 
 from migrator.errors import RefusedError
-from migrator.model import Cutover, DomainName, MigrationState, NicSpec, NodeName
-from migrator.ports import Connection, ProbeReport, WidthReport
+from migrator.model import (
+    Cutover,
+    DomainName,
+    MigrationRequest,
+    MigrationState,
+    NicSpec,
+    NodeName,
+)
+from migrator.ports import Connection, DomainEventKind, ProbeReport, WidthReport
 from netfabric.frames import gratuitous_arp_request, parse_mac
+from node_agent.cli.cutover import cutover_text
 from node_agent.migrations import cutover as cutover_module
 from node_agent.migrations import late_cutover
 from node_agent.migrations.cutover import PROBE_S
+from node_agent.migrations.cutover_settings import CutoverSettings
 from node_agent.migrations.path_check import KNOWN_S, PathCheck
+from node_agent.migrations.witnesses import Move
 from tests.unit.migration_world import WEB, MigrationWorld, eventually, migration_world
 
 
@@ -77,6 +87,56 @@ async def test_a_network_that_does_not_follow_is_told_of(world: MigrationWorld) 
         return any(each.kind == "network-not-verified" for each in events)
 
     await eventually(told)
+
+
+@pytest.mark.parametrize("how", ["moved on to a", "ended"])
+async def test_a_guest_that_is_gone_before_it_was_found_is_not_complained_of(
+    world: MigrationWorld, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(cutover_module, "PROBE_GAPS_S", (0.0, *(0.02,) * 1_000))
+    settings = CutoverSettings(grace_s=0.3, verify_limit_s=20.0)
+    monkeypatch.setattr(world.b.manager._site._cutover, "_settings", settings)
+    world.b.node.fabric.faults.frames_lost = 10_000
+    migration = await world.ended(await world.migrate())
+    if how == "ended":
+        world.b.node.host.kill(WEB)
+    else:
+        await world.until(lambda: not world.b.manager._runners)
+        await world.b.manager.create(WEB, MigrationRequest(destination="a"))
+        await world.until(lambda: world.running() == ["a"])
+    found: list[Cutover] = []
+
+    async def told() -> bool:
+        cutover = (await world.a.manager.get(migration.id)).cutover
+        found.extend([cutover] if cutover is not None else [])
+        return bool(found)
+
+    await eventually(told)
+    assert (found[0].left_early, found[0].verified_ms, found[0].suspect) == (how, None, "")
+    assert f"not verified: the guest {how} before" in cutover_text(found[0])
+    events = await world.a.node.events.read()
+    assert [e for e in events if e.kind == "network-not-verified" and e.domain == WEB] == []
+
+
+async def test_a_guest_that_comes_back_from_a_switchover_is_looked_for_all_the_same(
+    world: MigrationWorld,
+) -> None:
+    world.b.node.fabric.faults.frames_lost = 10_000
+    await world.ended(await world.migrate())
+    service = world.b.manager._site._cutover
+    arrived = service._arriving[WEB]
+    back = Move(
+        migration_id="back",
+        domain=WEB,
+        source=NodeName("b"),
+        destination=NodeName("a"),
+        nics=arrived.move.nics,
+    )
+    await service.prepare_departure(back)
+    world.b.node.host.emit(WEB, DomainEventKind.PAUSED)
+    await world.until(lambda: arrived.left_early == "moved on to a")
+    await service.stays(back)
+    assert arrived.left_early == ""
 
 
 async def test_who_is_asked_has_the_time_to_answer(
