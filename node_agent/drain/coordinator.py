@@ -82,7 +82,8 @@ class Coordinator:
 
     @property
     def drain(self) -> Drain:
-        return self._machine.drain
+        """As it is at this moment."""
+        return msgspec.structs.replace(self._machine.drain, at_s=self.now_s)
 
     @property
     def now_s(self) -> float:

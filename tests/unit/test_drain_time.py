@@ -103,6 +103,9 @@ async def test_who_takes_over_goes_on_with_the_drains_time_not_with_its_own() ->
     await records.add(made)
     work = await coordinator(records, made, lambda: 1000.0 + DAY_S)
     assert 1500.0 <= work.now_s < 1510.0
+    assert work.drain.at_s >= 1500.0
+    await asyncio.sleep(0.02)
+    assert work.drain.at_s > 1500.01, "whoever looks at it sees its time go on"
     older = drain("e", 1000.0)  # Of an agent that doesn't tell.
     await records.add(older)
     assert (await coordinator(records, older, lambda: 1234.0)).now_s >= 1234.0
