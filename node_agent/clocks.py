@@ -2,14 +2,13 @@
 
     heartbeats, as read each second ──► ClockWatch.saw() ──► clock-differs, clock-agrees
 
-Each agent looks at its own clock alone, beside the median of the others', so that one node whose
-clock is wrong is told of once, by itself (of two nodes each tells: nobody knows which is wrong).
+Each agent looks at its own clock alone, beside the middle one of all, so that one node whose clock
+is wrong is told of once, by itself (of two nodes each tells: nobody knows which is wrong).
 Nothing is decided by it: what depends on wall clocks between nodes is in docs/cluster.md.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -24,7 +23,11 @@ REMIND_S: Final = 86_400.0
 
 
 def own_offset_s(node: NodeName, views: Mapping[NodeName, NodeView]) -> float | None:
-    """How far this node's clock is ahead of the others'; None: nobody else is heard."""
+    """How far this node's clock is ahead of most nodes'; None: nobody else is heard.
+
+    By the middle one of all clocks, this node's included. Where two are in the middle that differ,
+    as of two nodes, nobody knows which is right: the further one counts, and each tells.
+    """
     others = [
         view.clock_offset_s
         for name, view in views.items()
@@ -32,7 +35,11 @@ def own_offset_s(node: NodeName, views: Mapping[NodeName, NodeView]) -> float | 
         and view.clock_offset_s is not None
         and view.state is not NodeState.UNREACHABLE
     ]
-    return -statistics.median(others) if others else None
+    if not others:
+        return None
+    all_s = sorted([0.0, *others])
+    middle = (all_s[(len(all_s) - 1) // 2], all_s[len(all_s) // 2])
+    return -max(middle, key=abs)
 
 
 class ClockWatch:

@@ -13,7 +13,7 @@ from migrator.errors import ConflictError, FerryError, PeerError
 from migrator.model import HypervisorCapabilities, NodeInfo, NodeName, NodeState
 from node_agent.cli.cluster import troubles
 from node_agent.clock_words import offset_text, span_text
-from node_agent.clocks import ClockWatch
+from node_agent.clocks import ClockWatch, own_offset_s
 from node_agent.cluster_views import node_view
 from node_agent.drain.survey import make_survey
 from node_agent.events import EventKind
@@ -265,6 +265,25 @@ async def test_heartbeats_tell_how_far_clocks_are_apart() -> None:
 
 def view(name: str, offset_s: float | None, state: NodeState = NodeState.READY) -> NodeView:
     return NodeView(info=info(name, 0.0), state=state, heartbeat_age_s=0.0, clock_offset_s=offset_s)
+
+
+@pytest.mark.parametrize(
+    ("others", "own"),
+    [
+        ([], None),
+        ([None], None),
+        ([31.0], -31.0),
+        ([0.0, 31.0], 0.0),  # n3's is wrong, which is n3's to tell.
+        ([-31.0, -31.0], 31.0),
+        ([0.5, 0.0, 31.0], -0.5),
+        ([0.0, 31.0, 31.0], -31.0),  # Two against two.
+    ],
+)
+def test_whose_clock_differs_is_told_by_the_middle_of_all(
+    others: list[float | None], own: float | None
+) -> None:
+    views = {NodeName(f"n{n}"): view(f"n{n}", each) for n, each in enumerate(others, 2)}
+    assert own_offset_s(NodeName("n1"), {NodeName("n1"): view("n1", 0.0), **views}) == own
 
 
 async def test_a_node_tells_that_its_own_clock_differs_and_agrees_again() -> None:
