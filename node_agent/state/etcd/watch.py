@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -21,6 +22,8 @@ from migrator.errors import StoreError
 from node_agent.state.etcd.client import METADATA, EtcdClient, Member
 from node_agent.state.port import Change
 from node_agent.state.watches import Watch
+
+log = logging.getLogger(__name__)
 
 _CREATE_S: Final = 2.0
 """How long a member may take to begin a watch."""
@@ -89,10 +92,16 @@ class WatchStream:
                             ) from error
                 await asyncio.sleep(_PAUSE_S)
         except StoreError as error:
-            if (watch := self._watch()) is not None:
-                watch.fail(error)
+            self._fail(error)
+        except Exception as error:  # A bug, or a stranger's key: whoever reads must hear of it.
+            log.exception("a watch of etcd failed")
+            self._fail(StoreError(f"a watch of etcd failed: {error!r}"))
         finally:
             self._begun()
+
+    def _fail(self, error: StoreError) -> None:
+        if (watch := self._watch()) is not None:
+            watch.fail(error)
 
     def _begun(self) -> None:
         if not self.began.done():
