@@ -6,9 +6,47 @@ For state of our own. Guests' disks are their drivers' matter.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from pathlib import Path
+from typing import Final
+
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""The file system has no room left, or this user hasn't."""
+
+
+def replace_even_if_full(path: Path, content: bytes) -> None:
+    """As `replace`; where the file system is full, the old file's own blocks take the content.
+
+    For what must be written also then, such as a fence that a guest waits for. Text that may be
+    followed by blanks. Only where it is full, a power loss in that very moment may leave a mixture.
+    """
+    try:
+        replace(path, content)
+    except OSError as error:
+        if error.errno not in FULL or not overwrite(path, content):
+            raise
+
+
+def overwrite(path: Path, content: bytes) -> bool:
+    """Write over a file in place, durably, with blanks behind it up to the old file's end.
+
+    False, and nothing was changed: it isn't there, or its blocks don't suffice. OSError.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        status = os.fstat(descriptor)
+        if len(content) > status.st_blocks * 512:
+            return False
+        os.pwrite(descriptor, content.ljust(status.st_size), 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def replace(path: Path, content: bytes, *, mode: int = 0o600) -> None:

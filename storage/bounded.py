@@ -194,6 +194,8 @@ async def run_program(
         raise StorageError(f"{where}: can't run {command[0]}: {error.strerror}") from error
     if ended.status != 0:
         detail = ended.err.decode(errors="replace").strip() or f"status {ended.status}"
+        if os.strerror(errno.ENOSPC) in detail:
+            raise StorageError(f"{where} is full: {what}: {detail}")
         raise StorageError(f"{where}: {what} failed: {detail}")
     return ended.out
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from migrator import durable
-from migrator.errors import ConflictError, FenceError, NotFoundError, StorageError, words
+from migrator.errors import ConflictError, FenceError, NotFoundError, StorageError
 from migrator.model import (
     DiskFormat,
     FencingToken,
@@ -32,6 +32,7 @@ from migrator.model import (
     VolumeName,
 )
 from storage.directory.locks import image_in_use, image_written, pool_lock
+from storage.marks import folder_mark
 from storage.qcow2 import HEADER_BYTES, parse_header, read_backing_name
 
 ABANDONED_AFTER_S: Final = 86_400.0
@@ -39,8 +40,6 @@ ABANDONED_AFTER_S: Final = 86_400.0
 
 CHAIN_MAX: Final = 16
 """Linked clones of linked clones: each costs a lookup on every first read of a cluster."""
-
-POOL_MARK: Final = ".ferry.mark"
 
 _WRITABLE: Final = 0o660
 _READ_ONLY: Final = 0o440
@@ -168,27 +167,10 @@ class PoolFolder:
         )
 
     def mark(self) -> str | None:
-        """The folder's random text, made where there is none. None: it can't be written now.
-
-        Whoever makes it first wins, by link(2), which is atomic on NFS too.
-        """
-        mark = self.path / POOL_MARK
+        """The folder's random text, made where there is none. None: it can't be written now."""
         if not self.path.is_dir():
             raise StorageError(f"pool {self.pool}: folder {self.path} is missing: is it mounted?")
-        with contextlib.suppress(FileNotFoundError):
-            return mark.read_text().strip() or None
-        fresh = self.path / f"{POOL_MARK}.{uuid.uuid4().hex}.tmp"
-        try:
-            fresh.write_text(f"{uuid.uuid4().hex}\n")
-            durable.sync(fresh)
-            with contextlib.suppress(FileExistsError):
-                os.link(fresh, mark)
-            return mark.read_text().strip() or None
-        except OSError as error:
-            _log.warning("pool %s: %s can't be made: %s", self.pool, mark, words(error))
-            return None
-        finally:
-            fresh.unlink(missing_ok=True)
+        return folder_mark(self.path, f"pool {self.pool}")
 
     # --- linked clones -----------------------------------------------------------------------
 
@@ -287,15 +269,22 @@ class PoolFolder:
                 return True
             if image_written(image):
                 return False
-            target = self._token_file(volume)
-            fresh = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
-            try:
-                fresh.write_text(f"{token}\n")
-                fresh.rename(target)
-            except BaseException:
-                fresh.unlink(missing_ok=True)
-                raise
+            self._write_token(volume, token)
             return True
+
+    def _write_token(self, volume: VolumeName, token: FencingToken) -> None:
+        """Also into a full pool, where a guest that is being handed over would stand still."""
+        target = self._token_file(volume)
+        fresh = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+        text = f"{token}\n"
+        try:
+            fresh.write_text(text)
+            fresh.rename(target)
+        except BaseException as error:
+            fresh.unlink(missing_ok=True)
+            full = isinstance(error, OSError) and error.errno in durable.FULL
+            if not full or not durable.overwrite(target, text.encode()):
+                raise
 
     def _token_file(self, volume: VolumeName) -> Path:
         return self.path / f".{volume}.token"

@@ -4,6 +4,7 @@
     .NAME.json          its `VolumeState`; written and synced before an export begins or ends
     .NAME.RANDOM.draft  being filled
     .NAME.NODE.TOKEN.pid, .RANDOM.pid
+    .ferry.mark         which folder this is
 
 Synchronous, for a thread; OSError goes up.
 """
@@ -23,6 +24,7 @@ from migrator import durable
 from migrator.errors import ConflictError, NotFoundError, StorageError
 from migrator.model import DiskFormat, PoolHealth, VolumeInfo, VolumeName
 from storage.copying import copy_image
+from storage.marks import folder_mark
 from storage.names import check_capacity, check_growth, check_volume_name
 
 _SUFFIX: Final = ".raw"
@@ -89,6 +91,9 @@ class VolumeFolder:
             capacity_bytes=room.f_blocks * room.f_frsize,
             free_bytes=room.f_bavail * room.f_frsize,
         )
+
+    def mark(self) -> str | None:
+        return folder_mark(self.path, "the storage")
 
     # --- making ------------------------------------------------------------------------------
 
@@ -186,8 +191,11 @@ class VolumeFolder:
             raise StorageError(f"the state of volume {volume} is unreadable: {error}") from error
 
     def write_state(self, volume: str, state: VolumeState) -> None:
-        """Durable when this returns: after a power loss no ended export may begin again."""
-        durable.replace(self._state_file(volume), msgspec.json.encode(state))
+        """Durable when this returns: after a power loss no ended export may begin again.
+
+        A fence must be written down in a full folder, too: a guest waits for it.
+        """
+        durable.replace_even_if_full(self._state_file(volume), msgspec.json.encode(state))
 
     def _state_file(self, volume: str) -> Path:
         return self.path / f".{volume}.json"

@@ -83,6 +83,27 @@ def in_new_namespace() -> Iterator[None]:
         os.close(before)
 
 
+@contextlib.contextmanager
+def small_file_system(folder: Path, size_bytes: int) -> Iterator[Path]:
+    """A file system of its own, that is soon full."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "ferry-test", str(folder)]
+    subprocess.run(command, check=True, timeout=30)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True, timeout=30)
+
+
+def fill(folder: Path) -> Path:
+    """A file that takes all the room that there is; remove it to have it back."""
+    filler = folder / ".filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return filler
+
+
 class NfsServer:
     """rpcbind and nfs-ganesha."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -89,3 +90,26 @@ def test_a_group_that_a_power_loss_emptied_is_put_there_anew(tmp_path: Path) -> 
     path.write_text("a site's own")
     dh_parameters.ensure(tmp_path)
     assert path.read_text() == "a site's own"
+
+
+def _full(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, content: bytes, *, mode: int = 0o600) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(durable, "replace", refuse)
+
+
+def test_where_there_is_no_room_the_old_files_blocks_take_the_new_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.json"
+    durable.replace(path, b'{"token": 1234567}')
+    _full(monkeypatch)
+    durable.replace_even_if_full(path, b'{"token": 8}')
+    assert path.read_bytes() == b'{"token": 8}      '
+    with pytest.raises(OSError, match="No space left"):
+        durable.replace_even_if_full(path, b"x" * 1_000_000)
+    assert path.read_bytes() == b'{"token": 8}      '
+    with pytest.raises(OSError, match="No space left"):
+        durable.replace_even_if_full(tmp_path / "none", b"x")
+    assert not (tmp_path / "none").exists()
