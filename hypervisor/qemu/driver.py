@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from hypervisor.qemu import held_taps, launcher, logs, records, switchover
+from hypervisor.qemu import held_taps, launcher, logs, paused_by, records, switchover
 from hypervisor.qemu.command_line import QemuLaunch
 from hypervisor.qemu.config import (
     MONITORS,
@@ -359,11 +359,7 @@ class QemuDriver(HypervisorDriver):
                 return await self._ended(domain, guest)
             state, reason = DomainState.UNKNOWN, str(error)
         else:
-            state, cause = guest.domain_state(run_state)
-            reason = cause
-            if state is DomainState.IO_ERROR:
-                with contextlib.suppress(HypervisorError):
-                    reason = await guest.io_error_cause(timeout_s=INSPECT_TIMEOUT_S) or cause
+            state, reason = await paused_by.told(guest, run_state, timeout_s=INSPECT_TIMEOUT_S)
         return DomainStatus(
             name=domain,
             state=state,

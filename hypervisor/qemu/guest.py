@@ -116,7 +116,7 @@ class Guest:
                 raise QmpNotSent(f"{self.name}: QEMU has ended")
             if self._monitor is not None and self._monitor.connected:
                 if not self.run_state_seen:
-                    await self.refresh(timeout_s=answer_s)
+                    await self._catch_up(answer_s)
                 return
             failure: HypervisorError | None = None
             for index in range(MONITORS):
@@ -134,7 +134,12 @@ class Guest:
             else:
                 assert failure is not None
                 raise failure
-        await self.refresh(timeout_s=answer_s)
+        await self._catch_up(answer_s)
+
+    async def _catch_up(self, answer_s: float) -> None:
+        """Learn what was told while nobody listened. A disk's error has to be acted upon."""
+        if await self.refresh(timeout_s=answer_s) == "io-error":
+            self._emit(DomainEventKind.IO_ERROR, time.time(), self.io_error or "")
 
     async def refresh(self, *, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         """Ask QEMU for what the events would have told. Returns its run state."""
@@ -152,13 +157,6 @@ class Guest:
         """QEMU's run state, from `query-status`."""
         answer = await self.execute("query-status", timeout_s=timeout_s)
         return str(answer.get("status", "")) if isinstance(answer, Mapping) else ""
-
-    async def io_error_cause(self, *, timeout_s: float) -> str | None:
-        """Which disk failed and how; less of it where the event was another agent's to hear."""
-        if self.io_error is None:
-            devices = await self.execute("query-block", timeout_s=timeout_s)
-            self.io_error = io_errors.describe_status(devices, self.record.spec)
-        return self.io_error
 
     def domain_state(self, run_state: str) -> tuple[DomainState, str | None]:
         """Our state for QEMU's `run_state`, by what else we know; and why."""

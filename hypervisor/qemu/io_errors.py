@@ -12,14 +12,16 @@ from collections.abc import Mapping
 from migrator.model import DomainSpec
 
 _DISK = re.compile(r"disk(\d+)")
+_FULL = "its pool has no space left; the guest goes on by itself once there is some"
 
 
 def describe_event(data: Mapping[str, object], spec: DomainSpec) -> str:
     """From the event's data: `write of disk 0 (fast/web) failed: Input/output error`."""
     node = str(data.get("node-name") or data.get("device") or "")
-    full = ", no space left" if data.get("nospace") is True else ""
     operation, reason = data.get("operation", "access"), data.get("reason", "unknown")
-    return f"{operation} of {_named(node, spec)} failed: {reason}{full}"
+    if data.get("nospace") is True:
+        reason = _FULL
+    return f"{operation} of {_named(node, spec)} failed: {reason}"
 
 
 def describe_status(devices: object, spec: DomainSpec) -> str | None:
@@ -31,7 +33,7 @@ def describe_status(devices: object, spec: DomainSpec) -> str | None:
             continue
         name = _named(str(device.get("qdev") or device.get("device") or ""), spec)
         full = device.get("io-status") == "nospace"
-        return f"{name} failed{': no space left' if full else ''}"
+        return f"{name} failed{f': {_FULL}' if full else ''}"
     return None
 
 

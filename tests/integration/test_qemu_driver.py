@@ -171,46 +171,6 @@ async def test_a_panic_is_reported_and_kept_until_the_reset(world: QemuWorld) ->
     assert await world.a.state() is DomainState.RUNNING
 
 
-async def test_a_disk_error_stops_the_guest_until_it_heals(world: QemuWorld) -> None:
-    await world.a.driver.start(boot(world, COUNT))
-    await counts(world.a, 1000)
-    assert isinstance(world.a.driver, QemuDriver)
-    guest = world.a.driver._guests[VM]
-    await guest.execute(
-        "blockdev-add",
-        {
-            "driver": "blkdebug",
-            "node-name": "broken",
-            "image": "disk0-file",
-            "inject-error": [{"event": "none", "iotype": "read", "errno": 5}],
-        },
-    )
-    node = {
-        "driver": "raw",
-        "node-name": "disk0",
-        "read-only": False,
-        "auto-read-only": False,
-        "cache": {"direct": True, "no-flush": False},
-        "discard": "unmap",
-    }
-    await guest.execute("blockdev-reopen", {"options": [node | {"file": "broken"}]})
-    await world.a.driver.reset(VM)
-    await world.a.wait(DomainEventKind.IO_ERROR)
-    await world.a.wait(DomainEventKind.PAUSED)
-    status = await world.a.driver.inspect(VM)
-    assert status.state is DomainState.IO_ERROR
-    assert status.reason == "read of disk 0 (default/d) failed: Input/output error"
-    await world.reopen("a")
-    assert await world.a.state() is DomainState.IO_ERROR, "also when adopted"
-    assert isinstance(world.a.driver, QemuDriver)
-    guest = world.a.driver._guests[VM]
-    await guest.execute("blockdev-reopen", {"options": [node | {"file": "disk0-file"}]})
-    before = await counter(world.a)
-    await world.a.driver.resume(VM)
-    await counts(world.a, before)
-    assert await world.a.state() is DomainState.RUNNING
-
-
 async def test_the_console_goes_to_a_file(world: QemuWorld) -> None:
     path = world.a.driver.console_log(VM)
     for boots in (1, 2):
