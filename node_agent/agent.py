@@ -73,6 +73,7 @@ from node_agent.state.ownership import StoreOwnership
 from node_agent.state.port import StateStore
 from node_agent.state.sqlite import SqliteStore
 from node_agent.state.typed import TypedStore
+from node_agent.storage_watch import StorageWatch
 from node_agent.trust.members import Membership
 from node_agent.trust.opening import open_trust, wait_for_membership
 from node_agent.trust.removal import NodeRemoval
@@ -184,6 +185,7 @@ async def running_agent(
             return cordon_reasons(node, await cordons.state(node))
 
         records, ownership = DomainRecords(typed), StoreOwnership(store)
+        storage = StorageWatch(node, hypervisor=hypervisor, pools=pools, events=events)
         hooks = HookService(typed, events)
         domains = DomainService(
             node,
@@ -195,6 +197,7 @@ async def running_agent(
             events=events,
             pin_machine=MachinePinner(nodes),
             cordon=cordon,
+            storage=storage,
             restart=RestartPolicy(
                 boot_id=boot_id,
                 store=RestartFile(Path(config.node.state_directory) / "restarts.json"),
@@ -225,6 +228,8 @@ async def running_agent(
         stack.push_async_callback(migrations.close)
         await domains.open(adopted, claimed)
         stack.push_async_callback(domains.close)
+        storage.open()
+        stack.push_async_callback(storage.close)
         takeover = DomainTakeover(
             node,
             domains=domains,

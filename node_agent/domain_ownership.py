@@ -378,7 +378,6 @@ class DomainOwnership:
     def _on_hypervisor_event(self, event: DomainEvent) -> None:
         reported = {
             DomainEventKind.EXITED: (EventKind.DOMAIN_EXITED, f"its process on {self.node} ended"),
-            DomainEventKind.IO_ERROR: (EventKind.DOMAIN_IO_ERROR, "it is paused: a disk failed"),
             DomainEventKind.PANICKED: (EventKind.DOMAIN_PANICKED, "the guest panicked"),
         }.get(event.kind)
         if reported is not None:

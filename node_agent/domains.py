@@ -50,6 +50,7 @@ from node_agent.events import EventKind, EventLog
 from node_agent.io_recovery import IoRecovery
 from node_agent.mac_addresses import Roll, with_macs
 from node_agent.resources import DomainRecord
+from node_agent.storage_watch import StorageWatch
 
 log = logging.getLogger(__name__)
 
@@ -92,15 +93,18 @@ class DomainService:
         restart: RestartPolicy,
         locks: DomainLocks | None = None,
         cordon: Callable[[], Awaitable[list[str]]] | None = None,
+        storage: StorageWatch | None = None,
         clock: Callable[[], float] = time.time,
         roll: Roll = secrets.token_bytes,
     ) -> None:
         """`restart`: which of its domains that were lost are started again.
 
+        `storage`: what is known of pools that don't answer; its owner opens it.
         `cordon`: why nothing may start here now; None: something always may.
         """
         self.node = node
         self._cordon = cordon
+        self._storage = storage
         self.locks = locks or DomainLocks()
         self._hypervisor = hypervisor
         self._pools = pools
@@ -275,7 +279,8 @@ class DomainService:
 
     async def status(self, domain: DomainName) -> DomainStatus:
         """What the hypervisor reports; STOPPED if it isn't here."""
-        return await self._hypervisor.inspect(domain)
+        status = await self._hypervisor.inspect(domain)
+        return self._remarked(status, await self._hypervisor.launched(domain))
 
     async def statuses(self) -> Sequence[DomainStatus]:
         """Every domain of this node, with the addresses that it was seen to use."""
@@ -284,8 +289,18 @@ class DomainService:
             name = DomainName(status.name)
             spec = await self._hypervisor.launched(name)
             learnt = tuple(self._fabric.learnt(name, spec.nics)) if spec is not None else ()
-            statuses.append(msgspec.structs.replace(status, addresses=learnt))
+            remarked = self._remarked(status, spec)
+            statuses.append(msgspec.structs.replace(remarked, addresses=learnt))
         return statuses
+
+    def _remarked(self, status: DomainStatus, spec: DomainSpec | None) -> DomainStatus:
+        """With what is known of its storage, and done about a disk's error."""
+        parts = [status.reason or ""]
+        if status.state is DomainState.IO_ERROR:
+            parts.append(self._io_recovery.remark(DomainName(status.name)))
+        if self._storage is not None and spec is not None:
+            parts.append(self._storage.remark(spec))
+        return msgspec.structs.replace(status, reason="; ".join(filter(None, parts)) or None)
 
     async def console(
         self, domain: DomainName, *, offset: int | None = None, limit_bytes: int = 65_536

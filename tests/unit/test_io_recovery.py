@@ -149,6 +149,79 @@ async def test_a_pause_that_could_not_last_is_refused(world: World) -> None:
 
 
 async def test_it_pauses_longer_and_longer(world: World) -> None:
+    trouble = world.a.domains._io_recovery._trouble(DomainName("x"))
+    assert [trouble.next_pause_s() for _ in range(5)] == [0.01, 0.02, 0.04, 0.05, 0.05]
+
+
+async def test_a_pool_that_stays_full_doesnt_fill_the_event_log(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It pauses the guest again and again, for days perhaps; that is told once, and its end."""
+    monkeypatch.setattr(io_recovery, "STEADY_S", 0.3)
+    resume, left = world.a.hypervisor.resume, 8
+
+    async def resume_and_fail(domain: DomainName) -> float:
+        nonlocal left
+        at_s = await resume(domain)
+        left -= 1
+        if left > 0:
+            asyncio.get_running_loop().call_later(0.01, world.a.host.fail_disk, domain)
+        return at_s
+
+    monkeypatch.setattr(world.a.hypervisor, "resume", resume_and_fail)
+    world.a.host.fail_disk(WEB)
+
+    async def told_of_the_end() -> bool:
+        return "goes on after" in (await world.a.events.read())[-1].message
+
+    await until(told_of_the_end)
+    assert await state(world) is DomainState.RUNNING
+    kinds = [event.kind for event in await world.a.events.read()]
+    assert kinds[-4:] == ["domain-io-error", "domain-resumed", "domain-io-error", "domain-resumed"]
+    assert kinds.count("domain-io-error") == 2
+    assert "8 resumes" in (await world.a.events.read())[-1].message
+
+
+async def test_it_is_shown_why_it_isnt_resumed_yet(world: World) -> None:
+    faults: PoolFaults = world.a.pool.faults
+    faults.lost = True
+    world.a.host.fail_disk(WEB)
+
+    async def shown() -> bool:
+        reason = (await world.a.domains.statuses())[0].reason or ""
+        return "not resumed yet: pool default is lost" in reason
+
+    await until(shown)
+    faults.lost = False
+    await until(lambda: runs(world))
+    assert (await world.a.domains.statuses())[0].reason is None
+
+
+async def test_it_stays_one_trouble_however_long_the_storage_is_away(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a resume that didn't last: its pauses don't begin anew, nor does what is told."""
+    monkeypatch.setattr(io_recovery, "STEADY_S", 0.05)
+    resume = world.a.hypervisor.resume
+
+    async def resume_and_lose(domain: DomainName) -> float:
+        at_s = await resume(domain)
+        world.a.pool.faults.lost = True
+        world.a.host.fail_disk(domain)
+        return at_s
+
+    monkeypatch.setattr(world.a.hypervisor, "resume", resume_and_lose)
+    world.a.host.fail_disk(WEB)
     recovery = world.a.domains._io_recovery
-    pauses = [recovery._next_pause_s(DomainName("x")) for _ in range(5)]
-    assert pauses == [0.01, 0.02, 0.04, 0.05, 0.05]
+
+    async def held_up() -> bool:
+        return "is lost" in recovery.remark(WEB)
+
+    await until(held_up)
+    trouble = recovery._troubles[WEB]
+    await asyncio.sleep(0.3)
+    assert recovery._troubles[WEB] is trouble
+    assert trouble.pause_s == io_recovery.LONGEST_PAUSE_S
+    monkeypatch.setattr(world.a.hypervisor, "resume", resume)
+    world.a.pool.faults.lost = False
+    await until(lambda: runs(world))

@@ -1,0 +1,89 @@
+"""Storage that doesn't answer under guests that run: told in words, once, and its end."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from migrator.model import DomainName, PoolName
+from node_agent.storage_watch import StorageWatch
+from tests.unit.agent_world import World, open_world, spec_of
+
+WEB = DomainName("web")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    async with open_world(tmp_path) as opened:
+        await opened.a.domains.define(spec_of())
+        await opened.a.domains.start(WEB)
+        yield opened
+
+
+def watch_of(world: World, clock: Clock) -> StorageWatch:
+    node = world.a
+    pools = {PoolName("default"): node.pool}
+    return StorageWatch(
+        node.name, hypervisor=node.hypervisor, pools=pools, events=node.events, clock=clock
+    )
+
+
+async def told(world: World) -> list[str]:
+    found = await world.a.events.read()
+    return [f"{each.kind}: {each.message}" for each in found if each.kind.startswith("pool-")]
+
+
+async def test_a_pool_that_stays_away_is_told_and_shown_and_so_is_its_return(world: World) -> None:
+    clock = Clock()
+    watch = watch_of(world, clock)
+    world.a.domains._storage = watch
+    await watch.look()
+    world.a.pool.faults.lost = True
+    await watch.look()
+    assert watch.remark(spec_of()) == "", "one look may be a hiccup"
+    clock.now_s += 2
+    await watch.look()
+    await watch.look()
+    clock.now_s += 38
+    status = (await world.a.domains.statuses())[0]
+    reason = "pool default hasn't answered for 40 s (pool default is lost)"
+    assert (status.state, status.reason) == ("running", reason)
+    assert (await world.a.domains.status(WEB)).reason == reason
+    world.a.pool.faults.lost = False
+    await watch.look()
+    assert (await world.a.domains.status(WEB)).reason is None
+    await world.a.events.close()
+    assert await told(world) == [
+        "pool-unreachable: pool default doesn't answer on a: pool default is lost. Disks on it "
+        "wait: of web",
+        "pool-reachable: pool default answers on a again, after 40 s",
+    ]
+
+
+async def test_a_hiccup_a_volume_that_is_gone_and_a_pool_that_nobody_uses_arent_told(
+    world: World,
+) -> None:
+    watch = watch_of(world, Clock())
+    world.a.pool.faults.lost = True
+    await watch.look()
+    world.a.pool.faults.lost = False
+    await watch.look()
+    world.volumes.volumes.clear()
+    await watch.look()
+    await watch.look()
+    world.a.host.kill(WEB)
+    world.a.pool.faults.lost = True
+    await watch.look()
+    await watch.look()
+    await world.a.events.close()
+    assert await told(world) == []
