@@ -44,6 +44,7 @@ from migrator.model import (
 )
 from migrator.ports import VolumeDriver
 from storage import raw_only
+from storage.block.identity import device_identity
 from storage.block.tokens import TokenFolder
 from storage.bounded import bounded, run_program
 from storage.holder_keys import key_of
@@ -247,6 +248,10 @@ class BlockPool(VolumeDriver):
         request = {"operation": "token", "device": str(self._device(volume)), "node": self._node}
         found = await call_hook(self._fence_hook, request, _Token, timeout_s=FENCE_TIMEOUT_S)
         return None if not found.token else FencingToken(found.token)
+
+    async def identity(self, volume: VolumeName) -> str | None:
+        await self.inspect(volume)
+        return await self._bounded(lambda: device_identity(self._device(volume)))
 
     # --- parts ---
 

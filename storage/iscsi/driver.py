@@ -45,7 +45,7 @@ from migrator.model import (
 )
 from migrator.ports import VolumeDriver
 from storage import raw_only
-from storage.holder_keys import HolderKey, key_of
+from storage.holder_keys import HolderKey, key_of, parse_key
 from storage.iscsi.copying import LunEnd, copy_to_lun
 from storage.iscsi.names import iqn_part
 from storage.iscsi.provisioner import Lun, Provisioner
@@ -95,6 +95,8 @@ class IscsiPool(VolumeDriver):
         self._initiator = f"{initiator_prefix}:{iqn_part(node)}"
         self._chap = chap
         self._opened: dict[VolumeName, _Opened] = {}
+        self._known: dict[VolumeName, Lun] = {}
+        """Where the volumes are that this node uses."""
         self._locks: dict[VolumeName, asyncio.Lock] = {}
         self._persist: dict[str, bool] = {}
         self._ending: set[asyncio.Task[None]] = set()
@@ -120,6 +122,9 @@ class IscsiPool(VolumeDriver):
             )
         except FerryError as error:
             return PoolHealth(reachable=False, reason=str(error))
+
+    async def mark(self) -> str | None:
+        return await self._provisioner.mark()
 
     # --- volumes ---
 
@@ -217,7 +222,7 @@ class IscsiPool(VolumeDriver):
         key = key_of(self._node, token)
         async with self._lock(volume):
             await self._refuse_old(volume, token)
-            lun = await self._provisioner.grant(volume, self._initiator)
+            lun = self._known[volume] = await self._provisioner.grant(volume, self._initiator)
             chap_file = await self._chap_file()
             opened = self._opened.get(volume)
             if opened is None or opened.key != key or read_only:
@@ -243,6 +248,7 @@ class IscsiPool(VolumeDriver):
         """Forget the session that waits for a fence. What the target knows stays: see `open`."""
         async with self._lock(volume):
             opened = self._opened.get(volume)
+            self._known.pop(volume, None)
             if opened is not None and opened.key.token <= token:
                 await self._close_session(volume)
 
@@ -307,6 +313,29 @@ class IscsiPool(VolumeDriver):
             held, _ = await look(Reservations(session), f"volume {volume}")
         return None if held is None else held.token
 
+    async def reach(self, volume: VolumeName) -> None:
+        """Also the portal, by a login: who makes the LUNs may answer while they don't."""
+        check_volume_name(volume)
+        async with await self._connect(await self._lun(volume)) as session:
+            await look(Reservations(session), f"volume {volume}")
+
+    async def shows_opened(
+        self, volume: VolumeName, node: NodeName, token: FencingToken
+    ) -> bool | None:
+        """By its registration. StorageError: not even this node's is there (a restarted target)."""
+        check_volume_name(volume)
+        async with await self._connect(await self._lun(volume)) as session:
+            _, keys = await look(Reservations(session), f"volume {volume}")
+        wanted, own = key_of(node, token), key_of(self._node, token).node
+        if wanted.value in keys:
+            return True
+        if not any((key := parse_key(value)) and key.node == own for value in keys):
+            raise StorageError(
+                f"volume {volume}: its LUN has no registration of {self._node} now, whose "
+                "hypervisor must renew it: the target was restarted, or can't be reached"
+            )
+        return False
+
     async def shut_down(self) -> None:
         for volume in tuple(self._opened):
             async with self._lock(volume):
@@ -326,6 +355,12 @@ class IscsiPool(VolumeDriver):
         newest = await self._provisioner.token(volume)
         if newest is not None and token < newest:
             raise FenceError(f"volume {volume} is fenced by token {newest}, not opened: {token}")
+
+    async def _lun(self, volume: VolumeName) -> Lun:
+        """As its hypervisor was told where it is; a site's hook may be slow to say it again."""
+        if volume not in self._known:
+            self._known[volume] = await self._provisioner.inspect(volume)
+        return self._known[volume]
 
     async def _connect(self, lun: Lun) -> IscsiSession:
         credentials = None if self._chap is None else await self._chap.read()

@@ -81,6 +81,10 @@ class Provisioner(abc.ABC):
     async def health(self) -> PoolHealth:
         """Try the storage. StorageError: why it can't be reached."""
 
+    async def mark(self) -> str | None:
+        """As the port's; None: its settings say it all, or it can't tell."""
+        return None
+
     @property
     @abc.abstractmethod
     def fences(self) -> bool:

@@ -220,8 +220,8 @@ class IscsiSession:
                 if not self._library.iscsi_logout_async(self._context, self._callback, number):
                     self._watch()
                     await done
-        except TimeoutError:
-            pass
+        except (TimeoutError, _BrokenError):
+            pass  # Then it is over, too.
         finally:
             self._waiting.pop(number, None)
             self._destroy()

@@ -3,6 +3,7 @@
     FOLDER/NAME.raw       the volume's bytes
     FOLDER/NAME.json      target, admitted initiators, newest token: written before tgtd is told,
                           so that it holds after a restart of tgtd
+    FOLDER/.ferry.mark    which folder this is
     FOLDER/.lock          one change at a time, from any agent
 
 tgtd forgets everything when it ends. `restore` makes all of it again from the folder; run it after
@@ -31,6 +32,7 @@ from storage.iscsi.names import iqn_part
 from storage.iscsi.provisioner import Lun, Provisioner
 from storage.iscsi.secrets import ChapFile
 from storage.iscsi.tgt_control import TgtControl
+from storage.marks import folder_mark
 
 CALL_TIMEOUT_S: Final = 20.0
 LUN_NUMBER: Final = 1
@@ -174,6 +176,9 @@ class TgtFolder:
             free_bytes=found.f_bavail * found.f_frsize,
         )
 
+    def mark(self) -> str | None:
+        return folder_mark(self.folder, f"pool {self._pool}")
+
     # --- tgtd ---
 
     def restore(self) -> int:
@@ -238,7 +243,8 @@ class TgtFolder:
             raise StorageError(f"{self._state_path(volume)} is damaged: {error}") from error
 
     def _write(self, volume: VolumeName, state: VolumeState) -> None:
-        durable.replace(self._state_path(volume), msgspec.json.encode(state))
+        """Also in a full folder: a guest may wait for the fence that is written down."""
+        durable.replace_even_if_full(self._state_path(volume), msgspec.json.encode(state))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -287,6 +293,9 @@ class TgtProvisioner(Provisioner):
 
     async def health(self) -> PoolHealth:
         return await self._call(self._tgt.health)
+
+    async def mark(self) -> str | None:
+        return await self._call(self._tgt.mark)
 
     async def _call(self, work: Callable[[], _T]) -> _T:
         """To its end: a change of tgtd's is never left half-way by a cancellation."""

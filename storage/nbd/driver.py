@@ -45,6 +45,7 @@ from storage.names import (
     check_volume_name,
 )
 from storage.nbd import protocol as p
+from storage.outage import Outage
 from storage.settings import NbdSettings
 
 CALL_TIMEOUT_S: Final = 15.0
@@ -68,6 +69,7 @@ class NbdPool(VolumeDriver):
         self._node = node
         self._qemu_img = qemu_img
         self._where = f"pool {settings.name}"
+        self._outage = Outage()
         self._host, self._port = "", 0
         if settings.provisioner is not None:
             host, _, port = settings.provisioner.rpartition(":")
@@ -92,6 +94,13 @@ class NbdPool(VolumeDriver):
         except StorageError as error:
             return PoolHealth(reachable=False, reason=str(error))
         return answer.health or PoolHealth(reachable=True)
+
+    async def mark(self) -> str | None:
+        """None also where the provisioner is older, or a hook: they don't know the question."""
+        try:
+            return (await self._ask(p.Mark(), timeout_s=HEALTH_TIMEOUT_S)).mark
+        except StorageError:
+            return None
 
     # --- volumes -----------------------------------------------------------------------------
 
@@ -177,6 +186,13 @@ class NbdPool(VolumeDriver):
         check_volume_name(volume)
         return FencingToken((await self._ask(p.Verify(volume=volume))).token) or None
 
+    async def shows_opened(
+        self, volume: VolumeName, node: NodeName, token: FencingToken
+    ) -> bool | None:
+        check_volume_name(volume)
+        openings = (await self._ask(p.Verify(volume=volume))).openings
+        return None if openings is None else (node, token) in openings
+
     # --- the provisioner ---------------------------------------------------------------------
 
     async def _ask(self, request: p.Request, *, timeout_s: float = CALL_TIMEOUT_S) -> p.Answer:
@@ -218,16 +234,17 @@ class NbdPool(VolumeDriver):
         except TimeoutError as error:
             raise StorageError(
                 f"{self._where}: the provisioner at {self._settings.provisioner} didn't answer in "
-                f"{timeout_s:.0f} s"
+                f"{timeout_s:.0f} s{self._outage.failed()}"
             ) from error
         except (OSError, ValueError) as error:
             raise StorageError(
                 f"{self._where}: the provisioner at {self._settings.provisioner} can't be asked: "
-                f"{words(error)}"
+                f"{words(error)}{self._outage.failed()}"
             ) from error
         finally:
             if writer is not None:
                 writer.close()
+        self._outage.answered()
         return p.checked(line, p.TO_NODE, nonce, key)
 
     async def _key(self) -> bytes | None:

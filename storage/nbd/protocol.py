@@ -33,6 +33,10 @@ class TryOut(Request, frozen=True, kw_only=True, tag="health"):
     """-> health"""
 
 
+class Mark(Request, frozen=True, kw_only=True, tag="mark"):
+    """-> mark. Older provisioners, and hooks, may not know it."""
+
+
 class ListVolumes(Request, frozen=True, kw_only=True, tag="list"):
     """-> volumes"""
 
@@ -108,13 +112,14 @@ class Fence(Request, frozen=True, kw_only=True, tag="fence"):
 
 
 class Verify(Request, frozen=True, kw_only=True, tag="verify"):
-    """-> token"""
+    """-> token, and openings"""
 
     volume: str
 
 
 AnyRequest = (
     TryOut
+    | Mark
     | ListVolumes
     | Inspect
     | Create
@@ -155,6 +160,9 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     export: ExportPlace | None = None
     draft: str | None = None
     token: int = 0
+    mark: str | None = None
+    openings: tuple[tuple[str, int], ...] | None = None
+    """Node and token of each export that may write; None: an older provisioner doesn't say."""
 
 
 class Greeting(msgspec.Struct, frozen=True, kw_only=True):

@@ -115,6 +115,8 @@ class Provisioner:
         match request:
             case p.TryOut():
                 return p.Answer(health=await self._do(folder.health))
+            case p.Mark():
+                return p.Answer(mark=await self._do(folder.mark))
             case p.ListVolumes():
                 return p.Answer(volumes=tuple(await self._do(lambda: list(_all(folder)))))
             case p.Create(volume=volume, capacity_bytes=size, draft=True):
@@ -157,7 +159,10 @@ class Provisioner:
             case p.Fence():
                 await self._fence(request)
             case p.Verify():
-                return p.Answer(token=(await self._state(volume)).fence)
+                state = await self._state(volume)
+                writing = [each for each in state.exports if each.live and not each.read_only]
+                openings = tuple((each.node, each.token) for each in writing)
+                return p.Answer(token=state.fence, openings=openings)
         return p.Answer()
 
     # --- exports -----------------------------------------------------------------------------

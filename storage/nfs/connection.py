@@ -17,24 +17,61 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 from migrator.errors import FerryError, StorageError
 from storage.bounded import explained, given_up_calls
 from storage.nfs.libnfs import Export, NfsError
+from storage.outage import Outage
 
 _BROKEN: Final = frozenset({errno.EFAULT, errno.EINTR, errno.ETIMEDOUT, errno.EIO, errno.EPIPE})
 """After these nothing is known of the connection."""
+_REFUSED: Final = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOMEM})
+"""What a server that is there may say of a mount, or this machine of itself."""
+_OF_THE_SERVER: Final = "NFS3ERR"
+"""In libnfs's words where the server has answered, with an error of its own."""
+_SAYS_NOTHING: Final = "nfs_service failed"
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Which one, for messages; and since when it doesn't answer."""
+
+    address: str
+    export: str
+    outage: Outage = field(default_factory=Outage)
+
+    def explained(self, where: str, error: NfsError) -> StorageError:
+        """A StorageError for an operator."""
+        said = error.strerror or ""
+        mounting = error.filename == f"{self.address}:{self.export}"
+        away = error.errno in _BROKEN or (mounting and error.errno not in _REFUSED)
+        if away and _OF_THE_SERVER not in said:
+            reason = "the connection broke" if _SAYS_NOTHING in said else said
+            return StorageError(
+                f"{where}: NFS server {self.address} (export {self.export}) can't be reached: "
+                f"{reason}{self.outage.failed()}. Is it up, and do its ports for rpcbind (111), "
+                "mount and nfs (2049) let this node in?"
+            )
+        self.outage.answered()
+        if mounting and error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM):
+            return StorageError(
+                f"{where}: NFS server {self.address} doesn't let this node mount {self.export} "
+                f"({said}): does it export that, and to this node?"
+            )
+        return explained(where, error)
+
+
 class Connection:
     """See the module. `where` ("pool web") begins the messages. `close` it."""
 
-    def __init__(self, where: str, connect: Callable[[], Export]) -> None:
+    def __init__(self, where: str, server: Server, connect: Callable[[], Export]) -> None:
         self._where = where
+        self._server = server
         self._connect = connect
         self._worker: _Worker | None = None
 
@@ -48,10 +85,17 @@ class Connection:
         for left in range(tries - 1, -1, -1):
             left_s = deadline_s - asyncio.get_running_loop().time()
             try:
-                return await self._call(work, left_s / (left + 1))
+                result = await self._call(work, left_s / (left + 1))
             except NfsError as error:
                 if left == 0 or error.errno not in _BROKEN:
-                    raise explained(self._where, error) from error
+                    raise self._server.explained(self._where, error) from error
+            except FerryError as error:
+                if type(error) is not StorageError:
+                    self._server.outage.answered()
+                raise
+            else:
+                self._server.outage.answered()
+                return result
         raise AssertionError("the last try returns or raises")
 
     async def _call(self, work: Callable[[Export], _T], timeout_s: float) -> _T:
@@ -77,7 +121,7 @@ class Connection:
 
     def another(self) -> Connection:
         """A new one to the same export."""
-        return Connection(self._where, self._connect)
+        return Connection(self._where, self._server, self._connect)
 
     def close(self) -> None:
         """End the thread once it is through. Idempotent."""

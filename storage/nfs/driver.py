@@ -33,7 +33,7 @@ from migrator.model import (
 from migrator.ports import VolumeDriver
 from storage.names import check_growth, check_volume_name, linked_unsupported
 from storage.nfs import files, making
-from storage.nfs.connection import Connection
+from storage.nfs.connection import Connection, Server
 from storage.nfs.layout import READER_ID, Contents, Fence, Opening, identity
 from storage.nfs.libnfs import Export, NfsError
 from storage.settings import NfsSettings
@@ -62,7 +62,8 @@ class NfsPool(VolumeDriver):
         self._node = node
         self._qemu_img = qemu_img
         self._where = f"pool {settings.name}"
-        self._control = Connection(self._where, self._connect)
+        self._server = Server(settings.server, settings.export)
+        self._control = Connection(self._where, self._server, self._connect)
         self._known: dict[VolumeName, Contents] = {}
         """What this node has open, so that a fence needs no look first. The server decides."""
 
@@ -88,6 +89,9 @@ class NfsPool(VolumeDriver):
             except StorageError as error:
                 return PoolHealth(reachable=False, reason=str(error))
         return PoolHealth(reachable=True, capacity_bytes=capacity, free_bytes=free)
+
+    async def mark(self) -> str | None:
+        return await self._control.call(files.mark, timeout_s=HEALTH_TIMEOUT_S, tries=2)
 
     # --- volumes -----------------------------------------------------------------------------
 
@@ -257,6 +261,13 @@ class NfsPool(VolumeDriver):
         contents = await self._do(volume, lambda export: self._contents(export, volume))
         return contents.fence.token or None
 
+    async def shows_opened(
+        self, volume: VolumeName, node: NodeName, token: FencingToken
+    ) -> bool | None:
+        check_volume_name(volume)
+        contents = await self._do(volume, lambda export: self._contents(export, volume))
+        return Opening(node, token, read_only=False) in contents.openings
+
     # --- parts -------------------------------------------------------------------------------
 
     async def _do(self, volume: VolumeName, work: Callable[[Export], _T]) -> _T:
@@ -266,7 +277,7 @@ class NfsPool(VolumeDriver):
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[Connection]:
         """One for a single operation, so that no fence waits behind a copy."""
-        connection = Connection(self._where, self._connect)
+        connection = Connection(self._where, self._server, self._connect)
         try:
             yield connection
         finally:

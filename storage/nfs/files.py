@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import uuid
 from typing import Final
 
 from migrator.errors import NotFoundError, StorageError
 from migrator.model import DiskFormat, PoolName, VolumeInfo, VolumeName
+from storage.marks import MARK, new_mark
 from storage.nfs.layout import FOLDER_MODE, NOBODY_ID, Contents, read_contents
 from storage.nfs.libnfs import Export, NfsError
 from storage.qcow2 import HEADER_BYTES, parse_header
 
 ABANDONED_AFTER_S: Final = 86_400.0
 """A half-made volume that nobody has written to for a day belongs to an agent that died."""
+_MARK_BYTES_MAX: Final = 256
+
+_log = logging.getLogger(__name__)
 
 
 def contents(export: Export, pool: PoolName, volume: VolumeName) -> Contents:
@@ -83,6 +88,37 @@ def try_out(export: Export) -> tuple[int, int]:
     finally:
         export.remove_folder(folder)
     return export.room()
+
+
+def mark(export: Export) -> str | None:
+    """Which export this is: a random text, made where there is none. None: it can't be made."""
+    path, draft = f"/{MARK}", f"/{MARK}.{uuid.uuid4().hex}.tmp"
+    try:
+        return _read_mark(export, path)
+    except NfsError as error:
+        if error.errno != errno.ENOENT:
+            raise
+    try:
+        with export.opened(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600) as handle:
+            export.write(handle, 0, f"{new_mark()}\n".encode())
+            export.sync(handle)
+        try:
+            export.link(draft, path)
+        except NfsError as error:
+            if error.errno != errno.EEXIST:
+                raise
+        return _read_mark(export, path)
+    except NfsError as error:
+        _log.warning("%s can't be made: %s", path, error)
+        return None
+    finally:
+        with contextlib.suppress(NfsError):
+            unlink(export, draft)
+
+
+def _read_mark(export: Export, path: str) -> str | None:
+    with export.opened(path, os.O_RDONLY) as handle:
+        return export.read(handle, 0, _MARK_BYTES_MAX).decode(errors="replace").strip() or None
 
 
 def temporary(volume: VolumeName) -> str:

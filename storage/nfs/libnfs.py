@@ -107,6 +107,7 @@ def _library() -> ctypes.CDLL:
         ("nfs_rmdir", number, context, text),
         ("nfs_unlink", number, context, text),
         ("nfs_rename", number, context, text, text),
+        ("nfs_link", number, context, text, text),
         ("nfs_lchown", number, context, text, number, number),
         ("nfs_chmod", number, context, text, number),
         ("nfs_open2", number, context, text, number, number, ctypes.POINTER(context)),
@@ -205,6 +206,10 @@ class Export:
 
     def rename(self, path: str, target: str) -> None:
         self._call("nfs_rename", path, target.encode())
+
+    def link(self, path: str, another: str) -> None:
+        """Give a file a second name. FileExistsError's errno if that is taken."""
+        self._call("nfs_link", path, another.encode())
 
     def chown(self, path: str, uid: int = KEEP, gid: int = KEEP) -> None:
         self._call("nfs_lchown", path, _signed(uid), _signed(gid))

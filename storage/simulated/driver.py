@@ -224,6 +224,11 @@ class SimulatedPool(VolumeDriver):
     async def verify(self, volume: VolumeName) -> FencingToken | None:
         return (await self._find(volume)).newest
 
+    async def shows_opened(
+        self, volume: VolumeName, node: NodeName, token: FencingToken
+    ) -> bool | None:
+        return (node, token) in (await self._find(volume)).opened
+
     def write(self, volume: VolumeName, token: FencingToken) -> None:
         """A guest on this node writes, under the token that it runs by. StorageError: refused."""
         found = self.shared.volumes.get(volume)

@@ -101,6 +101,42 @@ class TestFences(FenceContract):
             writer.end()
 
 
+async def test_two_luns_behind_one_name_are_told_apart(
+    nodes: Pools, tmp_path: Path, writers: ExitStack
+) -> None:
+    """By who is registered at the LUN, by whichever portal and target name it is reached."""
+    source, destination = nodes
+    await new_volume(nodes)
+    await hypervisor(source, 1, 0xA1, writers)
+    await source.fence(DISK, t(1))
+    with running_tgt(tmp_path) as other:
+        elsewhere = other.pool("b")
+        assert await elsewhere.mark() not in (None, await source.mark())
+        await elsewhere.create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW)
+        await elsewhere.open(DISK, t(2), read_only=False)
+        await elsewhere.reach(DISK)
+        assert await source.shows_opened(DISK, NodeName("b"), t(2)) is False
+        await asyncio.to_thread(other.kill)
+        with pytest.raises(StorageError, match="portal can't be reached"):
+            await elsewhere.reach(DISK)
+        await elsewhere.shut_down()
+    await destination.open(DISK, t(2), read_only=False)
+    assert await source.shows_opened(DISK, NodeName("b"), t(2)) is True
+
+
+async def test_a_target_that_has_forgotten_everybody_isnt_taken_for_another(
+    nodes: Pools, tgt: TgtWorld
+) -> None:
+    source, destination = nodes
+    await new_volume(nodes)
+    for pool, token in ((source, 1), (destination, 2)):
+        await pool.open(DISK, t(token), read_only=False)
+    await asyncio.to_thread(tgt.kill)
+    await asyncio.to_thread(tgt.start)
+    with pytest.raises(StorageError, match="the target was restarted"):
+        await source.shows_opened(DISK, NodeName("b"), t(2))
+
+
 # --- the fences, each alone, and a target that forgets ---
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundError, StorageError
 from migrator.model import DiskFormat, FencingToken, NbdSource, NodeName, VolumeName
+from storage.marks import MARK
 from storage.nbd import NbdPool
 from storage.nbd.protocol import PORT
 from storage.settings import NbdSettings
@@ -77,6 +78,7 @@ async def nodes(server: NbdServer) -> AsyncIterator[Pools]:
         for node in made:
             await node.close(VolumeName(volume.name), t(1 << 40))
         await made[0].delete(VolumeName(volume.name))
+    (server.folder / MARK).unlink(missing_ok=True)
     assert os.listdir(server.folder) == []  # noqa: PTH208 - Names are what it is about.
 
 
@@ -112,6 +114,21 @@ async def test_exports_outlive_the_provisioner_and_come_back_after_a_crash_of_th
     assert await a.verify(DISK) == 2
     for writer in (first, second):
         writer.end()
+
+
+async def test_two_servers_are_told_apart(nodes: Pools, secured: NbdServer) -> None:
+    a, b = nodes
+    elsewhere = pool_of(secured, "b")
+    mark = await a.mark()
+    assert mark is not None and await b.mark() == mark
+    assert await elsewhere.mark() not in (None, mark)
+    for pool in (a, elsewhere):
+        await pool.create(DISK, capacity_bytes=MIB, format=RAW)
+    await a.open(DISK, t(1), read_only=False)
+    await elsewhere.open(DISK, t(2), read_only=False)
+    assert await a.shows_opened(DISK, NodeName("b"), t(2)) is False
+    await b.open(DISK, t(2), read_only=False)
+    assert await a.shows_opened(DISK, NodeName("b"), t(2)) is True
 
 
 async def test_an_export_that_dies_is_begun_again(nodes: Pools, server: NbdServer) -> None:

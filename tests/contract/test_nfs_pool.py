@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import signal
@@ -14,7 +15,9 @@ import pytest
 
 from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundError, StorageError
 from migrator.model import DiskFormat, FencingToken, NfsSource, NodeName, VolumeName
+from storage.marks import MARK
 from storage.nfs import NfsPool
+from storage.nfs.files import remove_tree
 from storage.nfs.layout import READER_ID
 from storage.nfs.libnfs import NfsError
 from storage.settings import NfsSettings
@@ -53,6 +56,8 @@ async def nodes(
         for node in made:
             await node.close(name, t(1 << 40))
         await made[0].delete(name)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{server.export}/{MARK}")  # noqa: PTH108 - As below.
     assert os.listdir(server.export) == []  # noqa: PTH208 - Names are what it is about.
     for node in made:
         await node.shut_down()
@@ -66,6 +71,33 @@ class TestFences(FenceContract):
     """The server refuses every other uid."""
 
 
+async def test_two_exports_are_told_apart(
+    server: NfsServer, nodes: tuple[NfsPool, NfsPool]
+) -> None:
+    """By their marks; and by what a node has opened, which shows only where it has."""
+    a, b = nodes
+    mark = await a.mark()
+    assert mark is not None and await b.mark() == mark
+    assert sorted(os.listdir(server.export)) == [MARK], "no draft is left"  # noqa: PTH208
+    root = a._control.another()
+    await root.call(lambda export: export.make_folder("/other", 0o755), timeout_s=10.0)
+    settings = NfsSettings(name="default", server=ADDRESS, export=f"{server.export}/other")
+    elsewhere = NfsPool(settings, NodeName("b"))
+    assert await elsewhere.mark() not in (None, mark)
+    for pool in (a, elsewhere):
+        await pool.create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW)
+    await a.open(DISK, t(1), read_only=False)
+    await elsewhere.open(DISK, t(2), read_only=False)
+    assert await a.shows_opened(DISK, NodeName("b"), t(2)) is False
+    await b.open(DISK, t(2), read_only=False)
+    assert await a.shows_opened(DISK, NodeName("b"), t(2)) is True
+    await elsewhere.close(DISK, t(2))
+    await elsewhere.delete(DISK)
+    await elsewhere.shut_down()
+    await root.call(lambda export: remove_tree(export, "/other"), timeout_s=10.0)
+    root.close()
+
+
 async def test_a_missing_export_and_an_absent_server_are_told(server: NfsServer) -> None:
     for settings in (
         NfsSettings(name="p", server=ADDRESS, export="/nowhere"),
@@ -74,7 +106,7 @@ async def test_a_missing_export_and_an_absent_server_are_told(server: NfsServer)
         pool = NfsPool(settings, NodeName("a"))
         health = await pool.health()
         assert not health.reachable
-        assert settings.server in (health.reason or "")
+        assert f"NFS server {settings.server} " in (health.reason or "")
         with pytest.raises(StorageError):
             await pool.list_volumes()
         with pytest.raises(FenceError, match="unconfirmed"):
@@ -96,10 +128,12 @@ async def test_a_server_that_hangs_holds_nobody_up_for_ever(
     server.nfs.signal(signal.SIGSTOP)
     try:
         health = await pool.health()
-        assert not health.reachable and "no answer" in (health.reason or "")
+        assert not health.reachable
+        named = f"NFS server {ADDRESS} (export {server.export}) can't be reached: no answer in "
+        assert named in (health.reason or "")
         with pytest.raises(FenceError, match="unconfirmed"):
             await pool.fence(DISK, t(2))
-        with pytest.raises(StorageError, match="no answer"):
+        with pytest.raises(StorageError, match=r"hasn't answered this node for \d+ s\. Is it up"):
             await pool.list_volumes()
         waiting = asyncio.create_task(pool.inspect(DISK))
         await asyncio.sleep(0.05)
@@ -122,8 +156,10 @@ async def test_a_server_that_was_restarted_is_used_again(
     await a.open(DISK, t(1), read_only=False)
     await a.fence(DISK, t(1))
     server.nfs.kill()
-    with pytest.raises(FenceError, match="unconfirmed"):
+    with pytest.raises(FenceError, match=r"unconfirmed: .*NFS server .* can't be reached") as told:
         await a.fence(DISK, t(2))
+    assert "Input/output error" not in str(told.value)
+    assert "nfs_service" not in str(told.value)
     server.nfs.start()
     await a.fence(DISK, t(2))
     assert await b.verify(DISK) == 2

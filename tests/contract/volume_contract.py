@@ -1,6 +1,6 @@
 """What every storage driver keeps to: a suite that a driver's tests inherit.
 
-    class TestContract(VolumeContract): ...    with a fixture `nodes`, the pool as two nodes see it
+    class TestContract(VolumeContract): ...    with a fixture `nodes`, the pool as a and b see it
     class TestFences(FenceContract): ...       where the storage itself refuses a fenced writer
 
 The pool is empty at the start of each test.
@@ -16,7 +16,7 @@ from typing import ClassVar
 import pytest
 
 from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundError
-from migrator.model import DiskFormat, FencingToken, VolumeName
+from migrator.model import DiskFormat, FencingToken, NodeName, VolumeName
 from migrator.ports import VolumeDriver
 from tests.contract.writers import Writer
 
@@ -207,6 +207,23 @@ class VolumeContract:
                 await nodes[0].clone(DISK, VolumeName(wrong))
         await nodes[0].delete(DISK)
         assert await nodes[0].inspect(copy) == made
+
+    async def test_both_nodes_see_one_storage(self, nodes: Nodes) -> None:
+        """By its mark, by the device's name, and by what either has opened, where those tell."""
+        a, b = nodes
+        await a.create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW)
+        assert await a.mark() == await b.mark()
+        assert await a.identity(DISK) == await b.identity(DISK)
+        await a.open(DISK, t(1), read_only=False)
+        shown = await a.shows_opened(DISK, NodeName("b"), t(2))
+        assert shown in (False, None)
+        await b.open(DISK, t(2), read_only=False)
+        for node in nodes:
+            await node.reach(DISK)
+        assert await a.shows_opened(DISK, NodeName("b"), t(2)) is (None if shown is None else True)
+        assert await a.shows_opened(DISK, NodeName("b"), t(3)) is shown
+        await b.close(DISK, t(2))
+        await a.close(DISK, t(1))
 
     async def test_health_and_fencing_are_told(self, pool: VolumeDriver) -> None:
         health = await pool.health()

@@ -16,7 +16,7 @@ from migrator.own_threads import THREADS_MAX, in_own_thread
 from storage import bounded as bounded_module
 from storage.bounded import GIVEN_UP_MAX, bounded
 from storage.directory import DirectoryPool, driver
-from storage.nfs.connection import Connection
+from storage.nfs.connection import Connection, Server
 
 MORE_THAN_A_LOOP_HAS = 40
 """asyncio's own threads are 32 at most."""
@@ -125,10 +125,11 @@ async def test_one_nfs_server_that_hangs_costs_the_others_nothing(hung: threadin
     def hang(_: Any) -> None:
         hung.wait()
 
+    server = Server("10.0.0.5", "/srv")
     for _ in range(GIVEN_UP_MAX):
         with pytest.raises(StorageError, match="no answer"):
-            await Connection("pool 3", connect).call(hang, timeout_s=0.01)
-    bad, good = Connection("pool 3", connect), Connection("pool 4", connect)
+            await Connection("pool 3", server, connect).call(hang, timeout_s=0.01)
+    bad, good = (Connection(f"pool {number}", server, connect) for number in (3, 4))
     with pytest.raises(StorageError, match="hangs"):
         await bad.call(lambda _: 7, timeout_s=5)
     assert await good.call(lambda _: 7, timeout_s=5) == 7
