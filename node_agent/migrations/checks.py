@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from migrator.errors import FerryError, words
 from migrator.model import (
@@ -24,6 +24,7 @@ from migrator.model import (
     NodeName,
     NodeState,
     PoolName,
+    VolumeInfo,
     VolumeName,
 )
 from migrator.own_threads import in_own_thread
@@ -33,6 +34,7 @@ from node_agent.domain_locks import DomainLocks
 from node_agent.migrations.room import room_reasons
 from node_agent.nodes import NodeView
 
+T = TypeVar("T")
 LOOK_S: Final = 3.0
 """For a look at a volume: less than `manager.INSPECT_S` by what drivers take to give up."""
 
@@ -46,7 +48,10 @@ class Inspection(Struct, frozen=True, kw_only=True):
     """Whether the source's engine speaks TLS; None: nobody asks."""
     engine: EngineKind = EngineKind.PAGED
     marks: Mapping[str, str] = {}
-    """By pool, which storage the source has behind its name; without a pool: nobody asks."""
+    """By pool, which storage the source has behind its name, and by POOL/VOLUME, which device; what
+    isn't there is asked by nobody."""
+    capacities: Mapping[str, int] = {}
+    """By POOL/VOLUME, in bytes, as the source sees them."""
 
 
 def node_reasons(
@@ -99,6 +104,32 @@ def claim_reasons(locks: DomainLocks, domain: DomainName) -> list[str]:
     return [f"domain {domain} is being migrated already (migration {migration})"]
 
 
+def _name(disk: DiskSpec) -> str:
+    return f"{disk.pool}/{disk.volume}"
+
+
+def _another(name: str, own: str, there: str) -> str:
+    """That a pool, or a volume, isn't the source's."""
+    if "/" in name:
+        return f"its volume {name} is another device than the source's: {own}, there {there}"
+    return (
+        f"its pool {name} is another storage than the source's, under the same name: is it "
+        f"mounted on both? do its settings (`ferry pool show {name}`) lead to the same server?"
+    )
+
+
+async def _nothing() -> dict[str, str]:
+    return {}
+
+
+async def _said(look: Awaitable[T]) -> T | None:
+    """None: it couldn't be said, or not in time."""
+    with contextlib.suppress(FerryError, TimeoutError):
+        async with asyncio.timeout(LOOK_S):
+            return await look
+    return None
+
+
 class DestinationCheck:
     """What this node says when it is to be a destination."""
 
@@ -137,7 +168,7 @@ class DestinationCheck:
             lambda: self._here(spec),
             lambda: self._memory(spec),
             lambda: self._machine(spec, inspection.source, inspection.engine),
-            lambda: self._disks(spec, inspection.marks),
+            lambda: self._disks(inspection),
             lambda: self._nics(spec),
             lambda: self._boot(spec),
             lambda: self._encryption(inspection.tls),
@@ -207,44 +238,76 @@ class DestinationCheck:
             found.append(f"it can't receive memory: {own.paged_engine_reason}")
         return found
 
+    @property
+    def pools(self) -> Mapping[PoolName, VolumeDriver]:
+        """This node's."""
+        return self._pools
+
+    async def inspection(
+        self, spec: DomainSpec, source: HypervisorCapabilities, engine: EngineKind, tls: bool
+    ) -> Inspection:
+        """What this node asks as a source; it says what is here of the domain's storage."""
+        marks, capacities = await asyncio.gather(self.marks(spec), self.capacities(spec))
+        return Inspection(
+            spec=spec, source=source, engine=engine, tls=tls, marks=marks, capacities=capacities
+        )
+
     async def marks(self, spec: DomainSpec) -> dict[str, str]:
-        """This node's, of the pools that a domain has disks on; without those that can't say."""
-        names = sorted({disk.pool for disk in spec.disks})
-        marks = await asyncio.gather(*(self._mark(PoolName(name)) for name in names))
-        return {name: mark for name, mark in zip(names, marks, strict=True) if mark is not None}
+        """This node's, of the pools and volumes of a domain's disks; without those that can't say.
 
-    async def _mark(self, name: PoolName) -> str | None:
-        pool = self._pools.get(name)
-        with contextlib.suppress(FerryError):  # Whether the storage works is asked elsewhere.
-            return None if pool is None else await pool.mark()
-        return None
+        Whether the storage works is asked elsewhere.
+        """
+        looks: dict[str, Awaitable[str | None]] = {}
+        for disk in spec.disks:
+            pool = self._pools.get(PoolName(disk.pool))
+            if pool is not None:
+                if disk.pool not in looks:
+                    looks[disk.pool] = pool.mark()
+                looks[_name(disk)] = pool.identity(VolumeName(disk.volume))
+        found = await asyncio.gather(*(_said(look) for look in looks.values()))
+        return {name: said for name, said in zip(looks, found, strict=True) if said is not None}
 
-    async def _disks(self, spec: DomainSpec, there: Mapping[str, str]) -> list[str]:
-        looks = asyncio.gather(*(self._trouble_of(disk) for disk in spec.disks))
-        own, troubles = await asyncio.gather(self.marks(spec), looks)
+    async def capacities(self, spec: DomainSpec) -> dict[str, int]:
+        """This node's, of a domain's volumes in bytes; without those that can't be looked at."""
+        looks: dict[str, Awaitable[VolumeInfo]] = {}
+        for disk in spec.disks:
+            if (pool := self._pools.get(PoolName(disk.pool))) is not None:
+                looks[_name(disk)] = pool.inspect(VolumeName(disk.volume))
+        found = await asyncio.gather(*(_said(look) for look in looks.values()))
+        named = zip(looks, found, strict=True)
+        return {name: info.capacity_bytes for name, info in named if info is not None}
+
+    async def _disks(self, inspection: Inspection) -> list[str]:
+        spec, there = inspection.spec, inspection.marks
+        looks = asyncio.gather(*(self._trouble_of(disk, inspection) for disk in spec.disks))
+        marks = self.marks(spec) if there else _nothing()
+        own, troubles = await asyncio.gather(marks, looks)
         found = [
-            f"its pool {name} is another storage than the source's, under the same name: is it "
-            "mounted on both?"
+            _another(name, own[name], there[name])
             for name in sorted(own.keys() & there.keys())
             if own[name] != there[name]
         ]
         return [*found, *(trouble for trouble in troubles if trouble)]
 
-    async def _trouble_of(self, disk: DiskSpec) -> str:
+    async def _trouble_of(self, disk: DiskSpec, inspection: Inspection) -> str:
         """Told before whoever asks takes this node for the one that hangs."""
         pool = self._pools.get(PoolName(disk.pool))
         if pool is None:
             return f"it has no pool {disk.pool}"
         try:
             async with asyncio.timeout(LOOK_S):
-                await pool.inspect(VolumeName(disk.volume))
+                info = await pool.inspect(VolumeName(disk.volume))
         except TimeoutError:
-            return (
-                f"volume {disk.pool}/{disk.volume}: its storage gives no answer within {LOOK_S:g} s"
-            )
+            return f"volume {_name(disk)}: its storage gives no answer within {LOOK_S:g} s"
         except FerryError as error:
-            return f"volume {disk.pool}/{disk.volume}: {error}"
-        return ""
+            return f"volume {_name(disk)}: {error}"
+        there = inspection.capacities.get(_name(disk), info.capacity_bytes)
+        if there == info.capacity_bytes:
+            return ""
+        return (
+            f"volume {_name(disk)} has {info.capacity_bytes} bytes here and {there} at the source: "
+            "it is another volume, or this node hasn't seen that it grew"
+        )
 
     async def _nics(self, spec: DomainSpec) -> list[str]:
         return [reason for nic in spec.nics for reason in await self._fabric.check(nic)]

@@ -286,8 +286,7 @@ class MigrationManager(MigrationService):
             tls = await asyncio.to_thread(self._engine.tls) is not None
         except FerryError as error:
             return [*reasons, f"{self.node} can't send memory: {error}"]
-        marks = await self._check.marks(spec)
-        inspection = Inspection(spec=spec, source=own, engine=choice.engine, tls=tls, marks=marks)
+        inspection = await self._check.inspection(spec, own, choice.engine, tls)
         path = self._site.path_reasons(spec, destination, to_begin=to_begin)
         there, way = await asyncio.gather(self._reasons_there(destination, inspection), path)
         return [*reasons, *there] or way

@@ -31,6 +31,7 @@ from node_agent.migrations.checks import DestinationCheck, Inspection
 from node_agent.migrations.cutover import CutoverService
 from node_agent.migrations.moments import MigrationMoments
 from node_agent.migrations.path_check import BEGIN_S, KNOWN_S, PathCheck
+from node_agent.migrations.storage_check import StorageCheck
 from node_agent.migrations.witnesses import Move
 from node_agent.peers.hub import PeerHub
 
@@ -65,6 +66,7 @@ class NodeSite(Site):
         ownership: OwnershipStore,
         cutover: CutoverService,
         arrivals: Arrivals | None = None,
+        storage: StorageCheck | None = None,
     ) -> None:
         self._hub = hub
         self._hypervisor = hypervisor
@@ -76,10 +78,12 @@ class NodeSite(Site):
         self._cutover = cutover
         self._arrivals = arrivals or Arrivals(hub)
         self._path = PathCheck(hub, fabric)
+        self._storage = storage or StorageCheck(domains.node, hub, check.pools)
 
     def open(self) -> None:
         """Serve other nodes' questions."""
         self._arrivals.register()
+        self._storage.register()
         self._cutover.register()
         self._path.register()
 
@@ -149,7 +153,9 @@ class NodeSite(Site):
         report = await self._moments.before_switchover(session)
         if report.forbidden is not None:
             raise RefusedError(report.forbidden, [report.forbidden])
+        # Last, and as late as can be: what answers now does so in the next moment, too.
         await self._record_readable(session)
+        await self._storage.wait(session.spec, destination, FencingToken(session.next_token))
         return report.sentence
 
     async def _record_readable(self, session: SourceSession) -> None:

@@ -144,6 +144,7 @@ class Agent:
             ownership=self.ownership,
             cutover=cast(CutoverService, stand_ins.NoNetwork()),
             arrivals=self.arrivals,
+            storage=stand_ins.NoStorageLooks(node.name, cast(PeerHub, None), pools),
         )
 
     # --- tasks ---

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from migrator.errors import HypervisorError, StoreError
-from migrator.model import DomainName, NodeName
+from migrator.model import DomainName, DomainSpec, FencingToken, NodeName
 from node_agent.events import EventKind, EventLog
 from node_agent.hooks.model import HookReport
 from node_agent.migrations.arrivals import Arrivals
 from node_agent.migrations.checks import DestinationCheck
+from node_agent.migrations.storage_check import StorageCheck
 from node_agent.peers.hub import PeerHub
 from node_agent.restart_notes import RestartNotes, RestartStore
 
@@ -64,6 +65,12 @@ class NoHooks:
 
     async def before_switchover(self, _: object) -> HookReport:
         return HookReport()
+
+
+class NoStorageLooks(StorageCheck):
+    """The worse storage: it fails only when nobody looks any more."""
+
+    async def wait(self, spec: DomainSpec, destination: NodeName, token: FencingToken) -> None: ...
 
 
 class SimulatedArrivals(Arrivals):
