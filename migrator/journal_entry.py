@@ -46,6 +46,8 @@ class JournalEntry(Struct, frozen=True, kw_only=True):
     """Source: why it ends, if that was a cancel."""
     switchover_begun: bool = True
     """Source: the guest may have been paused. In SETUP it never was, whatever this says."""
+    yielding: bool = False
+    """A destination that couldn't run what it had won was about to give the record back."""
     boot_id: str = ""
     """The host's boot that this was written in. A destination's `resuming` may be lost with it."""
     ended_at_s: float | None = None
@@ -63,7 +65,7 @@ def entry_of(
     """The session as it stands, for the journal."""
     ended = session.state in ENDED
     last_word = session.last_word() if ended else None
-    complete = False
+    complete = yielding = False
     cancel: CancelRequested | None = None
     switchover_begun = True
     if isinstance(session, SourceSession):
@@ -73,6 +75,7 @@ def entry_of(
     else:
         committed = session.committed
         complete = session.complete is not None
+        yielding = session.yielding
         resuming = resuming or session.may_have_run
     return JournalEntry(
         migration_id=session.migration_id,
@@ -91,6 +94,7 @@ def entry_of(
         complete=complete,
         cancel=cancel,
         switchover_begun=switchover_begun,
+        yielding=yielding,
         boot_id=boot_id,
         ended_at_s=session.ended_at_s,
         last_word=last_word,
@@ -134,6 +138,7 @@ def restore(
         committed=entry.committed,
         post_copy=entry.post_copy,
         complete=entry.complete,
+        yielding=entry.yielding,
     )
 
 

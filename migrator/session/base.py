@@ -58,6 +58,9 @@ class Timing(Struct, frozen=True, kw_only=True):
     retry_s_max: float = 5.0
     respawn_s: float = 0.1
     """Before an engine that died in post-copy gets a successor: the guest may wait for it."""
+    hand_back_s: float = 15.0
+    """That a destination which has won the guest tries to run it, while the source could have it
+    back: a guest stands still meanwhile. Longer than most storage takes to fail over."""
     settle_s: float = 5.0
     """That a hypervisor whose engine is lost may take to load what it was given, or to end."""
     abandoned_s: float = 60.0

@@ -17,6 +17,11 @@ Its rules (DESIGN: "Handoff"):
   Aborted, and passes the record back: to (source, n+2). It keeps the domain until that is done:
   else its node would find a domain that is its own and doesn't run, and stop it. Once a resume was
   issued it never says Aborted.
+- If it won but can't run the guest *yet* (no fence: its storage is away), it goes on trying for as
+  long as it takes. But where the source says that it has all of it, it yields after a while: it
+  passes the record to (source, n+2), and keeps its copy as after any rollback. From the first try
+  to pass it on, which may land late, it doesn't resume under its token any more; nor does its next
+  agent.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from migrator.model import (
     OwnershipState,
 )
 from migrator.ports import DomainEventKind
-from migrator.session.destination_arrival import DestinationArrival
+from migrator.session.destination_yield import DestinationYield
 from migrator.session.messages import (
     Abort,
     Aborted,
@@ -72,7 +77,7 @@ _S = MigrationState
 _BEFORE_HANDOFF = (_S.SETUP, _S.PRECOPY, _S.SWITCHOVER)
 
 
-class DestinationSession(DestinationArrival):
+class DestinationSession(DestinationYield):
     """See the module. Public attributes are for reading; `handle` alone changes them."""
 
     @classmethod
@@ -160,6 +165,8 @@ class DestinationSession(DestinationArrival):
                 self._send(self._pending())
             case Prepare() if self.state in _BEFORE_HANDOFF:
                 self._answer_ready()
+            case Inquire(whole=True) if self._may_yield:
+                self._yield()
             case Inquire():
                 self._send(self._pending())
                 if self.pages_missing:
@@ -171,7 +178,7 @@ class DestinationSession(DestinationArrival):
 
     def _note_commit(self, message: Commit) -> None:
         self._commit = True
-        self._taken_back = False
+        self._taken_back = self._yielding = self._yielded = False
         self.token = max(self.token, message.token)
         if message.post_copy:
             self._note_post_copy()
@@ -204,6 +211,10 @@ class DestinationSession(DestinationArrival):
         match event:
             case GuestInspected():
                 self._recover_guest(event.condition)
+            case RecordSwapped(won=True) if self._yielding:
+                self._note_yielded()
+            case RecordSwapped() if self._yielding:
+                self._retry_later()
             case RecordSwapped(won=True):
                 self._swap_pending = False
                 self._won()
@@ -213,6 +224,8 @@ class DestinationSession(DestinationArrival):
                 self._do(ReadRecord())
             case RecordRead():
                 self._recover_by(event)
+            case Fenced() if self._yielding or self._yielded:
+                pass  # Too late.
             case Fenced() if event.token == self.next_token and not self._dead:
                 self._fenced_at_s, self._fence_detail = self._now, event.detail
                 self._resume_issued_before = self._resume_issued
@@ -224,29 +237,29 @@ class DestinationSession(DestinationArrival):
                 self._died()
             case CommandFailed(command="Journal"):
                 # What stood behind it wasn't performed: no resume, or no compare-and-set.
-                self._swap_pending = False
+                self._stuck = event.error
+                self._swap_pending = self._yielding = False
                 self._resume_issued = self._resume_issued_before
                 self._resume_answered()
             case CommandFailed(command="ResumeGuest", without_effect=True):
+                self._stuck = event.error
                 self._resume_issued = self._resume_issued_before
                 self._resume_answered()
                 if self.state not in ENDED:
                     self._do(Journal(state=self.state, durable=False))  # Last: it may fail.
             case CommandFailed(command="ResumeGuest"):
+                self._stuck = event.error
                 self._resume_answered()
             case CommandFailed():
                 # Also a fence, for as long as it takes: the source may be gone by now, so that
                 # this is the only copy.
+                self._stuck = event.error
                 self._swap_pending = self._swap_pending and event.command != "SwapRecord"
                 self._retry_later()
             case TimerFired(name=TimerName.RETRY):
                 self._do(InspectGuest())
             case _:
                 pass
-
-    def _enter_recovering(self, detail: str) -> None:
-        if self.state is not _S.RECOVERING:
-            self._enter(_S.RECOVERING, detail)
 
     def _won(self) -> None:
         self._won_at_s = self._won_at_s or self._now
@@ -322,6 +335,8 @@ class DestinationSession(DestinationArrival):
         record = event.record
         if not event.known:
             self._retry_later()
+        elif self._yielding and record == self._won_record:
+            self._give_record_back()
         elif record is not None and self._is_ours(record):
             if self._may_have_run or record.state is not OwnershipState.RUNNING:
                 self._resume_issued = True  # Before the restart, for all we know.
@@ -342,7 +357,8 @@ class DestinationSession(DestinationArrival):
             self._retry_later()
 
     def _lost_to(self, record: OwnershipRecord | None) -> None:
-        self._taken_back = record == self.record_before.passed_to(self.source)
+        self._note_lost(record)
+        self._taken_back = self._yielded or record == self.record_before.passed_to(self.source)
         if self._taken_back and self._loaded_at_s and not self._dead:
             # Perhaps nothing came of it, and this is the only copy. The source knows.
             self._enter_recovering("the source won the record back")
@@ -395,8 +411,7 @@ class DestinationSession(DestinationArrival):
         """
         before = self.record_before
         if self._won_at_s:
-            won = before.passed_to(self.destination)
-            self._do(SwapRecord(expected=won, new=won.passed_to(self.source)))
+            self._give_record_back()
         elif self._swap_open:
             self._do(SwapRecord(expected=before, new=before))
         else:

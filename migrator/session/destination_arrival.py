@@ -143,7 +143,9 @@ class DestinationArrival(DestinationPostCopy):
     def _pending(self) -> Pending:
         """Where we are, and whether the source has to take the guest back."""
         reason = self._engine_lost_reason if self._cut_off and not self.pages_missing else ""
-        return Pending(state=self.state.value, cut_off=reason)
+        stuck = self._stuck if self._won_at_s or self._yielded else ""
+        yielded = self.next_token if self._yielded else 0
+        return Pending(state=self.state.value, cut_off=reason, stuck=stuck, yielded=yielded)
 
     @property
     def _cut_off(self) -> bool:

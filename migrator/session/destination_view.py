@@ -31,8 +31,11 @@ class DestinationView(Session):
         post_copy: bool = False,
         complete: bool = False,
         pages_first: bool = False,
+        yielding: bool = False,
     ) -> None:
         """`pages_first`: they may come before all is prepared.
+
+        `yielding`: restored from a journal that knows of a record that was to be given back.
 
         `may_have_run`: restored from a journal that can't rule out an earlier resume.
 
@@ -70,6 +73,12 @@ class DestinationView(Session):
         self._won_at_s = 0.0
         self._fenced_at_s = 0.0
         self._fence_detail = ""
+        self._stuck = ""
+        """The guest is ours, and can't be run yet: why."""
+        self._yielding = yielding
+        """We are giving the record back, or have tried to: nothing runs here under our token."""
+        self._yielded = False
+        """It is the source's again, by our doing."""
         self._resume_issued = False
         self._resume_issued_before = False
         self._resume_pending = False
@@ -98,6 +107,11 @@ class DestinationView(Session):
     def may_have_run(self) -> bool:
         """The vCPUs run here, did, or may have: the journal must not forget it."""
         return self._may_have_run or self._resume_issued
+
+    @property
+    def yielding(self) -> bool:
+        """A compare-and-set that gives the record back may land yet: the journal must know."""
+        return self._yielding
 
     @property
     def committed(self) -> bool:

@@ -100,10 +100,15 @@ class Pending(Message, frozen=True, kw_only=True):
 
     `cut_off`: the destination lost its engine, and why; unless its hypervisor has been given
     everything already it will never run the guest. It keeps its copy until the source says more.
+    `stuck`: the destination has won the guest, but can't run it yet, and why. `yielded`: the token
+    that it had won, never ran under, and has passed on to the source; its copy is kept until the
+    source ends.
     """
 
     state: str
     cut_off: str = ""
+    stuck: str = ""
+    yielded: int = 0
 
 
 class Abort(Message, frozen=True, kw_only=True):
@@ -147,7 +152,12 @@ class Lost(Message, frozen=True, kw_only=True):
 
 
 class Inquire(Message, frozen=True, kw_only=True):
-    pass
+    """`whole`: the source still has all of the guest that it has sent away, and can take it back.
+
+    A destination that has won it, can't run it, and never did, passes the record back then.
+    """
+
+    whole: bool = False
 
 
 class Farewell(Message, frozen=True, kw_only=True):

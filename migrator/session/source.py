@@ -165,6 +165,8 @@ class SourceSession(SourceLeave):
                 self._destination_gave_up(message.reason)
             case Pending() if message.cut_off:
                 self._destination_cut_off(message.cut_off)
+            case Pending():
+                self._destination_stuck(message)
             case Inquire():
                 if self.state is _S.HANDOFF:
                     self._commit()

@@ -11,7 +11,7 @@ handoff begins anew, under the token that was won.
 from __future__ import annotations
 
 from migrator.model import MigrationState, OwnershipRecord, OwnershipState
-from migrator.session.messages import Abort, Commit, Farewell, Inquire, Running
+from migrator.session.messages import Abort, Commit, Farewell, Inquire, Pending, Running
 from migrator.session.source_view import SourceView
 from migrator.session.vocabulary import (
     AbortSwitchover,
@@ -142,7 +142,7 @@ class SourceRecovery(SourceView):
             if self._removed and self.post_copy and not self._destination_refused:
                 self._give_no_more()  # Its word can't come any more.
             elif not self._destination_refused:
-                self._send(Inquire())
+                self._send(Inquire(whole=not self._gone))
                 self._retry_later()
             elif self._gone:
                 self._finish_gone()
@@ -159,7 +159,8 @@ class SourceRecovery(SourceView):
         if record.token == self.token:
             self._recover_unpassed(record)
         elif record.token == self.next_token or (
-            record.token == taken_back and self._destination_refused
+            record.token == taken_back
+            and (self._destination_refused or self._yielded == self.next_token)
         ):
             if self._gone:
                 self._gone_after_rollback(record.token)
@@ -268,6 +269,21 @@ class SourceRecovery(SourceView):
             self._give_up(f"the destination gave up: {reason}")
         elif self.state is _S.HANDOFF and not self._destination_runs:
             self._recover(f"the destination gave up: {reason}")
+
+    def _destination_stuck(self, message: Pending) -> None:
+        """It has won the guest, which stands still. The operator has to know; and if it has passed
+        the record back, keeping its copy, which never ran, the guest is ours to resume.
+        """
+        rolls_back = self._rollback_token is not None
+        if self.state is not _S.RECOVERING or self._destination_runs or rolls_back:
+            return
+        why = f": {message.stuck}" if message.stuck else ""
+        if message.yielded == self.next_token:
+            self._yielded = message.yielded
+            self.error = f"{self.destination} couldn't run the guest, and gave it back{why}"
+            self._do(ReadRecord())
+        elif message.stuck:
+            self.error = f"the guest stands still: {self.destination} can't run it yet{why}"
 
     def _destination_runs_now(self, message: Running) -> None:
         if self.state is _S.POSTCOPY and not message.resumed_at_s and not self._destination_runs:

@@ -123,6 +123,8 @@ class SourceView(Session):
         self._doubts_rollback = False
         self._destination_runs = False
         self._destination_refused = False
+        self._yielded = 0
+        """The token that the destination had won, couldn't run the guest under, and passed back."""
         self._gone = False
         self._swap_token = 0
         self._may_have_resumed = self._may_have_resumed_before = may_have_resumed
