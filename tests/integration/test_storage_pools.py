@@ -17,11 +17,11 @@ from deploy.guest.disk_check import check_disk
 from deploy.lab import processes, storage
 from deploy.lab.plan import LabPlan
 from migrator import hold_points
-from migrator.model import DomainState
+from migrator.model import DomainState, MigrationState
 from node_agent.cli.errors import ApiProblem
 from node_agent.resources import Domain, Pool
 from storage.nbd.protocol import PORT as NBD_PORT
-from tests.chaos import cells, judge
+from tests.chaos import cells, faults, judge
 from tests.chaos.faults import FAULTS
 from tests.integration.cluster.client import in_namespace
 from tests.integration.cluster.world import Cluster, Guest, Load, describe, eventually
@@ -158,6 +158,43 @@ def test_a_disk_that_fails_pauses_the_guest_which_goes_on_by_itself(cluster: Clu
     cluster.api("n2").delete("/v1/pools/hasty")
     eventually("n1 has no such pool any more", lambda: not _has_pool(cluster, "n1", "hasty"))
     assert storage.kill(plan, SECOND)
+
+
+@pytest.mark.parametrize(
+    ("role", "step", "reason"),
+    [
+        ("source", "AskLeave", "node n2: the storage of volume nfs/cut-off "),
+        ("destination", "Fence", "the destination gave up: n2 couldn't run the guest: "),
+    ],
+)
+def test_a_destination_that_stays_cut_off_from_its_storage_doesnt_keep_the_guest(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, role: str, step: str, reason: str
+) -> None:
+    """It isn't paused for it; and if it was already, the source has it back soon."""
+    monkeypatch.setattr(faults, "LINK_DOWN_S", 60.0)
+    (fault,) = [each for each in FAULTS if each.name == "cut destination storage"]
+    with (
+        cluster.guest("cut-off", load=cells.load("nfs"), removal_s=HEAL_S) as guest,
+        faults.ended_for_certain(cluster),
+    ):
+        with cluster.held(role, step) as point:
+            migration = cluster.migrate(guest.name, "n2", via="n3")
+            point.wait_reached()
+            ongoing = fault.begin(faults.Stage(cluster, guest, "n1", "n2", "nfs"))
+            point.release()
+            if step == "Fence":
+                eventually(
+                    "the migration says what it waits for",
+                    lambda: "n2 can't run it yet" in (cluster.migration(migration.id).error or ""),
+                )
+            ended = cluster.ended(migration.id)
+        assert (ended.state, guest.node) == (MigrationState.FAILED, "n1"), describe(ended)
+        assert ended.error is not None and ended.error.startswith(reason), ended.error
+        wait_records(guest)
+        assert guest.copies() == ["n1"]
+        ongoing.wait()
+        assert guest.verify().disk_errors == 0
+        cluster.move(guest.name, "n2")
 
 
 def test_a_cell_of_make_chaos(cluster: Cluster) -> None:
