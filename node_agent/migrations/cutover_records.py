@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from migrator.model import Cutover, MovedConnections
+from migrator.model import Cutover, Migration, MovedConnections
 from migrator.ports import FirstFrames
 from node_agent.migrations.publisher import Publisher
 
@@ -57,18 +57,22 @@ class CutoverRecords:
             connections=record.connections,
             problems=(*record.problems, *record.cutover.problems),
         )
-        migration = await self._publisher.read(migration_id)
-        await self._publisher.write(msgspec.structs.replace(migration, cutover=cutover))
+        await self._publisher.amend(
+            migration_id, lambda migration: msgspec.structs.replace(migration, cutover=cutover)
+        )
 
     async def verified_late(self, migration_id: str, cutover: Cutover) -> None:
         """Long after its end: who found the guest, and when. The suspect stays told. StoreError."""
-        migration = await self._publisher.read(migration_id)
-        if migration.cutover is None:
-            return
-        found = msgspec.structs.replace(
-            migration.cutover, verified_ms=cutover.verified_ms, witnesses=cutover.witnesses
-        )
-        await self._publisher.write(msgspec.structs.replace(migration, cutover=found))
+
+        def change(migration: Migration) -> Migration:
+            if migration.cutover is None:
+                return migration
+            found = msgspec.structs.replace(
+                migration.cutover, verified_ms=cutover.verified_ms, witnesses=cutover.witnesses
+            )
+            return msgspec.structs.replace(migration, cutover=found)
+
+        await self._publisher.amend(migration_id, change)
 
 
 def with_first(cutover: Cutover, first: FirstFrames) -> Cutover:

@@ -389,7 +389,7 @@ class MigrationManager(MigrationService):
 
     async def _after_end(self, session: SourceSession) -> None:
         if await self._moments.at_end(session):
-            await self._publisher.write(session.view())  # With what the hooks did.
+            await self._publisher.end_timeline(session)  # With what the hooks did.
 
     # --- what peers say ----------------------------------------------------------------------
 

@@ -80,6 +80,21 @@ class Publisher:
         """Publish now."""
         await self._put(lambda: migration)
 
+    async def amend(self, id: str, change: Callable[[Migration], Migration]) -> None:
+        """Change what is published of a migration that has ended. NotFoundError if it is gone.
+
+        The hooks' and the network's ends are noted side by side: neither undoes the other.
+        """
+        async with self._writing:
+            await self._store.put(f"{MIGRATIONS}{id}", change(await self.read(id)))
+
+    async def end_timeline(self, session: SourceSession) -> None:
+        """What was noted in its timeline since its end was published."""
+        timeline = session.view().timeline
+        await self.amend(
+            session.migration_id, lambda ended: msgspec.structs.replace(ended, timeline=timeline)
+        )
+
     async def _put(self, view: Callable[[], Migration]) -> None:
         async with self._writing:
             migration = view()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any, cast
+
+import msgspec
 
 from migrator.model import Migration, MigrationState
 from node_agent.migrations.publisher import Publisher
@@ -55,3 +58,36 @@ async def test_a_slow_write_of_progress_does_not_come_after_the_end() -> None:
         assert store.kept == session.view()
     finally:
         await publisher.close()
+
+
+class OneMigration:
+    """A store that has one, and takes its time to say so."""
+
+    def __init__(self, migration: Migration) -> None:
+        self.kept = migration
+
+    async def get(self, *_: object) -> Any:
+        found = self.kept
+        await asyncio.sleep(0.01)
+        return SimpleNamespace(value=found)
+
+    async def put(self, _key: str, migration: Migration) -> None:
+        self.kept = migration
+
+
+async def test_what_is_noted_side_by_side_after_the_end_is_all_kept() -> None:
+    """The network's verification and the hooks' end undid each other, as it happened."""
+    pair = SessionPair()
+    pair.run()
+    session = pair.source
+    store = OneMigration(session.view())
+    publisher = Publisher(cast(Any, store), cast(Any, NoEvents()))
+    session.timeline.append(msgspec.structs.replace(session.timeline[-1], name="hooks"))
+    await asyncio.gather(
+        publisher.amend(
+            session.migration_id, lambda it: msgspec.structs.replace(it, cancelled_by="network")
+        ),
+        publisher.end_timeline(session),
+    )
+    assert store.kept.cancelled_by == "network"
+    assert store.kept.timeline[-1].name == "hooks"
