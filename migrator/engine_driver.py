@@ -79,7 +79,7 @@ class EngineDriver:
 
     def perform(
         self,
-        command: v.StartEngine | v.ConnectEngine | v.RunPass | v.PullPages | v.StopEngine,
+        command: v.EngineCommand,
         *,
         memory: HypervisorDriver,
     ) -> None:
@@ -87,6 +87,8 @@ class EngineDriver:
         match command:
             case v.RunPass():
                 self._send(m.RunPass(number=command.number, kind=command.kind))
+            case v.EndPass():
+                self._send(m.EndPass(number=command.number))
             case v.PullPages():
                 self._send(m.PullAll())
             case v.StopEngine():

@@ -25,8 +25,9 @@ with the regions alone while its hypervisor is still starting: pages can come th
 brings the rest. End of file on the socketpair means that the agent died: the engine unregisters
 dirty tracking and exits.
 
-During a pass the source's engine heeds SetBandwidth and Stop at once, and keeps other messages
-until the pass is done. A final pass ignores the bandwidth cap: the guest stands still for it.
+During a pass the source's engine heeds SetBandwidth, EndPass and Stop at once, and keeps other
+messages until the pass is done. A final pass ignores the bandwidth cap: the guest stands still
+for it.
 """
 
 from __future__ import annotations
@@ -105,6 +106,15 @@ class RunPass(Message, frozen=True, kw_only=True):
     kind: PassKind
 
 
+class EndPass(Message, frozen=True, kw_only=True):
+    """Send no more of that pass than is on its way; the rest is pending again. `PassDone` follows.
+
+    Nothing where it is over, or final.
+    """
+
+    number: int
+
+
 class SetBandwidth(Message, frozen=True, kw_only=True):
     bandwidth_bytes_per_s: int | None
 
@@ -166,7 +176,10 @@ class Report(Message, frozen=True, kw_only=True):
 
 
 class PassDone(Message, frozen=True, kw_only=True):
-    """Each page of the pass is in the destination's memory: its engine acknowledged them."""
+    """Each page of the pass is in the destination's memory: its engine acknowledged them.
+
+    But for what the report tells as deferred or cut, and as pending.
+    """
 
     report: PassReport
 
@@ -239,6 +252,7 @@ ToEngine = (
     | Attach
     | Connect
     | RunPass
+    | EndPass
     | SetBandwidth
     | OpenDeviceChannel
     | SampleDirty

@@ -367,6 +367,8 @@ class PassReport(Value, frozen=True, kw_only=True):
     """Dirtied and not sent: by a hash they are as they were sent before."""
     deferred_pages: int = 0
     """Not sent, because the guest had dirtied them by then: they are among `pending_pages`."""
+    cut_pages: int = 0
+    """Not sent, because the iteration was ended early: they are among `pending_pages`, too."""
 
 
 class Phase(Value, frozen=True, kw_only=True):

@@ -125,7 +125,7 @@ class NativeDriver:
 
     def perform(
         self,
-        command: v.StartEngine | v.ConnectEngine | v.RunPass | v.PullPages | v.StopEngine,
+        command: v.EngineCommand,
         *,
         memory: HypervisorDriver,
     ) -> None:

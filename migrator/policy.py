@@ -86,10 +86,10 @@ def throughput(passes: Sequence[PassReport]) -> float:
 
 
 def dirty_rate(last: PassReport) -> float:
-    """Bytes a second that the guest dirtied during the last pass."""
+    """Bytes a second that the guest dirtied during the last pass; at least, if that was cut."""
     if last.seconds <= 0.0:
         return 0.0
-    return last.pending_pages * PAGE_SIZE_BYTES / last.seconds
+    return (last.pending_pages - last.cut_pages) * PAGE_SIZE_BYTES / last.seconds
 
 
 def predicted_blackout_ms(pending_bytes: int, throughput_bytes_per_s: float) -> float:

@@ -98,7 +98,7 @@ def predict(figures: Figures, request: MigrationRequest) -> Prediction:
     blackout_ms = fixed_ms + 1e3 * _wire_bytes(last_bytes) / max(1.0, link.bytes_per_s)
     converges = in_time and decision.kind is DecisionKind.SWITCH_OVER
     post_copy = not converges and request.mode is MigrationMode.HYBRID
-    # A request that forces switches over all the same; the iteration under way ends first.
+    # A request that forces switches over all the same: once the iteration under way has ended.
     switches = converges or post_copy or request.on_timeout is OnTimeout.FORCE
     sent = sum(each.bytes_sent for each in passes)
     seconds = sum(each.seconds for each in passes)
@@ -138,9 +138,18 @@ def _play(
     passes: list[PassReport] = []
     pending_bytes = content_bytes
     for number in itertools.count(1):
-        wire_bytes = _wire_bytes(pending_bytes)
+        wire_bytes, cut_bytes = _wire_bytes(pending_bytes), 0
         seconds = wire_bytes / rate + PASS_OVERHEAD_S
+        late_s = sum(each.seconds for each in passes) + seconds - request.timeout_s
+        if late_s > 0.0 and request.mode is MigrationMode.HYBRID:
+            # It is ended early, and what it has not sent follows the guest.
+            seconds -= late_s
+            wire_bytes = int(wire_bytes * seconds / (seconds + late_s))
+            cut_bytes = max(pending_bytes - wire_bytes, 0)
+        most_bytes = max(content_bytes, pending_bytes)
         pending_bytes = dirtied(seconds)
+        if cut_bytes:
+            pending_bytes = min(pending_bytes + cut_bytes, most_bytes)
         passes.append(
             PassReport(
                 number=number,
@@ -149,10 +158,11 @@ def _play(
                 pages=wire_bytes // PAGE_SIZE_BYTES,
                 bytes_sent=wire_bytes,
                 pending_pages=pending_bytes // PAGE_SIZE_BYTES,
+                cut_pages=cut_bytes // PAGE_SIZE_BYTES,
             )
         )
         decision = decide(passes, request.downtime_limit_ms, request.mode, link_bytes_per_s)
-        in_time = sum(each.seconds for each in passes) <= request.timeout_s
+        in_time = not cut_bytes and sum(each.seconds for each in passes) <= request.timeout_s
         if decision.kind is not DecisionKind.ITERATE or not in_time:
             return passes, decision, in_time
     raise AssertionError("unreachable")
@@ -165,7 +175,11 @@ def _wire_bytes(content_bytes: int) -> int:
 def curve_of_passes(passes: Sequence[PassReport]) -> tuple[DirtyPoint, ...]:
     """The dirty curve that a migration's iterations have shown: each is one point of it."""
     points: list[DirtyPoint] = []
-    running = [each for each in passes if each.kind is not PassKind.FINAL and each.seconds > 0.0]
+    running = [
+        each
+        for each in passes
+        if each.kind is not PassKind.FINAL and each.seconds > 0.0 and not each.cut_pages
+    ]
     for each in sorted(running, key=lambda one: one.seconds):
         found = each.pending_pages * PAGE_SIZE_BYTES
         most = points[-1].bytes if points else 0

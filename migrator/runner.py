@@ -255,7 +255,9 @@ class Runner:
                 timer = self._timers.pop(command.name, None)
                 if timer is not None:
                     timer.cancel()
-            case v.StartEngine() | v.ConnectEngine() | v.RunPass() | v.PullPages() | v.StopEngine():
+            case v.StartEngine() | v.ConnectEngine() | v.RunPass() | v.EndPass():
+                self._engine.perform(command, memory=self._hypervisor)
+            case v.PullPages() | v.StopEngine():
                 self._engine.perform(command, memory=self._hypervisor)
             case v.SwapRecord() | v.ReadRecord():
                 self._record_lane.put(self._step(command, partial(self._on_record, command)))

@@ -141,6 +141,10 @@ class Delivery:
         """Not sent: the destination has them as they are."""
         self.deferred: list[tuple[int, Ranges]] = []
         """Not sent, by region: written since they were marked clean, so still to be found dirty."""
+        self.cut: list[tuple[int, Ranges]] = []
+        """Not sent, by region: the pass was ended before their turn came."""
+        self.cut_pages = 0
+        self._ending = False
         self.payload_bytes = 0
         """Of guest memory, however few bytes it was on the wire."""
         self.packed_bytes: collections.Counter[str] = collections.Counter()
@@ -180,6 +184,26 @@ class Delivery:
         """Something is prepared, and has to be sent."""
         return bool(self._ready or self._sorted or not self._packer.empty)
 
+    def end(self) -> None:
+        """Send no more of the guest's pages than are on their way. From any thread."""
+        self._ending = True
+
+    def _leave_rest(self) -> None:
+        """Holes are told all the same: they cost nothing, and no later pass would."""
+        self._sorted.put_back(self._ready)
+        rest = self._packer.take_back()
+        for queue in (self._ready, self._todo):
+            while queue:
+                rest.append(queue.take(queue.content_bytes))
+        for piece in rest:
+            if piece.hole:
+                self._todo.put(piece)
+                continue
+            count = _guest_bytes(piece)
+            self.left_bytes -= count
+            self.cut_pages += count // self._regions[piece.region].page_size_bytes
+            self.cut.append((piece.region, piece.content))
+
     def _take_back(self) -> None:
         """What wasn't acknowledged comes first again, then what was packed and not sent."""
         for piece in reversed(self._packer.take_back()):
@@ -192,6 +216,8 @@ class Delivery:
 
     def _step(self, waiter: Waiter) -> bool:
         """Prepare as far ahead as allowed, and send one frame. False: nothing is left."""
+        if self._ending:
+            self._leave_rest()
         link_bytes_per_s = self._stream.gauge()
         plan = None
         if self._may_pack:
@@ -390,6 +416,7 @@ def delivered(number: int, kind: PassKind, deliveries: Sequence[Delivery]) -> Pa
         payload_bytes=sum(delivery.payload_bytes for delivery in deliveries),
         compressors=tuple(name for name, _ in packed_bytes.most_common()),
         same_pages=sum(delivery.same_pages for delivery in deliveries),
+        cut_pages=sum(delivery.cut_pages for delivery in deliveries),
         deferred_pages=sum(
             ranges.page_count(content, PAGE_SIZE_BYTES)
             for delivery in deliveries

@@ -8,7 +8,6 @@ passes over several streams, and relay the device channel.
 from __future__ import annotations
 
 import collections
-import functools
 import time
 from pathlib import Path
 from typing import Final
@@ -35,12 +34,12 @@ from migrator.engine.delivery import (
 )
 from migrator.engine.dirty_log import DirtyLog
 from migrator.engine.frames import FrameKind, StreamHello, StreamKind
-from migrator.engine.helpers import run_in_threads
 from migrator.engine.idle_cores import IdleCores
 from migrator.engine.known import KnownPages
 from migrator.engine.memory import map_regions
 from migrator.engine.packing_policy import PackingPolicy
 from migrator.engine.page_server import PageServer
+from migrator.engine.passes import run_deliveries
 from migrator.engine.planner import PassPlanner
 from migrator.engine.relay import SourceRelay
 from migrator.engine.sampling import sample_dirty, zero_share
@@ -52,6 +51,7 @@ from migrator.engine_messages import (
     Connect,
     Connected,
     DeviceChannelOpen,
+    EndPass,
     OpenDeviceChannel,
     PassDone,
     Report,
@@ -66,8 +66,6 @@ from migrator.errors import WrongStateError
 from migrator.model import PAGE_SIZE_BYTES, PassKind, PassReport
 
 _REPORT_S: Final = 0.2
-_HELPERS_BYTES_MIN: Final = 16 * 1024 * 1024
-"""Below this, starting threads costs more than several streams gain."""
 _ROUND_TRIPS: Final = 3
 
 
@@ -95,6 +93,7 @@ class SourceEngine:
         self._faults = ThreadFaults()
         self._deferred: collections.deque[ToEngine] = collections.deque(control.pipelined)
         self._pass: RunPass | None = None
+        self._pass_to_end = 0
         self._deliveries: list[Delivery] = []
         self._reported_at_s = 0.0
         self._reported_bytes = 0
@@ -168,7 +167,7 @@ class SourceEngine:
         """What can't wait is done at once; the rest when the pass is over."""
         for message in self._control.receive():
             match message:
-                case SetBandwidth() | Stop():
+                case SetBandwidth() | EndPass() | Stop():
                     self._handle(message)
                 case _:
                     self._deferred.append(message)
@@ -179,6 +178,9 @@ class SourceEngine:
         match message:
             case RunPass():
                 self._run_pass(message)
+            case EndPass():
+                self._pass_to_end = message.number
+                self._end_pass()
             case SetBandwidth():
                 self._bucket.set_rate(message.bandwidth_bytes_per_s, time.monotonic())
             case OpenDeviceChannel():
@@ -324,8 +326,9 @@ class SourceEngine:
             )
             for stream, part in zip(self._streams, pieces, strict=True)
         ]
+        self._end_pass()  # It may have been said by now.
         try:
-            self._deliver()
+            run_deliveries(self._deliveries, self._health, self._configure.reconnect_s, self)
         finally:
             self._pass = None
         seconds = time.monotonic() - began_copy
@@ -333,7 +336,11 @@ class SourceEngine:
             began_scan = time.monotonic()
             self._log.scan()
             scan_seconds = time.monotonic() - began_scan
-        self._planner.not_sent(part for each in self._deliveries for part in each.deferred)
+        cut = [part for each in self._deliveries for part in each.cut]
+        for region, content in cut:
+            self._log.restore(region, content)
+        deferred = (part for each in self._deliveries for part in each.deferred)
+        self._planner.not_sent([*deferred, *cut])
         report = msgspec.structs.replace(
             delivered(message.number, message.kind, self._deliveries),
             seconds=seconds,
@@ -342,6 +349,14 @@ class SourceEngine:
             scan_seconds=scan_seconds,
         )
         self._control.send(PassDone(report=report))
+
+    def _end_pass(self) -> None:
+        """If it is the one that shall end. A final pass has to send all."""
+        now = self._pass
+        if now is None or now.number != self._pass_to_end or now.kind is PassKind.FINAL:
+            return
+        for delivery in self._deliveries:
+            delivery.end()
 
     def _tell_missing(self, message: RunPass) -> None:
         """STALE: drop what is pending. MISSING: the last of it, and the destination is armed.
@@ -397,21 +412,6 @@ class SourceEngine:
         for stream in self._streams:
             stream.bye()
             stream.close()
-
-    def _deliver(self) -> None:
-        """Run the deliveries: here if they are short, else in a thread for each stream."""
-        busy = [delivery for delivery in self._deliveries if not delivery.empty]
-        if len(busy) < 2 or self._left_bytes() < _HELPERS_BYTES_MIN:
-            for delivery in busy:
-                delivery.run(self._health, self._configure.reconnect_s, self)
-        else:
-            run_in_threads(
-                [
-                    functools.partial(delivery.run, self._health, self._configure.reconnect_s)
-                    for delivery in busy
-                ],
-                self,
-            )
 
     # --- reports ---
 

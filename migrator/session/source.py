@@ -245,7 +245,7 @@ class SourceSession(SourceLeave):
     def _note_pass(self, report: PassReport) -> None:
         self._pass_running = False
         self.passes.append(report)
-        if self.prediction is None and report.kind is PassKind.FIRST:
+        if self.prediction is None and report.kind is PassKind.FIRST and not report.cut_pages:
             self.prediction = after_first_pass(report, self.request)
         self._live = MigrationProgress(
             state=self.state,
@@ -279,13 +279,7 @@ class SourceSession(SourceLeave):
             case TimerFired(name=TimerName.PEER):
                 self._give_up(f"the destination was unreachable for {self.timing.peer_s:g} s")
             case TimerFired(name=TimerName.TOTAL):
-                if (
-                    self.mode is not MigrationMode.PRECOPY
-                    or self.request.on_timeout is OnTimeout.FORCE
-                ):
-                    self._forced = True  # The pass under way ends first: it is pages well spent.
-                else:
-                    self._give_up(f"not converged within {self.request.timeout_s:g} s")
+                self._time_is_over()
             case CommandFailed():
                 self._give_up(f"{event.command}: {event.error}")
             case _:
@@ -300,9 +294,9 @@ class SourceSession(SourceLeave):
         match decision.kind:
             case DecisionKind.ITERATE if not self._forced:
                 self._run_pass(PassKind.DIRTY)
-            case DecisionKind.POST_COPY:
+            case DecisionKind.POST_COPY if not self.passes[-1].cut_pages:
                 self._ask_leave(decision.reason, post_copy=True)
-            case DecisionKind.ITERATE if mode is MigrationMode.HYBRID:
+            case DecisionKind.ITERATE | DecisionKind.POST_COPY if mode is MigrationMode.HYBRID:
                 self._ask_leave("its time for pre-copy is over", post_copy=True)
             case DecisionKind.GIVE_UP if not self._forced:
                 if self.request.on_timeout is OnTimeout.FORCE:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import abc
 from typing import Final
 
-from migrator.model import MigrationState, PassKind
+from migrator.model import MigrationMode, MigrationState, OnTimeout, PassKind
 from migrator.session.source_post_copy import SourcePostCopy
-from migrator.session.vocabulary import AskLeave, Event, LeaveGiven, LeaveRefused
+from migrator.session.vocabulary import AskLeave, EndPass, Event, LeaveGiven, LeaveRefused
 
 _FRESH_S: Final = 0.1
 """An answer within so long is as good as none: next to nothing was dirtied."""
@@ -46,6 +46,18 @@ class SourceLeave(SourcePostCopy):
             case LeaveRefused():
                 self._note("leave", asked_at_s, self._now, event.reason)
                 self._give_up(event.reason)
+
+    def _time_is_over(self) -> None:
+        """The request's `timeout_s`, in pre-copy."""
+        request = self.request
+        if self.mode is MigrationMode.PRECOPY and request.on_timeout is not OnTimeout.FORCE:
+            self._give_up(f"not converged within {request.timeout_s:g} s")
+            return
+        self._forced = True
+        if self.mode is MigrationMode.HYBRID and self._pass_running and not self.post_copy:
+            # What it doesn't send follows the guest. A forced pause waits for its end: there each
+            # page that was not sent lengthens the blackout.
+            self._do(EndPass(number=len(self.passes) + 1))
 
     def _take_leave(self, detail: str, post_copy: bool) -> None:
         if post_copy:

@@ -313,6 +313,14 @@ class RunPass(Struct, frozen=True, kw_only=True):
     kind: PassKind
 
 
+class EndPass(Struct, frozen=True, kw_only=True):
+    """Source: that pass has taken long enough. It is over as soon as what is on its way has
+    arrived; the rest is pending. Nothing where it is over already.
+    """
+
+    number: int
+
+
 class AskLeave(Struct, frozen=True, kw_only=True):
     """Source: may the guest be paused now? LeaveGiven or LeaveRefused follows, in its own time."""
 
@@ -377,6 +385,8 @@ class Finish(Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
+EngineCommand = StartEngine | ConnectEngine | RunPass | EndPass | PullPages | StopEngine
+"""What a side's engine performs."""
 Command = (
     Journal
     | Send
@@ -387,6 +397,7 @@ Command = (
     | PullPages
     | StopEngine
     | RunPass
+    | EndPass
     | AskLeave
     | PrepareSwitchover
     | BeginSwitchover

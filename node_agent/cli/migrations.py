@@ -58,8 +58,8 @@ def migrate(
     on_timeout: Annotated[
         OnTimeout,
         typer.Option(
-            help="What then: cancel, or pause the guest anyway. In the other modes the pass under "
-            "way ends, and what is left follows the guest."
+            help="What then: cancel, or pause the guest anyway. In the other modes what is left "
+            "then follows the guest."
         ),
     ] = OnTimeout.CANCEL,
     bandwidth: Annotated[
@@ -246,4 +246,4 @@ def _path(id: str) -> str:
 def _timeout(request: MigrationRequest) -> str:
     if request.mode is MigrationMode.PRECOPY:
         return f"{request.timeout_s:g} s, then {request.on_timeout.value}"
-    return f"{request.timeout_s:g} s, then post-copy once the pass under way has ended"
+    return f"{request.timeout_s:g} s, then post-copy"

@@ -43,7 +43,7 @@ def guest(cluster: Cluster) -> Iterator[Guest]:
         yield guest
 
 
-def begin(guest: Guest, mode: MigrationMode) -> Migration:
+def begin(guest: Guest, mode: MigrationMode, timeout_s: float = END_S) -> Migration:
     cluster = guest.cluster
     source, destination = guest.node, guest.other_node()
     return cluster.migrate(
@@ -52,7 +52,7 @@ def begin(guest: Guest, mode: MigrationMode) -> Migration:
         via=source,
         mode=mode,
         bandwidth_bytes_per_s=CAP_BYTES_PER_S,
-        timeout_s=END_S,
+        timeout_s=timeout_s,
     )
 
 
@@ -77,6 +77,18 @@ def test_hybrid_ends_where_pre_copy_would_not(cluster: Cluster, guest: Guest) ->
     assert "postcopy" in [phase.name for phase in ended.timeline], describe(ended)
     assert packets.boots == 1
     assert packets.duplicates == 0
+    inventory.assert_nothing_left(cluster, before)
+
+
+def test_hybrids_timeout_ends_the_iteration_under_way(cluster: Cluster, guest: Guest) -> None:
+    """The first alone would take some ten seconds."""
+    before = inventory.take_settled(cluster)
+    ended = finish(guest, begin(guest, MigrationMode.HYBRID, timeout_s=2.0))
+    first, *_ = ended.iterations
+    assert first.cut_pages > first.pages, describe(ended)
+    (entered,) = [phase for phase in ended.timeline if phase.name == "post-copy"]
+    assert entered.detail == "its time for pre-copy is over"
+    assert entered.started_at_s - ended.created_at_s < 5.0, describe(ended)
     inventory.assert_nothing_left(cluster, before)
 
 

@@ -37,7 +37,7 @@ STEP_S = 10.0
 """Of what goes through the agent's own code."""
 SLOW_S = 1.5
 """That the device state may be on its way, on a stalled channel."""
-_ENGINE = (v.StartEngine, v.ConnectEngine, v.RunPass, v.StopEngine)
+_ENGINE = (v.StartEngine, v.ConnectEngine, v.RunPass, v.EndPass, v.StopEngine)
 
 
 def begin(side: Side, command: v.Command) -> None:
@@ -189,7 +189,7 @@ def _failed(kind: type[object], error: str, *, without_effect: bool = False) -> 
 def _fails(side: Side, command: v.Command) -> bool:
     faults = side.world.faults
     match command:
-        case v.StopEngine():
+        case v.StopEngine() | v.EndPass():
             return False
         case v.ResumeGuest():
             return side.world.chance(max(faults.resume_failure, faults.command_failure))
@@ -208,6 +208,8 @@ def _effect(side: Side, guest: Guest | None, command: v.Command) -> Callable[[],
             return partial(_stop_engine, side)
         case v.RunPass():
             return partial(_run_pass, side, command)
+        case v.EndPass():
+            return partial(_end_pass, side, command)
         case v.ResumeGuest():
             return partial(_resume, side, guest, side.fence_token)
         case v.BeginSwitchover():
@@ -275,14 +277,17 @@ def _run_pass(side: Side, command: v.RunPass) -> list[v.Event]:
         for page in pages:
             destination.memory[page] = source.memory[page]
 
-    def finish() -> None:
-        if (side.engine, side.other.engine) != engines:
+    def finish(*, whole: bool = True) -> None:
+        if (side.engine, side.other.engine) != engines or side.running_pass is not running:
             return
         if not side.pages_flow:
-            world.after(0.2, finish)
+            world.after(0.2, partial(finish, whole=whole))
             return
-        copy(wanted[len(wanted) // 2 :])
-        side.pending = set(source.dirty)
+        side.running_pass = None
+        rest = wanted[len(wanted) // 2 :]
+        if whole:
+            copy(rest)
+        side.pending = set(source.dirty) | (set() if whole else set(rest))
         source.dirty.clear()
         swollen = world.random.randrange(500, 5000) if world.faults.diverging else 0
         report = PassReport(
@@ -292,11 +297,21 @@ def _run_pass(side: Side, command: v.RunPass) -> list[v.Event]:
             pages=len(wanted),
             bytes_sent=len(wanted) * 4096,
             pending_pages=len(side.pending) + swollen,
+            cut_pages=0 if whole else len(rest),
         )
         side.soon(v.PassFinished(report=report))
 
+    running = side.running_pass = (command.number, finish)
     copy(wanted[: len(wanted) // 2])
     world.after(seconds + stalled_s, finish)
+    return []
+
+
+def _end_pass(side: Side, command: v.EndPass) -> list[v.Event]:
+    """What isn't copied yet stays pending."""
+    number, finish = side.running_pass or (0, None)
+    if finish is not None and number == command.number:
+        finish(whole=False)
     return []
 
 

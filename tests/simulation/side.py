@@ -6,6 +6,7 @@ it what comes of them. `effects` says what that is here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -117,6 +118,7 @@ class Side:
         self.served: Guest | None = None
         """Source: the guest whose memory our engine has open."""
         self.pending: set[int] = set()
+        self.running_pass: tuple[int, Callable[..., None]] | None = None
         self.timers: dict[v.TimerName, int] = {}
         self.fence_token = 0
         """That this agent last asked for; a resume is under it."""

@@ -80,7 +80,7 @@ async def test_whether_it_converged_is_told_by_what_was_decided(
     )
     world.a.migrations.end(begun["id"], state)
     lines = (await ferry("migration", "show", begun["id"])).out.splitlines()
-    after = "cancel" if mode == "precopy" else "post-copy once the pass under way has ended"
+    after = "cancel" if mode == "precopy" else "post-copy"
     assert f"600 s, then {after}" in "\n".join(lines)
     line = next(each for each in lines if each.startswith("converges "))
     assert line.split()[-1] == said

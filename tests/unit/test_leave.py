@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from migrator.model import MigrationMode, MigrationState, PassKind, Role
+from migrator.model import MigrationMode, MigrationState, OnTimeout, PassKind, PassReport, Role
 from migrator.session import vocabulary as v
 from tests.unit.session_pair import SessionPair
 
@@ -86,6 +86,55 @@ def test_post_copy_asks_too(seconds: float) -> None:
     pair.push(pair.source, v.LeaveGiven())
     pair.run()
     assert passes(pair)[0] is PassKind.STALE
+
+
+@pytest.mark.parametrize(
+    ("mode", "on_timeout", "cut"),
+    [
+        (MigrationMode.HYBRID, OnTimeout.CANCEL, True),
+        (MigrationMode.HYBRID, OnTimeout.FORCE, True),
+        (MigrationMode.PRECOPY, OnTimeout.FORCE, False),
+    ],
+)
+def test_only_a_pass_that_post_copy_follows_is_ended_early(
+    mode: MigrationMode, on_timeout: OnTimeout, cut: bool
+) -> None:
+    """Where the guest is paused for what is left, a pass that is cut would lengthen that."""
+    pair = SessionPair(pending=lambda number: 1_000)
+    changes = {"mode": mode, "on_timeout": on_timeout}
+    pair.source.request = msgspec.structs.replace(pair.request, **changes)
+    pair.silence(v.RunPass)
+    pair.run()
+    pair.push(pair.source, v.TimerFired(name=v.TimerName.TOTAL))
+    pair.run()
+    ended = [each for _, each in pair.given if isinstance(each, v.EndPass)]
+    assert ended == ([v.EndPass(number=1)] if cut else [])
+    pair.silent.clear()
+    report = PassReport(
+        number=1,
+        kind=PassKind.FIRST,
+        seconds=1.0,
+        pages=10,
+        bytes_sent=40_960,
+        pending_pages=90_020,
+        cut_pages=90_000 if cut else 0,
+    )
+    pair.push(pair.source, v.PassFinished(report=report))
+    pair.run()
+    kinds = [PassKind.FIRST, *((PassKind.STALE, PassKind.MISSING) if cut else (PassKind.FINAL,))]
+    assert passes(pair) == kinds
+    if cut:
+        assert pair.source.prediction is None, "half a pass tells nothing of the whole"
+        assert pair.source.decisions[0].dirty_rate_bytes_per_s == 20 * 4096
+        (entered,) = [each for each in pair.source.timeline if each.name == "post-copy"]
+        assert entered.detail == "its time for pre-copy is over"
+
+
+def test_time_that_is_over_between_passes_ends_none() -> None:
+    pair = waiting(MigrationMode.HYBRID)
+    pair.push(pair.source, v.TimerFired(name=v.TimerName.TOTAL))
+    pair.run()
+    assert "EndPass" not in pair.commands(SOURCE)
 
 
 def test_a_hook_may_forbid_the_beginning() -> None:

@@ -204,7 +204,10 @@ def test_what_hybrid_leaves_follows_the_guest() -> None:
     assert found.total_s == pytest.approx(8.5, rel=0.05)
     assert found.blackout_ms < 10.0
     quick = request(mode=MigrationMode.HYBRID, timeout_s=1.0)
-    assert predict(figures(400 * 10**6, guest, 1e8), quick).post_copy
+    soon = predict(figures(400 * 10**6, guest, 1e8), quick)
+    assert (soon.post_copy, soon.iterations) == (True, 2)
+    assert 400e6 < soon.bytes_sent < 610e6, "100 MB before its time, and what is left then once"
+    assert soon.total_s < 0.5 + 1.0 + 4.1
     calm = predict(figures(400 * 10**6, steady(0), 1e8), request(mode=MigrationMode.HYBRID))
     assert calm.converges
     assert not calm.post_copy

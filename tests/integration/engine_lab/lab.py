@@ -28,6 +28,7 @@ from migrator.engine_messages import (
     PassDone,
     RegionLayout,
     RunPass,
+    ToEngine,
 )
 from migrator.model import PassKind, PassReport, Role
 from migrator.ports import RegionMapping
@@ -241,6 +242,10 @@ class Pair:
     async def start(self, **changes: object) -> Connected:
         listening = await self.configure(**changes)
         return await self.connect(listening.port)
+
+    def source_says(self, message: ToEngine) -> None:
+        """The source's agent does."""
+        self.source.process.send(message)
 
     async def run_pass(self, kind: PassKind) -> PassReport:
         self._passes += 1
