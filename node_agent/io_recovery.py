@@ -131,7 +131,8 @@ class IoRecovery:
         if trouble.held_up:
             return f"paused for {since_s:.0f} s, and not resumed yet: {trouble.held_up}"
         if trouble.resumes:
-            return f"resumed {trouble.resumes} times in {since_s:.0f} s, and each time it failed"
+            times = "once" if trouble.resumes == 1 else f"{trouble.resumes} times"
+            return f"resumed {times} in {since_s:.0f} s, and it failed again"
         return ""
 
     # --- what happens to a domain --------------------------------------------------------------

@@ -117,8 +117,8 @@ class StorageWatch:
                 out.told = True
                 self._events.emit(
                     EventKind.POOL_UNREACHABLE,
-                    f"pool {pool} doesn't answer on {self._node}: {reason}. Disks on it wait: of "
-                    f"{', '.join(users)}",
+                    f"pool {pool} doesn't answer on {self._node}, and disks on it wait, of "
+                    f"{', '.join(users)}: {reason}",
                     pool=pool,
                 )
 

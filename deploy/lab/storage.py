@@ -150,12 +150,20 @@ def start(plan: LabPlan, kind: str) -> bool:
 
 
 def kill(plan: LabPlan, kind: str) -> bool:
-    """SIGKILL every process of the server, which all name its folder. False: none ran."""
-    folder = f"{_folder(plan, kind)}/"
+    """SIGKILL every process of the server: those that name its folder, and tgtd, which has that in
+    its environment. False: none ran.
+    """
+    folder = _folder(plan, kind)
+    known = _KINDS.get(kind)
+    servers = [] if known is None else known.prepare(folder, plan.storage_address)
+    marks = {server.mark for server in servers}
     found = [
         process
         for process in processes.processes_in([_namespace(plan)])[_namespace(plan)]
-        if any(folder in argument for argument in processes.command_of(process.pid))
+        if any(
+            f"{folder}/" in argument or argument in marks
+            for argument in processes.command_of(process.pid)
+        )
     ]
     for process in found:
         processes.send_signal(process, signal.SIGKILL)

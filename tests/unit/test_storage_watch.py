@@ -64,8 +64,8 @@ async def test_a_pool_that_stays_away_is_told_and_shown_and_so_is_its_return(wor
     assert (await world.a.domains.status(WEB)).reason is None
     await world.a.events.close()
     assert await told(world) == [
-        "pool-unreachable: pool default doesn't answer on a: pool default is lost. Disks on it "
-        "wait: of web",
+        "pool-unreachable: pool default doesn't answer on a, and disks on it wait, of web: "
+        "pool default is lost",
         "pool-reachable: pool default answers on a again, after 40 s",
     ]
 
