@@ -33,13 +33,9 @@ BESIDE: Final = [
         "lab",
         "etcd_lab",
         "takeover",
-        "trust",
         "clocks",
         "adoption",
-        "doctor",
         "storage_pools",
-        "iscsi_guest",
-        "native_engine",
     )
 ]
 """Some half of the time. Nothing in them is judged by how long it takes."""
