@@ -163,7 +163,7 @@ def test_a_disk_that_fails_pauses_the_guest_which_goes_on_by_itself(cluster: Clu
 @pytest.mark.parametrize(
     ("role", "step", "reason"),
     [
-        ("source", "AskLeave", "node n2: the storage of volume nfs/cut-off "),
+        ("source", "AskLeave", "node n2: the storage of volume nfs/cut-off-source "),
         ("destination", "Fence", "n2 couldn't run the guest, and gave it back: "),
     ],
 )
@@ -174,7 +174,8 @@ def test_a_destination_that_stays_cut_off_from_its_storage_doesnt_keep_the_guest
     monkeypatch.setattr(faults, "LINK_DOWN_S", 60.0)
     (fault,) = [each for each in FAULTS if each.name == "cut destination storage"]
     with (
-        cluster.guest("cut-off", load=cells.load("nfs"), removal_s=HEAL_S) as guest,
+        # A name of its own: a console is kept, and an earlier guest's would say that it is ready.
+        cluster.guest(f"cut-off-{role}", load=cells.load("nfs"), removal_s=HEAL_S) as guest,
         faults.ended_for_certain(cluster),
     ):
         with cluster.held(role, step) as point:
