@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, cast
 
-from migrator.model import HypervisorCapabilities, NodeInfo, NodeName, NodeState
+from migrator.model import NodeName, NodeState
 from node_agent.cli.drain_text import balance_text, plan_text
 from node_agent.drain.resources import BalancePlan, DrainPlan, DrainRequest, NodeLeftOut
 from node_agent.drain.service import DrainService
@@ -15,22 +15,11 @@ from node_agent.planner.model import Plan, PlanOptions
 from node_agent.planner.plan import plan_moves
 from node_agent.state.memory import SimulatedData, SimulatedStore
 from node_agent.state.typed import TypedStore
+from tests.unit.heartbeats import heartbeat
 
 
 def view(name: str, state: NodeState, age_s: float = 0.5) -> NodeView:
-    info = NodeInfo(
-        name=name,
-        api_address="192.0.2.1:1",
-        peer_address="192.0.2.1:2",
-        migration_address="192.0.2.1",
-        memory_bytes=2**32,
-        cpus=2,
-        capabilities=HypervisorCapabilities(
-            driver="simulated", version="1", accelerator="tcg", machine_types=(), cpu_models=()
-        ),
-        heartbeat_at_s=0.0,
-        agent_version="1",
-    )
+    info = heartbeat(name, memory_bytes=2**32, cpus=2)
     return NodeView(info=info, state=state, heartbeat_age_s=age_s)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from migrator.errors import ConfigError
-from migrator.model import HypervisorCapabilities, NodeInfo, NodeName
+from migrator.model import NodeName
 from node_agent.cli import joining
 from node_agent.cli.errors import Unreachable
 from node_agent.events import EventLog
@@ -19,28 +19,12 @@ from node_agent.trust.discovery import SERVICE, Found, is_of
 from node_agent.trust.join_token import make_token
 from node_agent.trust.members import Membership
 from node_agent.trust.opening import open_trust
+from tests.unit.heartbeats import heartbeat
 from tests.unit.trust_world import node_config, trust_world
 
 pytestmark = pytest.mark.allow_blocking("what the command line does runs in a thread")
 
 N1 = NodeName("n1")
-
-
-def heartbeat(boot_id: str, at_s: float) -> NodeInfo:
-    return NodeInfo(
-        name=N1,
-        api_address="192.0.2.9:7780",
-        peer_address="192.0.2.9:7781",
-        migration_address="192.0.2.9",
-        memory_bytes=1,
-        cpus=1,
-        capabilities=HypervisorCapabilities(
-            driver="simulated", version="1", accelerator="tcg", machine_types=(), cpu_models=()
-        ),
-        heartbeat_at_s=at_s,
-        agent_version="1",
-        boot_id=boot_id,
-    )
 
 
 async def test_a_second_agent_of_a_node_s_name_is_refused() -> None:
@@ -53,18 +37,18 @@ async def test_a_second_agent_of_a_node_s_name_is_refused() -> None:
 
     async def beating(seconds: float) -> None:
         slept.append(seconds)
-        await typed.put(f"{NODES}{N1}", heartbeat("theirs", sum(slept)))
+        await typed.put(f"{NODES}{N1}", heartbeat(N1, sum(slept), boot_id="theirs"))
 
     await refuse_namesake(typed, N1, "ours", beating)  # The first of its name.
-    await typed.put(f"{NODES}{N1}", heartbeat("ours", 1.0))
+    await typed.put(f"{NODES}{N1}", heartbeat(N1, 1.0, boot_id="ours"))
     await refuse_namesake(typed, N1, "ours", beating)  # A restart of the agent.
-    await typed.put(f"{NODES}{N1}", heartbeat("", 1.0))
+    await typed.put(f"{NODES}{N1}", heartbeat(N1, 1.0, boot_id=""))
     await refuse_namesake(typed, N1, "ours", beating)  # An older agent's.
     assert slept == []
-    await typed.put(f"{NODES}{N1}", heartbeat("before", 1.0))
+    await typed.put(f"{NODES}{N1}", heartbeat(N1, 1.0, boot_id="before"))
     await refuse_namesake(typed, N1, "ours", still)  # A reboot of the host.
     assert sum(slept) == pytest.approx(LOOK_S)
-    with pytest.raises(ConfigError, match=r"speaks as n1 in this store, from 192\.0\.2\.9:7781"):
+    with pytest.raises(ConfigError, match=r"speaks as n1 in this store, from 192\.0\.2\.1:7781"):
         await refuse_namesake(typed, N1, "ours", beating)
     await store.close()
 

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from migrator.model import HypervisorCapabilities, NodeInfo, NodeName
+from migrator.model import NodeInfo, NodeName
 from node_agent.events import ClusterEvent, EventKind, EventLog
 from node_agent.nodes import NodeRegistry
 from node_agent.resources import NODES
@@ -16,6 +16,7 @@ from node_agent.silence import SILENCES, Silence, SilenceWatch
 from node_agent.state.memory import SimulatedData, SimulatedStore
 from node_agent.state.port import Swap
 from node_agent.state.typed import TypedStore
+from tests.unit.heartbeats import heartbeat
 
 
 class Clock:
@@ -50,19 +51,7 @@ class Agent:
         return self.clock() + self.ahead_s
 
     async def _describe(self) -> NodeInfo:
-        return NodeInfo(
-            name=self.name,
-            api_address="",
-            peer_address="",
-            migration_address="",
-            memory_bytes=1,
-            cpus=1,
-            capabilities=HypervisorCapabilities(
-                driver="simulated", version="1", accelerator="tcg", machine_types=(), cpu_models=()
-            ),
-            heartbeat_at_s=0.0,
-            agent_version="1",
-        )
+        return heartbeat(self.name)
 
 
 class Cluster:

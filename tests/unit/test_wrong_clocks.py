@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from migrator.errors import ConflictError, FerryError, PeerError
-from migrator.model import HypervisorCapabilities, NodeInfo, NodeName, NodeState
+from migrator.model import NodeInfo, NodeName, NodeState
 from node_agent.cli.cluster import troubles
 from node_agent.clock_words import offset_text, span_text
 from node_agent.clocks import ClockWatch, own_offset_s
@@ -25,6 +25,7 @@ from node_agent.state.typed import TypedStore
 from node_agent.trust import certificates
 from node_agent.trust.certificates import NodeCertificate, Span
 from node_agent.trust.renewal import REMIND_S, Renewer
+from tests.unit.heartbeats import heartbeat
 from tests.unit.peers_world import until
 from tests.unit.trust_world import TrustWorld, trust_world
 
@@ -222,34 +223,18 @@ async def test_the_operator_hears_that_nobody_signs(tmp_path: Path) -> None:
 # --- what the heartbeats tell of clocks ------------------------------------------------------
 
 
-def info(name: str, at_s: float) -> NodeInfo:
-    return NodeInfo(
-        name=name,
-        api_address="",
-        peer_address="",
-        migration_address="",
-        memory_bytes=1,
-        cpus=1,
-        capabilities=HypervisorCapabilities(
-            driver="simulated", version="1", accelerator="tcg", machine_types=(), cpu_models=()
-        ),
-        heartbeat_at_s=at_s,
-        agent_version="1",
-    )
-
-
 async def test_heartbeats_tell_how_far_clocks_are_apart() -> None:
     store = SimulatedStore()
     await store.open()
     typed, now = TypedStore(store), [1000.0]
 
     async def describe() -> NodeInfo:
-        return info("n1", 0.0)
+        return heartbeat("n1")
 
     registry = NodeRegistry(typed, describe, clock=lambda: now[0], monotonic=lambda: now[0])
 
     async def offset_s(ahead_s: float, late_s: float) -> float | None:
-        await typed.put(f"{NODES}n2", info("n2", now[0] + ahead_s))
+        await typed.put(f"{NODES}n2", heartbeat("n2", now[0] + ahead_s))
         now[0] += late_s
         return (await registry.read())[NodeName("n2")].clock_offset_s
 
@@ -264,7 +249,7 @@ async def test_heartbeats_tell_how_far_clocks_are_apart() -> None:
 
 
 def view(name: str, offset_s: float | None, state: NodeState = NodeState.READY) -> NodeView:
-    return NodeView(info=info(name, 0.0), state=state, heartbeat_age_s=0.0, clock_offset_s=offset_s)
+    return NodeView(info=heartbeat(name), state=state, heartbeat_age_s=0.0, clock_offset_s=offset_s)
 
 
 @pytest.mark.parametrize(
@@ -354,12 +339,11 @@ async def test_a_node_whose_certificate_has_ended_is_no_place_to_go() -> None:
     typed = TypedStore(store)
 
     async def describe() -> NodeInfo:
-        return info("n1", 0.0)
+        return heartbeat("n1")
 
     registry = NodeRegistry(typed, describe, clock=lambda: 1e9, monotonic=lambda: 1.0)
     for name, until_s in (("n1", 1e9 + 60), ("n2", 1e9), ("n3", None)):
-        beat = msgspec.structs.replace(info(name, 1e9), certificate_until_s=until_s)
-        await typed.put(f"{NODES}{name}", beat)
+        await typed.put(f"{NODES}{name}", heartbeat(name, 1e9, certificate_until_s=until_s))
     views = await registry.read()
     ended = "its certificate has ended, on 2001-09-09 01:46 UTC (`ferry doctor` there says what"
     n1, n2, n3 = map(NodeName, ("n1", "n2", "n3"))

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from migrator.model import HypervisorCapabilities, NodeInfo, NodeName, NodeState
+from migrator.model import NodeName, NodeState
 from node_agent.api.server import ApiServer, create_app
 from node_agent.cli import joining
 from node_agent.config import AgentConfig, format_endpoint, parse_config
@@ -31,6 +31,7 @@ from node_agent.trust.records import TOKEN_TTL_S
 from node_agent.trust.removal import NodeRemoval
 from node_agent.trust.service import Trust
 from tests.unit.agent_world import World, open_world
+from tests.unit.heartbeats import heartbeat
 from tests.unit.peers_world import Text, until
 
 PATIENT = Timing(
@@ -130,22 +131,12 @@ class Member:
     @property
     def view(self) -> NodeView:
         """Its heartbeat, with the port that its hub really has."""
-        info = NodeInfo(
-            name=self.name,
+        info = heartbeat(
+            self.name,
+            time.time(),
             api_address=self.config.api.listen,
             peer_address=format_endpoint(*self.hub.address),
             migration_address="127.0.0.1",
-            memory_bytes=1024**3,
-            cpus=1,
-            capabilities=HypervisorCapabilities(
-                driver="simulated",
-                version="1",
-                accelerator="tcg",
-                machine_types=(),
-                cpu_models=(),
-            ),
-            heartbeat_at_s=time.time(),
-            agent_version="test",
         )
         return NodeView(info=info, state=NodeState.READY, heartbeat_age_s=0.0)
 
