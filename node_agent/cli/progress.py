@@ -106,9 +106,11 @@ def describe(migration: Migration) -> str:
     parts.append(f"{size(progress.bytes_sent)} sent, {size(progress.remaining_bytes)} to go")
     if progress.throughput_bytes_per_s is not None:
         parts.append(f"{size(progress.throughput_bytes_per_s)}/s")
-    if progress.dirty_rate_bytes_per_s is not None:
+    if progress.dirty_rate_bytes_per_s is not None and migration.blackout_ms is None:
         parts.append(f"dirtied {size(progress.dirty_rate_bytes_per_s)}/s")
-    if progress.predicted_blackout_ms is not None:
+    if migration.blackout_ms is not None:
+        parts.append(f"blackout {migration.blackout_ms:.1f} ms")  # In post-copy it is over.
+    elif progress.predicted_blackout_ms is not None:
         parts.append(f"blackout ~{progress.predicted_blackout_ms:.0f} ms")
     if progress.eta_s is not None:
         parts.append(f"~{progress.eta_s:.0f} s left")

@@ -117,6 +117,22 @@ async def test_a_broken_channel_is_told_until_it_is_restored(
     assert ("channel broken: it took nothing" in progress.describe(migration)) is told
 
 
+async def test_a_blackout_that_is_over_is_told_as_it_was(ferry: Ferry, world: World) -> None:
+    """In post-copy; what was predicted of it, and of a guest that has left, is of no interest."""
+    await define(ferry, "--start")
+    await ferry("migrate", "web", "--no-wait")
+    migration = world.migrations["m-1"]
+    rates = msgspec.structs.replace(
+        migration.progress, predicted_blackout_ms=8.0, dirty_rate_bytes_per_s=0.0
+    )
+    before = msgspec.structs.replace(migration, progress=rates, blackout_ms=None)
+    assert "dirtied 0 B/s, blackout ~8 ms" in progress.describe(before)
+    after = progress.describe(msgspec.structs.replace(before, blackout_ms=17.14))
+    assert "blackout 17.1 ms" in after
+    assert "~8 ms" not in after
+    assert "dirtied" not in after
+
+
 def test_an_engine_says_in_words_that_its_guest_is_gone() -> None:
     assert reason_of(ProcessLookupError(3, "No such process")).endswith("memory is gone")
     assert reason_of(EngineError("the link is gone")) == "the link is gone"
