@@ -1,7 +1,7 @@
 """What is reported, kept in the store, so that it counts whichever agent hears it.
 
-At most one migration at a time is begun because of pressure in the whole cluster, and none while a
-node is being drained: drains know what they do with the links.
+At most one migration at a time is begun because of pressure in the whole cluster (`turn`), and none
+while a node is being drained: drains know what they do with the links.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ from typing import Final
 
 import msgspec
 
-from migrator.errors import ConflictError, FerryError, InvalidRequest, NotFoundError
+from migrator.errors import (
+    ConflictError,
+    FerryError,
+    InvalidRequest,
+    NotFoundError,
+    PeerError,
+    StoreError,
+)
 from migrator.model import DomainName, Migration, NodeState
 from node_agent.drain.world import DrainWorld
 from node_agent.events import EventKind, EventLog
@@ -31,6 +38,7 @@ from node_agent.pressure.policy import (
     choose,
     weigh,
 )
+from node_agent.pressure.turn import Turns
 from node_agent.resources import MigrationCreate
 from node_agent.state.typed import TypedStore, Versioned
 
@@ -41,6 +49,7 @@ _TRIES: Final = 10
 _CANDIDATES_MAX: Final = 8
 """Whose places are asked for: each is a plan of one move."""
 _BUSY: Final = frozenset({NodeState.DRAINING, NodeState.RESTORING})
+_BEGINNING: Final = "another move because of pressure is being begun: one at a time"
 
 
 class PressureService:
@@ -58,6 +67,7 @@ class PressureService:
         self._world = world
         self._events = events
         self._clock = clock
+        self._turns = Turns(store, clock)
 
     async def report(self, report: PressureReport) -> PressureAnswer:
         """Note it; when it is due, propose a move, or make it.
@@ -142,19 +152,17 @@ class PressureService:
     async def _apply(
         self, report: PressureReport, proposal: Proposal, entry: Versioned[History]
     ) -> PressureAnswer:
-        views = await self._world.views()
-        busy = sorted(name for name, view in views.items() if view.state in _BUSY)
-        if busy:
-            reason = f"node {busy[0]} is being drained or restored: nothing else is moved meanwhile"
-            return PressureAnswer(standing=Standing.RESTING, reason=reason)
-        migrations = await self._world.cluster.list_migrations()
-        under_way = [each.id for each in migrations if not each.ended]
-        if under_way:
-            reason = f"migration {under_way[0]} is under way: one at a time"
-            return PressureAnswer(standing=Standing.RESTING, reason=reason)
-        # First, and by compare-and-set: of two agents that hear it, one moves.
+        turn = await self._turns.look()  # Before what others do: see `Turns`.
+        resting = _BEGINNING if self._turns.taken(turn) else await self._others()
+        if resting:
+            return PressureAnswer(standing=Standing.RESTING, reason=resting)
+        mine = await self._turns.take(turn)
+        if mine is None:
+            return PressureAnswer(standing=Standing.RESTING, reason=_BEGINNING)
+        # By compare-and-set, too: of two agents that hear of the same pressure, one moves.
         moved = msgspec.structs.replace(entry.value, moved_at_s=self._clock())
         if await self._store.put_if(entry.key, moved, entry.revision) is None:
+            await self._turns.end(mine)
             reason = "another report of it is being acted upon"
             return PressureAnswer(standing=Standing.RESTING, reason=reason)
         try:
@@ -162,7 +170,10 @@ class PressureService:
                 DomainName(proposal.domain), MigrationCreate(destination=proposal.destination)
             )
         except FerryError as error:
+            if not isinstance(error, PeerError | StoreError):  # Then it may have begun.
+                await self._turns.end(mine)
             return _answer(Standing.NO_MOVE, proposal, reason=f"the move was refused: {error}")
+        await self._turns.end(mine)  # It is among the migrations now.
         said = f" ({report.source})" if report.source else ""
         self._events.emit(
             EventKind.PRESSURE_MOVE,
@@ -172,6 +183,16 @@ class PressureService:
             migration=migration.id,
         )
         return _answer(Standing.MOVING, proposal, migration=migration.id)
+
+    async def _others(self) -> str:
+        """What is under way, beside which nothing is moved; "": nothing."""
+        views = await self._world.views()
+        busy = sorted(name for name, view in views.items() if view.state in _BUSY)
+        if busy:
+            return f"node {busy[0]} is being drained or restored: nothing else is moved meanwhile"
+        migrations = await self._world.cluster.list_migrations()
+        under_way = [each.id for each in migrations if not each.ended]
+        return f"migration {under_way[0]} is under way: one at a time" if under_way else ""
 
 
 def _answer(
