@@ -12,6 +12,8 @@ silent one, or see less than others. Nobody decides anything by it (`nodes` says
   older one isn't told again.
 - A node is back when it has been heard for as long as it may be silent, so that one which comes and
   goes is told of at most once in ten seconds.
+- For how long it was silent is said by who saw it fall silent, as its own steady clock measured it:
+  a wall clock may have been set meanwhile, the returning node's most of all. Else nothing is said.
 - The record and the event are one write: neither is without the other, whoever dies.
 """
 
@@ -25,7 +27,6 @@ from typing import Final
 
 from migrator.errors import FerryError
 from migrator.model import NodeName, NodeState, Value
-from migrator.ports import Struct
 from node_agent.background import Background
 from node_agent.events import EventKind, EventLog
 from node_agent.nodes import UNREACHABLE_AFTER_S, NodeView
@@ -50,16 +51,9 @@ class Silence(Value, frozen=True, kw_only=True):
     heartbeat_at_s: float
     """When that was made, by the node's own clock."""
     silent_s: float
-    """So far, by the clock of who told it; of a node that is back in all, by its own."""
+    """So far, or of a node that is back in all; 0: who told it hadn't seen it fall silent."""
     told_by: str
     told_at_s: float
-
-
-class _Heard(Struct, frozen=True, kw_only=True):
-    """A node that speaks: since when, by our monotonic clock, and its first heartbeat's time."""
-
-    since: float
-    heartbeat_at_s: float
 
 
 class SilenceWatch:
@@ -85,7 +79,10 @@ class SilenceWatch:
         self._monotonic = monotonic
         self._looked_at: float | None = None
         self._looking_since = 0.0
-        self._heard: dict[NodeName, _Heard] = {}
+        self._heard: dict[NodeName, float] = {}
+        """Who speaks: since when, by our monotonic clock."""
+        self._last_heard: dict[NodeName, float] = {}
+        """Who fell silent before our eyes: when its last heartbeat came, by the same clock."""
         self._views: Mapping[NodeName, NodeView] = {}
         self._told: dict[NodeName, bool] | None = None
         """Whether a node's silence is what was told last, as far as known; None: not read yet."""
@@ -104,14 +101,18 @@ class SilenceWatch:
         if self._looked_at is None or now - self._looked_at > GAP_S:
             self._looking_since = now
             self._heard.clear()
+            self._last_heard.clear()
         self._looked_at = now
-        for name in self._heard.keys() - views.keys():
-            del self._heard[name]
+        for name in (self._heard.keys() | self._last_heard.keys()) - views.keys():
+            self._heard.pop(name, None)
+            self._last_heard.pop(name, None)
         for name, view in views.items():
             if view.state is NodeState.UNREACHABLE:
                 self._heard.pop(name, None)
-            elif name not in self._heard:
-                self._heard[name] = _Heard(since=now, heartbeat_at_s=view.info.heartbeat_at_s)
+                if view.clock_offset_s is not None:  # Else its age is what its own clock says.
+                    self._last_heard.setdefault(name, now - view.heartbeat_age_s)
+            else:
+                self._heard.setdefault(name, now)
         self._views = views
         if now - self._looking_since >= self._settle_s:
             self._wakeup.set()
@@ -136,9 +137,11 @@ class SilenceWatch:
                 if not silence_told:
                     told[name] = await self._tell(name, view, None)
             elif silence_told and heard is not None:
-                spoke_for_s = now - view.heartbeat_age_s - heard.since
+                spoke_for_s = now - view.heartbeat_age_s - heard
                 if spoke_for_s >= self._back_after_s:
                     told[name] = await self._tell(name, view, heard)
+            elif not silence_told:
+                self._last_heard.pop(name, None)
         for name in told.keys() - views.keys():  # Removed from the cluster.
             entry = await self._store.get(f"{SILENCES}{name}", Silence)
             if entry is not None:
@@ -151,30 +154,32 @@ class SilenceWatch:
         self._told = {NodeName(each.value.node): each.value.silent for each in entries}
         return self._told
 
-    async def _tell(self, name: NodeName, view: NodeView, heard: _Heard | None) -> bool:
+    async def _tell(self, name: NodeName, view: NodeView, heard: float | None) -> bool:
         """A node fell silent (`heard` is None), or is back, if nobody has told that yet.
 
         Whether its silence is what was told last.
         """
-        key, silent, silent_s = f"{SILENCES}{name}", heard is None, view.heartbeat_age_s
+        key, silent = f"{SILENCES}{name}", heard is None
         entry = await self._store.get(key, Silence)
         last = None if entry is None else entry.value
         was_silent = last is not None and last.silent
         behind = last is not None and (view.revision, silent) < (last.revision, last.silent)
         if was_silent == silent or behind:
             return was_silent
-        if heard is not None and last is not None:
-            silent_s = max(0.0, heard.heartbeat_at_s - last.heartbeat_at_s)
+        silent_s: float | None = None
+        if (since := self._last_heard.get(name)) is not None:
+            until = (self._looked_at or since) if heard is None else heard
+            silent_s = round(until - since, 1)
         change = Silence(
             node=name,
             silent=silent,
             revision=view.revision,
             heartbeat_at_s=view.info.heartbeat_at_s,
-            silent_s=round(silent_s, 1),
+            silent_s=silent_s or 0.0,
             told_by=self._node,
             told_at_s=self._clock(),
         )
-        kind, text = _sentence(change)
+        kind, text = _sentence(change, silent_s)
         try:
             written = await self._events.emit_if(
                 kind,
@@ -183,7 +188,7 @@ class SilenceWatch:
                 replacing=change,
                 expected_revision=None if entry is None else entry.revision,
                 node=name,
-                silent_s=change.silent_s,
+                silent_s=silent_s,
             )
         except FerryError:
             self._told = None  # It may be told: that is to be read.
@@ -191,10 +196,10 @@ class SilenceWatch:
         return silent if written else was_silent  # Another agent may have been faster.
 
 
-def _sentence(change: Silence) -> tuple[EventKind, str]:
+def _sentence(change: Silence, silent_s: float | None) -> tuple[EventKind, str]:
     if change.silent:
-        kind, text = EventKind.NODE_SILENT, f"is silent: no heartbeat for {change.silent_s:.0f}"
-        text += " s; whether its guests run isn't known"
-    else:
-        kind, text = EventKind.NODE_BACK, f"is back after {change.silent_s:.0f} s of silence"
-    return kind, f"node {change.node} {text}"
+        known = "" if silent_s is None else f" for {silent_s:.0f} s"
+        text = f"is silent: no heartbeat{known}; whether its guests run isn't known"
+        return EventKind.NODE_SILENT, f"node {change.node} {text}"
+    known = "" if silent_s is None else f" after {silent_s:.0f} s of silence"
+    return EventKind.NODE_BACK, f"node {change.node} is back{known}"

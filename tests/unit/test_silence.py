@@ -117,7 +117,7 @@ async def test_silence_and_return_are_told_once_though_all_see_them() -> None:
         assert silent.message == (
             "node d is silent: no heartbeat for 6 s; whether its guests run isn't known"
         )
-        assert back.message == "node d is back after 31 s of silence", "by its own clock"
+        assert back.message == "node d is back after 31 s of silence"
         assert back.data["silent_s"] == 31.0
         await world.seconds(10, without=["d"])
         assert (await world.kinds())[2:] == [(SILENT, "d")]
@@ -182,6 +182,23 @@ async def test_agents_that_were_restarted_know_what_was_told() -> None:
         assert await world.kinds() == [(SILENT, "c")]
         await world.seconds(10)
         assert await world.kinds() == [(SILENT, "c"), (BACK, "c")]
+        back = (await world.told())[-1]
+        assert (back.message, back.data["silent_s"]) == ("node c is back", None), "nobody saw it go"
+
+
+@pytest.mark.parametrize("set_by_s", [-40_000.0, 20.0, 3e7])
+async def test_a_node_whose_clock_is_set_meanwhile_is_back_after_as_long_as_it_was_away(
+    set_by_s: float,
+) -> None:
+    """It came back after 0 s, or after a year."""
+    async with cluster("a", "b") as world:
+        await world.seconds(15)
+        await world.seconds(30, without=["b"])
+        world.agents["b"].ahead_s += set_by_s
+        await world.seconds(10)
+        back = (await world.told())[-1]
+        assert back.message == "node b is back after 31 s of silence"
+        assert back.data["silent_s"] == 31.0
 
 
 Append = Callable[[], Awaitable[bool]]
