@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 from urllib.parse import quote
 
@@ -15,12 +16,14 @@ from node_agent.resources import NodeList
 from node_agent.trust.records import (
     ApiTokenCreate,
     ApiTokenMade,
+    ApiTokenView,
     AuthorityView,
     Role,
     User,
     UserChange,
     UserCreate,
     UserList,
+    token_end,
 )
 
 app = typer.Typer(help="Users of the API.", no_args_is_help=True, rich_markup_mode=None)
@@ -60,7 +63,7 @@ def list_users() -> None:
                 token.id,
                 token.label or "-",
                 moment(token.created_at_s)[:16],
-                moment(token.expires_at_s)[:16] if token.expires_at_s else "never",
+                _until(token),
             )
             for token in user.tokens
         ] or [(user.name, user.role.value, "-", "-", "-", "-")]
@@ -100,6 +103,13 @@ def remove_user(name: _Name) -> None:
     """Remove a user, with all tokens."""
     settings.client().delete(_path(name))
     show({"removed": name}, f"user {name} is removed")
+
+
+def _until(token: ApiTokenView) -> str:
+    if token.expires_at_s is None:
+        return "never"
+    end = token_end(token.created_at_s, token.expires_at_s, time.time())
+    return moment(token.expires_at_s)[:16] + (f" ({end.value})" if end.value else "")
 
 
 def _issue(client: ApiClient, name: str, label: str, ttl: str | None) -> ApiTokenMade:

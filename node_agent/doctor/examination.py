@@ -26,8 +26,10 @@ from node_agent.doctor import links, paths
 from node_agent.doctor.certificates import check_certificates, check_store_certificates
 from node_agent.doctor.findings import Diagnosis, Finding, failure, fine, warning
 from node_agent.doctor.frr import check_frr
+from node_agent.doctor.user_tokens import check_user_tokens
 from node_agent.migrations.room import STATE_ROOM_BYTES, free_bytes
 from node_agent.resources import DomainList, Node, NodeList, PoolList
+from node_agent.trust.records import UserList
 
 KERNEL_MIN: Final = (6, 7)
 QEMU_MIN: Final = (7, 2)
@@ -55,6 +57,7 @@ def examine(
         _agent(config, running),
         *_ports(config, running),
         *_pools(client, running),
+        *_user_tokens(client, running),
         *_others(config, nodes),
     ]
     return Diagnosis(node=config.node.name, findings=tuple(findings))
@@ -196,6 +199,17 @@ def _pools(client: ApiClient, running: bool) -> Iterator[Finding]:
             yield fine(check, f"{pool.driver}, reachable")
         else:
             yield failure(check, f"{pool.driver}: {pool.health.reason}", "mend its server or mount")
+
+
+def _user_tokens(client: ApiClient, running: bool) -> Iterator[Finding]:
+    """Nothing in plain mode, which has no users."""
+    if not running:
+        return
+    try:
+        users = client.get("/v1/users", UserList).users
+    except CliError:
+        return
+    yield from check_user_tokens(users, time.time())
 
 
 def _others(config: AgentConfig, nodes: Sequence[Node]) -> Iterator[Finding]:

@@ -5,6 +5,7 @@
     join-tokens/ID       JoinTokenRecord: the public half of a join token
     users/NAME           UserRecord: a user's role
     api-tokens/ID        ApiTokenRecord: the hash of a bearer token, and whose it is
+    token-ends/ID        TokenEndTold: what the event log was last told of its end (`token_ends`)
 
 Nothing here is secret: public keys, serial numbers, and hashes of random 256-bit tokens.
 """
@@ -26,6 +27,8 @@ API_TOKENS: Final = "api-tokens/"
 
 TOKEN_TTL_S: Final = 3600.0
 TOKEN_TTL_S_MAX: Final = 7 * 86_400.0
+TOKEN_ENDS_SOON_S: Final = 14 * 86_400.0
+"""Before the end of a user's token: so long it is told ahead, as with certificates."""
 
 
 class Role(enum.StrEnum):
@@ -106,6 +109,34 @@ class ApiTokenRecord(Value, frozen=True, kw_only=True):
     label: str
     created_at_s: float
     expires_at_s: float | None = None
+
+
+class TokenEnd(enum.StrEnum):
+    """How far a bearer token is from its end."""
+
+    FAR = ""
+    SOON = "ends soon"
+    """Two weeks are left, or a third of its life where that is shorter."""
+    ENDED = "ended"
+
+    def comes_before(self, other: TokenEnd) -> bool:
+        order = list(TokenEnd)
+        return order.index(self) < order.index(other)
+
+
+def is_brief(created_at_s: float, expires_at_s: float | None) -> bool:
+    """Made for less than a day: nobody is told of the end of such a token."""
+    return expires_at_s is not None and expires_at_s - created_at_s < 86_400.0
+
+
+def token_end(created_at_s: float, expires_at_s: float | None, now_s: float) -> TokenEnd:
+    """By the clock of who asks. Pure."""
+    if expires_at_s is None:
+        return TokenEnd.FAR
+    if now_s >= expires_at_s:
+        return TokenEnd.ENDED
+    soon_s = min(TOKEN_ENDS_SOON_S, (expires_at_s - created_at_s) / 3)
+    return TokenEnd.SOON if expires_at_s - now_s <= soon_s else TokenEnd.FAR
 
 
 # --- the API ---------------------------------------------------------------------------------

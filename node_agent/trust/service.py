@@ -52,6 +52,7 @@ from node_agent.trust.records import (
     RenewRequest,
 )
 from node_agent.trust.renewal import Renewer
+from node_agent.trust.token_ends import TokenWatch
 from node_agent.trust.users import Users
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class Trust:
         self.contexts = contexts
         self.members = members
         self.users = Users(store, clock=clock)
+        self._token_watch = TokenWatch(store, events, clock=clock)
         self.peer_address, self.api_address = advertised(config)
         self._store_table = msgspec.to_builtins(config.store)
         self._announce = config.tls.announce
@@ -140,8 +142,10 @@ class Trust:
         hub.handle(RENEW, RenewRequest, self._sign_renewal)
 
     async def start(self) -> None:
-        """Announce this node and watch its certificate's age; once the API listens."""
+        """Announce this node and watch its certificate's age, and the users' tokens'; once the API
+        listens."""
         self._renewer.open()
+        self._token_watch.open()
         if not self._announce:
             return
         announcer = Announcer(self.node, self.identity.fingerprint, *self._listen)
@@ -152,7 +156,8 @@ class Trust:
             log.warning("not announced by zeroconf: %s; joining needs --address", error)
 
     async def close(self) -> None:
-        """End both."""
+        """End all of that."""
+        await self._token_watch.close()
         await self._renewer.close()
         if self._announcer is not None:
             await self._announcer.close()
