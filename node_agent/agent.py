@@ -34,6 +34,7 @@ from node_agent.clocks import ClockWatch
 from node_agent.cluster import ClusterService
 from node_agent.cluster_calls import ClusterCalls
 from node_agent.config import AgentConfig
+from node_agent.consoles import Consoles
 from node_agent.description import describe
 from node_agent.domain_records import DomainRecords
 from node_agent.domain_restart import RestartPolicy
@@ -198,6 +199,7 @@ async def running_agent(
             pin_machine=MachinePinner(nodes),
             cordon=cordon,
             storage=storage,
+            consoles=Consoles(hypervisor, records),
             restart=RestartPolicy(
                 boot_id=boot_id,
                 store=RestartFile(Path(config.node.state_directory) / "restarts.json"),

@@ -256,10 +256,15 @@ class ClusterService:
     async def console(
         self, domain: DomainName, *, offset: int | None, limit_bytes: int
     ) -> tuple[NodeName, ConsoleChunk]:
-        """Its console on the node that owns it, or owned it last. Offsets belong to that node."""
+        """Its console on the node that owns it, or owned it last. Offsets belong to that node.
+
+        Empty if it never ran: what there is may be a deleted one's of its name.
+        """
         await self._records.get(domain)
         owned = await self._ownership.read(domain)
-        node = NodeName(owned.owner) if owned is not None else self.node
+        if owned is None:
+            return self.node, ConsoleChunk(offset=0, data=b"")
+        node = NodeName(owned.owner)
         params = ConsoleParams(domain=domain, offset=offset, limit_bytes=limit_bytes)
         chunk = await self._hub.call(
             node, CONSOLE, params, ConsoleChunk, timeout_s=OPERATION_TIMEOUT_S

@@ -41,6 +41,7 @@ from migrator.ports import (
     Struct,
     VolumeDriver,
 )
+from node_agent.consoles import Consoles
 from node_agent.domain_launch import LaunchBuilder, LaunchUndo
 from node_agent.domain_locks import DomainLocks
 from node_agent.domain_ownership import DomainOwnership
@@ -94,17 +95,20 @@ class DomainService:
         locks: DomainLocks | None = None,
         cordon: Callable[[], Awaitable[list[str]]] | None = None,
         storage: StorageWatch | None = None,
+        consoles: Consoles | None = None,
         clock: Callable[[], float] = time.time,
         roll: Roll = secrets.token_bytes,
     ) -> None:
         """`restart`: which of its domains that were lost are started again.
 
         `storage`: what is known of pools that don't answer; its owner opens it.
+        `consoles`: keeps their texts apart; None: nobody does.
         `cordon`: why nothing may start here now; None: something always may.
         """
         self.node = node
         self._cordon = cordon
         self._storage = storage
+        self._consoles = consoles
         self.locks = locks or DomainLocks()
         self._hypervisor = hypervisor
         self._pools = pools
@@ -320,6 +324,8 @@ class DomainService:
 
         Afterwards either `undo.release()` (it was launched) or `await undo()` (it wasn't).
         """
+        if self._consoles is not None:
+            await self._consoles.begin(DomainName(spec.name))
         return await self._launches.build(spec, token)
 
     async def fence(self, spec: DomainSpec, token: FencingToken) -> str:
@@ -343,7 +349,7 @@ class DomainService:
         token = FencingToken(owned.token)
         try:
             await self._records.get(DomainName(spec.name))  # Deleted elsewhere meanwhile? Then not.
-            launch, undo = await self._launches.build(spec, token)
+            launch, undo = await self.build_launch(spec, token)
             try:
                 await self._launches.fence(spec, token)
                 if confirm is not None:
