@@ -15,24 +15,23 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from hypervisor.qemu import held_taps, launcher, logs, paused_by, records, switchover
+from hypervisor.qemu import held_taps, launcher, leftovers, logs, paused_by, records, switchover
 from hypervisor.qemu.command_line import QemuLaunch
 from hypervisor.qemu.config import (
     MONITORS,
     Accelerator,
     QemuConfig,
-    monitor_path,
     prepare_directories,
 )
 from hypervisor.qemu.early_pages import EarlyPages
-from hypervisor.qemu.guest import COMMAND_TIMEOUT_S, Guest
+from hypervisor.qemu.guest import Guest
 from hypervisor.qemu.host import HostProbe
 from hypervisor.qemu.launcher import Launched
 from hypervisor.qemu.memory import memory_in_use_bytes, open_arriving, open_memory
 from hypervisor.qemu.native import QemuNative
 from hypervisor.qemu.offload import offload, offload_or_undone
 from hypervisor.qemu.process import QemuProcess
-from hypervisor.qemu.qmp import Monitor, QmpDisconnected, QmpEvent
+from hypervisor.qemu.qmp import QmpDisconnected
 from hypervisor.qemu.status import MigrationStatus
 from migrator.errors import HypervisorError, NotFoundError
 from migrator.model import (
@@ -94,6 +93,8 @@ class QemuDriver(HypervisorDriver):
         self._guests: dict[str, Guest] = {}
         self._launching: set[str] = set()
         self._crashed: dict[DomainName, Path] = {}
+        self._unreadable: dict[DomainName, str] = {}
+        """Domains that may run here, and whose records can't be read: that in words."""
         self._subscribers: list[Callable[[DomainEvent], None]] = []
         self._lock: int | None = None
         self._native = QemuNative(self._guest)
@@ -121,6 +122,7 @@ class QemuDriver(HypervisorDriver):
         guests = list(self._guests.values())
         self._guests.clear()
         self._crashed.clear()
+        self._unreadable.clear()
         for guest in guests:
             await guest.let_go()
         if self._lock is not None:
@@ -130,7 +132,9 @@ class QemuDriver(HypervisorDriver):
     async def _adopt(self, directory: Path) -> None:
         record = await offload(lambda: records.read_record(directory))
         if record is None:
-            await self._end_unrecorded(directory)
+            if why := await leftovers.see(directory):
+                log.error("%s", why)
+                self._unreadable[DomainName(directory.name)] = why
             return
         process = await offload(lambda: QemuProcess.hold(record.process), undo=_let_go)
         if process is None:
@@ -148,22 +152,9 @@ class QemuDriver(HypervisorDriver):
             log.warning("%s runs, but its monitor doesn't answer: %s", guest.name, error)
             guest.reconnect_later()
 
-    async def _end_unrecorded(self, directory: Path) -> None:
-        """End a launch that was cut short before its record; never a guest that may have run."""
-        monitor = Monitor(directory.name, _ignore_event, lambda: None)
-        try:
-            await monitor.connect(monitor_path(directory, 0), timeout_s=COMMAND_TIMEOUT_S)
-            answer = await monitor.execute("query-status", timeout_s=COMMAND_TIMEOUT_S)
-            state = answer.get("status") if isinstance(answer, dict) else None
-            if state not in ("prelaunch", "inmigrate"):
-                log.error("%s: a QEMU in state %s has no readable record", directory, state)
-                return
-            await monitor.execute("quit", timeout_s=COMMAND_TIMEOUT_S)
-        except HypervisorError as error:
-            log.warning("%s: removing what a cut short launch left (%s)", directory, error)
-        finally:
-            await monitor.close()
-        await offload(lambda: records.remove_directory(directory))
+    def _refuse_unreadable(self, domain: DomainName) -> None:
+        if domain in self._unreadable:
+            raise HypervisorError(self._unreadable[domain])
 
     def _take(self, launched: Launched) -> Guest:
         guest = Guest(
@@ -213,6 +204,7 @@ class QemuDriver(HypervisorDriver):
         name = launch.spec.name
         if self._lock is None:
             raise HypervisorError("the QEMU driver is not open")
+        self._refuse_unreadable(DomainName(name))
         if name in self._guests or name in self._launching:
             raise HypervisorError(f"{name} is here already; nothing was started")
         self._launching.add(name)
@@ -280,6 +272,7 @@ class QemuDriver(HypervisorDriver):
 
     async def destroy(self, domain: DomainName) -> None:
         """SIGKILL, like pulling the plug: a QEMU that lost its right to write flushes nothing."""
+        self._refuse_unreadable(domain)
         if (guest := self._guests.get(domain)) is not None:
             await self._end(guest, "destroyed")
 
@@ -325,6 +318,7 @@ class QemuDriver(HypervisorDriver):
     # --- what is known ---------------------------------------------------------------------
 
     def _guest(self, domain: DomainName) -> Guest:
+        self._refuse_unreadable(domain)
         guest = self._guests.get(domain)
         if guest is None:
             raise NotFoundError(f"domain {domain} has no QEMU process here")
@@ -338,7 +332,9 @@ class QemuDriver(HypervisorDriver):
         return DomainStatus(name=domain, state=DomainState.STOPPED)
 
     async def inspect(self, domain: DomainName) -> DomainStatus:
-        """A silent QEMU is UNKNOWN, with the reason; it raises nothing."""
+        """A silent QEMU is UNKNOWN, with the reason; it raises nothing. So is an unreadable one."""
+        if (why := self._unreadable.get(domain)) is not None:
+            return DomainStatus(name=domain, state=DomainState.UNKNOWN, reason=why)
         guest = self._guests.get(domain)
         reason: str | None
         await offload(lambda: self._trim_logs(domain))
@@ -373,7 +369,7 @@ class QemuDriver(HypervisorDriver):
         logs.trim(self.config.qemu_log(domain))
 
     async def list_domains(self) -> Sequence[DomainStatus]:
-        names = sorted(self._guests)
+        names = sorted({*self._guests, *self._unreadable})
         return await asyncio.gather(*(self.inspect(DomainName(name)) for name in names))
 
     def console_log(self, domain: DomainName) -> Path:
@@ -418,6 +414,7 @@ class QemuDriver(HypervisorDriver):
         await switchover.proceed(self._guest(domain))
 
     async def abort_switchover(self, domain: DomainName) -> AbortOutcome:
+        self._refuse_unreadable(domain)
         guest = self._guests.get(domain)
         return AbortOutcome.GONE if guest is None else await switchover.abort(guest)
 
@@ -427,10 +424,6 @@ class QemuDriver(HypervisorDriver):
     @property
     def native(self) -> NativeMigration:
         return self._native
-
-
-def _ignore_event(_event: QmpEvent) -> None:
-    pass
 
 
 def _let_go(process: QemuProcess | None) -> None:

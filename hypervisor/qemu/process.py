@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
+import select
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,8 @@ from migrator.errors import HypervisorError
 
 _DUP_FLOOR = 512
 """Descriptors are first moved above every fixed number, so that no dup2 overwrites a source."""
+_SHORT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What says nothing about a process."""
 
 
 class ProcessIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +52,13 @@ def identify(pid: int) -> ProcessIdentity | None:
     if fields[0] in ("Z", "X"):
         return None
     return ProcessIdentity(pid=pid, start_ticks=int(fields[19]), boot_id=boot_id)
+
+
+def _has_ended(pidfd: int) -> bool:
+    """Whether its process is a zombie, or gone."""
+    waiting = select.poll()
+    waiting.register(pidfd, select.POLLIN)
+    return bool(waiting.poll(0))
 
 
 class Spawn(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,13 +115,22 @@ class QemuProcess:
 
     @classmethod
     def hold(cls, identity: ProcessIdentity) -> QemuProcess | None:
-        """Open the process if it still is the same one. Reads /proc: call it off the loop."""
+        """Open the process if it still is the same one; None if it is gone.
+
+        HypervisorError if that can't be found out. Reads /proc: call it off the loop.
+        """
         try:
             pidfd = os.pidfd_open(identity.pid)
-        except OSError:
-            return None
-        if identify(identity.pid) != identity:
+        except OSError as error:  # It is gone; its pid may be a thread's by now.
+            if error.errno not in _SHORT_OF:
+                return None
+            raise HypervisorError(f"can't look at process {identity.pid}: {error}") from error
+        found = identify(identity.pid)
+        if found != identity:
+            lives = found is None and not _has_ended(pidfd)
             os.close(pidfd)
+            if lives:
+                raise HypervisorError(f"can't look at process {identity.pid}, which lives")
             return None
         return cls(identity, pidfd)
 

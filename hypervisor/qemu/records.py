@@ -3,8 +3,8 @@
     run/DOMAIN/state.json    written atomically, before the guest's vCPUs first run
     run/DOMAIN/end           "r" while QEMU runs, "e" when it ended by exit(): the shim writes both
 
-A folder without a readable record is a launch that an agent's death cut short before that: the
-guest in it has never run. All functions block on the disk; call them off the event loop.
+A folder without a record is a launch that an agent's death cut short before that: the guest in it
+has never run. All functions block on the disk; call them off the event loop.
 """
 
 from __future__ import annotations
@@ -55,6 +55,15 @@ def read_record(directory: Path) -> ProcessRecord | None:
         return decode((directory / "state.json").read_bytes(), _decoder)
     except (OSError, msgspec.DecodeError):
         return None
+
+
+def has_record(directory: Path) -> bool:
+    """Whether there is one, readable or not. True also where that can't be said."""
+    try:
+        (directory / "state.json").lstat()
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError)
+    return True
 
 
 def make_end(directory: Path) -> int:

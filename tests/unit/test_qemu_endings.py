@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import signal
+import socket
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -142,3 +143,58 @@ async def test_a_start_that_is_cancelled_is_over_when_its_process_is(
     assert starting.cancelled()
     assert identify(made[0].process.pid) is None
     assert not driver.config.domain_directory(VM).exists()
+
+
+async def test_a_guest_whose_record_cannot_be_read_is_not_stopped(driver: QemuDriver) -> None:
+    """Its agent took it for that, closed its volumes and said so in the store: whoever started the
+    domain then had it run twice."""
+    folder = driver.config.domain_directory(VM)
+    folder.mkdir()
+    (folder / "state.json").write_text("{}")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(folder / "m1"))
+        listener.listen()
+        await driver.close()
+        assert await driver.open() == []
+        status = await driver.inspect(VM)
+        assert status.state is DomainState.UNKNOWN
+        assert status.reason is not None
+        assert "state.json can't be read" in status.reason
+        assert list(await driver.list_domains()) == [status]
+        for refused in (
+            driver.destroy(VM),
+            driver.start(LAUNCH),
+            driver.abort_switchover(VM),
+            driver.resume(VM),
+            driver.stop(VM, timeout_s=1.0),
+        ):
+            with pytest.raises(HypervisorError, match="left as it is"):
+                await refused
+        assert (folder / "state.json").exists()
+    await driver.close()
+    assert await driver.open() == []
+    assert (await driver.inspect(VM)).state is DomainState.STOPPED
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+async def test_a_disk_that_fails_is_no_missing_record(
+    driver: QemuDriver, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    made = await asyncio.to_thread(launched, driver.config.domain_directory(VM))
+
+    def fail(*_: object) -> bytes:
+        raise OSError(code, os.strerror(code))
+
+    try:
+        await asyncio.to_thread(records.write_record, made.directory, made.record)
+        with monkeypatch.context() as patch, socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(made.directory / "m0"))
+            listener.listen()
+            patch.setattr(Path, "read_bytes", fail)
+            patch.setattr(Path, "lstat", fail)
+            await driver._adopt(made.directory)
+            assert (await driver.inspect(VM)).state is DomainState.UNKNOWN
+        assert made.directory.exists()
+    finally:
+        await asyncio.to_thread(made.kill)

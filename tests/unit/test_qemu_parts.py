@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hypervisor.machine_types import pin_machine
-from hypervisor.qemu import logs, records
+from hypervisor.qemu import logs, process, records
 from hypervisor.qemu.host import machine_names
 from hypervisor.qemu.memory import create_memfd, parse_maps
 from hypervisor.qemu.offload import offload
@@ -141,6 +143,30 @@ def test_records(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text('{"format": 1}')
     assert records.read_record(tmp_path) is None
     records.remove_directory(tmp_path / "none")
+
+
+def test_a_process_that_cannot_be_looked_at_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a descriptor to spare an agent took its running guests for ended ones."""
+    ours = identify(os.getpid())
+    assert ours is not None
+
+    def fails_by(code: int) -> Callable[[int], int]:
+        def fail(_pid: int) -> int:
+            raise OSError(code, os.strerror(code))
+
+        return fail
+
+    for code in (errno.EMFILE, errno.ENOMEM):
+        monkeypatch.setattr(os, "pidfd_open", fails_by(code))
+        with pytest.raises(HypervisorError, match="can't look at process"):
+            QemuProcess.hold(ours)
+    for code in (errno.ESRCH, errno.EINVAL):
+        monkeypatch.setattr(os, "pidfd_open", fails_by(code))
+        assert QemuProcess.hold(ours) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(process, "identify", lambda _pid: None)  # As where /proc can't be read.
+    with pytest.raises(HypervisorError, match="which lives"):
+        QemuProcess.hold(ours)
 
 
 def test_a_reused_pid_is_another_process() -> None:
