@@ -239,10 +239,10 @@ class Runner:
             failure = str(error)
         self._journalling = None
         if failure is not None:
-            # What it was to announce must not happen.
+            dropped: list[v.Command] = []  # What it was to announce must not happen.
             while self._commands and self._commands[0][0] == batch:
-                self._commands.popleft()
-            self.feed(v.CommandFailed(command="Journal", error=failure))
+                dropped.append(self._commands.popleft()[1])
+            self.feed(v.CommandFailed(command="Journal", error=failure, dropped=tuple(dropped)))
         self._pump()
 
     def _perform(self, command: v.Command) -> None:

@@ -236,11 +236,7 @@ class DestinationSession(DestinationYield):
             case GuestReported(kind=DomainEventKind.EXITED):
                 self._died()
             case CommandFailed(command="Journal"):
-                # What stood behind it wasn't performed: no resume, or no compare-and-set.
-                self._stuck = event.error
-                self._swap_pending = self._yielding = False
-                self._resume_issued = self._resume_issued_before
-                self._resume_answered()
+                self._not_noted(event)
             case CommandFailed(command="ResumeGuest", without_effect=True):
                 self._stuck = event.error
                 self._resume_issued = self._resume_issued_before
@@ -270,6 +266,26 @@ class DestinationSession(DestinationYield):
 
     def _resume_answered(self) -> None:
         self._resume_pending = False
+        if self._dead:
+            self._died()
+        else:
+            self._retry_later()
+
+    def _not_noted(self, event: CommandFailed) -> None:
+        """A note failed, and what stood behind it wasn't performed: no resume, no compare-and-set.
+
+        It may be an older note that failed: what waits for its own is performed yet.
+        """
+        self._stuck = event.error
+        for command in event.dropped:
+            match command:
+                case SwapRecord() if command.new.owner == self.source:
+                    self._yielding = False
+                case SwapRecord():
+                    self._swap_pending = False
+                case ResumeGuest():
+                    self._resume_issued = self._resume_issued_before
+                    self._resume_pending = False
         if self._dead:
             self._died()
         else:

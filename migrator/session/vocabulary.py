@@ -197,6 +197,8 @@ class CommandFailed(Struct, frozen=True, kw_only=True):
     reasons: tuple[str, ...] = ()
     without_effect: bool = False
     """Of ResumeGuest: it is certain that no vCPU ran by it."""
+    dropped: tuple[Command, ...] = ()
+    """Of Journal: what stood behind it in its list, and is not performed."""
 
 
 class LeaveGiven(Struct, frozen=True, kw_only=True):
@@ -250,7 +252,7 @@ class Journal(Struct, frozen=True, kw_only=True):
     """Note, before the next command is performed, where the session stands.
 
     If it can't be written, nothing that stands behind it in the same list is performed, and
-    CommandFailed("Journal") follows.
+    CommandFailed("Journal") follows, which names that. Other notes may be waiting by then.
 
     `durable`: on the disk. Otherwise it outlives the agent but not the host, which is enough
     for what only matters while the hypervisor's process lives, and costs no fsync in a blackout.

@@ -326,14 +326,18 @@ class FilledTooEarly(DestinationSession):
 
 
 class JournalsAfterwards(Sessions):
-    """What may not be forgotten is written once it is done."""
+    """What may not be forgotten is written once it is done, and the next thing is heard of."""
 
     found_as: ClassVar = ("1:", "2:", "3:", "4:")
-    first_seed: ClassVar = 585
+    first_seed: ClassVar = 369
+
+    def __init__(self) -> None:
+        self._late: dict[object, list[v.Command]] = {}
 
     def commands(self, side: Side, commands: list[v.Command]) -> list[v.Command]:
-        journals = [each for each in commands if isinstance(each, v.Journal)]
-        return [each for each in commands if not isinstance(each, v.Journal)] + journals
+        late = self._late.pop(side.session, [])
+        self._late[side.session] = [each for each in commands if isinstance(each, v.Journal)]
+        return late + [each for each in commands if not isinstance(each, v.Journal)]
 
 
 class KeepsTheToken(DestinationSession):

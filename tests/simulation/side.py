@@ -256,14 +256,16 @@ class Side:
     def perform(self, commands: list[v.Command]) -> None:
         """In order. A Journal that fails takes what stands behind it along."""
         session = self.session
-        for command in commands:
+        for index, command in enumerate(commands):
             if self.world.chance(self.world.faults.crash_per_command):
                 self.node.crash(f"before {type(command).__name__}")
             if self.session is not session:
                 return
             if isinstance(command, v.Journal):
                 if not self.write_journal(command.durable, resuming=command.resuming):
-                    self.soon(v.CommandFailed(command="Journal", error="disk full"))
+                    dropped = tuple(commands[index + 1 :])
+                    failed = v.CommandFailed(command="Journal", error="full", dropped=dropped)
+                    self.soon(failed)
                     return
             elif isinstance(command, v.Send):
                 self.send(command.message)

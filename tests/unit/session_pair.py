@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
+
 from migrator.model import (
     DiskSpec,
     DomainSpec,
@@ -41,6 +43,7 @@ class SessionPair:
         *,
         pending: Callable[[int], int] = lambda number: 10,
         listening: v.EngineListening | None = None,
+        token: int = 1,
     ) -> None:
         """`pending(number)`: how many pages the pass of that number leaves behind.
 
@@ -53,14 +56,14 @@ class SessionPair:
         self.pending = pending
         self.now_s = 1000.0
         self.record = OwnershipRecord(
-            domain="vm", token=1, owner="n1", state=OwnershipState.RUNNING
+            domain="vm", token=token, owner="n1", state=OwnershipState.RUNNING
         )
         self.source = SourceSession(
             migration_id="m1",
             spec=SPEC,
             source=NodeName("n1"),
             destination=NodeName("n2"),
-            token=1,
+            token=token,
             request=self.request,
             created_at_s=self.now_s,
         )
@@ -69,7 +72,7 @@ class SessionPair:
             spec=SPEC,
             source=NodeName("n1"),
             destination=NodeName("n2"),
-            token=1,
+            token=token,
             request=self.request,
             created_at_s=self.now_s,
         )
@@ -80,6 +83,8 @@ class SessionPair:
         self.sent = False
         self.resumed_on: list[Role] = []
         self._events: deque[tuple[Session, v.Event]] = deque()
+        self._dropped: tuple[v.Command, ...] = ()
+        """What a Journal that fails takes along. Whoever lets one fail silences that, too."""
         self.push(self.source, v.Begin())
 
     # --- what tests do ---
@@ -140,15 +145,20 @@ class SessionPair:
     def _step(self) -> None:
         session, event = self._events.popleft()
         self.now_s += STEP_S
-        for command in session.handle(event, self.now_s):
+        commands = session.handle(event, self.now_s)
+        for index, command in enumerate(commands):
             self.given.append((session.role, command))
+            self._dropped = tuple(commands[index + 1 :])
             self._perform(session, command)
 
     def _perform(self, session: Session, command: v.Command) -> None:
         if type(command) in self.silent:
             return
         if type(command) in self.failing:
-            self.push(session, self.failing[type(command)])
+            failed = self.failing[type(command)]
+            if isinstance(command, v.Journal):
+                failed = msgspec.structs.replace(failed, dropped=self._dropped)
+            self.push(session, failed)
             return
         match command:
             case v.Send(message=message) if type(message) not in self.silent:

@@ -173,3 +173,28 @@ def test_an_older_source_doesnt_say_that_it_has_all_of_it() -> None:
     pair.push(pair.destination, v.Received(message=m.Inquire()))
     pair.run()
     assert "DestroyGuest" not in pair.commands(DESTINATION)
+
+
+def test_an_older_note_that_fails_doesnt_call_it_off() -> None:
+    """The note of a resume that had failed was still being written when the record was given back,
+    and failed, too. So the giving back was taken for one that hadn't been tried, and its success
+    for the destination's own: both sides had the guest, by records that said otherwise."""
+    pair = SessionPair()
+    failed = v.CommandFailed(command="ResumeGuest", error="no answer", without_effect=True)
+    pair.failing[v.ResumeGuest] = failed
+    pair.silence(m.Inquire)
+    pair.run()
+    assert pair.commands(DESTINATION)[-2:] == ["ResumeGuest", "Journal"]
+    pair.now_s += 2 * pair.source.timing.hand_back_s
+    pair.silence(v.SwapRecord)  # It waits for its own note.
+    pair.push(pair.destination, v.Received(message=m.Inquire(whole=True)))
+    pair.push(pair.destination, v.CommandFailed(command="Journal", error="disk full"))
+    pair.run()
+    assert entry_of(pair.destination, boot_id="b").yielding
+    pair.record = pair.record.passed_to(NodeName("n1"))
+    pair.failing.clear()
+    pair.silent.clear()
+    pair.push(pair.destination, v.RecordSwapped(won=True))
+    assert pair.run(timers=20) == (_S.FAILED, _S.CANCELLED)
+    assert pair.resumed_on == [SOURCE]
+    assert pair.commands(DESTINATION).count("ResumeGuest") == 1

@@ -9,13 +9,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from migrator.errors import WrongStateError
+from migrator.errors import StoreError, WrongStateError
 from migrator.journal import MigrationJournal
 from migrator.journal_entry import JournalEntry
 from migrator.model import (
     DomainName,
     MigrationProgress,
     MigrationState,
+    PassKind,
+    PassReport,
 )
 from migrator.ports import AbortOutcome
 from migrator.session import vocabulary as v
@@ -176,3 +178,34 @@ async def test_ends_that_were_not_published_are_published_by_the_next_agent(
         assert (now.state, now.progress.state) == (_S.COMPLETED, _S.COMPLETED)
         assert now.ended_at_s == ended.ended_at_s
         assert not (await publisher.read("other")).ended
+
+
+async def test_a_note_that_fails_says_what_is_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with migration_world(tmp_path, monkeypatch) as world:
+        began, _ = await held_in_precopy(world)
+        runner, journal = world.b.manager._runners[began.id], world.b.manager._journal
+        handle, write = runner.session.handle, journal.write
+        failures: list[v.CommandFailed] = []
+
+        async def full(entry: JournalEntry, *, durable: bool = True) -> None:
+            if entry.resuming and not failures:
+                raise StoreError("the disk is full")
+            await write(entry, durable=durable)
+
+        def heard(event: v.Event, now: float) -> list[v.Command]:
+            if isinstance(event, v.CommandFailed):
+                failures.append(event)
+            return handle(event, now)
+
+        monkeypatch.setattr(journal, "write", full)
+        monkeypatch.setattr(runner.session, "handle", heard)
+        world.script.hold_at_pass = None
+        report = PassReport(
+            number=1, kind=PassKind.FIRST, seconds=0.01, pages=100, bytes_sent=4096, pending_pages=0
+        )
+        world.a.manager._runners[began.id].feed(v.PassFinished(report=report))
+        ended = await world.ended(began)
+        assert ended.state is _S.COMPLETED, ended.error
+        assert [each.dropped for each in failures] == [(v.ResumeGuest(),)]
