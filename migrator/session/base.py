@@ -11,6 +11,7 @@ that the table doesn't have (LocalProtocolError), or anything but a late event a
 from __future__ import annotations
 
 import abc
+from typing import Final
 
 from migrator.model import (
     ENDED,
@@ -29,6 +30,9 @@ from migrator.session.vocabulary import (
     Event,
     Finish,
     Journal,
+    ReadRecord,
+    RecordRead,
+    RecordSwapped,
     Send,
     StartTimer,
     StopTimer,
@@ -65,6 +69,13 @@ class Timing(Struct, frozen=True, kw_only=True):
     """That a hypervisor whose engine is lost may take to load what it was given, or to end."""
     abandoned_s: float = 60.0
     """That a destination keeps its copy without any word from the source."""
+    older_store_s: float = 3600.0
+    """That a record is not believed which is older than what is known of it: who has restored the
+    wrong copy of a store puts that right by then, or never will."""
+
+
+_UNKNOWN_AT_ONCE: Final = 3
+"""Writes of unknown outcome, one after the other, after which the record is read at once."""
 
 
 class Session(abc.ABC):
@@ -101,6 +112,13 @@ class Session(abc.ABC):
         self._now = 0.0
         self._entered_at_s = 0.0
         self._retries = 0
+        self._newest_token = token
+        """That the record is known to have had."""
+        self._older_since_s: float | None = None
+        """Since when the store has an older one."""
+        self._error_before: str | None = None
+        self._unknown_swaps = 0
+        """Writes whose outcome is unknown, since one was known."""
         self._respawns = 0
         """Engines that died in post-copy since one was connected."""
         self._state_detail = ""
@@ -115,6 +133,8 @@ class Session(abc.ABC):
         if not self._entered_at_s:
             self._entered_at_s = self._now
         self._commands = []
+        if isinstance(event, RecordRead):
+            event = self._believed(event)
         if self.state in ENDED:
             self._handle_after_end(event)
         else:
@@ -188,6 +208,40 @@ class Session(abc.ABC):
         return self.state in ENDED
 
     # --- the record ---
+
+    def _believed(self, event: RecordRead) -> RecordRead:
+        """Tokens only grow. So a record with an older one than it is known to have had tells of the
+        store, which was restored from an older copy or is another cluster's, and not of the guest:
+        it counts as no answer, for `older_store_s`.
+        """
+        record, newest = event.record, max(self._newest_token, self.token)
+        if record is None or record.token >= newest:
+            if record is not None:
+                self._newest_token = record.token
+            if self._older_since_s is not None:
+                self._older_since_s, self.error = None, self._error_before
+            return event
+        if self._older_since_s is None:
+            self._older_since_s, self._error_before = self._now, self.error
+        if self._now - self._older_since_s >= self.timing.older_store_s:
+            return event
+        self.error = (
+            f"the store has domain {self.domain} under token {record.token}, and had it under "
+            f"{newest}: it was restored from an older copy, or is another cluster's; what there is "
+            "of the guest is kept as it is"
+        )
+        return RecordRead(known=False)
+
+    def _look_after_swap(self, event: RecordSwapped) -> None:
+        """It wasn't won, for all that is known: what is true now?
+
+        One that answers reads and refuses writes (it is full) isn't asked without a pause.
+        """
+        self._unknown_swaps = self._unknown_swaps + 1 if event.won is None else 0
+        if self._unknown_swaps > _UNKNOWN_AT_ONCE:
+            self._retry_later()
+        else:
+            self._do(ReadRecord())
 
     @property
     def record_before(self) -> OwnershipRecord:

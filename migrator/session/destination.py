@@ -221,7 +221,7 @@ class DestinationSession(DestinationYield):
             case RecordSwapped():  # Lost, or unknown: what is true now?
                 self._swap_pending = False
                 self._enter_recovering("lost the record" if event.won is False else "unknown")
-                self._do(ReadRecord())
+                self._look_after_swap(event)
             case RecordRead():
                 self._recover_by(event)
             case Fenced() if self._yielding or self._yielded:
@@ -402,11 +402,12 @@ class DestinationSession(DestinationYield):
             case RecordSwapped(won=True):
                 self._finish(_S.CANCELLED)
             case RecordSwapped():  # Lost, perhaps to the source itself, or unknown.
-                self._do(ReadRecord())
+                self._look_after_swap(event)
             case RecordRead(known=True) if event.record is not None and self._is_ours(event.record):
                 self._won_at_s = self._won_at_s or self._now  # It landed late.
                 self._pass_back()
             case RecordRead(known=True) if event.record == self.record_before:
+                self._won_at_s = 0.0  # If it ever was ours, the store went back.
                 self._pass_back()
             case RecordRead(known=True):
                 self._finish(_S.CANCELLED)

@@ -95,6 +95,7 @@ class SourcePostCopy(SourceRecovery):
     def _begin_post_copy(self) -> None:
         self._enter(_S.POSTCOPY)
         self.error = None
+        self._newest_token = max(self._newest_token, self.next_token)  # It runs under that.
         self._do(
             StopTimer(name=TimerName.HANDOFF),
             StartTimer(name=TimerName.RETRY, seconds=self.timing.retry_s),

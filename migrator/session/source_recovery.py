@@ -66,7 +66,7 @@ class SourceRecovery(SourceView):
             case RecordSwapped(won=True) if self._rollback_token is None:
                 self._rollback(self._swap_token)
             case RecordSwapped() if self._rollback_token is None:
-                self._do(ReadRecord())  # Lost, or unknown: what is true now?
+                self._look_after_swap(event)
             case Fenced() if event.token == self._rollback_token:
                 self._may_have_resumed_before = self._may_have_resumed
                 self._may_have_resumed = True
@@ -210,6 +210,7 @@ class SourceRecovery(SourceView):
     def _rollback(self, token: int) -> None:
         """The destination keeps its copy until the guest runs here."""
         self._rollback_token = token
+        self._newest_token = max(self._newest_token, token)
         self._do(Fence(token=token))
 
     def _roll_back_by(self, event: RecordRead, token: int | None) -> None:
