@@ -157,7 +157,9 @@ def answer_without_session(
         return entry.last_word  # None: not ended, being restored; the other side asks again.
     if role is Role.SOURCE:
         return Abort(reason="the source doesn't know this migration", over=True)
-    return None if isinstance(message, Prepare) else Aborted(reason="unknown at the destination")
+    if isinstance(message, Prepare):
+        return None
+    return Aborted(reason="unknown at the destination", unknown=True)
 
 
 _ASKING: Final = {

@@ -122,10 +122,13 @@ class Aborted(Message, frozen=True, kw_only=True):
     """The destination's copy is discarded; it never ran, and never will, whatever the record says.
 
     So a source that reads (destination, n+1) may take the record back by a compare-and-set.
-    Said, too, for a migration that the destination has never heard of.
+    Said, too, for a migration that the destination knows nothing of: `unknown`. It never heard of
+    it, or has forgotten its end; then it may have run, and the record tells: nobody ends that
+    hasn't run what it has won, before that is passed back.
     """
 
     reason: str
+    unknown: bool = False
 
 
 class Filled(Message, frozen=True, kw_only=True):

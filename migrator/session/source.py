@@ -162,7 +162,7 @@ class SourceSession(SourceLeave):
             case Running():
                 self._destination_runs_now(message)
             case Aborted():
-                self._destination_gave_up(message.reason)
+                self._destination_gave_up(message.reason, unknown=message.unknown)
             case Pending() if message.cut_off:
                 self._destination_cut_off(message.cut_off)
             case Pending():

@@ -146,12 +146,25 @@ class SourceRecovery(SourceView):
                 self._retry_later()
             elif self._gone:
                 self._finish_gone()
+            elif self._destination_forgot:
+                self._was_forgotten()
             else:
                 self._swap(record)
         elif record.owner == self.destination:
             self._discard("")  # It runs there, and has been handed over again since.
         else:
             self._discard(f"{record.owner} took the domain over, with token {record.token}")
+
+    def _was_forgotten(self) -> None:
+        """It won, and has ended since then, or it would know us. So our copy is stale: one that
+        ends without having run the guest passes the record back first. This read may have begun
+        before that; the next one didn't.
+        """
+        self._reads_since += 1
+        if self._reads_since > 1:
+            self._discard("")
+        else:
+            self._retry_later()
 
     def _recover_own(self, record: OwnershipRecord) -> None:
         """The record names this node. With which token, and whose doing was it?"""
@@ -251,9 +264,13 @@ class SourceRecovery(SourceView):
         if self.state is _S.CANCELLING:  # Else it has ended, which is journalled.
             self._do(Journal(state=self.state, durable=False))
 
-    def _destination_gave_up(self, reason: str) -> None:
+    def _destination_gave_up(self, reason: str, *, unknown: bool) -> None:
+        known = self._destination_refused and not self._destination_forgot
+        self._destination_forgot = unknown and not known
         if self.state in _BEFORE_HANDOFF:
             self._give_up(f"the destination gave up: {reason}")
+        elif self.state is _S.POSTCOPY and unknown and not self._destination_runs:
+            self._discard("")  # It ran there, and has ended: it needs nothing any more.
         elif self.state is _S.CANCELLING:
             self._destination_refused = True
         elif self.state in (_S.HANDOFF, _S.RECOVERING) and not self._destination_runs:

@@ -123,6 +123,10 @@ class SourceView(Session):
         self._doubts_rollback = False
         self._destination_runs = False
         self._destination_refused = False
+        self._destination_forgot = False
+        """It refuses since it knows nothing of this migration."""
+        self._reads_since = 0
+        """Of a record that is the destination's, since then."""
         self._yielded = 0
         """The token that the destination had won, couldn't run the guest under, and passed back."""
         self._gone = False
