@@ -9,6 +9,7 @@ agent dies its tasks are cancelled, and nothing that they do in cleaning up has 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -50,7 +51,7 @@ from node_agent.state.typed import TypedStore
 from tests.simulation import stand_ins
 from tests.simulation.checkers import writes
 from tests.simulation.guests import PAGES, STATES, G, Guest
-from tests.simulation.loop import AgentDead
+from tests.simulation.loop import AGENT, AgentDead
 from tests.simulation.storage import SimulatedVolumes
 from tests.simulation.store import SimulatedStore
 
@@ -151,7 +152,9 @@ class Agent:
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run it while the agent lives. A FerryError of it is only noted."""
-        task = self.world.loop.create_task(self._logged(work))
+        context = contextvars.copy_context()
+        context.run(AGENT.set, self)
+        task = self.world.loop.create_task(self._logged(work), context=context)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
 
 from migrator.model import (
     DiskSpec,
@@ -17,6 +20,7 @@ from migrator.model import (
 from migrator.session import messages as m
 from node_agent.resources import DOMAINS, DomainRecord
 from node_agent.state.ownership import PREFIX as OWNERSHIP
+from node_agent.state.port import Entry
 from node_agent.state.typed import _encoder, decode
 from tests.simulation.checkers import one_runner
 from tests.simulation.guests import PAGES, G, Guest
@@ -104,9 +108,9 @@ class Domain:
         if not guest.deposed:
             self.epoch += 1
             guest.epoch = self.epoch
+            self.must_start = False
         guest.state = G.RUNNING
         guest.begun = False
-        self.must_start = False
         one_runner.check(self)
 
 
@@ -134,6 +138,7 @@ class Cluster:
         names = [NodeName(f"n{number}") for number in range(1, nodes + 1)]
         for number in range(domains):
             self._make_domain(number, world.random.choice(names))
+        self.store.older = self._older_copy(names)
         self.nodes = {name: make_node(self, name) for name in names}
         for node in self.nodes.values():
             node.boot_up()
@@ -152,6 +157,17 @@ class Cluster:
         self.store.write(f"{DOMAINS}{name}", _encoder.encode(_defined(spec)))
         self.store.write(f"{OWNERSHIP}{name}", _encoder.encode(record))
         assert domain.record == record
+
+    def _older_copy(self, names: Sequence[NodeName]) -> Mapping[str, Entry]:
+        """Of the store, of a time before this story: each domain was somebody's, or stopped."""
+        dice = random.Random(f"older {self.world.seed}")
+        older = dict(self.store.entries)
+        for name in self.domains:
+            state = dice.choice((OwnershipState.RUNNING, OwnershipState.STOPPED))
+            record = OwnershipRecord(domain=name, token=0, owner=dice.choice(names), state=state)
+            key = f"{OWNERSHIP}{name}"
+            older[key] = msgspec.structs.replace(older[key], value=_encoder.encode(record))
+        return older
 
     def _on_write(self, key: str, value: bytes | None, takeover: bool) -> None:
         """The store was written: keep the domain's record in view, and look at invariant 1."""

@@ -338,9 +338,11 @@ def _resume(side: Side, guest: Guest | None, token: int) -> list[v.Event]:
             return [_failed(v.ResumeGuest, "not finalized", without_effect=True)]
         token = max(token, guest.token)
         side.world.log("{}: cont under token {}", side.name, token)
-        memory.check_resume(side.domain, guest)
+        if not guest.deposed:  # Else its agent was stopped: it computes until that is seen.
+            memory.check_resume(side.domain, guest)
         guest.token = token
-        writes.check_start(side.domain, guest)
+        if not guest.deposed:
+            writes.check_start(side.domain, guest)
         side.domain.set_running(guest)
     return [v.GuestResumed(at_s=side.node.clock_s)]
 

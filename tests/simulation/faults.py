@@ -62,6 +62,10 @@ def faults_of(seed: int) -> Faults:
     if seed % 10 < 2:
         return Faults()
     name = name_of(seed)
+    if seed % 50 == 23:  # A place of their own: the others stay what they were.
+        return replace(_mixed(seed), store_back_mean_s=3.0, store_slow=0.2)
+    if seed % 50 == 43:
+        return replace(_mixed(seed), paused=0.3, forgetful=True, heal_at_s=90.0)
     return _mixed(seed) if name is None else NAMED[name]
 
 
@@ -126,6 +130,9 @@ class Injector:
             world.after(world.around(faults.false_alarm_mean_s), self._false_alarm)
         if faults.store_outage_mean_s:
             world.after(world.around(faults.store_outage_mean_s * 3.0), self._store_outage)
+        if faults.store_back_mean_s:
+            world.after(world.around(faults.store_back_mean_s), self._store_goes_back)
+            world.after(faults.heal_at_s, self._put_store_right)
         if faults.storage_stall_mean_s:
             world.after(world.around(faults.storage_stall_mean_s * 3.0), self._storage_stall)
 
@@ -211,6 +218,30 @@ class Injector:
         if out or not world.healed:
             share = 1.0 if out else 3.0
             world.after(world.around(world.faults.store_outage_mean_s * share), self._store_outage)
+
+    def _store_goes_back(self) -> None:
+        """Somebody restores an older copy of it, sees that, and puts it right."""
+        world, store = self.world, self.cluster.store
+        if store.went_back:
+            self._put_store_right()
+        elif not world.healed:
+            store.went_back = True
+            store.flips += 1
+            world.log("store: an older one")
+        if not world.healed:
+            share = 1.0 if store.went_back else 2.0
+            world.after(world.around(world.faults.store_back_mean_s * share), self._store_goes_back)
+
+    def _put_store_right(self) -> None:
+        """What was to be started again may be forgotten by now: by that store it wasn't here."""
+        store = self.cluster.store
+        if not store.went_back:
+            return
+        store.went_back = False
+        store.flips += 1
+        self.world.log("store: put right")
+        for domain in self.cluster.domains.values():
+            domain.must_start = domain.seen_to_crash = False
 
     def _storage_stall(self) -> None:
         """Of the storage, or of one node's way to it."""

@@ -2,6 +2,9 @@
 
 It has no selector, no threads and no signals: timers are entries of the world's heap, and what is
 ready runs first, in order. So production coroutines (locks, timeouts, tasks) replay to the letter.
+
+An agent may be stopped (SIGSTOP): its tasks and timers stand still until it goes on. Whose they are
+is told by a context variable, which they inherit from whoever makes them.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import Any, TypeVar
 from migrator.errors import FerryError
 
 T = TypeVar("T")
+AGENT: contextvars.ContextVar[object] = contextvars.ContextVar("agent", default=None)
+"""Whose code it is that runs; None: nobody's who could be stopped."""
 
 
 class AgentDead(FerryError):
@@ -35,6 +40,8 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self.ready: deque[asyncio.Handle] = deque()
         self.failures: list[BaseException] = []
         """What callbacks raised that nobody took."""
+        self._stopped: dict[object, list[asyncio.Handle]] = {}
+        """Agents that stand still, and what waits for them to go on."""
         self._tasks_made = 0
 
     def __del__(self) -> None:
@@ -45,8 +52,29 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         ready = self.ready
         while ready:
             handle = ready.popleft()
-            if not handle.cancelled():
+            if not handle.cancelled() and not self._waits(handle):
                 handle._run()
+
+    def _waits(self, handle: asyncio.Handle) -> bool:
+        if not self._stopped:
+            return False
+        waiting = self._stopped.get(handle._context.get(AGENT))  # type: ignore[attr-defined]
+        if waiting is None:
+            return False
+        waiting.append(handle)
+        return True
+
+    def stop_agent(self, agent: object) -> None:
+        """Nothing of it runs until it goes on."""
+        self._stopped.setdefault(agent, [])
+
+    def go_on(self, agent: object) -> None:
+        """What was due meanwhile is ready now. Idempotent."""
+        self.ready.extend(self._stopped.pop(agent, ()))
+
+    def all_go_on(self) -> None:
+        for agent in tuple(self._stopped):
+            self.go_on(agent)
 
     def time(self) -> float:
         return self._now()
@@ -89,7 +117,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         handle = asyncio.TimerHandle(when, callback, args, self, context)
 
         def fire() -> None:
-            if not handle.cancelled():
+            if not handle.cancelled() and not self._waits(handle):
                 handle._run()
 
         self._push(when, fire)

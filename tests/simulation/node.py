@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from migrator.errors import ConflictError, FerryError
@@ -15,11 +16,15 @@ from tests.simulation import effects, post_copy
 from tests.simulation.agent import Agent
 from tests.simulation.checkers import liveness, writes
 from tests.simulation.guests import G, Guest
+from tests.simulation.loop import AGENT
 from tests.simulation.side import Envelope, Migration, Side
 from tests.simulation.world import LONG_DOWN_S
 
 if TYPE_CHECKING:
     from tests.simulation.cluster import Cluster, Domain
+
+SILENCE_S = 3.0
+"""After which peers miss an agent that says nothing."""
 
 
 class Node:
@@ -37,6 +42,8 @@ class Node:
         self.agent: Agent | None = None
         self.up = False
         """The agent runs, and answers."""
+        self.held: list[Callable[[], None]] | None = None
+        """The agent is stopped: what it will hear when it goes on."""
         self.boot = 1
         self.journal: dict[str, JournalEntry] = {}
         self.durable: dict[str, JournalEntry] = {}
@@ -61,7 +68,8 @@ class Node:
 
     def heard_for_s(self, now_s: float) -> float:
         """Since when the store has had no heartbeat of it."""
-        return 0.0 if self.up and not self.store_cut else now_s - self._silent_since_s
+        beats = self.up and not self.store_cut and self.held is None
+        return 0.0 if beats else now_s - self._silent_since_s
 
     def mark_silent(self) -> None:
         self._silent_since_s = self.world.now_s
@@ -89,6 +97,11 @@ class Node:
         """Those of migrations that have not ended, oldest first. Reading the journal syncs it."""
         self.durable = dict(self.journal)
         return sorted(self.open_entries(), key=lambda entry: entry.created_at_s)
+
+    def forget(self, migration_id: str) -> None:
+        """As of the oldest of very many."""
+        self.journal.pop(migration_id, None)
+        self.durable.pop(migration_id, None)
 
     def note_restarts(self, notes: RestartNotes) -> None:
         """What is noted to be started again must be."""
@@ -125,6 +138,8 @@ class Node:
             self.mark_silent()
         self.up = False
         agent.die()
+        self.held = None
+        self.world.loop.go_on(agent)  # To be cleaned up.
         for migration in self.cluster.migrations.values():
             for side in migration.sides.values():
                 if side.node is self and (side.session is not None or side.engine):
@@ -133,6 +148,43 @@ class Node:
         if self.world.chance(self.world.faults.long_down):
             down_s = LONG_DOWN_S
         self.world.after(0.2 + self.world.delay(down_s), self.boot_up)
+
+    def stop_agent(self, seconds: float) -> None:
+        """SIGSTOP, and SIGCONT after a while. Its hypervisors go on, and its peers notice."""
+        agent, world = self.agent, self.world
+        if agent is None or not self.up or self.held is not None:
+            return
+        world.log("{}: agent stopped for {} s", self.name, round(seconds, 3))
+        self.mark_silent()
+        self.held = []
+        world.loop.stop_agent(agent)
+        world.after(seconds, lambda: self._go_on(agent))
+        world.after(SILENCE_S, lambda: self._miss(agent))
+
+    def _miss(self, agent: Agent) -> None:
+        if self.agent is agent and self.held is not None:
+            self._tell_peers(lost=True)
+
+    def _go_on(self, agent: Agent) -> None:
+        """It hears of everything at once: first what it was told, or first its own timers."""
+        held, world = self.held, self.world
+        if self.agent is not agent or held is None:
+            return
+        world.log("{}: the agent goes on", self.name)
+        self.held = None
+        if world.random.random() < 0.5:
+            world.loop.go_on(agent)
+        for action in held:
+            world.after(0.0, action)
+        world.after(0.0, lambda: world.loop.go_on(agent))
+        self._tell_peers(lost=False)
+
+    def when_going(self, action: Callable[[], None]) -> None:
+        """Now, or as soon as its agent goes on."""
+        if self.held is None:
+            action()
+        else:
+            self.held.append(action)
 
     def reboot(self) -> None:
         """The host dies: agent, engines, hypervisors, and what the journal had in memory."""
@@ -243,15 +295,19 @@ class Node:
         def deliver() -> None:
             if agent is None or self.agent is not agent:
                 return
-            if kind is DomainEventKind.EXITED:
-                agent.hypervisor.unheard.discard(domain.name)
-            for callback in tuple(agent.hypervisor.subscribers):
-                callback(event)
-            for side in self.sides():
-                if side.domain is domain:
-                    side.guest_reported(event)
+            token = AGENT.set(agent)
+            try:
+                if kind is DomainEventKind.EXITED:
+                    agent.hypervisor.unheard.discard(domain.name)
+                for callback in tuple(agent.hypervisor.subscribers):
+                    callback(event)
+                for side in self.sides():
+                    if side.domain is domain:
+                        side.guest_reported(event)
+            finally:
+                AGENT.reset(token)
 
-        world.after(at_s - world.now_s, deliver)
+        world.after(at_s - world.now_s, lambda: self.when_going(deliver))
 
     def guest_writes(self, domain: Domain, guest: Guest) -> None:
         """To its volume; a write that is refused stops it (werror=stop)."""
@@ -278,8 +334,11 @@ class Node:
         migration = Migration(f"m{len(cluster.migrations) + 1}", domain, self, destination)
         cluster.migrations[migration.id] = migration
         await agent.locks.claim_for_migration(domain.name, migration.id, wait_s=1.0)
+        store, flips = cluster.store, cluster.store.flips
         try:
             owned = await agent.ownership.read(domain.name)
+            if store.outdated or store.flips != flips:
+                raise ConflictError("its operators see that the store is another one")
             if (
                 owned is None
                 or owned.owner != self.name
@@ -296,6 +355,9 @@ class Node:
         return migration
 
     def receive(self, envelope: Envelope) -> None:
+        self.when_going(lambda: self._receive(envelope))
+
+    def _receive(self, envelope: Envelope) -> None:
         if not self.up:
             return
         message = envelope.message

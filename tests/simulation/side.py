@@ -21,7 +21,8 @@ from migrator.session.source import SourceSession
 from tests.simulation import effects, post_copy
 from tests.simulation.checkers import cancels, shown
 from tests.simulation.guests import Guest
-from tests.simulation.world import AIM_S
+from tests.simulation.loop import AGENT
+from tests.simulation.world import AIM_S, PAUSED_S
 
 if TYPE_CHECKING:
     from tests.simulation.agent import Agent
@@ -223,9 +224,24 @@ class Side:
         self.feed(v.GuestReported(kind=event.kind, at_s=event.at_s))
 
     def feed(self, event: v.Event) -> None:
-        session, world = self.session, self.world
+        session, held = self.session, self.node.held
         if session is None:
             return
+        if held is not None:
+            held.append(lambda: self._feed_later(session, event))
+            return
+        token = AGENT.set(self.node.agent)
+        try:
+            self._feed(session, event)
+        finally:
+            AGENT.reset(token)
+
+    def _feed_later(self, session: NodeSession, event: v.Event) -> None:
+        if self.session is session:
+            self.feed(event)
+
+    def _feed(self, session: NodeSession, event: v.Event) -> None:
+        world = self.world
         match event:
             case v.EngineLost():
                 self._silent_engine = self._gone_engine
@@ -242,6 +258,8 @@ class Side:
             if session.state in _AIMED_AT and world.chance(world.faults.aimed):
                 for most_s in world.random.choice(_BURSTS):
                     world.after(world.delay(most_s), self._aimed)
+            if session.state in _AIMED_AT and world.chance(world.faults.paused):
+                world.after(world.delay(AIM_S), self._pause)
         if session.over and self.node.agent is not None:
             self.node.agent.locks.end_migration(self.domain.name, self.migration_id)
         self.perform(self.node.cluster.sessions.commands(self, commands))
@@ -250,6 +268,13 @@ class Side:
         if not self.world.healed:
             side = self.world.random.choice((self, self.other))
             side.node.kill_randomly(side)
+
+    def _pause(self) -> None:
+        world = self.world
+        if not world.healed:
+            side = world.random.choice((self, self.other))
+            left_s = world.faults.heal_at_s - world.elapsed_s
+            side.node.stop_agent(min(world.delay(world.random.choice(PAUSED_S)), left_s))
 
     # --- commands out ---
 
@@ -312,7 +337,8 @@ class Side:
                 del self.timers[command.name]
                 self.feed(v.TimerFired(name=command.name))
 
-        self.world.after(command.seconds * self.node.tick, fire)
+        seconds = command.seconds * self.node.tick
+        self.world.after(seconds, lambda: self.node.when_going(fire))
 
     def _finish(self) -> None:
         """Until the end is in the journal, the session answers for itself, and has the domain."""
@@ -331,11 +357,13 @@ class Side:
             if self.session is session:
                 self._finish()
 
-        self.world.after(1.0, again)
+        self.world.after(1.0, lambda: self.node.when_going(again))
 
     async def _let_go(self, agent: Agent) -> None:
         """What it gave last is done first."""
         await self.guest_lane.drained(STEP_S)
+        if self.world.faults.forgetful and self.role is Role.DESTINATION:
+            self.node.forget(self.migration_id)
         self.session = None
         self.timers.clear()
         agent.locks.release_from_migration(self.domain.name, self.migration_id)

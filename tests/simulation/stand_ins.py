@@ -84,8 +84,9 @@ class SimulatedArrivals(Arrivals):
         node = self._agent.node
         side = node.cluster.migrations[migration_id].source
         while side.session is not None:
-            there = node.cluster.nodes[destination].agent
-            reached = node.cluster.reaches(node.name, destination)
+            target = node.cluster.nodes[destination]
+            there = target.agent
+            reached = node.cluster.reaches(node.name, destination) and target.held is None
             if reached and there is not None and not there.arrivals.is_preparing(migration_id):
                 return
             await self._agent.call(_nothing, ASK_S)

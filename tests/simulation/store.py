@@ -1,17 +1,19 @@
 """The simulated state store: one for the cluster, and each agent's way to it, which may fail.
 
-A request that timed out may have been applied, may be applied seconds later, or never.
+A request that timed out may have been applied, may be applied seconds later, or never. An answer
+may be late: what it says was true when it was given. And the store may go back: somebody restores
+an older copy, which is put right after a while, and takes no writes until then.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, ClassVar
 
 from migrator.errors import StoreError
 from node_agent.state.port import Change, Entry, StateStore, Swap
-from tests.simulation.world import STORE_LATE_S, World
+from tests.simulation.world import STORE_LATE_S, STORE_SLOW_S, World
 
 if TYPE_CHECKING:
     from tests.simulation.agent import Agent
@@ -29,7 +31,22 @@ class StoreData:
         self.entries: dict[str, Entry] = {}
         self.revision = 0
         self.down = False
+        self.went_back = False
+        """What is read is its older copy."""
+        self.flips = 0
+        """Counts the times that it went back, and was put right."""
+        self.older: Mapping[str, Entry] = {}
+        """What it may go back to."""
         self._on_write = on_write
+
+    @property
+    def outdated(self) -> bool:
+        """Agents can't tell; operators can, and begin nothing."""
+        return self.went_back and not self.world.healed
+
+    @property
+    def readable(self) -> Mapping[str, Entry]:
+        return self.older if self.outdated else self.entries
 
     def write(self, key: str, value: bytes | None, takeover: bool = False) -> int:
         self.revision += 1
@@ -64,12 +81,16 @@ class SimulatedStore(StateStore):
 
     async def get(self, key: str) -> Entry | None:
         await self._read()
-        return self._data.entries.get(key)
+        entry = self._data.readable.get(key)
+        await self._answer()
+        return entry
 
     async def list_prefix(self, prefix: str) -> Sequence[Entry]:
         await self._read()
-        entries = self._data.entries
-        return [entries[key] for key in sorted(entries) if key.startswith(prefix)]
+        entries = self._data.readable
+        found = [entries[key] for key in sorted(entries) if key.startswith(prefix)]
+        await self._answer()
+        return found
 
     async def put_if(self, key: str, value: bytes, expected_revision: int | None) -> int | None:
         return await self._write(key, value, expected_revision)
@@ -100,10 +121,18 @@ class SimulatedStore(StateStore):
             await self._agent.trip(0.2)
             raise StoreError("the store doesn't answer")
 
+    async def _answer(self) -> None:
+        world = self._data.world
+        if world.chance(world.faults.store_slow):
+            await self._agent.trip(STORE_SLOW_S)
+
     async def _write(self, key: str, value: bytes | None, expected: int | None) -> int | None:
         """Applied on its way, also if the agent dies meanwhile."""
         data, world, faults = self._data, self._data.world, self._data.world.faults
         unreachable, takeover = self._unreachable, TAKEOVER.get()
+        if data.outdated:
+            await self._agent.trip(CALL_S)
+            raise StoreError("the store takes no writes")
         if unreachable or world.chance(faults.store_unknown):
 
             def apply() -> None:

@@ -44,8 +44,8 @@ class Operator:
         self.world = cluster.world
 
     def run(self, node: Node, work: Callable[[Agent], Awaitable[object]]) -> bool:
-        """Let `work` be done by the agent of `node`. False: it has none now."""
-        if not node.up or node.agent is None:
+        """Let `work` be done by the agent of `node`. False: it has none now, or that is stopped."""
+        if not node.up or node.agent is None or node.held is not None:
             return False
         node.agent.spawn(self._work(node.agent, work))
         return True
@@ -142,7 +142,7 @@ class Migrations(Story):
         if world.elapsed_s > LAST_S or self.begun[domain.name] >= 2:
             return
         guest = domain.running
-        if guest is not None:
+        if guest is not None and not cluster.store.outdated:
             node = cluster.nodes[guest.node]
             busy = any(side.domain is domain for side in node.sides())
             others = [each for each in cluster.nodes.values() if each is not node]
@@ -223,7 +223,7 @@ class StartsAndStops(Story):
         for domain in cluster.domains.values():
             record = domain.record
             node = world.random.choice(list(cluster.nodes.values()))
-            if record is None:
+            if record is None or cluster.store.outdated:
                 continue
             if record.state is OwnershipState.STOPPED:
                 if self.leaves_lost and domain.must_start:
@@ -264,6 +264,8 @@ class Takeovers(Story):
         for domain in cluster.domains.values():
             record = domain.record
             if record is None or record.state is not OwnershipState.RUNNING:
+                continue
+            if cluster.store.outdated:
                 continue
             owner = cluster.nodes[record.owner]  # type: ignore[index]
             others = [node for node in cluster.nodes.values() if node is not owner and node.up]

@@ -59,6 +59,10 @@ class Faults:
     """That such a request is applied only later, up to STORE_LATE_S after its sender gave up."""
     store_outage_mean_s: float = 0.0
     """Mean length of outages, of the store or of one node's way to it, and of the gaps between."""
+    store_slow: float = 0.0
+    """That an answer of it to a read takes up to STORE_SLOW_S: what it says may be over by then."""
+    store_back_mean_s: float = 0.0
+    """Mean length of times in which the store is an older copy, and takes no writes."""
     storage_stall_mean_s: float = 0.0
     """Mean length of times in which the storage, or one node's way to it, answers nobody."""
     command_failure: float = 0.0
@@ -73,6 +77,11 @@ class Faults:
     """That a pass takes up to STALL_S, or the device state a second."""
     aimed: float = 0.0
     """That something is killed within AIM_S after a session came to the switchover or beyond."""
+    paused: float = 0.0
+    """That an agent is stopped (SIGSTOP) within AIM_S after a session came to the switchover or
+    beyond, for up to PAUSED_S; then it goes on, and hears all that it was told meanwhile."""
+    forgetful: bool = False
+    """Destinations forget a migration as soon as it has ended; else they forget none."""
     long_down: float = 0.0
     """That a dead agent stays down for up to LONG_DOWN_S."""
     takeover: bool = False
@@ -86,10 +95,12 @@ class Faults:
 
 STRAGGLER_S = 10.0
 STORE_LATE_S = 8.0
+STORE_SLOW_S = 2.0
 HANG_S = 4.0
 STALL_S = 6.0
 AIM_S = 0.02
 LONG_DOWN_S = 100.0
+PAUSED_S = (1.0, 10.0, 60.0)
 
 
 class World:
@@ -158,6 +169,7 @@ class World:
         """End every task that is left, so that nothing of this world outlives it."""
         loop, heap = self.loop, self._heap
         asyncio._set_running_loop(loop)
+        loop.all_go_on()
         try:
             for _ in range(100):  # Cleaning up may make tasks; each is ended in its turn.
                 tasks = asyncio.all_tasks(loop)

@@ -1,0 +1,96 @@
+"""Agents that stand still for up to a minute, and then go on; and such as forget what has ended.
+
+A machine that swaps, a debugger, SIGSTOP: what such an agent was told meanwhile it hears at once,
+its timers are all due, and answers that it acts on are old. `make sim` plays one such seed in
+fifty.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import ClassVar
+
+import pytest
+
+from migrator.session import vocabulary as v
+from migrator.session.source import SourceSession
+from tests.simulation.faults import faults_of
+from tests.simulation.mutants import MutantSessions
+from tests.simulation.node import Node
+from tests.simulation.scenario import play
+from tests.simulation.world import Faults, InvariantViolation
+
+SEEDS = 150
+FAULTS = Faults(
+    paused=0.5,
+    takeover=True,
+    aimed=0.3,
+    hypervisor_share=0.3,
+    loss=0.1,
+    store_unknown=0.1,
+    store_late=0.5,
+    fence_failure=0.3,
+    forgetful=True,
+    heal_at_s=90.0,
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Production code warns of what the simulation does to it."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+class Counted(Node):
+    """How often an agent stood still at all, and for how long."""
+
+    seconds: ClassVar = 0.0
+
+    def stop_agent(self, seconds: float) -> None:
+        Counted.seconds += seconds
+        super().stop_agent(seconds)
+
+
+class NeverDoubtsItsRollback(SourceSession):
+    """What it has won is its own, however long ago that was."""
+
+    def _retry(self) -> None:
+        if self._rollback_token is not None and not self._destination_runs:
+            self._do(v.Fence(token=self._rollback_token))
+        else:
+            super()._retry()
+
+
+class TakesForgettingForGivingUp(SourceSession):
+    """A destination that knows nothing of a migration can't have run the guest: but it forgets."""
+
+    def _destination_gave_up(self, reason: str, *, unknown: bool) -> None:
+        super()._destination_gave_up(reason, unknown=False)
+
+
+@pytest.mark.timeout(600)
+def test_every_invariant_holds() -> None:
+    Counted.seconds = 0.0
+    for seed in range(SEEDS):
+        play(seed, faults=FAULTS, make_node=Counted)
+    assert Counted.seconds > 10.0 * SEEDS, Counted.seconds
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mutant", [NeverDoubtsItsRollback, TakesForgettingForGivingUp])
+def test_each_broken_rule_is_found(mutant: type[SourceSession]) -> None:
+    for seed in range(20 * SEEDS):
+        try:
+            play(seed, faults=FAULTS, sessions=MutantSessions(mutant))
+        except InvariantViolation as error:
+            assert str(error).startswith(("1:", "2:", "3:", "4:", "5:")), error
+            return
+    pytest.fail("no seed found it")
+
+
+def test_make_sim_plays_some() -> None:
+    paused = [seed for seed in range(200) if faults_of(seed).paused]
+    assert paused == [43, 93, 143, 193]
