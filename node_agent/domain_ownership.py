@@ -167,14 +167,17 @@ class DomainOwnership:
             raise ConflictError(f"domain {domain} runs on {owned.owner}, not on {self.node}")
         return owned
 
+    async def stopped(self, domain: DomainName) -> OwnershipRecord | None:
+        """The record of a domain that nobody runs, if there is one. WrongStateError: it runs."""
+        owned = await self._ownership.read(domain)
+        if owned is not None and owned.state is not OwnershipState.STOPPED:
+            raise WrongStateError(f"domain {domain}", f"running on {owned.owner}", "stopped")
+        return owned
+
     async def forget(self, domain: DomainName) -> None:
         """Remove the record of a stopped domain. WrongStateError if it runs."""
-        owned = await self._ownership.read(domain)
-        if owned is None:
-            return
-        if owned.state is not OwnershipState.STOPPED:
-            raise WrongStateError(f"domain {domain}", f"running on {owned.owner}", "stopped")
-        if not await self._ownership.remove(owned):
+        owned = await self.stopped(domain)
+        if owned is not None and not await self._ownership.remove(owned):
             raise ConflictError(f"domain {domain} was just started; it was not deleted")
 
     async def _give_back(self, owned: OwnershipRecord, spec: DomainSpec) -> None:

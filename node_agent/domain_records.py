@@ -102,6 +102,10 @@ class DomainRecords:
         if entry is None or not await self._store.delete_if(key, entry.revision):
             raise NotFoundError(f"there is no domain {domain}")
 
+    async def put_back(self, record: DomainRecord) -> None:
+        """What was just removed, unless it was defined anew meanwhile."""
+        await self._store.put_if(f"{DOMAINS}{record.spec.name}", record, None)
+
     async def _list(self) -> Sequence[Versioned[DomainRecord]]:
         return await self._store.list_prefix(DOMAINS, DomainRecord)
 

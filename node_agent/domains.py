@@ -21,7 +21,13 @@ from typing import Final
 
 import msgspec
 
-from migrator.errors import FabricError, FerryError, RefusedError, WrongStateError
+from migrator.errors import (
+    ConflictError,
+    FabricError,
+    FerryError,
+    RefusedError,
+    WrongStateError,
+)
 from migrator.model import (
     DomainDefinition,
     DomainName,
@@ -176,11 +182,20 @@ class DomainService:
         return record
 
     async def delete(self, domain: DomainName) -> None:
-        """Remove a stopped domain's definition and ownership record. Its volumes stay."""
+        """Remove a stopped domain's definition and ownership record. Its volumes stay.
+
+        The definition goes first: who starts it meanwhile on another node wins the record first,
+        and looks at the definition then. So one of the two sees the other.
+        """
         async with self.locks.hold(domain, "delete"):
-            await self._records.get(domain)
-            await self.ownership.forget(domain)
+            record = await self._records.get(domain)
+            await self.ownership.stopped(domain)
             await self._records.remove(domain)
+            try:
+                await self.ownership.forget(domain)
+            except (ConflictError, WrongStateError):
+                await self._records.put_back(record)
+                raise
         self._events.emit(EventKind.DOMAIN_DELETED, f"domain {domain} was deleted", domain=domain)
 
     # --- running -----------------------------------------------------------------------------

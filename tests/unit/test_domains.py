@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -94,6 +95,34 @@ async def test_who_runs_it_is_said(world: World) -> None:
         await world.b.domains.pause(WEB)
     with pytest.raises(WrongStateError):
         await world.a.domains.delete(WEB)
+
+
+@pytest.mark.parametrize("step", ["remove", "forget"])
+async def test_what_is_started_while_it_is_deleted_keeps_its_definition(
+    world: World, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """It ran without one: nobody could stop it, and its volumes were free for other domains."""
+    await world.a.domains.define(spec_of())
+    owner: Any = world.a.records if step == "remove" else world.a.domains.ownership
+    then, started = getattr(owner, step), False
+
+    async def raced(domain: DomainName) -> None:
+        nonlocal started
+        with contextlib.suppress(NotFoundError):
+            await world.b.domains.start(WEB)
+            started = True
+        await then(domain)
+
+    monkeypatch.setattr(owner, step, raced)
+    if step == "remove":
+        with pytest.raises(WrongStateError, match="running on b"):
+            await world.a.domains.delete(WEB)
+    else:
+        await world.a.domains.delete(WEB)
+    defined = WEB in await world.a.records.list_records()
+    assert (started, defined) == ((True, True) if step == "remove" else (False, False))
+    if started:
+        await world.b.domains.stop(WEB)
 
 
 async def test_a_failed_start_leaves_nothing(world: World) -> None:
