@@ -43,6 +43,7 @@ SHELL = (
     "migrator/own_threads.py",
     "migrator/programs.py",
     "migrator/runner.py",
+    "migrator/lane.py",
     "migrator/journal.py",
     "migrator/engine_driver.py",
     "migrator/native_driver.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from migrator.runner import Lane
+from migrator.lane import Lane
 
 
 async def test_one_at_a_time_in_order_and_an_error_stops_nobody() -> None:
