@@ -1,0 +1,212 @@
+"""The course of each move in a drain: what is heard of a domain, and what that makes of its move.
+
+    waiting ─► starting ─► moving ─► moved            stop:  waiting ─► stopping ─► stopped
+                  └── seeking ◄──┘ (once)                                  └─► booting ─► moved
+
+A part of the drain's machine (`machine.py`), which says when moves begin, and what they come to.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from migrator.model import MigrationState
+from node_agent.drain import vocabulary as v
+from node_agent.drain.ledger import Ledger
+from node_agent.drain.resources import CancelMode, Drain, Move, MoveState, Operation
+
+FAILURES_MAX: Final = 2
+"""The first attempt, and one elsewhere."""
+ATTEMPTS_MAX: Final = 10
+"""With refusals, which cost nothing (a destination may fill up between plan and move), and with
+requests whose fate was unclear (an agent that is restarted)."""
+SILENT_S: Final = 10.0
+"""A destination that has been unreachable for so long is given up, before the handoff."""
+SOURCE_SILENT_S: Final = 60.0
+"""A source likewise: what has become of its domains is unknown then, and stays its own affair."""
+_CANCELLABLE: Final = frozenset(
+    {MigrationState.CREATED, MigrationState.SETUP, MigrationState.PRECOPY}
+)
+_SOUGHT: Final = (v.Found, v.NoPlace, v.Looked, v.Unclear)
+
+
+class MoveCourse(Ledger):
+    """See the module."""
+
+    def __init__(self, drain: Drain) -> None:
+        super().__init__(drain)
+        self._silent_since: dict[str, float] = {}
+        self._given_up: set[str] = set()
+        """Migrations that were cancelled because their destination fell silent."""
+        self._looking: set[str] = set()
+        self._seeking: str | None = None
+        """One at a time: two that are sought for at once could break a rule together."""
+
+    def _about(self, move: Move, event: v.Event, now: float) -> None:
+        if move.domain == self._seeking and isinstance(event, _SOUGHT):
+            self._seeking = None
+        match event:
+            case v.Looked():
+                self._looked(move, event, now)
+            case v.Accepted(migration=migration):
+                self._put(move, state=MoveState.MOVING, migration=migration.id)
+                self._cancel_if_asked(migration.id)
+            case v.Refused():
+                self._refused(move, event, now)
+            case v.Unclear(reason=reason):
+                self._put(move, error=reason)
+                self._looking.discard(move.domain)
+                self._look(move)
+            case v.Seen():
+                self._moves.progress(move, event.migration)
+                if event.migration.ended:
+                    self._migration_ended(move, event, now)
+            case v.PoweredOff():
+                self._powered_off(move, now)
+            case v.Booted(node=node):
+                self._end(move, MoveState.MOVED, now, destination=node)
+                self._note(f"{move.domain} was started on {node}", now, move.domain)
+            case v.Failed(error=error):
+                self._failed(move, error, now)
+            case v.Found() if move.state is MoveState.SEEKING:
+                self._put(
+                    move,
+                    state=MoveState.WAITING,
+                    destination=event.destination,
+                    wire_bytes=event.wire_bytes,
+                )
+            case v.NoPlace() if move.state is MoveState.SEEKING:
+                reason = f"{move.error}; {event.reason}" if move.error else event.reason
+                self._end(move, MoveState.FAILED, now, error=reason)
+                self._note(f"{move.domain} was left: {reason}", now, move.domain)
+            case _:
+                pass
+
+    def _look(self, move: Move) -> None:
+        if move.domain not in self._looking:
+            self._looking.add(move.domain)
+            self._out.append(v.Look(domain=move.domain, migration=move.migration))
+
+    def _looked(self, move: Move, event: v.Looked, now: float) -> None:
+        """What is true decides, whatever this drain has asked for before."""
+        self._looking.discard(move.domain)
+        migration = event.migration
+        if migration is not None and not migration.ended:
+            self._put(
+                move,
+                state=MoveState.MOVING,
+                migration=migration.id,
+                destination=migration.destination,
+            )
+            self._out.append(v.Follow(domain=move.domain, migration=migration.id))
+            self._cancel_if_asked(migration.id)
+        elif event.owner is None:
+            self._not_running(move, now)
+        elif event.owner == move.source:
+            if not move.state.active:
+                return
+            if migration is not None and migration.id == move.migration:
+                self._failed(move, migration.error or f"migration {migration.state}", now)
+            elif move.attempts >= ATTEMPTS_MAX:
+                self._end(move, MoveState.FAILED, now)
+            else:  # It was asked for, and never began.
+                self._put(move, state=MoveState.WAITING, migration=None)
+        elif event.owner == move.destination:
+            self._end(move, MoveState.MOVED, now)
+        else:
+            self._end(move, MoveState.GONE, now, error=f"it runs on {event.owner} now")
+
+    def _not_running(self, move: Move, now: float) -> None:
+        if move.state in (MoveState.STOPPING, MoveState.BOOTING):
+            self._powered_off(move, now)
+        else:
+            self._end(move, MoveState.GONE, now, error="it doesn't run any more")
+
+    def _refused(self, move: Move, event: v.Refused, now: float) -> None:
+        self._looking.discard(move.domain)
+        if event.elsewhere and move.attempts < ATTEMPTS_MAX:
+            self._seek(move, event.reason, now)
+        else:
+            self._end(move, MoveState.FAILED, now, error=event.reason)
+            self._note(f"{move.domain} was left: {event.reason}", now, move.domain)
+
+    def _migration_ended(self, move: Move, event: v.Seen, now: float) -> None:
+        migration = event.migration
+        if migration.id != move.migration:
+            return
+        if migration.state is MigrationState.COMPLETED:
+            self._end(move, MoveState.MOVED, now, error=None)
+            dark = migration.blackout_ms
+            took = f", blackout {dark:.1f} ms" if dark is not None else ""
+            self._note(f"{move.domain} is on {migration.destination}{took}", now, move.domain)
+        elif migration.state is MigrationState.CANCELLED and migration.id not in self._given_up:
+            whose = f" by {migration.cancelled_by}" if migration.cancelled_by else ""
+            self._end(move, MoveState.LEFT, now, error=f"its migration was cancelled{whose}")
+            self._note(f"the migration of {move.domain} was cancelled{whose}", now, move.domain)
+        else:
+            if migration.id in self._given_up:
+                reason = f"node {move.destination} fell silent"
+            else:
+                reason = migration.error or f"its migration {migration.state}"
+            self._failed(move, reason, now)
+
+    def _failed(self, move: Move, error: str, now: float) -> None:
+        failures = move.failures + 1
+        self._put(move, failures=failures)
+        if move.state is MoveState.STOPPING or self._base.cancel is not CancelMode.NO:
+            self._end(move, MoveState.FAILED, now, error=error)
+        elif failures < FAILURES_MAX and move.attempts < ATTEMPTS_MAX:
+            self._seek(move, error, now)
+            return
+        else:
+            self._end(move, MoveState.FAILED, now, error=error)
+        self._note(f"{move.domain} was left: {error}", now, move.domain)
+
+    def _seek(self, move: Move, error: str, now: float) -> None:
+        tried = (*move.tried, move.destination) if move.destination else move.tried
+        if self._base.operation is not Operation.DRAIN:
+            # It was to go to one node, for a reason; any other would be a move without one.
+            self._end(move, MoveState.LEFT, now, error=error)
+            self._note(f"{move.domain} was left: {error}", now, move.domain)
+            return
+        self._put(move, state=MoveState.SEEKING, tried=tried, error=error, migration=None)
+        self._note(
+            f"{move.domain} didn't get to {move.destination}: {error}; looking elsewhere",
+            now,
+            move.domain,
+        )
+
+    def _powered_off(self, move: Move, now: float) -> None:
+        if move.destination is None:
+            self._end(move, MoveState.STOPPED, now)
+            self._note(f"{move.domain} is powered off until the undrain", now, move.domain)
+            return
+        self._put(move, state=MoveState.BOOTING)
+        self._out.append(v.Boot(domain=move.domain, node=move.destination))
+
+    def _watch_destinations(self, unreachable: frozenset[str], now: float) -> None:
+        for name in list(self._silent_since):
+            if name not in unreachable:
+                del self._silent_since[name]
+        for name in unreachable:
+            self._silent_since.setdefault(name, now)
+        for move in self._moves.all():
+            if move.state is not MoveState.MOVING or move.migration is None:
+                continue
+            since = self._silent_since.get(move.source)
+            if since is not None and now - since >= SOURCE_SILENT_S:
+                reason = f"node {move.source} is silent; what has become of it is unknown"
+                self._end(move, MoveState.FAILED, now, error=reason)
+                continue
+            since = self._silent_since.get(move.destination or "")
+            silent = since is not None and now - since >= SILENT_S
+            phase = self._moves.phase(move.domain)
+            if silent and phase in _CANCELLABLE and move.migration not in self._given_up:
+                self._given_up.add(move.migration)
+                because = f"because {move.destination} fell silent"
+                self._out.append(v.CancelMigration(migration=move.migration, because=because))
+
+    def _cancel_if_asked(self, migration: str) -> None:
+        if self._base.cancel is CancelMode.ABORT:
+            because = f"which {self._base.cancelled_by or 'somebody'} cancelled"
+            self._out.append(v.CancelMigration(migration=migration, because=because))
