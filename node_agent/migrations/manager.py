@@ -15,10 +15,8 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-import msgspec
-
 from migrator.engine_driver import EngineSettings
-from migrator.errors import FerryError, NotFoundError, RefusedError
+from migrator.errors import FerryError, RefusedError
 from migrator.figures import DirtyRate, Prediction
 from migrator.journal import MigrationJournal
 from migrator.journal_entry import answer_without_session, restore
@@ -57,9 +55,11 @@ from node_agent.migrations.engine_choice import EngineChoice, EngineChooser
 from node_agent.migrations.forecast import Forecaster
 from node_agent.migrations.moments import MigrationMoments
 from node_agent.migrations.publisher import Publisher
+from node_agent.migrations.redials import Redials
 from node_agent.migrations.room import at_source, room_reasons
 from node_agent.migrations.service import MigrationService
-from node_agent.migrations.site import MESSAGE, SEND_S, Envelope, NodeSite
+from node_agent.migrations.site import MESSAGE, Envelope, NodeSite
+from node_agent.migrations.unpublished import end_the_unpublished
 from node_agent.nodes import NodeRegistry
 from node_agent.peers.hub import PeerHub
 
@@ -67,8 +67,6 @@ log = logging.getLogger(__name__)
 
 INSPECT: Final = "migration.inspect"
 INSPECT_S: Final = 10.0
-REDIAL_S: Final = 0.5
-"""Between tries to reach a peer whose connection was lost during a migration."""
 _NOTED_S: Final = 1.0
 """That the answer to a cancel waits for the journal."""
 _CLOSE_S: Final = 5.0
@@ -118,7 +116,7 @@ class MigrationManager(MigrationService):
         self._admissions = Admissions(domains, hypervisor, ownership)
         self._restored: list[Runner] = []
         self._asides = Asides(log)
-        self._redials: dict[NodeName, asyncio.Task[None]] = {}
+        self._redials = Redials(hub, lambda node: bool(self.active_with(node)))
 
     def incoming(self) -> Iterable[DomainSpec]:
         """The domains that are on their way here."""
@@ -165,33 +163,21 @@ class MigrationManager(MigrationService):
         restored, self._restored = self._restored, []
         for runner in restored:
             runner.feed(v.Recover())
-        self._asides.add(self._end_the_unpublished())
-
-    async def _end_the_unpublished(self) -> None:
-        """Publish the ends that an earlier agent of this node could not: nobody else will."""
-        for published in await self._publisher.read_all():
-            migration = published
-            if migration.ended or migration.source != self.node or migration.id in self._runners:
-                continue
-            entry = self._journal.get(migration.id)
-            if entry is not None and entry.ended:
-                state, error, at_s = entry.state, entry.detail or None, entry.ended_at_s
-                if entry.cancel is not None:
-                    migration = msgspec.structs.replace(migration, cancelled_by=entry.cancel.by)
-            else:
-                state, at_s = MigrationState.FAILED, None
-                error = "the agent ended before the migration began; nothing was changed"
-            await self._publisher.end_without_session(migration, state, error, at_s or time.time())
-            with contextlib.suppress(NotFoundError):
-                spec = (await self._records.get(DomainName(migration.domain))).spec
-                ended = await self._publisher.read(migration.id)
-                await self._moments.at_unseen_end(ended, spec)
+        self._asides.add(
+            end_the_unpublished(
+                self.node,
+                publisher=self._publisher,
+                journal=self._journal,
+                records=self._records,
+                moments=self._moments,
+                runs=lambda migration: migration in self._runners,
+            )
+        )
 
     async def close(self) -> None:
         """Let go: engines end, guests go on, the journal tells the next agent."""
         await self._forecaster.close()
-        for redial in self._redials.values():
-            redial.cancel()
+        self._redials.close()
         for runner in list(self._runners.values()):
             await runner.close()
         if self._asides.tasks:
@@ -427,10 +413,8 @@ class MigrationManager(MigrationService):
         event: v.Event = v.PeerBack() if connected else v.PeerLost()
         for runner in self.active_with(node):
             runner.feed(event)
-        if not connected and node not in self._redials and self.active_with(node):
-            task = asyncio.create_task(self._redial(node), name=f"migrations-redial-{node}")
-            self._redials[node] = task
-            task.add_done_callback(lambda _: self._redials.pop(node, None))
+        if not connected:
+            self._redials.begin(node)
 
     def active_with(self, node: NodeName) -> list[Runner]:
         return [
@@ -438,11 +422,3 @@ class MigrationManager(MigrationService):
             for runner in self._runners.values()
             if runner.peer == node and runner.session.state not in ENDED
         ]
-
-    async def _redial(self, node: NodeName) -> None:
-        """Connections come back by being used, and a session that waits for its peer is silent."""
-        while self.active_with(node):
-            with contextlib.suppress(FerryError):
-                await self._hub.reach(node, timeout_s=SEND_S)
-                return
-            await asyncio.sleep(REDIAL_S)

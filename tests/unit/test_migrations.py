@@ -321,7 +321,7 @@ async def test_a_lost_connection_is_made_again(
         await world.until(lambda: v.TimerName.PEER in runner._timers)
         await world.until(lambda: v.TimerName.PEER not in runner._timers)
         assert runner.session.state is _S.PRECOPY
-        await world.until(lambda: not world.a.manager._redials)
+        await world.until(lambda: not world.a.manager._redials.tasks)
         await world.a.manager.cancel(began.id)
         await check_back_home(world, began, _S.CANCELLED)
 
