@@ -11,18 +11,8 @@ The rules that keep the guest alive and single (DESIGN: "Handoff"):
 
 from __future__ import annotations
 
-from migrator.model import (
-    PAGE_SIZE_BYTES,
-    MigrationMode,
-    MigrationProgress,
-    MigrationState,
-    OnTimeout,
-    PassKind,
-    PassReport,
-)
-from migrator.policy import DecisionKind, decide, throughput
+from migrator.model import MigrationMode, MigrationState, PassKind
 from migrator.ports import AbortOutcome, DomainEventKind
-from migrator.prediction import after_first_pass
 from migrator.session.messages import (
     Abort,
     Aborted,
@@ -37,7 +27,7 @@ from migrator.session.messages import (
     Running,
     SessionMessage,
 )
-from migrator.session.source_leave import SourceLeave
+from migrator.session.source_passes import SourcePasses
 from migrator.session.vocabulary import (
     AbortSwitchover,
     Begin,
@@ -65,7 +55,6 @@ from migrator.session.vocabulary import (
     PrepareSwitchover,
     Received,
     Recover,
-    RunPass,
     StartEngine,
     StartTimer,
     StopEngine,
@@ -78,7 +67,7 @@ from migrator.session.vocabulary import (
 _S = MigrationState
 
 
-class SourceSession(SourceLeave):
+class SourceSession(SourcePasses):
     """See the module. Public attributes are for reading; `handle` alone changes them."""
 
     # --- dispatch ---
@@ -238,22 +227,6 @@ class SourceSession(SourceLeave):
             case _:
                 pass
 
-    def _run_pass(self, kind: PassKind) -> None:
-        self._pass_running = True
-        self._do(RunPass(number=len(self.passes) + 1, kind=kind))
-
-    def _note_pass(self, report: PassReport) -> None:
-        self._pass_running = False
-        self.passes.append(report)
-        if self.prediction is None and report.kind is PassKind.FIRST and not report.cut_pages:
-            self.prediction = after_first_pass(report, self.request)
-        self._live = MigrationProgress(
-            state=self.state,
-            bytes_sent=sum(each.bytes_sent for each in self.passes),
-            remaining_bytes=self._left_pages() * PAGE_SIZE_BYTES,
-            throughput_bytes_per_s=throughput(self.passes),
-        )
-
     def _in_precopy(self, event: Event) -> None:
         match event:
             case EngineReported():
@@ -284,33 +257,6 @@ class SourceSession(SourceLeave):
                 self._give_up(f"{event.command}: {event.error}")
             case _:
                 self._heard_of_leave(event)
-
-    def _decide(self) -> None:
-        mode = self.mode
-        limit_ms = self.request.downtime_limit_ms
-        decision = decide(self.passes, limit_ms, mode, self.uncapped_bytes_per_s)
-        self.decisions.append(decision)
-        self._note(f"decision: {decision.kind.name.lower()}", self._now, self._now, decision.reason)
-        match decision.kind:
-            case DecisionKind.ITERATE if not self._forced:
-                self._run_pass(PassKind.DIRTY)
-            case DecisionKind.POST_COPY if not self.passes[-1].cut_pages:
-                self._ask_leave(decision.reason, post_copy=True)
-            case DecisionKind.ITERATE | DecisionKind.POST_COPY if mode is MigrationMode.HYBRID:
-                self._ask_leave("its time for pre-copy is over", post_copy=True)
-            case DecisionKind.GIVE_UP if not self._forced:
-                if self.request.on_timeout is OnTimeout.FORCE:
-                    self._ask_leave(f"forced: {decision.reason}")
-                else:
-                    self._give_up(f"doesn't converge: {decision.reason}")
-            case _:
-                self._ask_leave("forced by timeout" if self._forced else decision.reason)
-
-    def _go_post_copy(self, reason: str) -> None:
-        """What is pending is dropped at the destination while the guest still runs."""
-        self.post_copy = True
-        self._note("post-copy", self._now, self._now, reason)
-        self._run_pass(PassKind.STALE)
 
     def _switch_over(self, detail: str) -> None:
         self._enter(_S.SWITCHOVER, detail)
