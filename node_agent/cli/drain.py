@@ -118,10 +118,7 @@ def drain(
         show(plan, plan_text(plan))
         raise typer.Exit(ExitCode.REFUSED if plan.blockers else ExitCode.OK)
     begun = client.post(f"{_path(node)}/drain", Drain, body)
-    if no_wait:
-        show(begun, f"drain {begun.id} of node {node} has begun")
-        return
-    raise typer.Exit(watch_drain(begun))
+    _follow(begun, f"drain {begun.id} of node {node} has begun", no_wait)
 
 
 def undrain(
@@ -142,10 +139,7 @@ def undrain(
         return
     body = UndrainRequest(restore=not no_restore)
     begun = client.post(f"{_path(node)}/undrain", Drain, body)
-    if no_wait:
-        show(begun, f"undrain {begun.id} of node {node} has begun")
-        return
-    raise typer.Exit(watch_drain(begun))
+    _follow(begun, f"undrain {begun.id} of node {node} has begun", no_wait)
 
 
 def balance(
@@ -167,8 +161,14 @@ def balance(
         show(plan, balance_text(plan))
         return
     begun = client.post("/v1/balance", Drain)
+    moves = counted(len(begun.moves), "move")
+    _follow(begun, f"balancing {begun.id} has begun: {moves}", no_wait)
+
+
+def _follow(begun: Drain, said: str, no_wait: bool) -> None:
+    """Watch it to its end, and exit as that says; or only say that it has begun."""
     if no_wait:
-        show(begun, f"balancing {begun.id} has begun: {counted(len(begun.moves), 'move')}")
+        show(begun, said)
         return
     raise typer.Exit(watch_drain(begun))
 
