@@ -113,6 +113,14 @@ class Access:
     """The name that the agent's certificate must have; None: the host that was dialed."""
 
 
+def pinned_context(authority_pem: str) -> ssl.SSLContext:
+    """TLS 1.3 to servers whose certificate this authority signed."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(cadata=authority_pem)
+    return context
+
+
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: str, timeout: float) -> None:
         super().__init__("ferry", timeout=timeout)

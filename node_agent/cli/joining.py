@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from migrator.errors import ConfigError, ConflictError, FerryError, InvalidRequest, words
-from node_agent.cli.client import CONNECT_TIMEOUT_S, Access, ApiClient
+from node_agent.cli.client import CONNECT_TIMEOUT_S, Access, ApiClient, pinned_context
 from node_agent.cli.errors import CliError, ExitCode, Unreachable
 from node_agent.cli.output import note
 from node_agent.config import AgentConfig, advertised, format_endpoint, parse_endpoint
@@ -30,14 +30,6 @@ from node_agent.trust.records import AuthorityView, JoinAnswer, JoinRequest
 JOIN_TIMEOUT_S: Final = 30.0
 FIND_S: Final = 10.0
 SHOWN_OTHERS: Final = 4
-
-
-def pinned_context(authority_pem: str) -> ssl.SSLContext:
-    """TLS 1.3 to servers whose certificate this authority signed."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_verify_locations(cadata=authority_pem)
-    return context
 
 
 def pin(address: str, fingerprint: bytes) -> str:

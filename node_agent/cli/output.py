@@ -38,7 +38,7 @@ class Settings:
             variables = {"FERRY_API", "FERRY_LAB"} & os.environ.keys()
             name = self.context or (None if variables else os.environ.get("FERRY_CONTEXT"))
             if name is not None or not variables:
-                from node_agent.cli.contexts import chosen
+                from node_agent.cli.context_file import chosen
 
                 context = chosen(name)
                 if context is not None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from node_agent.cli import contexts, main, new_config
+from node_agent.cli import context_file, main, new_config
 from node_agent.cli.client import Access, ApiClient
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.trust import parse_duration
@@ -89,7 +89,7 @@ async def test_users_and_contexts(world: TrustWorld, ferry: Ferry, tmp_path: Pat
         ("again", False),
     ]
     assert token not in (await ferry("context", "ls")).out
-    path = contexts.file_path()
+    path = context_file.file_path()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert "ready" in (await ferry("node", "ls")).out
     forbidden = await ferry("user", "ls", code=ExitCode.NOT_PERMITTED)
@@ -105,7 +105,7 @@ async def test_users_and_contexts(world: TrustWorld, ferry: Ferry, tmp_path: Pat
     await ferry("context", "use", "nowhere", code=ExitCode.NOT_FOUND)
     await ferry("context", "use", "again")
     await ferry("context", "rm", "again")
-    assert contexts.read_contexts().current is None
+    assert context_file.read_contexts().current is None
     changed = await ferry("user", "role", "bob", "viewer", *local)
     assert changed.out == "user bob has the role viewer\n"
     await ferry("user", "role", "bob", "king", *local, code=ExitCode.USAGE)
