@@ -1,4 +1,7 @@
-"""One lab for all tests of whole clusters: three nodes, real agents, which tests may hold."""
+"""One lab for all tests of whole clusters: three nodes, real agents, which tests may hold.
+
+And what the tests of engines begin with: a stand-in for a guest, the ends of a page stream.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from deploy.lab.processes import tail
 from migrator import hold_points
 from tests.integration import quick_agent
 from tests.integration.cluster.world import Cluster
+from tests.integration.engine_lab.lab import compile_guest
 from tests.integration.stream_ends import Ends
 
 NODE_MEMORY_BYTES = 1024**3
@@ -52,6 +56,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             yield Cluster(lab.load(name).plan, image, folder)
         finally:
             lab.down(name)
+
+
+@pytest.fixture(scope="session")
+def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in for a guest, compiled."""
+    return compile_guest(tmp_path_factory.mktemp("guest"))
 
 
 @pytest.fixture

@@ -17,24 +17,12 @@ from migrator.errors import EngineError, HypervisorError
 from migrator.model import DomainName, Role
 from migrator.ports import GuestMemory, MemoryRegion
 from tests.integration.cluster.world import eventually
-from tests.integration.engine_lab.lab import (
-    MIB,
-    PAGE,
-    Engine,
-    Guest,
-    compile_guest,
-    configuration,
-)
+from tests.integration.engine_lab.lab import MIB, PAGE, Engine, Guest, configuration
 
 SIZE = 128 * MIB
 WEB = DomainName("web")
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd needs root")
-
-
-@pytest.fixture(scope="module")
-def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_guest(tmp_path_factory.mktemp("guest"))
 
 
 @pytest.fixture

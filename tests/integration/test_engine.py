@@ -41,7 +41,6 @@ from tests.integration.engine_lab.lab import (
     Pair,
     Proxy,
     as_fast_as_its_cap,
-    compile_guest,
     configuration,
     free_huge_pages,
     pair_of,
@@ -52,11 +51,6 @@ A_PASS_S = 64.0
 """What 64 MiB take at 1 MiB/s: an end that doesn't wait for the pass is far quicker."""
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd needs root")
-
-
-@pytest.fixture(scope="module")
-def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_guest(tmp_path_factory.mktemp("guest"))
 
 
 @pytest.fixture

@@ -28,7 +28,6 @@ from tests.integration.engine_lab.lab import (
     Engine,
     Guest,
     Pair,
-    compile_guest,
     configuration,
     pair_of,
 )
@@ -36,11 +35,6 @@ from tests.integration.engine_lab.lab import (
 SIZE = 128 * MIB
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd needs root")
-
-
-@pytest.fixture(scope="module")
-def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_guest(tmp_path_factory.mktemp("guest"))
 
 
 @pytest.fixture

@@ -10,17 +10,12 @@ import pytest
 
 from migrator.engine_messages import ChannelBroken, EndPass, PassDone, Report, RunPass, SetBandwidth
 from migrator.model import PassKind, PassReport
-from tests.integration.engine_lab.lab import MIB, PAGE, Pair, Proxy, compile_guest, pair_of
+from tests.integration.engine_lab.lab import MIB, PAGE, Pair, Proxy, pair_of
 
 SIZE = 128 * MIB
 USED = 96 * MIB
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd needs root")
-
-
-@pytest.fixture(scope="module")
-def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_guest(tmp_path_factory.mktemp("guest"))
 
 
 @pytest.fixture

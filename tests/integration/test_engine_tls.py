@@ -30,7 +30,6 @@ from tests.integration.engine_lab.lab import (
     Pair,
     Proxy,
     as_fast_as_its_cap,
-    compile_guest,
     pair_of,
     tls_files,
 )
@@ -38,11 +37,6 @@ from tests.integration.engine_lab.lab import (
 SIZE = 64 * MIB
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd needs root")
-
-
-@pytest.fixture(scope="module")
-def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_guest(tmp_path_factory.mktemp("guest"))
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from migrator.engine.page_server import PageServer
 from migrator.engine.receiver import Connection, Memory
 from migrator.engine.stream import Endpoint
 from migrator.engine.transport import StreamSocket
-from tests.integration.engine_lab.lab import MIB, PAGE, Guest, compile_guest
+from tests.integration.engine_lab.lab import MIB, PAGE, Guest
 from tests.integration.stream_ends import AlwaysPacks, Host, hello
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd needs root")
@@ -92,11 +92,6 @@ class _World:
     @staticmethod
     def _region(guest: Guest) -> MappedRegion:
         return MappedRegion(0, guest.fd, guest.layout)
-
-
-@pytest.fixture(scope="module")
-def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_guest(tmp_path_factory.mktemp("guest"))
 
 
 @pytest.fixture(params=LADDER, ids=[codec.name for codec in LADDER])
