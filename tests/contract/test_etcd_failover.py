@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
 
 import pytest
 
@@ -12,10 +14,21 @@ from migrator.errors import StoreError
 from migrator.model import DomainName, NodeName, OwnershipRecord, OwnershipState
 from node_agent.state.etcd import EtcdSettings, EtcdStore
 from node_agent.state.ownership import StoreOwnership
-from node_agent.state.port import Swap
+from node_agent.state.port import Entry, Swap
 from tests.contract.etcd_members import EtcdMember, running_members
 
 PATIENCE_S = 60.0
+T = TypeVar("T")
+
+
+async def patiently(work: Callable[[], Awaitable[T]]) -> T:
+    """Do it, however long an election takes."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            try:
+                return await work()
+            except StoreError:
+                continue
 
 
 @pytest.fixture(scope="module")
@@ -43,39 +56,22 @@ async def store(members: list[EtcdMember]) -> AsyncIterator[EtcdStore]:
         endpoints=tuple(member.endpoint for member in members), prefix=f"/{uuid.uuid4().hex}/"
     )
     store = EtcdStore(settings)
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            try:
-                await store.open()
-                break
-            except StoreError:  # The last test's members are still electing.
-                continue
+    await patiently(store.open)  # The last test's members may still be electing.
     yield store
     await store.close()
-
-
-async def patiently(store: EtcdStore, key: str, value: bytes) -> None:
-    """Write it, however long an election takes."""
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            try:
-                await store.put(key, value)
-                return
-            except StoreError:
-                continue
 
 
 async def test_any_one_member_may_die(store: EtcdStore, members: list[EtcdMember]) -> None:
     changes = store.watch("d/")
     for number, member in enumerate(members):
-        await patiently(store, "d/a", b"before %d" % number)
+        await patiently(partial(store.put, "d/a", b"before %d" % number))
         await asyncio.to_thread(member.kill)
-        await patiently(store, "d/a", b"without %s" % member.name.encode())
+        await patiently(partial(store.put, "d/a", b"without %s" % member.name.encode()))
         entry = await store.get("d/a")
         assert entry is not None and entry.value == b"without %s" % member.name.encode()
         member.start()
         await asyncio.to_thread(member.wait_ready)
-    await patiently(store, "d/end", b"")
+    await patiently(partial(store.put, "d/end", b""))
     seen: list[bytes | None] = []
     async with asyncio.timeout(PATIENCE_S):
         while not seen or seen[-1] != b"":
@@ -93,7 +89,7 @@ async def test_a_frozen_member_is_left_for_the_next(
 ) -> None:
     await store.put("d/a", b"1")
     members[0].freeze()  # The one that is asked first.
-    await patiently(store, "d/a", b"2")
+    await patiently(partial(store.put, "d/a", b"2"))
     entry = await store.get("d/a")
     assert entry is not None and entry.value == b"2"
 
@@ -112,13 +108,7 @@ async def test_without_a_majority_nothing_passes_and_it_says_why(
         await ownership.compare_and_set(before, before.passed_to(NodeName("n2")))
     members[0].start()
     await asyncio.to_thread(members[0].wait_ready)
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            try:
-                record = await ownership.read(DomainName("web"))
-                break
-            except StoreError:
-                continue
+    record = await patiently(lambda: ownership.read(DomainName("web")))
     # The write that found no majority may have been carried out now: it said so.
     assert record in (before, before.passed_to(NodeName("n2")))
 
@@ -145,13 +135,7 @@ async def test_no_write_is_lost_or_doubled_while_members_die(
     finally:
         killing.cancel()
     await asyncio.gather(killing, return_exceptions=True)
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            try:
-                final = await store.get("counter")
-                break
-            except StoreError:
-                continue
+    final = await patiently(lambda: store.get("counter"))
     assert final is not None
     assert certain <= int(final.value) <= certain + unknown
 
@@ -160,6 +144,10 @@ async def test_what_is_written_together_is_never_halved_while_members_die(
     members: list[EtcdMember], store: EtcdStore
 ) -> None:
     """A counter, and a log entry for each of its numbers. An unknown outcome is whole, too."""
+
+    async def both() -> tuple[Entry | None, Sequence[Entry]]:
+        return await store.get("counter"), await store.list_prefix("log/")
+
     certain = 0
     killing = asyncio.create_task(_kill_in_turn(members))
     try:
@@ -176,14 +164,7 @@ async def test_what_is_written_together_is_never_halved_while_members_die(
     finally:
         killing.cancel()
     await asyncio.gather(killing, return_exceptions=True)
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            try:
-                final = await store.get("counter")
-                log = await store.list_prefix("log/")
-                break
-            except StoreError:
-                continue
+    final, log = await patiently(both)
     assert final is not None
     assert [int(entry.value) for entry in log] == list(range(1, int(final.value) + 1))
     assert certain <= len(log)
