@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-
 import pytest
 
 from tests.simulation.mutants import MUTANTS, Mutant, play_mutant, seeds_for
@@ -14,14 +11,6 @@ SEEDS_MAX = 2_000
 """The first of `make sim`, as it plays them. Rare ones are found among the first that have one
 mix of its faults (`make sim SEEDS=70000` has so many), or that are played with it."""
 RARE_MAX = 4
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Production code warns of what the simulation does to it."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.timeout(900)

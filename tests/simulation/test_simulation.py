@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
@@ -20,14 +18,6 @@ from tests.unit.session_pair import SessionPair
 SEEDS = 2_000
 """`make sim SEEDS=100000` plays more."""
 PROCESSES = 2
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Production code warns of what the simulation does to it."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.timeout(600)

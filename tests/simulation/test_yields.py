@@ -6,8 +6,6 @@ these clusters have fences that hardly ever succeed, for a minute.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from typing import ClassVar
 
 import pytest
@@ -28,14 +26,6 @@ FAULTS = Faults(
     journal_failure=0.1,
     heal_at_s=60.0,
 )
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Production code warns of what the simulation does to it."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 class Counted(DestinationSession):
