@@ -25,7 +25,7 @@ from netfabric import filters
 from netfabric.connections import KernelConnections
 from netfabric.simulated.connections import SimulatedConnections
 from tests.contract.fabric_worlds import eventually
-from tests.contract.namespaces import run_in_new_namespace, unshare_network
+from tests.contract.namespaces import run_in_world, unshare_network
 
 GUEST, CLIENT = "10.0.0.5", "10.1.0.2"
 GUEST6, CLIENT6 = "2001:db8::5", "2001:db8:1::2"
@@ -189,8 +189,4 @@ Body = Callable[[World], Awaitable[None]]
 
 
 def on_kernel(body: Callable[[KernelWorld], Awaitable[None]]) -> None:
-    async def inside() -> None:
-        async with kernel_world() as world:
-            await body(world)
-
-    run_in_new_namespace(inside)
+    run_in_world(kernel_world, body)

@@ -29,7 +29,7 @@ from netfabric.macvtap.network import macvtaps, unplug
 from netfabric.simulated import SimulatedFabric, SimulatedNetwork
 from netfabric.taps import TAP_NAME
 from netfabric.vxlan import Overlay, VxlanFabric
-from tests.contract.namespaces import run_in_new_namespace, unshare_network
+from tests.contract.namespaces import run_in_world, unshare_network
 
 GAPS_S = (0.02, 0.03, 0.05)
 SOON_S = 20.0
@@ -339,12 +339,8 @@ async def vxlan_world() -> AsyncIterator[VxlanWorld]:
             await world.fabric.close()
 
 
-def run_vxlan(body: Body) -> None:
-    async def run() -> None:
-        async with vxlan_world() as world:
-            await body(world)
-
-    run_in_new_namespace(run)
+def run_vxlan(body: Callable[[VxlanWorld], Awaitable[None]]) -> None:
+    run_in_world(vxlan_world, body)
 
 
 # --- macvtap above an uplink -----------------------------------------------------------------
@@ -389,17 +385,9 @@ async def macvtap_world() -> AsyncIterator[MacvtapWorld]:
             await asyncio.to_thread(remove_macvtaps)
 
 
-def run_macvtap(body: Body) -> None:
-    async def run() -> None:
-        async with macvtap_world() as world:
-            await body(world)
-
-    run_in_new_namespace(run)
+def run_macvtap(body: Callable[[MacvtapWorld], Awaitable[None]], *, loopback: bool = False) -> None:
+    run_in_world(macvtap_world, body, loopback=loopback)
 
 
-def run_bridge(body: Body) -> None:
-    async def run() -> None:
-        async with bridge_world() as world:
-            await body(world)
-
-    run_in_new_namespace(run)
+def run_bridge(body: Callable[[BridgeWorld], Awaitable[None]], *, loopback: bool = False) -> None:
+    run_in_world(bridge_world, body, loopback=loopback)

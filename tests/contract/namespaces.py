@@ -7,10 +7,14 @@ import ctypes
 import os
 import threading
 from collections.abc import Awaitable, Callable
-from typing import Final
+from contextlib import AbstractAsyncContextManager
+from typing import Final, TypeVar
+
+from pyroute2 import IPRoute
 
 _CLONE_NEWNET: Final = 0x40000000
 _TEST_TIMEOUT_S: Final = 60.0
+_World = TypeVar("_World")
 
 
 def unshare_network() -> None:
@@ -45,3 +49,25 @@ def run_in_new_namespace(body: Callable[[], Awaitable[None]]) -> None:
     thread.join()
     if failures:
         raise failures[0]
+
+
+def run_in_world(
+    make: Callable[[], AbstractAsyncContextManager[_World]],
+    body: Callable[[_World], Awaitable[None]],
+    *,
+    loopback: bool = False,
+) -> None:
+    """Run `body` in the world that `make` opens in a new namespace; `loopback`: its own is up."""
+
+    async def inside() -> None:
+        if loopback:
+            await asyncio.to_thread(_raise_loopback)
+        async with make() as world:
+            await body(world)
+
+    run_in_new_namespace(inside)
+
+
+def _raise_loopback() -> None:
+    with IPRoute() as route:
+        route.link("set", index=1, state="up")

@@ -28,8 +28,8 @@ from netfabric.routes.netlink.driver import NetlinkRoutes
 from netfabric.routes.netlink.messages import Claim, Claims
 from netfabric.routes.netlink.speaker import Speaker, SpeakerSettings
 from netfabric.taps import TAP_NAME
-from tests.contract.fabric_worlds import GAPS_S, Body, World
-from tests.contract.namespaces import run_in_new_namespace, unshare_network
+from tests.contract.fabric_worlds import GAPS_S, World
+from tests.contract.namespaces import run_in_world, unshare_network
 
 KEY = b"a key of the test's own"
 NEAR, NEAR6 = "192.0.2.1", "2001:db8:ff::1"
@@ -200,9 +200,5 @@ async def routed_world() -> AsyncIterator[RoutedWorld]:
         await router.stop()
 
 
-def run_routed(body: Body) -> None:
-    async def run() -> None:
-        async with routed_world() as world:
-            await body(world)
-
-    run_in_new_namespace(run)
+def run_routed(body: Callable[[RoutedWorld], Awaitable[None]]) -> None:
+    run_in_world(routed_world, body)

@@ -17,13 +17,12 @@ from migrator.model import DomainName, NicSpec
 from netfabric.bridge import BridgeFabric, announcing, list_taps
 from netfabric.drivers import DRIVERS
 from netfabric.frames import announcements
-from netfabric.taps import TAP_NAME, VNET_HEADER_BYTES, host_side_mac, tap_name
+from netfabric.taps import TAP_NAME, host_side_mac, tap_name
 from tests.contract.fabric_worlds import (
     GAPS_S,
     Body,
     BridgeWorld,
     World,
-    bridge_world,
     eventually,
     learnt,
     run_bridge,
@@ -31,7 +30,7 @@ from tests.contract.fabric_worlds import (
     run_simulated,
     run_vxlan,
 )
-from tests.contract.namespaces import run_in_new_namespace
+from tests.contract.moving_guest import guest_frames
 from tests.contract.routed_world import run_routed
 
 WEB = DomainName("web")
@@ -225,25 +224,6 @@ def test_a_nic_that_is_not_plugged_is_not_announced(run: Run) -> None:
 # --- the kernel's bridge alone ---------------------------------------------------------------
 
 
-def run_on_bridge(body: Callable[[BridgeWorld], object]) -> None:
-    async def run() -> None:
-        async with bridge_world() as world:
-            result = body(world)
-            assert asyncio.iscoroutine(result)
-            await result
-
-    run_in_new_namespace(run)
-
-
-def guest_frames(fd: int) -> list[bytes]:
-    frames: list[bytes] = []
-    while True:
-        try:
-            frames.append(os.read(fd, 4096)[VNET_HEADER_BYTES:])
-        except BlockingIOError:
-            return frames
-
-
 @pytest.mark.lab
 def test_other_guests_hear_an_announcement_and_its_own_does_not() -> None:
     async def body(world: BridgeWorld) -> None:
@@ -259,7 +239,7 @@ def test_other_guests_hear_an_announcement_and_its_own_does_not() -> None:
             os.close(own)
             os.close(other)
 
-    run_on_bridge(body)
+    run_bridge(body)
 
 
 @pytest.mark.lab
@@ -275,7 +255,7 @@ def test_a_restarted_agent_announces_a_tap_that_it_did_not_plug() -> None:
             await successor.close()
             os.close(fd)
 
-    run_on_bridge(body)
+    run_bridge(body)
 
 
 @pytest.mark.lab
@@ -290,7 +270,7 @@ def test_an_announced_guest_that_moves_on_is_learnt_elsewhere() -> None:
         finally:
             os.close(fd)
 
-    run_on_bridge(body)
+    run_bridge(body)
 
 
 @pytest.mark.lab
@@ -318,7 +298,7 @@ def test_a_tap_leaves_its_bridge_as_it_was() -> None:
             os.close(fd)
         assert await asyncio.to_thread(bridge) == before
 
-    run_on_bridge(body)
+    run_bridge(body)
 
 
 @pytest.mark.lab
@@ -333,7 +313,7 @@ def test_a_bridge_that_is_down_or_no_bridge_is_refused() -> None:
         veth = NicSpec(mac=NIC.mac, bridge="up0")
         assert any("not a bridge" in reason for reason in await world.fabric.check(veth))
 
-    run_on_bridge(body)
+    run_bridge(body)
 
 
 @pytest.mark.lab
@@ -357,7 +337,7 @@ def test_a_cancelled_plug_leaves_no_tap() -> None:
 
             await eventually(gone)
 
-    run_on_bridge(body)
+    run_bridge(body)
 
 
 @pytest.mark.lab
@@ -389,7 +369,7 @@ def test_the_first_frames_are_on_the_far_wire_before_anything_is_looked_up(
         finally:
             os.close(fd)
 
-    run_on_bridge(body)
+    run_bridge(body)
 
 
 @pytest.mark.lab
@@ -406,7 +386,7 @@ def test_a_tap_is_what_qemu_expects() -> None:
         finally:
             os.close(fd)
 
-    run_on_bridge(body)
+    run_bridge(body)
 
 
 # --- pure parts of the bridge driver ---------------------------------------------------------

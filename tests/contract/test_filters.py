@@ -24,22 +24,13 @@ from netfabric.frames import (
     rarp,
 )
 from netfabric.taps import VNET_HEADER_BYTES, tap_name
-from tests.contract.fabric_worlds import BridgeWorld, bridge_world, eventually, macvtap_world
-from tests.contract.namespaces import run_in_new_namespace
+from tests.contract.fabric_worlds import BridgeWorld, eventually, run_bridge, run_macvtap
 
 WEB = DomainName("web")
 MAC, OTHER = "52:54:00:aa:bb:cc", "52:54:00:aa:bb:dd"
 NIC = NicSpec(mac=MAC, bridge="br0", addresses=("10.0.0.5", "2001:db8::5"), anti_spoofing=True)
 OWN, FOREIGN = ipaddress.IPv4Address("10.0.0.5"), ipaddress.IPv4Address("10.0.0.6")
 LAST = 0x88B6
-
-
-def on_bridge(body: Callable[[BridgeWorld], Awaitable[None]]) -> None:
-    async def inside() -> None:
-        async with bridge_world() as world:
-            await body(world)
-
-    run_in_new_namespace(inside)
 
 
 def send(tap: int, frame: bytes) -> None:
@@ -95,16 +86,8 @@ FRAMES = {
 }
 
 
-def on_macvtap(body: Callable[[BridgeWorld], Awaitable[None]]) -> None:
-    async def inside() -> None:
-        async with macvtap_world() as world:
-            await body(world)
-
-    run_in_new_namespace(inside)
-
-
 @pytest.mark.lab
-@pytest.mark.parametrize("on", [on_bridge, on_macvtap])
+@pytest.mark.parametrize("on", [run_bridge, run_macvtap])
 def test_a_guest_can_only_be_itself(
     on: Callable[[Callable[[BridgeWorld], Awaitable[None]]], None],
 ) -> None:
@@ -138,7 +121,7 @@ def test_rules_come_and_go_with_the_tap() -> None:
         assert await asyncio.to_thread(filters.tables) == frozenset()
         await successor.close()
 
-    on_bridge(body)
+    run_bridge(body)
 
 
 @pytest.mark.lab
@@ -156,7 +139,7 @@ def test_what_a_guest_sends_is_limited() -> None:
         finally:
             os.close(tap)
 
-    on_bridge(body)
+    run_bridge(body)
 
 
 def test_the_rules_are_made_anew_in_one_transaction() -> None:
@@ -184,7 +167,7 @@ def test_what_nftables_refuses_is_said_in_its_words() -> None:
         with pytest.raises(FabricError, match=r"can't filter: .*syntax error"):
             await asyncio.to_thread(filters.run, "no rule at all", "can't filter")
 
-    on_bridge(body)
+    run_bridge(body)
 
 
 @pytest.mark.lab
@@ -196,4 +179,4 @@ def test_a_vlan_needs_a_bridge_that_knows_them() -> None:
         with pytest.raises(FabricError, match="VLAN-aware"):
             await world.fabric.plug(WEB, 0, nic)
 
-    on_bridge(body)
+    run_bridge(body)

@@ -24,14 +24,13 @@ from netfabric.macvtap.network import NODES, device_in, macvtaps
 from netfabric.taps import VNET_HEADER_BYTES, tap_name, tunnel_name
 from node_agent.doctor.findings import Level
 from node_agent.doctor.links import check_uplink
-from tests.contract.fabric_worlds import MacvtapWorld, eventually, learnt, macvtap_world
-from tests.contract.namespaces import run_in_new_namespace
-from tests.contract.test_fabric_contract import guest_frames
-from tests.contract.test_moves_contract import (
+from tests.contract.fabric_worlds import MacvtapWorld, eventually, learnt, run_macvtap
+from tests.contract.moving_guest import (
     NIC,
     TEST,
     TUNNEL,
     WEB,
+    guest_frames,
     numbers_until,
     read_numbers,
     to_all,
@@ -42,16 +41,7 @@ pytestmark = pytest.mark.lab
 
 
 def on_macvtap(body: Callable[[MacvtapWorld], Awaitable[None]]) -> None:
-    async def inside() -> None:
-        def loopback_up() -> None:
-            with IPRoute() as route:
-                route.link("set", index=1, state="up")
-
-        await asyncio.to_thread(loopback_up)
-        async with macvtap_world() as world:
-            await body(world)
-
-    run_in_new_namespace(inside)
+    run_macvtap(body, loopback=True)
 
 
 def links_of_moves() -> list[str]:

@@ -15,8 +15,8 @@ import pytest
 from pyroute2 import IPRoute
 
 from migrator.errors import FabricError
-from migrator.model import DomainName, NicSpec
-from migrator.ports import FabricDriver, Tunnel, WidthReport
+from migrator.model import NicSpec
+from migrator.ports import WidthReport
 from netfabric import wide_frames
 from netfabric.bridge import BridgeFabric
 from netfabric.bridge.tunnels import network_identifier
@@ -40,21 +40,31 @@ from tests.contract.fabric_worlds import (
     run_macvtap,
     run_simulated,
 )
-from tests.contract.namespaces import run_in_new_namespace
-from tests.contract.test_fabric_contract import guest_frames
+from tests.contract.moving_guest import (
+    CLIENT,
+    NIC,
+    TEST,
+    TUNNEL,
+    WEB,
+    guest_frames,
+    numbers_until,
+    read_numbers,
+    says_its_address,
+    to_all,
+    to_guest,
+)
+from tests.contract.namespaces import run_in_world
 
 pytestmark = pytest.mark.lab
-
-WEB = DomainName("web")
-NIC = NicSpec(mac="52:54:00:aa:bb:cc", bridge="br0", addresses=("10.0.0.5",))
-TUNNEL = Tunnel(name="m1", local="127.0.0.1", remote="127.0.0.2", port=7782)
-CLIENT = bytes.fromhex("525400000001")
-TEST = 0x88B6
 
 
 @pytest.fixture(params=["simulated", "bridge", "macvtap"])
 def run(request: pytest.FixtureRequest) -> Callable[[Body], None]:
-    runs = {"simulated": run_simulated, "bridge": run_bridge, "macvtap": run_macvtap}
+    runs: dict[str, Callable[[Body], None]] = {
+        "simulated": run_simulated,
+        "bridge": run_bridge,
+        "macvtap": run_macvtap,
+    }
     return runs[request.param]
 
 
@@ -77,40 +87,7 @@ def test_every_step_of_a_move_may_come_twice_or_without_the_ones_before(
 
 
 def on_bridge(body: Callable[[BridgeWorld], Awaitable[None]]) -> None:
-    async def inside() -> None:
-        def loopback_up() -> None:
-            with IPRoute() as route:
-                route.link("set", index=1, state="up")
-
-        await asyncio.to_thread(loopback_up)
-        async with bridge_world() as world:
-            await body(world)
-
-    run_in_new_namespace(inside)
-
-
-def to_guest(number: int) -> bytes:
-    return ethernet(parse_mac(NIC.mac), CLIENT, TEST, bytes([number]))
-
-
-def to_all(number: int) -> bytes:
-    return ethernet(b"\xff" * 6, CLIENT, TEST, bytes([number]))
-
-
-def read_numbers(fd: int) -> list[int]:
-    """The numbers of the test's frames that wait in a tap."""
-    return [frame[14] for frame in guest_frames(fd) if frame[12:14] == TEST.to_bytes(2, "big")]
-
-
-async def numbers_until(fd: int, last: int) -> list[int]:
-    found: list[int] = []
-
-    async def arrived() -> bool:
-        found.extend(read_numbers(fd))
-        return last in found
-
-    await eventually(arrived)
-    return found
+    run_bridge(body, loopback=True)
 
 
 def test_a_port_takes_nothing_until_the_guest_is_about_to_come() -> None:
@@ -183,11 +160,7 @@ def test_a_guests_first_frames_are_those_after_its_resume(
         finally:
             os.close(fd)
 
-    async def inside() -> None:
-        async with make() as world:
-            await body(world)
-
-    run_in_new_namespace(inside)
+    run_in_world(make, body)
 
 
 def test_what_is_for_a_guest_that_leaves_takes_the_tunnel() -> None:
@@ -350,22 +323,7 @@ def test_a_guest_is_watched_on_where_it_stays_and_where_it_comes(
         finally:
             os.close(fd)
 
-    async def inside() -> None:
-        async with make() as world:
-            await body(world)
-
-    run_in_new_namespace(inside)
-
-
-async def says_its_address(fabric: FabricDriver, fd: int, nic: NicSpec) -> None:
-    """And the fabric learns it."""
-    own = gratuitous_arp_reply(parse_mac(nic.mac), ipaddress.IPv4Address("10.0.0.6"))
-    os.write(fd, bytes(VNET_HEADER_BYTES) + own)
-
-    async def learnt_it() -> bool:
-        return "10.0.0.6" in fabric.learnt(WEB, [nic])[0]
-
-    await eventually(learnt_it)
+    run_in_world(make, body)
 
 
 def test_an_agent_that_restarts_watches_what_runs() -> None:

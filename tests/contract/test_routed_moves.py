@@ -7,7 +7,7 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -26,7 +26,7 @@ from netfabric.taps import VNET_HEADER_BYTES, host_side_mac, tunnel_name
 from node_agent.doctor.findings import Level
 from node_agent.doctor.links import check_routed
 from tests.contract.fabric_worlds import SOON_S, eventually
-from tests.contract.namespaces import run_in_new_namespace
+from tests.contract.moving_guest import guest_frames, says_its_address
 from tests.contract.routed_world import (
     FAR,
     FAR6,
@@ -35,10 +35,8 @@ from tests.contract.routed_world import (
     NETWORK,
     RoutedWorld,
     leads_to_tap,
-    routed_world,
+    run_routed,
 )
-from tests.contract.test_fabric_contract import guest_frames
-from tests.contract.test_moves_contract import says_its_address
 
 pytestmark = pytest.mark.lab
 
@@ -48,14 +46,6 @@ NIC = NicSpec(mac="52:54:00:aa:bb:cc", bridge="br0", addresses=(str(ADDRESS), st
 MAC = parse_mac(NIC.mac)
 TUNNEL = Tunnel(name="m1", local=NEAR, remote=FAR, port=7782)
 PORT = 9
-
-
-def on_routed(body: Callable[[RoutedWorld], Awaitable[None]]) -> None:
-    async def inside() -> None:
-        async with routed_world() as world:
-            await body(world)
-
-    run_in_new_namespace(inside)
 
 
 def numbers(fd: int) -> list[int]:
@@ -112,7 +102,7 @@ def test_a_guest_is_answered_for_everybody_by_its_tap() -> None:
         finally:
             os.close(fd)
 
-    on_routed(body)
+    run_routed(body)
 
 
 def arp_question(target: ipaddress.IPv4Address) -> bytes:
@@ -152,7 +142,7 @@ def test_what_comes_for_a_guest_on_its_way_waits_in_its_tap() -> None:
         finally:
             os.close(fd)
 
-    on_routed(body)
+    run_routed(body)
 
 
 def make_other_end() -> None:
@@ -208,7 +198,7 @@ def test_a_guest_that_stays_has_everything_back(restarted: bool) -> None:
                 await fabric.close()
             os.close(fd)
 
-    on_routed(body)
+    run_routed(body)
 
 
 class UnpreparedRoutes(NobodyRoutes):
@@ -230,7 +220,7 @@ def test_routers_that_are_not_prepared_are_named_and_keep_no_frame_away() -> Non
             await fabric.close()
             os.close(fd)
 
-    on_routed(body)
+    run_routed(body)
 
 
 def test_the_old_way_ends_when_the_new_one_is_seen_and_not_before() -> None:
@@ -259,7 +249,7 @@ def test_the_old_way_ends_when_the_new_one_is_seen_and_not_before() -> None:
         finally:
             ending.cancel()
 
-    on_routed(body)
+    run_routed(body)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +273,7 @@ def test_what_a_routed_node_cannot_carry_is_refused(
             await world.fabric.plug(WEB, 0, nic)
         assert await world.taps() == 0
 
-    on_routed(body)
+    run_routed(body)
 
 
 def test_an_address_of_a_version_that_the_node_lacks_is_refused() -> None:
@@ -293,7 +283,7 @@ def test_an_address_of_a_version_that_the_node_lacks_is_refused() -> None:
         assert any("no IPv6 address" in each for each in await fabric.check(NIC))
         await fabric.close()
 
-    on_routed(body)
+    run_routed(body)
 
 
 def test_a_guest_that_says_an_address_does_not_get_its_route() -> None:
@@ -308,7 +298,7 @@ def test_a_guest_that_says_an_address_does_not_get_its_route() -> None:
         finally:
             os.close(fd)
 
-    on_routed(body)
+    run_routed(body)
 
 
 class Gate:
@@ -360,7 +350,7 @@ def test_a_guest_that_comes_back_as_its_forwarding_ends_keeps_its_tunnel_and_its
             os.close(fd)
             await fabric.close()
 
-    on_routed(body)
+    run_routed(body)
 
 
 def test_a_guest_that_leaves_again_as_its_arrival_ends_keeps_its_tunnel(
@@ -384,7 +374,7 @@ def test_a_guest_that_leaves_again_as_its_arrival_ends_keeps_its_tunnel(
         finally:
             os.close(fd)
 
-    on_routed(body)
+    run_routed(body)
 
 
 def set_mtu(name: str, mtu_bytes: int) -> None:
@@ -408,7 +398,7 @@ def test_routers_that_are_too_narrow_are_told_from_those_that_are_not() -> None:
         silent = ("192.0.2.77",)
         assert await fabric.measure_width(four, silent, 0.2) == WidthReport(), "nothing is proved"
 
-    on_routed(body)
+    run_routed(body)
 
 
 def test_the_doctor_looks_at_a_routed_node() -> None:
@@ -423,4 +413,4 @@ def test_the_doctor_looks_at_a_routed_node() -> None:
         off = await asyncio.to_thread(check_routed, [NEAR])
         assert [each.level for each in off] == [Level.OK, Level.WARNING]
 
-    on_routed(body)
+    run_routed(body)

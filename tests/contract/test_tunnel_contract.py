@@ -17,7 +17,7 @@ from netfabric.drivers import DRIVERS
 from netfabric.frames import ethernet, parse_mac
 from netfabric.taps import VNET_HEADER_BYTES
 from tests.contract.fabric_worlds import eventually
-from tests.contract.namespaces import run_in_new_namespace
+from tests.contract.namespaces import run_in_world
 from tests.contract.two_nodes import Pair, two_nodes
 
 WEB = DomainName("web")
@@ -32,11 +32,7 @@ PAYLOAD = b"what is for the guest"
 
 
 def with_nodes(driver: str, body: Callable[[Pair], Awaitable[None]]) -> None:
-    async def run() -> None:
-        async with two_nodes(driver) as pair:
-            await body(pair)
-
-    run_in_new_namespace(run)
+    run_in_world(lambda: two_nodes(driver), body)
 
 
 def send_to_guest(driver: str) -> None:

@@ -21,8 +21,8 @@ from netfabric.vlan_table import Vlans, port_vlans
 from node_agent.doctor.findings import Level
 from node_agent.doctor.links import check_kernel_links
 from tests.contract.fabric_worlds import eventually
+from tests.contract.moving_guest import guest_frames
 from tests.contract.namespaces import run_in_new_namespace
-from tests.contract.test_fabric_contract import guest_frames
 from tests.debian_kernel.inside.vlan_nodes import (
     VlanNodes,
     attach,

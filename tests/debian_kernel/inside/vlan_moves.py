@@ -18,7 +18,7 @@ from netfabric.frames import announcements, ethernet, gratuitous_arp_reply, pars
 from netfabric.taps import tap_name, tunnel_name
 from netfabric.vlan_table import Vlans
 from tests.contract.fabric_worlds import eventually
-from tests.contract.test_fabric_contract import guest_frames
+from tests.contract.moving_guest import guest_frames
 from tests.contract.two_nodes import FAR, NEAR
 from tests.debian_kernel.inside.vlan_bridge import PVID, numbers_in, to_all, vlans_of
 from tests.debian_kernel.inside.vlan_nodes import VlanNodes, entries, on_vlans, send_from_guest

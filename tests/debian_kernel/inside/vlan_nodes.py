@@ -24,7 +24,7 @@ from netfabric.bridge import BridgeFabric
 from netfabric.frames import parse_mac
 from netfabric.taps import VNET_HEADER_BYTES
 from tests.contract.fabric_worlds import eventually, forwarding
-from tests.contract.namespaces import run_in_new_namespace
+from tests.contract.namespaces import run_in_world
 from tests.contract.two_nodes import FAR, NEAR, OtherNode
 
 CLIENTS = (1, 7, 8)
@@ -215,8 +215,4 @@ async def vlan_nodes() -> AsyncIterator[VlanNodes]:
 
 
 def on_vlans(body: Callable[[VlanNodes], Awaitable[None]]) -> None:
-    async def run() -> None:
-        async with vlan_nodes() as nodes:
-            await body(nodes)
-
-    run_in_new_namespace(run)
+    run_in_world(vlan_nodes, body)
