@@ -44,6 +44,21 @@ class PoolHealth(DiskValue, frozen=True, kw_only=True):
     free_bytes: int | None = None
 
 
+class PoolOwner(msgspec.Struct, frozen=True, kw_only=True):
+    """Which cluster a pool is, as it is written beside the volumes, for every cluster to read."""
+
+    identity: str
+    """What names the cluster (`cluster/identity` in its store); no other has it."""
+    name: str = ""
+    """The cluster's, for people: others may have the same."""
+    node: str = ""
+    """The node that wrote it."""
+
+    def __str__(self) -> str:
+        name = self.name or "without a name"
+        return f"{name}, identity {self.identity}, written by its node {self.node or 'unknown'}"
+
+
 class Fencing(DiskValue, frozen=True, kw_only=True):
     """What a pool's fence is worth."""
 

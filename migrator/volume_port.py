@@ -14,6 +14,7 @@ from migrator.model import (
     FencingToken,
     NodeName,
     PoolHealth,
+    PoolOwner,
     VolumeInfo,
     VolumeName,
 )
@@ -128,6 +129,18 @@ class VolumeDriver(abc.ABC):
         """What only this storage answers with; another one behind the same settings doesn't.
 
         Nodes compare it before a guest goes from one to the other. None: the settings say it all.
+        """
+        return None
+
+    async def owner(
+        self, claimant: PoolOwner | None = None, *, instead_of: str | None = None
+    ) -> PoolOwner | None:
+        """Which cluster's pool this is, as the storage itself has it written down.
+
+        `claimant`: written down where nobody is, and in the place of the cluster whose identity is
+        `instead_of`; never in the place of another one. Idempotent. None: nobody is, or it can't
+        be written down there (a device has no place for it; a folder is full). StorageError: it
+        can't be read, or couldn't be replaced.
         """
         return None
 

@@ -115,7 +115,7 @@ def make_hypervisor(config: AgentConfig) -> HypervisorDriver:
 
 def make_pools(config: AgentConfig, store: TypedStore) -> PoolSet:
     node, state = NodeName(config.node.name), Path(config.node.state_directory) / "storage"
-    return PoolSet(config.pools, lambda settings: make_pool(settings, node, state), store)
+    return PoolSet(config.pools, lambda settings: make_pool(settings, node, state), store, node)
 
 
 def prepare_folders(config: AgentConfig) -> None:
@@ -198,6 +198,7 @@ async def running_agent(
             events=events,
             pin_machine=MachinePinner(nodes),
             cordon=cordon,
+            claim=pools.claim,
             storage=storage,
             consoles=Consoles(hypervisor, records),
             restart=RestartPolicy(

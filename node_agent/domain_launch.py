@@ -10,10 +10,10 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
-from migrator.errors import FabricError, FerryError, RefusedError, StorageError
+from migrator.errors import ConflictError, FabricError, FerryError, RefusedError, StorageError
 from migrator.model import (
     BlockSource,
     DiskSpec,
@@ -27,6 +27,8 @@ from migrator.ports import FabricDriver, Launch, VolumeDriver
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Claim = Callable[[PoolName], Awaitable[None]]
+"""Before a pool's volumes are opened: ConflictError if it is another cluster's (`pool_owners`)."""
 
 
 async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
@@ -72,9 +74,17 @@ class LaunchUndo:
 class LaunchBuilder:
     """Resolves specs on one node."""
 
-    def __init__(self, pools: Mapping[PoolName, VolumeDriver], fabric: FabricDriver) -> None:
+    def __init__(
+        self,
+        pools: Mapping[PoolName, VolumeDriver],
+        fabric: FabricDriver,
+        claim: Claim | None = None,
+    ) -> None:
         self._pools = pools
         self._fabric = fabric
+        self._claim = claim
+        self._foreign: set[PoolName] = set()
+        """Pools that were found to be another cluster's: nothing is closed there."""
 
     def pool(self, disk: DiskSpec) -> VolumeDriver:
         """StorageError if this node has no such pool."""
@@ -83,15 +93,31 @@ class LaunchBuilder:
             raise StorageError(f"this node has no pool {disk.pool}; nothing was opened")
         return driver
 
+    async def claim(self, spec: DomainSpec) -> None:
+        """See to it that its pools are this cluster's (`Claim`). ConflictError, StorageError."""
+        if self._claim is None:
+            return
+        for disk in spec.disks:
+            self.pool(disk)
+        for name in sorted({PoolName(disk.pool) for disk in spec.disks}):
+            try:
+                await self._claim(name)
+            except ConflictError:
+                self._foreign.add(name)
+                raise
+            self._foreign.discard(name)
+
     async def build(self, spec: DomainSpec, token: FencingToken) -> tuple[Launch, LaunchUndo]:
         """Open the volumes under `token` and plug the taps.
 
         RefusedError (network), StorageError, NotFoundError (volume), FabricError: all is undone.
+        ConflictError (a pool is another cluster's): nothing was done.
         """
         domain = DomainName(spec.name)
         reasons = [reason for nic in spec.nics for reason in await self._fabric.check(nic)]
         if reasons:
             raise RefusedError(f"domain {domain} can't be plugged here: {reasons[0]}", reasons)
+        await self.claim(spec)  # Nothing is undone in a pool that isn't ours: nothing was done.
         undo = LaunchUndo(self, spec, token)
         sources: list[BlockSource] = []
         try:
@@ -140,7 +166,8 @@ class LaunchBuilder:
         """Unplug the taps and close the volumes of a domain whose process is gone.
 
         Goes on past errors, and logs them: closing and unplugging are idempotent, and neither
-        keeps anybody from starting the domain again.
+        keeps anybody from starting the domain again. What is known to be another cluster's is left
+        alone: there a node of this one's name may have it open.
         """
         for index, _ in enumerate(spec.nics):
             try:
@@ -148,6 +175,8 @@ class LaunchBuilder:
             except FabricError as error:
                 log.warning("domain %s: unplugging NIC %d: %s", spec.name, index, error)
         for disk in spec.disks:
+            if PoolName(disk.pool) in self._foreign:
+                continue
             try:
                 await self.pool(disk).close(VolumeName(disk.volume), token)
             except FerryError as error:

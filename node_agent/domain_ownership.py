@@ -142,6 +142,7 @@ class DomainOwnership:
     async def _win(
         self, domain: DomainName, spec: DomainSpec, owned: OwnershipRecord | None, step: int = 1
     ) -> OwnershipRecord:
+        await self._launches.claim(spec)
         newest = max(owned.token if owned else 0, await self._launches.newest_fence(spec))
         new = OwnershipRecord(
             domain=domain, token=newest + step, owner=self.node, state=OwnershipState.RUNNING

@@ -48,7 +48,7 @@ from migrator.ports import (
     VolumeDriver,
 )
 from node_agent.consoles import Consoles
-from node_agent.domain_launch import LaunchBuilder, LaunchUndo
+from node_agent.domain_launch import Claim, LaunchBuilder, LaunchUndo
 from node_agent.domain_locks import DomainLocks
 from node_agent.domain_ownership import DomainOwnership
 from node_agent.domain_records import DomainRecords, check_spec
@@ -100,6 +100,7 @@ class DomainService:
         restart: RestartPolicy,
         locks: DomainLocks | None = None,
         cordon: Callable[[], Awaitable[list[str]]] | None = None,
+        claim: Claim | None = None,
         storage: StorageWatch | None = None,
         consoles: Consoles | None = None,
         clock: Callable[[], float] = time.time,
@@ -109,6 +110,7 @@ class DomainService:
 
         `storage`: what is known of pools that don't answer; its owner opens it.
         `consoles`: keeps their texts apart; None: nobody does.
+        `claim`: see `domain_launch.Claim`; None: whoever has a pool may use it.
         `cordon`: why nothing may start here now; None: something always may.
         """
         self.node = node
@@ -119,7 +121,7 @@ class DomainService:
         self._hypervisor = hypervisor
         self._pools = pools
         self._fabric = fabric
-        self._launches = LaunchBuilder(pools, fabric)
+        self._launches = LaunchBuilder(pools, fabric, claim)
         self._records = records
         self._events = events
         self._pin_machine = pin_machine

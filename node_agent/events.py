@@ -80,6 +80,8 @@ class EventKind(enum.StrEnum):
     """Its node is silent, and shut out of its volumes."""
     POOL_ADDED = "pool-added"
     POOL_REMOVED = "pool-removed"
+    POOL_TAKEN_OVER = "pool-taken-over"
+    """From another cluster; `data.user` says that it isn't used there any more."""
     POOL_UNREACHABLE = "pool-unreachable"
     """The storage of a pool that guests of this node use doesn't answer it; `data.pool`."""
     POOL_REACHABLE = "pool-reachable"

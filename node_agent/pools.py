@@ -17,8 +17,9 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 from migrator.errors import ConflictError, FerryError, NotFoundError
-from migrator.model import PoolName
+from migrator.model import PoolName, PoolOwner
 from migrator.ports import Struct, VolumeDriver
+from node_agent.pool_owners import PoolOwners
 from node_agent.resources import POOLS, PoolOrigin, PoolRecord
 from node_agent.state.typed import TypedStore, decode
 from storage.settings import PoolSettings
@@ -44,9 +45,12 @@ class PoolSet(Mapping[PoolName, VolumeDriver]):
         configured: Sequence[PoolSettings],
         make: Callable[[PoolSettings], VolumeDriver],
         store: TypedStore,
+        node: str = "",
     ) -> None:
+        """`node`: who says so where it writes down whose a pool is."""
         self._make = make
         self._store = store
+        self._owners = PoolOwners(store, node)
         self._entries = {
             PoolName(settings.name): PoolEntry(
                 settings=settings, origin=PoolOrigin.CONFIGURATION, driver=make(settings)
@@ -78,6 +82,7 @@ class PoolSet(Mapping[PoolName, VolumeDriver]):
 
         A pool that this agent can make nothing of, a newer one's perhaps, is logged and left out.
         """
+        await self._owners.open()
         for entry in await self._store.store.list_prefix(POOLS):
             name = PoolName(entry.key.removeprefix(POOLS))
             try:
@@ -109,6 +114,42 @@ class PoolSet(Mapping[PoolName, VolumeDriver]):
     def trial(self, settings: PoolSettings) -> contextlib.AbstractAsyncContextManager[VolumeDriver]:
         """A driver of a pool that isn't there yet, to try it."""
         return _trial(self._make(settings))
+
+    async def claim(self, name: PoolName) -> None:
+        """Before a volume of it is made, changed, deleted or opened: it must be this cluster's.
+
+        ConflictError: it is another's. StorageError: it doesn't say. NotFoundError.
+        """
+        await self._owners.claim(name, self.entry(name).driver)
+
+    async def claim_new(
+        self, settings: PoolSettings, driver: VolumeDriver, take_from: str | None
+    ) -> None:
+        """As `claim`, for a pool that isn't there yet; see `PoolOwners.claim`."""
+        again = f"`ferry pool add {settings.name} ..."
+        await self._owners.claim(
+            PoolName(settings.name), driver, take_from=take_from, hint=again
+        )
+
+    async def look(self, name: PoolName, driver: VolumeDriver) -> None:
+        """As `claim`, but leaves a pool that is nobody's as it is."""
+        await self._owners.look(name, driver)
+
+    def is_foreign(self, owner: PoolOwner) -> bool:
+        """Whether that is another cluster."""
+        return self._owners.is_foreign(owner)
+
+    async def take(self, name: PoolName, identity: str) -> PoolOwner:
+        """Take it from the cluster of that identity; whose it was, which may be this one's.
+
+        ConflictError: it is yet another's, or nobody's. StorageError: it is as it was.
+        """
+        driver = self.entry(name).driver
+        before = await driver.owner()
+        if before is None:
+            raise ConflictError(f"pool {name} says of no cluster that it is its; nothing was done")
+        await self._owners.claim(name, driver, take_from=identity)
+        return before
 
     async def remove(self, name: PoolName) -> PoolRecord:
         """Remove it from the cluster; its volumes stay. Returns what was removed.

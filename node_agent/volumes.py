@@ -36,10 +36,13 @@ from storage.settings import PoolSettings, same_place
 HEALTH_S: Final = 10.0
 """Beyond what any driver allows itself."""
 SAID_AT_MOST: Final = 5
+_SILENT: Final = f"no answer in {HEALTH_S:.0f} s"
 
 
 class VolumeService:
-    """Errors: NotFoundError (pool or volume), ConflictError (in use), StorageError."""
+    """Errors: NotFoundError (pool or volume), ConflictError (in use, or the pool is another
+    cluster's), StorageError.
+    """
 
     def __init__(self, pools: PoolSet, records: DomainRecords, events: EventLog) -> None:
         self._pools = pools
@@ -51,30 +54,72 @@ class VolumeService:
     async def list_pools(self) -> Sequence[Pool]:
         """By name, each tried now."""
         entries = [self._pools.entry(name) for name in self._pools]
-        return await asyncio.gather(*(_resource(entry) for entry in entries))
+        return await asyncio.gather(*(self._resource(entry) for entry in entries))
 
     async def get_pool(self, pool: PoolName) -> Pool:
         """One, tried now."""
-        return await _resource(self._pools.entry(pool))
+        return await self._resource(self._pools.entry(pool))
 
-    async def add_pool(self, settings: PoolSettings) -> Pool:
-        """ConflictError: the name is taken, or another pool has the place; RefusedError: it doesn't
-        work. Nothing was changed.
+    async def add_pool(self, settings: PoolSettings, *, take_from: str | None = None) -> Pool:
+        """ConflictError: the name is taken, another pool has the place, or another cluster, unless
+        its identity is `take_from`; RefusedError: it doesn't work. Nothing was changed.
         """
         async with self._pools.trial(settings) as driver:
             health = await _health(driver)
             if health.reachable:
                 await self._refuse_second_name(settings, driver)
+                if settings.name not in self._pools:  # Else it is refused, and stays as it is.
+                    await self._pools.claim_new(settings, driver, take_from)
         if not health.reachable:
             raise RefusedError(
                 f"pool {settings.name} was not added: this node can't use it: {health.reason}",
                 [health.reason or "it can't be reached"],
             )
         entry = await self._pools.add(settings)
-        self._events.emit(
-            EventKind.POOL_ADDED, f"pool {settings.name} was added ({entry.driver.name})"
+        text = f"pool {settings.name} was added ({entry.driver.name})"
+        if take_from is not None:
+            text += f", also from the cluster with the identity {take_from}"
+        self._events.emit(EventKind.POOL_ADDED, text)
+        return await self._resource(entry)
+
+    async def take_pool_over(self, pool: PoolName, identity: str, user: str = "") -> Pool:
+        """Make it this cluster's, which was that of the cluster with that identity. Idempotent.
+
+        That it isn't used there any more is the word of `user`. ConflictError: it is yet another's.
+        """
+        before = await self._pools.take(pool, identity)
+        if self._pools.is_foreign(before):
+            self._events.emit(
+                EventKind.POOL_TAKEN_OVER,
+                f"pool {pool} was taken over by {user or 'somebody'}; it was another cluster's: "
+                f"{before}",
+                pool=pool,
+                user=user,
+            )
+        return await self.get_pool(pool)
+
+    async def _resource(self, entry: PoolEntry) -> Pool:
+        return Pool(
+            name=entry.settings.name,
+            driver=entry.driver.name,
+            origin=entry.origin,
+            settings=entry.settings,
+            fencing=entry.driver.fencing,
+            health=await self._health_of(entry),
         )
-        return await _resource(entry)
+
+    async def _health_of(self, entry: PoolEntry) -> PoolHealth:
+        """Another cluster's pool is of no use here, however well it is."""
+        health = await _health(entry.driver)
+        if health.reachable:
+            try:
+                async with asyncio.timeout(HEALTH_S):
+                    await self._pools.look(PoolName(entry.settings.name), entry.driver)
+            except FerryError as error:
+                return PoolHealth(reachable=False, reason=str(error))
+            except TimeoutError:
+                return PoolHealth(reachable=False, reason=_SILENT)
+        return health
 
     async def _refuse_second_name(self, settings: PoolSettings, driver: VolumeDriver) -> None:
         """By two names one volume could be given to two domains, and nobody would see it."""
@@ -120,6 +165,7 @@ class VolumeService:
         if image is not None and not image.is_absolute():
             right = "an absolute path on the node"
             raise InvalidRequest(f"image must be {right}", {"image": right})
+        await self._pools.claim(pool)
         return await driver.create(
             VolumeName(request.name),
             capacity_bytes=request.capacity_bytes,
@@ -131,6 +177,7 @@ class VolumeService:
         """Grow. ConflictError while a domain that has it runs; InvalidRequest if it'd shrink."""
         driver = self._driver(pool)
         await self._refuse_running(pool, volume, "resized")
+        await self._pools.claim(pool)
         return await driver.resize(volume, request.capacity_bytes)
 
     async def clone(self, pool: PoolName, volume: VolumeName, request: VolumeClone) -> VolumeInfo:
@@ -138,6 +185,7 @@ class VolumeService:
         copy was whole: then it is deleted. Linked: if any may write to it.
         """
         driver, new = self._driver(pool), VolumeName(request.name)
+        await self._pools.claim(pool)
         if request.linked:
             users = await self._users(pool, volume, writers_only=True)
             self._refuse(pool, volume, "the base of a linked clone", users)
@@ -158,6 +206,7 @@ class VolumeService:
         """ConflictError while it is a disk of a defined domain; nothing was deleted."""
         driver = self._driver(pool)
         self._refuse(pool, volume, "deleted", await self._users(pool, volume))
+        await self._pools.claim(pool)
         await driver.delete(volume)
 
     # --- who uses what -----------------------------------------------------------------------
@@ -230,20 +279,9 @@ def _listed(users: Sequence[str]) -> str:
     return f"{said} and {more} more" if more > 0 else said
 
 
-async def _resource(entry: PoolEntry) -> Pool:
-    return Pool(
-        name=entry.settings.name,
-        driver=entry.driver.name,
-        origin=entry.origin,
-        settings=entry.settings,
-        fencing=entry.driver.fencing,
-        health=await _health(entry.driver),
-    )
-
-
 async def _health(driver: VolumeDriver) -> PoolHealth:
     try:
         async with asyncio.timeout(HEALTH_S):
             return await driver.health()
     except TimeoutError:
-        return PoolHealth(reachable=False, reason=f"no answer in {HEALTH_S:.0f} s")
+        return PoolHealth(reachable=False, reason=_SILENT)

@@ -7,11 +7,13 @@ from typing import Final
 from aiohttp import web
 
 from migrator.model import VolumeInfo
+from node_agent.api.auth import caller_of
 from node_agent.api.requests import CLUSTER, pool_of, read_body, reply, volume_of
-from node_agent.api.route import Route
+from node_agent.api.route import Query, Route
 from node_agent.resources import (
     Pool,
     PoolList,
+    PoolTakeover,
     VolumeClone,
     VolumeCreate,
     VolumeList,
@@ -38,8 +40,17 @@ async def get_pool(request: web.Request) -> web.StreamResponse:
 async def add_pool(request: web.Request) -> web.StreamResponse:
     """201."""
     settings: PoolSettings = await read_body(request, PoolSettings)  # type: ignore[arg-type]
-    pool = await request.app[CLUSTER].volumes.add_pool(settings)
+    take_from = request.query.get("from") or None
+    pool = await request.app[CLUSTER].volumes.add_pool(settings, take_from=take_from)
     return reply(pool, status=201, location=f"/v1/pools/{pool.name}")
+
+
+async def take_pool_over(request: web.Request) -> web.StreamResponse:
+    """When it is this cluster's."""
+    body = await read_body(request, PoolTakeover)
+    user = caller_of(request).name
+    volumes = request.app[CLUSTER].volumes
+    return reply(await volumes.take_pool_over(pool_of(request), body.identity, user))
 
 
 async def remove_pool(request: web.Request) -> web.StreamResponse:
@@ -107,7 +118,24 @@ ROUTES: Final = (
         status=201,
         result=Pool,
         location=True,
+        query=(
+            Query(
+                name="from",
+                kind=str,
+                description="The identity of another cluster, whose pool it was: take it over",
+            ),
+        ),
         errors=(409,),
+    ),
+    Route(
+        method="POST",
+        path=f"{_POOL}/takeover",
+        handler=take_pool_over,
+        role=Role.ADMIN,
+        summary="Make a pool this cluster's that another one uses no more",
+        body=PoolTakeover,
+        result=Pool,
+        errors=(404, 409),
     ),
     Route(
         method="GET",

@@ -15,6 +15,7 @@ from node_agent.cli.output import facts, parse_size, settings, show, size, table
 from node_agent.resources import (
     Pool,
     PoolList,
+    PoolTakeover,
     VolumeClone,
     VolumeCreate,
     VolumeList,
@@ -87,6 +88,14 @@ def add_pool(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="The driver's settings: `ferry pool drivers`."),
     ] = None,
+    take_from: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="IDENTITY",
+            help="Of another cluster, whose pool it was, and none of whose nodes uses it any more.",
+        ),
+    ] = None,
 ) -> None:
     """Add a pool to the cluster: `ferry pool add fast nfs server=10.0.0.5 export=/ferry`."""
     kind = BY_DRIVER.get(driver)
@@ -102,12 +111,36 @@ def add_pool(
                 f"{option} is no setting of {driver}, which has: {right}", ExitCode.USAGE
             )
         body[key] = _typed(kind, key, value)
-    pool = settings.client().post("/v1/pools", Pool, body)
+    query = "" if take_from is None else f"?from={quote(take_from, safe='')}"
+    pool = settings.client().post(f"/v1/pools{query}", Pool, body)
     show(
         pool,
         f"pool {pool.name} ({pool.driver}) is added for every node, and works on the "
         "one that was asked; `ferry doctor` tries it on each",
     )
+
+
+@pools.command("takeover")
+def take_pool_over(
+    name: _PoolArgument,
+    take_from: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="IDENTITY",
+            help="Of the cluster that the pool belongs to, exactly as `ferry pool show` names it.",
+        ),
+    ],
+) -> None:
+    """Make a pool this cluster's that says that it is another one's.
+
+    Two clusters with one place run guests from each other's volumes, and delete them. So be sure that
+    no node of the other one has a domain on it, or that there is no such cluster any more: its state
+    store was lost, say, and begun anew. That stays in the events, with your name.
+    """
+    body = PoolTakeover(identity=take_from)
+    pool = settings.client().post(f"{_pool(name)}/takeover", Pool, body)
+    show(pool, f"pool {name} is this cluster's")
 
 
 @pools.command("drivers")

@@ -13,6 +13,7 @@ overwrites what they haven't seen. The revision is one counter for the whole sto
     silences/NODE     Silence: what the event log was last told of its heartbeat (compare-and-set)
     pressure/TARGET   History: what was reported of it; `pressure-turn`: who moves because of that
     pools/NAME        PoolRecord: a pool that every agent has, beside those of its configuration
+    cluster/identity  ClusterIdentity: what names the cluster to others, in its pools
     events/SEQ        ClusterEvent, SEQ zero-padded to 16 digits; the oldest are dropped
 """
 

@@ -15,6 +15,7 @@ import contextlib
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Final, TypeVar
 
@@ -26,6 +27,7 @@ from migrator.model import (
     FencingToken,
     PoolHealth,
     PoolName,
+    PoolOwner,
     VolumeInfo,
     VolumeName,
 )
@@ -84,6 +86,12 @@ class DirectoryPool(VolumeDriver):
 
     async def mark(self) -> str | None:
         return await self._call(self._folder.mark, timeout_s=HEALTH_TIMEOUT_S)
+
+    async def owner(
+        self, claimant: PoolOwner | None = None, *, instead_of: str | None = None
+    ) -> PoolOwner | None:
+        look = partial(self._folder.owner, claimant, instead_of)
+        return await self._call(look, timeout_s=HEALTH_TIMEOUT_S)
 
     async def create(
         self,

@@ -4,6 +4,7 @@
     .NAME.token                  the newest token that fenced it, in decimal
     .NAME.FORMAT.RANDOM.tmp      a volume that is being made; renamed when it is complete
     .ferry.mark                  random text: which folder this is (two nodes' may differ)
+    .ferry.owner                 which cluster's pool it is
     .ferry.lock                  held (flock) while a name appears, disappears or is fenced
 
 Volume names begin with a letter or digit, so no volume is ever hidden, and nothing hidden a
@@ -28,11 +29,12 @@ from migrator.model import (
     FileSource,
     PoolHealth,
     PoolName,
+    PoolOwner,
     VolumeInfo,
     VolumeName,
 )
 from storage.directory.locks import image_in_use, image_written, pool_lock
-from storage.marks import folder_mark
+from storage.marks import folder_mark, folder_owner
 from storage.qcow2 import HEADER_BYTES, parse_header, read_backing_name
 
 ABANDONED_AFTER_S: Final = 86_400.0
@@ -168,9 +170,17 @@ class PoolFolder:
 
     def mark(self) -> str | None:
         """The folder's random text, made where there is none. None: it can't be written now."""
+        self._refuse_missing()
+        return folder_mark(self.path, f"pool {self.pool}")
+
+    def owner(self, claimant: PoolOwner | None, instead_of: str | None) -> PoolOwner | None:
+        """As the port's."""
+        self._refuse_missing()
+        return folder_owner(self.path, f"pool {self.pool}", claimant, instead_of)
+
+    def _refuse_missing(self) -> None:
         if not self.path.is_dir():
             raise StorageError(f"pool {self.pool}: folder {self.path} is missing: is it mounted?")
-        return folder_mark(self.path, f"pool {self.pool}")
 
     # --- linked clones -----------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ from migrator.model import (
     NodeName,
     PoolHealth,
     PoolName,
+    PoolOwner,
     VolumeInfo,
     VolumeName,
 )
@@ -125,6 +126,11 @@ class IscsiPool(VolumeDriver):
 
     async def mark(self) -> str | None:
         return await self._provisioner.mark()
+
+    async def owner(
+        self, claimant: PoolOwner | None = None, *, instead_of: str | None = None
+    ) -> PoolOwner | None:
+        return await self._provisioner.owner(claimant, instead_of)
 
     # --- volumes ---
 

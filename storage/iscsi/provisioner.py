@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from migrator.errors import FenceError, NotFoundError
-from migrator.model import FencingToken, PoolHealth, VolumeName
+from migrator.model import FencingToken, PoolHealth, PoolOwner, VolumeName
 from storage.hooks import call_hook
 from storage.iscsi.session import LunAddress
 
@@ -83,6 +83,12 @@ class Provisioner(abc.ABC):
 
     async def mark(self) -> str | None:
         """As the port's; None: its settings say it all, or it can't tell."""
+        return None
+
+    async def owner(
+        self, claimant: PoolOwner | None, instead_of: str | None
+    ) -> PoolOwner | None:
+        """As the port's; None also where it can't tell."""
         return None
 
     @property

@@ -4,6 +4,7 @@
     FOLDER/NAME.json      target, admitted initiators, newest token: written before tgtd is told,
                           so that it holds after a restart of tgtd
     FOLDER/.ferry.mark    which folder this is
+    FOLDER/.ferry.owner   which cluster's pool it is
     FOLDER/.lock          one change at a time, from any agent
 
 tgtd forgets everything when it ends. `restore` makes all of it again from the folder; run it after
@@ -26,13 +27,13 @@ import msgspec
 
 from migrator import durable
 from migrator.errors import ConflictError, FenceError, NotFoundError, StorageError, words
-from migrator.model import FencingToken, PoolHealth, VolumeName
+from migrator.model import FencingToken, PoolHealth, PoolOwner, VolumeName
 from migrator.own_threads import in_own_thread
 from storage.iscsi.names import iqn_part
 from storage.iscsi.provisioner import Lun, Provisioner
 from storage.iscsi.secrets import ChapFile
 from storage.iscsi.tgt_control import TgtControl
-from storage.marks import folder_mark
+from storage.marks import folder_mark, folder_owner
 
 CALL_TIMEOUT_S: Final = 20.0
 LUN_NUMBER: Final = 1
@@ -179,6 +180,10 @@ class TgtFolder:
     def mark(self) -> str | None:
         return folder_mark(self.folder, f"pool {self._pool}")
 
+    def owner(self, claimant: PoolOwner | None, instead_of: str | None) -> PoolOwner | None:
+        """As the port's."""
+        return folder_owner(self.folder, f"pool {self._pool}", claimant, instead_of)
+
     # --- tgtd ---
 
     def restore(self) -> int:
@@ -296,6 +301,11 @@ class TgtProvisioner(Provisioner):
 
     async def mark(self) -> str | None:
         return await self._call(self._tgt.mark)
+
+    async def owner(
+        self, claimant: PoolOwner | None, instead_of: str | None
+    ) -> PoolOwner | None:
+        return await self._call(lambda: self._tgt.owner(claimant, instead_of))
 
     async def _call(self, work: Callable[[], _T]) -> _T:
         """To its end: a change of tgtd's is never left half-way by a cancellation."""

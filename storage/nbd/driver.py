@@ -20,6 +20,7 @@ import msgspec
 
 from migrator.errors import (
     FenceError,
+    FerryError,
     InvalidRequest,
     NotFoundError,
     StorageError,
@@ -34,6 +35,7 @@ from migrator.model import (
     NbdSource,
     NodeName,
     PoolHealth,
+    PoolOwner,
     TlsPsk,
     VolumeInfo,
     VolumeName,
@@ -100,6 +102,18 @@ class NbdPool(VolumeDriver):
         try:
             return (await self._ask(p.Mark(), timeout_s=HEALTH_TIMEOUT_S)).mark
         except StorageError:
+            return None
+
+    async def owner(
+        self, claimant: PoolOwner | None = None, *, instead_of: str | None = None
+    ) -> PoolOwner | None:
+        """None also where the provisioner is older, or a hook: they don't know the question."""
+        request = p.Owner(claimant=claimant, instead_of=instead_of)
+        try:
+            return (await self._ask(request, timeout_s=HEALTH_TIMEOUT_S)).owner
+        except FerryError as error:
+            if self._settings.hook is None and p.NOT_A_REQUEST not in str(error):
+                raise
             return None
 
     # --- volumes -----------------------------------------------------------------------------

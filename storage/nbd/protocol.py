@@ -18,11 +18,13 @@ from typing import Any, Final
 import msgspec
 
 from migrator.errors import StorageError
-from migrator.model import PoolHealth, VolumeInfo
+from migrator.model import PoolHealth, PoolOwner, VolumeInfo
 
 LINE_BYTES_MAX: Final = 8 * 1024 * 1024
 """A listing of some ten thousand volumes."""
 PORT: Final = 10808
+NOT_A_REQUEST: Final = "not a request"
+"""How a provisioner's words begin about what it doesn't know, a newer node's request maybe."""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="op"):
@@ -35,6 +37,15 @@ class TryOut(Request, frozen=True, kw_only=True, tag="health"):
 
 class Mark(Request, frozen=True, kw_only=True, tag="mark"):
     """-> mark. Older provisioners, and hooks, may not know it."""
+
+
+class Owner(Request, frozen=True, kw_only=True, tag="owner"):
+    """-> owner: the cluster whose pool it is. `claimant` is written down where nobody is, and in
+    the place of the one whose identity is `instead_of`. Hooks and older provisioners may not know it.
+    """
+
+    claimant: PoolOwner | None = None
+    instead_of: str | None = None
 
 
 class ListVolumes(Request, frozen=True, kw_only=True, tag="list"):
@@ -120,6 +131,7 @@ class Verify(Request, frozen=True, kw_only=True, tag="verify"):
 AnyRequest = (
     TryOut
     | Mark
+    | Owner
     | ListVolumes
     | Inspect
     | Create
@@ -161,6 +173,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     draft: str | None = None
     token: int = 0
     mark: str | None = None
+    owner: PoolOwner | None = None
     openings: tuple[tuple[str, int], ...] | None = None
     """Node and token of each export that may write; None: an older provisioner doesn't say."""
 

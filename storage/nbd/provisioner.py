@@ -106,7 +106,7 @@ class Provisioner:
             fields = error.fields if isinstance(error, InvalidRequest) else {}
             failure = p.Failure(code=error.code, message=str(error), fields=fields)
         except msgspec.DecodeError as error:
-            failure = p.Failure(code=StorageError.code, message=f"not a request: {error}")
+            failure = p.Failure(code=StorageError.code, message=f"{p.NOT_A_REQUEST}: {error}")
         return p.Answer(failure=failure)
 
     async def perform(self, request: p.Request) -> p.Answer:
@@ -117,6 +117,9 @@ class Provisioner:
                 return p.Answer(health=await self._do(folder.health))
             case p.Mark():
                 return p.Answer(mark=await self._do(folder.mark))
+            case p.Owner(claimant=claimant, instead_of=instead_of):
+                owner = await self._do(lambda: folder.owner(claimant, instead_of))
+                return p.Answer(owner=owner)
             case p.ListVolumes():
                 return p.Answer(volumes=tuple(await self._do(lambda: list(_all(folder)))))
             case p.Create(volume=volume, capacity_bytes=size, draft=True):

@@ -5,6 +5,7 @@
     .NAME.RANDOM.draft  being filled
     .NAME.NODE.TOKEN.pid, .RANDOM.pid
     .ferry.mark         which folder this is
+    .ferry.owner        which cluster's pool it is
 
 Synchronous, for a thread; OSError goes up.
 """
@@ -22,9 +23,9 @@ import msgspec
 
 from migrator import durable
 from migrator.errors import ConflictError, NotFoundError, StorageError
-from migrator.model import DiskFormat, PoolHealth, VolumeInfo, VolumeName
+from migrator.model import DiskFormat, PoolHealth, PoolOwner, VolumeInfo, VolumeName
 from storage.copying import copy_image
-from storage.marks import folder_mark
+from storage.marks import folder_mark, folder_owner
 from storage.names import check_capacity, check_growth, check_volume_name
 
 _SUFFIX: Final = ".raw"
@@ -94,6 +95,10 @@ class VolumeFolder:
 
     def mark(self) -> str | None:
         return folder_mark(self.path, "the storage")
+
+    def owner(self, claimant: PoolOwner | None, instead_of: str | None) -> PoolOwner | None:
+        """As the port's."""
+        return folder_owner(self.path, "the storage", claimant, instead_of)
 
     # --- making ------------------------------------------------------------------------------
 

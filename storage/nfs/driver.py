@@ -27,6 +27,7 @@ from migrator.model import (
     NodeName,
     PoolHealth,
     PoolName,
+    PoolOwner,
     VolumeInfo,
     VolumeName,
 )
@@ -92,6 +93,14 @@ class NfsPool(VolumeDriver):
 
     async def mark(self) -> str | None:
         return await self._control.call(files.mark, timeout_s=HEALTH_TIMEOUT_S, tries=2)
+
+    async def owner(
+        self, claimant: PoolOwner | None = None, *, instead_of: str | None = None
+    ) -> PoolOwner | None:
+        def look(export: Export) -> PoolOwner | None:
+            return files.owner(export, self._where, claimant, instead_of)
+
+        return await self._control.call(look, timeout_s=HEALTH_TIMEOUT_S, tries=2)
 
     # --- volumes -----------------------------------------------------------------------------
 

@@ -7,11 +7,20 @@ import errno
 import logging
 import os
 import uuid
+from collections.abc import Iterator
 from typing import Final
 
 from migrator.errors import NotFoundError, StorageError
-from migrator.model import DiskFormat, PoolName, VolumeInfo, VolumeName
-from storage.marks import MARK, new_mark
+from migrator.model import DiskFormat, PoolName, PoolOwner, VolumeInfo, VolumeName
+from storage.marks import (
+    MARK,
+    OWNER,
+    OWNER_BYTES_MAX,
+    new_mark,
+    owner_line,
+    parse_owner,
+    stays,
+)
 from storage.nfs.layout import FOLDER_MODE, NOBODY_ID, Contents, read_contents
 from storage.nfs.libnfs import Export, NfsError
 from storage.qcow2 import HEADER_BYTES, parse_header
@@ -92,33 +101,75 @@ def try_out(export: Export) -> tuple[int, int]:
 
 def mark(export: Export) -> str | None:
     """Which export this is: a random text, made where there is none. None: it can't be made."""
-    path, draft = f"/{MARK}", f"/{MARK}.{uuid.uuid4().hex}.tmp"
+    path = f"/{MARK}"
+    found = _read_small(export, path, _MARK_BYTES_MAX)
+    if found is None:
+        try:
+            _make_once(export, path, f"{new_mark()}\n".encode())
+        except NfsError as error:
+            _log.warning("%s can't be made: %s", path, error)
+            return None
+        found = _read_small(export, path, _MARK_BYTES_MAX)
+    return (found or b"").decode(errors="replace").strip() or None
+
+
+def owner(
+    export: Export, where: str, claimant: PoolOwner | None, instead_of: str | None
+) -> PoolOwner | None:
+    """As the port's."""
+    path = f"/{OWNER}"
+    found = _read_owner(export, where, path)
+    if claimant is None or stays(found, claimant, instead_of):
+        return found
+    if found is not None:
+        with _drafted(export, path, owner_line(claimant)) as draft:
+            export.rename(draft, path)
+        return _read_owner(export, where, path)
     try:
-        return _read_mark(export, path)
+        _make_once(export, path, owner_line(claimant))
+    except NfsError as error:
+        _log.warning("%s: %s can't be made: %s", where, path, error)
+    return _read_owner(export, where, path)
+
+
+def _read_owner(export: Export, where: str, path: str) -> PoolOwner | None:
+    content = _read_small(export, path, OWNER_BYTES_MAX)
+    return None if content is None else parse_owner(content, f"{where}: {path}")
+
+
+def _read_small(export: Export, path: str, length: int) -> bytes | None:
+    """None: it isn't there."""
+    try:
+        with export.opened(path, os.O_RDONLY) as handle:
+            return export.read(handle, 0, length)
     except NfsError as error:
         if error.errno != errno.ENOENT:
             raise
-    try:
-        with export.opened(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600) as handle:
-            export.write(handle, 0, f"{new_mark()}\n".encode())
-            export.sync(handle)
+        return None
+
+
+def _make_once(export: Export, path: str, content: bytes) -> None:
+    """Make the file, whole and durable, unless it is there by now. NfsError: no draft is left."""
+    with _drafted(export, path, content) as draft:
         try:
             export.link(draft, path)
         except NfsError as error:
             if error.errno != errno.EEXIST:
                 raise
-        return _read_mark(export, path)
-    except NfsError as error:
-        _log.warning("%s can't be made: %s", path, error)
-        return None
+
+
+@contextlib.contextmanager
+def _drafted(export: Export, path: str, content: bytes) -> Iterator[str]:
+    """A file beside `path`, for the body to rename or link, and gone afterwards."""
+    draft = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with export.opened(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600) as handle:
+            export.write(handle, 0, content)
+            export.sync(handle)
+        yield draft
     finally:
         with contextlib.suppress(NfsError):
             unlink(export, draft)
-
-
-def _read_mark(export: Export, path: str) -> str | None:
-    with export.opened(path, os.O_RDONLY) as handle:
-        return export.read(handle, 0, _MARK_BYTES_MAX).decode(errors="replace").strip() or None
 
 
 def temporary(volume: VolumeName) -> str:

@@ -5,7 +5,7 @@
       fence.TOKEN.UID            the newest fence: its token, and the owner that it gave the disk to
       open.NODE.TOKEN.MODE       the node has it open under the token; MODE is rw or ro
     .NAME.RANDOM.tmp/            being made or deleted
-    .ferry.mark                  which export this is (`storage.marks`)
+    .ferry.mark, .ferry.owner    which export this is, and which cluster's (`storage.marks`)
 
 Names, not contents: a rename is one round trip, and atomic, so a fence that finds another token
 than it expected changes nothing.

@@ -30,10 +30,12 @@ from migrator.model import (
     NodeName,
     PoolHealth,
     PoolName,
+    PoolOwner,
     VolumeInfo,
     VolumeName,
 )
 from migrator.ports import VolumeDriver
+from storage.marks import stays
 from storage.names import (
     capacity_below_image,
     check_capacity,
@@ -89,6 +91,8 @@ class SharedVolumes:
     capacity_bytes: int = 1 << 40
     writes: list[WriteRecord] = field(default_factory=list)
     volumes: dict[VolumeName, _Volume] = field(default_factory=dict)
+    owner: PoolOwner | None = None
+    """Whose pool it is, where somebody has said so."""
 
     def stale_writes(self) -> list[WriteRecord]:
         return [write for write in self.writes if write.stale]
@@ -135,6 +139,14 @@ class SimulatedPool(VolumeDriver):
             return PoolHealth(reachable=False, reason=str(error))
         total = self.shared.capacity_bytes
         return PoolHealth(reachable=True, capacity_bytes=total, free_bytes=total - self._used())
+
+    async def owner(
+        self, claimant: PoolOwner | None = None, *, instead_of: str | None = None
+    ) -> PoolOwner | None:
+        await self._reach()
+        if claimant is not None and not stays(self.shared.owner, claimant, instead_of):
+            self.shared.owner = claimant
+        return self.shared.owner
 
     async def create(
         self,

@@ -82,6 +82,7 @@ class TestContract(VolumeContract):
     """What every driver keeps to. A device is as large as it is: nothing is sparse."""
 
     formats = frozenset({DiskFormat.RAW})
+    tells_owner = False
 
     async def test_a_created_volume_is_there_on_every_node(  # type: ignore[override]
         self, nodes: Pools

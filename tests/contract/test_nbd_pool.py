@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundError, StorageError
-from migrator.model import DiskFormat, FencingToken, NbdSource, NodeName, VolumeName
-from storage.marks import MARK
+from migrator.model import DiskFormat, FencingToken, NbdSource, NodeName, PoolOwner, VolumeName
+from storage.marks import MARK, OWNER
 from storage.nbd import NbdPool
-from storage.nbd.protocol import PORT
+from storage.nbd.protocol import PORT, TO_NODE, Answer, Failure, signed
 from storage.settings import NbdSettings
 from tests.contract.storage_servers import ADDRESS, NbdServer, in_new_namespace
 from tests.contract.volume_contract import FenceContract, VolumeContract
@@ -78,7 +78,8 @@ async def nodes(server: NbdServer) -> AsyncIterator[Pools]:
         for node in made:
             await node.close(VolumeName(volume.name), t(1 << 40))
         await made[0].delete(VolumeName(volume.name))
-    (server.folder / MARK).unlink(missing_ok=True)
+    for name in (MARK, OWNER):
+        (server.folder / name).unlink(missing_ok=True)
     assert os.listdir(server.folder) == []  # noqa: PTH208 - Names are what it is about.
 
 
@@ -233,6 +234,29 @@ async def test_a_hook_answers_the_same_requests(tmp_path: Path) -> None:
     hook.write_text("#!/bin/sh\necho out of paper >&2; exit 3\n")
     with pytest.raises(StorageError, match="out of paper"):
         await pool.delete(DISK)
+
+
+async def test_who_doesnt_know_whose_a_pool_is_is_no_obstacle(tmp_path: Path, network: None) -> None:
+    """An older provisioner, or a hook; one that can't be asked at all is."""
+    claimant = PoolOwner(identity="1")
+    hook = tmp_path / "hook"
+    hook.write_text('#!/bin/sh\nexec echo \'{"failure": {"code": "storage", "message": "?"}}\'\n')
+    hook.chmod(hook.stat().st_mode | stat.S_IXUSR)
+    assert await NbdPool(NbdSettings(name="h", hook=str(hook)), NodeName("a")).owner(claimant) is None
+
+    async def older(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'{"nonce": "1"}\n')
+        await reader.readline()
+        failure = Failure(code="storage", message="not a request: Invalid value 'owner'")
+        writer.write(signed(Answer(failure=failure), TO_NODE, "1", None))
+        writer.close()
+
+    server = await asyncio.start_server(older, ADDRESS, 4712)
+    pool = NbdPool(NbdSettings(name="p", provisioner=f"{ADDRESS}:4712"), NodeName("a"))
+    async with server:
+        assert await pool.owner(claimant) is None
+    with pytest.raises(StorageError, match="can't be asked"):
+        await pool.owner(claimant)
 
 
 def test_a_pool_has_one_way_to_its_provisioner() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundError, StorageError
 from migrator.model import DiskFormat, FencingToken, NfsSource, NodeName, VolumeName
-from storage.marks import MARK
+from storage.marks import MARK, OWNER
 from storage.nfs import NfsPool
 from storage.nfs.files import remove_tree
 from storage.nfs.layout import READER_ID
@@ -56,8 +56,9 @@ async def nodes(
         for node in made:
             await node.close(name, t(1 << 40))
         await made[0].delete(name)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(f"{server.export}/{MARK}")  # noqa: PTH108 - As below.
+    for left in (MARK, OWNER):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{server.export}/{left}")  # noqa: PTH108 - As below.
     assert os.listdir(server.export) == []  # noqa: PTH208 - Names are what it is about.
     for node in made:
         await node.shut_down()

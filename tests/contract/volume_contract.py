@@ -16,7 +16,7 @@ from typing import ClassVar
 import pytest
 
 from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundError
-from migrator.model import DiskFormat, FencingToken, NodeName, VolumeName
+from migrator.model import DiskFormat, FencingToken, NodeName, PoolOwner, VolumeName
 from migrator.ports import VolumeDriver
 from tests.contract.writers import Writer
 
@@ -38,6 +38,8 @@ class VolumeContract:
 
     formats: ClassVar[frozenset[DiskFormat]] = frozenset(BOTH)
     """Those that the driver has; it refuses the others by name."""
+    tells_owner: ClassVar[bool] = True
+    """Whether the storage has a place where it can say whose pool it is."""
 
     @pytest.fixture
     def pool(self, nodes: Nodes) -> VolumeDriver:
@@ -224,6 +226,29 @@ class VolumeContract:
         assert await a.shows_opened(DISK, NodeName("b"), t(3)) is shown
         await b.close(DISK, t(2))
         await a.close(DISK, t(1))
+
+    async def test_a_pool_is_one_clusters_until_it_is_taken_over(self, nodes: Nodes) -> None:
+        """Of two clusters that come at once one has it, and both see which."""
+        a, b = nodes
+        made = await a.create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW)
+        mark = await a.mark()  # As an older release left it.
+        one, other = PoolOwner(identity="1", node="a"), PoolOwner(identity="2", name="x", node="b")
+        assert (await a.owner(), await b.owner()) == (None, None)
+        if not self.tells_owner:
+            assert await a.owner(one) is None
+            return
+        claims = [node.owner(claimant) for node in nodes * 2 for claimant in (one, other)]
+        first, *rest = await asyncio.gather(*claims)
+        assert first in (one, other) and set(rest) == {first}
+        loser = other if first == one else one
+        for wrong in (None, "3", loser.identity):
+            assert await b.owner(loser, instead_of=wrong) == first
+        renamed = PoolOwner(identity=first.identity, name="renamed", node="c")
+        assert await a.owner(renamed, instead_of=first.identity) == first
+        assert await b.owner(loser, instead_of=first.identity) == loser
+        assert (await a.owner(), await a.owner(renamed)) == (loser, loser)
+        assert await b.mark() == mark
+        assert list(await a.list_volumes()) == [made]
 
     async def test_health_and_fencing_are_told(self, pool: VolumeDriver) -> None:
         health = await pool.health()

@@ -179,7 +179,7 @@ class SimulatedNode:
         self.fabric = SimulatedFabric(self.name, world.network)
         self.store = SimulatedStore(world.data)
         self.typed = TypedStore(self.store)
-        self.pools = PoolSet([SimulatedSettings(name="default")], self._make_pool, self.typed)
+        self.pools = PoolSet([SimulatedSettings(name="default")], self._make_pool, self.typed, name)
         self.ownership = StoreOwnership(self.store)
         self.records = DomainRecords(self.typed)
         self.events = EventLog(self.typed, name)
@@ -227,6 +227,7 @@ class SimulatedNode:
             records=self.records,
             events=self.events,
             pin_machine=MachinePinner(self.registry),
+            claim=self.pools.claim,
             restart=RestartPolicy(
                 boot_id=boot_id, store=self.restarts, enabled=restart, clock=self._wall
             ),

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from migrator.errors import ConfigError, StoreError
+from migrator.model import PoolName
 from node_agent.config import AgentConfig
+from node_agent.pool_owners import PoolOwners
 from node_agent.trust import certificates
 from node_agent.trust.files import Identity
 from node_agent.trust.founding import replace_cluster
@@ -21,6 +23,7 @@ from node_agent.trust.records import (
     MemberRecord,
     UserCreate,
 )
+from storage.simulated import SimulatedPool
 from tests.unit.trust_world import Member, trust_world
 
 pytestmark = pytest.mark.allow_blocking("what the command line does runs in a thread")
@@ -34,6 +37,9 @@ async def test_a_cluster_gets_a_new_authority_and_keeps_all_else(tmp_path: Path)
         key = await asyncio.to_thread(one.folder.authority_key_path.read_bytes)
         await asyncio.to_thread(two.folder.write, two.folder.authority_key_path.name, key)
         before = one.identity.fingerprint
+        owners = PoolOwners(one.typed, "n1")
+        await owners.open()
+        await owners.claim(PoolName("p"), pool := SimulatedPool(PoolName("p")))
         identity, kept = await replace_cluster(one.config, None, one.typed)
         assert (identity.cluster, identity.fingerprint == before) == ("c1", False)
         assert kept is not None and (kept / "authority-key.pem").read_bytes() == key
@@ -44,6 +50,9 @@ async def test_a_cluster_gets_a_new_authority_and_keeps_all_else(tmp_path: Path)
         await again.trust.open()
         assert [each.name for each in again.trust.cluster_view().members] == ["n1"]
         assert [each.name for each in await again.trust.users.list_users()] == ["bob"]
+        owners = PoolOwners(again.typed, "n1")
+        await owners.open()
+        await owners.claim(PoolName("p"), pool)  # It is this cluster's still.
         with pytest.raises(ConfigError, match="belongs to another cluster"):
             await two.trust.open()
         pem = await again.trust._own_authority().admit(
