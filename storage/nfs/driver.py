@@ -35,7 +35,7 @@ from migrator.ports import VolumeDriver
 from storage.names import check_growth, check_volume_name, linked_unsupported
 from storage.nfs import files, making
 from storage.nfs.connection import Connection, Server
-from storage.nfs.layout import READER_ID, Contents, Fence, Opening, identity
+from storage.nfs.layout import READER_ID, Contents, Fence, Opening, identity, new_identity
 from storage.nfs.libnfs import Export, NfsError
 from storage.settings import NfsSettings
 
@@ -135,21 +135,70 @@ class NfsPool(VolumeDriver):
         check_volume_name(volume)
         async with self._connection() as connection:
             await self._unused(connection, volume, "deleted")
-            await connection.call(
+            user = await connection.call(
                 lambda export: files.delete(export, volume), timeout_s=CALL_TIMEOUT_S
             )
+            if user is not None:
+                raise self._in_use(volume, user, "deleted")
         self._known.pop(volume, None)
 
     async def resize(self, volume: VolumeName, capacity_bytes: int) -> VolumeInfo:
+        """By qemu-img, a qcow2: as a writer with an identity of its own, given the disk first.
+
+        A start's fence, on whichever node, takes the disk from it as from any other writer. Then:
+        ConflictError; the volume has its old capacity, or the new one.
+        """
         check_volume_name(volume)
         async with self._connection() as connection:
             contents = await self._unused(connection, volume, "resized")
             present = await self._describe(connection, volume)
             check_growth(volume, present.capacity_bytes, capacity_bytes)
-            await self._maker(connection).grow(
-                f"/{volume}/{contents.disk}", present, capacity_bytes
-            )
+            if capacity_bytes > present.capacity_bytes:
+                await self._grow(connection, volume, contents, capacity_bytes)
             return await self._describe(connection, volume)
+
+    async def _grow(
+        self, connection: Connection, volume: VolumeName, contents: Contents, capacity_bytes: int
+    ) -> None:
+        own = Fence(contents.fence.token, new_identity())
+        await connection.call(
+            lambda export: self._give_to(export, volume, contents, own), timeout_s=CALL_TIMEOUT_S
+        )
+        try:
+            present = await self._describe(connection, volume)  # Another may have grown it by now.
+            check_growth(volume, present.capacity_bytes, capacity_bytes)
+            disk = f"/{volume}/{contents.disk}"
+            await self._maker(connection).grow(disk, present, capacity_bytes, own.owner)
+        except StorageError as error:
+            now = await connection.call(
+                lambda export: self._contents(export, volume), timeout_s=CALL_TIMEOUT_S
+            )
+            if now.fence == own:
+                raise
+            raise ConflictError(
+                f"{self._where}: volume {volume} was opened while it was resized, and is in "
+                "another's hands now; it may be of either size"
+            ) from error
+
+    def _give_to(
+        self, export: Export, volume: VolumeName, contents: Contents, own: Fence
+    ) -> None:
+        """Give the disk to `own`, under the token that fenced it last. ConflictError: it was fenced
+        since `contents` were read.
+        """
+        taken = ConflictError(
+            f"{self._where}: volume {volume} was opened just now; it was not resized"
+        )
+        try:
+            export.rename(f"/{volume}/{contents.fence.name}", f"/{volume}/{own.name}")
+        except NfsError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            raise taken from error
+        export.chown(f"/{volume}/{contents.disk}", own.owner, own.owner)
+        if not files.exists(export, f"/{volume}/{own.name}"):
+            self._complete(export, volume)
+            raise taken
 
     async def clone(
         self, volume: VolumeName, new: VolumeName, *, linked: bool = False
@@ -308,8 +357,11 @@ class NfsPool(VolumeDriver):
             lambda export: self._contents(export, volume), timeout_s=CALL_TIMEOUT_S
         )
         if users := contents.in_use():
-            raise ConflictError(
-                f"{self._where}: node {users[0].node} has volume {volume} open (token "
-                f"{users[0].token}); it was not {what}"
-            )
+            raise self._in_use(volume, users[0], what)
         return contents
+
+    def _in_use(self, volume: VolumeName, user: Opening, what: str) -> ConflictError:
+        return ConflictError(
+            f"{self._where}: node {user.node} has volume {volume} open (token {user.token}); it was "
+            f"not {what}"
+        )

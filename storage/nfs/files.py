@@ -21,7 +21,7 @@ from storage.marks import (
     parse_owner,
     stays,
 )
-from storage.nfs.layout import FOLDER_MODE, NOBODY_ID, Contents, read_contents
+from storage.nfs.layout import FOLDER_MODE, NOBODY_ID, Contents, Opening, read_contents
 from storage.nfs.libnfs import Export, NfsError
 from storage.qcow2 import HEADER_BYTES, parse_header
 
@@ -177,11 +177,24 @@ def temporary(volume: VolumeName) -> str:
     return f"/.{volume}.{uuid.uuid4().hex}.tmp"
 
 
-def delete(export: Export, volume: VolumeName) -> None:
-    """The name goes first, at once; then the rest."""
+def delete(export: Export, volume: VolumeName) -> Opening | None:
+    """The name goes first, at once, so that nobody opens it any more; then the rest.
+
+    Whoever has opened it just before: then it has its name again, and nothing was deleted.
+    """
     gone = temporary(volume)
     export.rename(f"/{volume}", gone)
+    try:
+        found = read_contents(export.names(gone))
+        users = [] if found is None else found.in_use()
+    except BaseException:
+        export.rename(gone, f"/{volume}")
+        raise
+    if users:
+        export.rename(gone, f"/{volume}")
+        return users[0]
     remove_tree(export, gone)
+    return None
 
 
 def remove_tree(export: Export, folder: str) -> None:

@@ -14,6 +14,7 @@ than it expected changes nothing.
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -37,6 +38,11 @@ def identity(node: NodeName, token: FencingToken) -> int:
     """The uid and gid of what `node` opens under `token`: no other node's, no other token's."""
     digest = hashlib.sha256(f"{node}\0{token}".encode()).digest()
     return _FIRST_ID + int.from_bytes(digest[:8], "big") % _IDS
+
+
+def new_identity() -> int:
+    """The uid and gid of a writer that is no domain's: nobody else's, as far as chance can say."""
+    return _FIRST_ID + secrets.randbelow(_IDS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,12 +87,15 @@ class Maker:
             await self._truncate(target, size_bytes)
             await self._call(lambda export: _own(export, target))
 
-    async def grow(self, disk: str, present: VolumeInfo, capacity_bytes: int) -> None:
-        """To at least what it has."""
+    async def grow(
+        self, disk: str, present: VolumeInfo, capacity_bytes: int, owner: int
+    ) -> None:
+        """To at least what it has. `owner`: the disk's, as whom qemu-img writes to it."""
         if present.format is DiskFormat.RAW:
-            await self._truncate(disk, capacity_bytes)
+            await self._call(lambda export: _extend(export, disk, capacity_bytes))
         elif capacity_bytes > present.capacity_bytes:
-            await self._tool("resize", "-q", "-f", "qcow2", self._url(disk), str(capacity_bytes))
+            url = self._url(disk, owner)
+            await self._tool("resize", "-q", "-f", "qcow2", url, str(capacity_bytes))
 
     @contextlib.asynccontextmanager
     async def _made(self, volume: VolumeName) -> AsyncIterator[str]:
@@ -167,11 +170,19 @@ class Maker:
     async def _tool(self, *arguments: str) -> None:
         await run_program(self._where, [self._qemu_img, *arguments])
 
-    def _url(self, disk: str) -> str:
+    def _url(self, disk: str, user: int = 0) -> str:
         """As qemu-img takes it, which knows no other way to create."""
         server, export = self._settings.server, self._settings.export.rstrip("/")
         host = f"[{server}]" if ":" in server else server
-        return f"nfs://{host}{quote(export + disk)}?uid=0&gid=0"
+        return f"nfs://{host}{quote(export + disk)}?uid={user}&gid={user}"
+
+
+def _extend(export: Export, disk: str, size_bytes: int) -> None:
+    """One request of the server's; a guest that was started meanwhile may have the file open."""
+    with export.opened(disk, os.O_RDWR) as handle:
+        if export.status(disk).size_bytes < size_bytes:
+            export.truncate(handle, size_bytes)
+        export.sync(handle)
 
 
 def _own(export: Export, disk: str) -> None:

@@ -10,16 +10,18 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundError, StorageError
 from migrator.model import DiskFormat, FencingToken, NfsSource, NodeName, VolumeName
 from storage.marks import MARK, OWNER
-from storage.nfs import NfsPool
+from storage.nfs import NfsPool, files
 from storage.nfs.files import remove_tree
-from storage.nfs.layout import READER_ID
-from storage.nfs.libnfs import NfsError
+from storage.nfs.layout import READER_ID, Opening
+from storage.nfs.libnfs import Export, NfsError
+from storage.nfs.making import Maker
 from storage.settings import NfsSettings
 from tests.contract.storage_servers import ADDRESS, NfsServer, in_new_namespace
 from tests.contract.volume_contract import FenceContract, VolumeContract
@@ -191,6 +193,78 @@ async def test_what_is_open_is_known_after_a_restart_and_not_deleted(
     assert (await restarted.resize(DISK, 2 * MIB)).capacity_bytes == 2 * MIB
     await restarted.delete(DISK)
     await restarted.shut_down()
+
+
+@pytest.mark.parametrize("when", ["before qemu-img writes", "before the disk is given to it"])
+async def test_a_start_elsewhere_shuts_a_resize_out(
+    nodes: tuple[NfsPool, NfsPool],
+    server: NfsServer,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+) -> None:
+    """Two writers would ruin a qcow2: whoever fences last is the only one, as always."""
+    a, b = nodes
+    await a.create(DISK, capacity_bytes=MIB, format=DiskFormat.QCOW2)
+    begin, tool = NfsPool._grow, Maker._tool
+    started: list[NfsSource] = []
+
+    async def start() -> None:
+        source = await b.open(DISK, t(1), read_only=False)
+        await b.fence(DISK, t(1))
+        assert isinstance(source, NfsSource)
+        started.append(source)
+
+    async def start_then_grow(pool: NfsPool, *arguments: Any) -> None:
+        await start()
+        await begin(pool, *arguments)
+
+    async def start_then_write(maker: Maker, *arguments: str) -> None:
+        await start()
+        await tool(maker, *arguments)
+
+    with monkeypatch.context() as patch:
+        if when == "before qemu-img writes":
+            patch.setattr(Maker, "_tool", start_then_write)
+        else:
+            patch.setattr(NfsPool, "_grow", start_then_grow)
+        with pytest.raises(ConflictError, match="was opened (just now|while it was resized)"):
+            await a.resize(DISK, 2 * MIB)
+    assert (await a.inspect(DISK)).capacity_bytes == MIB
+    status = (Path(server.export) / DISK / "disk.qcow2").stat()
+    assert (status.st_uid, status.st_gid) == (started[0].user, started[0].group)
+    writer = await asyncio.to_thread(Writer, started[0], 0xB2)
+    assert writer.write()
+    writer.end()
+    await b.close(DISK, t(1))
+    assert (await a.resize(DISK, 2 * MIB)).capacity_bytes == 2 * MIB
+    assert await a.verify(DISK) == 1
+    again = await b.open(DISK, t(2), read_only=False)
+    await b.fence(DISK, t(2))
+    writer = await asyncio.to_thread(Writer, again, 0xB3)
+    assert writer.reads(0xB2) and writer.write(MIB)
+    writer.end()
+
+
+async def test_a_volume_that_is_opened_just_before_it_goes_stays(
+    nodes: tuple[NfsPool, NfsPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one who deletes has looked already whether anybody has it open."""
+    a, b = nodes
+    await a.create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW)
+    delete = files.delete
+
+    def open_then_delete(export: Export, volume: VolumeName) -> Opening | None:
+        opening = Opening(NodeName("b"), t(1), read_only=False)
+        files.touch(export, f"/{volume}/{opening.name}")
+        return delete(export, volume)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "delete", open_then_delete)
+        with pytest.raises(ConflictError, match="node b has .* it was not deleted"):
+            await a.delete(DISK)
+    await b.open(DISK, t(1), read_only=False)
+    await b.fence(DISK, t(1))
+    assert [each.name for each in await a.list_volumes()] == [DISK]
 
 
 async def test_readers_are_neither_owner_nor_group(nodes: tuple[NfsPool, NfsPool]) -> None:
