@@ -168,7 +168,9 @@ class NbdPool(VolumeDriver):
     async def clone(
         self, volume: VolumeName, new: VolumeName, *, linked: bool = False
     ) -> VolumeInfo:
-        """A full copy, made by the provisioner."""
+        """A full copy, made by the provisioner. ConflictError: a node has it open for writing, or has
+        opened it meanwhile, which waits for no copy.
+        """
         raw_only.check_clone(self.name, volume, new, linked=linked)
         request = p.Clone(volume=volume, new=new)
         return self._one(await self._ask(request, timeout_s=COPY_TIMEOUT_S))

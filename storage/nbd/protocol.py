@@ -91,7 +91,9 @@ class Resize(Request, frozen=True, kw_only=True, tag="resize"):
 
 
 class Clone(Request, frozen=True, kw_only=True, tag="clone"):
-    """-> volumes: the new one"""
+    """-> volumes: the new one. A conflict while a node has the volume for writing, or if one opens it
+    meanwhile: it isn't to wait for the copy. Whoever hangs up before the answer gets no copy.
+    """
 
     volume: str
     new: str

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
@@ -29,8 +30,10 @@ from migrator.errors import (
 )
 from migrator.model import VolumeInfo, VolumeName
 from storage.bounded import COPIES, bounded
+from storage.copying import CopyCancelled
 from storage.names import check_volume_name
 from storage.nbd import protocol as p
+from storage.nbd.copies import Copies
 from storage.nbd.exports import Export, Serving
 from storage.nbd.volumes import ExportState, VolumeFolder, VolumeState
 
@@ -56,6 +59,7 @@ class Provisioner:
         self._exports: dict[str, Export] = {}
         self._drafts: dict[str, Export] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._copies = Copies()
         self._taken: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -89,7 +93,7 @@ class Provisioner:
                 writer.write(msgspec.json.encode(p.Greeting(nonce=nonce)) + b"\n")
                 line = await reader.readline()
             if line:
-                answer = await self._answer(line, nonce)
+                answer = await self._answer_while_asked(line, nonce, reader)
                 writer.write(p.signed(answer, p.TO_NODE, nonce, self._key))
                 async with asyncio.timeout(REQUEST_TIMEOUT_S):
                     await writer.drain()
@@ -98,10 +102,22 @@ class Provisioner:
         finally:
             writer.close()
 
-    async def _answer(self, line: bytes, nonce: str) -> p.Answer:
+    async def _answer_while_asked(
+        self, line: bytes, nonce: str, reader: asyncio.StreamReader
+    ) -> p.Answer:
+        hung_up = asyncio.ensure_future(reader.read(1))
+        try:
+            return await self._answer(line, nonce, hung_up)
+        finally:
+            hung_up.cancel()
+            await asyncio.gather(hung_up, return_exceptions=True)
+
+    async def _answer(
+        self, line: bytes, nonce: str, hung_up: asyncio.Future[bytes]
+    ) -> p.Answer:
         try:
             request = p.parse_request(p.checked(line, p.TO_PROVISIONER, nonce, self._key))
-            return await self.perform(request)
+            return await self.perform(request, hung_up)
         except FerryError as error:
             fields = error.fields if isinstance(error, InvalidRequest) else {}
             failure = p.Failure(code=error.code, message=str(error), fields=fields)
@@ -109,8 +125,13 @@ class Provisioner:
             failure = p.Failure(code=StorageError.code, message=f"{p.NOT_A_REQUEST}: {error}")
         return p.Answer(failure=failure)
 
-    async def perform(self, request: p.Request) -> p.Answer:
-        """FerryErrors say what is wrong; nothing was changed then."""
+    async def perform(
+        self, request: p.Request, hung_up: asyncio.Future[bytes] | None = None
+    ) -> p.Answer:
+        """FerryErrors say what is wrong; nothing was changed then.
+
+        `hung_up` is done once nobody waits for the answer: then no copy is made.
+        """
         folder = self._folder
         match request:
             case p.TryOut():
@@ -124,6 +145,8 @@ class Provisioner:
                 return p.Answer(volumes=tuple(await self._do(lambda: list(_all(folder)))))
             case p.Create(volume=volume, capacity_bytes=size, draft=True):
                 return await self._open_draft(volume, size)
+            case p.Clone(volume=volume, new=new):
+                return p.Answer(volumes=(await self._clone(volume, new, hung_up),))
             case p.Discard(draft=draft):
                 await self._discard(draft)
                 return p.Answer()
@@ -145,13 +168,9 @@ class Provisioner:
             case p.Publish(draft=draft):
                 await self._end_draft(draft)
                 return p.Answer(volumes=(await self._do(lambda: folder.publish(draft, volume)),))
-            case p.Clone(new=new):
-                made = await self._do(
-                    lambda: folder.clone(volume, new), timeout_s=COPY_TIMEOUT_S, kind=COPIES
-                )
-                return p.Answer(volumes=(made,))
             case p.Resize(capacity_bytes=size):
                 await self._refuse_used(volume, "resized")
+                self._copies.end(volume, "it was resized meanwhile")
                 return p.Answer(volumes=(await self._do(lambda: folder.resize(volume, size)),))
             case p.Delete():
                 await self._delete(volume)
@@ -176,6 +195,11 @@ class Provisioner:
             raise FenceError(
                 f"volume {request.volume} is fenced by token {state.fence}, "
                 f"not opened: {request.token}"
+            )
+        if not request.read_only:
+            self._copies.end(
+                request.volume,
+                f"node {request.node} opened it for writing meanwhile (token {request.token})",
             )
         wanted = next(
             (
@@ -234,6 +258,8 @@ class Provisioner:
                 else msgspec.structs.replace(each, live=(each.node, each.token) == winner)
                 for each in state.exports
             )
+            if winner is not None:
+                self._copies.end(volume, f"node {request.node} has it for writing (token {token})")
             state = VolumeState(fence=token, winner=winner, exports=exports)
             await self._write(volume, state)
         await self._apply(volume, state)
@@ -257,12 +283,17 @@ class Provisioner:
 
     async def _delete(self, volume: str) -> None:
         await self._refuse_used(volume, "deleted")
+        self._copies.end(volume, "it was deleted meanwhile")
         for each in (await self._state(volume)).exports:
             await self._drop(volume, each)
         await self._do(lambda: self._folder.remove(volume))
 
-    async def _refuse_used(self, volume: str, what: str) -> None:
-        used = [each for each in (await self._state(volume)).exports if each.live]
+    async def _refuse_used(self, volume: str, what: str, *, by_writers: bool = False) -> None:
+        used = [
+            each
+            for each in (await self._state(volume)).exports
+            if each.live and not (by_writers and each.read_only)
+        ]
         if used:
             raise ConflictError(
                 f"node {used[0].node} has volume {volume} open (token {used[0].token}); "
@@ -302,6 +333,43 @@ class Provisioner:
             if port not in self._taken:
                 return port
         raise StorageError(f"all {len(self._ports)} ports for exports are taken")
+
+    # --- copies ------------------------------------------------------------------------------
+
+    async def _clone(
+        self, volume: str, new: str, hung_up: asyncio.Future[bytes] | None
+    ) -> VolumeInfo:
+        """ConflictError: somebody has it for writing, or had meanwhile. Nothing is left then."""
+        check_volume_name(VolumeName(volume))
+        async with self._locks[volume]:
+            await self._refuse_used(volume, "cloned", by_writers=True)
+            copy = self._copies.begin(volume)
+        if hung_up is not None:
+            hung_up.add_done_callback(lambda _: copy.end("whoever asked for it doesn't wait"))
+        try:
+            draft = await self._do(
+                lambda: self._folder.copy(volume, new, copy.given_up),
+                timeout_s=COPY_TIMEOUT_S,
+                kind=COPIES,
+                given_up=copy.given_up,
+                undo=self._folder.discard,
+            )
+        except (CopyCancelled, StorageError) as error:
+            if not copy.why:
+                raise
+            raise ConflictError(f"volume {volume} was not cloned: {copy.why}") from error
+        finally:
+            self._copies.done(copy)
+        try:
+            if copy.why:
+                raise ConflictError(f"volume {volume} was not cloned: {copy.why}")
+            async with self._locks[new]:
+                return await self._do(
+                    lambda: self._folder.publish(draft, new), timeout_s=COPY_TIMEOUT_S, kind=COPIES
+                )
+        except BaseException:
+            await asyncio.shield(self._do(lambda: self._folder.discard(draft)))
+            raise
 
     # --- drafts ------------------------------------------------------------------------------
 
@@ -345,9 +413,17 @@ class Provisioner:
         await self._do(lambda: self._folder.write_state(volume, state))
 
     async def _do(
-        self, work: Callable[[], _T], *, timeout_s: float = REQUEST_TIMEOUT_S, kind: str = ""
+        self,
+        work: Callable[[], _T],
+        *,
+        timeout_s: float = REQUEST_TIMEOUT_S,
+        kind: str = "",
+        given_up: threading.Event | None = None,
+        undo: Callable[[_T], None] | None = None,
     ) -> _T:
-        return await bounded(work, "the storage", timeout_s=timeout_s, kind=kind)
+        return await bounded(
+            work, "the storage", timeout_s=timeout_s, kind=kind, given_up=given_up, undo=undo
+        )
 
 
 def _name(volume: str, state: ExportState) -> str:

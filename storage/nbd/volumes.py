@@ -149,7 +149,11 @@ class VolumeFolder:
         for left in self.path.glob(".*.draft"):
             left.unlink(missing_ok=True)
 
-    def clone(self, volume: str, new: str) -> VolumeInfo:
+    def copy(self, volume: str, new: str, given_up: threading.Event) -> str:
+        """A draft of `new` with what the volume holds, on the disk; its name.
+
+        CopyCancelled: `given_up` was set. Whatever fails leaves nothing.
+        """
         present = self.describe(volume)
         draft = self.make_draft(new, present.capacity_bytes)
         try:
@@ -157,15 +161,16 @@ class VolumeFolder:
             try:
                 target = os.open(self.path / draft, os.O_RDWR | os.O_CLOEXEC)
                 try:
-                    copy_image(source, target, threading.Event())
+                    copy_image(source, target, given_up)
+                    os.fsync(target)
                 finally:
                     os.close(target)
             finally:
                 os.close(source)
-            return self.publish(draft, new)
         except BaseException:
             self.discard(draft)
             raise
+        return draft
 
     def resize(self, volume: str, capacity_bytes: int) -> VolumeInfo:
         present = self.describe(volume)
