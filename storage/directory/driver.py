@@ -152,7 +152,8 @@ class DirectoryPool(VolumeDriver):
     ) -> VolumeInfo:
         """A copy (shared blocks where the file system can), or a qcow2 overlay.
 
-        An overlay's base is only read from then on: `open` refuses it to writers.
+        An overlay's base is only read from then on: `open` refuses it to writers. ConflictError, for
+        a copy: somebody has written to the volume meanwhile, a resize for one.
         """
         check_volume_name(volume)
         check_volume_name(new)
@@ -166,7 +167,13 @@ class DirectoryPool(VolumeDriver):
                 await self._run_tool("create", "-q", "-f", "qcow2", *base, str(making.path))
                 await self._call(lambda: self._folder.keep_for_reading(volume))
             else:
+                before = await self._call(partial(_state_of, image))
                 await self._copy(image, making.path)
+                if await self._call(partial(_state_of, image)) != before:
+                    raise ConflictError(
+                        f"pool {self._pool}: volume {volume} was written to while it was copied; "
+                        "it was not cloned"
+                    )
         return making.info
 
     async def open(
@@ -303,6 +310,12 @@ class _Making:
     def info(self) -> VolumeInfo:
         assert self.published is not None
         return self.published
+
+
+def _state_of(image: Path) -> tuple[int, int, int]:
+    """Another one where somebody has written to it, on this host or another."""
+    status = image.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _remove(temporary: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
 
-from migrator.errors import FerryError, words
+from migrator.errors import FerryError, StorageError, words
 from storage.nbd import dh_parameters
 from storage.nbd.exports import Serving
 from storage.nbd.protocol import LINE_BYTES_MAX, PORT, read_key
@@ -44,6 +46,7 @@ async def _serve(given: argparse.Namespace) -> None:
     ports = range(first, first + given.exports_max)
     folder = VolumeFolder(given.folder.absolute())
     await asyncio.to_thread(folder.path.mkdir, parents=True, exist_ok=True)
+    await asyncio.to_thread(_be_the_only_one, folder.path)
     provisioner = Provisioner(folder, serving, key, ports)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -56,6 +59,22 @@ async def _serve(given: argparse.Namespace) -> None:
     async with server:
         await stop.wait()
     await provisioner.close()
+
+
+def _be_the_only_one(folder: Path) -> None:
+    """Hold the folder for the life of this process. StorageError: another one serves it.
+
+    A fence of one provisioner wouldn't end the exports that another one thinks should be there.
+    """
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise StorageError(
+            f"another provisioner serves {folder}; two would each fence their own exports alone"
+        ) from error
+    except OSError as error:
+        logging.warning("%s can't be locked against another provisioner: %s", folder, words(error))
 
 
 def main() -> None:

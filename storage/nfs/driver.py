@@ -203,13 +203,26 @@ class NfsPool(VolumeDriver):
     async def clone(
         self, volume: VolumeName, new: VolumeName, *, linked: bool = False
     ) -> VolumeInfo:
-        """A full copy, through this node: NFSv3 knows no other."""
+        """A full copy, through this node: NFSv3 knows no other.
+
+        ConflictError: a node has it open for writing, or something was to write to it meanwhile.
+        """
         check_volume_name(volume)
         if linked:
             raise linked_unsupported(self.name)
         async with self._connection() as connection:
-            present = await self._describe(connection, volume)
-            await self._maker(connection).clone(volume, new, present.format)
+            before = await self._unused(connection, volume, "cloned", by_writers=True)
+
+            async def still_unwritten() -> None:
+                after = await self._unused(connection, volume, "cloned", by_writers=True)
+                if after.fence != before.fence:
+                    raise ConflictError(
+                        f"{self._where}: volume {volume} was opened or resized while it was "
+                        "copied; it was not cloned"
+                    )
+
+            maker = self._maker(connection)
+            await maker.clone(volume, new, before.format, still_unwritten)
             return await self._describe(connection, new)
 
     # --- who may write -----------------------------------------------------------------------
@@ -352,11 +365,19 @@ class NfsPool(VolumeDriver):
             lambda export: files.describe(export, self._pool, volume), timeout_s=CALL_TIMEOUT_S
         )
 
-    async def _unused(self, connection: Connection, volume: VolumeName, what: str) -> Contents:
+    async def _unused(
+        self,
+        connection: Connection,
+        volume: VolumeName,
+        what: str,
+        *,
+        by_writers: bool = False,
+    ) -> Contents:
         contents = await connection.call(
             lambda export: self._contents(export, volume), timeout_s=CALL_TIMEOUT_S
         )
-        if users := contents.in_use():
+        users = [each for each in contents.in_use() if not (by_writers and each.read_only)]
+        if users:
             raise self._in_use(volume, users[0], what)
         return contents
 

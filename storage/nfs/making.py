@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import errno
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
@@ -74,8 +74,14 @@ class Maker:
                 )
             await self._call(lambda export: _own(export, disk))
 
-    async def clone(self, volume: VolumeName, new: VolumeName, format: DiskFormat) -> None:
-        """A full copy."""
+    async def clone(
+        self,
+        volume: VolumeName,
+        new: VolumeName,
+        format: DiskFormat,
+        still_unwritten: Callable[[], Awaitable[None]],
+    ) -> None:
+        """A full copy, which `still_unwritten` may refuse when all is read."""
         check_volume_name(new)
         name = f"disk.{format.value}"
         async with self._made(new) as folder:
@@ -85,6 +91,7 @@ class Maker:
             for offset in range(0, size_bytes, PIECE_BYTES):
                 await self._piece(partial(_copy_piece, source=source, target=target, offset=offset))
             await self._truncate(target, size_bytes)
+            await still_unwritten()
             await self._call(lambda export: _own(export, target))
 
     async def grow(

@@ -113,6 +113,27 @@ async def test_whose_a_folder_is_when_it_cant_be_said(
     assert await pool.owner(other) == other
 
 
+async def test_what_is_written_to_while_it_is_copied_is_not_cloned(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a resize, which looks for hypervisors only; or from another host."""
+    pool = DirectoryPool(POOL, folder)
+    await pool.create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW)
+    image = folder / f"{DISK}.raw"
+    os.utime(image, (0, 0))
+
+    def copy_then_write(source: int, destination: int, cancelled: threading.Event) -> None:
+        copy_image(source, destination, cancelled)
+        image.write_bytes(b"x" * MIB)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "copy_image", copy_then_write)
+        with pytest.raises(ConflictError, match="written to while it was copied"):
+            await pool.clone(DISK, VolumeName("copy"))
+    assert leftovers(folder) == [image.name]
+    await pool.clone(DISK, VolumeName("copy"))
+
+
 @needs_qemu_img
 async def test_a_qcow2_image_is_copied_and_grown(folder: Path, tmp_path: Path) -> None:
     image = tmp_path / "image.qcow2"

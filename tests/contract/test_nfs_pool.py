@@ -245,6 +245,32 @@ async def test_a_start_elsewhere_shuts_a_resize_out(
     writer.end()
 
 
+async def test_what_may_have_been_written_to_meanwhile_is_not_cloned(
+    nodes: tuple[NfsPool, NfsPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is closed again by then; and while somebody has it open."""
+    a, b = nodes
+    await a.create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW)
+    piece = Maker._piece
+
+    async def piece_then_start(maker: Maker, *arguments: Any) -> None:
+        await piece(maker, *arguments)
+        await b.open(DISK, t(1), read_only=False)
+        await b.fence(DISK, t(1))
+        await b.close(DISK, t(1))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Maker, "_piece", piece_then_start)
+        with pytest.raises(ConflictError, match="opened or resized while it was copied"):
+            await a.clone(DISK, VolumeName("copy"))
+    await b.open(DISK, t(2), read_only=False)
+    with pytest.raises(ConflictError, match="node b has .* it was not cloned"):
+        await a.clone(DISK, VolumeName("copy"))
+    await b.close(DISK, t(2))
+    await b.open(DISK, t(2), read_only=True)
+    await a.clone(DISK, VolumeName("copy"))
+
+
 async def test_a_volume_that_is_opened_just_before_it_goes_stays(
     nodes: tuple[NfsPool, NfsPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:

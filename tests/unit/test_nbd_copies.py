@@ -1,8 +1,14 @@
-"""A provisioner's clones: nobody waits for the copy, and nothing is copied that is written to."""
+"""A provisioner's clones: nobody waits for the copy, and nothing is copied that is written to.
+
+And that a folder has one provisioner alone.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -165,3 +171,23 @@ async def test_a_copy_that_nobody_waits_for_any_more_is_none(
         async with asyncio.timeout(PATIENCE_S):
             while volumes(tmp_path) != ["disk.raw"]:  # noqa: ASYNC110 - It has no event.
                 await asyncio.sleep(0.01)
+
+
+async def test_a_folder_has_one_provisioner(tmp_path: Path) -> None:
+    """A fence at one wouldn't end what the other exports."""
+    held = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    command = [sys.executable, "-m", "storage.nbd", "--folder", str(tmp_path)]
+    process = await asyncio.create_subprocess_exec(
+        *command, "--address", "127.0.0.1", stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            _, said = await process.communicate()
+    finally:
+        os.close(held)
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 1
+    assert b"can't serve: another provisioner serves" in said
