@@ -18,8 +18,7 @@ import time
 from typing import Final
 
 from migrator.errors import ConflictError
-from migrator.model import PoolName, PoolOwner
-from migrator.names import Value
+from migrator.model import PoolName, PoolOwner, Value
 from migrator.ports import VolumeDriver
 from node_agent.state.typed import TypedStore
 from node_agent.trust.records import CLUSTER, ClusterRecord

@@ -142,7 +142,7 @@ class DirectoryPool(VolumeDriver):
         check_growth(volume, present.capacity_bytes, capacity_bytes)
         image = self._folder.image(volume, present.format)
         if present.format is DiskFormat.RAW:
-            await self._call(lambda: os.truncate(image, capacity_bytes))
+            await self._call(lambda: self._folder.extend(image, capacity_bytes))
         elif capacity_bytes > present.capacity_bytes:
             await self._run_tool("resize", "-q", "-f", "qcow2", str(image), capacity_bytes)
         return await self.inspect(volume)

@@ -153,6 +153,12 @@ class PoolFolder:
             raise ConflictError(f"pool {self.pool}: linked clones lean on volume {volume}")
         return self._describe(volume, image, kind)
 
+    def extend(self, image: Path, capacity_bytes: int) -> None:
+        """Make it at least so large: another resize may have been faster, and larger."""
+        with pool_lock(self.path):
+            if image.stat().st_size < capacity_bytes:
+                os.truncate(image, capacity_bytes)
+
     def health(self) -> PoolHealth:
         """Whether the folder is there, and the file system's room."""
         if not self.path.is_dir():

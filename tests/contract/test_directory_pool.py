@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundError, StorageError
-from migrator.model import DiskFormat, FencingToken, FileSource, PoolName, PoolOwner, VolumeName
+from migrator.model import DiskFormat, FencingToken, FileSource, PoolName, VolumeName
 from storage import copying
 from storage.copying import CopyCancelled, copy_image
 from storage.directory import DirectoryPool, driver, files
@@ -83,55 +83,6 @@ async def test_nodes_can_tell_whether_they_have_the_same_folder(
     monkeypatch.setattr(os, "link", full)
     assert await here.mark() is None
     assert leftovers(folder) == []
-
-
-async def test_whose_a_folder_is_when_it_cant_be_said(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nobody's: a full folder keeps nobody from his guests. Damaged: nobody goes on."""
-    pool, one, other = DirectoryPool(POOL, folder), PoolOwner(identity="1"), PoolOwner(identity="2")
-    with pytest.raises(StorageError, match="is missing: is it mounted"):
-        await DirectoryPool(POOL, tmp_path / "missing").owner(one)
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "link", full)
-        assert await pool.owner(one) is None
-    assert leftovers(folder) == []
-    assert await pool.owner(one) == one
-    with monkeypatch.context() as patch:
-        patch.setattr("migrator.durable.replace", full)
-        with pytest.raises(StorageError, match="is full"):
-            await pool.owner(other, instead_of="1")
-    assert await pool.owner(other) == one
-    (folder / ".ferry.owner").write_text("{")
-    with pytest.raises(StorageError, match="damaged.*remove the file"):
-        await pool.owner(one)
-    (folder / ".ferry.owner").unlink()
-    assert await pool.owner(other) == other
-
-
-async def test_what_is_written_to_while_it_is_copied_is_not_cloned(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By a resize, which looks for hypervisors only; or from another host."""
-    pool = DirectoryPool(POOL, folder)
-    await pool.create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW)
-    image = folder / f"{DISK}.raw"
-    os.utime(image, (0, 0))
-
-    def copy_then_write(source: int, destination: int, cancelled: threading.Event) -> None:
-        copy_image(source, destination, cancelled)
-        image.write_bytes(b"x" * MIB)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(driver, "copy_image", copy_then_write)
-        with pytest.raises(ConflictError, match="written to while it was copied"):
-            await pool.clone(DISK, VolumeName("copy"))
-    assert leftovers(folder) == [image.name]
-    await pool.clone(DISK, VolumeName("copy"))
 
 
 @needs_qemu_img

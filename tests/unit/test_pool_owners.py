@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
@@ -19,19 +18,16 @@ from node_agent.state.memory import SimulatedStore
 from node_agent.state.typed import TypedStore
 from storage.settings import SimulatedSettings
 from storage.simulated import SharedVolumes, SimulatedPool
-from tests.unit.agent_world import World, open_world, spec_of
+from tests.unit.agent_world import World, spec_of
 from tests.unit.test_api import SPEC, Client, ask
-from tests.unit.test_cli import Ferry
-from tests.unit.test_cli import ferry as ferry
+from tests.unit.test_cli import Ferry, ferry, world
+
+__all__ = ["ferry", "world"]
+
+pytestmark = pytest.mark.allow_blocking("the CLI is synchronous; it runs in a thread")
 
 ROOT = VolumeName("root")
 DEFAULT = PoolName("default")
-
-
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    async with open_world(tmp_path) as opened:
-        yield opened
 
 
 @pytest.fixture
