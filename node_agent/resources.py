@@ -208,6 +208,8 @@ class Pool(Value, frozen=True, kw_only=True):
     settings: PoolSettings
     fencing: Fencing
     health: PoolHealth
+    refused: str = ""
+    """Why nothing is done on it, though it can be reached: it is another cluster's."""
 
 
 class PoolTakeover(Value, frozen=True, kw_only=True):

@@ -99,27 +99,24 @@ class VolumeService:
         return await self.get_pool(pool)
 
     async def _resource(self, entry: PoolEntry) -> Pool:
+        health, refused = await _health(entry.driver), ""
+        if health.reachable:
+            try:
+                async with asyncio.timeout(HEALTH_S):
+                    await self._pools.look(PoolName(entry.settings.name), entry.driver)
+            except ConflictError as error:
+                refused = str(error)
+            except (FerryError, TimeoutError) as error:
+                health = PoolHealth(reachable=False, reason=str(error) or _SILENT)
         return Pool(
             name=entry.settings.name,
             driver=entry.driver.name,
             origin=entry.origin,
             settings=entry.settings,
             fencing=entry.driver.fencing,
-            health=await self._health_of(entry),
+            health=health,
+            refused=refused,
         )
-
-    async def _health_of(self, entry: PoolEntry) -> PoolHealth:
-        """Another cluster's pool is of no use here, however well it is."""
-        health = await _health(entry.driver)
-        if health.reachable:
-            try:
-                async with asyncio.timeout(HEALTH_S):
-                    await self._pools.look(PoolName(entry.settings.name), entry.driver)
-            except FerryError as error:
-                return PoolHealth(reachable=False, reason=str(error))
-            except TimeoutError:
-                return PoolHealth(reachable=False, reason=_SILENT)
-        return health
 
     async def _refuse_second_name(self, settings: PoolSettings, driver: VolumeDriver) -> None:
         """By two names one volume could be given to two domains, and nobody would see it."""

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import msgspec
 import typer
 
-from migrator.model import DiskFormat, PoolHealth, VolumeInfo
+from migrator.model import DiskFormat, VolumeInfo
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import facts, parse_size, settings, show, size, table
 from node_agent.resources import (
@@ -44,7 +44,7 @@ def list_pools() -> None:
         (
             pool.name,
             pool.driver,
-            "ok" if pool.health.reachable else "unreachable",
+            _health(pool).partition(":")[0],
             size(pool.health.capacity_bytes),
             size(pool.health.free_bytes),
             "yes" if pool.fencing.remote_writers else "no",
@@ -66,7 +66,7 @@ def show_pool(name: _PoolArgument) -> None:
         ("name", pool.name),
         ("driver", pool.driver),
         ("from", pool.origin.value),
-        ("health", _health(pool.health)),
+        ("health", _health(pool)),
         ("capacity", size(pool.health.capacity_bytes)),
         ("free", size(pool.health.free_bytes)),
         ("fence", pool.fencing.method),
@@ -239,8 +239,10 @@ def remove_volume(name: _VolumeArgument, pool: _PoolOption = "default") -> None:
     show({"deleted": f"{pool}/{name}"}, f"volume {pool}/{name} is deleted")
 
 
-def _health(health: PoolHealth) -> str:
-    return "ok" if health.reachable else f"unreachable: {health.reason}"
+def _health(pool: Pool) -> str:
+    if pool.refused:
+        return f"refused: {pool.refused}"
+    return "ok" if pool.health.reachable else f"unreachable: {pool.health.reason}"
 
 
 def _typed(kind: type[msgspec.Struct], key: str, value: str) -> object:

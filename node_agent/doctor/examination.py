@@ -195,7 +195,9 @@ def _pools(client: ApiClient, running: bool) -> Iterator[Finding]:
         return
     for pool in pools:
         check = f"pool {pool.name}"
-        if pool.health.reachable:
+        if pool.refused:
+            yield failure(check, f"{pool.driver}: {pool.refused}", "see docs/storage.md, Pools")
+        elif pool.health.reachable:
             yield fine(check, f"{pool.driver}, reachable")
         else:
             yield failure(check, f"{pool.driver}: {pool.health.reason}", "mend its server or mount")

@@ -84,8 +84,7 @@ async def test_another_clusters_pool_is_left_as_it_is(client: Client, world: Wor
         assert await world.a.ownership.read(DomainName("web")) is None
         assert list(world.volumes.volumes) == [ROOT]
         shown = await ask(client, "GET", "/v1/pools/default", status=200)
-        assert not shown["health"]["reachable"]
-        assert "belongs to another cluster" in shown["health"]["reason"]
+        assert shown["health"]["reachable"] and "belongs to another cluster" in shown["refused"]
         await other.claim(DEFAULT)
 
 
@@ -96,6 +95,8 @@ async def test_a_pool_is_taken_over_by_name_and_the_other_is_refused_then(
         await other.claim(DEFAULT)
         owner = world.volumes.owner
         assert owner is not None
+        assert " refused " in (await ferry("pool", "ls")).out
+        assert f"--from {owner.identity}" in (await ferry("pool", "show", "default")).out
         wrong = await ferry("pool", "takeover", "default", "--from", "x", code=ExitCode.REFUSED)
         assert f"--from {owner.identity}" in wrong.err and world.volumes.owner == owner
         for _ in range(2):
