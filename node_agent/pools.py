@@ -127,9 +127,7 @@ class PoolSet(Mapping[PoolName, VolumeDriver]):
     ) -> None:
         """As `claim`, for a pool that isn't there yet; see `PoolOwners.claim`."""
         again = f"`ferry pool add {settings.name} ..."
-        await self._owners.claim(
-            PoolName(settings.name), driver, take_from=take_from, hint=again
-        )
+        await self._owners.claim(PoolName(settings.name), driver, take_from=take_from, hint=again)
 
     async def look(self, name: PoolName, driver: VolumeDriver) -> None:
         """As `claim`, but leaves a pool that is nobody's as it is."""

@@ -216,7 +216,7 @@ class PoolTakeover(Value, frozen=True, kw_only=True):
     """Body of a pool's takeover."""
 
     identity: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
-    """That of the cluster whose pool it was, as the refusal names it: your word that none of its nodes
+    """Of the cluster whose pool it was, as the refusal names it: your word that none of its nodes
     uses it any more, kept with your name in the events."""
 
 

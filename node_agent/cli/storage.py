@@ -134,9 +134,9 @@ def take_pool_over(
 ) -> None:
     """Make a pool this cluster's that says that it is another one's.
 
-    Two clusters with one place run guests from each other's volumes, and delete them. So be sure that
-    no node of the other one has a domain on it, or that there is no such cluster any more: its state
-    store was lost, say, and begun anew. That stays in the events, with your name.
+    Two clusters with one place run guests from each other's volumes, and delete them. So be sure
+    that no node of the other one has a domain on it, or that there is no such cluster any more: its
+    state store was lost, say, and begun anew. That stays in the events, with your name.
     """
     body = PoolTakeover(identity=take_from)
     pool = settings.client().post(f"{_pool(name)}/takeover", Pool, body)

@@ -152,8 +152,8 @@ class DirectoryPool(VolumeDriver):
     ) -> VolumeInfo:
         """A copy (shared blocks where the file system can), or a qcow2 overlay.
 
-        An overlay's base is only read from then on: `open` refuses it to writers. ConflictError, for
-        a copy: somebody has written to the volume meanwhile, a resize for one.
+        An overlay's base is only read from then on: `open` refuses it to writers. ConflictError,
+        for a copy: somebody has written to the volume meanwhile, a resize for one.
         """
         check_volume_name(volume)
         check_volume_name(new)

@@ -85,9 +85,7 @@ class Provisioner(abc.ABC):
         """As the port's; None: its settings say it all, or it can't tell."""
         return None
 
-    async def owner(
-        self, claimant: PoolOwner | None, instead_of: str | None
-    ) -> PoolOwner | None:
+    async def owner(self, claimant: PoolOwner | None, instead_of: str | None) -> PoolOwner | None:
         """As the port's; None also where it can't tell."""
         return None
 

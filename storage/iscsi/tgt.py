@@ -302,9 +302,7 @@ class TgtProvisioner(Provisioner):
     async def mark(self) -> str | None:
         return await self._call(self._tgt.mark)
 
-    async def owner(
-        self, claimant: PoolOwner | None, instead_of: str | None
-    ) -> PoolOwner | None:
+    async def owner(self, claimant: PoolOwner | None, instead_of: str | None) -> PoolOwner | None:
         return await self._call(lambda: self._tgt.owner(claimant, instead_of))
 
     async def _call(self, work: Callable[[], _T]) -> _T:

@@ -7,9 +7,11 @@ import asyncio
 import fcntl
 import logging
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
+from typing import Final
 
 from migrator.errors import FerryError, StorageError, words
 from storage.nbd import dh_parameters
@@ -17,6 +19,9 @@ from storage.nbd.exports import Serving
 from storage.nbd.protocol import LINE_BYTES_MAX, PORT, read_key
 from storage.nbd.provisioner import PORTS, Provisioner
 from storage.nbd.volumes import VolumeFolder
+
+DESCRIPTORS: Final = 65_536
+"""Each export has one; a process may have 1,024, where nobody says otherwise."""
 
 
 def _arguments() -> argparse.Namespace:
@@ -79,6 +84,10 @@ def _be_the_only_one(folder: Path) -> None:
 
 def main() -> None:
     """Exit status 1 with one sentence where it can't serve."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and hard != resource.RLIM_INFINITY:
+        wanted = max(soft, min(hard, DESCRIPTORS))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
         asyncio.run(_serve(_arguments()))

@@ -168,8 +168,8 @@ class NbdPool(VolumeDriver):
     async def clone(
         self, volume: VolumeName, new: VolumeName, *, linked: bool = False
     ) -> VolumeInfo:
-        """A full copy, made by the provisioner. ConflictError: a node has it open for writing, or has
-        opened it meanwhile, which waits for no copy.
+        """A full copy, made by the provisioner. ConflictError: a node has it open for writing, or
+        has opened it meanwhile, which waits for no copy.
         """
         raw_only.check_clone(self.name, volume, new, linked=linked)
         request = p.Clone(volume=volume, new=new)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -23,6 +24,8 @@ from storage.bounded import bounded, run_program
 
 END_TIMEOUT_S: Final = 10.0
 START_TIMEOUT_S: Final = 20.0
+_NO_SUCH_PROCESS: Final = frozenset({errno.ESRCH, errno.ENOENT, errno.EINVAL})
+"""EINVAL: the number is a thread's by now, or none that a process has."""
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,14 +138,28 @@ class Export:
 
 
 def _hold(pid_file: Path) -> int | None:
-    """A pidfd of the process that has the pid file among its arguments."""
+    """A pidfd of the process that has the pid file among its arguments; None: there is none.
+
+    OSError: that can't be said, for want of descriptors maybe. It isn't gone then: a fence would be
+    confirmed while its writer goes on.
+    """
     try:
         pid = int(pid_file.read_text())
-        pidfd = os.pidfd_open(pid)
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return None
-    with contextlib.suppress(OSError):
-        if f"--pid-file={pid_file}" in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno in _NO_SUCH_PROCESS:
+            return None
+        raise
+    try:
+        wanted = os.fsencode(f"--pid-file={pid_file}")
+        if wanted in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
             return pidfd
+    except OSError as error:
+        if error.errno not in _NO_SUCH_PROCESS:
+            os.close(pidfd)
+            raise
     os.close(pidfd)
     return None

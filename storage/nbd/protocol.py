@@ -40,8 +40,10 @@ class Mark(Request, frozen=True, kw_only=True, tag="mark"):
 
 
 class Owner(Request, frozen=True, kw_only=True, tag="owner"):
-    """-> owner: the cluster whose pool it is. `claimant` is written down where nobody is, and in
-    the place of the one whose identity is `instead_of`. Hooks and older provisioners may not know it.
+    """-> owner: the cluster whose pool it is. Hooks and older provisioners may not know it.
+
+    `claimant` is written down where nobody is, and in the place of the one whose identity is
+    `instead_of`.
     """
 
     claimant: PoolOwner | None = None
@@ -91,8 +93,10 @@ class Resize(Request, frozen=True, kw_only=True, tag="resize"):
 
 
 class Clone(Request, frozen=True, kw_only=True, tag="clone"):
-    """-> volumes: the new one. A conflict while a node has the volume for writing, or if one opens it
-    meanwhile: it isn't to wait for the copy. Whoever hangs up before the answer gets no copy.
+    """-> volumes: the new one. Whoever hangs up before the answer gets no copy.
+
+    A conflict while a node has the volume for writing, or if one opens it meanwhile, which isn't to
+    wait for the copy.
     """
 
     volume: str

@@ -112,9 +112,7 @@ class Provisioner:
             hung_up.cancel()
             await asyncio.gather(hung_up, return_exceptions=True)
 
-    async def _answer(
-        self, line: bytes, nonce: str, hung_up: asyncio.Future[bytes]
-    ) -> p.Answer:
+    async def _answer(self, line: bytes, nonce: str, hung_up: asyncio.Future[bytes]) -> p.Answer:
         try:
             request = p.parse_request(p.checked(line, p.TO_PROVISIONER, nonce, self._key))
             return await self.perform(request, hung_up)

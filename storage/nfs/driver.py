@@ -180,9 +180,7 @@ class NfsPool(VolumeDriver):
                 "another's hands now; it may be of either size"
             ) from error
 
-    def _give_to(
-        self, export: Export, volume: VolumeName, contents: Contents, own: Fence
-    ) -> None:
+    def _give_to(self, export: Export, volume: VolumeName, contents: Contents, own: Fence) -> None:
         """Give the disk to `own`, under the token that fenced it last. ConflictError: it was fenced
         since `contents` were read.
         """
@@ -383,6 +381,6 @@ class NfsPool(VolumeDriver):
 
     def _in_use(self, volume: VolumeName, user: Opening, what: str) -> ConflictError:
         return ConflictError(
-            f"{self._where}: node {user.node} has volume {volume} open (token {user.token}); it was "
-            f"not {what}"
+            f"{self._where}: node {user.node} has volume {volume} open (token {user.token}); it "
+            f"was not {what}"
         )

@@ -94,9 +94,7 @@ class Maker:
             await still_unwritten()
             await self._call(lambda export: _own(export, target))
 
-    async def grow(
-        self, disk: str, present: VolumeInfo, capacity_bytes: int, owner: int
-    ) -> None:
+    async def grow(self, disk: str, present: VolumeInfo, capacity_bytes: int, owner: int) -> None:
         """To at least what it has. `owner`: the disk's, as whom qemu-img writes to it."""
         if present.format is DiskFormat.RAW:
             await self._call(lambda export: _extend(export, disk, capacity_bytes))

@@ -236,13 +236,14 @@ async def test_a_hook_answers_the_same_requests(tmp_path: Path) -> None:
         await pool.delete(DISK)
 
 
-async def test_who_doesnt_know_whose_a_pool_is_is_no_obstacle(tmp_path: Path, network: None) -> None:
+async def test_who_cant_say_whose_a_pool_is_is_no_obstacle(tmp_path: Path, network: None) -> None:
     """An older provisioner, or a hook; one that can't be asked at all is."""
     claimant = PoolOwner(identity="1")
     hook = tmp_path / "hook"
     hook.write_text('#!/bin/sh\nexec echo \'{"failure": {"code": "storage", "message": "?"}}\'\n')
     hook.chmod(hook.stat().st_mode | stat.S_IXUSR)
-    assert await NbdPool(NbdSettings(name="h", hook=str(hook)), NodeName("a")).owner(claimant) is None
+    pool = NbdPool(NbdSettings(name="h", hook=str(hook)), NodeName("a"))
+    assert await pool.owner(claimant) is None
 
     async def older(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b'{"nonce": "1"}\n')

@@ -227,7 +227,7 @@ async def test_a_start_elsewhere_shuts_a_resize_out(
             patch.setattr(Maker, "_tool", start_then_write)
         else:
             patch.setattr(NfsPool, "_grow", start_then_grow)
-        with pytest.raises(ConflictError, match="was opened (just now|while it was resized)"):
+        with pytest.raises(ConflictError, match=r"was opened (just now|while it was resized)"):
             await a.resize(DISK, 2 * MIB)
     assert (await a.inspect(DISK)).capacity_bytes == MIB
     status = (Path(server.export) / DISK / "disk.qcow2").stat()
@@ -264,7 +264,7 @@ async def test_what_may_have_been_written_to_meanwhile_is_not_cloned(
         with pytest.raises(ConflictError, match="opened or resized while it was copied"):
             await a.clone(DISK, VolumeName("copy"))
     await b.open(DISK, t(2), read_only=False)
-    with pytest.raises(ConflictError, match="node b has .* it was not cloned"):
+    with pytest.raises(ConflictError, match=r"node b has .* it was not cloned"):
         await a.clone(DISK, VolumeName("copy"))
     await b.close(DISK, t(2))
     await b.open(DISK, t(2), read_only=True)
@@ -286,7 +286,7 @@ async def test_a_volume_that_is_opened_just_before_it_goes_stays(
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "delete", open_then_delete)
-        with pytest.raises(ConflictError, match="node b has .* it was not deleted"):
+        with pytest.raises(ConflictError, match=r"node b has .* it was not deleted"):
             await a.delete(DISK)
     await b.open(DISK, t(1), read_only=False)
     await b.fence(DISK, t(1))

@@ -52,7 +52,7 @@ async def test_whose_a_folder_is_when_it_cant_be_said(
             await pool.owner(other, instead_of="1")
     assert await pool.owner(other) == one
     (folder / ".ferry.owner").write_text("{")
-    with pytest.raises(StorageError, match="damaged.*remove the file"):
+    with pytest.raises(StorageError, match=r"damaged.*remove the file"):
         await pool.owner(one)
     (folder / ".ferry.owner").unlink()
     assert await pool.owner(other) == other

@@ -1,11 +1,12 @@
 """A provisioner's clones: nobody waits for the copy, and nothing is copied that is written to.
 
-And that a folder has one provisioner alone.
+And that a folder has one provisioner alone, which knows what it exports.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import sys
@@ -15,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from migrator.errors import ConflictError
+from migrator.errors import ConflictError, StorageError
 from migrator.model import NodeName, VolumeName
 from storage.copying import CopyCancelled, copy_image
 from storage.nbd import NbdPool
 from storage.nbd import protocol as p
-from storage.nbd.exports import Serving
+from storage.nbd.exports import Export, Serving
 from storage.nbd.provisioner import Provisioner
 from storage.nbd.volumes import VolumeFolder
 from storage.settings import NbdSettings
@@ -191,3 +192,34 @@ async def test_a_folder_has_one_provisioner(tmp_path: Path) -> None:
             await process.wait()
     assert process.returncode == 1
     assert b"can't serve: another provisioner serves" in said
+
+
+async def test_an_export_that_cant_be_looked_at_isnt_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a fence was confirmed, and its writer went on: with a thousand exports, for one."""
+    pid_file = tmp_path / "export.pid"
+    process = await asyncio.create_subprocess_exec("sleep", "60")
+    pid_file.write_text(f"{process.pid}\n")
+    export = Export(
+        Serving(address="127.0.0.1"),
+        name="export",
+        port=1,
+        disk=tmp_path / "disk",
+        read_only=False,
+        pid_file=pid_file,
+        on_death=lambda _: None,
+    )
+
+    def too_many(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pidfd_open", too_many)
+        with pytest.raises(StorageError, match="Too many open files"):
+            await export.end()
+    assert pid_file.exists()
+    await export.end()
+    assert not pid_file.exists() and process.returncode is None, "it is another program's number"
+    process.kill()
+    await process.wait()

@@ -139,9 +139,7 @@ async def test_a_pool_that_is_nobodys_becomes_the_first_ones_who_uses_it(
     assert owner is not None and owner.node == "b"
     await ask(client, "POST", "/v1/domains", SPEC, status=201)
     await ask(client, "POST", "/v1/domains/web/start", {"node": "a"}, status=200)
-    restarted = PoolSet(
-        [SimulatedSettings(name="default")], world.a._make_pool, world.a.typed, "a"
-    )
+    restarted = PoolSet([SimulatedSettings(name="default")], world.a._make_pool, world.a.typed, "a")
     await restarted.open()
     await restarted.claim(DEFAULT)
     await restarted.close()
