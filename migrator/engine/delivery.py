@@ -236,7 +236,7 @@ class Delivery:
         if plan is not None:
             self._pack_ahead(plan)
         if not self._waiting:
-            return False
+            return not self.empty  # The guest may have written all that was prepared meanwhile.
         if not self._packed_goes(plan, waiter) or self._runs_dry:
             # In small frames while it isn't known whether packing pays, or packed ones are awaited.
             wary = self._may_pack and not (
