@@ -74,6 +74,11 @@ class DestinationEngine:
         self._filled = Signal()
         self._filler: Filler | None = None
         self._lock = threading.Lock()
+        """Over the filler's making."""
+        self._admitting = threading.Lock()
+        """One stream at a time takes an earlier one's place, whose thread may need the filler."""
+        self._armed = False
+        """Pages are missing: no page stream has to come back, for all that they carry was told."""
         self._connections: list[Connection] = []
         self._streams: dict[int, Connection] = {}
         self._closing = False
@@ -116,7 +121,7 @@ class DestinationEngine:
                 self._accept()
             if self._filled.fileno() in happened:
                 self._finish_filling()
-            if self._health.broken_s > patience_s:
+            if self._health.broken_s > patience_s and not self._armed:
                 raise ChannelLostError(f"the source's engine stayed away for {patience_s:g} s")
 
     def close(self) -> None:
@@ -220,7 +225,7 @@ class DestinationEngine:
 
     def admit(self, connection: Connection) -> None:
         """See `receiver.Host`."""
-        with self._lock:
+        with self._admitting:
             earlier = self._streams.get(connection.index)
             if earlier is not None:
                 earlier.revoke()
@@ -231,7 +236,9 @@ class DestinationEngine:
 
     def ended(self, connection: Connection, reason: str) -> None:
         """See `receiver.Host`."""
-        if reason and not self._closing and self._streams.get(connection.index) is connection:
+        if self._closing or self._armed:
+            return
+        if reason and self._streams.get(connection.index) is connection:
             with contextlib.suppress(Exception):
                 self._health.broke(connection.index, reason)
 
@@ -251,6 +258,7 @@ class DestinationEngine:
         """See `receiver.Host`. The agent knows before the source does."""
         self._memory.prefaulter.close()
         self._the_filler().arm()
+        self._armed = True
         self._control.send(PostCopyArmed())
 
     def fault(self, error: BaseException) -> None:

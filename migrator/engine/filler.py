@@ -133,14 +133,22 @@ class Filler:
     # --- from the engine ---
 
     def note(self, region: int, content: Ranges) -> None:
-        """These pages are stale or missing here: they become holes."""
+        """These pages are stale or missing here: they become holes.
+
+        Once it is armed nothing more is: a source that didn't hear so tells all of it again, and of
+        that some has been filled in by now.
+        """
+        if self._threads:
+            return
         fd = self._regions[region].fd
         for start, end in content.tolist():
             kernel.punch_hole(fd, start, end)
         self._missing.add(region, content)
 
     def arm(self) -> None:
-        """From here on whoever touches a hole waits for us. EngineError."""
+        """From here on whoever touches a hole waits for us. Idempotent. EngineError."""
+        if self._threads:
+            return  # Two threads would tear each other's frames.
         self._placer.arm()
         self._armed_at_s = time.monotonic()
         for work in (self._serve_faults, self._pull_bulk):
