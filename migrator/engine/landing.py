@@ -52,11 +52,14 @@ class Landing:
             fcntl.fcntl(self._in, _F_SETPIPE_SZ, _PIPE_BYTES)
 
     def close(self) -> None:
-        """Once, when nobody is in another method. Nothing is written any more when it returns."""
-        if self._writer is not None:
-            self._writer.close()
+        """Once, when nobody is in another method. Nothing is written any more when it returns.
+
+        EngineError: a write doesn't end, and could land on what comes later.
+        """
         os.close(self._out)
         os.close(self._in)
+        if self._writer is not None:
+            self._writer.close()
 
     def receive(self, region: MappedRegion, content: Ranges) -> None:
         """A frame's payload: these ranges' content, joined. ConnectionEndedError, EngineError."""
@@ -124,6 +127,7 @@ class _Writer:
         self.own = memoryview(bytearray(_BUFFER_BYTES))
         """For the connection's thread alone."""
         self._error: BaseException | None = None
+        self._closed = False
         self._thread: threading.Thread | None = None
 
     def take(self) -> memoryview:
@@ -147,15 +151,20 @@ class _Writer:
             raise self._error
 
     def close(self) -> None:
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join(_JOIN_S)
+        """What waits isn't written any more. EngineError if what is being written doesn't end."""
+        self._closed = True
+        if self._thread is None:
+            return
+        self._jobs.put(None)
+        self._thread.join(_JOIN_S)
+        if self._thread.is_alive():
+            raise EngineError(f"guest memory can't be written to: a write takes over {_JOIN_S:g} s")
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             region, places, buffer = job
             try:
-                if self._error is None:
+                if self._error is None and not self._closed:
                     _write(region, places, buffer)
             except BaseException as error:
                 self._error = error  # For the connection's thread.

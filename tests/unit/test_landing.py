@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from migrator import ranges
+from migrator.engine import landing as landing_module
 from migrator.engine.intake import ConnectionEndedError, Intake
 from migrator.engine.landing import Landing
 from migrator.engine.memory import MappedRegion
@@ -66,6 +67,9 @@ class _Ends:
 
     def close(self) -> None:
         self.landing.close()
+        self.close_connection()
+
+    def close_connection(self) -> None:
         self._sock.close()
         self.source.close()
         for thread in self._threads:
@@ -166,3 +170,40 @@ def test_memory_that_cant_be_written_to_is_an_error_of_this_side(ends: _Ends, si
         ends.landing.receive(ends.region, ranges.from_pairs([(0, size)]))
     with pytest.raises(EngineError, match="region ram can't be written to"):
         ends.landing.write(ends.region, ranges.from_pairs([(0, PAGE)]), memoryview(bytes(PAGE)))
+
+
+def test_a_write_that_doesnt_end_is_told_and_none_follows_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else it could land on what the stream that comes next has brought."""
+    begun, gate = threading.Event(), threading.Event()
+    written: list[Sequence[tuple[int, int]]] = []
+
+    def write(region: MappedRegion, places: Sequence[tuple[int, int]], payload: memoryview) -> None:
+        begun.set()
+        assert gate.wait(30.0)
+        written.append(places)
+
+    monkeypatch.setattr(landing_module, "_write", write)
+    monkeypatch.setattr(landing_module, "_JOIN_S", 0.05)
+    ends = _Ends(_Buffered)
+
+    def send() -> None:
+        ends.source.sendall(b"z" * (MIB + PAGE))  # Two buffers full, and some of a third.
+        ends.source.shutdown(socket.SHUT_WR)
+
+    sending = threading.Thread(target=send)
+    sending.start()
+    with pytest.raises(ConnectionEndedError):
+        ends.landing.receive(ends.region, ranges.from_pairs([(0, 4 * MIB)]))
+    sending.join()
+    assert begun.wait(30.0)
+    with pytest.raises(EngineError, match="can't be written to: a write takes"):
+        ends.landing.close()
+    gate.set()
+    writer = ends.landing._writer
+    assert writer is not None
+    assert writer._thread is not None
+    writer._thread.join(30.0)
+    assert written == [[(0, MIB // 2)]]
+    ends.close_connection()
