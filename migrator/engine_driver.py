@@ -71,7 +71,6 @@ class EngineDriver:
         self._post_copy = False
         self._early = False
         """The destination's engine gets the memory before the hypervisor is up, then the rest."""
-        self._configured = False
         self._configured_process: EngineProcess | None = None
         self._pages_in_use = 0
         self._round_trip_ms = 0.0
@@ -178,8 +177,7 @@ class EngineDriver:
     async def _connect_source(self, command: v.ConnectEngine, memory: HypervisorDriver) -> None:
         if self._stopping:
             return
-        self._connect = command
-        if self._process is None or self._process is not self._configured_process:
+        if not self._configured:
             await self._configure(memory, command.secret)
         self._send(m.Connect(host=command.host, port=command.port, secret=command.secret))
 
@@ -237,7 +235,6 @@ class EngineDriver:
             regions=(),
             streams=settings.streams or page_streams(cores, link, tls=tls is not None),
             bind_address=settings.bind_address,
-            bandwidth_bytes_per_s=session.request.bandwidth_bytes_per_s,
             post_copy=self._post_copy,
             tls=tls,
             peer=session.destination if source else session.source,
@@ -245,8 +242,9 @@ class EngineDriver:
 
     def _send_configuration(self, message: m.Configure, fds: Sequence[int]) -> None:
         if self._process is not None:
+            cap = self._session.request.bandwidth_bytes_per_s  # It may have changed just now.
+            message = msgspec.structs.replace(message, bandwidth_bytes_per_s=cap)
             self._process.send(message, fds=fds)
-            self._configured = True
             self._configured_process = self._process
 
     async def _stop(self) -> None:
@@ -258,8 +256,13 @@ class EngineDriver:
                 process.kill()  # Nobody knows it any more.
                 raise
 
+    @property
+    def _configured(self) -> bool:
+        """The engine that there is now is. Its first message has to be its configuration."""
+        return self._process is not None and self._process is self._configured_process
+
     def _send(self, message: m.ToEngine) -> None:
-        if self._process is None:
+        if self._process is None or not self._configured:
             return
         try:
             self._process.send(message)

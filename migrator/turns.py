@@ -7,10 +7,13 @@ comes later: an engine that is told to stop is told so in its turn.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from migrator.errors import FerryError
+
+log = logging.getLogger(__name__)
 
 
 class Turns:
@@ -28,18 +31,18 @@ class Turns:
         before = self._last
 
         async def in_turn() -> None:
-            try:
-                if before is not None and not before.done():
-                    await asyncio.wait([before])
-            except BaseException:
-                work.close()
-                raise
+            if before is not None and not before.done():
+                await asyncio.wait([before])
             try:
                 await work
             except (FerryError, OSError) as error:  # OSError: no descriptors left, for example.
                 self._lost(f"{what}: {error}")
+            except Exception as error:  # A bug, or no thread is left: nobody shall wait for it.
+                log.exception("%s: %s", self._name, what)
+                self._lost(f"{what}: {type(error).__name__}: {error}")
 
         self._last = self.beside(in_turn())
+        self._last.add_done_callback(lambda _: work.close())  # One that was ended before it began.
         return self._last
 
     def beside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -110,22 +110,28 @@ class EngineProcess:
     def attach(
         self, on_message: Callable[[FromEngine], None], on_exit: Callable[[int], None]
     ) -> None:
-        """Take over an engine that was started ahead; nothing was said by it yet."""
+        """Take over an engine that was started ahead; nothing was said by it yet.
+
+        One that has ended meanwhile tells so all the same.
+        """
         self._on_message = on_message
         self._on_exit = on_exit
+        status = self._process.returncode
+        if self._watch.done() and status is not None:
+            self._loop.call_soon(on_exit, status)
 
     def send(self, message: ToEngine, fds: Sequence[int] = ()) -> None:
         """Queue a message. `fds` travel with its first byte and are duplicated here: the caller
         may close them at once. A message to an engine that has ended is dropped: `on_exit` tells.
 
-        EngineError if the engine has stopped reading.
+        EngineError if the engine has stopped reading. OSError: no descriptors are left.
         """
         if self._sock.fileno() < 0:
             return
         if len(self._outgoing) >= _OUTGOING_MAX:
             raise EngineError("the engine doesn't read its messages")
         data = memoryview(wire.encode_frame(wire.FrameKind.ENGINE, message))
-        self._outgoing.append((data, tuple(os.dup(fd) for fd in fds)))
+        self._outgoing.append((data, _duplicates(fds)))
         self._flush()
 
     async def stop(self, timeout_s: float) -> bool:
@@ -210,6 +216,18 @@ class EngineProcess:
         for _, fds in self._outgoing:
             _close_all(fds)
         self._outgoing.clear()
+
+
+def _duplicates(fds: Sequence[int]) -> tuple[int, ...]:
+    """All of them, or none. OSError."""
+    made: list[int] = []
+    try:
+        while len(made) < len(fds):
+            made.append(os.dup(fds[len(made)]))
+    except OSError:
+        _close_all(made)
+        raise
+    return tuple(made)
 
 
 def _close_all(fds: Sequence[int]) -> None:

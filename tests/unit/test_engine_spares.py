@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+import signal
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TypeVar, cast
 
+import pytest
+
+from migrator import cores
 from migrator.cores import WAITING, group_niceness
+from migrator.engine.client import EngineProcess
 from migrator.engine.spares import SPARES, EngineSpares
+from migrator.engine_driver import EngineDriver, EngineSettings
+from migrator.engine_messages import FromEngine
+from tests.unit.session_pair import SessionPair
 
+T = TypeVar("T")
 OWN = os.getpriority(os.PRIO_PROCESS, 0)
 
 
@@ -108,3 +118,67 @@ async def test_one_that_has_died_is_nobody_s_engine(tmp_path: Path) -> None:
         taken = await spares.take()
         assert taken is alive
         await taken.stop(2.0)
+
+
+async def test_one_that_dies_as_it_is_taken_tells_its_taker(tmp_path: Path) -> None:
+    """Nobody else listened to it; who has it would wait for its answers."""
+    async with spares_in(tmp_path) as spares:
+        spares.refill()
+        await quiet(spares)
+        taken = await spares.take()
+        assert taken is not None
+        taken.kill()
+        ended = asyncio.get_running_loop().create_future()
+        async with asyncio.timeout(30.0):
+            await asyncio.wait([taken._watch])
+            taken.attach(lambda message: None, ended.set_result)
+            assert await ended == -signal.SIGKILL
+
+
+class _Waiting:
+    """In the place of an engine that was started ahead."""
+
+    pid = 1
+    running = True
+
+    def __init__(self) -> None:
+        self.ended = False
+
+    def attach(
+        self, on_message: Callable[[FromEngine], None], on_exit: Callable[[int], None]
+    ) -> None:
+        return
+
+    def kill(self) -> None:
+        self.ended = True
+
+    async def stop(self, timeout_s: float) -> bool:
+        self.ended = True
+        return True
+
+
+async def test_whenever_its_taker_is_ended_none_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def at_once(work: Callable[..., T], *arguments: object) -> T:
+        await asyncio.sleep(0)
+        return work(*arguments)
+
+    monkeypatch.setattr(asyncio, "to_thread", at_once)
+    monkeypatch.setattr(cores, "set_niceness", lambda pid, niceness: True)
+    for steps in range(8):
+        spares = EngineSpares(tmp_path / "engines.log")
+        spares._closed = True  # No others are started.
+        engine = _Waiting()
+        spares._waiting.append(cast(EngineProcess, engine))
+        driver = EngineDriver(
+            SessionPair().source,
+            settings=EngineSettings(run_directory=tmp_path, spares=spares, bind_address=""),
+            device_channel=tmp_path / "device",
+            feed=lambda event: None,
+        )
+        driver.warm_up()
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        await driver.close()
+        assert engine.ended or spares.waiting, f"after {steps} steps"

@@ -59,6 +59,20 @@ async def test_to_close_ends_what_runs_and_what_waits() -> None:
     ours.put("start", long("first"))
     ours.put("connect", long("second"))
     await asyncio.sleep(0)
+    ours.put("stop", long("third"))  # Ended before it began.
     await ours.close()
     gc.collect()
     assert (ended, lost) == (["first"], [])
+
+
+async def test_what_nobody_foresaw_is_told_too() -> None:
+    """Or its session would wait for it."""
+    lost: list[str] = []
+    ours = turns(lost)
+
+    async def unforeseen() -> None:
+        raise RuntimeError("can't start new thread")
+
+    ours.put("start", unforeseen())
+    await ours.drained()
+    assert lost == ["start: RuntimeError: can't start new thread"]

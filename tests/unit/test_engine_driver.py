@@ -1,0 +1,156 @@
+"""What an engine is told by its agent, and when; the engine is made up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+import msgspec
+import pytest
+
+from migrator import engine_messages as m
+from migrator.engine.client import EngineProcess
+from migrator.engine.spares import EngineSpares
+from migrator.engine_driver import EngineDriver, EngineSettings
+from migrator.model import DomainName
+from migrator.ports import GuestMemory, HypervisorDriver
+from migrator.session import vocabulary as v
+from tests.unit.session_pair import SessionPair
+
+MIB = 1024 * 1024
+CONNECT = v.ConnectEngine(host="10.0.0.2", port=7000, secret=b"s" * 32, post_copy=True)
+
+
+class _Engine:
+    """In the place of a process that waits."""
+
+    running = True
+
+    def __init__(self) -> None:
+        self.told: list[m.ToEngine] = []
+
+    def attach(
+        self, on_message: Callable[[m.FromEngine], None], on_exit: Callable[[int], None]
+    ) -> None:
+        return
+
+    def send(self, message: m.ToEngine, fds: Sequence[int] = ()) -> None:
+        self.told.append(message)
+
+    def kill(self) -> None:
+        self.running = False
+
+    async def stop(self, timeout_s: float) -> bool:
+        self.running = False
+        return True
+
+
+class _Spares:
+    def __init__(self) -> None:
+        self.taken: list[_Engine] = []
+
+    async def take(self) -> _Engine:
+        self.taken.append(_Engine())
+        return self.taken[-1]
+
+
+class _Hypervisor:
+    """Its guest has no memory. `meanwhile` happens while that is opened."""
+
+    def __init__(self) -> None:
+        self.meanwhile: Callable[[], None] = lambda: None
+
+    async def memory(self, domain: DomainName) -> GuestMemory:
+        self.meanwhile()
+        return GuestMemory(pid=1, regions=(), uffd=os.eventfd(0), pagemap_fd=os.eventfd(0))
+
+
+class _World:
+    def __init__(self, folder: Path) -> None:
+        self.session = SessionPair().source
+        self.spares = _Spares()
+        self.hypervisor = _Hypervisor()
+        self.driver = EngineDriver(
+            self.session,
+            settings=EngineSettings(
+                run_directory=folder, spares=cast(EngineSpares, self.spares), bind_address=""
+            ),
+            device_channel=folder / "device",
+            feed=lambda event: None,
+        )
+
+    async def perform(self, command: v.EngineCommand) -> None:
+        self.driver.perform(command, memory=cast(HypervisorDriver, self.hypervisor))
+        await self.driver.drained()
+
+    def limit(self, bytes_per_s: int) -> None:
+        """As `Runner.limit_bandwidth`."""
+        self.session.request = msgspec.structs.replace(
+            self.session.request, bandwidth_bytes_per_s=bytes_per_s
+        )
+        self.driver.limit_bandwidth(bytes_per_s)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> _World:
+    return _World(tmp_path)
+
+
+async def test_a_successor_is_told_nothing_before_its_configuration(world: _World) -> None:
+    """It would end at once: that has to be the first message."""
+    await world.perform(v.StartEngine())
+    await world.perform(v.StartEngine(post_copy=True))
+    first, successor = world.spares.taken
+    assert [type(each) for each in first.told] == [m.Configure]
+    world.limit(5 * MIB)
+    await world.perform(v.PullPages())
+    assert successor.told == []
+    await world.perform(CONNECT)
+    configure, connect = successor.told
+    assert isinstance(configure, m.Configure)
+    assert configure.bandwidth_bytes_per_s == 5 * MIB
+    assert isinstance(connect, m.Connect)
+    world.limit(6 * MIB)
+    assert successor.told[2:] == [m.SetBandwidth(bandwidth_bytes_per_s=6 * MIB)]
+    await world.driver.close()
+
+
+async def test_a_cap_that_is_set_while_the_engine_is_configured_holds(world: _World) -> None:
+    world.hypervisor.meanwhile = lambda: world.limit(7 * MIB)
+    await world.perform(v.StartEngine())
+    (configure,) = world.spares.taken[0].told
+    assert isinstance(configure, m.Configure)
+    assert configure.bandwidth_bytes_per_s == 7 * MIB
+    await world.driver.close()
+
+
+async def test_descriptors_that_cant_all_be_duplicated_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where none is left, each try would take some more."""
+    made: list[int] = []
+    duplicate = os.dup
+
+    def scarce(fd: int) -> int:
+        if made:
+            raise OSError(24, "Too many open files")
+        made.append(duplicate(fd))
+        return made[0]
+
+    ended = asyncio.Event()
+    process = await EngineProcess.spawn(
+        log_path=tmp_path / "log",
+        on_message=lambda message: None,
+        on_exit=lambda status: ended.set(),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "dup", scarce)
+        with pytest.raises(OSError, match="Too many"):
+            process.send(m.PullAll(), fds=(0, 1))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(made[0])
+    assert await process.stop(30.0)
+    assert ended.is_set()
