@@ -54,6 +54,7 @@ class PageServer:
         self._hello = hello
         self._regions = regions
         self._shapes = [RegionShape(r.size_bytes, r.page_size_bytes) for r in regions]
+        self._pages_in_all = sum(r.size_bytes for r in regions) // PAGE_SIZE_BYTES
         self._bucket = bucket
         self._health = health
         self._reconnect_s = reconnect_s
@@ -127,6 +128,7 @@ class PageServer:
         try:
             if kind not in self._sockets:
                 self._open_again(kind, waiter)
+            self._health.restored(-kind)  # If a server before this one had lost it.
             self._note_open(kind)
             while True:
                 try:
@@ -160,7 +162,7 @@ class PageServer:
             header, content = sock.receive()
             match header.kind:
                 case FrameKind.PULL if content is not None:
-                    self.left_pages = header.sequence
+                    self._note_left(header.sequence)
                     self._answer(kind, sock, header.region, content, waiter)
                 case FrameKind.LIST:
                     self._list(sock)
@@ -169,6 +171,11 @@ class PageServer:
                     return
                 case _:
                     raise RemoteProtocolError(f"a destination doesn't send {header.kind.name}")
+
+    def _note_left(self, pages: int) -> None:
+        if pages > self._pages_in_all:
+            raise RemoteProtocolError(f"{pages} pages can't be missing of this memory")
+        self.left_pages = pages
 
     def _answer(
         self, kind: StreamKind, sock: PageSocket, index: int, content: Ranges, waiter: Waiter

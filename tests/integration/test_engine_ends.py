@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from migrator.engine_messages import (
+    ChannelRestored,
     Configured,
     Connect,
     DeviceChannelOpen,
@@ -184,6 +185,7 @@ async def test_a_successor_tells_whether_pages_are_missing(pair: Pair) -> None:
     listening = await second.expect(Listening)
     assert not [each for each in second.heard if isinstance(each, PostCopyDone)]
     pair.source.process.send(Connect(host="127.0.0.1", port=listening.port, secret=b"s" * 32))
+    await pair.source.expect(ChannelRestored)
     second.process.send(PullAll())
     assert (await second.expect(PostCopyDone)).pages >= 4 * MIB // PAGE
     third = await _successor(pair, "third.log")
