@@ -15,12 +15,16 @@ from migrator.engine_messages import (
     ChannelRestored,
     Connect,
     DeviceChannelOpen,
+    EndPass,
     EngineFailed,
     OpenDeviceChannel,
+    PassDone,
     PostCopyArmed,
     PostCopyDone,
     PullAll,
     Report,
+    RunPass,
+    SetBandwidth,
     Stopped,
 )
 from migrator.model import PassKind, Role
@@ -164,6 +168,30 @@ async def test_post_copy_fills_every_page_while_the_guest_faults(pair: Pair) -> 
     # What was asked for counts, too.
     assert stopped.bytes_sent > 32 * MIB / done.packed_ratio
     assert all(each.number == 0 for each in told)
+    assert pair.same_memory()
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+async def test_a_pass_that_is_ended_leaves_the_rest_pending(pair: Pair, streams: int) -> None:
+    """As without TLS (test_engine_passes.py); what OpenSSL had begun to send goes out whole."""
+    guest, say, used = pair.source_guest, pair.source_says, 48 * MIB
+    os.pwrite(guest.fd, os.urandom(used), 0)
+    await pair.start(streams=streams, bandwidth_bytes_per_s=8 * MIB)
+    guest.tell(f"run 1000 0 {used}")
+    say(RunPass(number=1, kind=PassKind.FIRST))
+    await pair.source.expect(Report)
+    say(EndPass(number=1))
+    first = (await pair.source.expect(PassDone)).report
+    assert first.seconds < 3.0, "all of it would take 6 s"
+    assert used // PAGE // 3 < first.cut_pages <= first.pending_pages
+    assert first.pages + first.cut_pages + first.deferred_pages == used // PAGE
+    say(SetBandwidth(bandwidth_bytes_per_s=None))
+    say(RunPass(number=2, kind=PassKind.DIRTY))
+    second = (await pair.source.expect(PassDone)).report
+    assert second.pages + second.zero_pages + second.same_pages == first.pending_pages
+    assert guest.tell("pause") > 0
+    say(RunPass(number=3, kind=PassKind.FINAL))
+    assert (await pair.source.expect(PassDone)).report.pending_pages == 0
     assert pair.same_memory()
 
 
