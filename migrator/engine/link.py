@@ -20,6 +20,7 @@ import msgspec
 _WINDOW_S: Final = 0.02
 _WINDOW_BYTES_MIN: Final = 256 * 1024
 _BUSY_SHARE: Final = 0.5
+"""Of a window: with less to send it tells nothing of the link."""
 _RECEIVER_SHARE: Final = 0.1
 _IDLE_WINDOWS_MAX: Final = 16
 """After so many windows in which the stream wasn't busy, the link may be faster than it was."""
@@ -69,6 +70,54 @@ def tcp_figures(sock: HasOptions) -> TcpFigures | None:
     return TcpFigures(acknowledged, queued, busy_us / 1e6, receiver_us / 1e6, round_trip_s)
 
 
+class Window(msgspec.Struct, frozen=True):
+    """What a connection did in a stretch of time."""
+
+    seconds: float
+    acknowledged_bytes: int
+    busy_s: float
+    receiver_limited_s: float
+
+    @property
+    def busy(self) -> bool:
+        """Whether there mostly was something to send."""
+        return self.busy_s >= _BUSY_SHARE * self.seconds
+
+
+class Windows:
+    """A connection's time, cut into windows. Clockless: `now` is in seconds. Pure."""
+
+    def __init__(self, seconds_min: float, bytes_min: int) -> None:
+        """A window is as long at least, and has as many bytes acknowledged."""
+        self._seconds_min = seconds_min
+        self._bytes_min = bytes_min
+        self._since_s = 0.0
+        self._since: TcpFigures | None = None
+
+    def restart(self) -> None:
+        """Forget what has begun."""
+        self._since = None
+
+    def note(self, now: float, figures: TcpFigures | None) -> Window | None:
+        """Look at the figures; cheap enough for every frame. The window that ends now, if any."""
+        since = self._since
+        if figures is None or since is None or figures.busy_s == since.busy_s:
+            # Nothing to send since: a window begins when there is.
+            self._since_s, self._since = now, figures
+            return None
+        seconds = now - self._since_s
+        count = figures.acknowledged_bytes - since.acknowledged_bytes
+        if seconds < self._seconds_min or count < self._bytes_min:
+            return None
+        self._since_s, self._since = now, figures
+        return Window(
+            seconds,
+            count,
+            figures.busy_s - since.busy_s,
+            figures.receiver_limited_s - since.receiver_limited_s,
+        )
+
+
 class LinkGauge:
     """One stream's view of its link. Clockless: `now` is in seconds. Pure."""
 
@@ -76,15 +125,14 @@ class LinkGauge:
         self.bytes_per_s: float | None = None
         """None: not known, or not what holds the stream up."""
         self.queued_bytes = 0
-        self._since_s = 0.0
-        self._since: TcpFigures | None = None
+        self._windows = Windows(_WINDOW_S, _WINDOW_BYTES_MIN)
         self._idle_windows = 0
         self.judged = False
         """Whether there was a window at all."""
 
     def restart(self) -> None:
         """Forget the window, not the rate: the stream stood idle, or is a new connection."""
-        self._since = None
+        self._windows.restart()
 
     @property
     def queued_s(self) -> float:
@@ -93,30 +141,22 @@ class LinkGauge:
 
     def note(self, now: float, figures: TcpFigures | None) -> None:
         """Look at the figures; cheap enough for every frame."""
-        since = self._since
         self.queued_bytes = 0 if figures is None else figures.queued_bytes
-        if figures is None or since is None or figures.busy_s == since.busy_s:
-            # Nothing to send since: a window begins when there is.
-            self._since_s, self._since = now, figures
+        window = self._windows.note(now, figures)
+        if window is None:
             return
-        seconds = now - self._since_s
-        count = figures.acknowledged_bytes - since.acknowledged_bytes
-        if seconds < _WINDOW_S or count < _WINDOW_BYTES_MIN:
-            return
-        self._since_s, self._since = now, figures
         self.judged = True
-        busy_s = figures.busy_s - since.busy_s
-        if busy_s < _BUSY_SHARE * seconds:
+        if not window.busy:
             self._idle_windows += 1
             if self._idle_windows >= _IDLE_WINDOWS_MAX:
                 self._idle_windows = 0
                 self.bytes_per_s = None
             return
         self._idle_windows = 0
-        if figures.receiver_limited_s - since.receiver_limited_s > _RECEIVER_SHARE * busy_s:
+        if window.receiver_limited_s > _RECEIVER_SHARE * window.busy_s:
             self.bytes_per_s = None
             return
-        rate = count / busy_s
+        rate = window.acknowledged_bytes / window.busy_s
         if self.bytes_per_s is None:
             self.bytes_per_s = rate
         else:

@@ -16,7 +16,7 @@ from typing import Final
 
 import msgspec
 
-from migrator.engine.link import TcpFigures
+from migrator.engine.link import TcpFigures, Windows
 from migrator.model import PAGE_SIZE_BYTES
 
 BYTES_MIN: Final = 2 * PAGE_SIZE_BYTES
@@ -29,7 +29,6 @@ SLACK_MIN_S: Final = 0.00025
 SLACK_MAX_S: Final = 0.01
 _WINDOW_S: Final = 0.1
 _WINDOW_BYTES_MIN: Final = 64 * 1024
-_BUSY_SHARE: Final = 0.5
 _SHRINK: Final = 0.7
 _LOW_SHARE: Final = 0.85
 """Of the usual rate: where two windows in a row are below it, the buffer may be too small."""
@@ -50,9 +49,8 @@ class ShortQueue:
         self._slack_s = SLACK_FIRST_S
         self._bytes_per_s = 0.0
         """Smoothed; 0.0: not known yet."""
-        self._since_s = 0.0
-        self._since: TcpFigures | None = None
-        self._windows = 0
+        self._windows = Windows(_WINDOW_S, _WINDOW_BYTES_MIN)
+        self._judged = 0
         self._hold = 0
         self._low = 0
         self._probing = False
@@ -71,20 +69,11 @@ class ShortQueue:
         if figures is not None:
             acknowledged = figures.acknowledged_bytes + beside_bytes
             figures = msgspec.structs.replace(figures, acknowledged_bytes=acknowledged)
-        since = self._since
-        if figures is None or since is None or figures.busy_s == since.busy_s:
-            self._since_s, self._since = now, figures
-            return False
-        seconds = now - self._since_s
-        count = figures.acknowledged_bytes - since.acknowledged_bytes
-        if seconds < _WINDOW_S or count < _WINDOW_BYTES_MIN:
-            return False
-        self._since_s, self._since = now, figures
-        busy_s = figures.busy_s - since.busy_s
-        if busy_s < _BUSY_SHARE * seconds:
-            return False  # Little was asked for: the link's rate isn't what was seen.
+        window = self._windows.note(now, figures)
+        if figures is None or window is None or not window.busy:
+            return False  # Where little was asked for, the link's rate isn't what was seen.
         before = self.bytes
-        self._judge(count / seconds)
+        self._judge(window.acknowledged_bytes / window.seconds)
         fitting = self._bytes_per_s * (figures.round_trip_s + self._slack_s)
         if self._probing:
             fitting *= 2
@@ -103,7 +92,7 @@ class ShortQueue:
             self._hold -= 1
         elif not self._low:
             self._slack_s = max(_SHRINK * self._slack_s, SLACK_MIN_S)
-        self._probing = gained or self._windows % _PROBE_WINDOWS == 0
-        self._windows += 1
+        self._probing = gained or self._judged % _PROBE_WINDOWS == 0
+        self._judged += 1
         share = 1.0 if gained else _SMOOTHING
         self._bytes_per_s = usual + share * (bytes_per_s - usual)
