@@ -54,7 +54,20 @@ class DirtySampler:
                 f"sampling the dirty log of {domain} took longer than {seconds + ENGINE_S:g} s"
             ) from error
         finally:
-            await asyncio.shield(self._end(engine, domain))
+            await self._end_certainly(engine, domain)
+
+    async def _end_certainly(self, engine: _Engine, domain: DomainName) -> None:
+        """Also if who waits is cancelled once more: the log is another's when this returns."""
+        ending = asyncio.create_task(self._end(engine, domain))
+        cancelled: asyncio.CancelledError | None = None
+        while not ending.done():
+            try:
+                await asyncio.wait([ending])
+            except asyncio.CancelledError as error:
+                cancelled = error
+        ending.result()
+        if cancelled is not None:
+            raise cancelled
 
     async def _end(self, engine: _Engine, domain: DomainName) -> None:
         await engine.process.stop(STOP_S)

@@ -12,7 +12,12 @@ before its bytes are read, so a write after the mark is found by the next scan.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
+import sys
+import time
 from collections.abc import Sequence
+from typing import Final
 
 from migrator import ranges
 from migrator.engine import kernel
@@ -21,22 +26,79 @@ from migrator.errors import EngineError
 from migrator.model import PAGE_SIZE_BYTES
 from migrator.ranges import Ranges
 
+_ANOTHER_S: Final = 10.0
+"""How long an engine that has the log may take to end: it may be looking through a large guest."""
+_LOOK_S: Final = 0.02
+
+
+class LogClaim:
+    """One engine at a time has a guest's dirty log: a lock on the guest's memory file.
+
+    Another's scan would take note of writes that ours then never hears of. An engine whose agent
+    was killed, or that is being killed, may still be at it when the next one begins. The kernel
+    frees the lock when the process is gone, and not before.
+    """
+
+    def __init__(self, memory_fd: int) -> None:
+        self._memory_fd = memory_fd
+        self._fd = -1
+
+    def take(self) -> None:
+        """Idempotent. EngineError: another engine has it, and doesn't end."""
+        if self._fd >= 0:
+            return
+        try:
+            # Opened anew: the descriptors that engines are given share one open file, and its lock.
+            fd = os.open(f"/proc/self/fd/{self._memory_fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:  # Then all is as it would be without.
+            sys.stderr.write(f"the dirty log can't be claimed: {error}\n")
+            return
+        deadline = time.monotonic() + _ANOTHER_S
+        while not _locked(fd):
+            if time.monotonic() > deadline:
+                os.close(fd)
+                raise EngineError("another engine is still tracking what this guest writes")
+            time.sleep(_LOOK_S)  # Nobody can wait for such a lock, and for so long at most.
+        self._fd = fd
+
+    def give_back(self) -> None:
+        """Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
 
 class DirtyLog:
     """One guest's dirty log. `unregister` must be called at the end, whatever happened."""
 
-    def __init__(self, uffd: int, pagemap_fd: int, regions: Sequence[RegionLayout]) -> None:
+    def __init__(
+        self, uffd: int, pagemap_fd: int, regions: Sequence[RegionLayout], claim: LogClaim
+    ) -> None:
         self._uffd = uffd
         self._pagemap_fd = pagemap_fd
         self._scanner = kernel.PagemapScanner(pagemap_fd)
         self._regions = tuple(regions)
+        self._claim = claim
+        self._anothers = False
+        """What is registered may be another engine's."""
         self._pending: list[Ranges] = [ranges.empty() for _ in regions]
 
     def register(self) -> None:
         """Track the guest's writes from here on, from scratch: whatever an earlier engine left.
 
-        EngineError on refusal; nothing is registered then.
+        EngineError on refusal; nothing is registered then, or what is is another engine's.
         """
+        self._anothers = True
+        self._claim.take()
+        self._anothers = False
         try:
             kernel.uffd_initialise(self._uffd)
             for region in self._regions:
@@ -92,11 +154,14 @@ class DirtyLog:
 
     def unregister(self) -> None:
         """Stop tracking. Idempotent, and also right for a guest that is gone."""
+        if self._anothers:
+            return
         for region in self._regions:
             for mapping in region.mappings:
                 # ESRCH or EINVAL: the process or the mapping is gone, and the tracking with it.
                 with contextlib.suppress(OSError):
                     kernel.uffd_unregister(self._uffd, mapping.address, mapping.length_bytes)
+        self._claim.give_back()
 
 
 class WrittenPages:

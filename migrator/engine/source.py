@@ -32,7 +32,7 @@ from migrator.engine.delivery import (
     delivered,
     reconnect,
 )
-from migrator.engine.dirty_log import DirtyLog
+from migrator.engine.dirty_log import DirtyLog, LogClaim
 from migrator.engine.frames import FrameKind, StreamHello, StreamKind
 from migrator.engine.idle_cores import IdleCores
 from migrator.engine.known import KnownPages
@@ -78,7 +78,7 @@ class SourceEngine:
         self._secret = configure.secret
         self._control = control
         self._regions = map_regions(configure, files)
-        self._log = DirtyLog(uffd, pagemap, configure.regions)
+        self._log = DirtyLog(uffd, pagemap, configure.regions, LogClaim(files[0]))
         self._planner = PassPlanner(self._regions, self._log, kernel.PagemapScanner(pagemap))
         self._bucket = TokenBucket(configure.bandwidth_bytes_per_s, time.monotonic())
         self._idle_cores = IdleCores()

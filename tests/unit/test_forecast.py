@@ -28,6 +28,7 @@ from migrator.model import (
     PassReport,
 )
 from migrator.ports import Launch
+from node_agent.migrations import forecast
 from node_agent.migrations.forecast import KNOWN_FOR_S, Forecaster
 from node_agent.migrations.link_probe import LinkProbe, ProbeParams
 from node_agent.migrations.link_speed import (
@@ -84,6 +85,9 @@ class Bench:
         self.begun = asyncio.Event()
         self.release = asyncio.Event()
         self.release.set()
+        self.ending = asyncio.Event()
+        """Not set: what was sampled doesn't end."""
+        self.ending.set()
         self.error: Exception | None = None
         self.samples = 0
         self.now_s = time.time()
@@ -102,7 +106,10 @@ class Bench:
     async def _sample(self, domain: DomainName, seconds: float) -> DirtySampled:
         self.samples += 1
         self.begun.set()
-        await self.release.wait()
+        try:
+            await self.release.wait()
+        finally:
+            await self.ending.wait()
         if self.error is not None:
             raise self.error
         return DirtySampled(
@@ -179,6 +186,23 @@ async def test_a_migration_ends_a_sampling_and_a_caller_that_leaves_too(bench: B
         await sampling
     bench.release.set()
     assert (await bench.forecaster.dirty_rate(WEB, 1.0)).domain == "web"
+
+
+async def test_a_migration_doesnt_begin_beside_a_sampling_that_doesnt_end(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its engine is being killed, say. Two that read one dirty log lose what the other one read."""
+    monkeypatch.setattr(forecast, "INTERRUPT_S", 0.01)
+    bench.ending.clear()
+    bench.release.clear()
+    sampling = asyncio.create_task(bench.forecaster.dirty_rate(WEB, 1.0))
+    await bench.begun.wait()
+    with pytest.raises(ConflictError, match="doesn't end"):
+        await bench.forecaster.interrupt(WEB)
+    bench.ending.set()
+    with pytest.raises(ConflictError, match="for the sake of a migration"):
+        await sampling
+    await bench.forecaster.interrupt(WEB)
 
 
 async def test_a_guest_that_ends_meanwhile_is_the_reason_and_an_engine_is_not(
