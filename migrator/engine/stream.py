@@ -19,11 +19,12 @@ import os
 import socket
 import ssl
 import time
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import msgspec
 
-from migrator import wire
+from migrator import ranges, wire
 from migrator.engine import frames
 from migrator.engine.bandwidth import TokenBucket
 from migrator.engine.codecs import Codec, usable
@@ -47,6 +48,9 @@ SENDFILE_BYTES_MIN: Final = 64 * 1024
 """From here on sendfile's fixed cost is below that of copying."""
 CAP_SLACK_S: Final = 0.01
 """Half of what a bandwidth cap saves up."""
+TOLD_BYTES_MAX: Final = 1024**3
+"""To give so much memory back takes the destination 0.15 s; a frame without an end to it would take
+longer than a stream may be silent."""
 _VECTOR_MAX: Final = 1024  # IOV_MAX
 
 _welcome_decoder: Final = msgspec.msgpack.Decoder(StreamWelcome)
@@ -206,6 +210,13 @@ def _broken(error: OSError) -> Exception:
     return StreamBrokenError(words(error))
 
 
+def _told_at_once(content: Ranges) -> Iterator[Ranges]:
+    """Frames' worth of ranges that the destination punches out, acknowledging each."""
+    while len(content):
+        part, content = ranges.take(content, TOLD_BYTES_MAX, frames.FRAME_RANGES_MAX)
+        yield part
+
+
 class PageStream:
     """See the module. `bytes_sent` counts what the kernel took, headers included."""
 
@@ -336,12 +347,7 @@ class PageStream:
     ) -> None:
         """Frames without a payload: ZERO or MISSING for ranges, ARM. StreamBrokenError."""
         index = 0 if region is None else region.index
-        parts: list[Ranges | None] = [None]
-        if content is not None:
-            parts = [
-                content[at : at + frames.FRAME_RANGES_MAX]
-                for at in range(0, len(content), frames.FRAME_RANGES_MAX)
-            ]
+        parts: Iterable[Ranges | None] = [None] if content is None else _told_at_once(content)
         for part in parts:
             self._sequence += 1
             self._unacknowledged.append(Sent(self._sequence, None))

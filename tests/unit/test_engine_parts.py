@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 
 import msgspec
@@ -13,9 +14,13 @@ from hypothesis import strategies as st
 from migrator import ranges
 from migrator.engine import frames
 from migrator.engine.bandwidth import TokenBucket
+from migrator.engine.control import HelperWaiter, Signal, Waiter
 from migrator.engine.frames import FrameKind, RegionShape, StreamHello, StreamKind
+from migrator.engine.memory import MappedRegion
 from migrator.engine.relay import DisksGap
+from migrator.engine.stream import Endpoint, PageStream
 from migrator.engine.zeroes import ZeroFilter, split_zeroes
+from migrator.engine_messages import RegionLayout
 from migrator.errors import LocalProtocolError, RemoteProtocolError
 
 PAGE = 4096
@@ -195,3 +200,43 @@ def test_the_zero_filter_stops_looking_where_nothing_is_zero() -> None:
     looked = [len(zero_filter.split(words, _pages({1}))[1]) for _ in range(20)]
     assert looked[0] == 0
     assert looked[-5:] == [1] * 5
+
+
+class _Told(PageStream):
+    """Notes its frames, and sends none."""
+
+    def __init__(self) -> None:
+        hello = StreamHello(version=1, migration_id="m", secret=SECRET, kind=StreamKind.PAGES)
+        super().__init__(Endpoint(host="", port=0), hello, TokenBucket(None, 0.0))
+        self.frames: list[bytes] = []
+
+    def _send_vector(
+        self, vector: list[bytes | memoryview], waiter: Waiter, *, more: bool = False
+    ) -> None:
+        self.frames.append(b"".join(vector))
+
+
+def test_missing_pages_are_told_in_frames_that_are_punched_out_in_no_time() -> None:
+    """Each is acknowledged: a destination that takes seconds for one counts as silent."""
+    gib = 1024**3
+    fd = os.memfd_create("guest")
+    os.ftruncate(fd, 8 * gib)
+    layout = RegionLayout(name="ram", size_bytes=8 * gib, page_size_bytes=PAGE)
+    region = MappedRegion(0, fd, layout)
+    os.close(fd)
+    scattered = [(6 * gib + 2 * at * PAGE, 6 * gib + (2 * at + 1) * PAGE) for at in range(2500)]
+    content = ranges.from_pairs([(PAGE, 4 * gib + PAGE), (5 * gib, 6 * gib), *scattered])
+    stream, stop = _Told(), Signal()
+    stream.tell(FrameKind.MISSING, region, content, HelperWaiter(stop))
+    stop.close()
+    shapes = [RegionShape(8 * gib, PAGE)]
+    told = ranges.empty()
+    for number, frame in enumerate(stream.frames, 1):
+        header = frames.parse_header(frame[: frames.HEADER_BYTES])
+        assert (header.kind, header.sequence) == (FrameKind.MISSING, number)
+        part = frames.parse_ranges(header, frame[frames.HEADER_BYTES :], shapes)
+        assert 0 < ranges.byte_count(part) <= gib
+        assert not len(ranges.intersect(told, part))
+        told = ranges.union(told, part)
+    assert told.tolist() == content.tolist()
+    assert len(stream.frames) == 5 + 3
