@@ -74,9 +74,7 @@ class EngineProcess:
         log_fd = -1
         try:
             ours.setblocking(False)
-            log_fd = await asyncio.to_thread(
-                os.open, log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
-            )
+            log_fd = await _open_log(log_path)
             process = await asyncio.create_subprocess_exec(
                 python,
                 *("-m", "migrator.engine", "--fd", str(theirs.fileno())),
@@ -216,6 +214,22 @@ class EngineProcess:
         for _, fds in self._outgoing:
             _close_all(fds)
         self._outgoing.clear()
+
+
+async def _open_log(path: Path) -> int:
+    """To append to. OSError. Of one that takes too long to be waited for nothing stays open."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    opening = asyncio.ensure_future(asyncio.to_thread(os.open, path, flags, 0o600))
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        opening.add_done_callback(_close_opened)
+        raise
+
+
+def _close_opened(opening: asyncio.Future[int]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        os.close(opening.result())
 
 
 def _duplicates(fds: Sequence[int]) -> tuple[int, ...]:

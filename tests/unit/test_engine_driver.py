@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
@@ -154,3 +155,42 @@ async def test_descriptors_that_cant_all_be_duplicated_are_not_kept(
         os.fstat(made[0])
     assert await process.stop(30.0)
     assert ended.is_set()
+
+
+async def test_a_log_that_opens_when_nobody_waits_for_it_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its disk hung, and the migration was cancelled."""
+    begun, gate, closed = threading.Event(), threading.Event(), threading.Event()
+    made: list[int] = []
+    open_file, close_file = os.open, os.close
+
+    def slow(path: str | Path, flags: int, mode: int = 0o777) -> int:
+        if Path(path) != tmp_path / "log":
+            return open_file(path, flags, mode)
+        begun.set()
+        assert gate.wait(30.0)
+        made.append(open_file(path, flags, mode))
+        return made[0]
+
+    def close(fd: int) -> None:
+        close_file(fd)
+        if fd in made:
+            closed.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", slow)
+        patch.setattr(os, "close", close)
+        spawning = asyncio.create_task(
+            EngineProcess.spawn(
+                log_path=tmp_path / "log",
+                on_message=lambda message: None,
+                on_exit=lambda status: None,
+            )
+        )
+        assert await asyncio.to_thread(begun.wait, 30.0)
+        spawning.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await spawning
+        gate.set()
+        assert await asyncio.to_thread(closed.wait, 5.0)
