@@ -15,6 +15,7 @@ import array
 import asyncio
 import collections
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -28,6 +29,9 @@ from migrator import wire
 from migrator.engine_messages import FromEngine, Stop, ToEngine
 from migrator.errors import EngineError, RemoteProtocolError
 
+log = logging.getLogger(__name__)
+KILLED_S: Final = 10.0
+"""A disk that hangs can keep a process, whatever it is told."""
 _decoder: Final = msgspec.msgpack.Decoder(FromEngine)
 _OUTGOING_MAX: Final = 64
 """Messages waiting for the engine. It reads at every frame: more means that it hangs."""
@@ -135,6 +139,9 @@ class EngineProcess:
     async def stop(self, timeout_s: float) -> bool:
         """Ask it to stop, and kill it after `timeout_s`. Returns when it is gone; True: by itself.
 
+        One that the kernel doesn't let go is given up after KILLED_S: it does no more when it comes
+        to, and has its guest's dirty log until then (`engine.dirty_log`).
+
         A killed source engine leaves the guest's tracking registered; the next one clears it.
         """
         with contextlib.suppress(EngineError):
@@ -144,7 +151,9 @@ class EngineProcess:
                 await asyncio.shield(self._watch)
         except TimeoutError:
             self.kill()
-            await asyncio.shield(self._watch)
+            _, late = await asyncio.wait([self._watch], timeout=KILLED_S)
+            if late:
+                log.error("engine %d was killed and doesn't end", self.pid)
             return False
         return True
 

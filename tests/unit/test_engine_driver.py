@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import msgspec
 import pytest
 
 from migrator import engine_messages as m
+from migrator.engine import client
 from migrator.engine.client import EngineProcess
 from migrator.engine.spares import EngineSpares
 from migrator.engine_driver import EngineDriver, EngineSettings
@@ -194,3 +196,22 @@ async def test_a_log_that_opens_when_nobody_waits_for_it_is_closed(
             await spawning
         gate.set()
         assert await asyncio.to_thread(closed.wait, 5.0)
+
+
+async def test_an_engine_that_can_not_be_killed_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A migration's end waits for its engine's."""
+    monkeypatch.setattr(client, "KILLED_S", 0.05)
+    process = await EngineProcess.spawn(
+        log_path=tmp_path / "log", on_message=lambda message: None, on_exit=lambda status: None
+    )
+    os.kill(process.pid, signal.SIGSTOP)
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "kill", lambda: None)
+        async with asyncio.timeout(20.0):
+            assert not await process.stop(0.05)
+    assert f"engine {process.pid} was killed and doesn't end" in caplog.text
+    process.kill()
+    async with asyncio.timeout(20.0):
+        await asyncio.wait([process._watch])
