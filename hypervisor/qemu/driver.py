@@ -1,7 +1,7 @@
 """The QEMU driver: domains as detached QEMU processes, found again after the agent's restart.
 
-The driver joins the parts: launcher (processes), guest (one process that we look after),
-switchover (device state), memory (the page engine's view), host (capabilities).
+The driver joins the parts: launcher (processes), guest (one process that we look after), resuming
+(its vCPUs), switchover (device state), memory (the page engine's view), host (capabilities).
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from hypervisor.qemu import held_taps, launcher, leftovers, logs, paused_by, records, switchover
+from hypervisor.qemu import (
+    held_taps,
+    launcher,
+    leftovers,
+    logs,
+    paused_by,
+    records,
+    resuming,
+    switchover,
+)
 from hypervisor.qemu.command_line import QemuLaunch
 from hypervisor.qemu.config import (
     MONITORS,
@@ -243,7 +252,7 @@ class QemuDriver(HypervisorDriver):
             if on_memory is not None:
                 await self._early_pages.see_untouched(guest)
             if not incoming:
-                await guest.cont()
+                await resuming.cont(guest)
                 await guest.record_saved()
         except BaseException as error:
             await asyncio.shield(self._end(guest, "its start failed"))
@@ -305,7 +314,7 @@ class QemuDriver(HypervisorDriver):
         await self._guest(domain).execute("stop", timeout_s=PAUSE_TIMEOUT_S)
 
     async def resume(self, domain: DomainName) -> float:
-        return await self._guest(domain).cont()
+        return await resuming.cont(self._guest(domain))
 
     async def reset(self, domain: DomainName) -> None:
         """Press the reset button. A crashed guest runs again; a paused one stays paused."""
@@ -313,7 +322,7 @@ class QemuDriver(HypervisorDriver):
         crashed = (await self.inspect(domain)).state is DomainState.CRASHED
         await guest.reset()
         if crashed:
-            await guest.cont()
+            await resuming.cont(guest)
 
     # --- what is known ---------------------------------------------------------------------
 

@@ -24,11 +24,11 @@ from hypervisor.qemu import io_errors, records
 from hypervisor.qemu.config import MONITORS, monitor_path
 from hypervisor.qemu.offload import offload
 from hypervisor.qemu.process import QemuProcess
-from hypervisor.qemu.qmp import Monitor, QmpCommandError, QmpDisconnected, QmpEvent, QmpNotSent
+from hypervisor.qemu.qmp import Monitor, QmpEvent, QmpNotSent
 from hypervisor.qemu.records import ProcessRecord
 from hypervisor.qemu.status import MigrationStatus, domain_state
 from hypervisor.qemu.urgency import Urgency
-from migrator.errors import HypervisorError, NotResumedError
+from migrator.errors import HypervisorError
 from migrator.model import DomainName, DomainState
 from migrator.ports import DomainEvent, DomainEventKind
 
@@ -36,13 +36,7 @@ log = logging.getLogger(__name__)
 
 COMMAND_TIMEOUT_S = 5.0
 """Commands that QEMU answers from its main loop, which disk I/O may hold up for a while."""
-CONT_TIMEOUT_S = 15.0
-"""`cont` on a destination opens its disks for writing first."""
 CONNECT_TIMEOUT_S = 10.0
-UNFINALIZED_TIMEOUT_S = 2.0
-"""QEMU reports `completed` a moment before it accepts `cont`."""
-EXIT_NOTICE_TIMEOUT_S = 0.5
-"""From a dying process's last word on its monitor to its end."""
 _RECONNECT_PAUSES_S = (0.1, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -79,10 +73,12 @@ class Guest:
         self.awaits_pause = False
         """A switchover was begun and its PAUSED has not gone out yet."""
         self.io_error: str | None = None
-        self._resumed_at_s = 0.0
-        self._resumes = 0
+        self.resumes = 0
+        """How often QEMU has said RESUME."""
+        self.resumed_at_s = 0.0
+        """On QEMU's clock, at the last one; 0: none was heard."""
         self._resets = 0
-        self._executed = 0
+        self.executed = 0
         """Commands sent so far."""
         self._emit_event = emit
         self._on_gone = on_gone
@@ -176,7 +172,7 @@ class Guest:
             raise QmpNotSent(f"{self.name}: QEMU has ended")
         if self._monitor is None:
             raise QmpNotSent(f"{self.name}: not connected to its monitor")
-        self._executed += 1
+        self.executed += 1
         return await self._monitor.execute(command, arguments, timeout_s=timeout_s)
 
     async def yank_migration(self) -> None:
@@ -237,8 +233,8 @@ class Guest:
 
     def _on_resume(self, at_s: float) -> None:
         self.io_error = None
-        self._resumed_at_s = at_s
-        self._resumes += 1
+        self.resumed_at_s = at_s
+        self.resumes += 1
         self._runs()
         self._emit(DomainEventKind.RESUMED, at_s)
 
@@ -287,81 +283,6 @@ class Guest:
         return True
 
     # --- running ---------------------------------------------------------------------------
-
-    async def cont(self) -> float:
-        """Run the vCPUs; returns the wall-clock time (s) at which QEMU ran them. Idempotent.
-
-        HypervisorError if they don't run; the guest then stands as before. NotResumedError: also
-        if QEMU is gone by now, it is certain that none ran. A destination that isn't loaded is
-        refused: QEMU would take `cont` as leave to run by itself later.
-        """
-        await self._refuse_unloaded()
-        before = self._resumes
-        deadline = time.monotonic() + UNFINALIZED_TIMEOUT_S
-        while True:  # Bounded by `deadline`.
-            try:
-                await self._cont_or_resumed(before)
-                break
-            except QmpCommandError as error:
-                if "not finalized" not in str(error) or time.monotonic() > deadline:
-                    raise NotResumedError(str(error)) from error
-                await asyncio.sleep(0.002)
-        if self._resumes > before:
-            return self._resumed_at_s
-        run_state = await self.run_state(timeout_s=COMMAND_TIMEOUT_S)
-        if run_state != "running":
-            raise HypervisorError(f"{self.name}: doesn't run after cont: QEMU says {run_state}")
-        return self._resumed_at_s or time.time()
-
-    async def _refuse_unloaded(self) -> None:
-        """NotResumedError if it is a destination that isn't loaded, or doesn't say."""
-        try:
-            if not self.incoming or self.loaded or await self.refresh() != "inmigrate":
-                return
-        except HypervisorError as error:
-            raise NotResumedError(f"{error}; cont was not sent") from error
-        raise NotResumedError(
-            f"{self.name}: can't be resumed: its state is incoming and not loaded yet"
-        )
-
-    async def _cont_or_resumed(self, before: int) -> None:
-        """Send `cont` and wait for its answer or for RESUME, which comes up to 3 ms earlier."""
-        command = asyncio.create_task(self.execute("cont", timeout_s=CONT_TIMEOUT_S))
-        resumed = asyncio.create_task(
-            self.wait_until(lambda: self._resumes > before, timeout_s=CONT_TIMEOUT_S)
-        )
-        await asyncio.sleep(0)  # Both begin.
-        number = self._executed
-        try:
-            await asyncio.wait((command, resumed), return_when=asyncio.FIRST_COMPLETED)
-            if self.process.exited and self._resumes == before:
-                await asyncio.wait([command])  # Until its connection is read to the end; bounded.
-        finally:
-            resumed.cancel()
-            if not command.done():
-                self._keep(command)
-        if not command.done():
-            return
-        try:
-            command.result()
-        except QmpNotSent as error:
-            raise NotResumedError(f"{error}; cont was not sent") from error
-        except QmpDisconnected as error:
-            if await self._never_ran(before, number):
-                raise NotResumedError(f"{error}; QEMU died before any vCPU ran") from error
-            raise
-
-    async def _never_ran(self, before: int, number: int) -> bool:
-        """Whether a `cont` whose connection broke is certain to have run no vCPU.
-
-        QEMU writes RESUME to its monitors before it lets a vCPU go (vm_prepare_start, then
-        resume_all_vcpus). So if its process is dead, and what it wrote was read to the end without
-        a RESUME, none ran. All of it was read unless the socket was reset, which Linux does if the
-        dead process left something unread: then that was the `cont`, because nothing was sent
-        after it.
-        """
-        dead = await self.process.wait(timeout_s=EXIT_NOTICE_TIMEOUT_S)
-        return dead and self._resumes == before and self._executed == number
 
     async def reset(self) -> None:
         """Reset the machine; returns when it is done. HypervisorError if that isn't heard."""
@@ -436,9 +357,10 @@ class Guest:
 
     def spawn_task(self, work: Coroutine[None, None, None], what: str) -> None:
         """Run something in the background that ends with us."""
-        self._keep(asyncio.create_task(work, name=f"{self.name}-{what}"))
+        self.keep(asyncio.create_task(work, name=f"{self.name}-{what}"))
 
-    def _keep(self, task: asyncio.Task[Any]) -> None:
+    def keep(self, task: asyncio.Task[Any]) -> None:
+        """Let what somebody else has begun end with us."""
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
