@@ -44,6 +44,9 @@ DESTINATION: Final[dict[MigrationState, frozenset[MigrationState]]] = {
     _S.FAILED: frozenset(),
 }
 
+BEFORE_HANDOFF: Final = frozenset({_S.SETUP, _S.PRECOPY, _S.SWITCHOVER})
+"""Begun, and Commit is neither sent nor acted upon yet."""
+
 TABLES: Final = {Role.SOURCE: SOURCE, Role.DESTINATION: DESTINATION}
 
 

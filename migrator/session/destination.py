@@ -72,9 +72,9 @@ from migrator.session.vocabulary import (
     TimerFired,
     TimerName,
 )
+from migrator.states import BEFORE_HANDOFF
 
 _S = MigrationState
-_BEFORE_HANDOFF = (_S.SETUP, _S.PRECOPY, _S.SWITCHOVER)
 
 
 class DestinationSession(DestinationYield):
@@ -111,11 +111,11 @@ class DestinationSession(DestinationYield):
             case GuestReported(kind=DomainEventKind.DEVICE_STATE_LOADED):
                 self._loaded()
             case GuestReported(kind=DomainEventKind.EXITED | DomainEventKind.MIGRATION_FAILED) if (
-                self.state in _BEFORE_HANDOFF
+                self.state in BEFORE_HANDOFF
             ):
                 failure = f"the destination's hypervisor failed: {event.detail or event.kind}"
                 self._give_up(self._engine_lost_reason or failure)
-            case EngineLost() if self.state in _BEFORE_HANDOFF:
+            case EngineLost() if self.state in BEFORE_HANDOFF:
                 self._engine_gone(event.reason)
             case _ if self._heard_of_pages(event):
                 pass
@@ -140,13 +140,13 @@ class DestinationSession(DestinationYield):
             self._send(self.last_word())
 
     def _hear(self, message: SessionMessage) -> None:
-        if self.state in _BEFORE_HANDOFF and not self._commit:
+        if self.state in BEFORE_HANDOFF and not self._commit:
             # Any word from the source: it is alive and at it.
             self._do(StartTimer(name=TimerName.PEER, seconds=self.timing.abandoned_s))
         match message:
             case Inquire() | Commit() | Prepare() if self._discarded:
                 self._send(Aborted(reason=self.error or "cancelled"))
-            case Commit() if self.state in _BEFORE_HANDOFF:
+            case Commit() if self.state in BEFORE_HANDOFF:
                 self._note_commit(message)
                 self._try_commit()
             case Commit() if self.state is _S.RECOVERING and not self._commit:
@@ -157,13 +157,13 @@ class DestinationSession(DestinationYield):
                 self._do(InspectGuest())
             case _ if self.state is _S.POSTCOPY:
                 self._hear_in_post_copy(message)
-            case Abort() if self.state in _BEFORE_HANDOFF or self._may_discard:
+            case Abort() if self.state in BEFORE_HANDOFF or self._may_discard:
                 self._give_up(message.reason)
             case Abort(over=True) if self._taken_back and self.state is _S.RECOVERING:
                 self._give_up(message.reason)
             case Prepare() if self._cut_off:
                 self._send(self._pending())
-            case Prepare() if self.state in _BEFORE_HANDOFF:
+            case Prepare() if self.state in BEFORE_HANDOFF:
                 self._answer_ready()
             case Inquire(whole=True) if self._may_yield:
                 self._yield()
@@ -171,7 +171,7 @@ class DestinationSession(DestinationYield):
                 self._send(self._pending())
                 if self.pages_missing:
                     self._answer_ready()
-            case Farewell() | Lost() if self.state in _BEFORE_HANDOFF:
+            case Farewell() | Lost() if self.state in BEFORE_HANDOFF:
                 self._give_up("the source ended the migration without us")
             case _:
                 pass
@@ -191,7 +191,7 @@ class DestinationSession(DestinationYield):
     # --- the handoff ---
 
     def _try_commit(self) -> None:
-        if self.state not in _BEFORE_HANDOFF:
+        if self.state not in BEFORE_HANDOFF:
             return
         if self.state is _S.PRECOPY:
             self._enter(_S.SWITCHOVER)

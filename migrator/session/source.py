@@ -63,6 +63,7 @@ from migrator.session.vocabulary import (
     TimerFired,
     TimerName,
 )
+from migrator.states import BEFORE_HANDOFF
 
 _S = MigrationState
 
@@ -79,10 +80,10 @@ class SourceSession(SourcePasses):
             case PeerRemoved():
                 self._peer_removed(event.reason)
             case GuestReported(kind=DomainEventKind.EXITED | DomainEventKind.PANICKED) if (
-                self.state in (_S.SETUP, _S.PRECOPY, _S.SWITCHOVER)
+                self.state in BEFORE_HANDOFF
             ):
                 self._give_up(f"the guest ended by itself ({event.kind})")
-            case EngineLost() if self.state in (_S.SETUP, _S.PRECOPY, _S.SWITCHOVER):
+            case EngineLost() if self.state in BEFORE_HANDOFF:
                 self._give_up(f"engine: {event.reason}")
             case EngineLost() if self._must_serve:
                 self._engine_lost(event.reason)

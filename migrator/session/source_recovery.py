@@ -37,9 +37,9 @@ from migrator.session.vocabulary import (
     TimerFired,
     TimerName,
 )
+from migrator.states import BEFORE_HANDOFF
 
 _S = MigrationState
-_BEFORE_HANDOFF = (_S.SETUP, _S.PRECOPY, _S.SWITCHOVER)
 
 
 class SourceRecovery(SourceView):
@@ -267,7 +267,7 @@ class SourceRecovery(SourceView):
     def _destination_gave_up(self, reason: str, *, unknown: bool) -> None:
         known = self._destination_refused and not self._destination_forgot
         self._destination_forgot = unknown and not known
-        if self.state in _BEFORE_HANDOFF:
+        if self.state in BEFORE_HANDOFF:
             self._give_up(f"the destination gave up: {reason}")
         elif self.state is _S.POSTCOPY and unknown and not self._destination_runs:
             self._discard("")  # It ran there, and has ended: it needs nothing any more.
@@ -283,7 +283,7 @@ class SourceRecovery(SourceView):
 
     def _destination_cut_off(self, reason: str) -> None:
         """It will hardly get the rest of the guest, but keeps its copy until we say so."""
-        if self.state in _BEFORE_HANDOFF:
+        if self.state in BEFORE_HANDOFF:
             self._give_up(f"the destination gave up: {reason}")
         elif self.state is _S.HANDOFF and not self._destination_runs:
             self._recover(f"the destination gave up: {reason}")
