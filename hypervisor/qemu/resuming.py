@@ -1,8 +1,8 @@
 """Running a guest's vCPUs, and what is certain when that fails.
 
-    cont ──▶ answered, or RESUME heard      they run; QEMU says since when
-         ──▶ refused, or QEMU dead without  none ran: NotResumedError, and a handoff may be undone
-         ──▶ anything else                  unknown: HypervisorError
+cont ──▶ answered, or RESUME heard      they run; QEMU says since when
+     ──▶ refused, or QEMU dead without  none ran: NotResumedError, and a handoff may be undone
+     ──▶ anything else                  unknown: HypervisorError
 """
 
 from __future__ import annotations

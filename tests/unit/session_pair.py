@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from migrator.journal_entry import JournalEntry, entry_of, restore
 from migrator.model import (
     DiskSpec,
     DomainSpec,
@@ -31,6 +32,12 @@ from migrator.session.source import SourceSession
 SPEC = DomainSpec(name="vm", memory_bytes=64 * 1024**2, disks=(DiskSpec(volume="vm.raw"),))
 STEP_S = 0.001
 _K = DomainEventKind
+_S = MigrationState
+SOURCE, DESTINATION = Role.SOURCE, Role.DESTINATION
+COMPLETED = (_S.COMPLETED, _S.COMPLETED)
+FAILED = (_S.FAILED, _S.CANCELLED)
+"""Both states, as `SessionPair.run` returns them."""
+GONE = v.GuestInspected(condition=v.GuestCondition.GONE)
 Session = SourceSession | DestinationSession
 
 
@@ -120,6 +127,23 @@ class SessionPair:
         while self.source.state is not state:
             assert self._events, f"quiet in {self.source.state} before {state}"
             self._step()
+
+    def restart(
+        self, role: Role, *, entry: JournalEntry | None = None, boot_id: str = "boot"
+    ) -> None:
+        """That side's agent: it goes on from its journal (`entry`: where that isn't the newest).
+
+        What was under way is forgotten on both sides, and so are all timers, and what was given.
+        """
+        session = restore(entry or entry_of(self.of(role), boot_id="boot"), boot_id=boot_id)
+        if isinstance(session, SourceSession):
+            self.source = session
+        else:
+            self.destination = session
+        self._events.clear()
+        self.timers.clear()
+        self.given.clear()
+        self.push(session, v.Recover())
 
     def of(self, role: Role) -> Session:
         return self.source if role is Role.SOURCE else self.destination

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from migrator.model import MigrationMode, MigrationRequest, MigrationState, Role
+from migrator.model import MigrationMode, MigrationRequest, MigrationState
 from migrator.ports import DomainEventKind
 from migrator.session import messages as m
 from migrator.session import vocabulary as v
-from tests.unit.session_pair import SessionPair
+from tests.unit.session_pair import COMPLETED, DESTINATION, GONE, SOURCE, SessionPair
 
 _S = MigrationState
-SOURCE, DESTINATION = Role.SOURCE, Role.DESTINATION
-COMPLETED = (_S.COMPLETED, _S.COMPLETED)
 LOST = v.EngineLost(reason="killed")
 LOADED = v.GuestInspected(condition=v.GuestCondition.LOADED)
 INCOMING = v.GuestInspected(condition=v.GuestCondition.INCOMING)
-GONE = v.GuestInspected(condition=v.GuestCondition.GONE)
 
 
 def handed_off(mode: MigrationMode) -> SessionPair:

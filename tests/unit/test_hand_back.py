@@ -10,10 +10,9 @@ from migrator.ports import DomainEventKind
 from migrator.session import messages as m
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
-from tests.unit.session_pair import Session, SessionPair
+from tests.unit.session_pair import DESTINATION, SOURCE, Session, SessionPair
 
 _S = MigrationState
-SOURCE, DESTINATION = Role.SOURCE, Role.DESTINATION
 
 
 class CutOff(SessionPair):

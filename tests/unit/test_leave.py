@@ -5,11 +5,10 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from migrator.model import MigrationMode, MigrationState, OnTimeout, PassKind, PassReport, Role
+from migrator.model import MigrationMode, MigrationState, OnTimeout, PassKind, PassReport
 from migrator.session import vocabulary as v
-from tests.unit.session_pair import SessionPair
+from tests.unit.session_pair import SOURCE, SessionPair
 
-SOURCE = Role.SOURCE
 ENDED_AWAY = (MigrationState.COMPLETED, MigrationState.COMPLETED)
 
 

@@ -30,12 +30,10 @@ from migrator.session import messages as m
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
-from tests.unit.session_pair import SessionPair
+from tests.unit.session_pair import COMPLETED, DESTINATION, SOURCE, SessionPair
 
 _S = MigrationState
-SOURCE, DESTINATION = Role.SOURCE, Role.DESTINATION
 POSTCOPY = (_S.POSTCOPY, _S.POSTCOPY)
-COMPLETED = (_S.COMPLETED, _S.COMPLETED)
 MODES = (MigrationMode.POSTCOPY, MigrationMode.HYBRID)
 LISTENING = v.EngineListening(host="10.0.0.2", port=7001, secret=b"t" * 32)
 

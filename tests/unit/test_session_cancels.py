@@ -5,15 +5,12 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from migrator.journal_entry import JournalEntry, entry_of, restore
-from migrator.model import MigrationState, Role
+from migrator.journal_entry import entry_of
+from migrator.model import MigrationState
 from migrator.session import vocabulary as v
-from migrator.session.source import SourceSession
-from tests.unit.session_pair import SessionPair
+from tests.unit.session_pair import GONE, SOURCE, SessionPair
 
 _S = MigrationState
-SOURCE = Role.SOURCE
-GONE = v.GuestInspected(condition=v.GuestCondition.GONE)
 
 
 def _cancelling(state: MigrationState) -> SessionPair:
@@ -25,26 +22,13 @@ def _cancelling(state: MigrationState) -> SessionPair:
     return pair
 
 
-def _restart(pair: SessionPair, entry: JournalEntry | None = None) -> SourceSession:
-    """The source's agent; `entry`: what its journal has, where that isn't the newest."""
-    entry = entry or entry_of(pair.source, boot_id="boot")
-    session = restore(entry, boot_id="boot")
-    assert isinstance(session, SourceSession)
-    pair.source = session
-    pair._events.clear()
-    pair.timers.clear()
-    pair.given.clear()
-    pair.push(session, v.Recover())
-    return session
-
-
 @pytest.mark.parametrize("state", [_S.SETUP, _S.PRECOPY, _S.SWITCHOVER])
 @pytest.mark.parametrize("sent", [False, True])
 def test_a_cancel_outlives_the_agent(state: MigrationState, sent: bool) -> None:
     """It ended as failed, for the agent had restarted. `sent`: it came to be a rollback."""
     pair = _cancelling(state)
     pair.sent = sent
-    _restart(pair)
+    pair.restart(SOURCE)
     pair.run(timers=3)
     assert pair.source.state is _S.CANCELLED
     view = pair.source.view()
@@ -59,7 +43,8 @@ def test_a_cancel_that_only_its_record_knows_of_outlives_the_agent() -> None:
     before = entry_of(pair.source, boot_id="boot")
     pair.source.handle(v.CancelRequested(by="me"), pair.now_s)
     shown = pair.source.view()
-    _restart(pair, before).take_up(shown)
+    pair.restart(SOURCE, entry=before)
+    pair.source.take_up(shown)
     pair.run()
     assert (pair.source.state, pair.source.cancelled_by) == (_S.CANCELLED, "me")
 
@@ -67,7 +52,8 @@ def test_a_cancel_that_only_its_record_knows_of_outlives_the_agent() -> None:
 def test_a_cancel_is_not_forgotten_for_a_record_that_is_behind() -> None:
     pair = _cancelling(_S.PRECOPY)
     behind = msgspec.structs.replace(pair.source.view(), cancelled_by="")
-    _restart(pair).take_up(behind)
+    pair.restart(SOURCE)
+    pair.source.take_up(behind)
     assert pair.source.view().cancelled_by == "me"
 
 
@@ -77,7 +63,7 @@ def test_a_guest_that_dies_in_a_cancel_is_missed_by_its_source_alone(
 ) -> None:
     """Unless it may have been sent: also after a restart no other node is waited for."""
     pair = _cancelling(state)
-    _restart(pair)
+    pair.restart(SOURCE)
     pair.silence(v.InspectGuest)
     pair.run()
     pair.push(pair.source, GONE)

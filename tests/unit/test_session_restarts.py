@@ -19,38 +19,27 @@ from migrator.session import messages as m
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
-from tests.unit.session_pair import SessionPair
+from tests.unit.session_pair import (
+    COMPLETED,
+    DESTINATION,
+    FAILED,
+    GONE,
+    SOURCE,
+    SessionPair,
+)
 
 _S = MigrationState
-SOURCE, DESTINATION = Role.SOURCE, Role.DESTINATION
-COMPLETED = (_S.COMPLETED, _S.COMPLETED)
-CANCELLED = (_S.CANCELLED, _S.CANCELLED)
-FAILED = (_S.FAILED, _S.CANCELLED)
-GONE = v.GuestInspected(condition=v.GuestCondition.GONE)
 
 
 # --- restart from the journal ---
-
-
-def _restored(pair: SessionPair, role: Role, *, boot_id: str = "boot") -> SessionPair:
-    entry = entry_of(pair.of(role), boot_id="boot")
-    session = restore(entry, boot_id=boot_id)
-    if isinstance(session, SourceSession):
-        pair.source = session
-    else:
-        pair.destination = session
-    pair._events.clear()
-    pair.timers.clear()
-    pair.given.clear()
-    pair.push(session, v.Recover())
-    return pair
 
 
 def test_a_source_restarted_in_precopy_aborts_in_any_case() -> None:
     """A switchover that was begun before the restart may not show yet."""
     pair = SessionPair()
     pair.run_until_state(_S.PRECOPY)
-    assert _restored(pair, SOURCE).run() == FAILED
+    pair.restart(SOURCE)
+    assert pair.run() == FAILED
     assert pair.commands(SOURCE)[:2] == ["InspectGuest", "AbortSwitchover"]
 
 
@@ -60,7 +49,7 @@ def test_a_cancel_before_a_restored_source_recovers_ends_nothing(state: Migratio
     pair = SessionPair()
     pair.silence(m.Commit)
     pair.run_until_state(state)
-    pair = _restored(pair, SOURCE)
+    pair.restart(SOURCE)
     assert not pair.source.cancellable
     assert pair.source.handle(v.CancelRequested(), pair.now_s) == []
     assert pair.source.ended_at_s is None
@@ -76,7 +65,7 @@ def test_a_dead_source_commits_only_what_is_known_to_be_out(known: bool) -> None
     pair = SessionPair()
     pair.silence(m.Commit)
     pair.run_until_state(_S.HANDOFF if known else _S.SWITCHOVER)
-    pair = _restored(pair, SOURCE)
+    pair.restart(SOURCE)
     pair.silence(v.InspectGuest)
     pair.run()
     pair.push(pair.source, GONE)
@@ -93,7 +82,8 @@ def test_a_destination_restarted_in_the_handoff_goes_on_by_itself() -> None:
     pair.run()
     assert pair.destination.state is _S.HANDOFF
     pair.silent.clear()
-    assert _restored(pair, DESTINATION).run() == COMPLETED
+    pair.restart(DESTINATION)
+    assert pair.run() == COMPLETED
     assert pair.resumed_on == [DESTINATION]
 
 
@@ -102,7 +92,7 @@ def test_after_a_reboot_an_owner_may_have_run(boot_id: str, word: type[object]) 
     pair = SessionPair()
     pair.silence(v.Fence)
     pair.run()
-    pair = _restored(pair, DESTINATION, boot_id=boot_id)
+    pair.restart(DESTINATION, boot_id=boot_id)
     pair.silence(v.InspectGuest, m.Running, m.Aborted)
     pair.run()
     pair.push(pair.destination, GONE)
@@ -114,7 +104,7 @@ def test_a_copy_that_died_with_its_agent_says_that_the_agent_restarted() -> None
     pair = SessionPair()
     pair.silence(m.Commit)
     pair.run()
-    pair = _restored(pair, DESTINATION)
+    pair.restart(DESTINATION)
     pair.push(pair.destination, GONE)
     pair.run()
     assert "agent restarted, and its hypervisor is gone" in (pair.destination.error or "")
@@ -206,7 +196,7 @@ def test_a_restarted_destination_knows_that_a_write_may_land(boot_id: str, commi
     pair = SessionPair()
     pair.silence(v.SwapRecord, *(() if committed else (m.Commit,)))
     pair.run()
-    pair = _restored(pair, DESTINATION, boot_id=boot_id)
+    pair.restart(DESTINATION, boot_id=boot_id)
     pair.silence(v.InspectGuest)
     pair.run()
     pair.push(pair.destination, GONE)

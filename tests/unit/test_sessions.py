@@ -15,14 +15,9 @@ from migrator.model import (
 from migrator.ports import DomainEventKind
 from migrator.session import messages as m
 from migrator.session import vocabulary as v
-from tests.unit.session_pair import SessionPair
+from tests.unit.session_pair import COMPLETED, DESTINATION, FAILED, SOURCE, SessionPair
 
 _S = MigrationState
-SOURCE, DESTINATION = Role.SOURCE, Role.DESTINATION
-COMPLETED = (_S.COMPLETED, _S.COMPLETED)
-CANCELLED = (_S.CANCELLED, _S.CANCELLED)
-FAILED = (_S.FAILED, _S.CANCELLED)
-GONE = v.GuestInspected(condition=v.GuestCondition.GONE)
 
 
 def _index(pair: SessionPair, kind: type[object], nth: int = 0) -> int:
