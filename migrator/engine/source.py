@@ -17,6 +17,7 @@ import msgspec
 from migrator import ranges
 from migrator.engine import frames, kernel
 from migrator.engine.bandwidth import TokenBucket
+from migrator.engine.between_passes import BetweenPasses
 from migrator.engine.control import (
     POLL_IN,
     Control,
@@ -25,15 +26,9 @@ from migrator.engine.control import (
     ThreadFaults,
     poll,
 )
-from migrator.engine.delivery import (
-    ChannelHealth,
-    Delivery,
-    connect_patiently,
-    delivered,
-    reconnect,
-)
+from migrator.engine.delivery import ChannelHealth, Delivery, connect_patiently, delivered
 from migrator.engine.dirty_log import DirtyLog, LogClaim
-from migrator.engine.frames import FrameKind, StreamHello, StreamKind
+from migrator.engine.frames import StreamHello, StreamKind
 from migrator.engine.idle_cores import IdleCores
 from migrator.engine.known import KnownPages
 from migrator.engine.memory import map_regions
@@ -43,7 +38,7 @@ from migrator.engine.passes import run_deliveries
 from migrator.engine.planner import PassPlanner
 from migrator.engine.relay import SourceRelay
 from migrator.engine.sampling import sample_dirty, zero_share
-from migrator.engine.stream import Endpoint, PageStream, StreamBrokenError
+from migrator.engine.stream import Endpoint, PageStream
 from migrator.engine.transport import check_local_address, tls_peer
 from migrator.engine_messages import (
     Configure,
@@ -66,7 +61,6 @@ from migrator.errors import WrongStateError
 from migrator.model import PAGE_SIZE_BYTES, PassKind, PassReport
 
 _REPORT_S: Final = 0.2
-_ROUND_TRIPS: Final = 3
 
 
 class SourceEngine:
@@ -86,6 +80,7 @@ class SourceEngine:
         self._known = KnownPages(self._regions)
         self._streams: list[PageStream] = []
         self._health = ChannelHealth(control.send)
+        self._between = BetweenPasses(self._health, configure.reconnect_s, self)
         self._relay: SourceRelay | None = None
         self._server: PageServer | None = None
         self._served_before = 0  # Bytes, to an engine of the destination that died.
@@ -124,7 +119,7 @@ class SourceEngine:
                 self._faults.raise_first()
             for stream in self._streams:
                 if stream.sock is not None and stream.sock.fileno() in happened:
-                    self._look_at_idle(stream)
+                    self._between.look_at(stream)
 
     def close(self) -> None:
         """Unregister first, so that the guest is rid of us, then close. Never fails."""
@@ -236,7 +231,8 @@ class SourceEngine:
         hello = self._hello(StreamKind.DEVICE)
         self._relay = SourceRelay(self._endpoint, hello, configure.reconnect_s, self._control)
         self._relay.prepare(self)
-        self._control.send(Connected(streams=streams, round_trip_ms=self._round_trip_ms()))
+        round_trip_ms = self._between.round_trip_ms(self._streams[0])
+        self._control.send(Connected(streams=streams, round_trip_ms=round_trip_ms))
 
     def _hello(self, kind: StreamKind, index: int = 0, streams: int = 1) -> StreamHello:
         return StreamHello(
@@ -248,37 +244,12 @@ class SourceEngine:
             streams=streams,
         )
 
-    def _round_trip_ms(self) -> float:
-        """The best of a few barriers: what an acknowledgement costs at least."""
-        best = float("inf")
-        for _ in range(_ROUND_TRIPS):
-            began = time.monotonic()
-            try:
-                self._streams[0].barrier(self)
-                self._streams[0].await_acknowledged(self)
-            except StreamBrokenError as error:
-                self._restore_idle(self._streams[0], error)
-                continue
-            best = min(best, time.monotonic() - began)
-        return best * 1e3
-
     def _open_device_channel(self, path: Path) -> None:
         if self._relay is None:
             raise WrongStateError("OpenDeviceChannel", "configured", "connected")
         self._relay.prepare(self)
         self._relay.listen(path)
         self._control.send(DeviceChannelOpen(path=str(path)))
-
-    def _look_at_idle(self, stream: PageStream) -> None:
-        """Between passes nothing should come: it is the end of the stream."""
-        try:
-            stream.collect_acks()
-        except StreamBrokenError as error:
-            self._restore_idle(stream, error)
-
-    def _restore_idle(self, stream: PageStream, error: StreamBrokenError) -> None:
-        stream.take_unacknowledged()  # Barriers only: every pass awaits its acknowledgements.
-        reconnect(stream, self._health, str(error), self._configure.reconnect_s, self)
 
     def _sample_dirty(self, message: SampleDirty) -> None:
         if self._streams:
@@ -378,17 +349,7 @@ class SourceEngine:
         before = stream.bytes_sent
         if final:
             self._server.start()
-        while True:
-            try:
-                for region, content, hole in zip(self._regions, found, holes, strict=True):
-                    stream.tell(FrameKind.ZERO, region, hole, self)
-                    stream.tell(FrameKind.MISSING, region, content, self)
-                if final:
-                    stream.tell(FrameKind.ARM, None, None, self)
-                stream.await_acknowledged(self)
-                break
-            except StreamBrokenError as error:  # All of it again: it is no different twice.
-                self._restore_idle(stream, error)
+        self._between.tell_missing(stream, self._regions, found, holes, arms=final)
         if not final:
             self._log.scan()
         self._control.send(
