@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp.test_utils import TestClient, TestServer
 
 from migrator.errors import InvalidRequest
 from migrator.model import DomainName, NodeName, PoolName, VolumeInfo, VolumeName
-from node_agent.api.server import create_app
 from node_agent.pools import PoolSet
 from storage.directory import DirectoryPool
 from storage.drivers import make_pool
 from storage.settings import NbdSettings, NfsSettings, SimulatedSettings, same_place
 from storage.simulated import SimulatedPool
-from tests.unit.agent_world import World, open_world
-from tests.unit.test_api import SPEC, Client, ask, running
-
-
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    async with open_world(tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def client(world: World) -> AsyncIterator[Client]:
-    async with TestClient(TestServer(create_app(world.a.cluster))) as opened:
-        yield opened
+from tests.unit.agent_world import World
+from tests.unit.api_client import SPEC, Client, ask, running
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -1,7 +1,4 @@
-"""`ferry` against a real API on a unix socket, with simulated nodes behind it.
-
-The commands run in a thread: they are synchronous, and the API runs in the test's loop.
-"""
+"""`ferry` against a real API on a unix socket, with simulated nodes behind it."""
 
 from __future__ import annotations
 
@@ -13,14 +10,11 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
 from migrator.model import DomainName, MigrationState, PassKind, PassReport
-from node_agent.api.server import ApiServer, create_app
 from node_agent.cli import client as cli_client
 from node_agent.cli import main, progress
 from node_agent.cli.errors import CliError, ExitCode
@@ -28,52 +22,10 @@ from node_agent.cli.migrations import compression_of
 from node_agent.cli.output import parse_size, size
 from node_agent.cli.spec import load_spec, parse_disk, parse_nic
 from node_agent.resources import NodeList
-from tests.unit.agent_world import MAC, World, open_world
+from tests.unit.agent_world import MAC, World
+from tests.unit.ferry_command import Ferry, define
 
 pytestmark = pytest.mark.allow_blocking("the CLI is synchronous; it runs in a thread")
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Ferry = Callable[..., Coroutine[Any, Any, Result]]
-
-
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    async with open_world(tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def ferry(
-    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> AsyncIterator[Ferry]:
-    path = tmp_path / "api.sock"
-    server = ApiServer(create_app(world.a.cluster), listen=None, socket_path=path)
-    await server.start()
-
-    async def run(*arguments: str, code: int | None = 0) -> Result:
-        capfd.readouterr()
-        got = await asyncio.to_thread(main.run, [*arguments, "--api", f"unix:{path}"])
-        out, err = capfd.readouterr()
-        result = Result(got, out, err)
-        assert "Traceback" not in err
-        if code is not None:
-            assert got == code, result
-        return result
-
-    yield run
-    await server.close()
-
-
-async def define(ferry: Ferry, *more: str) -> Result:
-    nic = f"bridge=br0,mac={MAC.upper()},ip=10.0.0.7"
-    flags = ["--memory", "64M", "--disk", "root", "--nic", nic]
-    return await ferry("domain", "define", "web", *flags, *more)
 
 
 async def test_a_domains_life(ferry: Ferry, tmp_path: Path) -> None:

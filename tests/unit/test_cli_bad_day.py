@@ -21,9 +21,7 @@ from node_agent.cli.errors import ExitCode, Unreachable
 from node_agent.events import ClusterEvent
 from node_agent.resources import Node
 from tests.unit.agent_world import World
-from tests.unit.test_cli import Ferry, define, ferry, world
-
-__all__ = ["ferry", "world"]
+from tests.unit.ferry_command import Ferry, define
 
 pytestmark = pytest.mark.allow_blocking("the CLI is synchronous; it runs in a thread")
 

@@ -7,9 +7,7 @@ import json
 import pytest
 
 from node_agent.cli.errors import ExitCode
-from tests.unit.test_cli import Ferry, ferry, world
-
-__all__ = ["ferry", "world"]
+from tests.unit.ferry_command import Ferry
 
 pytestmark = pytest.mark.allow_blocking("the CLI is synchronous; it runs in a thread")
 

@@ -5,30 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import stat
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
-from node_agent.cli import context_file, main, new_config
+from node_agent.cli import context_file, new_config
 from node_agent.cli.client import Access, ApiClient
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.trust import parse_duration
 from node_agent.config import load_config
 from node_agent.trust.files import TrustFolder
+from tests.unit.ferry_command import Ferry, ferry_command
 from tests.unit.trust_world import TrustWorld, trust_world
 
 pytestmark = pytest.mark.allow_blocking("the CLI is synchronous; it runs in a thread")
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Ferry = Callable[..., Coroutine[Any, Any, Result]]
 
 
 @pytest.fixture
@@ -46,18 +37,7 @@ def ferry(
     monkeypatch.setenv("FERRY_LAB_ROOT", str(tmp_path / "labs"))
     for name in ("FERRY_API", "FERRY_LAB", "FERRY_CONTEXT"):
         monkeypatch.delenv(name, raising=False)
-
-    async def run(*arguments: str, code: int | None = 0) -> Result:
-        capfd.readouterr()
-        got = await asyncio.to_thread(main.run, arguments)
-        out, err = capfd.readouterr()
-        result = Result(got, out, err)
-        assert "Traceback" not in err
-        if code is not None:
-            assert got == code, result
-        return result
-
-    return run
+    return ferry_command(capfd)
 
 
 async def test_users_and_contexts(world: TrustWorld, ferry: Ferry, tmp_path: Path) -> None:

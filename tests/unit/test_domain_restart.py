@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -14,7 +13,7 @@ from migrator.model import DomainName, MigrationId, NodeName, OwnershipRecord, O
 from node_agent import domain_restart
 from node_agent.domain_restart import GIVE_UP_S, PARALLEL, TRIES, WITHIN_S
 from node_agent.restart_notes import RestartFile, RestartNotes, Wanted
-from tests.unit.agent_world import SimulatedNode, World, open_world, spec_of
+from tests.unit.agent_world import SimulatedNode, World, spec_of
 from tests.unit.node_life import (
     RUNNING,
     STOPPED,
@@ -30,12 +29,6 @@ from tests.unit.node_life import (
     stays,
     told,
 )
-
-
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    async with open_world(tmp_path) as opened:
-        yield opened
 
 
 @pytest.fixture(autouse=True)

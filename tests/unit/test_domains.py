@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,22 +33,11 @@ from migrator.model import (
 from node_agent.domain_launch import uninterrupted
 from node_agent.domain_restart import TRIES
 from node_agent.nodes import NodeRegistry
-from tests.unit.agent_world import MAC, SimulatedNode, World, open_world, spec_of
+from tests.unit.agent_world import MAC, SimulatedNode, World, spec_of
+from tests.unit.node_life import eventually
 
 WEB = DomainName("web")
 ROOT = VolumeName("root")
-
-
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    async with open_world(tmp_path) as opened:
-        yield opened
-
-
-async def eventually(check: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(30):
-        while not await check():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 async def owned(node: SimulatedNode) -> tuple[int, str, OwnershipState]:

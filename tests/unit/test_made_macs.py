@@ -16,10 +16,8 @@ from node_agent.cli.errors import ExitCode
 from node_agent.domain_records import ATTEMPTS
 from node_agent.mac_addresses import made, with_macs
 from tests.unit.agent_world import MAC, World, spec_of
-from tests.unit.test_api import Client, ask, client
-from tests.unit.test_cli import Ferry, ferry, world
-
-__all__ = ["client", "ferry", "world"]
+from tests.unit.api_client import Client, ask
+from tests.unit.ferry_command import Ferry
 
 ONE, OTHER = bytes([0xFF, 1, 2, 3, 4, 5]), bytes([0x31, 1, 2, 3, 4, 6])
 ONE_MAC, OTHER_MAC = "f2:01:02:03:04:05", "32:01:02:03:04:06"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
 from migrator.errors import HypervisorError
-from tests.unit.agent_world import SimulatedNode, World, open_world
+from tests.unit.agent_world import SimulatedNode, World
 from tests.unit.node_life import (
     STOPPED,
     WEB,
@@ -22,12 +20,6 @@ from tests.unit.node_life import (
     started,
     stays,
 )
-
-
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    async with open_world(tmp_path) as opened:
-        yield opened
 
 
 async def being_stopped(node: SimulatedNode) -> asyncio.Task[bool]:

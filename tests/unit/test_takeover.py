@@ -34,7 +34,7 @@ from node_agent.events import EventKind
 from node_agent.state.ownership import ownership_key
 from storage.simulated import SimulatedPool
 from tests.unit.agent_world import SimulatedNode, World, open_world, spec_of
-from tests.unit.test_domains import eventually
+from tests.unit.node_life import eventually
 
 WEB = DomainName("web")
 ROOT = VolumeName("root")
