@@ -14,28 +14,15 @@ from pathlib import Path
 import pytest
 
 from migrator.errors import FenceError, InvalidRequest, NotFoundError, StorageError
-from migrator.model import (
-    BlockDeviceSource,
-    DiskFormat,
-    FencingToken,
-    NodeName,
-    PoolName,
-    VolumeName,
-)
+from migrator.model import BlockDeviceSource, DiskFormat, NodeName, PoolName, VolumeName
 from storage.block import BlockPool
 from storage.holder_keys import key_of
-from tests.contract.volume_contract import STALE_S, VolumeContract
+from tests.contract.volume_contract import DISK, MIB, STALE_S, VolumeContract, t
 from tests.contract.writers import Writer
 
 HOOK = Path(__file__).with_name("loop_hook.py")
 SAMPLE = Path(__file__).parents[2] / "deploy" / "samples" / "block-fence"
-DISK = VolumeName("web-1.disk_0")
-MIB = 1024**2
 Pools = tuple[BlockPool, BlockPool]
-
-
-def t(number: int) -> FencingToken:
-    return FencingToken(number)
 
 
 def loop_devices_missing() -> bool:

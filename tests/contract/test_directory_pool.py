@@ -1,47 +1,32 @@
-"""Directory pools: copies, cancelled and failed calls, and a hypervisor that holds an image."""
+"""Directory pools: copies, linked clones, cancelled and failed calls."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import os
-import shutil
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundError, StorageError
-from migrator.model import DiskFormat, FencingToken, FileSource, PoolName, VolumeName
+from migrator.errors import ConflictError, InvalidRequest, NotFoundError, StorageError
+from migrator.model import DiskFormat, FileSource, VolumeName
 from storage import copying
 from storage.copying import CopyCancelled, copy_image
 from storage.directory import DirectoryPool, driver, files
-from storage.directory.locks import image_in_use, image_written, pool_lock
-from storage.qcow2 import HEADER_BYTES, parse_header
-
-POOL = PoolName("default")
-DISK = VolumeName("web-1.disk_0")
-MIB = 1024**2
-BOTH = list(DiskFormat)
-needs_qemu_img = pytest.mark.skipif(not shutil.which("qemu-img"), reason="needs qemu-img")
-
-
-def t(number: int) -> FencingToken:
-    return FencingToken(number)
-
-
-def qemu_img(*arguments: str | Path) -> None:
-    subprocess.run(["qemu-img", *arguments], check=True, timeout=30)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "pool"
-    path.mkdir()
-    return path
+from storage.directory.locks import pool_lock
+from tests.contract.volume_contract import (
+    BOTH,
+    DISK,
+    MIB,
+    POOL,
+    image_with_holes,
+    needs_qemu_img,
+    qemu_img,
+    t,
+)
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -49,12 +34,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 async def test_a_raw_image_is_copied_with_its_holes_and_grown(folder: Path, tmp_path: Path) -> None:
-    image = tmp_path / "image"
-    with image.open("wb") as file:
-        file.write(b"begin")
-        file.seek(40 * MIB)
-        file.write(b"end")
-        file.truncate(50 * MIB)
+    image = image_with_holes(tmp_path)
     pool = DirectoryPool(POOL, folder)
     info = await pool.create(DISK, capacity_bytes=60 * MIB, format=DiskFormat.RAW, image=image)
     assert info.capacity_bytes == 60 * MIB
@@ -327,123 +307,3 @@ async def test_a_missing_folder_is_told_by_its_health(folder: Path) -> None:
     health = await DirectoryPool(POOL, folder / "gone").health()
     assert not health.reachable
     assert "mounted" in (health.reason or "")
-
-
-# --- a hypervisor that holds the image -------------------------------------------------------
-
-
-@pytest.fixture
-def image(folder: Path) -> Path:
-    path = folder / f"{DISK}.raw"
-    path.write_bytes(bytes(MIB))
-    return path
-
-
-class Holder:
-    """A qemu-io that has an image open, as a running guest's QEMU has."""
-
-    def __init__(self, image: Path, *flags: str) -> None:
-        self.process = subprocess.Popen(
-            ["qemu-io", *flags, "-f", "raw", str(image)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-        )
-        deadline_s = time.monotonic() + 10
-        while not image_in_use(image):
-            assert time.monotonic() < deadline_s
-            time.sleep(0.005)
-
-    def end(self) -> None:
-        """Idempotent."""
-        if self.process.poll() is None:
-            self.process.communicate(b"quit\n", timeout=10)
-
-
-@pytest.fixture
-def writer(image: Path) -> Iterator[Holder]:
-    holder = Holder(image)
-    yield holder
-    holder.end()
-
-
-@pytest.mark.skipif(not shutil.which("qemu-io"), reason="needs qemu-io")
-class TestHypervisorLocks:
-    def test_a_reader_is_no_writer(self, image: Path) -> None:
-        assert not image_in_use(image)
-        holder = Holder(image, "-r")
-        try:
-            assert image_in_use(image)
-            assert not image_written(image)
-        finally:
-            holder.end()
-        assert not image_in_use(image)
-
-    async def test_a_volume_in_use_is_not_deleted(self, folder: Path, writer: Holder) -> None:
-        pool = DirectoryPool(POOL, folder)
-        with pytest.raises(ConflictError, match="uses"):
-            await pool.delete(DISK)
-        await asyncio.to_thread(writer.end)
-        await pool.delete(DISK)
-
-    async def test_a_writer_under_an_older_token_stops_the_fence(
-        self, folder: Path, writer: Holder, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(driver, "FENCE_WAIT_S", 0.05)
-        pool = DirectoryPool(POOL, folder)
-        with pytest.raises(FenceError, match="still writes"):
-            await pool.fence(DISK, t(2))
-        assert await pool.verify(DISK) is None
-
-    async def test_a_fence_waits_for_a_source_that_lets_go(
-        self, folder: Path, writer: Holder
-    ) -> None:
-        pool = DirectoryPool(POOL, folder)
-        fencing = asyncio.create_task(pool.fence(DISK, t(2)))
-        await asyncio.sleep(0.05)
-        assert not fencing.done()
-        await asyncio.to_thread(writer.end)
-        await fencing
-        assert await pool.verify(DISK) == 2
-
-    async def test_a_repeated_fence_allows_its_owner_to_write(
-        self, folder: Path, image: Path
-    ) -> None:
-        pool = DirectoryPool(POOL, folder)
-        await pool.fence(DISK, t(2))
-        holder = await asyncio.to_thread(Holder, image)
-        try:
-            await pool.fence(DISK, t(2))
-        finally:
-            await asyncio.to_thread(holder.end)
-
-
-# --- the qcow2 header ------------------------------------------------------------------------
-
-
-@needs_qemu_img
-@pytest.mark.parametrize("options", ["compat=0.10", "compat=1.1", "cluster_size=2M"])
-def test_the_header_of_what_qemu_makes(tmp_path: Path, options: str) -> None:
-    path = tmp_path / "x.qcow2"
-    qemu_img("create", "-q", "-f", "qcow2", "-o", options, path, "123M")
-    header = parse_header(path.read_bytes()[:HEADER_BYTES])
-    assert header.capacity_bytes == 123 * MIB
-    assert header.version == (2 if "0.10" in options else 3)
-    assert header.cluster_bytes == (2 * MIB if "2M" in options else 65536)
-    assert not header.backing_file
-    assert not header.external_data
-
-
-@pytest.mark.parametrize(
-    "head",
-    [
-        b"",
-        b"QFI\xfb",
-        b"\x00" * HEADER_BYTES,
-        b"QFI\xfb" + (9).to_bytes(4, "big") + bytes(96),
-        b"QFI\xfb" + (3).to_bytes(4, "big") + bytes(96),
-        b"QFI\xfb" + (3).to_bytes(4, "big") + bytes(12) + (16).to_bytes(4, "big") + bytes(50),
-    ],
-)
-def test_what_is_no_qcow2_header_is_refused(head: bytes) -> None:
-    with pytest.raises(StorageError):
-        parse_header(head)

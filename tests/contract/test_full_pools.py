@@ -5,23 +5,19 @@ A guest that doesn't write anything new runs on there, and may be moved away, wh
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from migrator.errors import FenceError, StorageError
-from migrator.model import DiskFormat, FencingToken, PoolName, VolumeName
+from migrator.model import DiskFormat, FencingToken, VolumeName
 from storage.directory import DirectoryPool
 from storage.nbd.volumes import ExportState, VolumeFolder, VolumeState
 from tests.contract.storage_servers import fill, small_file_system
+from tests.contract.volume_contract import DISK, MIB, POOL, needs_qemu_img
 
 pytestmark = pytest.mark.lab
-POOL = PoolName("default")
-DISK = VolumeName("web-1.disk_0")
-MIB = 1024**2
-needs_qemu_img = pytest.mark.skipif(not shutil.which("qemu-img"), reason="needs qemu-img")
 
 
 @pytest.fixture

@@ -23,11 +23,8 @@ from storage.iscsi.session import Credentials, IscsiSession, LoginError, LunAddr
 from storage.iscsi.tgt_control import TgtControl
 from storage.settings import IscsiSettings
 from tests.contract.tgt_world import SECRET, TgtWorld, missing_tools, running_tgt
-from tests.contract.volume_contract import STALE_S, FenceContract, VolumeContract, t
+from tests.contract.volume_contract import DISK, MIB, STALE_S, FenceContract, VolumeContract, t
 from tests.contract.writers import Writer
-
-DISK = VolumeName("web-1.disk_0")
-MIB = 1024**2
 
 pytestmark = [
     pytest.mark.skipif(missing_tools() is not None, reason=str(missing_tools())),

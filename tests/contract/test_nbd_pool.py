@@ -15,27 +15,28 @@ from pathlib import Path
 import pytest
 
 from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundError, StorageError
-from migrator.model import DiskFormat, FencingToken, NbdSource, NodeName, PoolOwner, VolumeName
+from migrator.model import DiskFormat, NbdSource, NodeName, PoolOwner, VolumeName
 from storage.marks import MARK, OWNER
 from storage.nbd import NbdPool
 from storage.nbd.protocol import PORT, TO_NODE, Answer, Failure, signed
 from storage.settings import NbdSettings
 from tests.contract.storage_servers import ADDRESS, NbdServer, in_new_namespace
-from tests.contract.volume_contract import FenceContract, VolumeContract
+from tests.contract.volume_contract import (
+    DISK,
+    MIB,
+    FenceContract,
+    VolumeContract,
+    image_with_holes,
+    t,
+)
 from tests.contract.writers import Writer
 
 pytestmark = [
     pytest.mark.lab,
     pytest.mark.allow_blocking("qemu-io and the servers are driven by plain pipes"),
 ]
-DISK = VolumeName("web-1.disk_0")
-MIB = 1024**2
 RAW = DiskFormat.RAW
 Pools = tuple[NbdPool, NbdPool]
-
-
-def t(number: int) -> FencingToken:
-    return FencingToken(number)
 
 
 @pytest.fixture(scope="module")
@@ -160,12 +161,7 @@ async def test_what_is_open_is_not_deleted(nodes: Pools) -> None:
 async def test_an_image_is_copied_over_the_wire(
     nodes: Pools, server: NbdServer, tmp_path: Path
 ) -> None:
-    image = tmp_path / "image"
-    with image.open("wb") as file:
-        file.write(b"begin")
-        file.seek(40 * MIB)
-        file.write(b"end")
-        file.truncate(50 * MIB)
+    image = image_with_holes(tmp_path)
     made = await nodes[0].create(DISK, capacity_bytes=60 * MIB, format=RAW, image=image)
     assert (made.capacity_bytes, made.allocated_bytes < 2 * MIB) == (60 * MIB, True)
     copied = (server.folder / f"{DISK}.raw").read_bytes()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundError, StorageError
-from migrator.model import DiskFormat, FencingToken, NfsSource, NodeName, VolumeName
+from migrator.model import DiskFormat, NfsSource, NodeName, VolumeName
 from storage.marks import MARK, OWNER
 from storage.nfs import NfsPool, files
 from storage.nfs.files import remove_tree
@@ -24,19 +24,20 @@ from storage.nfs.libnfs import Export, NfsError
 from storage.nfs.making import Maker
 from storage.settings import NfsSettings
 from tests.contract.storage_servers import ADDRESS, NfsServer, in_new_namespace
-from tests.contract.volume_contract import FenceContract, VolumeContract
+from tests.contract.volume_contract import (
+    DISK,
+    MIB,
+    FenceContract,
+    VolumeContract,
+    image_with_holes,
+    t,
+)
 from tests.contract.writers import Writer
 
 pytestmark = [
     pytest.mark.lab,
     pytest.mark.allow_blocking("qemu-io and the servers are driven by plain pipes"),
 ]
-DISK = VolumeName("web-1.disk_0")
-MIB = 1024**2
-
-
-def t(number: int) -> FencingToken:
-    return FencingToken(number)
 
 
 @pytest.fixture(scope="module")
@@ -324,12 +325,7 @@ async def test_an_image_is_copied_with_its_holes_and_a_failed_copy_leaves_nothin
     nodes: tuple[NfsPool, NfsPool], server: NfsServer, tmp_path: Path
 ) -> None:
     a, _ = nodes
-    image = tmp_path / "image"
-    with image.open("wb") as file:
-        file.write(b"begin")
-        file.seek(40 * MIB)
-        file.write(b"end" * 30_000)
-        file.truncate(50 * MIB)
+    image = image_with_holes(tmp_path)
     made = await a.create(DISK, capacity_bytes=60 * MIB, format=DiskFormat.RAW, image=image)
     assert made.capacity_bytes == 60 * MIB
     assert made.allocated_bytes < 2 * MIB

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from migrator.errors import FenceError, StorageError
-from migrator.model import DiskFormat, FencingToken, NodeName, PoolName, VolumeName
+from migrator.model import DiskFormat, NodeName, VolumeName
 from migrator.ports import VolumeDriver
 from storage.directory import DirectoryPool
 from storage.drivers import DRIVERS
 from storage.settings import BY_DRIVER
 from storage.simulated import PoolFaults, SharedVolumes, SimulatedPool
-from tests.contract.volume_contract import VolumeContract
-
-POOL = PoolName("default")
-DISK = VolumeName("web-1.disk_0")
-MIB = 1024**2
-BOTH = list(DiskFormat)
-needs_qemu_img = pytest.mark.skipif(not shutil.which("qemu-img"), reason="needs qemu-img")
-
-
-def t(number: int) -> FencingToken:
-    return FencingToken(number)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "pool"
-    path.mkdir()
-    return path
+from tests.contract.volume_contract import DISK, MIB, POOL, VolumeContract, t
 
 
 @pytest.fixture(params=["simulated", "directory"])

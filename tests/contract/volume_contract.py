@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import subprocess
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundError
-from migrator.model import DiskFormat, FencingToken, NodeName, PoolOwner, VolumeName
+from migrator.model import DiskFormat, FencingToken, NodeName, PoolName, PoolOwner, VolumeName
 from migrator.ports import VolumeDriver
 from tests.contract.writers import Writer
 
+POOL = PoolName("default")
 DISK = VolumeName("web-1.disk_0")
 MIB = 1024**2
 BOTH = list(DiskFormat)
@@ -31,6 +33,21 @@ needs_qemu_img = pytest.mark.skipif(not shutil.which("qemu-img"), reason="needs 
 
 def t(number: int) -> FencingToken:
     return FencingToken(number)
+
+
+def qemu_img(*arguments: str | Path) -> None:
+    subprocess.run(["qemu-img", *arguments], check=True, timeout=30)
+
+
+def image_with_holes(folder: Path) -> Path:
+    """50 MiB, with a few words at its begin and after 40 MiB."""
+    image = folder / "image"
+    with image.open("wb") as file:
+        file.write(b"begin")
+        file.seek(40 * MIB)
+        file.write(b"end" * 30_000)
+        file.truncate(50 * MIB)
+    return image
 
 
 class VolumeContract:
@@ -64,7 +81,7 @@ class VolumeContract:
         if not await self.made(nodes[0], format, 64 * MIB):
             return
         created = await nodes[0].inspect(DISK)
-        assert (created.pool, created.name, created.format) == ("default", DISK, format)
+        assert (created.pool, created.name, created.format) == (POOL, DISK, format)
         assert created.capacity_bytes == 64 * MIB
         assert created.allocated_bytes < MIB, "sparse"
         for node in nodes:

@@ -1,4 +1,4 @@
-"""A wrong body names the very field, also in maps; through the API: test_api."""
+"""A wrong body names the very field, also in maps; through the API: test_api_http."""
 
 from __future__ import annotations
 
