@@ -2,7 +2,7 @@
 
 node_agent -> hypervisor, storage, netfabric (drivers: only in its composition root), migrator
 hypervisor | storage | netfabric -> migrator.model, .errors, .ports, .native_port, .unknown_fields,
-                                    .cores, .durable, .own_threads
+                                    .cores, .durable, .own_threads, .programs
 migrator -> no sibling; its pure modules no clock, randomness, sockets, event loop, threads
 deploy, tests -> anything
 """
