@@ -36,7 +36,7 @@ from migrator.errors import (
 from migrator.hold_points import hold
 from migrator.journal import MigrationJournal
 from migrator.journal_entry import entry_of
-from migrator.lane import Lane as Lane
+from migrator.lane import Lane
 from migrator.model import ENDED, DomainName, DomainState, FencingToken, Role
 from migrator.native_driver import NativeDriver
 from migrator.ports import AbortOutcome, DomainEvent, HypervisorDriver, OwnershipStore

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from migrator.journal_entry import JournalEntry, entry_of, restore
+from migrator.lane import Lane
 from migrator.model import MigrationId, MigrationRequest, MigrationState, NodeName, Role
 from migrator.ports import DomainEvent
-from migrator.runner import STEP_S, Lane
+from migrator.runner import STEP_S
 from migrator.session import messages as m
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
