@@ -6,8 +6,6 @@ right. Nothing may be ended for what that copy says. `make sim` plays one such s
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from typing import ClassVar
 
 import pytest
@@ -32,14 +30,6 @@ FAULTS = Faults(
     hypervisor_share=0.3,
     heal_at_s=30.0,
 )
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Production code warns of what the simulation does to it."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 class Counted(SourceSession):

@@ -7,8 +7,6 @@ fifty.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from typing import ClassVar
 
 import pytest
@@ -34,14 +32,6 @@ FAULTS = Faults(
     forgetful=True,
     heal_at_s=90.0,
 )
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Production code warns of what the simulation does to it."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 class Counted(Node):

@@ -6,11 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from aiohttp.test_utils import TestClient, TestServer
 
 from migrator.errors import ConflictError, StorageError
 from migrator.model import DomainName, FencingToken, NodeName, PoolName, VolumeName
-from node_agent.api.server import create_app
 from node_agent.cli.errors import ExitCode
 from node_agent.events import EventKind
 from node_agent.pools import PoolSet
@@ -19,21 +17,13 @@ from node_agent.state.typed import TypedStore
 from storage.settings import SimulatedSettings
 from storage.simulated import SharedVolumes, SimulatedPool
 from tests.unit.agent_world import World, spec_of
-from tests.unit.test_api import SPEC, Client, ask
-from tests.unit.test_cli import Ferry, ferry, world
-
-__all__ = ["ferry", "world"]
+from tests.unit.api_client import SPEC, Client, ask
+from tests.unit.ferry_command import Ferry
 
 pytestmark = pytest.mark.allow_blocking("the CLI is synchronous; it runs in a thread")
 
 ROOT = VolumeName("root")
 DEFAULT = PoolName("default")
-
-
-@pytest.fixture
-async def client(world: World) -> AsyncIterator[Client]:
-    async with TestClient(TestServer(create_app(world.a.cluster))) as opened:
-        yield opened
 
 
 @asynccontextmanager
