@@ -5,8 +5,8 @@ subject alternative name (a node's name is a valid DNS label). Both ends check t
 the end that dials also checks the name, by `server_hostname`. The end that listens asks
 `peer_node(...)` after the handshake whom it speaks to.
 
-The files are read when a context is made, so that a renewed certificate needs no restart: make a
-context for each new listener, and for each dial.
+The files are read when a context is made, so that a renewed certificate needs no restart: make one
+for each connection, dialled or accepted.
 """
 
 from __future__ import annotations

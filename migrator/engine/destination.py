@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import threading
 from pathlib import Path
 from typing import Final
@@ -29,7 +30,7 @@ from migrator.engine.memory import map_regions
 from migrator.engine.missing import post_copy_refusal
 from migrator.engine.receiver import Connection, Memory
 from migrator.engine.relay import DestinationRelay
-from migrator.engine.transport import StreamSocket, make_server_context
+from migrator.engine.transport import ListenerTls, StreamSocket
 from migrator.engine_messages import (
     Attach,
     Configure,
@@ -82,8 +83,7 @@ class DestinationEngine:
         self._connections: list[Connection] = []
         self._streams: dict[int, Connection] = {}
         self._closing = False
-        self.tls = make_server_context(configure.tls) if configure.tls is not None else None
-        """See `receiver.Host`."""
+        self._tls = ListenerTls(configure.tls) if configure.tls is not None else None
         self._relay = DestinationRelay(
             configure.device_connect_s, self._device_open, control.at_switchover
         )
@@ -216,6 +216,11 @@ class DestinationEngine:
         connection.start()
 
     # --- Host: called from the connections' threads ---
+
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """See `receiver.Host`."""
+        return None if self._tls is None else self._tls.context()
 
     def refusal_of(self, hello: StreamHello, peer: str | None) -> str:
         """See `receiver.Host`."""

@@ -58,7 +58,7 @@ class Host(Protocol):
 
     @property
     def tls(self) -> ssl.SSLContext | None:
-        """None: connections are plain."""
+        """Of the connection that comes next. None: connections are plain."""
 
     def refusal_of(self, hello: StreamHello, peer: str | None) -> str:
         """Why it isn't let in; "" if it is. `peer`: the node that its certificate names."""

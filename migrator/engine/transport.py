@@ -26,7 +26,7 @@ from typing import Final, cast
 import msgspec
 
 from migrator.engine.control import POLL_IN, POLL_OUT, Waiter
-from migrator.errors import EngineError
+from migrator.errors import ConfigError, EngineError
 from migrator.tls import (
     TlsFiles,
     client_context,
@@ -360,10 +360,30 @@ def refusal_of(error: ssl.SSLError, node: str) -> Exception:
     return TlsRefusedError(f"TLS with node {node}: {reason.lower().replace('_', ' ')}")
 
 
-def make_server_context(files: TlsFiles) -> ssl.SSLContext:
-    """For all connections of one listener. ConfigError if the files can't be used."""
+class ListenerTls:
+    """What secures a listener's connections: the files as they are when each of them comes.
+
+    A certificate is renewed, and the old one ends, while a migration goes on; a page stream that
+    breaks after that needs the new one, and in post-copy a guest waits for it. What can't be read
+    any more is used as it was.
+    """
+
+    def __init__(self, files: TlsFiles) -> None:
+        """ConfigError if the files can't be used."""
+        self._files = files
+        self._last = _without_tickets(files)
+
+    def context(self) -> ssl.SSLContext:
+        """For one connection. From any thread."""
+        with contextlib.suppress(ConfigError):
+            self._last = _without_tickets(self._files)
+        return self._last
+
+
+def _without_tickets(files: TlsFiles) -> ssl.SSLContext:
+    """Nothing is resumed; a ticket would lie before the first frame."""
     context = server_context(files)
-    context.num_tickets = 0  # Nothing is resumed; a ticket would lie before the first frame.
+    context.num_tickets = 0
     return context
 
 

@@ -229,3 +229,16 @@ async def test_another_node_of_the_cluster_is_refused(
     pair.tls[role] = tls_files(tmp_path, authority, "n9")
     reason = await _refusal(pair)
     assert pair.names[role] in reason
+
+
+async def test_a_listener_uses_the_certificate_that_was_renewed_since(
+    pair: Pair, tmp_path: Path, authority: trustme.CA
+) -> None:
+    """The old one may have ended by the time that a stream is connected again: in post-copy a guest
+    would wait for ever. Here it names another node, which needs no waiting.
+    """
+    files = pair.tls[Role.DESTINATION] = tls_files(tmp_path, authority, "n9")
+    listening = await pair.configure()
+    renewed = tls_files(tmp_path, authority, pair.names[Role.DESTINATION])
+    Path(renewed.certificate_path).replace(files.certificate_path)
+    await pair.connect(listening.port)

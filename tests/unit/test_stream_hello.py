@@ -24,9 +24,9 @@ from migrator.engine.frames import (
 from migrator.engine.page_socket import PageSocket
 from migrator.engine.stream import Endpoint, StreamRefusedError, open_stream
 from migrator.engine.transport import (
+    ListenerTls,
     StreamSocket,
     limit_waits,
-    make_server_context,
     secure_incoming,
     tls_peer,
 )
@@ -60,7 +60,7 @@ def answered(tmp_path: Path, answer: list[bytes], *, secure: bool) -> Iterator[S
 
     def serve() -> None:
         accepted = listener.accept()[0]
-        context = make_server_context(n2) if secure else None
+        context = ListenerTls(n2).context() if secure else None
         with accepted:
             stream = secure_incoming(accepted, context, SILENCE_S)
             limit_waits(stream, SILENCE_S)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import trustme
 
+from migrator.engine.transport import ListenerTls
 from migrator.errors import ConfigError, RemoteProtocolError
 from migrator.tls import (
     TlsFiles,
@@ -106,3 +107,12 @@ def test_half_of_the_files_is_an_error_and_all_of_them_are_used(tmp_path: Path) 
     found = files_of_node(tmp_path)
     assert found is not None and found.key_path == str(tmp_path / "tls" / "key.pem")
     assert files_of_node(tmp_path, TlsMode.PLAIN) is None
+
+
+def test_a_listener_reads_its_files_anew_and_goes_on_with_what_it_had(tmp_path: Path) -> None:
+    n2 = files_of(tmp_path, trustme.CA(), "n2")
+    listener = ListenerTls(n2)
+    first, second = listener.context(), listener.context()
+    assert first is not second
+    Path(n2.certificate_path).write_text("half of one")
+    assert listener.context() is second
