@@ -40,6 +40,9 @@ from migrator.session.vocabulary import (
 )
 from migrator.states import check_transition
 
+_TOLD_MAX: Final = 10
+"""Entries of one name, of what may happen again and again."""
+
 
 class Timing(Struct, frozen=True, kw_only=True):
     """How long a session waits, in seconds. Every wait of a session is one of these.
@@ -179,6 +182,18 @@ class Session(abc.ABC):
                 detail=detail,
             )
         )
+
+    def _note_again(self, name: str, detail: str) -> None:
+        """What may happen again and again: from `_TOLD_MAX` on the last entry is what is told anew.
+
+        A timeline is kept in the store, and a link may be down for days.
+        """
+        found = [at for at, phase in enumerate(self.timeline) if phase.name == name]
+        if len(found) < _TOLD_MAX:
+            self._note(name, self._now, self._now, detail)
+            return
+        last = self.timeline.pop(found[-1])
+        self._note(name, last.started_at_s, self._now, f"again and again, the last time: {detail}")
 
     def _journal(self) -> None:
         self._do(Journal(state=self.state))

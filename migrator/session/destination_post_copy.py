@@ -74,7 +74,7 @@ class DestinationPostCopy(DestinationView):
 
     def _revive_engine(self, reason: str) -> None:
         self._listening = None
-        self._note("engine lost", self._now, self._now, reason)
+        self._note_again("engine lost", reason)
         self._respawn_later()
 
     def _note_post_copy(self) -> None:

@@ -91,6 +91,8 @@ class SourceSession(SourcePasses):
                 self._engine_lost(event.error)
             case TimerFired(name=TimerName.ENGINE) if self._must_serve:
                 self._respawn()
+            case ChannelNoted() | EngineConnected() if self._must_serve:
+                self._heard_of_streams(event)
             case Received(message=message):
                 self._hear(message)
             case DisksDeactivated():
@@ -239,8 +241,7 @@ class SourceSession(SourcePasses):
                 self._note_pass(event.report)
                 self._decide()
             case ChannelNoted():
-                name = "channel broken" if event.broken else "channel restored"
-                self._note(name, self._now, self._now, event.detail)
+                self._note_channel(event)
             case PeerLost():
                 self._do(StartTimer(name=TimerName.PEER, seconds=self.timing.peer_s))
             case PeerBack():

@@ -17,6 +17,7 @@ from migrator.ports import DomainEventKind
 from migrator.session.messages import Filled, Inquire, Lost, Prepared
 from migrator.session.source_recovery import SourceRecovery
 from migrator.session.vocabulary import (
+    ChannelNoted,
     CommandFailed,
     ConnectEngine,
     DestroyGuest,
@@ -59,7 +60,8 @@ class SourcePostCopy(SourceRecovery):
 
     def _engine_lost(self, reason: str) -> None:
         self._engine_up = False
-        self._note("engine lost", self._now, self._now, reason)
+        self._note_again("engine lost", reason)
+        self._pages_stop(reason)
         if self._gone and self.state is _S.POSTCOPY:
             self._pages_lost()
         else:
@@ -67,6 +69,30 @@ class SourcePostCopy(SourceRecovery):
             if self.state is _S.POSTCOPY:
                 # Now: each Prepared may start the next engine, and stop the timer that would ask.
                 self._do(InspectGuest())
+
+    def _heard_of_streams(self, event: ChannelNoted | EngineConnected) -> None:
+        """Of the pages that the destination asks for."""
+        match event:
+            case ChannelNoted():
+                self._note_channel(event)
+                self._pages_stop((event.detail or "the link broke") if event.broken else "")
+            case EngineConnected():
+                self._respawns = 0
+                self._note_again("engine connected again", "")
+                self._pages_stop("")
+
+    def _note_channel(self, event: ChannelNoted) -> None:
+        self._note_again("channel broken" if event.broken else "channel restored", event.detail)
+
+    def _pages_stop(self, why: str) -> None:
+        """The operator has to know: a guest that waits looks well from outside. "": they go on."""
+        self._no_pages = why
+        if self.state is _S.POSTCOPY:
+            self._tell_of_pages()
+
+    def _tell_of_pages(self) -> None:
+        why = self._no_pages
+        self.error = f"the guest waits for pages that don't come: {why}" if why else None
 
     def _hear_prepared(self, message: Prepared) -> None:
         """The destination's engine may be another one than ours talks to."""
@@ -94,8 +120,8 @@ class SourcePostCopy(SourceRecovery):
 
     def _begin_post_copy(self) -> None:
         self._enter(_S.POSTCOPY)
-        self.error = None
         self._newest_token = max(self._newest_token, self.next_token)  # It runs under that.
+        self._tell_of_pages()
         self._do(
             StopTimer(name=TimerName.HANDOFF),
             StartTimer(name=TimerName.RETRY, seconds=self.timing.retry_s),
@@ -118,9 +144,6 @@ class SourcePostCopy(SourceRecovery):
         match event:
             case EngineReported():
                 self._note_progress(event)
-            case EngineConnected():
-                self._respawns = 0
-                self._note("engine connected again", self._now, self._now)
             case TimerFired(name=TimerName.RETRY) if self._destination_runs:
                 self._do(DestroyGuest())
             case TimerFired(name=TimerName.RETRY):

@@ -111,6 +111,8 @@ class SourceView(Session):
         """The destination lacks pages when the guest is resumed there: it gets them from here."""
         self._engine_up = False
         """It lives, and is connected or about to be."""
+        self._no_pages = ""
+        """In post-copy: why none reaches the destination now; "": they do."""
         self._copy_gone = False
         self._prepared: Prepared | None = None
         """Where the destination's engine listens, as it last said."""

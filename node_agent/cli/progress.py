@@ -29,6 +29,7 @@ _YOUNG_S: Final = 3.0
 LINE_S: Final = 2.0
 SILENCE_S: Final = 60.0
 """How long an agent may be away before watching is given up."""
+_HANDED_OVER: Final = (MigrationState.POSTCOPY, MigrationState.RECOVERING)
 _CHANNEL: Final = ("channel broken", "channel restored")
 """What a timeline says of the connection that the pages take."""
 _EXIT: Final = {
@@ -112,15 +113,17 @@ def describe(migration: Migration) -> str:
         parts.append(f"blackout {migration.blackout_ms:.1f} ms")  # In post-copy it is over.
     elif progress.predicted_blackout_ms is not None:
         parts.append(f"blackout ~{progress.predicted_blackout_ms:.0f} ms")
-    if progress.eta_s is not None:
+    if trouble := _trouble(migration):
+        parts.append(trouble)
+    elif progress.eta_s is not None:
         parts.append(f"~{progress.eta_s:.0f} s left")
-    if broken := _broken(migration):
-        parts.append(broken)
     return ", ".join(parts)
 
 
-def _broken(migration: Migration) -> str:
-    """Why no pages travel now: their channel is broken, and not restored yet."""
+def _trouble(migration: Migration) -> str:
+    """Why no pages travel now, or what the guest waits for."""
+    if migration.state in _HANDED_OVER:
+        return migration.error or ""
     noted = [each for each in migration.timeline if each.name in _CHANNEL]
     if migration.state is not MigrationState.PRECOPY or not noted or noted[-1].name != _CHANNEL[0]:
         return ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -29,6 +30,11 @@ INTERVAL_S: Final = 1.0
 KEEP: Final = 1_000
 _TRIES: Final = 5
 _QUIET: Final = frozenset({MigrationState.SWITCHOVER, MigrationState.HANDOFF})
+_WAITING: Final = frozenset({MigrationState.RECOVERING, MigrationState.POSTCOPY})
+"""The guest has left, and may stand still: then why is told, too."""
+_REASONS_MAX: Final = 5
+"""Told in such a state."""
+_NUMBER: Final = re.compile(r"\d+")
 _ENDS: Final = {
     MigrationState.COMPLETED: EventKind.MIGRATION_COMPLETED,
     MigrationState.CANCELLED: EventKind.MIGRATION_CANCELLED,
@@ -50,6 +56,8 @@ class Publisher:
         self._events = events
         self._monotonic = monotonic
         self._states: dict[str, MigrationState] = {}
+        self._reasons: dict[str, set[str]] = {}
+        """Told by migration, without their numbers: they count seconds."""
         self._dirty: dict[str, SourceSession] = {}
         self._written_at: dict[str, float] = {}
         self._writing = asyncio.Lock()
@@ -108,7 +116,8 @@ class Publisher:
             return
         new_state = self._states.get(name) is not state
         self._states[name] = state
-        if new_state and state not in _ENDS:
+        new_reason = state in _WAITING and self._is_new(name, session.error or "")
+        if (new_state or new_reason) and state not in _ENDS:
             why = f": {session.error}" if session.error else ""
             self._events.emit(
                 EventKind.MIGRATION_STATE,
@@ -121,11 +130,22 @@ class Publisher:
             self._dirty[name] = session
             self._wakeup.set()
 
+    def _is_new(self, name: str, reason: str) -> bool:
+        if not reason:
+            return False
+        told = self._reasons.setdefault(name, set())
+        said = _NUMBER.sub("", reason)
+        if said in told or len(told) >= _REASONS_MAX:
+            return False
+        told.add(said)
+        return True
+
     async def end(self, session: SourceSession) -> None:
         """Publish the end, with its event; tried a few times, then left to the log."""
         name = session.migration_id
         self._dirty.pop(name, None)
         self._states.pop(name, None)
+        self._reasons.pop(name, None)
         self._written_at.pop(name, None)
         await self._write_end(session.view())
 

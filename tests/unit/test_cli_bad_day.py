@@ -115,6 +115,24 @@ async def test_a_broken_channel_is_told_until_it_is_restored(
     assert ("channel broken: it took nothing" in progress.describe(migration)) is told
 
 
+async def test_what_a_guest_in_post_copy_waits_for_is_told_in_the_place_of_a_guess(
+    ferry: Ferry, world: World
+) -> None:
+    await define(ferry, "--start")
+    await ferry("migrate", "web", "--no-wait")
+    migration = world.migrations["m-1"]
+    there = msgspec.structs.replace(
+        migration,
+        state=MigrationState.POSTCOPY,
+        progress=msgspec.structs.replace(migration.progress, eta_s=20.0),
+        error="the guest waits for pages that don't come: silence",
+    )
+    assert progress.describe(there).endswith("waits for pages that don't come: silence")
+    assert "left" not in progress.describe(there)
+    there = msgspec.structs.replace(there, error=None)
+    assert progress.describe(there).endswith("~20 s left")
+
+
 async def test_a_blackout_that_is_over_is_told_as_it_was(ferry: Ferry, world: World) -> None:
     """In post-copy; what was predicted of it, and of a guest that has left, is of no interest."""
     await define(ferry, "--start")

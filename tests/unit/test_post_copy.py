@@ -193,6 +193,52 @@ def test_pages_that_are_nowhere_end_the_guest() -> None:
     assert "DestroyGuest" in pair.commands(DESTINATION)
 
 
+def test_a_guest_that_waits_for_pages_is_told_of_until_they_come() -> None:
+    """It looks well from outside, and its migration would stand still without a word."""
+    pair = running_there()
+    assert pair.source.view().error is None
+    pair.push(pair.source, v.ChannelNoted(broken=True, detail="silence"))
+    pair.run()
+    assert pair.source.view().error == "the guest waits for pages that don't come: silence"
+    pair.silence(v.ConnectEngine)
+    pair.push(pair.source, v.EngineLost(reason="refused: certificate has expired"))
+    pair.run(timers=1)
+    assert "certificate has expired" in (pair.source.view().error or "")
+    pair.push(pair.source, v.EngineConnected(pages_in_use=1, round_trip_ms=0.0))
+    assert pair.run() == POSTCOPY
+    assert pair.source.view().error is None
+    pair.push(pair.destination, v.PagesComplete())
+    pair.run(timers=6)
+    assert (pair.source.state, pair.destination.state) == COMPLETED
+    assert pair.source.view().error is None
+
+
+def test_pages_that_stop_in_the_handoff_are_told_of_once_the_guest_runs_there() -> None:
+    pair = SessionPair(MigrationRequest(destination="n2", mode=MigrationMode.POSTCOPY))
+    pair.run_until_state(_S.HANDOFF)
+    pair.push(pair.source, v.ChannelNoted(broken=True, detail="silence"))
+    assert pair.run() == POSTCOPY
+    assert "silence" in (pair.source.view().error or "")
+
+
+def test_what_happens_for_hours_makes_no_endless_timeline() -> None:
+    """It is kept in the store, which takes no value beyond a megabyte or two."""
+    pair = running_there()
+    pair.silence(v.ConnectEngine)
+    before = len(pair.source.timeline)
+    for number in range(3_000):
+        pair.push(pair.source, v.EngineLost(reason=f"refused {number}"))
+        pair.push(pair.source, v.TimerFired(name=v.TimerName.ENGINE))
+        pair.push(pair.source, v.ChannelNoted(broken=bool(number % 2), detail="the link"))
+    assert pair.run() == POSTCOPY
+    assert len(pair.source.timeline) - before == 30
+    lost = [phase for phase in pair.source.timeline if phase.name == "engine lost"]
+    assert lost[-1].detail.endswith("refused 2999")
+    assert lost[-1].seconds > 1.0
+    channel = [phase.name for phase in pair.source.timeline if "channel" in phase.name]
+    assert channel[-1] == "channel broken", "the last word is the last"
+
+
 def test_a_guest_that_ends_needs_no_more_pages() -> None:
     pair = running_there()
     pair.push(pair.destination, v.GuestReported(kind=DomainEventKind.EXITED, at_s=pair.now_s))

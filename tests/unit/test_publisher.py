@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import msgspec
 
-from migrator.model import Migration, MigrationState
+from migrator.model import Migration, MigrationMode, MigrationRequest, MigrationState
 from node_agent.migrations.publisher import Publisher
 from tests.unit.session_pair import SessionPair
 
@@ -91,3 +91,33 @@ async def test_what_is_noted_side_by_side_after_the_end_is_all_kept() -> None:
     )
     assert store.kept.cancelled_by == "network"
     assert store.kept.timeline[-1].name == "hooks"
+
+
+class Told:
+    """The events."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def emit(self, _kind: object, text: str, **_: object) -> None:
+        self.texts.append(text)
+
+
+def test_why_a_guest_that_has_left_stands_still_is_told_once_a_reason() -> None:
+    pair = SessionPair(MigrationRequest(destination="n2", mode=MigrationMode.POSTCOPY))
+    pair.run()
+    session, told = pair.source, Told()
+    assert session.state is MigrationState.POSTCOPY
+    publisher = Publisher(cast(Any, None), cast(Any, told))
+    for error in (None, "no pages for 5 s", None, "no pages for 17 s", "refused", None, "refused"):
+        session.error = error
+        publisher.changed(session)
+    assert [text.partition("postcopy")[2] for text in told.texts] == [
+        "",
+        ": no pages for 5 s",
+        ": refused",
+    ]
+    for number in range(100):
+        session.error = "x" * number
+        publisher.changed(session)
+    assert len(told.texts) < 10
