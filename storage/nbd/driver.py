@@ -202,6 +202,17 @@ class NbdPool(VolumeDriver):
         check_volume_name(volume)
         return FencingToken((await self._ask(p.Verify(volume=volume))).token) or None
 
+    async def reach(self, volume: VolumeName) -> None:
+        """Also this node's export: the provisioner may answer while that is down."""
+        check_volume_name(volume)
+        answer = await self._ask(p.Verify(volume=volume))
+        if any(node == self._node for node, _ in answer.down):
+            why = f": {answer.why_down}" if answer.why_down else ""
+            raise StorageError(
+                f"{self._where}: the export of volume {volume} to node {self._node} is down; the "
+                f"provisioner tries to begin it again{why}"
+            )
+
     async def shows_opened(
         self, volume: VolumeName, node: NodeName, token: FencingToken
     ) -> bool | None:

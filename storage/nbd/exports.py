@@ -60,6 +60,11 @@ class Export:
         self._gone = asyncio.Event()
         self._told = False
 
+    @property
+    def serves(self) -> bool:
+        """Its process is there."""
+        return self._pidfd is not None
+
     async def ensure(self) -> None:
         """It serves when this returns. StorageError with qemu-nbd's words."""
         self._told = False

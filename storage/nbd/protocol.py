@@ -129,7 +129,7 @@ class Fence(Request, frozen=True, kw_only=True, tag="fence"):
 
 
 class Verify(Request, frozen=True, kw_only=True, tag="verify"):
-    """-> token, and openings"""
+    """-> token, openings, and what is down"""
 
     volume: str
 
@@ -182,6 +182,10 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     owner: PoolOwner | None = None
     openings: tuple[tuple[str, int], ...] | None = None
     """Node and token of each export that may write; None: an older provisioner doesn't say."""
+    down: tuple[tuple[str, int], ...] = ()
+    """Node and token of each export that should be there and isn't; it is tried again."""
+    why_down: str = ""
+    """Of the last try; "": there was none yet."""
 
 
 class Greeting(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,7 +4,8 @@
 
 What it has promised is written down before it is done (`volumes.VolumeState`), so one that is
 killed goes on where it was: exports that should be there are found or begun again on their ports,
-those that were fenced are ended. Exports outlive it.
+those that were fenced are ended. Exports outlive it. One that can't be begun (its port is taken,
+its folder isn't mounted yet) is tried again until it can, and told to who asks for its volume.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from storage.nbd.volumes import ExportState, VolumeFolder, VolumeState
 REQUEST_TIMEOUT_S: Final = 30.0
 COPY_TIMEOUT_S: Final = 3600.0
 RESTART_PAUSE_S: Final = 1.0
+RESTART_PAUSE_S_MAX: Final = 10.0
+"""Between tries to begin exports that can't be: their guests wait."""
 PORTS: Final = range(10_810, 11_810)
 
 log = logging.getLogger(__name__)
@@ -61,7 +64,10 @@ class Provisioner:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._copies = Copies()
         self._taken: set[int] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._mending: dict[str, asyncio.Task[None]] = {}
+        """By volume: its exports are brought to what its state says."""
+        self._troubles: dict[str, str] = {}
+        """Why that didn't work, by volume."""
 
     async def open(self) -> None:
         """StorageError where the folder can't be used."""
@@ -72,12 +78,14 @@ class Provisioner:
                 self._taken |= {each.port for each in state.exports}
                 await self._apply(volume, state)
             except FerryError as error:
-                log.error("volume %s: %s", volume, error)
+                log.error("volume %s: %s; it is tried until it works", volume, error)
+                self._mend_later(volume, str(error))
 
     async def close(self) -> None:
-        for task in tuple(self._tasks):
+        tasks = tuple(self._mending.values())
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for export in self._exports.values():
             export.let_go()
         for draft in tuple(self._drafts):
@@ -180,9 +188,17 @@ class Provisioner:
                 await self._fence(request)
             case p.Verify():
                 state = await self._state(volume)
+                down = self._down(volume, state)
+                if down:
+                    self._mend_later(volume)
                 writing = [each for each in state.exports if each.live and not each.read_only]
                 openings = tuple((each.node, each.token) for each in writing)
-                return p.Answer(token=state.fence, openings=openings)
+                return p.Answer(
+                    token=state.fence,
+                    openings=openings,
+                    down=tuple((each.node, each.token) for each in down),
+                    why_down=self._troubles.get(volume, "") if down else "",
+                )
         return p.Answer()
 
     # --- exports -----------------------------------------------------------------------------
@@ -308,23 +324,50 @@ class Provisioner:
                 disk=self._folder.disk(volume),
                 read_only=state.read_only,
                 pid_file=self._folder.pid_file(name),
-                on_death=lambda export: self._restart_later(volume, export),
+                on_death=lambda export: self._ended(volume, export),
             )
         return self._exports[name]
 
-    def _restart_later(self, volume: str, export: Export) -> None:
+    def _ended(self, volume: str, export: Export) -> None:
         log.warning("export %s ended by itself", export.name)
-        task = asyncio.create_task(self._restart(volume))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._mend_later(volume)
 
-    async def _restart(self, volume: str) -> None:
-        await asyncio.sleep(RESTART_PAUSE_S)
+    def _down(self, volume: str, state: VolumeState) -> list[ExportState]:
+        """Those that should be there and aren't."""
+        known = ((each, self._exports.get(_name(volume, each))) for each in state.exports)
+        return [each for each, export in known if each.live and not (export and export.serves)]
+
+    def _mend_later(self, volume: str, trouble: str = "") -> None:
+        """`trouble`: why it didn't work just now."""
+        if trouble:
+            self._troubles[volume] = trouble
+        if volume not in self._mending:
+            self._mending[volume] = asyncio.create_task(self._mend(volume), name=f"mend-{volume}")
+
+    async def _mend(self, volume: str) -> None:
+        """Until its exports are as its state says, or it is deleted."""
+        pause_s = RESTART_PAUSE_S
+        try:
+            while not await self._mended(volume, pause_s):
+                pause_s = min(2.0 * pause_s, RESTART_PAUSE_S_MAX)
+        finally:
+            del self._mending[volume]
+
+    async def _mended(self, volume: str, pause_s: float) -> bool:
+        await asyncio.sleep(pause_s)
         async with self._locks[volume]:
             try:
-                await self._apply(volume, await self._state(volume))
+                state = await self._state(volume)
+                await self._apply(volume, state)
+            except NotFoundError:
+                return True
             except FerryError as error:
-                log.error("volume %s: its exports can't be restarted: %s", volume, error)
+                if self._troubles.get(volume) != str(error):
+                    log.error("volume %s: %s; it is tried until it works", volume, error)
+                self._troubles[volume] = str(error)
+                return False
+            self._troubles.pop(volume, None)
+            return not self._down(volume, state)
 
     def _free_port(self) -> int:
         for port in self._ports:
@@ -405,7 +448,9 @@ class Provisioner:
     # --- parts -------------------------------------------------------------------------------
 
     async def _state(self, volume: str) -> VolumeState:
-        return await self._do(lambda: self._folder.read_state(volume))
+        state = await self._do(lambda: self._folder.read_state(volume))
+        self._taken |= {each.port for each in state.exports}  # The folder may be mounted by now.
+        return state
 
     async def _write(self, volume: str, state: VolumeState) -> None:
         await self._do(lambda: self._folder.write_state(volume, state))

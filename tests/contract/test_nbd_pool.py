@@ -19,6 +19,7 @@ from migrator.model import DiskFormat, NbdSource, NodeName, PoolOwner, VolumeNam
 from storage.marks import MARK, OWNER
 from storage.nbd import NbdPool
 from storage.nbd.protocol import PORT, TO_NODE, Answer, Failure, signed
+from storage.nbd.provisioner import RESTART_PAUSE_S
 from storage.settings import NbdSettings
 from tests.contract.storage_servers import ADDRESS, NbdServer, in_new_namespace
 from tests.contract.volume_contract import (
@@ -139,6 +140,30 @@ async def test_an_export_that_dies_is_begun_again(nodes: Pools, server: NbdServe
     writer = await asyncio.to_thread(Writer, await a.open(DISK, t(1), read_only=False), 0xA1)
     server.kill_exports()
     assert writer.write(within_s=30)
+    writer.end()
+
+
+async def test_an_export_that_can_not_be_begun_is_told_and_tried_again(
+    nodes: Pools, server: NbdServer
+) -> None:
+    """After a crash of the host, say, when something else is faster at its port."""
+    a, b = nodes
+    await a.create(DISK, capacity_bytes=MIB, format=RAW)
+    opened = await a.open(DISK, t(1), read_only=False)
+    assert isinstance(opened, NbdSource)
+    writer = await asyncio.to_thread(Writer, opened, 0xA1)
+    await a.reach(DISK)
+    server.provisioner.kill()
+    server.kill_exports()
+    with socket.create_server((ADDRESS, opened.port)):
+        server.provisioner.start()
+        with pytest.raises(StorageError, match=r"export of volume .* to node a is down.*in use"):
+            await a.reach(DISK)
+        await b.reach(DISK)
+        assert await a.verify(DISK) is None, "the provisioner itself is well"
+        await asyncio.sleep(1.5 * RESTART_PAUSE_S)  # The next try fails, too.
+    assert writer.write(within_s=30)
+    await a.reach(DISK)
     writer.end()
 
 
