@@ -39,9 +39,12 @@ from node_agent.resources import Domain, MigrationCreate
 
 CALL_S: Final = 10.0
 _REPLANS_MAX: Final = 5
+_REFUSALS_ALIKE: Final = 2
+"""From so many on the others of a domain's possible nodes are asked at once: what it is refused for
+(a storage that is away) is likely the same everywhere."""
 _CHECKED_MAX: Final = 64
-"""Planned moves that are put to their nodes before a drain begins; the others are checked when
-they do, as every migration is."""
+"""Moves that are put to their nodes at once; those of a plan that has more are checked when they
+begin, as every migration is."""
 _LINKS_MAX: Final = 8
 """Of an undrain's or a balancing's many sources; of the others it is assumed."""
 
@@ -191,21 +194,26 @@ class DrainWorld:
             )
             free = [name for name in leaving if name not in stuck]
             plan = await asyncio.to_thread(plan_moves, survey.nodes, survey.domains, free, asked)
-            refused, held = await self._refused(plan) if ask else ({}, {})
+            asked_of = _to_ask(plan, survey, forbidden) if ask else []
+            refused, held = await self._refused(asked_of)
             if not refused.keys() - forbidden and not held.keys() - stuck.keys():
                 break
             forbidden |= refused.keys()
             refusals |= refused
             stuck |= held
+        else:
+            stuck |= _still_refused(plan, refusals)
         return msgspec.structs.replace(
             plan,
             moves=tuple(move for move in plan.moves if move.domain not in stuck),
             blockers=(*plan.blockers, *(stuck[name] for name in sorted(stuck))),
         )
 
-    async def _refused(self, plan: Plan) -> tuple[dict[tuple[str, str], str], dict[str, Blocker]]:
+    async def _refused(
+        self, moves: Sequence[tuple[str, str, str]]
+    ) -> tuple[dict[tuple[str, str], str], dict[str, Blocker]]:
         """(domain, node) of the moves that their nodes refuse now, and why; and what can't leave
-        its own node, wherever to."""
+        its own node, wherever to. `moves`: domain, source and destination."""
         refused: dict[tuple[str, str], str] = {}
         held: dict[str, Blocker] = {}
 
@@ -228,8 +236,36 @@ class DrainWorld:
                 said = "; ".join(each.removeprefix(f"{mark}: ") for each in theirs)
                 refused[domain, destination] = said
 
-        moves = [move for move in plan.moves if move.destination and move.rates][:_CHECKED_MAX]
-        await asyncio.gather(
-            *(ask(move.domain, move.source, move.destination or "") for move in moves)
-        )
+        await asyncio.gather(*(ask(*move) for move in moves))
         return refused, held
+
+
+def _to_ask(
+    plan: Plan, survey: Survey, forbidden: Collection[tuple[str, str]]
+) -> list[tuple[str, str, str]]:
+    """Domain, source and destination of what is planned; and all that is left of a domain that some
+    have refused."""
+    moves = [move for move in plan.moves if move.destination and move.rates]
+    found = [(move.domain, move.source, move.destination or "") for move in moves]
+    open_nodes = [node.name for node in survey.nodes if node.admits]
+    for move in moves:
+        no_places = {node for domain, node in forbidden if domain == move.domain}
+        if len(no_places) >= _REFUSALS_ALIKE:
+            no_places |= {move.source, move.destination or ""}
+            found += [(move.domain, move.source, n) for n in open_nodes if n not in no_places]
+    return found[:_CHECKED_MAX]
+
+
+def _still_refused(plan: Plan, refusals: Mapping[tuple[str, str], str]) -> dict[str, Blocker]:
+    """The moves that were refused when it had been planned often enough."""
+    found: dict[str, Blocker] = {}
+    for move in plan.moves:
+        said = refusals.get((move.domain, move.destination or ""))
+        if said is not None:
+            count = sum(domain == move.domain for domain, _ in refusals)
+            found[move.domain] = Blocker(
+                domain=move.domain,
+                reason=f"{count} nodes refuse it, {move.destination} because of this: {said}",
+                remedy=f"mend that, or leave it there (--exclude {move.domain})",
+            )
+    return found

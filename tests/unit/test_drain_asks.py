@@ -35,28 +35,33 @@ class Nodes:
         domain, destination = str(params.domain), params.request.destination
         self.asked.append((source, domain, destination))
         answer = self.answers.get((domain, destination), self.answers.get((domain, "*"), ""))
+        answer = answer.replace("NODE", f"node {destination}")
         if answer == "silent":
             raise PeerError(f"{source} doesn't answer")
         return kind(reasons=(answer,) if answer else ())
 
 
-async def planned(answers: Mapping[tuple[str, str], str]) -> tuple[Plan, Nodes]:
+async def planned(
+    answers: Mapping[tuple[str, str], str], *, nodes_count: int = 3, domains: int = 2
+) -> tuple[Plan, Nodes]:
+    """Of `domains` domains on n1: db, web, d2 and so on."""
+    names = ["db", "web", *(f"d{number}" for number in range(2, domains))]
     nodes = Nodes(answers)
     rest: Any = None
     world = DrainWorld(rest, hub=cast(Any, nodes), nodes=rest, records=rest, ownership=rest)
     survey = Survey(
         nodes=tuple(
             NodeFacts(name=name, memory_bytes=8 * GIB, admits=name != "n1")
-            for name in ("n1", "n2", "n3")
+            for name in (f"n{number}" for number in range(1, nodes_count + 1))
         ),
         domains=tuple(
             DomainFacts(name=name, node="n1", memory_bytes=GIB, content_bytes=GIB // 2)
-            for name in ("db", "web")
+            for name in names
         ),
         links={},
         link="",
     )
-    return await world.plan(survey, ["db", "web"], PlanOptions()), nodes
+    return await world.plan(survey, names, PlanOptions()), nodes
 
 
 def places(plan: Plan) -> dict[str, str | None]:
@@ -67,6 +72,33 @@ async def test_a_node_that_refuses_a_domain_is_left_out_for_it() -> None:
     plan, _ = await planned({("web", "n2"): "node n2: its disk is full"})
     assert places(plan)["web"] == "n3"
     assert not plan.blockers
+
+
+async def test_what_all_of_many_nodes_refuse_is_a_blocker_and_no_move() -> None:
+    """A storage that is away: the drain used to begin, though the last node asked had refused."""
+    plan, nodes = await planned({("web", "*"): "NODE: its storage is away"}, nodes_count=12)
+    assert set(places(plan)) == {"db"}
+    (blocker,) = plan.blockers
+    assert blocker.domain == "web"
+    assert "its storage is away" in blocker.reason
+    asked = [destination for _, domain, destination in nodes.asked if domain == "web"]
+    assert sorted(asked) == sorted(f"n{number}" for number in range(2, 13)), "each, and once"
+
+
+async def test_the_one_node_that_takes_it_is_found_among_many() -> None:
+    answers = {("web", "*"): "NODE: its disk is full", ("web", "n9"): ""}
+    plan, _ = await planned(answers, nodes_count=12)
+    assert places(plan)["web"] == "n9"
+    assert not plan.blockers
+
+
+async def test_no_plan_has_a_move_that_was_refused_however_many_there_are() -> None:
+    answers = {(name, "*"): "NODE: full" for name in ["db", "web", *(f"d{n}" for n in range(40))]}
+    plan, nodes = await planned(answers, nodes_count=40, domains=30)
+    assert not plan.moves
+    assert len(plan.blockers) == 30
+    assert all("full" in each.reason for each in plan.blockers)
+    assert len(nodes.asked) <= 5 * 64
 
 
 async def test_what_its_own_node_cannot_send_is_a_blocker_and_no_move() -> None:
