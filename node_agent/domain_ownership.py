@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -197,8 +197,8 @@ class DomainOwnership:
         """At the agent's start: compare the processes found with the ownership records.
 
         `claimed` domains are left alone: a migration's journal decides about them. StoreError:
-        nothing more was changed; guests go on. What is to be started again is settled by that, once
-        this is open: its storage may take long to answer.
+        some may be left as they were; guests go on. What is to be started again is settled by that,
+        once this is open: its storage may take long to answer.
         """
         records = await self._records.list_ownership()
         crashed = self._hypervisor.crashed()
@@ -207,12 +207,11 @@ class DomainOwnership:
             await self._hypervisor.forget_crash(domain)
         wanted = set(all_wanted) - set(claimed)
         self._waiting = await self._by_priority(wanted) if wanted else ()
-        for domain in adopted:
-            if domain not in claimed:
-                await self._reconcile_guest(domain, records.get(domain))
-        for domain, owned in records.items():
-            if self._ours(owned) and not {domain} & {*claimed, *adopted, *wanted}:
-                await self.settle(domain)
+        guests = [domain for domain in adopted if domain not in claimed]
+        await _side_by_side(self._reconcile_guest(each, records.get(each)) for each in guests)
+        known = {*claimed, *adopted, *wanted}
+        lost = [each for each, owned in records.items() if self._ours(owned) and each not in known]
+        await _side_by_side(self.settle(each) for each in lost)
 
     async def _by_priority(self, domains: Collection[DomainName]) -> Sequence[DomainName]:
         known = await self._records.list_records()
@@ -365,15 +364,13 @@ class DomainOwnership:
             for status in await self._hypervisor.list_domains()
             if status.state is not DomainState.STOPPED
         }
-        for domain in sorted(here):
-            owned = records.get(domain)
-            if owned is not None and not self._ours(owned):
-                await self._unless_busy(domain, self._end_stale_locked(domain))
-        for domain, owned in records.items():
-            if self._ours(owned) and domain not in here:
-                await self._unless_busy(domain, self.settle(domain))
+        known = ((domain, records.get(domain)) for domain in sorted(here))
+        stale = [each for each, owned in known if owned is not None and not self._ours(owned)]
+        await _side_by_side(self._unless_busy(each, self._end_stale_locked) for each in stale)
+        lost = [each for each, owned in records.items() if self._ours(owned) and each not in here]
+        await _side_by_side(self._unless_busy(each, self.settle) for each in lost)
         for domain in self.restarts.idle():  # The store's answer was lost, say, when they stopped.
-            await self._unless_busy(domain, self.settle(domain))
+            await self._unless_busy(domain, self.settle)
 
     async def _end_stale_locked(self, domain: DomainName) -> None:
         async with self._locks.hold(domain, "clean-up"):
@@ -402,16 +399,17 @@ class DomainOwnership:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _unless_busy(self, domain: DomainName, work: Coroutine[Any, Any, None]) -> None:
+    async def _unless_busy(
+        self, domain: DomainName, work: Callable[[DomainName], Awaitable[None]]
+    ) -> None:
         """Not while a migration has it; another operation may have it, too: the sweep comes again.
 
         StoreError: as it stands.
         """
         if self._locks.migration_of(domain) is not None:
-            work.close()
             return
         try:
-            await work
+            await work(domain)
         except ConflictError:
             log.debug("domain %s is busy; the sweep comes again", domain)
         except StoreError:
@@ -423,6 +421,16 @@ class DomainOwnership:
 
     async def _settle_logged(self, domain: DomainName) -> None:
         try:
-            await self._unless_busy(domain, self.settle(domain))
+            await self._unless_busy(domain, self.settle)
         except StoreError as error:  # The sweep comes again.
             log.warning("domain %s: could not be settled: %s", domain, error)
+
+
+async def _side_by_side(works: Iterable[Awaitable[None]]) -> None:
+    """Each to its end, then the first error: none waits for the storage of another's disks.
+
+    A copy that is stale has to end soon, and closing its disks may take as long as a storage hangs.
+    """
+    for result in await asyncio.gather(*works, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -330,3 +331,36 @@ async def test_a_guest_that_is_newer_than_the_store_is_left_as_it_is(
         "domain web runs on a under token 2, and the store knows it under 1, of b: the store was"
     )
     assert not [e for e in await world.a.events.read() if e.kind == EventKind.DOMAIN_DESTROYED]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_stale_copies_end_at_once_though_their_storage_hangs(
+    world: World, monkeypatch: pytest.MonkeyPatch, restarted: bool
+) -> None:
+    """Each close may take what a hung server takes; the last copy would live on for minutes."""
+    names = [DomainName(name) for name in ("db", "mail", "web")]
+    for name in names[:2]:
+        await world.a.domains.define(spec_of(name, disks=[], nics=[]))
+        await world.a.domains.start(name)
+    for name in names:
+        there = OwnershipRecord(domain=name, token=3, owner="b", state=OwnershipState.RUNNING)
+        await world.b.typed.put(ownership_key(name), there)
+    hangs = asyncio.Event()
+    launches = world.a.domains.ownership._launches
+
+    async def hang(*_: object) -> None:
+        await hangs.wait()
+
+    monkeypatch.setattr(launches, "tear_down", hang)
+    ownership = world.a.domains.ownership
+    ending = asyncio.create_task(
+        ownership.reconcile(names) if restarted else ownership._sweep_once()
+    )
+
+    async def ended() -> bool:
+        return not world.a.host.guests
+
+    await eventually(ended)
+    assert not ending.done()
+    hangs.set()
+    await ending
