@@ -47,6 +47,7 @@ from migrator.model import (
 from migrator.ports import VolumeDriver
 from storage import raw_only
 from storage.holder_keys import HolderKey, key_of, parse_key
+from storage.iscsi import portals
 from storage.iscsi.copying import LunEnd, copy_to_lun
 from storage.iscsi.names import iqn_part
 from storage.iscsi.provisioner import Lun, Provisioner
@@ -114,15 +115,18 @@ class IscsiPool(VolumeDriver):
         return Fencing(remote_writers=True, method=method)
 
     async def health(self) -> PoolHealth:
+        """Also of the portals of what is used here."""
         try:
             async with asyncio.timeout(HEALTH_TIMEOUT_S):
-                return await self._provisioner.health()
+                found = await self._provisioner.health()
         except TimeoutError:
             return PoolHealth(
                 reachable=False, reason=f"no answer in {HEALTH_TIMEOUT_S:g} s from the provisioner"
             )
         except FerryError as error:
             return PoolHealth(reachable=False, reason=str(error))
+        trouble = await portals.trouble_of({lun.portal for lun in self._known.values()})
+        return found if trouble is None else PoolHealth(reachable=False, reason=trouble)
 
     async def mark(self) -> str | None:
         return await self._provisioner.mark()

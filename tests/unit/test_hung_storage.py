@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 
 from migrator.errors import ConflictError, StorageError
-from migrator.model import DiskFormat, PoolName, VolumeName
+from migrator.model import DiskFormat, NodeName, PoolHealth, PoolName, VolumeName
 from migrator.own_threads import THREADS_MAX, in_own_thread
 from storage import bounded as bounded_module
 from storage.bounded import GIVEN_UP_MAX, bounded
 from storage.directory import DirectoryPool, driver
+from storage.iscsi import IscsiPool, portals
+from storage.iscsi.provisioner import HookProvisioner, Lun
 from storage.nfs.connection import Connection, Server
 
 MORE_THAN_A_LOOP_HAS = 40
@@ -138,3 +141,39 @@ async def test_one_nfs_server_that_hangs_costs_the_others_nothing(hung: threadin
 
 class _Export:
     def close(self) -> None: ...
+
+
+async def test_a_pool_whose_portal_is_away_is_not_well_though_its_hook_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`ferry pool show` and the doctor said that it was, beside guests whose disks waited."""
+    provisioner = HookProvisioner(["/etc/ferry/hook"])
+
+    async def answer(operation: str, *_: object, **__: object) -> Any:
+        if operation == "health":
+            return PoolHealth(reachable=True)
+        return Lun(portal=f"127.0.0.1:{port},1", target="iqn.x", lun=1, capacity_bytes=512)
+
+    monkeypatch.setattr(provisioner, "_ask", answer)
+    pool = IscsiPool(PoolName("san"), NodeName("a"), provisioner, initiator_prefix="iqn.y")
+    assert (await pool.health()).reachable
+    with socket.create_server(("127.0.0.1", 0)) as portal:
+        port = portal.getsockname()[1]
+        await pool._lun(VolumeName("v"))  # It is used here.
+        assert (await pool.health()).reachable
+    health = await pool.health()
+    assert not health.reachable
+    assert f"portal 127.0.0.1:{port},1 can't be reached from this node" in (health.reason or "")
+
+
+@pytest.mark.parametrize(
+    ("portal", "address"),
+    [
+        ("10.0.0.5:3261", ("10.0.0.5", 3261)),
+        ("10.0.0.5", ("10.0.0.5", 3260)),
+        ("[fd00::5]:3261,1", ("fd00::5", 3261)),
+        ("[fd00::5]", ("fd00::5", 3260)),
+    ],
+)
+def test_where_a_portal_is(portal: str, address: tuple[str, int]) -> None:
+    assert portals._address_of(portal) == address
