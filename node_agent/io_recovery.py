@@ -3,9 +3,9 @@
 QEMU stops a guest whose disk failed (werror=stop), and keeps the request: the guest sees a wait,
 not an error. So all it takes is to resume it, again and again until the disk answers:
 
-    IO_ERROR ──► wait ──► this node owns it? no migration has it? still paused by the disk?
-                  ▲  yes: does the storage answer? ──► resume ──► it runs, or IO_ERROR again
-                  └────── a little longer each time, at most 5 s
+    IO_ERROR ──► wait ──► this node owns it, and the storage answers?
+                  ▲  yes: no migration has it, still paused by the disk? ──► resume ──► it runs, or
+                  └────── a little longer each time, at most 5 s                        IO_ERROR again
 
 Only the owner's agent does that, by the record, under the domain's lock: a copy that a fence has
 shut out has the same error, and must not run. While a migration has the domain nothing is done; it
@@ -226,22 +226,31 @@ class IoRecovery:
 
     async def _try(self, domain: DomainName, trouble: _Trouble) -> bool:
         """Whether it runs, or needs nothing. Errors: it does still need it."""
+        record = await self._records.get(domain)
+        if not await self._is_owned(domain):
+            return True
+        # Does the storage answer at all? Not under the lock: who stops the domain need not wait.
+        await self._launches.newest_fence(record.spec)
         async with self._locks.hold(domain, "resume after a disk's error"):
-            record = await self._records.get(domain)
-            try:
-                await self._ownership.owned_here(domain)
-            except ConflictError:
-                return True  # A copy that must not run; ending it is another's business.
+            if not await self._is_owned(domain):
+                return True
             state = (await self._hypervisor.inspect(domain)).state
             if state is DomainState.UNKNOWN:
                 return False
             if state is not DomainState.IO_ERROR:
                 return True
-            await self._launches.newest_fence(record.spec)  # Does the storage answer at all?
             before = trouble.errors  # Another may come before the answer.
             trouble.runs(asyncio.get_running_loop().time())
             await self._hypervisor.resume(domain)
         self._note_resume(domain, trouble, runs=trouble.errors == before)
+        return True
+
+    async def _is_owned(self, domain: DomainName) -> bool:
+        """False: a copy that must not run; ending it is another's business."""
+        try:
+            await self._ownership.owned_here(domain)
+        except ConflictError:
+            return False
         return True
 
     def _note_resume(self, domain: DomainName, trouble: _Trouble, *, runs: bool) -> None:

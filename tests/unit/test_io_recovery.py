@@ -225,3 +225,22 @@ async def test_it_stays_one_trouble_however_long_the_storage_is_away(
     monkeypatch.setattr(world.a.hypervisor, "resume", resume)
     world.a.pool.faults.lost = False
     await until(lambda: runs(world))
+
+
+async def test_a_guest_whose_storage_hangs_can_be_stopped_at_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It used to wait until the storage was given up, 15 s and more, and was then refused."""
+    asked, hangs = asyncio.Event(), asyncio.Event()
+
+    async def hang(_: object) -> None:
+        asked.set()
+        await hangs.wait()
+
+    monkeypatch.setattr(world.a.pool, "verify", hang)
+    world.a.host.fail_disk(WEB)
+    await asyncio.wait_for(asked.wait(), 10)
+    async with asyncio.timeout(5):
+        await world.a.domains.stop(WEB, timeout_s=0.0)
+    assert await state(world) is DomainState.STOPPED
+    hangs.set()
