@@ -425,6 +425,6 @@ async def test_a_claim_that_only_waits_for_the_journal_is_told_as_that() -> None
     await locks.claim_for_migration(WEB, MigrationId("m1"))
     assert "being migrated already (migration m1)" in claim_reasons(locks, WEB)[0]
     locks.end_migration(WEB, MigrationId("m1"))
-    assert "has ended but could not be journalled" in claim_reasons(locks, WEB)[0]
+    assert "has ended and can't let go yet" in claim_reasons(locks, WEB)[0]
     locks.release_from_migration(WEB, MigrationId("m1"))
     assert claim_reasons(locks, WEB) == []
