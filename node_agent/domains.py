@@ -334,6 +334,10 @@ class DomainService:
         path = self._hypervisor.console_log(domain)
         return await asyncio.to_thread(_read_console, path, offset, limit_bytes)
 
+    async def storage_troubles(self, spec: DomainSpec) -> Sequence[str]:
+        """Which pools of a domain that runs here don't answer, as was told, and still is so."""
+        return [] if self._storage is None else await self._storage.troubles(spec)
+
     async def build_launch(
         self, spec: DomainSpec, token: FencingToken
     ) -> tuple[Launch, LaunchUndo]:

@@ -30,6 +30,8 @@ AGAIN_S: Final = 2.0
 """Between looks while a pool doesn't answer."""
 LOOK_S: Final = 8.0
 """For one look; a driver's own limits are below it, or near it."""
+ANEW_S: Final = 3.0
+"""For one that somebody waits for."""
 
 
 class _Outage:
@@ -69,13 +71,26 @@ class StorageWatch:
 
     def remark(self, spec: DomainSpec) -> str:
         """Which of its pools don't answer, since when and why; "": all do."""
-        found = []
-        for pool in sorted({PoolName(disk.pool) for disk in spec.disks}):
-            out = self._out.get(pool)
-            if out is not None and out.told:
-                for_s = self._clock() - out.since_s
-                found.append(f"pool {pool} hasn't answered for {for_s:.0f} s ({out.reason})")
-        return "; ".join(found)
+        away = self._told_of(spec)
+        return "; ".join(self._text(pool, out, out.reason) for pool, out in sorted(away.items()))
+
+    async def troubles(self, spec: DomainSpec) -> list[str]:
+        """Which of its pools were told as away, and still are; asked anew, for ANEW_S at most."""
+        found: list[str] = []
+        for pool, out in sorted(self._told_of(spec).items()):
+            volumes = {VolumeName(disk.volume) for disk in spec.disks if disk.pool == pool}
+            looks = (self._trouble_of(pool, volume, ANEW_S) for volume in sorted(volumes))
+            reasons = [reason for reason in await asyncio.gather(*looks) if reason is not None]
+            found += [self._text(pool, out, reason) for reason in reasons[:1]]
+        return found
+
+    def _told_of(self, spec: DomainSpec) -> dict[PoolName, _Outage]:
+        pools = {PoolName(disk.pool) for disk in spec.disks}
+        return {pool: out for pool, out in self._out.items() if out.told and pool in pools}
+
+    def _text(self, pool: PoolName, out: _Outage, reason: str) -> str:
+        for_s = self._clock() - out.since_s
+        return f"pool {pool} hasn't answered for {for_s:.0f} s ({reason})"
 
     async def _watch(self) -> None:
         while True:
@@ -102,7 +117,7 @@ class StorageWatch:
 
     async def _look_at(self, pool: PoolName, volume: VolumeName, users: list[str]) -> None:
         began_s = self._clock()
-        reason = await self._trouble_of(pool, volume)
+        reason = await self._trouble_of(pool, volume, LOOK_S)
         out = self._out.get(pool)
         if reason is None:
             if out is not None:
@@ -128,16 +143,16 @@ class StorageWatch:
             text = f"pool {pool} answers on {self._node} again, after {for_s:.0f} s"
             self._events.emit(EventKind.POOL_REACHABLE, text, pool=pool, out_s=for_s)
 
-    async def _trouble_of(self, pool: PoolName, volume: VolumeName) -> str | None:
+    async def _trouble_of(self, pool: PoolName, volume: VolumeName, most_s: float) -> str | None:
         """Why it doesn't answer. A volume that isn't there any more is an answer."""
         driver = self._pools.get(pool)
         if driver is None:
             return None
         try:
-            async with asyncio.timeout(LOOK_S):
+            async with asyncio.timeout(most_s):
                 await driver.reach(volume)
         except TimeoutError:
-            return f"no answer in {LOOK_S:g} s"
+            return f"no answer in {most_s:g} s"
         except StorageError as error:
             return str(error)
         except FerryError:

@@ -261,7 +261,8 @@ class MigrationManager(MigrationService):
         if not reasons:
             reasons += state_reasons(name, (await self._hypervisor.inspect(name)).state)
         room = await room_reasons(self._journal.folder)
-        reasons += [f"{at_source(self.node)}{each}" for each in room]
+        away = await self._domains.storage_troubles(spec)
+        reasons += [f"{at_source(self.node)}{each}" for each in (*room, *away)]
         own = await self._hypervisor.capabilities()
         choice = await self._chooser.choose(name, request)
         reasons += choice.refused

@@ -419,7 +419,22 @@ async def test_a_guest_that_is_paused_while_its_destination_is_asked_stays(
         await world.a.node.domains.resume(WEB)
 
 
-async def test_a_claim_that_only_waits_for_the_journal_is_told_as_that() -> None:
+async def test_a_source_that_is_cut_off_from_its_storage_is_a_reason_against_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with migration_world(tmp_path, monkeypatch) as world:
+        away = "pool default hasn't answered for 40 s (it is lost)"
+
+        async def troubles(_: object) -> list[str]:
+            return [away]
+
+        monkeypatch.setattr(world.a.node.domains, "storage_troubles", troubles)
+        with pytest.raises(RefusedError, match="a, where it runs: pool default hasn't answered"):
+            await world.migrate()
+        assert world.running() == ["a"]
+
+
+async def test_a_claim_of_a_migration_that_has_ended_is_told_as_that() -> None:
     locks = DomainLocks()
     assert claim_reasons(locks, WEB) == []
     await locks.claim_for_migration(WEB, MigrationId("m1"))

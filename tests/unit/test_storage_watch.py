@@ -87,3 +87,19 @@ async def test_a_hiccup_a_volume_that_is_gone_and_a_pool_that_nobody_uses_arent_
     await watch.look()
     await world.a.events.close()
     assert await told(world) == []
+
+
+async def test_what_was_told_speaks_against_a_migration_while_it_is_so(world: World) -> None:
+    """Such a guest can't be paused: each move of a drain would wait 20 s for that, twice."""
+    watch = watch_of(world, Clock())
+    world.a.domains._storage = watch
+    world.a.pool.faults.lost = True
+    await watch.look()
+    assert await world.a.domains.storage_troubles(spec_of()) == [], "it may be a hiccup"
+    await watch.look()
+    assert await world.a.domains.storage_troubles(spec_of()) == [
+        "pool default hasn't answered for 0 s (pool default is lost)"
+    ]
+    assert await world.a.domains.storage_troubles(spec_of("db", disks=[])) == []
+    world.a.pool.faults.lost = False
+    assert await world.a.domains.storage_troubles(spec_of()) == [], "it isn't so any more"
