@@ -20,6 +20,7 @@ def too_late(migration: Migration, asked: str) -> WrongStateError:
     what = f"migration {migration.id} of domain {migration.domain}"
     if not migration.ended:
         why = f"is in the state {migration.state}: it is too late to {asked} it, it ends by itself"
+        why += f" ({migration.error})" if migration.error else ""
         return WrongStateError(what, migration.state, "before its handoff", f"{what} {why}")
     why = f"{_ENDED[migration.state]} already"
     if migration.ended_at_s is not None:

@@ -19,6 +19,7 @@ from node_agent.cli.cluster import shown_event
 from node_agent.cli.drain import _stands
 from node_agent.cli.errors import ExitCode, Unreachable
 from node_agent.events import ClusterEvent
+from node_agent.migrations.endings import too_late
 from node_agent.resources import Node
 from tests.unit.agent_world import World
 from tests.unit.ferry_command import Ferry, define
@@ -129,6 +130,7 @@ async def test_what_a_guest_in_post_copy_waits_for_is_told_in_the_place_of_a_gue
     )
     assert progress.describe(there).endswith("waits for pages that don't come: silence")
     assert "left" not in progress.describe(there)
+    assert str(too_late(there, "cancel")).endswith("(the guest waits for pages that don't come: silence)")
     there = msgspec.structs.replace(there, error=None)
     assert progress.describe(there).endswith("~20 s left")
 
