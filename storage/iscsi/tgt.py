@@ -39,6 +39,7 @@ CALL_TIMEOUT_S: Final = 20.0
 LUN_NUMBER: Final = 1
 """tgtd keeps 0 for its controller."""
 IQN_PREFIX: Final = "iqn.2026-11.io.ferry"
+_NAMED_MAX: Final = 5
 _T = TypeVar("_T")
 
 
@@ -169,13 +170,32 @@ class TgtFolder:
 
     def health(self) -> PoolHealth:
         """StorageError: tgtd, or the folder."""
-        self._control.targets()
+        with self._locked():
+            lost = self._lost()
+        if lost:
+            named = ", ".join(lost[:_NAMED_MAX]) + (", ..." if len(lost) > _NAMED_MAX else "")
+            return PoolHealth(
+                reachable=False,
+                reason=f"tgtd has no target of {named}: it forgets them all when it ends; "
+                "`python -m storage.iscsi.restore` makes them again (docs/storage-iscsi.md)",
+            )
         found = os.statvfs(self.folder)
         return PoolHealth(
             reachable=True,
             capacity_bytes=found.f_blocks * found.f_frsize,
             free_bytes=found.f_bavail * found.f_frsize,
         )
+
+    def _lost(self) -> list[VolumeName]:
+        """Whose target isn't there. StorageError: tgtd."""
+        there = self._control.targets()
+        found = []
+        for path in sorted(self.folder.glob("*.json")):
+            volume = VolumeName(path.name.removesuffix(".json"))
+            with contextlib.suppress(NotFoundError, StorageError):
+                if self._read(volume).target not in there:
+                    found.append(volume)
+        return found
 
     def mark(self) -> str | None:
         return folder_mark(self.folder, f"pool {self._pool}")

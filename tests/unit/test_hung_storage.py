@@ -19,6 +19,8 @@ from storage.bounded import GIVEN_UP_MAX, bounded
 from storage.directory import DirectoryPool, driver
 from storage.iscsi import IscsiPool, portals
 from storage.iscsi.provisioner import HookProvisioner, Lun
+from storage.iscsi.tgt import TgtFolder, VolumeState
+from storage.iscsi.tgt_control import TgtControl
 from storage.nfs.connection import Connection, Server
 
 MORE_THAN_A_LOOP_HAS = 40
@@ -177,3 +179,19 @@ async def test_a_pool_whose_portal_is_away_is_not_well_though_its_hook_answers(
 )
 def test_where_a_portal_is(portal: str, address: tuple[str, int]) -> None:
     assert portals._address_of(portal) == address
+
+
+def test_a_tgtd_that_has_forgotten_its_targets_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers, and so does its port; only QEMU, and whoever logs in, is refused."""
+    control = TgtControl(tmp_path / "socket")
+    folder = TgtFolder(tmp_path, control, portal="127.0.0.1:3260", pool="p")
+    folder._write(VolumeName("web"), VolumeState(target="iqn.x:web", number=1))
+    monkeypatch.setattr(control, "targets", lambda: {"iqn.x:web": 1})
+    assert folder.health().reachable
+    monkeypatch.setattr(control, "targets", dict)
+    health = folder.health()
+    assert not health.reachable
+    assert "no target of web" in (health.reason or "")
+    assert "storage.iscsi.restore" in (health.reason or "")
