@@ -3,9 +3,9 @@
 QEMU stops a guest whose disk failed (werror=stop), and keeps the request: the guest sees a wait,
 not an error. So all it takes is to resume it, again and again until the disk answers:
 
-    IO_ERROR ──► wait ──► this node owns it, and the storage answers?
-                  ▲  yes: no migration has it, still paused by the disk? ──► resume ──► it runs, or
-                  └────── a little longer each time, at most 5 s                        IO_ERROR again
+    IO_ERROR ──► wait ──► this node owns it? the storage answers?
+                  ▲  yes: no migration has it? still paused by the disk? ──► resume ──► it runs
+                  └────── a little longer each time, at most 5 s; or after another IO_ERROR
 
 Only the owner's agent does that, by the record, under the domain's lock: a copy that a fence has
 shut out has the same error, and must not run. While a migration has the domain nothing is done; it

@@ -98,9 +98,9 @@ def claim_reasons(locks: DomainLocks, domain: DomainName) -> list[str]:
         return []
     if locks.is_ending(domain):
         return [
-            f"domain {domain} is still held by migration {migration}, which has ended and can't let "
-            "go yet: its end isn't journalled or published, or its disks aren't closed (a storage "
-            "that hangs); the agent's log says which"
+            f"domain {domain} is still held by migration {migration}, which has ended and can't "
+            "let go yet: its end isn't journalled or published, or its disks aren't closed (a "
+            "storage that hangs); the agent's log says which"
         ]
     return [f"domain {domain} is being migrated already (migration {migration})"]
 

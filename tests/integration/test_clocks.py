@@ -17,10 +17,10 @@ import pytest
 
 from deploy import lab
 from deploy.guest.build import build_guest, default_cache_directory
-from migrator.model import MigrationMode, MigrationState
+from migrator.model import Migration, MigrationMode, MigrationState
 from node_agent.cli.errors import ApiProblem
 from node_agent.events import EventKind
-from node_agent.resources import Node
+from node_agent.resources import MigrationChange, Node
 from tests.integration.cluster.world import Cluster, Load, describe, eventually
 
 pytestmark = pytest.mark.lab
@@ -131,4 +131,34 @@ def test_a_clock_that_is_set_in_the_midst_of_a_migration_changes_nothing(
         assert ended.blackout_ms is not None and 0.0 <= ended.blackout_ms < SANE_MS
         assert ended.total_s is not None and 0.0 <= ended.total_s < 60.0
         assert all(0.0 <= phase.seconds < 60.0 for phase in ended.timeline), describe(ended)
+        guest.verify()
+
+
+def test_post_copy_waits_for_a_certificate_that_has_ended_and_says_so(
+    cluster: Cluster, clocks: dict[str, WallClock]
+) -> None:
+    """n2 takes n1's for one of the past, just when n1's engine has to connect once more."""
+    with cluster.guest("late", load=Load(dirty_pages_per_s=500)) as guest:
+        began = cluster.migrate(
+            "late", "n2", mode=MigrationMode.POSTCOPY, bandwidth_bytes_per_s=4 * 1024**2
+        )
+        cluster.in_state(began.id, MigrationState.POSTCOPY)
+        clocks["n2"].set(40 * DAY_S)
+        cluster.kill(cluster.engines("n1")[0])
+
+        def says_why() -> bool:
+            error = cluster.migration(began.id).error or ""
+            return "the guest waits for pages that don't come" in error and "certificate" in error
+
+        eventually("it says why the guest waits", says_why)
+        assert guest.copies() == ["n1", "n2"]
+        eventually(
+            "so do the events",
+            lambda: any("waits for pages" in event.message for event in cluster.events()),
+        )
+        clocks["n2"].set(0)
+        uncapped = MigrationChange(bandwidth_bytes_per_s=None)
+        cluster.api().patch(f"/v1/migrations/{began.id}", Migration, uncapped)
+        ended = cluster.ended(began.id)
+        assert (ended.state, ended.error) == (MigrationState.COMPLETED, None), describe(ended)
         guest.verify()

@@ -240,5 +240,5 @@ async def test_a_listener_uses_the_certificate_that_was_renewed_since(
     files = pair.tls[Role.DESTINATION] = tls_files(tmp_path, authority, "n9")
     listening = await pair.configure()
     renewed = tls_files(tmp_path, authority, pair.names[Role.DESTINATION])
-    Path(renewed.certificate_path).replace(files.certificate_path)
+    await asyncio.to_thread(Path(renewed.certificate_path).replace, files.certificate_path)
     await pair.connect(listening.port)

@@ -130,7 +130,9 @@ async def test_what_a_guest_in_post_copy_waits_for_is_told_in_the_place_of_a_gue
     )
     assert progress.describe(there).endswith("waits for pages that don't come: silence")
     assert "left" not in progress.describe(there)
-    assert str(too_late(there, "cancel")).endswith("(the guest waits for pages that don't come: silence)")
+    assert str(too_late(there, "cancel")).endswith(
+        "(the guest waits for pages that don't come: silence)"
+    )
     there = msgspec.structs.replace(there, error=None)
     assert progress.describe(there).endswith("~20 s left")
 
