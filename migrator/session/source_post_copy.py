@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from migrator.model import MigrationState, OwnershipState
 from migrator.ports import DomainEventKind
 from migrator.session.messages import Filled, Inquire, Lost, Prepared
@@ -42,6 +44,7 @@ from migrator.session.vocabulary import (
 
 _S = MigrationState
 _SERVING = (_S.HANDOFF, _S.RECOVERING, _S.POSTCOPY)
+_TOLD_AFTER_S: Final = 1.0
 
 
 class SourcePostCopy(SourceRecovery):
@@ -85,14 +88,19 @@ class SourcePostCopy(SourceRecovery):
         self._note_again("channel broken" if event.broken else "channel restored", event.detail)
 
     def _pages_stop(self, why: str) -> None:
-        """The operator has to know: a guest that waits looks well from outside. "": they go on."""
+        """Why none comes now; "": they go on. Told once it lasts: so it looks for a moment, too,
+        when the destination has them all, and ends its streams.
+        """
+        if not why or not self._no_pages:
+            self._no_pages_since_s = self._now
         self._no_pages = why
-        if self.state is _S.POSTCOPY:
-            self._tell_of_pages()
+        if not why and self.state is _S.POSTCOPY:
+            self.error = None
 
     def _tell_of_pages(self) -> None:
-        why = self._no_pages
-        self.error = f"the guest waits for pages that don't come: {why}" if why else None
+        """The operator has to know: a guest that waits looks well from outside."""
+        if self._no_pages and self._now - self._no_pages_since_s >= _TOLD_AFTER_S:
+            self.error = f"the guest waits for pages that don't come: {self._no_pages}"
 
     def _hear_prepared(self, message: Prepared) -> None:
         """The destination's engine may be another one than ours talks to."""
@@ -120,6 +128,7 @@ class SourcePostCopy(SourceRecovery):
 
     def _begin_post_copy(self) -> None:
         self._enter(_S.POSTCOPY)
+        self.error = None
         self._newest_token = max(self._newest_token, self.next_token)  # It runs under that.
         self._tell_of_pages()
         self._do(
@@ -147,6 +156,7 @@ class SourcePostCopy(SourceRecovery):
             case TimerFired(name=TimerName.RETRY) if self._destination_runs:
                 self._do(DestroyGuest())
             case TimerFired(name=TimerName.RETRY):
+                self._tell_of_pages()
                 # A Filled may be lost, an engine be new, or the record have moved on.
                 self._send(Inquire())
                 self._do(ReadRecord())

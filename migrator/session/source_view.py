@@ -113,6 +113,7 @@ class SourceView(Session):
         """It lives, and is connected or about to be."""
         self._no_pages = ""
         """In post-copy: why none reaches the destination now; "": they do."""
+        self._no_pages_since_s = 0.0
         self._copy_gone = False
         self._prepared: Prepared | None = None
         """Where the destination's engine listens, as it last said."""
@@ -290,7 +291,8 @@ class SourceView(Session):
                 eta_s=_eta_s(live),
             )
         last = self.passes[-1]
-        rate = throughput(self.passes)
+        in_post_copy = self.state is _S.POSTCOPY
+        rate = live.throughput_bytes_per_s if in_post_copy else throughput(self.passes)
         return MigrationProgress(
             state=self.shown_state,
             iteration=last.number + (1 if self._pass_running else 0),

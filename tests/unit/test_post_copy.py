@@ -199,10 +199,12 @@ def test_a_guest_that_waits_for_pages_is_told_of_until_they_come() -> None:
     assert pair.source.view().error is None
     pair.push(pair.source, v.ChannelNoted(broken=True, detail="silence"))
     pair.run()
+    assert pair.source.view().error is None, "for a moment so it looks at the end, too"
+    pair.run(timers=8)
     assert pair.source.view().error == "the guest waits for pages that don't come: silence"
     pair.silence(v.ConnectEngine)
     pair.push(pair.source, v.EngineLost(reason="refused: certificate has expired"))
-    pair.run(timers=1)
+    pair.run(timers=8)
     assert "certificate has expired" in (pair.source.view().error or "")
     pair.push(pair.source, v.EngineConnected(pages_in_use=1, round_trip_ms=0.0))
     assert pair.run() == POSTCOPY
@@ -213,11 +215,19 @@ def test_a_guest_that_waits_for_pages_is_told_of_until_they_come() -> None:
     assert pair.source.view().error is None
 
 
+def test_the_speed_that_is_shown_in_post_copy_is_that_of_its_pages() -> None:
+    pair = running_there()
+    reported = v.EngineReported(bytes_sent=9, remaining_bytes=9, throughput_bytes_per_s=7e6)
+    pair.push(pair.source, reported)
+    pair.run()
+    assert pair.source.view().progress.throughput_bytes_per_s == 7e6
+
+
 def test_pages_that_stop_in_the_handoff_are_told_of_once_the_guest_runs_there() -> None:
     pair = SessionPair(MigrationRequest(destination="n2", mode=MigrationMode.POSTCOPY))
     pair.run_until_state(_S.HANDOFF)
     pair.push(pair.source, v.ChannelNoted(broken=True, detail="silence"))
-    assert pair.run() == POSTCOPY
+    assert pair.run(timers=8) == POSTCOPY
     assert "silence" in (pair.source.view().error or "")
 
 
