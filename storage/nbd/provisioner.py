@@ -36,13 +36,11 @@ from storage.names import check_volume_name
 from storage.nbd import protocol as p
 from storage.nbd.copies import Copies
 from storage.nbd.exports import Export, Serving
+from storage.nbd.mending import Mending
 from storage.nbd.volumes import ExportState, VolumeFolder, VolumeState
 
 REQUEST_TIMEOUT_S: Final = 30.0
 COPY_TIMEOUT_S: Final = 3600.0
-RESTART_PAUSE_S: Final = 1.0
-RESTART_PAUSE_S_MAX: Final = 10.0
-"""Between tries to begin exports that can't be: their guests wait."""
 PORTS: Final = range(10_810, 11_810)
 
 log = logging.getLogger(__name__)
@@ -64,10 +62,7 @@ class Provisioner:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._copies = Copies()
         self._taken: set[int] = set()
-        self._mending: dict[str, asyncio.Task[None]] = {}
-        """By volume: its exports are brought to what its state says."""
-        self._troubles: dict[str, str] = {}
-        """Why that didn't work, by volume."""
+        self._mending = Mending(self._mend)
 
     async def open(self) -> None:
         """StorageError where the folder can't be used."""
@@ -78,14 +73,10 @@ class Provisioner:
                 self._taken |= {each.port for each in state.exports}
                 await self._apply(volume, state)
             except FerryError as error:
-                log.error("volume %s: %s; it is tried until it works", volume, error)
-                self._mend_later(volume, str(error))
+                self._mending.later(volume, str(error))
 
     async def close(self) -> None:
-        tasks = tuple(self._mending.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._mending.close()
         for export in self._exports.values():
             export.let_go()
         for draft in tuple(self._drafts):
@@ -190,14 +181,14 @@ class Provisioner:
                 state = await self._state(volume)
                 down = self._down(volume, state)
                 if down:
-                    self._mend_later(volume)
+                    self._mending.later(volume)
                 writing = [each for each in state.exports if each.live and not each.read_only]
                 openings = tuple((each.node, each.token) for each in writing)
                 return p.Answer(
                     token=state.fence,
                     openings=openings,
                     down=tuple((each.node, each.token) for each in down),
-                    why_down=self._troubles.get(volume, "") if down else "",
+                    why_down=self._mending.why(volume) if down else "",
                 )
         return p.Answer()
 
@@ -330,43 +321,18 @@ class Provisioner:
 
     def _ended(self, volume: str, export: Export) -> None:
         log.warning("export %s ended by itself", export.name)
-        self._mend_later(volume)
+        self._mending.later(volume)
 
     def _down(self, volume: str, state: VolumeState) -> list[ExportState]:
         """Those that should be there and aren't."""
         known = ((each, self._exports.get(_name(volume, each))) for each in state.exports)
         return [each for each, export in known if each.live and not (export and export.serves)]
 
-    def _mend_later(self, volume: str, trouble: str = "") -> None:
-        """`trouble`: why it didn't work just now."""
-        if trouble:
-            self._troubles[volume] = trouble
-        if volume not in self._mending:
-            self._mending[volume] = asyncio.create_task(self._mend(volume), name=f"mend-{volume}")
-
-    async def _mend(self, volume: str) -> None:
-        """Until its exports are as its state says, or it is deleted."""
-        pause_s = RESTART_PAUSE_S
-        try:
-            while not await self._mended(volume, pause_s):
-                pause_s = min(2.0 * pause_s, RESTART_PAUSE_S_MAX)
-        finally:
-            del self._mending[volume]
-
-    async def _mended(self, volume: str, pause_s: float) -> bool:
-        await asyncio.sleep(pause_s)
+    async def _mend(self, volume: str) -> bool:
+        """Bring its exports to what its state says. Whether they are there."""
         async with self._locks[volume]:
-            try:
-                state = await self._state(volume)
-                await self._apply(volume, state)
-            except NotFoundError:
-                return True
-            except FerryError as error:
-                if self._troubles.get(volume) != str(error):
-                    log.error("volume %s: %s; it is tried until it works", volume, error)
-                self._troubles[volume] = str(error)
-                return False
-            self._troubles.pop(volume, None)
+            state = await self._state(volume)
+            await self._apply(volume, state)
             return not self._down(volume, state)
 
     def _free_port(self) -> int:

@@ -18,8 +18,8 @@ from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundE
 from migrator.model import DiskFormat, NbdSource, NodeName, PoolOwner, VolumeName
 from storage.marks import MARK, OWNER
 from storage.nbd import NbdPool
+from storage.nbd.mending import RESTART_PAUSE_S
 from storage.nbd.protocol import PORT, TO_NODE, Answer, Failure, signed
-from storage.nbd.provisioner import RESTART_PAUSE_S
 from storage.settings import NbdSettings
 from tests.contract.storage_servers import ADDRESS, NbdServer, in_new_namespace
 from tests.contract.volume_contract import (
