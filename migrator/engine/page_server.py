@@ -19,6 +19,7 @@ from migrator.engine.answers import AnswerPacker
 from migrator.engine.bandwidth import TokenBucket
 from migrator.engine.control import ChannelLostError, HelperWaiter, Signal, StoppedError, Waiter
 from migrator.engine.delivery import ChannelHealth
+from migrator.engine.fault_turns import FaultTurns
 from migrator.engine.frames import FrameKind, RegionShape, StreamHello, StreamKind
 from migrator.engine.memory import MappedRegion
 from migrator.engine.packing import PACK_BYTES_MAX
@@ -65,6 +66,7 @@ class PageServer:
         self._lock = threading.Lock()
         self._queue = ShortQueue()
         """Of the bulk stream, as it is now."""
+        self._turns = FaultTurns()
         self._answers = AnswerPacker(policy)
         self._unopened = set(_KINDS)
         self._on_open: Callable[[], None] = lambda: None
@@ -164,6 +166,8 @@ class PageServer:
             match header.kind:
                 case FrameKind.PULL if content is not None:
                     self._note_left(header.sequence)
+                    if kind is StreamKind.FAULTS:
+                        self._turns.asked()
                     self._answer(kind, sock, header.region, content, waiter)
                 case FrameKind.LIST:
                     self._list(sock)
@@ -188,11 +192,15 @@ class PageServer:
             head, content = ranges.take(content, frames.FRAME_BYTES_MAX, frames.FRAME_RANGES_MAX)
             vector = self._answers.fault(self._regions[index], head).vector(index)
             sock.send_vector(vector)
-            self._fault_bytes += self._spend(vector)
+            size = self._spend(vector)
+            self._fault_bytes += size
+            self._turns.answered(size)
 
     def _answer_bulk(self, sock: PageSocket, index: int, content: Ranges, waiter: Waiter) -> Ranges:
         """Send a piece of it within the cap; what is left of it."""
-        if self._queue.note(time.monotonic(), sock.figures(), self._fault_bytes):
+        if self._turns.holds_back(self._queue.bytes_per_s):
+            self._queue.restart()
+        elif self._queue.note(time.monotonic(), sock.figures(), self._fault_bytes):
             sock.limit_queue(self._queue.bytes)
         while (wait_s := self._bucket.wait_s(time.monotonic())) > 0:
             waiter.wait(None, 0, min(wait_s, 0.1))
@@ -206,9 +214,13 @@ class PageServer:
             sock.send(FrameKind.ZERO, region=index, content=answer.zeroes)
         if len(answer.content):
             vector = answer.vector(index)
-            sock.send_vector(vector, self._queue.bytes // 2)
+            sock.send_vector(vector, self._bulk_step)
             self._spend(vector)
         return left
+
+    def _bulk_step(self) -> int:
+        """What bulk may hand to the kernel at once, when it is its turn."""
+        return self._turns.wait(self._queue.bytes_per_s) or self._queue.bytes // 2
 
     def _spend(self, vector: list[bytes | memoryview]) -> int:
         """It was sent, and has so many bytes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from migrator.engine import frames
@@ -58,18 +58,22 @@ class PageSocket:
         """A frame without a payload."""
         self.send_vector([frames.encode(kind, region=region, content=content, sequence=sequence)])
 
-    def send_vector(self, vector: list[bytes | memoryview], step_bytes: int | None = None) -> None:
+    def send_vector(
+        self, vector: list[bytes | memoryview], next_step: Callable[[], int] | None = None
+    ) -> None:
         """A frame with its payload. StreamEndedError.
 
-        `step_bytes`: given to the kernel at once. It takes as much as it is given beyond what its
-        buffer is limited to.
+        `next_step`: waits until more may be given to the kernel, and says how many bytes. It takes
+        as much as it is given beyond what its buffer is limited to.
         """
-        if step_bytes is None:
+        if next_step is None:
             self._send_all(vector)
             return
         whole = memoryview(b"".join(vector))
-        for at in range(0, len(whole), step_bytes):
-            self._send_all([whole[at : at + step_bytes]])
+        while whole:
+            step_bytes = next_step()
+            self._send_all([whole[:step_bytes]])
+            whole = whole[step_bytes:]
 
     def limit_queue(self, size_bytes: int) -> None:
         """How much may be sent and not yet acknowledged, about.

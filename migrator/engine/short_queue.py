@@ -61,6 +61,10 @@ class ShortQueue:
         """The link's rate; None: not known yet."""
         return self._bytes_per_s or None
 
+    def restart(self) -> None:
+        """Forget the window: what was sent in it isn't what the link could carry."""
+        self._since = None
+
     def note(self, now: float, figures: TcpFigures | None, beside_bytes: int = 0) -> bool:
         """Look at the figures; cheap enough for every answer. Whether `bytes` has changed.
 
