@@ -1,23 +1,23 @@
 """How post-copy's bulk takes turns with the pages that vCPUs wait for, on the link they share.
 
-A vCPU that runs into one missing page after another asks for the next a turnaround after the last
-was answered: the page travels, is put in place, the vCPU goes on, and its request comes back. What
-bulk sends right behind an answer is on the wire in that time, and out of the way when the next
-answer follows. So the link stays full, and a fault's page waits for nothing:
+A vCPU that runs into one missing page after another asks for the next a while after the last one
+was sent: it is put in place, the vCPU goes on, its request comes back and is answered. What bulk
+sends right behind an answer is on the wire in that time, and gone when the next answer follows. So
+the link stays full, and a fault's page waits for nothing:
 
     link     │answer│ bulk │answer│ bulk │answer│ ...
     vCPU            └ goes on, asks ┘
 
-    bulk behind an answer = the link's rate x the turnaround - the answer's own bytes
-
-The shortest turnaround of late counts: the others had the vCPU's own work in them, or stood behind
-something. Where nobody asks for a while, bulk's queue alone is what bounds it (`short_queue`), and
-so it is for a tenth of the time in any case: the link's rate can't be seen while bulk holds back.
+What was handed to the kernel, and the link's rate, tell when the link is free again; the pauses
+between answers, how long it would be idle. A later answer finds one small piece of bulk before it.
+Where nobody asks for a while, bulk's queue alone is what bounds it (`short_queue`), and so it is
+for a tenth of the time in any case: the link's rate can't be seen while bulk holds back.
 """
 
 from __future__ import annotations
 
 import collections
+import statistics
 import threading
 import time
 from typing import Final, NamedTuple
@@ -26,12 +26,19 @@ from migrator.model import PAGE_SIZE_BYTES
 
 QUIET_S: Final = 0.001
 _QUIET_PAGES: Final = 3
-"""After a request, and the time of so many pages on the link, the vCPU is at its own work, and
-bulk needn't hold back. A link whose round trip takes longer isn't worth taking turns on."""
+"""That, and the time of so many pages on the link, after a request: the vCPU is at its own work,
+and bulk needn't hold back. A link whose round trip takes longer isn't worth taking turns on. Nor is
+bulk kept waiting for longer, by however many vCPUs."""
 OPEN_S: Final = 0.15
 """For a window of `short_queue`, 0.1 s long."""
 OPEN_EVERY_S: Final = 1.5
-_TURNAROUNDS: Final = 64
+_RATE_SHARE: Final = 0.97
+"""Of the link's rate as it was measured, which may be 3 % off: a queue that grows is worse."""
+_PIECE_S: Final = 0.0001
+"""What bulk sends at once where no answer is due: threads can't take turns any faster."""
+_LEAD_S: Final = 0.000_05
+"""A thread takes so long to wake up. An answer that is late is given half a page's time."""
+_PAUSES: Final = 32
 
 
 class Turn(NamedTuple):
@@ -47,35 +54,36 @@ FREE: Final = Turn(None)
 
 
 class FaultClock:
-    """Whose turn it is. Clockless: `now` is in seconds. Pure."""
+    """Whose turn it is. Clockless: `now` is in seconds. Pure.
+
+    `bytes_per_s`: the link's rate; None: not known.
+    """
 
     def __init__(self) -> None:
-        self._asked_at_s = self._answered_at_s = self._given_at_s = float("-inf")
-        self._opened_at_s = float("-inf")
-        self._answer_bytes = 0
+        self._asked_at_s = self._given_at_s = self._opened_at_s = float("-inf")
         self._waiting = False
-        self._credit = False
-        """A fault was answered, and nothing was given to bulk since."""
-        self._turnarounds: collections.deque[float] = collections.deque(maxlen=_TURNAROUNDS)
+        self._free_at_s = self._left_at_s = float("-inf")
+        """All that was handed over is on its way by then; and the last answer is."""
+        self._pauses_s: collections.deque[float] = collections.deque(maxlen=_PAUSES)
+        """From an answer that is on its way to the next one."""
 
     def asked(self, now: float) -> None:
         """A vCPU waits."""
-        self._turnarounds.append(now - self._answered_at_s)
         self._asked_at_s = now
         self._waiting = True
 
-    def answered(self, now: float, size_bytes: int) -> None:
+    def answered(self, now: float, size_bytes: int, bytes_per_s: float | None) -> None:
         """Its page is the kernel's to send."""
-        self._answered_at_s = now
-        self._answer_bytes = size_bytes
         self._waiting = False
-        self._credit = True
+        if bytes_per_s is not None:
+            self._pauses_s.append(min(max(0.0, now - self._left_at_s), QUIET_S))
+            self._left_at_s = self._hand_over(now, size_bytes, bytes_per_s)
 
     def holds_back(self, now: float, bytes_per_s: float | None) -> bool:
-        """Whether bulk goes by turns now. `bytes_per_s`: the link's rate; None: not known."""
+        """Whether bulk goes by turns now."""
         if bytes_per_s is None:
             return False
-        if now - self._asked_at_s > QUIET_S + _QUIET_PAGES * PAGE_SIZE_BYTES / bytes_per_s:
+        if now - self._asked_at_s > _patience_s(bytes_per_s):
             return False
         if now - self._opened_at_s > OPEN_EVERY_S:
             self._opened_at_s = now
@@ -85,17 +93,29 @@ class FaultClock:
         """What bulk may send now; it is taken as sent."""
         if bytes_per_s is None or not self.holds_back(now, bytes_per_s):
             return FREE
-        since_given_s = now - self._given_at_s
-        if self._waiting and since_given_s < QUIET_S:
-            return Turn(0, QUIET_S - since_given_s)
-        turnaround_s = min(QUIET_S, *self._turnarounds)
-        size = max(PAGE_SIZE_BYTES, int(bytes_per_s * turnaround_s) - self._answer_bytes)
-        lasts_s = max(turnaround_s, size / bytes_per_s)
-        if not self._credit and since_given_s < lasts_s:
-            return Turn(0, lasts_s - since_given_s)
+        due_at_s = self._left_at_s + statistics.median(self._pauses_s or [0.0])
+        page_s = PAGE_SIZE_BYTES / bytes_per_s
+        idle_s = due_at_s - max(now, self._free_at_s)
+        starved_in_s = self._given_at_s + _patience_s(bytes_per_s) - now
+        if starved_in_s > 0:
+            if self._waiting:
+                return Turn(0, starved_in_s)
+            ready_in_s = max(self._free_at_s, due_at_s + 0.5 * page_s) - _LEAD_S - now
+            if idle_s < 0.5 * page_s and ready_in_s > 0:
+                return Turn(0, min(ready_in_s, starved_in_s))
+        size = int(max(idle_s, page_s, _PIECE_S) * _RATE_SHARE * bytes_per_s)
         self._given_at_s = now
-        self._credit = False
+        self._hand_over(now, size, bytes_per_s)
         return Turn(size)
+
+    def _hand_over(self, now: float, size_bytes: int, bytes_per_s: float) -> float:
+        lasts_s = size_bytes / (_RATE_SHARE * bytes_per_s)
+        self._free_at_s = max(now, self._free_at_s) + lasts_s
+        return self._free_at_s
+
+
+def _patience_s(bytes_per_s: float) -> float:
+    return QUIET_S + _QUIET_PAGES * PAGE_SIZE_BYTES / bytes_per_s
 
 
 class FaultTurns:
@@ -110,10 +130,10 @@ class FaultTurns:
         with self._changed:
             self._clock.asked(time.monotonic())
 
-    def answered(self, size_bytes: int) -> None:
+    def answered(self, size_bytes: int, bytes_per_s: float | None) -> None:
         """See `FaultClock`."""
         with self._changed:
-            self._clock.answered(time.monotonic(), size_bytes)
+            self._clock.answered(time.monotonic(), size_bytes, bytes_per_s)
             self._changed.notify()
 
     def holds_back(self, bytes_per_s: float | None) -> bool:

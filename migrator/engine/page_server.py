@@ -194,7 +194,7 @@ class PageServer:
             sock.send_vector(vector)
             size = self._spend(vector)
             self._fault_bytes += size
-            self._turns.answered(size)
+            self._turns.answered(size, self._queue.bytes_per_s)
 
     def _answer_bulk(self, sock: PageSocket, index: int, content: Ranges, waiter: Waiter) -> Ranges:
         """Send a piece of it within the cap; what is left of it."""

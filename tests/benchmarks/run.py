@@ -51,7 +51,7 @@ Runs = dict[tuple[str, str], list[Run]]
 REPEATS: Final = 5
 QUICK_REPEATS: Final = 2
 QUICK_CASES: Final = "1,2,3"
-MINUTES: Final = 75.0
+MINUTES: Final = 90.0
 AFTER_S: Final = 0.7
 _NODE_MEMORY_BYTES: Final = 16 * 1024 * MIB
 _OTHERS: Final = {
@@ -105,7 +105,8 @@ class Bench:
                 continue
             (case,) = cases.select(name)
             takers = [each for each, engine in self._chosen.items() if engine.takes(case, each)]
-            found.append(list(turns(name, takers, min(repeats, case.repeats_max))))
+            repeats_here = min(repeats, case.repeats_max)
+            found.append(list(turns(name, takers, repeats_here, case.judged)))
         return [each for each in found if each]
 
     def run(self, turn: Turn) -> Run:

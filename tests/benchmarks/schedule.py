@@ -14,10 +14,16 @@ class Turn:
     engine: str
 
 
-def turns(case: str, engines: Sequence[str], repeats: int) -> Iterator[Turn]:
-    """All engines, alternating; the order is turned round with each repeat."""
+def turns(
+    case: str, engines: Sequence[str], repeats: int, judged: str | None = None
+) -> Iterator[Turn]:
+    """All engines, alternating; the order is turned round with each repeat.
+
+    `judged`: the only one that is repeated; the others take one turn. None: all are.
+    """
     for repeat in range(repeats):
-        for name in engines if repeat % 2 == 0 else reversed(engines):
+        takers = [name for name in engines if not repeat or judged in (None, name)]
+        for name in takers if repeat % 2 == 0 else reversed(takers):
             yield Turn(case, name)
 
 

@@ -24,6 +24,7 @@ IMAGE = GuestImage(Path("kernel"), Path("initrd"))
 
 def test_engines_alternate_and_turn_round() -> None:
     assert [turn.engine for turn in turns("1", ["a", "b"], 3)] == ["a", "b", "b", "a", "a", "b"]
+    assert [turn.engine for turn in turns("4", ["a", "b"], 3, "b")] == ["a", "b", "b", "b"]
 
 
 def test_a_budget_ends_the_beginnings() -> None:

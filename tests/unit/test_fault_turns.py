@@ -52,7 +52,7 @@ class Link:
             self.clock.asked(self.now)
         there_at = self.send(PAGE_SIZE_BYTES)
         if self.clock is not None:
-            self.clock.answered(self.now, PAGE_SIZE_BYTES)
+            self.clock.answered(self.now, PAGE_SIZE_BYTES, self.bytes_per_s)
             self.bulk_at = self.now
         self.waits_s.append(there_at - self.now + self.latency_s)
         self.asks_at = there_at + self.latency_s + self.work_s
@@ -94,7 +94,7 @@ def test_a_fault_waits_for_nothing_and_the_link_stays_full(name: str, work_s: fl
     link = Link(rate, latency_s, work_s, queue_bytes, FaultClock())
     link.run(6.0)
     page_s = PAGE_SIZE_BYTES / rate
-    assert statistics.median(link.waits_s) < 1.1 * (page_s + latency_s) + page_s
+    assert statistics.median(link.waits_s) < 1.1 * (page_s + latency_s) + max(page_s, 0.0002)
     assert link.share > 0.85
 
 
@@ -112,7 +112,7 @@ def test_bulk_is_free_where_nobody_asks_and_where_the_rate_isnt_known() -> None:
     clock = FaultClock()
     assert clock.turn(1.0, 125e6) == FREE
     clock.asked(1.0)
-    clock.answered(1.00001, PAGE_SIZE_BYTES)
+    clock.answered(1.00001, PAGE_SIZE_BYTES, 125e6)
     assert clock.turn(1.0001, None) == FREE
     assert clock.turn(1.0 + 2 * QUIET_S, 125e6) == FREE
 
@@ -137,13 +137,14 @@ def test_its_queue_alone_bounds_it_for_a_tenth_of_the_time() -> None:
 
 
 def test_vcpus_that_ask_without_a_break_dont_starve_bulk() -> None:
-    clock, given = clock_that_holds_back(10.0, 125e6), 0
+    rate, given = 125e6, 0
+    clock = clock_that_holds_back(10.0, rate)
     for at in range(1_000):
         now = 10.0 + at * 0.0001
-        clock.answered(now, PAGE_SIZE_BYTES)
+        clock.answered(now, PAGE_SIZE_BYTES, rate)
         clock.asked(now)
-        turn = clock.turn(now, 125e6)
-        if clock.holds_back(now, 125e6):
+        turn = clock.turn(now, rate)
+        if clock.holds_back(now, rate):
             assert turn.size_bytes is not None
             given += turn.size_bytes
     assert given >= 50 * PAGE_SIZE_BYTES
@@ -163,6 +164,6 @@ def test_whoever_waits_for_its_turn_gets_it_when_a_fault_is_answered() -> None:
 
     thread = threading.Thread(target=bulk, daemon=True)
     thread.start()
-    turns.answered(PAGE_SIZE_BYTES)
+    turns.answered(PAGE_SIZE_BYTES, 125e6)
     assert got.wait(5.0)
     thread.join(5.0)
