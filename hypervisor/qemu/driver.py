@@ -108,6 +108,7 @@ class QemuDriver(HypervisorDriver):
         self._lock: int | None = None
         self._native = QemuNative(self._guest)
         self._early_pages = EarlyPages()
+        self._trimmer = logs.Trimmer()
 
     # --- the driver's life -----------------------------------------------------------------
 
@@ -346,7 +347,7 @@ class QemuDriver(HypervisorDriver):
             return DomainStatus(name=domain, state=DomainState.UNKNOWN, reason=why)
         guest = self._guests.get(domain)
         reason: str | None
-        await offload(lambda: self._trim_logs(domain))
+        self._trimmer.soon(self.config.console_log(domain), self.config.qemu_log(domain))
         if guest is None or guest.process.exited:
             return await self._ended(domain, guest)
         in_use = await offload(lambda: memory_in_use_bytes(guest.process.pid, guest.record.ram_fd))
@@ -372,10 +373,6 @@ class QemuDriver(HypervisorDriver):
             reason=reason,
             memory_in_use_bytes=in_use,
         )
-
-    def _trim_logs(self, domain: str) -> None:
-        logs.trim(self.config.console_log(domain))
-        logs.trim(self.config.qemu_log(domain))
 
     async def list_domains(self) -> Sequence[DomainStatus]:
         names = sorted({*self._guests, *self._unreadable})

@@ -2,14 +2,17 @@
 
 QEMU can't bound them, so the driver does: past LOG_BYTES_MAX it keeps the last LOG_BYTES_KEPT.
 QEMU opens both with O_APPEND, so truncation under it is safe; what it writes in the microseconds
-between our read and our truncation is lost. All functions block; call them off the event loop.
+between our read and our truncation is lost. The functions block; call them off the event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from pathlib import Path
+
+from migrator.own_threads import in_own_thread
 
 LOG_BYTES_MAX = 16 * 1024 * 1024
 LOG_BYTES_KEPT = 1024 * 1024
@@ -56,3 +59,28 @@ def since(path: Path, offset: int) -> str:
     except OSError:
         return ""
     return " / ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+class Trimmer:
+    """Trims aside: nobody who asks how a domain is waits for the logs' disk, which may hang.
+
+    One thread at most is at it, of its own. Those of the event loop are few, and the heartbeat's.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: set[Path] = set()
+        self._under_way: asyncio.Future[None] | None = None
+
+    def soon(self, *paths: Path) -> None:
+        """Never waits. What comes while a trim is under way has its turn with the next call."""
+        self._waiting.update(paths)
+        if self._under_way is not None and not self._under_way.done():
+            return
+        turn, self._waiting = self._waiting, set()
+        with contextlib.suppress(OSError):  # The host has no thread left: another time.
+            self._under_way = in_own_thread("logs", lambda: _trim_all(turn))
+
+
+def _trim_all(paths: set[Path]) -> None:
+    for path in sorted(paths):
+        trim(path)

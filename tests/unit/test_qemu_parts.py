@@ -242,6 +242,34 @@ def test_a_log_is_bounded(tmp_path: Path) -> None:
     assert logs.since(path, 4) == "two"
 
 
+async def test_logs_on_a_disk_that_hangs_hold_up_nobody_and_take_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look at a domain took one of the few that the heartbeat needs."""
+    back, trimmed = threading.Event(), list[str]()
+
+    def hang(path: Path) -> None:
+        back.wait(30.0)
+        trimmed.append(path.name)
+
+    monkeypatch.setattr(logs, "trim", hang)
+    trimmer, before = logs.Trimmer(), threading.active_count()
+    try:
+        for _ in range(3):
+            for name in ("one", "two"):
+                trimmer.soon(tmp_path / name)
+        assert threading.active_count() <= before + 1
+        assert trimmed == []
+    finally:
+        back.set()
+    async with asyncio.timeout(10):
+        assert trimmer._under_way is not None
+        await trimmer._under_way
+        trimmer.soon()
+        await trimmer._under_way
+    assert trimmed == ["one", "one", "two"]
+
+
 async def test_a_cancelled_offload_undoes_its_result() -> None:
     begun, go, undone = threading.Event(), threading.Event(), asyncio.Event()
 
