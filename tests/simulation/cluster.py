@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 
-import msgspec
-
 from migrator.model import (
     DiskSpec,
     DomainName,
@@ -166,7 +164,7 @@ class Cluster:
             state = dice.choice((OwnershipState.RUNNING, OwnershipState.STOPPED))
             record = OwnershipRecord(domain=name, token=0, owner=dice.choice(names), state=state)
             key = f"{OWNERSHIP}{name}"
-            older[key] = msgspec.structs.replace(older[key], value=_encoder.encode(record))
+            older[key] = Entry(key=key, value=_encoder.encode(record), revision=-1)
         return older
 
     def _on_write(self, key: str, value: bytes | None, takeover: bool) -> None:

@@ -104,10 +104,12 @@ class Node:
         self.durable.pop(migration_id, None)
 
     def note_restarts(self, notes: RestartNotes) -> None:
-        """What is noted to be started again must be."""
+        """What is noted to be started again must be, unless it was taken over meanwhile."""
         for name, wanted in notes.wanted.items():
-            if wanted.token is not None and name not in self.restarts.wanted:
-                self.cluster.domains[DomainName(name)].must_start = True
+            domain = self.cluster.domains[DomainName(name)]
+            ours = domain.record is not None and domain.record.owner == self.name
+            if wanted.token is not None and name not in self.restarts.wanted and ours:
+                domain.must_start = True
         self.restarts = notes
 
     def side_of(self, entry: JournalEntry) -> Side:
@@ -275,9 +277,10 @@ class Node:
                 effects.channel_broke(migration.source, source)
 
     def cluster_migration(self, domain: Domain, role: Role) -> Migration | None:
-        """The newest of that domain in which this node has that role."""
+        """The newest of that domain in which this node has, or had, that role."""
         for migration in reversed(self.cluster.migrations.values()):
-            if migration.domain is domain and migration.sides[role].node is self:
+            side = migration.sides[role]
+            if migration.domain is domain and side.node is self and side.token_before:
                 return migration
         return None
 
@@ -380,6 +383,9 @@ class Node:
         self, agent: Agent, side: Side, envelope: Envelope, prepare: m.Prepare
     ) -> None:
         """As `MigrationManager._begin_destination`."""
+        if side.session is not None:  # Several came at once.
+            side.feed(v.Received(message=prepare))
+            return
         reasons = await agent.admissions.admit(side.migration_id, envelope.sender, prepare)
         if reasons is None:
             return

@@ -363,7 +363,8 @@ class Side:
     async def _let_go(self, agent: Agent) -> None:
         """What it gave last is done first."""
         await self.guest_lane.drained(STEP_S)
-        if self.world.faults.forgetful and self.role is Role.DESTINATION:
+        forgets = self.world.faults.forgetful and self.role is Role.DESTINATION
+        if forgets and self.guest_lane._task is None:  # Else it is at it yet.
             self.node.forget(self.migration_id)
         self.session = None
         self.timers.clear()
