@@ -198,6 +198,16 @@ class OwnershipRecord(Value, frozen=True, kw_only=True):
             domain=self.domain, token=self.token + 1, owner=owner, state=OwnershipState.RUNNING
         )
 
+    def said_resuming(self) -> OwnershipRecord:
+        """The record of a source that has won it back, and says by it that it resumes the guest.
+
+        In place of its journal, where that can't be written. By three: a handoff raises the token
+        by one, a takeover by two, and neither may be taken for this.
+        """
+        return OwnershipRecord(
+            domain=self.domain, token=self.token + 3, owner=self.owner, state=self.state
+        )
+
 
 # --- nodes -----------------------------------------------------------------------------------
 

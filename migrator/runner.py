@@ -5,9 +5,10 @@
        └─────────────────────────────────────────┘
 
 Commands begin in the order in which they were given. `Journal` holds up those behind it until it
-is written. The others go to lanes: within a lane (guest, record, engine) one at a time, the lanes
-side by side. AbortSwitchover and DestroyGuest don't wait for what the guest's lane is at:
-they end it first. Sends, timers and passes take effect at once.
+is written, or has failed, which a disk that hangs does, too. The others go to lanes: within a lane
+(guest, record, engine) one at a time, the lanes side by side. AbortSwitchover and DestroyGuest
+don't wait for what the guest's lane is at: they end it first. Sends, timers and passes take effect
+at once.
 
 One runner serves one side of one migration. It owns its engine, its timers and its tasks; `close`
 ends them all, and leaves the guest and the record as they are.
@@ -52,6 +53,8 @@ log = logging.getLogger(__name__)
 
 STEP_S: Final = 30.0
 """No single command takes longer; then it failed with an unknown outcome."""
+NOTE_S: Final = 1.0
+"""That a guest which stands still waits for a note that isn't durable, or precedes a resume."""
 FINISH_GAP_S: Final = 10.0
 """The longest pause between tries to journal a migration's end (a full disk, say)."""
 _CLOSE_S: Final = 3.0
@@ -188,11 +191,15 @@ class Runner:
 
     async def _write_journal(self, batch: int, command: v.Journal) -> None:
         entry = entry_of(self.session, boot_id=self._boot_id, resuming=command.resuming)
+        most_s = NOTE_S if command.resuming or not command.durable else STEP_S
         failure: str | None = None
         try:
-            await self._journal.write(entry, durable=command.durable)
+            async with asyncio.timeout(most_s):
+                await self._journal.write(entry, durable=command.durable)
         except FerryError as error:
             failure = str(error)
+        except TimeoutError:
+            failure = f"{self._journal.folder} hangs: nothing was journalled within {most_s:g} s"
         self._journalling = None
         if failure is not None:
             dropped: list[v.Command] = []  # What it was to announce must not happen.

@@ -161,6 +161,8 @@ class DestinationSession(DestinationYield):
                 self._give_up(message.reason)
             case Abort(over=True) if self._taken_back and self.state is _S.RECOVERING:
                 self._give_up(message.reason)
+            case Farewell() | Lost() if self._taken_back and self.state is _S.RECOVERING:
+                self._give_up("the source ended the migration without us")
             case Prepare() if self._cut_off:
                 self._send(self._pending())
             case Prepare() if self.state in BEFORE_HANDOFF:
@@ -374,7 +376,10 @@ class DestinationSession(DestinationYield):
 
     def _lost_to(self, record: OwnershipRecord | None) -> None:
         self._note_lost(record)
-        self._taken_back = self._yielded or record == self.record_before.passed_to(self.source)
+        before = self.record_before
+        won_back = before.passed_to(self.source)
+        kept = (won_back, won_back.said_resuming(), before.said_resuming())
+        self._taken_back = self._yielded or record in kept
         if self._taken_back and self._loaded_at_s and not self._dead:
             # Perhaps nothing came of it, and this is the only copy. The source knows.
             self._enter_recovering("the source won the record back")

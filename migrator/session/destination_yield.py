@@ -53,7 +53,8 @@ class DestinationYield(DestinationArrival):
     def _note_lost(self, record: OwnershipRecord | None) -> None:
         """Was it given back by us? What was tried may have landed late."""
         tried = self._yielding or self._yielded
-        if tried and record == self._won_record.passed_to(self.source):
+        given_back = self._won_record.passed_to(self.source)
+        if tried and record in (given_back, given_back.said_resuming()):
             self._forget_what_was_won()
 
     def _forget_what_was_won(self) -> None:

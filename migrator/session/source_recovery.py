@@ -2,35 +2,27 @@
 
 Nothing here resumes the guest without having won, or read, a record that names this node with a
 token newer than the one that the migration began with.
-
-A rollback may fail, too: the record was won back, and then the hypervisor dies. As long as it is
-certain that no vCPU ran here meanwhile, the destination's copy is the newest there is; so the
-handoff begins anew, under the token that was won.
 """
 
 from __future__ import annotations
 
 from migrator.model import MigrationState, OwnershipRecord, OwnershipState
-from migrator.session.messages import Abort, Commit, Farewell, Inquire, Pending, Running
-from migrator.session.source_view import SourceView
+from migrator.session.messages import Abort, Farewell, Inquire, Pending, Running
+from migrator.session.source_rollback import SourceRollback
 from migrator.session.vocabulary import (
     AbortSwitchover,
     CancelRequested,
     CommandFailed,
     DestroyGuest,
     Event,
-    Fence,
-    Fenced,
     GuestCondition,
     GuestDestroyed,
     GuestInspected,
-    GuestResumed,
     InspectGuest,
     Journal,
     ReadRecord,
     RecordRead,
     RecordSwapped,
-    ResumeGuest,
     StopEngine,
     StopTimer,
     SwapRecord,
@@ -42,7 +34,7 @@ from migrator.states import BEFORE_HANDOFF
 _S = MigrationState
 
 
-class SourceRecovery(SourceView):
+class SourceRecovery(SourceRollback):
     """See the module."""
 
     def _recover(self, reason: str) -> None:
@@ -56,33 +48,18 @@ class SourceRecovery(SourceView):
 
     def _in_recovering(self, event: Event) -> None:
         match event:
+            case _ if self._in_rollback(event):
+                pass
             case GuestInspected():
                 self._recover_guest(event.condition)
             case RecordRead() if not self._destination_runs and self._rollback_token is None:
                 self._recover_by(event)
-            case RecordRead() if not self._destination_runs and self._doubts_rollback:
-                self._doubts_rollback = False
-                self._roll_back_by(event, self._rollback_token)
             case RecordSwapped(won=True) if self._rollback_token is None:
                 self._rollback(self._swap_token)
             case RecordSwapped() if self._rollback_token is None:
                 self._look_after_swap(event)
-            case Fenced() if event.token == self._rollback_token:
-                self._may_have_resumed_before = self._may_have_resumed
-                self._may_have_resumed = True
-                self._do(Journal(state=self.state, resuming=True), ResumeGuest())
-            case GuestResumed() if self._rollback_token is not None:
-                self._note_blackout(event.at_s)
-                self._finish_stopped()
             case GuestDestroyed() if self._destination_runs:
                 self._complete()
-            case CommandFailed(command="ResumeGuest"):
-                if event.without_effect:
-                    self._may_have_resumed = self._may_have_resumed_before
-                self._do(InspectGuest())
-            case CommandFailed(command="Journal") if self._rollback_token is not None:
-                self._may_have_resumed = self._may_have_resumed_before  # It wasn't resumed.
-                self._retry_later()
             case CommandFailed():
                 self._retry_later()
             case TimerFired(name=TimerName.RETRY):
@@ -94,9 +71,8 @@ class SourceRecovery(SourceView):
         if self._destination_runs:
             self._do(DestroyGuest())
         elif self._rollback_token is not None:
-            # While it couldn't go on, another node may have taken the domain over.
-            self._doubts_rollback = True
-            self._do(ReadRecord())
+            if not self._resume_pending:  # Else its answer comes.
+                self._doubt_rollback()
         else:
             self._send(Inquire())
             self._do(InspectGuest())
@@ -116,6 +92,8 @@ class SourceRecovery(SourceView):
                 self.error = self.error or "the agent restarted during the migration"
                 self._enter(_S.CANCELLING, self.error)
                 self._do(AbortSwitchover())
+            case GuestCondition.GONE if self._saying:
+                self._gone = True  # Once the record is known to say it, that counts.
             case GuestCondition.GONE if self._rollback_token is not None:
                 self._gone_after_rollback(self._rollback_token)
             case GuestCondition.GONE if not self._switchover_begun:
@@ -169,16 +147,17 @@ class SourceRecovery(SourceView):
     def _recover_own(self, record: OwnershipRecord) -> None:
         """The record names this node. With which token, and whose doing was it?"""
         taken_back = self.next_token + 1
+        won = self.record_before.passed_to(self.source)
+        said = (won.said_resuming(), won.passed_to(self.source).said_resuming())
         if record.token == self.token:
             self._recover_unpassed(record)
         elif record.token == self.next_token or (
             record.token == taken_back
             and (self._destination_refused or self._yielded == self.next_token)
         ):
-            if self._gone:
-                self._gone_after_rollback(record.token)
-            else:
-                self._rollback(record.token)
+            self._find_won(record.token)
+        elif record in said:
+            self._find_said(record.token)
         elif record.token == taken_back:
             # Taken back before our restart, or the domain ran there and was started anew here: then
             # our copy is stale. The destination knows which.
@@ -216,41 +195,6 @@ class SourceRecovery(SourceView):
     def _swap(self, record: OwnershipRecord) -> None:
         self._swap_token = record.token + 1
         self._do(SwapRecord(expected=record, new=record.passed_to(self.source)))
-
-    def _commit(self) -> None:
-        self._send(Commit(post_copy=self.post_copy, token=self.token))
-
-    def _rollback(self, token: int) -> None:
-        """The destination keeps its copy until the guest runs here."""
-        self._rollback_token = token
-        self._newest_token = max(self._newest_token, token)
-        self._do(Fence(token=token))
-
-    def _roll_back_by(self, event: RecordRead, token: int | None) -> None:
-        """Go on with a rollback that was interrupted, if the record is still the one we won."""
-        record = event.record
-        if not event.known:
-            self._retry_later()
-        elif record is None or record.state is not OwnershipState.RUNNING:
-            self._discard("the domain was stopped or removed meanwhile")
-        elif record.owner == self.source and record.token == token:
-            self._do(Fence(token=record.token))
-        else:
-            self._discard(f"{record.owner} took the domain over, with token {record.token}")
-
-    def _gone_after_rollback(self, token: int) -> None:
-        """The record is ours, and our hypervisor is gone."""
-        self._gone = True
-        if self._may_have_resumed or self._destination_refused:
-            self._finish_gone()
-            return
-        self._note("rollback failed", self._now, self._now, "the hypervisor died before it resumed")
-        self._rollback_token = None
-        self.token = token
-        self.device_state_out = True
-        self._commit()
-        self._retry_later()
-        self._journal()  # Last: it may fail.
 
     # --- the ends ---
 
@@ -337,15 +281,6 @@ class SourceRecovery(SourceView):
 
     def _give_no_more(self) -> None:
         raise NotImplementedError  # In `source_post_copy`.
-
-    def _note_blackout(self, resumed_at_s: float) -> None:
-        """Pause to resume. Two hosts' clocks disagree, so ours gives the bounds."""
-        if self._paused_at_s is None or self.blackout_ms is not None:
-            return
-        least_s = (self._sent_at_s or self._paused_at_s) - self._paused_at_s
-        most_s = max(self._now - self._paused_at_s, 0.0)
-        seconds = min(max(resumed_at_s - self._paused_at_s, least_s), most_s)
-        self.blackout_ms = seconds * 1000.0
 
     def _complete(self) -> None:
         """The guest lives elsewhere, or not at all; our copy is destroyed."""

@@ -124,6 +124,12 @@ class SourceView(Session):
             self.error, self.cancelled_by = cancel.reason, cancel.by
         self._rollback_token: int | None = None
         self._doubts_rollback = False
+        self._resume_pending = False
+        """In a rollback `cont` was given, and has not been answered."""
+        self._saying = False
+        """The record is made to say that the guest is resumed here; it may say so late."""
+        self._said_resuming = False
+        """It does."""
         self._destination_runs = False
         self._destination_refused = False
         self._destination_forgot = False
@@ -162,6 +168,15 @@ class SourceView(Session):
         ended_s = min(event.at_s, self._now, *ends_s)
         began_s = max(ended_s - event.seconds, self._continued_at_s)
         self._note("deactivate", began_s, ended_s, "at most; a part of device state")
+
+    def _note_blackout(self, resumed_at_s: float) -> None:
+        """Pause to resume. Two hosts' clocks disagree, so ours gives the bounds."""
+        if self._paused_at_s is None or self.blackout_ms is not None:
+            return
+        least_s = (self._sent_at_s or self._paused_at_s) - self._paused_at_s
+        most_s = max(self._now - self._paused_at_s, 0.0)
+        seconds = min(max(resumed_at_s - self._paused_at_s, least_s), most_s)
+        self.blackout_ms = seconds * 1000.0
 
     def _note_mode(self) -> None:
         """Say in the timeline that hybrid isn't."""

@@ -251,8 +251,9 @@ Event = (
 class Journal(Struct, frozen=True, kw_only=True):
     """Note, before the next command is performed, where the session stands.
 
-    If it can't be written, nothing that stands behind it in the same list is performed, and
-    CommandFailed("Journal") follows, which names that. Other notes may be waiting by then.
+    If it can't be written, or takes too long, nothing that stands behind it in the same list is
+    performed, and CommandFailed("Journal") follows, which names that. Other notes may be waiting by
+    then. What took too long may be written all the same, later, before what is journalled next.
 
     `durable`: on the disk. Otherwise it outlives the agent but not the host, which is enough
     for what only matters while the hypervisor's process lives, and costs no fsync in a blackout.

@@ -13,6 +13,17 @@ from tests.simulation.world import Faults
 
 AIMED = Faults(aimed=1.0, hypervisor_share=0.35, heal_at_s=10.0)
 """Nothing but kills around the switchover: most sequences that matter are made of these."""
+HANGING_DISKS = Faults(
+    disk_hang=0.25,
+    store_unknown=0.3,
+    store_late=0.9,
+    loss=0.3,
+    aimed=0.5,
+    hypervisor_share=0.5,
+    death_before_resume=0.2,
+    kill_mean_s=6.0,
+    heal_at_s=40.0,
+)
 NAMED = {
     "kills": AIMED,
     "kills, lost messages": replace(AIMED, hypervisor_share=0.5, loss=0.3),
@@ -37,15 +48,16 @@ NAMED = {
     "takeovers": Faults(
         takeover=True, long_down=0.6, aimed=0.5, reboot_share=0.1, loss=0.2, heal_at_s=90.0
     ),
+    "hanging disks": HANGING_DISKS,
 }
 """What each of the rarer rules is for. Chance alone brings such mixes about in few seeds of
 thousands."""
 _KILLS = tuple(NAMED)[:4]
-_OTHERS = tuple(NAMED)[4:]
+_OTHERS = tuple(NAMED)[4:11]
 
 
 def name_of(seed: int) -> str | None:
-    """Which of the NAMED mixes a seed has: three tenths have one."""
+    """Which of the NAMED mixes a seed has: three tenths have one, and a fortieth hanging disks."""
     match seed % 10:
         case 2:
             return _KILLS[seed // 10 % len(_KILLS)]
@@ -53,6 +65,8 @@ def name_of(seed: int) -> str | None:
             return _OTHERS[seed // 10 % len(_OTHERS)]
         case 9:
             return _OTHERS[(seed // 10 + 3) % len(_OTHERS)]
+        case 7 if seed % 40 == 37:
+            return "hanging disks"
         case _:
             return None
 

@@ -15,6 +15,7 @@ from node_agent.restart_notes import RestartNotes
 from tests.simulation import effects, post_copy
 from tests.simulation.agent import Agent
 from tests.simulation.checkers import liveness, writes
+from tests.simulation.disk import Disk
 from tests.simulation.guests import G, Guest
 from tests.simulation.loop import AGENT
 from tests.simulation.side import Envelope, Migration, Side
@@ -47,6 +48,7 @@ class Node:
         self.boot = 1
         self.journal: dict[str, JournalEntry] = {}
         self.durable: dict[str, JournalEntry] = {}
+        self.disk = Disk(self)
         self.restarts = RestartNotes(boot_id=self.boot_id)
         """Always durable."""
         self.store_cut = False
@@ -142,6 +144,7 @@ class Node:
         agent.die()
         self.held = None
         self.world.loop.go_on(agent)  # To be cleaned up.
+        self.disk.agent_died()
         for migration in self.cluster.migrations.values():
             for side in migration.sides.values():
                 if side.node is self and (side.session is not None or side.engine):
@@ -149,7 +152,14 @@ class Node:
         self._tell_peers(lost=True)
         if self.world.chance(self.world.faults.long_down):
             down_s = LONG_DOWN_S
-        self.world.after(0.2 + self.world.delay(down_s), self.boot_up)
+        self.world.after(0.2 + self.world.delay(down_s), self._start_again)
+
+    def _start_again(self) -> None:
+        """Not before it can read its journal."""
+        if self.disk.hangs:
+            self.world.after(0.5, self._start_again)
+        else:
+            self.boot_up()
 
     def stop_agent(self, seconds: float) -> None:
         """SIGSTOP, and SIGCONT after a while. Its hypervisors go on, and its peers notice."""

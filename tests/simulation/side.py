@@ -6,21 +6,24 @@ it what comes of them. `effects` says what that is here.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from migrator.journal_entry import JournalEntry, entry_of, restore
 from migrator.lane import Lane
 from migrator.model import MigrationId, MigrationRequest, MigrationState, NodeName, Role
 from migrator.ports import DomainEvent
-from migrator.runner import STEP_S
+from migrator.runner import NOTE_S, STEP_S
 from migrator.session import messages as m
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
 from tests.simulation import effects, post_copy
 from tests.simulation.checkers import cancels, shown
+from tests.simulation.disk import says_resumed
 from tests.simulation.guests import Guest
 from tests.simulation.loop import AGENT
 from tests.simulation.world import AIM_S, PAUSED_S
@@ -128,6 +131,8 @@ class Side:
         self.resume_uncertain = False
         """A guest may have been resumed here, for all that this node can know."""
         self._uncertain_before = False
+        self._resume_noted = False
+        """The next resume is behind a note, which counts from then on."""
         self.rebooted_committed = False
         self.leaving: Guest | None = None
         """Source: the guest that was to move."""
@@ -139,6 +144,8 @@ class Side:
         self._timer_serial = 0
         self.guest_lane = Lane("guest")
         self.record_lane = Lane("record")
+        self._held: deque[list[v.Command]] | None = None
+        """What waits for a note that the disk has; None: nothing does."""
 
     @property
     def other(self) -> Side:
@@ -164,12 +171,14 @@ class Side:
         self.session = session
         self.leaving = self.leaving or self.guest
         self.token_before = session.token
-        self.resume_uncertain = self.rebooted_committed = False
+        self.resume_uncertain = self.rebooted_committed = self._resume_noted = False
         self.guest_lane, self.record_lane = Lane("guest"), Lane("record")
+        self._held = None
 
     def restore(self, entry: JournalEntry) -> None:
         """A session from the journal; what the checkers know of the time before stays."""
-        uncertain, rebooted = self.resume_uncertain or entry.resuming, self.rebooted_committed
+        uncertain = self.resume_uncertain or entry.resuming or says_resumed(entry, self)
+        rebooted = self.rebooted_committed
         self.begin(self.node.cluster.sessions.restored(self, entry))
         self.resume_uncertain, self.rebooted_committed = uncertain, rebooted
 
@@ -177,6 +186,7 @@ class Side:
         self.session = None
         self.timers.clear()
         self.fence_token = 0
+        self._held = None
         self.guest_lane.clear()
         self.record_lane.clear()
         self.kill_engine(why, told=False)
@@ -281,6 +291,9 @@ class Side:
 
     def perform(self, commands: list[v.Command]) -> None:
         """In order. A Journal that fails takes what stands behind it along."""
+        if self._held is not None:
+            self._held.append(commands)
+            return
         session = self.session
         for index, command in enumerate(commands):
             if self.world.chance(self.world.faults.crash_per_command):
@@ -288,6 +301,9 @@ class Side:
             if self.session is not session:
                 return
             if isinstance(command, v.Journal):
+                if self.node.disk.begin():
+                    self._hold_up(command, commands[index + 1 :])
+                    return
                 if not self.write_journal(command.durable, resuming=command.resuming):
                     dropped = tuple(commands[index + 1 :])
                     failed = v.CommandFailed(command="Journal", error="full", dropped=dropped)
@@ -298,6 +314,50 @@ class Side:
             else:
                 self.perform_one(command)
 
+    def _hold_up(self, command: v.Journal, behind: list[v.Command]) -> None:
+        """The disk hangs, and with it all that follows: for as long as the runner waits."""
+        session, held = self.session, deque([behind])
+        self._held = held
+        entry = self._entry(resuming=command.resuming)
+
+        def done() -> None:
+            if self._held is held:
+                if entry.cancel is not None:
+                    self.cancel_noted = entry.cancel
+                self._go_on(held)
+
+        write = self.node.disk.write(entry, command.durable, lambda: self.node.when_going(done))
+
+        def give_up() -> None:
+            if self.session is session and self._held is held:
+                write.given_up = True
+                dropped = tuple(held.popleft())
+                failed = v.CommandFailed(command="Journal", error="it hangs", dropped=dropped)
+                self.feed(failed)
+                self._go_on(held)
+
+        brief = command.resuming or not command.durable
+        seconds = NOTE_S if brief else STEP_S
+        self.world.after(seconds, lambda: self.node.when_going(give_up))
+
+    def _go_on(self, held: deque[list[v.Command]]) -> None:
+        session, self._held = self.session, None
+        while held and self.session is session:
+            self.perform(held.popleft())  # Another Journal may hold up the rest.
+
+    def _entry(self, *, resuming: bool = False) -> JournalEntry:
+        session = self.session
+        assert session is not None
+        if resuming:
+            self._doubt_resume()
+            self._resume_noted = True
+        entry = entry_of(session, boot_id=self.node.boot_id, resuming=resuming)
+        return self.node.cluster.sessions.journalled(self, entry)
+
+    def _doubt_resume(self) -> None:
+        self._uncertain_before = self.resume_uncertain
+        self.resume_uncertain = True
+
     def write_journal(self, durable: bool, *, resuming: bool = False) -> bool:
         session, node = self.session, self.node
         assert session is not None
@@ -307,8 +367,8 @@ class Side:
         if failed and (not durable or self.world.random.random() < 0.5):
             return False
         if resuming:
-            self._uncertain_before = self.resume_uncertain
-            self.resume_uncertain = True
+            self._doubt_resume()
+            self._resume_noted = True
         node.journal[entry.migration_id] = entry
         if not failed:
             cancels.note(self)
@@ -326,6 +386,11 @@ class Side:
                 self._finish()
             case v.Announce():
                 pass
+            case v.ResumeGuest():
+                if not self._resume_noted:
+                    self._doubt_resume()
+                self._resume_noted = False
+                effects.begin(self, command)
             case _:
                 effects.begin(self, command)
 
@@ -347,11 +412,12 @@ class Side:
         assert session is not None
         cancels.check_end(self)
         self.ended, self.error = session.state, session.error
+        if self.node.disk.begin():
+            done = partial(self.node.when_going, partial(self._end_noted, session))
+            self.node.disk.write(self._entry(), True, done)
+            return
         if self.write_journal(True):
-            self.world.log("{}: finished {} ({})", self.name, session.state.value, session.error)
-            agent = self.node.agent
-            assert agent is not None
-            agent.spawn(self._let_go(agent))
+            self._end_noted(session)
             return
 
         def again() -> None:
@@ -359,6 +425,12 @@ class Side:
                 self._finish()
 
         self.world.after(1.0, lambda: self.node.when_going(again))
+
+    def _end_noted(self, session: NodeSession) -> None:
+        agent = self.node.agent
+        if self.session is session and agent is not None:
+            self.world.log("{}: finished {} ({})", self.name, session.state.value, session.error)
+            agent.spawn(self._let_go(agent))
 
     async def _let_go(self, agent: Agent) -> None:
         """What it gave last is done first."""

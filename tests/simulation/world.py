@@ -9,6 +9,7 @@ the same heap (`loop`).
     faults      what goes wrong by itself
     cluster     nodes, domains, store, storage, network
     node        a node: agent, journal, clock; crashes and reboots
+    disk        a node's local disk, with its journal
     agent       an agent's production parts (domains, ownership, recovery) on simulated drivers
     side        a node's side of one migration: the production session, its engine and timers
     effects     what each command of a session does, and when
@@ -67,6 +68,9 @@ class Faults:
     """Mean length of times in which the storage, or one node's way to it, answers nobody."""
     command_failure: float = 0.0
     journal_failure: float = 0.0
+    disk_hang: float = 0.0
+    """That a node's disk hangs from a write to its journal on, for up to `disk_hang_s_max`."""
+    disk_hang_s_max: float = 20.0
     fence_failure: float = 0.0
     resume_failure: float = 0.0
     death_before_resume: float = 0.0
