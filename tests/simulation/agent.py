@@ -157,6 +157,7 @@ class Agent:
         task = self.world.loop.create_task(self._logged(work), context=context)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(lambda _: work.close())  # The agent may die before it begins.
 
     async def _logged(self, work: Coroutine[Any, Any, None]) -> None:
         try:
@@ -319,9 +320,11 @@ class SimulatedHypervisor(HypervisorDriver):
 
         def effect() -> Guest:
             guest = self._spawn(launch, G.INCOMING, [0] * PAGES)
-            domain.begin_anew()
             guest.doomed = True  # Until its start has succeeded.
-            writes.check_start(domain, guest)
+            guest.deposed = launch.token < domain.taken_over_under
+            if not guest.deposed:  # Else its agent stood still meanwhile, and ends it.
+                domain.begin_anew()
+                writes.check_start(domain, guest)
             domain.set_running(guest)
             self._agent.world.log("{}: {} boots", guest.node, domain.name)
             return guest

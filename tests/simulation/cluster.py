@@ -42,6 +42,8 @@ class Domain:
         self.volume = Volume(world, enforces=spec.disks[0].pool == FENCED)
         self.record: OwnershipRecord | None = None
         """As the store has it."""
+        self.taken_over_under = 0
+        """The newest token of a takeover."""
         self.guests: dict[NodeName, Guest] = {}
         self.epoch = 0
         """Counts the times that vCPUs were set going: a copy of another epoch is stale."""
@@ -94,7 +96,12 @@ class Domain:
         self.must_start = False
 
     def depose(self) -> None:
-        """It was taken over: what there is of it is stale from now on."""
+        """It was taken over: what there is of it is stale from now on, and so is what starts late.
+
+        A takeover can stand still with its agent until another one has come by.
+        """
+        if self.record is not None:
+            self.taken_over_under = self.record.token
         self.epoch += 1
         self.must_start = False
         self.lose("taken over")

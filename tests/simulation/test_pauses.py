@@ -7,6 +7,7 @@ fifty.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar
 
 import pytest
@@ -79,6 +80,14 @@ def test_each_broken_rule_is_found(mutant: type[SourceSession]) -> None:
             assert str(error).startswith(("1:", "2:", "3:", "4:", "5:")), error
             return
     pytest.fail("no seed found it")
+
+
+@pytest.mark.timeout(600)
+def test_a_takeover_that_stood_still_while_another_one_came_by() -> None:
+    """And while the store is an older copy at times. Its guest is stale when it begins at last."""
+    mix = dataclasses.replace(FAULTS, store_back_mean_s=3.0, store_slow=0.2)
+    for seed in range(2_100, 2_150):
+        play(seed, faults=mix)
 
 
 def test_make_sim_plays_some() -> None:
