@@ -52,8 +52,6 @@ class Case:
     repeats_max: int = 1_000
     engines: frozenset[str] | None = None
     """Only these; None: all."""
-    converges: bool = True
-    """False: it is known not to end by pre-copy. A run that gives up is a result, not a fault."""
     judged: str | None = None
     """The one engine that bars are about; the others are shown by one run. None: all are."""
 
@@ -100,7 +98,6 @@ def _dirty_case(percent: int) -> Case:
         kept_mib=128,
         dirty_pages_per_s=pages_per_s,
         verify_pages_per_s=0,
-        converges=percent < 100,
         judged=_HYBRID,
         timeout_s=45.0,
         repeats_max=3,
@@ -183,7 +180,6 @@ CASES: Final[tuple[Case, ...]] = (
         kept_mib=256,
         dirty_pages_per_s=1_000_000,
         verify_pages_per_s=0,
-        converges=False,
         judged=_HYBRID,
         timeout_s=45.0,
         repeats_max=3,
