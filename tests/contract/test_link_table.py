@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ pytestmark = pytest.mark.lab
 
 LONGEST = "an-interface-15"
 TAP = "fyt0123456789"
+FORWARDING = ("v0", "v1")
+FORWARDING_TIMEOUT_S = 20.0
 
 
 def _by_pyroute2(message: Any) -> dict[str, object]:
@@ -60,10 +63,26 @@ def _make_links(route: IPRoute) -> None:
     set_port(index["v1"], floods=False, learns=True)
 
 
+def _wait_for_forwarding(route: IPRoute) -> None:
+    """Until the ports of br0 whose links are up forward.
+
+    The kernel tells a bridge that a port has its carrier from a worker of its own, at once or,
+    where other links change too, up to a second later; the state may change between two reads.
+    """
+    ends_at_s = time.monotonic() + FORWARDING_TIMEOUT_S
+    while True:
+        links = [_by_pyroute2(message) for message in route.get_links()]
+        if all(link["forwarding"] for link in links if link["name"] in FORWARDING):
+            return
+        assert time.monotonic() < ends_at_s, [link for link in links if link["master"]]
+        time.sleep(0.01)
+
+
 def _compare() -> None:
     with IPRoute() as route, contextlib.ExitStack() as stack:
         _make_links(route)
         stack.callback(os.close, open_tap(TAP))
+        _wait_for_forwarding(route)
         expected = [_by_pyroute2(message) for message in route.get_links()]
         found = [_by_hand(link) for link in all_links()]
         named = [link_named(str(each["name"])) for each in expected]
