@@ -12,6 +12,7 @@ import math
 import select
 import socket
 import struct
+import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Final
 
@@ -152,6 +153,21 @@ def readable(sockets: Collection[socket.socket], timeout_s: float) -> list[socke
     for number in by_number:
         poller.register(number, select.POLLIN)
     return [by_number[number] for number, _ in poller.poll(math.ceil(max(timeout_s, 0.0) * 1e3))]
+
+
+def ready_until(sockets: Collection[socket.socket], deadline_s: float) -> Iterator[socket.socket]:
+    """Those that something has come to, again and again, until a time of time.monotonic().
+
+    What is there by then is given, however late this thread gets to it: that the node is busy is no
+    silence of anybody else's. But FRAMES_A_TURN looks at most, as somebody may send on and on.
+    """
+    looks = FRAMES_A_TURN
+    while sockets and looks:
+        left_s = deadline_s - time.monotonic()
+        ready = readable(sockets, left_s)
+        if left_s <= 0:
+            looks = looks - 1 if ready else 0
+        yield from ready
 
 
 def _attach(opened: socket.socket, program: Sequence[Instruction]) -> None:

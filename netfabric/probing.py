@@ -86,12 +86,10 @@ def probe(
             except (OSError, FabricError) as error:
                 failures.append(f"{way.port}: {error}")
         deadline = time.monotonic() + timeout_s
-        while sockets and not _complete(questions, findings):
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
+        for ready in capture.ready_until(sockets, deadline):
+            _take(ready, own_mac, findings)
+            if _complete(questions, findings):
                 break
-            for ready in capture.readable(sockets, left_s):
-                _take(ready, own_mac, findings)
     return ProbeReport(
         able=bool(sockets),
         answered=tuple(sorted(findings.answered & questions.keys())),

@@ -96,10 +96,11 @@ def hear(uplinks: Sequence[Exit], token: bytes, mtu_bytes: int, timeout_s: float
             for way in uplinks
         ]
         deadline = time.monotonic() + timeout_s
-        while sockets and not full and (left_s := deadline - time.monotonic()) > 0:
-            for ready in capture.readable(sockets, left_s):
-                for frame, outgoing, _ in capture.received(ready):
-                    length = None if outgoing else length_in(frame, token)
-                    shorts += length == SHORT_BYTES
-                    full = full or length == mtu_bytes
+        for ready in capture.ready_until(sockets, deadline):
+            for frame, outgoing, _ in capture.received(ready):
+                length = None if outgoing else length_in(frame, token)
+                shorts += length == SHORT_BYTES
+                full = full or length == mtu_bytes
+            if full:
+                break
     return WidthReport(short=full or shorts >= SHORT_FRAMES_MIN, full=full)

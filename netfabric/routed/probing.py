@@ -76,14 +76,12 @@ def probe(
             except (OSError, FabricError) as error:
                 failures.append(str(error))
         deadline = time.monotonic() + timeout_s
-        while sockets and len(answered) < len(addresses):
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
+        for ready in capture.ready_until(sockets, deadline):
+            found = _answer(ready, sockets[ready], token)
+            if found is not None:
+                answered.add(found)
+            if len(answered) == len(addresses):
                 break
-            for ready in capture.readable(sockets, left_s):
-                found = _answer(ready, sockets[ready], token)
-                if found is not None:
-                    answered.add(found)
     own = {str(address) for address in addresses}
     return ProbeReport(
         able=bool(sockets),
@@ -128,7 +126,8 @@ def width(
                     message = echo_request(hop.version, token.ljust(_TOKEN_BYTES + padding, b"\0"))
                     with contextlib.suppress(OSError):  # EMSGSIZE: this node's own uplink
                         opened.sendto(message, (str(hop), 0))
-            _take_widths(sockets, token, min(left_s, _WIDTH_AGAIN_S), answered, wanted)
+            until = time.monotonic() + min(left_s, _WIDTH_AGAIN_S)
+            _take_widths(sockets, token, until, answered, wanted)
     shorts = {(hop.version, False) for hop in targets}
     return WidthReport(
         short=bool(shorts) and shorts <= answered, full=bool(shorts) and wanted <= answered
@@ -138,17 +137,17 @@ def width(
 def _take_widths(
     sockets: Mapping[socket.socket, tuple[Address, int]],
     token: bytes,
-    timeout_s: float,
+    until: float,
     answered: set[tuple[int, bool]],
     wanted: set[tuple[int, bool]],
 ) -> None:
-    until = time.monotonic() + timeout_s
-    while answered < wanted and (left_s := until - time.monotonic()) > 0:
-        for ready in capture.readable(sockets, left_s):
-            hop, full_bytes = sockets[ready]
-            message = _echo_reply(ready, hop.version, token)
-            if message is not None and message[0] == str(hop):
-                answered.add((hop.version, message[1] == full_bytes + _ECHO_BYTES))
+    for ready in capture.ready_until(sockets, until):
+        hop, full_bytes = sockets[ready]
+        message = _echo_reply(ready, hop.version, token)
+        if message is not None and message[0] == str(hop):
+            answered.add((hop.version, message[1] == full_bytes + _ECHO_BYTES))
+        if answered == wanted:
+            break
 
 
 def echo_request(version: int, token: bytes) -> bytes:

@@ -18,7 +18,8 @@ from migrator.model import NicSpec
 from netfabric import capture, frames
 from netfabric.exits import Exit
 from netfabric.probing import answer, kind_of, probe, probing_mac, question
-from netfabric.wide_frames import hear
+from netfabric.routed.probing import _take_widths
+from netfabric.wide_frames import SHORT_BYTES, frame_of, hear
 
 GUEST = bytes.fromhex("525400aabbcc")
 OWN = bytes.fromhex("0611223344ff")
@@ -141,3 +142,35 @@ def test_a_guest_that_sends_faster_than_anybody_reads_is_not_listened_to_for_eve
     monkeypatch.setattr(capture, "receive", flood)
     report = probe(NIC, UPLINK, OWN, 0.05)
     assert (report.able, report.answered, report.heard) == (True, (), ("arp",))
+
+
+# --- a thread that comes late --------------------------------------------------------------------
+
+
+def test_answers_that_came_in_time_count_however_late_they_are_read(uplink: socket.socket) -> None:
+    """A busy node took its own lateness for others' silence."""
+    head = Ether(src=NIC.mac, dst="06:11:22:33:44:ff")
+    uplink.send((head / ARP(op=2, psrc="10.1.2.3", pdst="0.0.0.0", hwsrc=NIC.mac)).build())
+    assert probe(NIC, UPLINK, OWN, 0.0).answered == ("10.1.2.3",)
+    token = b"12345678"
+    for length in (SHORT_BYTES, 1500):
+        uplink.send(frame_of(OWN, token, length))
+    assert hear(UPLINK, token, 1500, 0.0).full
+
+
+def test_a_wide_answer_behind_a_short_one_counts_however_late_it_is_read() -> None:
+    """Else the routers were taken for narrow ones, and a domain didn't move."""
+    hop, token, full_bytes = ipaddress.ip_address("127.0.0.1"), b"12345678", 1472
+    answered, wanted = set[tuple[int, bool]](), {(4, False), (4, True)}
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as router,
+    ):
+        opened.setblocking(False)
+        for each in (opened, router):
+            each.bind((str(hop), 0))
+        for length in (len(token), full_bytes):
+            message = bytes(8) + token.ljust(length, b"\0")  # An echo's reply begins with 0.
+            router.sendto(b"\x45" + bytes(19) + message, opened.getsockname())
+        _take_widths({opened: (hop, full_bytes)}, token, time.monotonic(), answered, wanted)
+    assert answered == wanted
