@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from node_agent.hooks import webhook
 from node_agent.hooks.command import CommandDriver
 from node_agent.hooks.haproxy import HaproxyDriver
 from node_agent.hooks.model import (
@@ -26,6 +26,7 @@ from node_agent.hooks.model import (
 from node_agent.hooks.port import HookError
 from node_agent.hooks.webhook import WebhookDriver, signature
 from tests.contract.haproxy_server import Haproxy, running_haproxy
+from tests.time_limits import Limit, Sleeps
 
 PATIENCE_S = 30.0
 
@@ -214,16 +215,22 @@ async def test_a_webhook_is_signed_and_repeated_until_acknowledged(serve: Serve)
     assert seen[0][1]["point"] == "before-switchover" and seen[0][1]["domain"] == "web1"
 
 
-async def test_an_acknowledgement_may_ask_for_more_time(serve: Serve) -> None:
+async def test_an_acknowledgement_may_ask_for_more_time(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = 0
 
     async def receive(request: web.Request) -> web.Response:
         nonlocal asked
         asked += 1
-        return web.json_response({"more_time_s": 20}, status=202) if asked < 4 else web.Response()
+        return web.json_response({"more_time_s": 50}, status=202) if asked < 4 else web.Response()
 
-    hook = WebhookHook(url=await serve(receive), more_time_s_max=60.0)
-    said = await WebhookDriver().run(hook, call_of(HookPoint.BEFORE_MIGRATION), deadline_s=0.2)
+    hook = WebhookHook(url=await serve(receive), more_time_s_max=120.0)
+    Sleeps(monkeypatch)
+    monkeypatch.setattr(webhook, "_ASK_AGAIN_S", PATIENCE_S)
+    said = await WebhookDriver().run(
+        hook, call_of(HookPoint.BEFORE_MIGRATION), deadline_s=PATIENCE_S
+    )
     assert said.startswith("acknowledged") and asked == 4
 
 
@@ -247,13 +254,16 @@ async def test_an_answer_may_come_in_pieces(serve: Serve) -> None:
     assert asked == 2
 
 
-async def test_more_time_than_is_allowed_is_not_given(serve: Serve) -> None:
+async def test_more_time_than_is_allowed_is_not_given(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def receive(request: web.Request) -> web.Response:
         return web.json_response({"more_time_s": 1000}, status=202)
 
-    hook = WebhookHook(url=await serve(receive), more_time_s_max=0.3)
+    hook = WebhookHook(url=await serve(receive), more_time_s_max=60.0)
+    Sleeps(monkeypatch)
     with pytest.raises(HookError, match=r"not done in time.*asked for 1000 s more"):
-        await WebhookDriver().run(hook, call_of(HookPoint.BEFORE_MIGRATION), deadline_s=0.1)
+        await WebhookDriver().run(hook, call_of(HookPoint.BEFORE_MIGRATION), deadline_s=PATIENCE_S)
 
 
 async def test_a_refusal_is_final_and_its_reason_is_told(serve: Serve) -> None:
@@ -270,10 +280,13 @@ async def test_a_refusal_is_final_and_its_reason_is_told(serve: Serve) -> None:
     assert asked == 1
 
 
-async def test_a_dead_receiver_is_tried_until_the_deadline() -> None:
+async def test_a_dead_receiver_is_tried_until_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     hook = WebhookHook(url="http://127.0.0.1:9/hook")
-    with pytest.raises(HookError, match=r"not done in time, [2-9] attempts"):
-        await WebhookDriver().run(hook, call_of(HookPoint.BEFORE_MIGRATION), deadline_s=0.6)
+    Sleeps(monkeypatch)
+    with pytest.raises(HookError, match=r"not done in time, ([2-9]|1\d) attempts"):
+        await WebhookDriver().run(hook, call_of(HookPoint.BEFORE_MIGRATION), deadline_s=PATIENCE_S)
 
 
 # --- programs --------------------------------------------------------------------------------
@@ -316,21 +329,29 @@ async def test_a_program_that_isnt_there_is_told(tmp_path: Path) -> None:
         await CommandDriver().run(hook, call_of(HookPoint.BEFORE_MIGRATION), deadline_s=30.0)
 
 
-async def test_a_program_that_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None:
+async def test_a_program_that_takes_too_long_is_killed_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pids = tmp_path / "pids"
     path = program(tmp_path, f'sleep 1000 & echo $! > "{pids}"; wait')
     hook = CommandHook(argv=(path,))
-    with pytest.raises(HookError, match="killed"):
-        await CommandDriver().run(hook, call_of(HookPoint.BEFORE_MIGRATION), deadline_s=1.0)
-    child = int(pids.read_text())
+    limit = Limit(monkeypatch, 600.0)
+    running = asyncio.create_task(
+        CommandDriver().run(hook, call_of(HookPoint.BEFORE_MIGRATION), deadline_s=600.0)
+    )
     async with asyncio.timeout(PATIENCE_S):
+        while not (pids.exists() and pids.read_text()):  # noqa: ASYNC110  It has no event.
+            await asyncio.sleep(0.01)
+        child = int(pids.read_text())
+        await limit.is_over()
+        with pytest.raises(HookError, match="killed"):
+            await running
         while await asyncio.to_thread(_runs, child):  # noqa: ASYNC110  Not our child.
             await asyncio.sleep(0.01)
 
 
 def _runs(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):  # The latter: it went as it was read.
         return False
-    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"

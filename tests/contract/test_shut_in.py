@@ -11,6 +11,7 @@ from migrator.model import NicSpec
 from netfabric.bridge import BridgeFabric
 from netfabric.bridge.links import shut_in, why_shut
 from netfabric.link_table import Link
+from tests.contract.fabric_worlds import forwarding
 from tests.contract.namespaces import run_in_new_namespace
 
 pytestmark = pytest.mark.lab
@@ -20,14 +21,16 @@ NIC = NicSpec(mac="52:54:00:aa:bb:cc", bridge="br0")
 
 def test_why_nothing_leaves_by_a_bridge() -> None:
     async def inside() -> None:
-        await asyncio.to_thread(look)
+        await asyncio.to_thread(make_bridge)
+        await forwarding("up0")
+        await asyncio.to_thread(shut_uplink)
         report = await BridgeFabric(gaps_s=()).hear_wide(NIC, b"12345678", 0.01)
         assert report.cut_off == "its uplink up0 is down or blocked"
 
     run_in_new_namespace(inside)
 
 
-def look() -> None:
+def make_bridge() -> None:
     assert shut_in("br0") == "", "another check says that there is none"
     with IPRoute() as route:
         route.link("add", ifname="br0", kind="bridge")
@@ -37,8 +40,12 @@ def look() -> None:
         route.link("set", index=route.link_lookup(ifname="up1")[0], state="up")
         assert shut_in("br0") == "", "it may be meant to lead nowhere"
         route.link("set", index=port, master=bridge, state="up")
-        assert shut_in("br0") == ""
-        route.link("set", index=port, state="down")
+
+
+def shut_uplink() -> None:
+    assert shut_in("br0") == ""
+    with IPRoute() as route:
+        route.link("set", index=route.link_lookup(ifname="up0")[0], state="down")
         assert shut_in("br0") == "its uplink up0 is down or blocked"
 
 

@@ -117,7 +117,7 @@ async def test_a_held_write_lock_ends_in_store_error_and_blocks_no_loop(tmp_path
         with pytest.raises(StoreError, match="locked"):
             await store.put("d/a", b"1")
         ticking.cancel()
-        assert ticks >= 5
+        assert ticks  # None, had it waited for the lock in the loop.
         holder.execute("ROLLBACK")
         holder.close()
         assert await store.get("d/a") is None

@@ -29,7 +29,7 @@ from netfabric.routes.nobody import NobodyRoutes
 from netfabric.simulated import SimulatedFabric, SimulatedNetwork
 from netfabric.vxlan import Overlay, VxlanFabric
 from netfabric.vxlan.overlay import OVERHEAD_BYTES
-from tests.contract.fabric_worlds import remove_macvtaps
+from tests.contract.fabric_worlds import forwarding, remove_macvtaps
 from tests.contract.namespaces import unshare_network
 
 NEAR, FAR = "192.0.2.1", "192.0.2.2"
@@ -141,6 +141,9 @@ async def two_nodes(driver: str) -> AsyncIterator[Pair]:
     try:
         await asyncio.to_thread(_make_node, NEAR, "under0", driver)
         await other.call(lambda: _make_node(FAR, "under1", driver))
+        if driver == "bridge":
+            await forwarding("up0")
+            await other.do(lambda: forwarding("up0"))
         pair = Pair(fabric_of(driver, NEAR, FAR), fabric_of(driver, FAR, NEAR), other)
         await pair.near.open()
         await pair.there(pair.far.open)

@@ -219,6 +219,11 @@ async def test_it_stays_one_trouble_however_long_the_storage_is_away(
 
     await until(held_up)
     trouble = recovery._troubles[WEB]
+
+    async def pauses_longest() -> bool:
+        return trouble.pause_s == io_recovery.LONGEST_PAUSE_S
+
+    await until(pauses_longest)
     await asyncio.sleep(0.3)
     assert recovery._troubles[WEB] is trouble
     assert trouble.pause_s == io_recovery.LONGEST_PAUSE_S

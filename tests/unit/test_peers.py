@@ -84,6 +84,7 @@ async def test_notices_arrive() -> None:
 
 async def test_a_late_answer_is_a_peer_error_and_ends_the_handler() -> None:
     async with world() as w:
+        await w.one.call(N2, "echo", Text("connected"), Text)
         with pytest.raises(PeerError, match="whether it was carried out is unknown"):
             await w.one.call(N2, "hang", Text(""), Text, timeout_s=0.05)
         await until(lambda: w.running == 0 and w.cancelled == 1)

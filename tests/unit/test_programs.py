@@ -18,8 +18,10 @@ from node_agent.hooks.command import CommandDriver
 from node_agent.hooks.model import CommandHook, HookCall, HookPoint
 from node_agent.hooks.port import HookError
 from storage.hooks import call_hook
+from tests.time_limits import Limit
 
 PATIENCE_S = 20.0
+LIMIT_S = 600.0
 
 
 class Script:
@@ -46,9 +48,15 @@ class Script:
         """What it has left."""
         try:
             state = Path(f"/proc/{int(self.pid_file.read_text())}/stat").read_text()
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):  # The latter: it went as it was read.
             return False
         return state.rpartition(")")[2].split()[0] != "Z"
+
+    async def begun(self) -> None:
+        """What it leaves has."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not (self.pid_file.exists() and self.pid_file.read_text()):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
 
 @pytest.fixture
@@ -69,10 +77,16 @@ async def test_it_ends_though_a_daemon_holds_its_pipes(script: Script) -> None:
     assert script.runs(), "it has a session of its own"
 
 
-async def test_a_late_one_is_killed_though_a_daemon_holds_its_pipes(script: Script) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        with pytest.raises(TimeoutError):
-            await programs.run(script(f"{script.leave}; sleep 600"), timeout_s=1, with_group=True)
+async def test_a_late_one_is_killed_though_a_daemon_holds_its_pipes(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = Limit(monkeypatch, LIMIT_S)
+    program = script(f"{script.leave}; sleep 600")
+    running = asyncio.create_task(programs.run(program, timeout_s=LIMIT_S, with_group=True))
+    await script.begun()
+    await limit.is_over()
+    with pytest.raises(TimeoutError):
+        await running
     assert script.runs()
 
 
@@ -90,11 +104,10 @@ async def test_a_cancelled_one_is_killed(script: Script) -> None:
     running = asyncio.create_task(
         programs.run(script('echo $$ >"$1"; exec sleep 600'), timeout_s=600)
     )
+    await script.begun()
+    assert script.runs()
+    running.cancel()
     async with asyncio.timeout(PATIENCE_S):
-        while not script.pid_file.exists() or not script.pid_file.read_text():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        assert script.runs()
-        running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
     assert not script.runs()
@@ -131,11 +144,16 @@ async def test_a_storage_s_hook_is_over_with_its_program(script: Script) -> None
         assert await call_hook(hook, {}, dict[str, Any], timeout_s=600) == {}
 
 
-async def test_a_storage_s_hook_that_is_late_is_told_in_time(script: Script) -> None:
+async def test_a_storage_s_hook_that_is_late_is_told_in_time(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = Limit(monkeypatch, LIMIT_S)
     hook = script(f"{script.leave}; sleep 600")
-    async with asyncio.timeout(PATIENCE_S):
-        with pytest.raises(StorageError, match="no answer in 1 s; it was killed"):
-            await call_hook(hook, {}, dict[str, Any], timeout_s=1)
+    running = asyncio.create_task(call_hook(hook, {}, dict[str, Any], timeout_s=LIMIT_S))
+    await script.begun()
+    await limit.is_over()
+    with pytest.raises(StorageError, match="no answer in 600 s; it was killed"):
+        await running
 
 
 async def test_a_moment_s_hook_is_over_with_its_program(script: Script) -> None:
