@@ -178,7 +178,9 @@ class EtcdClient:
                     if not _is_passing(error):
                         raise StoreError(f"{self.name}: {_words(error)}") from error
                     uncertain = uncertain or not did_nothing(error)
-                    reasons[member.name] = _words(error)
+                    silent = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                    if not (silent and left_s < _TRY_S and member.name in reasons):
+                        reasons[member.name] = _words(error)  # Who had little time said nothing.
                 else:
                     if member is not self._members[self._first]:
                         log.warning("etcd: %s answers instead of %s", member.name, _told(reasons))
