@@ -30,7 +30,7 @@ from migrator.engine import codecs, frames, kernel
 from migrator.engine.control import POLL_IN, Signal, poll
 from migrator.engine.frames import FrameKind, Header, RegionShape, StreamKind
 from migrator.engine.memory import MappedRegion
-from migrator.engine.missing import MissingPages, Placer, holes_of
+from migrator.engine.missing import MissingPages, Placer, holes_of, make_hole
 from migrator.engine.page_socket import PageSocket, StreamEndedError
 from migrator.engine.transport import StreamSocket
 from migrator.errors import EngineError, RemoteProtocolError
@@ -133,16 +133,17 @@ class Filler:
     # --- from the engine ---
 
     def note(self, region: int, content: Ranges) -> None:
-        """These pages are stale or missing here: they become holes.
+        """These pages are stale or missing here: they become holes. EngineError: they can't.
 
         Once it is armed nothing more is: a source that didn't hear so tells all of it again, and of
         that some has been filled in by now.
         """
         if self._threads:
             return
-        fd = self._regions[region].fd
+        # First: the kernel mends holes by zeros where it makes huge pages, unless they are watched.
+        self._placer.watch()
         for start, end in content.tolist():
-            kernel.punch_hole(fd, start, end)
+            make_hole(self._regions[region], start, end)
         self._missing.add(region, content)
 
     def arm(self) -> None:

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import os
 import threading
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -34,6 +35,9 @@ PRESENT: Final = 0
 MISSING: Final = 1
 ASKED: Final = 2
 _WINDOW_PAGES: Final = 512
+_HELD_S: Final = 0.5
+"""How long the kernel may hold a page that it moves: a millisecond, mostly."""
+_LOOK_S: Final = 0.001
 
 
 def post_copy_refusal(regions: Sequence[MappedRegion]) -> str:
@@ -141,22 +145,30 @@ class Placer:
             for region in regions
             for mapping in region.layout.mappings
         ]
+        self._watches = False
 
-    def arm(self) -> None:
-        """From here on a hole's reader waits. Idempotent; wakes whoever waits for a dead engine.
+    def watch(self) -> None:
+        """From here on a hole's reader waits, and the kernel leaves holes alone. Idempotent.
 
         EngineError if the kernel refuses.
         """
+        if self._watches:
+            return
         try:
             kernel.uffd_initialise(self._uffd)
             for start, end, _, _ in self._mappings:
                 kernel.uffd_register_missing(self._uffd, start, end - start)
         except OSError as error:
             raise EngineError(f"missing pages can't be waited for: {error}") from error
+        self._watches = True
+
+    def arm(self) -> None:
+        """As `watch`; wakes whoever waits already, for a dead engine or since `watch`."""
+        self.watch()
         self.wake_all()
 
     def armed(self) -> bool:
-        """Whether an earlier engine armed it, and hasn't disarmed it: then pages may be missing.
+        """Whether an earlier engine watched, and hasn't disarmed: then pages may be missing.
 
         A page that is there tells: to fill it fails because it is there, or, first of all, because
         nobody waits for that mapping's holes. True also where nothing tells. OSError.
@@ -240,6 +252,25 @@ class Placer:
             if low < high:
                 address = mapping.address + low - mapping.region_offset_bytes
                 kernel.uffd_wake(self._uffd, address, high - low)
+
+
+def make_hole(region: MappedRegion, start: int, end: int) -> None:
+    """Whatever is there of [start, end) is gone, and whoever looks finds a hole.
+
+    The kernel makes no hole of a part of a huge page that somebody holds: it writes zeros there,
+    and says nothing. Nobody would wait for such a page, nor could it be filled. Whoever only moves
+    a page lets go of it soon. EngineError: somebody doesn't.
+    """
+    deadline = time.monotonic() + _HELD_S
+    kernel.punch_hole(region.fd, start, end)
+    while kernel.has_data(region.fd, start, end):
+        if time.monotonic() > deadline:
+            raise EngineError(
+                f"memory region {region.layout.name} can't be emptied at {start:#x}: "
+                "a huge page there is held by somebody, perhaps for a device"
+            )
+        time.sleep(_LOOK_S)  # Nobody can wait for that, and for so long at most.
+        kernel.punch_hole(region.fd, start, end)
 
 
 def holes_of(region: MappedRegion) -> Ranges:

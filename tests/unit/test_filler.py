@@ -10,9 +10,11 @@ import pytest
 
 from migrator import ranges
 from migrator.engine import filler as filler_module
+from migrator.engine import kernel, missing
 from migrator.engine.filler import Filler
 from migrator.engine.memory import MappedRegion
 from migrator.engine_messages import RegionLayout
+from migrator.errors import EngineError
 
 PAGE = 4096
 SIZE = 16 * PAGE
@@ -22,10 +24,14 @@ class _Placer:
     """In the place of one that fills another process's memory."""
 
     def __init__(self, uffd: int, regions: list[MappedRegion]) -> None:
-        self.armed_times = 0
+        self._regions = regions
+        self.watched_with_data: list[bool] = []
+
+    def watch(self) -> None:
+        self.watched_with_data += [kernel.has_data(r.fd, 0, SIZE) for r in self._regions]
 
     def arm(self) -> None:
-        self.armed_times += 1
+        return
 
     def wake_all(self) -> None:
         return
@@ -66,3 +72,43 @@ def test_what_is_told_again_when_it_was_armed_changes_nothing(
         assert len(threads) == 2
     os.close(uffd)
     assert not faults
+
+
+def test_holes_are_watched_before_they_are_made(
+    region: MappedRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the kernel makes huge pages it fills those that nobody watches with zeros."""
+    monkeypatch.setattr(filler_module, "Placer", _Placer)
+    os.pwrite(region.fd, b"x" * SIZE, 0)
+    filler = Filler(-1, [region], silence_s=5.0, on_done=lambda: None, fault=lambda error: None)
+    filler.note(0, ranges.from_pairs([(0, SIZE)]))
+    assert not kernel.has_data(region.fd, 0, SIZE)
+    placer = filler._placer
+    assert isinstance(placer, _Placer)
+    assert placer.watched_with_data == [True]
+    filler.close()
+
+
+@pytest.mark.parametrize("held_times", [2, 1_000_000])
+def test_what_cant_be_made_a_hole_isnt_missing(
+    region: MappedRegion, monkeypatch: pytest.MonkeyPatch, held_times: int
+) -> None:
+    """A part of a huge page that somebody holds becomes zeros, and stays: a fault never comes."""
+    punch_hole, left = kernel.punch_hole, [held_times]
+
+    def punch(fd: int, start: int, end: int) -> None:
+        if left[0]:
+            left[0] -= 1
+            os.pwrite(fd, bytes(end - start), start)
+        else:
+            punch_hole(fd, start, end)
+
+    monkeypatch.setattr(kernel, "punch_hole", punch)
+    monkeypatch.setattr(missing, "_HELD_S", 0.02)
+    os.pwrite(region.fd, b"x" * SIZE, 0)
+    if held_times > 2:
+        with pytest.raises(EngineError, match="region ram can't be emptied at 0x1000: a huge page"):
+            missing.make_hole(region, PAGE, 3 * PAGE)
+        return
+    missing.make_hole(region, PAGE, 3 * PAGE)
+    assert kernel.populated_extents(region.fd, SIZE).tolist() == [[0, PAGE], [3 * PAGE, SIZE]]
