@@ -124,16 +124,18 @@ class PoolSet(Mapping[PoolName, VolumeDriver]):
 
     async def claim_new(
         self, settings: PoolSettings, driver: VolumeDriver, take_from: str | None
-    ) -> None:
-        """As `claim`, for a pool that isn't there yet; see `PoolOwners.claim`."""
+    ) -> PoolOwner | None:
+        """As `claim`, for a pool that isn't there yet; see `PoolOwners.claim`. Whose it was."""
         again = f"`ferry pool add {settings.name} ..."
+        before = await driver.owner()
         await self._owners.claim(PoolName(settings.name), driver, take_from=take_from, hint=again)
+        return before
 
     async def look(self, name: PoolName, driver: VolumeDriver) -> None:
         """As `claim`, but leaves a pool that is nobody's as it is."""
         await self._owners.look(name, driver)
 
-    def is_foreign(self, owner: PoolOwner) -> bool:
+    def is_foreign(self, owner: PoolOwner | None) -> bool:
         """Whether that is another cluster."""
         return self._owners.is_foreign(owner)
 

@@ -11,12 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from migrator.errors import ConflictError, FerryError, InvalidRequest, RefusedError
 from migrator.model import (
     DomainName,
     OwnershipState,
     PoolHealth,
     PoolName,
+    PoolOwner,
     VolumeInfo,
     VolumeName,
 )
@@ -64,12 +67,13 @@ class VolumeService:
         """ConflictError: the name is taken, another pool has the place, or another cluster, unless
         its identity is `take_from`; RefusedError: it doesn't work. Nothing was changed.
         """
+        before: PoolOwner | None = None
         async with self._pools.trial(settings) as driver:
             health = await _health(driver)
             if health.reachable:
                 await self._refuse_second_name(settings, driver)
                 if settings.name not in self._pools:  # Else it is refused, and stays as it is.
-                    await self._pools.claim_new(settings, driver, take_from)
+                    before = await self._pools.claim_new(settings, driver, take_from)
         if not health.reachable:
             raise RefusedError(
                 f"pool {settings.name} was not added: this node can't use it: {health.reason}",
@@ -77,18 +81,20 @@ class VolumeService:
             )
         entry = await self._pools.add(settings)
         text = f"pool {settings.name} was added ({entry.driver.name})"
-        if take_from is not None:
-            text += f", also from the cluster with the identity {take_from}"
+        if self._pools.is_foreign(before):
+            text += f"; it was another cluster's: {before}"
         self._events.emit(EventKind.POOL_ADDED, text)
         return await self._resource(entry)
 
     async def take_pool_over(self, pool: PoolName, identity: str, user: str = "") -> Pool:
-        """Make it this cluster's, which was that of the cluster with that identity. Idempotent.
+        """Make it this cluster's, which was that of the cluster with that identity. Idempotent:
+        of one that is this cluster's already it says so (`already_own`), whatever the identity.
 
         That it isn't used there any more is the word of `user`. ConflictError: it is yet another's.
         """
         before = await self._pools.take(pool, identity)
-        if self._pools.is_foreign(before):
+        taken = self._pools.is_foreign(before)
+        if taken:
             self._events.emit(
                 EventKind.POOL_TAKEN_OVER,
                 f"pool {pool} was taken over by {user or 'somebody'}; it was another cluster's: "
@@ -96,7 +102,7 @@ class VolumeService:
                 pool=pool,
                 user=user,
             )
-        return await self.get_pool(pool)
+        return msgspec.structs.replace(await self.get_pool(pool), already_own=not taken)
 
     async def _resource(self, entry: PoolEntry) -> Pool:
         health, refused = await _health(entry.driver), ""

@@ -140,7 +140,10 @@ def take_pool_over(
     """
     body = PoolTakeover(identity=take_from)
     pool = settings.client().post(f"{_pool(name)}/takeover", Pool, body)
-    show(pool, f"pool {name} is this cluster's")
+    if pool.already_own:
+        show(pool, f"pool {name} was this cluster's already; nothing was done")
+    else:
+        show(pool, f"pool {name} is this cluster's")
 
 
 @pools.command("drivers")

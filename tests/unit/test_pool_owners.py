@@ -89,9 +89,11 @@ async def test_a_pool_is_taken_over_by_name_and_the_other_is_refused_then(
         assert f"--from {owner.identity}" in (await ferry("pool", "show", "default")).out
         wrong = await ferry("pool", "takeover", "default", "--from", "x", code=ExitCode.REFUSED)
         assert f"--from {owner.identity}" in wrong.err and world.volumes.owner == owner
-        for _ in range(2):
-            done = await ferry("pool", "takeover", "default", "--from", owner.identity)
-            assert "is this cluster's" in done.out
+        done = await ferry("pool", "takeover", "default", "--from", owner.identity)
+        assert done.out == "pool default is this cluster's\n"
+        for identity in (owner.identity, "x"):  # Of one that is ours it is of no account.
+            done = await ferry("pool", "takeover", "default", "--from", identity)
+            assert done.out == "pool default was this cluster's already; nothing was done\n"
         assert " ok " in (await ferry("pool", "ls")).out
         await ferry("volume", "create", "v", "--size", "1M")
         with pytest.raises(ConflictError, match="belongs to another cluster"):
@@ -116,6 +118,11 @@ async def test_a_new_pool_of_another_cluster_is_added_only_if_it_is_said(
         await ask(client, "POST", f"/v1/pools?from={owner.identity}", fast, status=201)
         with pytest.raises(ConflictError):
             await other.claim(DEFAULT)
+    world.shared_volumes["plain"] = SharedVolumes()
+    plain = {"name": "plain", "driver": "simulated"}
+    await ask(client, "POST", f"/v1/pools?from={owner.identity}", plain, status=201)
+    added = [e.message for e in await world.a.events.read() if e.kind == EventKind.POOL_ADDED]
+    assert ["another cluster's" in text for text in added] == [True, False]
 
 
 async def test_a_pool_that_is_nobodys_becomes_the_first_ones_who_uses_it(
