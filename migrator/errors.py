@@ -74,8 +74,11 @@ class RefusedError(InvalidRequest):
     code = "refused"
     http_status = 409
 
-    def __init__(self, message: str, reasons: Sequence[str]) -> None:
-        super().__init__(message)
+    def __init__(
+        self, message: str, reasons: Sequence[str], fields: dict[str, str] | None = None
+    ) -> None:
+        """`fields`: of the object's definition, where the refusal is about some of them."""
+        super().__init__(message, fields)
         self.reasons = tuple(reasons)
 
 

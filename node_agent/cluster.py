@@ -156,9 +156,11 @@ class ClusterService:
     # --- domains -----------------------------------------------------------------------------
 
     async def define(self, definition: DomainDefinition) -> Domain:
-        """See `DomainService.define`."""
-        await self._domains.define(definition)
-        return await self.get_domain(DomainName(definition.name))
+        """See `DomainService.define`. With `warnings`."""
+        record = await self._domains.define(definition)
+        warnings = tuple(await self._domains.lacking(record.spec))
+        domain = await self.get_domain(DomainName(definition.name))
+        return msgspec.structs.replace(domain, warnings=warnings)
 
     async def delete(self, domain: DomainName) -> None:
         """See `DomainService.delete`."""

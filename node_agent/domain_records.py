@@ -14,7 +14,14 @@ from typing import Final
 import msgspec
 
 from migrator.errors import ConflictError, InvalidRequest, NotFoundError
-from migrator.model import DomainDefinition, DomainName, DomainSpec, OwnershipRecord, PoolName
+from migrator.model import (
+    DomainDefinition,
+    DomainName,
+    DomainSpec,
+    KernelBoot,
+    OwnershipRecord,
+    PoolName,
+)
 from node_agent.mac_addresses import Roll, made, with_macs
 from node_agent.resources import DOMAINS, DomainNote, DomainRecord
 from node_agent.state.ownership import PREFIX as OWNERSHIP
@@ -157,6 +164,10 @@ def check_spec(spec: DomainSpec, pools: Collection[PoolName]) -> None:
         if (disk.pool, disk.volume) in volumes:
             fields[f"disks[{index}].volume"] = "a volume that isn't a disk of this domain already"
         volumes.add((disk.pool, disk.volume))
+    if isinstance(spec.boot, KernelBoot):
+        for name, path in (("kernel", spec.boot.kernel), ("initrd", spec.boot.initrd)):
+            if path is not None and not path.startswith("/"):
+                fields[f"boot.{name}"] = "an absolute path, the same on every node"
     if fields:
         wrong = "; ".join(f"{name} must be {right}" for name, right in fields.items())
         raise InvalidRequest(f"domain {spec.name} can't be defined: {wrong}", fields)

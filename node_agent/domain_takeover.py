@@ -41,6 +41,7 @@ from node_agent.domain_records import DomainRecords
 from node_agent.domains import DomainService
 from node_agent.events import EventKind, EventLog
 from node_agent.nodes import NodeView
+from node_agent.start_needs import boot_troubles
 
 REACH_S: Final = 3.0
 """How long a node that is said to be off is called for."""
@@ -122,6 +123,8 @@ class DomainTakeover:
                 f"its node {owned.owner} is {view.state}: stop or migrate it (its last heartbeat "
                 f"is {view.heartbeat_age_s:.0f} s old)"
             )
+        lacking = await boot_troubles(spec)
+        reasons += (f"{self.node} can't boot it: {why}" for why in lacking.values())
         unfenced = self._unfenced(spec, owned.owner)
         if powered_off is None:
             return reasons + unfenced

@@ -57,6 +57,7 @@ from node_agent.events import EventKind, EventLog
 from node_agent.io_recovery import IoRecovery
 from node_agent.mac_addresses import Roll, with_macs
 from node_agent.resources import DomainRecord
+from node_agent.start_needs import boot_troubles, volume_troubles
 from node_agent.storage_watch import StorageWatch
 
 log = logging.getLogger(__name__)
@@ -182,6 +183,16 @@ class DomainService:
         record = await self._records.define(pinned, self._roll, at_s=self._clock())
         self._events.emit(EventKind.DOMAIN_DEFINED, f"domain {name} was defined", domain=name)
         return record
+
+    async def lacking(self, spec: DomainSpec) -> Sequence[str]:
+        """What a start on this node would be refused for now, of what isn't here; a sentence each.
+
+        Of no concern to a domain that is meant for another node.
+        """
+        boot, volumes = await asyncio.gather(
+            boot_troubles(spec), volume_troubles(spec, self._pools)
+        )
+        return [f"on {self.node}: {field}: {why}" for field, why in {**boot, **volumes}.items()]
 
     async def delete(self, domain: DomainName) -> None:
         """Remove a stopped domain's definition and ownership record. Its volumes stay.
@@ -344,7 +355,15 @@ class DomainService:
         """Open volumes and plug taps for `spec` under `token`, for a start or a destination.
 
         Afterwards either `undo.release()` (it was launched) or `await undo()` (it wasn't).
+        RefusedError: it can't be booted here; nothing was opened.
         """
+        if fields := await boot_troubles(spec):
+            reasons = [f"{field}: {trouble}" for field, trouble in fields.items()]
+            raise RefusedError(
+                f"domain {spec.name} can't be booted on {self.node}: {'; '.join(reasons)}",
+                reasons,
+                fields,
+            )
         if self._consoles is not None:
             await self._consoles.begin(DomainName(spec.name))
         return await self._launches.build(spec, token)

@@ -78,6 +78,8 @@ class Domain(Value, frozen=True, kw_only=True):
     defined_at_s: float = 0.0
     history: tuple[DomainNote, ...] = ()
     """Takeovers, oldest first."""
+    warnings: tuple[str, ...] = ()
+    """In the answer to its definition: what the node that was asked lacks to start it now."""
 
 
 class Node(Value, frozen=True, kw_only=True):

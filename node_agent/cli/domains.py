@@ -13,7 +13,7 @@ from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN, DirtyRate
 from migrator.model import NicSpec
 from node_agent.cli.client import PATIENCE_S, READ_TIMEOUT_S, path_of
 from node_agent.cli.errors import CliError, ExitCode
-from node_agent.cli.output import facts, moment, note, settings, show, size, table
+from node_agent.cli.output import aside, facts, moment, note, settings, show, size, table
 from node_agent.cli.prediction import dirty_rate_text
 from node_agent.cli.spec import load_spec, merge_spec
 from node_agent.resources import Domain, DomainList, StartRequest, StopRequest, TakeoverRequest
@@ -72,6 +72,8 @@ def define(
         raise CliError("give a file (-f) or a name and options", ExitCode.USAGE)
     client = settings.client()
     domain = client.post("/v1/domains", Domain, spec)
+    for warning in () if start_it else domain.warnings:  # A start is refused for what it needs.
+        aside(f"ferry: warning: {warning}")
     done = "is defined"
     if start_it:
         domain = client.post(f"{path_of(domain.name)}/start", Domain)

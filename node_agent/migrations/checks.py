@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
-from migrator.errors import FerryError, words
+from migrator.errors import FerryError
 from migrator.model import (
     DiskSpec,
     DomainName,
@@ -20,19 +20,18 @@ from migrator.model import (
     DomainState,
     EngineKind,
     HypervisorCapabilities,
-    KernelBoot,
     NodeName,
     NodeState,
     PoolName,
     VolumeInfo,
     VolumeName,
 )
-from migrator.own_threads import in_own_thread
 from migrator.ports import FabricDriver, HypervisorDriver, Struct, VolumeDriver
 from migrator.tls import TlsFiles
 from node_agent.domain_locks import DomainLocks
 from node_agent.migrations.room import room_reasons
 from node_agent.nodes import NodeView
+from node_agent.start_needs import boot_troubles
 
 T = TypeVar("T")
 LOOK_S: Final = 3.0
@@ -315,16 +314,4 @@ class DestinationCheck:
 
     async def _boot(self, spec: DomainSpec) -> list[str]:
         """A moved guest doesn't boot, but its next reset there does."""
-        if not isinstance(spec.boot, KernelBoot):
-            return []
-        files = [Path(path) for path in (spec.boot.kernel, spec.boot.initrd) if path]
-        try:
-            async with asyncio.timeout(LOOK_S):
-                missing = await in_own_thread(
-                    "boot files", lambda: [str(f) for f in files if not f.is_file()]
-                )
-        except TimeoutError:
-            return [f"its boot files: their storage gives no answer within {LOOK_S:g} s"]
-        except OSError as error:
-            return [f"its boot files can't be looked at: {words(error)}"]
-        return [f"the boot file {path} is not there" for path in missing]
+        return [f"{field}: {trouble}" for field, trouble in (await boot_troubles(spec)).items()]

@@ -68,6 +68,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     code: str
     message: str
     details: tuple[str, ...] = ()
+    fields: dict[str, str] = {}
+    """Of a refusal, whose `details` are its reasons."""
 
 
 class Response(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,16 +128,21 @@ def unpack(data: bytes, kind: type[T], what: str) -> T:
 def to_failure(error: FerryError) -> Failure:
     """What crosses the wire of an error."""
     details: tuple[str, ...] = ()
+    fields: dict[str, str] = {}
     if isinstance(error, RefusedError):
-        details = error.reasons
+        details, fields = error.reasons, error.fields
     elif isinstance(error, InvalidRequest):
         details = tuple(text for field in error.fields.items() for text in field)
-    return Failure(code=error.code, message=str(error), details=details[:DETAILS_LIMIT])
+    return Failure(
+        code=error.code, message=str(error), details=details[:DETAILS_LIMIT], fields=fields
+    )
 
 
 def from_failure(failure: Failure) -> FerryError:
     """The error again, with its type (the nearest that this version knows)."""
     error = from_code(failure.code, failure.message, failure.details)
-    if isinstance(error, InvalidRequest) and not isinstance(error, RefusedError):
+    if isinstance(error, RefusedError):
+        error.fields = dict(failure.fields)
+    elif isinstance(error, InvalidRequest):
         error.fields = dict(zip(failure.details[::2], failure.details[1::2], strict=False))
     return error
