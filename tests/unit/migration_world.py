@@ -235,7 +235,7 @@ class MigratingNode:
                     nodes=node.registry,
                     events=node.events,
                     publisher=publisher,
-                    settings=CutoverSettings(grace_s=0.3, verify_limit_s=1.0),
+                    settings=CutoverSettings(grace_s=0.3, verify_limit_s=20.0),
                 ),
             ),
             moments=moments,

@@ -37,6 +37,11 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         yield made
 
 
+def give_up_soon(world: MigrationWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = CutoverSettings(grace_s=0.3, verify_limit_s=1.0)
+    monkeypatch.setattr(world.b.manager._site._cutover, "_settings", settings)
+
+
 async def recorded(world: MigrationWorld, id: str) -> Cutover:
     found: list[Cutover] = []
 
@@ -74,7 +79,10 @@ async def test_announcements_that_are_lost_are_repeated_until_one_is_heard(
     assert [one.lost for one in network.announcements].count(True) == 5
 
 
-async def test_a_network_that_does_not_follow_is_told_of(world: MigrationWorld) -> None:
+async def test_a_network_that_does_not_follow_is_told_of(
+    world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_up_soon(world, monkeypatch)
     world.b.node.fabric.faults.frames_lost = 10_000
     migration = await world.ended(await world.migrate())
     cutover = await recorded(world, migration.id)
@@ -94,8 +102,6 @@ async def test_a_guest_that_is_gone_before_it_was_found_is_not_complained_of(
     world: MigrationWorld, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     monkeypatch.setattr(cutover_module, "PROBE_GAPS_S", (0.0, *(0.02,) * 1_000))
-    settings = CutoverSettings(grace_s=0.3, verify_limit_s=20.0)
-    monkeypatch.setattr(world.b.manager._site._cutover, "_settings", settings)
     world.b.node.fabric.faults.frames_lost = 10_000
     migration = await world.ended(await world.migrate())
     if how == "ended":
@@ -150,6 +156,7 @@ async def test_who_is_asked_has_the_time_to_answer(
         await asyncio.sleep(timeout_s)
         return ProbeReport(able=True)
 
+    give_up_soon(world, monkeypatch)
     monkeypatch.setattr(world.a.node.fabric, "probe", silent)
     monkeypatch.setattr(cutover_module, "PROBE_GAPS_S", (0.0, 10.0))
     migration = await world.ended(await world.migrate())
@@ -225,6 +232,7 @@ async def test_a_node_whose_network_leads_nowhere_is_not_moved_to(
 async def test_a_network_that_is_mended_later_is_seen_to_follow(
     world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    give_up_soon(world, monkeypatch)
     monkeypatch.setattr(late_cutover, "GAPS_S", (1.0, *((0.05,) * 200)))
     faults = world.b.node.fabric.faults
     faults.frames_lost = 1_000_000
