@@ -1,11 +1,12 @@
-"""All tests, in three sessions, two at a time: `python -m tests.run`, which `make test` calls.
+"""All tests, in several sessions, two at a time: `python -m tests.run`, which `make test` calls.
 
     in front   tests/integration: real guests, which mostly wait; their output is shown as it comes
     behind     all that isn't integration, at a lower priority
-    beside     when those have ended: of tests/integration the files in BESIDE, in which processes
-               are killed, servers restarted, waits waited
+    beside     of tests/integration the files in BESIDE, in which processes are killed, servers
+               restarted, waits waited: a session for each group of them, the next one whenever
+               one of the sessions above, or before it, has ended
 
-What the latter two print is shown when all have ended. Exits with the first status that isn't 0.
+What the others print is shown when all have ended. Exits with the first status that isn't 0.
 Ctrl-C ends all. Each session has its own mark, labs and leak check (see conftest.py). Two at a
 time, because two cores have three only just: agents and guests that wait for a core for seconds
 are judged as silent, as they should be.
@@ -14,6 +15,7 @@ are judged as silent, as they should be.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -26,20 +28,19 @@ from typing import Final
 
 _FOLDER: Final = "tests/integration"
 BESIDE: Final = [
-    f"{_FOLDER}/test_{name}.py"
-    for name in (
-        "demo",
-        "kill_matrix",
-        "lab",
-        "etcd_lab",
-        "takeover",
-        "clocks",
-        "adoption",
-        "storage_pools",
+    [f"{_FOLDER}/test_{name}.py" for name in group]
+    for group in (
+        ("kill_matrix",),
+        ("storage_pools", "clocks"),
+        ("lab", "adoption"),
+        ("etcd_lab", "takeover", "demo"),
     )
 ]
-"""Some half of the time. Nothing in them is judged by how long it takes."""
-IN_FRONT: Final = [_FOLDER, *(f"--ignore={path}" for path in BESIDE)]
+"""A third of the time. Nothing in them is judged by how long it takes."""
+IN_FRONT: Final = [
+    _FOLDER,
+    *(f"--ignore={path}" for path in itertools.chain.from_iterable(BESIDE)),
+]
 BEHIND: Final = ["tests", f"--ignore={_FOLDER}"]
 _ALL: Final = ["--durations=10"]
 _NICE: Final = 5
@@ -67,6 +68,12 @@ def _lower(pid: int) -> None:
         Path(f"/proc/{pid}/autogroup").write_text(str(_NICE), encoding="ascii")
 
 
+def _one_has_ended(running: list[subprocess.Popen[bytes]]) -> None:
+    """Waits until one has, and takes it off the list. They are our only children."""
+    os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+    running[:] = [each for each in running if each.poll() is None]
+
+
 def _end(started: Sequence[subprocess.Popen[bytes]]) -> None:
     """As Ctrl-C would; by force if that takes too long."""
     for process in started:
@@ -89,19 +96,24 @@ def main() -> int:
     """0: every test passed. Otherwise pytest's status, or 130 after Ctrl-C or SIGTERM."""
     signal.signal(signal.SIGTERM, _interrupt)
     started: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryFile() as behind, tempfile.TemporaryFile() as beside:
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in (BEHIND, *BESIDE)]
+        behind, *beside = outputs
         try:
             started.append(_start(IN_FRONT, None))
             started.append(_start(BEHIND, behind.fileno()))
             _lower(started[-1].pid)
-            started[-1].wait()
-            started.append(_start(BESIDE, beside.fileno()))
+            running = list(started)
+            for files, output in zip(BESIDE, beside, strict=True):
+                _one_has_ended(running)
+                started.append(_start(files, output.fileno()))
+                running.append(started[-1])
             statuses = [process.wait() for process in started]
         except KeyboardInterrupt:
             statuses = [130]
         finally:
             _end(started)
-            for output in (behind, beside):
+            for output in outputs:
                 output.seek(0)
                 sys.stdout.buffer.write(output.read())
             sys.stdout.flush()
