@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from functools import partial
@@ -81,7 +82,8 @@ async def test_any_one_member_may_die(store: EtcdStore, members: list[EtcdMember
         for number, member in enumerate(members)
         for value in (b"before %d" % number, b"without %s" % member.name.encode())
     ]
-    assert seen == [*wanted, b""]
+    # A write whose outcome is unknown is repeated, and may have been carried out before.
+    assert [value for value, _ in itertools.groupby(seen)] == [*wanted, b""]
 
 
 async def test_a_frozen_member_is_left_for_the_next(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from pathlib import Path
@@ -43,11 +44,12 @@ def tracked(cluster: Cluster, node: str) -> bool:
 
 def busy_engines(cluster: Cluster, node: str) -> list[Process]:
     """Those that have a guest's memory; a spare one has none yet."""
-    return [
-        each
-        for each in cluster.engines(node)
-        if "/memfd:" in Path(f"/proc/{each.pid}/maps").read_text()
-    ]
+    found = []
+    for each in cluster.engines(node):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # It has just ended.
+            if "/memfd:" in Path(f"/proc/{each.pid}/maps").read_text():
+                found.append(each)
+    return found
 
 
 def watched(cluster: Cluster) -> None:

@@ -90,7 +90,9 @@ def tracked(cluster: Cluster, node: str) -> bool:
     """Whether writes of a guest there are tracked: "uw" is userfaultfd's write protection."""
     for process in cluster.processes(node):
         if _kind(command_of(process.pid)) == "qemu":
-            smaps = Path(f"/proc/{process.pid}/smaps").read_text()
+            smaps = ""
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # It has just ended.
+                smaps = Path(f"/proc/{process.pid}/smaps").read_text()
             if any("uw" in line.split() for line in smaps.splitlines() if "VmFlags" in line):
                 return True
     return False
