@@ -172,7 +172,8 @@ class Report(Message, frozen=True, kw_only=True):
     """By this engine so far, over all passes."""
     remaining_bytes: int
     """Of this pass; in post-copy what the destination lacks."""
-    throughput_bytes_per_s: float
+    throughput_bytes_per_s: float | None
+    """None: not known yet."""
 
 
 class PassDone(Message, frozen=True, kw_only=True):

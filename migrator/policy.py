@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-from migrator.model import PAGE_SIZE_BYTES, MigrationMode, PassReport
+from migrator.model import PAGE_SIZE_BYTES, MigrationMode, PassKind, PassReport
 from migrator.ports import Struct
 
 FIXED_BLACKOUT_MS: Final = 8.0
@@ -37,6 +37,8 @@ STREAMS_MAX: Final = 8
 """By default. More never were faster, and each has a thread on both sides."""
 DEFAULT_THROUGHPUT_BYTES_PER_S: Final = 100e6
 """Assumed until a pass was measured: a 1 Gbit/s link less its overhead."""
+TOLD: Final = frozenset({PassKind.STALE, PassKind.MISSING})
+"""What these passes count isn't sent by them, but told as missing."""
 
 
 def page_streams(cores: int, link_bytes_per_s: float | None, *, tls: bool) -> int:
@@ -76,10 +78,12 @@ class Decision(Struct, frozen=True, kw_only=True):
 def throughput(passes: Sequence[PassReport]) -> float:
     """Bytes a second of the passes so far, the larger ones weighing more.
 
-    A pass of a few pages measures latency, not throughput, so the sum over all is taken.
+    A pass of a few pages measures latency, not throughput, so the sum over all is taken; of one
+    that only tells what is missing not even that.
     """
-    seconds = sum(each.seconds for each in passes)
-    sent = sum(each.bytes_sent for each in passes)
+    sending = [each for each in passes if each.kind not in TOLD]
+    seconds = sum(each.seconds for each in sending)
+    sent = sum(each.bytes_sent for each in sending)
     if seconds <= 0.0 or sent <= 0:
         return DEFAULT_THROUGHPUT_BYTES_PER_S
     return sent / seconds

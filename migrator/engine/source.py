@@ -10,12 +10,11 @@ from __future__ import annotations
 import collections
 import time
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
 from migrator import ranges
-from migrator.engine import frames, kernel
+from migrator.engine import frames, kernel, speed
 from migrator.engine.bandwidth import TokenBucket
 from migrator.engine.between_passes import BetweenPasses
 from migrator.engine.control import (
@@ -60,8 +59,6 @@ from migrator.engine_messages import (
 from migrator.errors import WrongStateError
 from migrator.model import PAGE_SIZE_BYTES, PassKind, PassReport
 
-_REPORT_S: Final = 0.2
-
 
 class SourceEngine:
     """Use: construct, `run`, and in any case `close`."""
@@ -90,8 +87,7 @@ class SourceEngine:
         self._pass: RunPass | None = None
         self._pass_to_end = 0
         self._deliveries: list[Delivery] = []
-        self._reported_at_s = 0.0
-        self._reported_bytes = 0
+        self._speed = speed.Speed()
 
     # --- the main loop ---
 
@@ -111,7 +107,7 @@ class SourceEngine:
             for stream in self._streams:
                 if stream.sock is not None:
                     watched[stream.sock.fileno()] = POLL_IN
-            happened = poll(watched, _REPORT_S if self._serving else 60.0)
+            happened = poll(watched, speed.WINDOW_S if self._serving else 60.0)
             self._report()
             if self._control.fileno() in happened:
                 self._hear()
@@ -145,7 +141,7 @@ class SourceEngine:
             watched = {self._control.fileno(): POLL_IN}
             if source is not None:
                 watched[source.fileno()] = events
-            happened = poll(watched, min(left, _REPORT_S))
+            happened = poll(watched, min(left, speed.WINDOW_S))
             if self._control.fileno() in happened:
                 self._hear()
             self._report()
@@ -281,7 +277,7 @@ class SourceEngine:
         scan_seconds = time.monotonic() - began if message.kind is PassKind.FINAL else 0.0
         began_copy = time.monotonic()
         self._pass = message
-        self._reported_at_s, self._reported_bytes = began_copy, bytes_before
+        self._speed.begin(began_copy, bytes_before, flowing=True)
         for stream in self._streams:
             stream.capped = message.kind is not PassKind.FINAL
         self._deliveries = [
@@ -367,6 +363,7 @@ class SourceEngine:
         )
         if final:
             self._end_page_streams()
+            self._speed.begin(time.monotonic(), self._bytes_sent(), flowing=False)
 
     def _end_page_streams(self) -> None:
         """All that they could carry has been told. Where one breaks, nobody shall mind."""
@@ -391,21 +388,19 @@ class SourceEngine:
         return sum(delivery.left_bytes for delivery in self._deliveries)
 
     def _report(self) -> None:
-        """A `Report` when one is due. The throughput is the one since the last report."""
+        """A `Report` when one is due."""
         now = time.monotonic()
-        seconds = now - self._reported_at_s
-        if (self._pass is None and not self._serving) or seconds < _REPORT_S:
+        if (self._pass is None and not self._serving) or not self._speed.is_due(now):
             return
         sent = self._bytes_sent()
-        if self._pass is None and sent == self._reported_bytes:
+        if self._pass is None and self._speed.stands(sent):
+            self._speed.begin(now, sent, flowing=False)
             return
-        throughput = (sent - self._reported_bytes) / seconds
-        self._reported_at_s, self._reported_bytes = now, sent
         self._control.send(
             Report(
                 number=0 if self._pass is None else self._pass.number,
                 bytes_sent=sent,
                 remaining_bytes=self._left_bytes(),
-                throughput_bytes_per_s=throughput,
+                throughput_bytes_per_s=self._speed.measure(now, sent),
             )
         )

@@ -14,7 +14,7 @@ from migrator.model import (
     PassKind,
     PassReport,
 )
-from migrator.policy import DecisionKind, decide, throughput
+from migrator.policy import DecisionKind, decide
 from migrator.prediction import after_first_pass
 from migrator.session.source_leave import SourceLeave
 from migrator.session.vocabulary import RunPass
@@ -36,7 +36,7 @@ class SourcePasses(SourceLeave):
             state=self.state,
             bytes_sent=sum(each.bytes_sent for each in self.passes),
             remaining_bytes=self._left_pages() * PAGE_SIZE_BYTES,
-            throughput_bytes_per_s=throughput(self.passes),
+            throughput_bytes_per_s=self._measured_bytes_per_s(),
         )
 
     def _decide(self) -> None:

@@ -15,11 +15,11 @@ from migrator.model import (
     MigrationRequest,
     MigrationState,
     NodeName,
-    PassKind,
     PassReport,
     Role,
 )
 from migrator.policy import (
+    TOLD,
     Decision,
     dirty_rate,
     final_rate,
@@ -32,8 +32,6 @@ from migrator.session.vocabulary import CancelRequested, DisksDeactivated, Engin
 
 _S = MigrationState
 _WAY: Final = (_S.CREATED, _S.SETUP, _S.PRECOPY, _S.SWITCHOVER, _S.HANDOFF, _S.POSTCOPY)
-_TOLD: Final = frozenset({PassKind.STALE, PassKind.MISSING})
-"""What these passes count isn't sent by them, but told as missing."""
 _CLEAN_UP: Final = "clean-up"
 _RESTART: Final = "agent restart"
 """From the last heartbeat of the agent that ended to the next one's beginning, in the timeline."""
@@ -193,7 +191,11 @@ class SourceView(Session):
             state=self.state,
             bytes_sent=self._sent_before_bytes + event.bytes_sent,
             remaining_bytes=event.remaining_bytes,
-            throughput_bytes_per_s=event.throughput_bytes_per_s,
+            throughput_bytes_per_s=(
+                self._live.throughput_bytes_per_s
+                if event.throughput_bytes_per_s is None
+                else event.throughput_bytes_per_s
+            ),
         )
 
     def _hand_over(self) -> None:
@@ -289,9 +291,14 @@ class SourceView(Session):
             cancelled_by=self.cancelled_by,
         )
 
+    def _measured_bytes_per_s(self) -> float | None:
+        """The passes' throughput; None: none of them has sent pages."""
+        sent = any(each.bytes_sent for each in self.passes if each.kind not in TOLD)
+        return throughput(self.passes) if sent else None
+
     def _left_pages(self) -> int:
         """After the last pass; in post-copy all that the destination was told it lacks."""
-        told = [each.pages for each in self.passes if each.kind in _TOLD]
+        told = [each.pages for each in self.passes if each.kind in TOLD]
         return sum(told) if told else self.passes[-1].pending_pages
 
     def _progress(self) -> MigrationProgress:
@@ -306,15 +313,16 @@ class SourceView(Session):
                 eta_s=_eta_s(live),
             )
         last = self.passes[-1]
+        sending = [each for each in self.passes if each.kind not in TOLD]
         in_post_copy = self.state is _S.POSTCOPY
-        rate = live.throughput_bytes_per_s if in_post_copy else throughput(self.passes)
+        rate = live.throughput_bytes_per_s if in_post_copy else self._measured_bytes_per_s()
         return MigrationProgress(
             state=self.shown_state,
             iteration=last.number + (1 if self._pass_running else 0),
             bytes_sent=max(live.bytes_sent, sum(each.bytes_sent for each in self.passes)),
             remaining_bytes=0 if self.shown_state is _S.COMPLETED else live.remaining_bytes,
             throughput_bytes_per_s=rate,
-            dirty_rate_bytes_per_s=dirty_rate(last),
+            dirty_rate_bytes_per_s=dirty_rate(sending[-1]) if sending else None,
             predicted_blackout_ms=predicted_blackout_ms(
                 last.pending_pages * PAGE_SIZE_BYTES,
                 final_rate(self.passes, self.uncapped_bytes_per_s),

@@ -80,7 +80,8 @@ class EngineConnected(Struct, frozen=True, kw_only=True):
 class EngineReported(Struct, frozen=True, kw_only=True):
     bytes_sent: int
     remaining_bytes: int
-    throughput_bytes_per_s: float
+    throughput_bytes_per_s: float | None
+    """None: not known yet, or not any more."""
 
 
 class PassFinished(Struct, frozen=True, kw_only=True):
