@@ -225,12 +225,15 @@ class Session(abc.ABC):
     # --- the record ---
 
     def _believed(self, event: RecordRead) -> RecordRead:
-        """Tokens only grow. So a record with an older one than it is known to have had tells of the
-        store, which was restored from an older copy or is another cluster's, and not of the guest:
-        it counts as no answer, for `older_store_s`.
+        """Tokens only grow. So a record with an older one than it is known to have had, or none at
+        all, tells of the store, which was restored from an older copy, was begun anew or is another
+        cluster's, and not of the guest: it counts as no answer, for `older_store_s`.
+
+        A domain that was deleted has no record either. Then what there is here is stale, and waits.
         """
         record, newest = event.record, max(self._newest_token, self.token)
-        if record is None or record.token >= newest:
+        older = event.known and (record is None or record.token < newest)
+        if not older:
             if record is not None:
                 self._newest_token = record.token
             if self._older_since_s is not None:
@@ -240,10 +243,12 @@ class Session(abc.ABC):
             self._older_since_s, self._error_before = self._now, self.error
         if self._now - self._older_since_s >= self.timing.older_store_s:
             return event
+        has = f"no record of domain {self.domain}"
+        if record is not None:
+            has = f"domain {self.domain} under token {record.token}"
         self.error = (
-            f"the store has domain {self.domain} under token {record.token}, and had it under "
-            f"{newest}: it was restored from an older copy, or is another cluster's; what there is "
-            "of the guest is kept as it is"
+            f"the store has {has}, and had it under {newest}: it was restored from an older copy, "
+            "was begun anew or is another cluster's; what there is of the guest is kept as it is"
         )
         return RecordRead(known=False)
 

@@ -164,11 +164,16 @@ class Cluster:
         assert domain.record == record
 
     def _older_copy(self, names: Sequence[NodeName]) -> Mapping[str, Entry]:
-        """Of the store, of a time before this story: each domain was somebody's, or stopped."""
+        """Of the store, of a time before this story: each domain was somebody's, or stopped, or
+        had no record: it had never been started, or the store was wiped.
+        """
         dice = random.Random(f"older {self.world.seed}")
         older = dict(self.store.entries)
         for name in self.domains:
-            state = dice.choice((OwnershipState.RUNNING, OwnershipState.STOPPED))
+            state = dice.choice((OwnershipState.RUNNING, OwnershipState.STOPPED, None))
+            if state is None:
+                del older[f"{OWNERSHIP}{name}"]
+                continue
             record = OwnershipRecord(domain=name, token=0, owner=dice.choice(names), state=state)
             key = f"{OWNERSHIP}{name}"
             older[key] = Entry(key=key, value=_encoder.encode(record), revision=-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import pytest
 
 from migrator.journal_entry import entry_of, restore
@@ -21,17 +23,18 @@ from migrator.session.source import SourceSession
 from tests.unit.session_pair import Session, SessionPair
 
 _S = MigrationState
+P = TypeVar("P", bound=SessionPair)
 SOURCE, DESTINATION = Role.SOURCE, Role.DESTINATION
 TOKEN = 5
 OLDER = OwnershipRecord(domain="vm", token=3, owner="n3", state=OwnershipState.RUNNING)
 STOPPED = OwnershipRecord(domain="vm", token=2, owner="n2", state=OwnershipState.STOPPED)
-SAID = "the store has domain vm under token {}, and had it under {}: it was restored from an older"
+HAD = f"and had it under {TOKEN}: it was restored from an older copy, was begun anew or is another"
 
 
-def handed_off(mode: MigrationMode = MigrationMode.PRECOPY) -> SessionPair:
+def handed_off(pair_of: type[P]) -> P:
     """The device state is out and loaded; no Commit has come, and nobody answers any more."""
-    request = MigrationRequest(destination="n2", mode=mode)
-    pair = SessionPair(request, token=TOKEN, pending=lambda number: 10)
+    request = MigrationRequest(destination="n2", mode=MigrationMode.PRECOPY)
+    pair = pair_of(request, token=TOKEN, pending=lambda number: 10)
     pair.silence(m.Commit, m.Inquire, m.Pending, m.Abort)
     pair.run()
     assert (pair.source.state, pair.destination.state) == (_S.HANDOFF, _S.SWITCHOVER)
@@ -54,23 +57,38 @@ def destroyed(pair: SessionPair) -> bool:
     return "DestroyGuest" in pair.commands(SOURCE) + pair.commands(DESTINATION)
 
 
-@pytest.mark.parametrize("older", [OLDER, STOPPED])
+class Wiped(SessionPair):
+    """The store was begun anew: it has no record of anything."""
+
+    wiped = False
+
+    def _answers(self, session: Session, command: v.Command) -> list[v.Event]:
+        if self.wiped and isinstance(command, v.ReadRecord):
+            return [v.RecordRead(known=True, record=None)]
+        if self.wiped and isinstance(command, v.SwapRecord):
+            return [v.RecordSwapped(won=False)]
+        return super()._answers(session, command)
+
+
+@pytest.mark.parametrize("older", [OLDER, STOPPED, None])
 @pytest.mark.parametrize("restarted", [None, SOURCE, DESTINATION])
 def test_both_copies_are_kept_while_the_store_is_an_older_one(
-    older: OwnershipRecord, restarted: Role | None
+    older: OwnershipRecord | None, restarted: Role | None
 ) -> None:
-    """Both were ended: by that record the domain ran elsewhere, or was stopped."""
-    pair = handed_off()
-    newest, pair.record = pair.record, older
+    """Both were ended: by that record the domain ran elsewhere, or was stopped, or deleted."""
+    pair = handed_off(Wiped)
+    newest, pair.record = pair.record, older or pair.record
+    pair.wiped = older is None
     if restarted is not None:
         restart(pair, restarted)
     pair.run(timers=30)
     assert (pair.source.state, pair.destination.state) == (_S.RECOVERING, _S.RECOVERING)
     assert not destroyed(pair)
     said = pair.source.view().error
+    has = "no record of domain vm" if older is None else f"domain vm under token {older.token}"
     assert said is not None
-    assert said.startswith(SAID.format(older.token, TOKEN))
-    pair.record = newest
+    assert said.startswith(f"the store has {has}, {HAD}")
+    pair.record, pair.wiped = newest, False
     pair.silent.clear()
     pair.run(timers=12)
     assert len(pair.resumed_on) == 1
@@ -78,10 +96,11 @@ def test_both_copies_are_kept_while_the_store_is_an_older_one(
     assert "restored" not in (pair.source.view().error or "")
 
 
-def test_an_older_store_that_stays_is_believed_in_the_end() -> None:
+@pytest.mark.parametrize("wiped", [False, True])
+def test_an_older_store_that_stays_is_believed_in_the_end(wiped: bool) -> None:
     """Else nobody could ever do anything with the domain on these nodes."""
-    pair = handed_off()
-    pair.record = OLDER
+    pair = handed_off(Wiped)
+    pair.record, pair.wiped = OLDER, wiped
     pair.run(timers=30)
     assert not destroyed(pair)
     pair.now_s += pair.source.timing.older_store_s
@@ -92,7 +111,7 @@ def test_an_older_store_that_stays_is_believed_in_the_end() -> None:
 
 
 def test_a_rollback_that_was_won_is_not_undone_by_an_older_store() -> None:
-    pair = handed_off()
+    pair = handed_off(SessionPair)
     pair.silence(v.Fence)
     pair.run(timers=1)
     won = pair.record
@@ -128,7 +147,7 @@ def test_pages_are_served_on_while_the_store_is_an_older_one() -> None:
 def test_an_answer_that_was_given_before_the_source_took_its_guest_back_says_nothing() -> None:
     """It won the record back, died, and said Commit anew: a read of the destination's, whose answer
     came after that, had it give up the only copy."""
-    pair = handed_off()
+    pair = handed_off(SessionPair)
     restart(pair, DESTINATION)
     pair.silence(v.ReadRecord)
     pair.run()
