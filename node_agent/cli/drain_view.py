@@ -37,6 +37,8 @@ def watch_drain(drain: Drain) -> ExitCode:
     live = sys.stdout.isatty() and not settings.json
     try:
         drain = _watch_live(drain) if live else _watch_lines(drain)
+    except BrokenPipeError:  # Nobody reads any more, and it goes on.
+        return ExitCode.INTERRUPTED
     except KeyboardInterrupt:
         note(
             f"{drain.operation} {drain.id} goes on; `ferry drains watch {drain.id}` looks at it "

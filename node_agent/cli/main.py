@@ -18,6 +18,7 @@ from typing import Annotated, Final
 import msgspec
 import typer
 
+from migrator.errors import words
 from node_agent.cli.errors import EXIT_CODES_HELP, ApiProblem, CliError, ExitCode
 from node_agent.cli.output import settings
 
@@ -169,10 +170,27 @@ def take_leading(arguments: Sequence[str]) -> list[str]:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; errors are on stderr by then."""
     try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `ferry ... | head`: who reads has seen enough.
+        _drop_output()
+        return ExitCode.OK
+    except OSError as error:
+        _drop_output()
+        what = error.filename or "the output"
+        print(f"ferry: {what} can't be written: {words(error)}", file=sys.stderr)
+        return ExitCode.FAILED
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
         rest = take_leading(arguments)
         rest = rest or take_settings(arguments)
         build_app(rest[0] if rest else None)(args=rest, prog_name="ferry", standalone_mode=True)
     except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):
+            raise ended.__context__ from None  # Typer makes a failure of it.
         return ended.code if isinstance(ended.code, int) else ExitCode.OK
     except ModuleNotFoundError as error:
         print(f"ferry: this installation has no {error.name}", file=sys.stderr)
@@ -182,10 +200,12 @@ def run(arguments: Sequence[str]) -> int:
         return error.code
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:  # `ferry ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.OK
     return ExitCode.OK
+
+
+def _drop_output() -> None:
+    """What is left in the buffer can't be written either, and Python would say so at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(error: CliError) -> None:

@@ -46,6 +46,8 @@ def watch_migration(client: ApiClient, migration: Migration) -> ExitCode:
     while not migration.ended:
         try:
             migration = watcher.until_ended(migration)
+        except BrokenPipeError:  # Nobody reads any more, and it goes on.
+            return ExitCode.INTERRUPTED
         except KeyboardInterrupt:
             if not live or _ask(client, migration):
                 note(

@@ -21,7 +21,10 @@ _NIC_LIMITS: Final = {"receive": "receive_limit_bytes_per_s", "send": "send_limi
 _NIC_KEYS: Final = frozenset(
     {"bridge", "mac", "ip", "net", "antispoof", *_NIC_NUMBERS, *_NIC_LIMITS}
 )
-_TRUE: Final = frozenset({"true", "1", "yes", "on"})
+_TRUTH: Final = {
+    **dict.fromkeys(("true", "1", "yes", "on"), True),
+    **dict.fromkeys(("false", "0", "no", "off"), False),
+}
 _DISK_KEYS: Final = frozenset({"volume", "pool", "ro"})
 
 
@@ -53,7 +56,7 @@ def parse_disk(text: str) -> dict[str, Any]:
     if "pool" in pairs:
         disk["pool"] = pairs["pool"][-1]
     if "ro" in pairs:
-        disk["read_only"] = pairs["ro"][-1].lower() in {"true", "1", "yes", "on"}
+        disk["read_only"] = _truth(pairs["ro"][-1], f"--disk {text}: ro")
     return disk
 
 
@@ -83,8 +86,16 @@ def parse_nic(text: str) -> dict[str, Any]:
     if "net" in pairs:
         nic["networks"] = pairs["net"]
     if "antispoof" in pairs:
-        nic["anti_spoofing"] = pairs["antispoof"][-1].lower() in _TRUE
+        nic["anti_spoofing"] = _truth(pairs["antispoof"][-1], f"--nic {text}: antispoof")
     return nic
+
+
+def _truth(text: str, what: str) -> bool:
+    """CliError: a mistyped `true` must not make a disk writable, or a NIC unguarded."""
+    found = _TRUTH.get(text.lower())
+    if found is None:
+        raise CliError(f"{what} must be true or false, not {text!r}", ExitCode.USAGE)
+    return found
 
 
 def _pairs(text: str, option: str, known: frozenset[str]) -> dict[str, list[str]]:

@@ -272,8 +272,13 @@ def test_disks_and_nics() -> None:
         "addresses": ["1.2.3.4", "fd00::1"],
         "mtu_bytes": 9000,
     }
+    assert parse_disk("v,ro=off") == {"volume": "v", "read_only": False}
     with pytest.raises(CliError):
         parse_disk("v,size=3")
+    with pytest.raises(CliError, match="ro must be true or false, not 'ture'"):
+        parse_disk("v,ro=ture")
+    with pytest.raises(CliError, match="antispoof must be true or false"):
+        parse_nic(f"bridge=b,mac={MAC},antispoof=y")
 
 
 def test_a_file_that_holds_no_domain(tmp_path: Path) -> None:

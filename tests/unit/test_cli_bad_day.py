@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -210,3 +213,30 @@ def test_a_stop_tells_its_times() -> None:
     assert "it is given 20 s more, then it is ended by force" in patient[0][1]
     assert "waiting 80 s more" in patient[1][1]
     assert [after_s for after_s, _ in domains.stop_progress("web", 0.0)] == [10.0]
+
+
+def test_an_output_that_nobody_reads_is_no_failure_and_one_that_cant_be_written_is() -> None:
+    """`ferry ... | head`, and a full disk. In neither a traceback."""
+    command = [sys.executable, "-m", "node_agent.cli.main", "pool", "drivers"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as unread, Path("/dev/full").open("wb") as full:
+        broken = subprocess.run(command, stdout=unread, stderr=subprocess.PIPE, check=False)
+        refused = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (broken.returncode, broken.stderr) == (ExitCode.OK, b"")
+    why = b"ferry: the output can't be written: No space left on device\n"
+    assert (refused.returncode, refused.stderr) == (ExitCode.FAILED, why)
+
+
+async def test_a_migration_that_nobody_reads_of_any_more_goes_on(
+    ferry: Ferry, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ferry migrate web | head -1`: "done" would be said of what isn't."""
+
+    def break_pipe(*_: object) -> None:
+        raise BrokenPipeError
+
+    await define(ferry, "--start")
+    monkeypatch.setattr(progress._LineWatcher, "saw", break_pipe)
+    await ferry("migrate", "web", code=ExitCode.INTERRUPTED)
+    assert next(iter(world.migrations.values())).state is MigrationState.PRECOPY
