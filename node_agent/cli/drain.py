@@ -8,7 +8,7 @@ from urllib.parse import quote
 import typer
 
 from migrator.model import NodeState
-from node_agent.cli.drain_text import balance_text, counted, details, moved, plan_text
+from node_agent.cli.drain_text import balance_text, counted, details, moved, plan_text, took
 from node_agent.cli.drain_view import watch_drain
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import moment, settings, show, table
@@ -185,7 +185,7 @@ def list_drains() -> None:
             each.state.value,
             f"{moved(each)} of {len(each.moves)}",
             f"{each.planned_s:.1f} s",
-            f"{each.ended_at_s - each.started_at_s:.1f} s" if each.ended_at_s else "-",
+            took(each),
             each.coordinator,
             moment(each.created_at_s),
         )

@@ -72,6 +72,13 @@ def moved(drain: Drain) -> int:
     return sum(move.state in (MoveState.MOVED, MoveState.STOPPED) for move in drain.moves)
 
 
+def took(drain: Drain) -> str:
+    """For a column of a table."""
+    if drain.ended_at_s is not None:
+        return f"{drain.ended_at_s - drain.started_at_s:.1f} s"
+    return "-" if drain.left_s is None else f"~{drain.left_s:.0f} s left"
+
+
 def balance_text(plan: BalancePlan) -> str:
     """How uneven the nodes are, the moves with their gain and cost, and what that makes of it."""
     rows = [
@@ -117,6 +124,8 @@ def details(drain: Drain) -> str:
         ("coordinator", drain.coordinator + (f" (term {drain.term})" if drain.term > 1 else "")),
         ("planned", f"{drain.planned_s:.1f} s, {drain.parallel} at once"),
         ("took", f"{took:.1f} s" if took is not None else ""),
+        ("left", f"~{drain.left_s:.0f} s" if drain.left_s is not None else ""),
+        ("waits for", drain.waits_for),
         ("created", moment(drain.created_at_s)),
         ("restores", drain.restores or ""),
         ("restored by", drain.restored_by or ""),

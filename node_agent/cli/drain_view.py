@@ -5,6 +5,7 @@ An agent that dies is no reason to stop watching: another is asked, if the setti
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +31,9 @@ _EXIT: Final = {
 _STAYS: Final = frozenset({MoveState.FAILED, MoveState.LEFT})
 _SHOWN_MAX: Final = 30
 _BAR: Final = 30
+_SECONDS: Final = re.compile(r"\d+ s\b")
+_AS_PLANNED: Final = 0.15
+"""Within it a plan is said to be right (docs/drain.md)."""
 
 
 def watch_drain(drain: Drain) -> ExitCode:
@@ -48,6 +52,14 @@ def watch_drain(drain: Drain) -> ExitCode:
     show(drain, outcome(drain))
     if settings.json and drain.state is not DrainState.DONE:
         print(f"ferry: {outcome(drain)}", file=sys.stderr)
+    return _exit_code(drain)
+
+
+def _exit_code(drain: Drain) -> ExitCode:
+    """A node may be empty, and a domain that was on it started nowhere."""
+    failed = any(move.state is MoveState.FAILED for move in drain.moves)
+    if failed and drain.state is DrainState.DONE:
+        return ExitCode.DRAIN_PARTIAL
     return _EXIT[drain.state]
 
 
@@ -79,19 +91,22 @@ def _until_ended(drain: Drain, saw: Callable[[Drain], None]) -> Drain:
 
 def _watch_lines(drain: Drain) -> Drain:
     states: dict[str, tuple[MoveState, int]] = {}
-    printed_at = 0.0
+    printed_at, waited = 0.0, ""
 
     def saw(now: Drain) -> None:
-        nonlocal printed_at
+        nonlocal printed_at, waited
         for move in now.moves:
             mark = (move.state, move.attempts)
             if states.get(move.domain) != mark and move.state is not MoveState.WAITING:
                 states[move.domain] = mark
                 note(sentence(move))
-        if not now.ended and time.monotonic() - printed_at > LINE_S:
-            printed_at = time.monotonic()
-            note(_whole(now))
+        waits = _SECONDS.sub("", now.waits_for)
+        if not now.ended and (time.monotonic() - printed_at > LINE_S or waits != waited):
+            printed_at, waited = time.monotonic(), waits
+            note("; ".join([_whole(now), *_waiting(now)]))
 
+    if not drain.ended:
+        note(_ways_out(drain))
     return _until_ended(drain, saw)
 
 
@@ -127,7 +142,8 @@ def _picture(drain: Drain) -> RenderableType:
     if len(drain.moves) > len(shown):
         rows.add_row(f"and {len(drain.moves) - len(shown)} more", "", "", "", "", "", "")
     bar = ProgressBar(total=100, completed=100 * _done_whole(drain), width=60)
-    return Group(rows, Text(_whole(drain)), bar)
+    told = [_whole(drain), *_waiting(drain)]
+    return Group(rows, *map(Text, told), bar, Text(_ways_out(drain), style="dim"))
 
 
 def _interest(move: Move) -> tuple[int, float]:
@@ -151,22 +167,40 @@ def _done(move: Move) -> float:
 
 def _done_whole(drain: Drain) -> float:
     going = [move for move in drain.moves if move.state not in _STAYS]
-    total = sum(max(move.wire_bytes, 1) for move in going)
-    done = sum(max(move.wire_bytes, 1) * _done(move) for move in going)
+    total = sum(_weight(move) for move in going)
+    done = sum(_weight(move) * _done(move) for move in going)
     return 1.0 if drain.ended else min(0.99, done / max(total, 1))
+
+
+def _weight(move: Move) -> float:
+    """By time: what is powered off sends nothing, and takes its time."""
+    return move.planned_s or float(max(move.wire_bytes, 1))
+
+
+def _waiting(drain: Drain) -> list[str]:
+    return [f"waits for {drain.waits_for}"] if drain.waits_for else []
+
+
+def _ways_out(drain: Drain) -> str:
+    return f"Ctrl-C: it goes on without you; `ferry drains cancel {drain.id}` stops it"
 
 
 def _whole(drain: Drain) -> str:
     """One line about the whole."""
     ended = sum(move.state.ended for move in drain.moves)
     elapsed = (drain.at_s or time.time()) - drain.started_at_s
-    done = _done_whole(drain)
-    left = elapsed * (1 - done) / done if done > 0.1 else drain.planned_s - elapsed
     node = f" {drain.node}" if drain.node else ""
     text = f"{drain.operation.value}{node}: {drain.state.value}, {ended} of {len(drain.moves)} over"
     if drain.state is DrainState.CHECKING:
         return f"{text}; looking whether the node is empty"
-    text += f", {elapsed:.0f} s gone, ~{max(left, 0.0):.0f} s left"
+    text += f", {elapsed:.0f} s gone"
+    if drain.left_s is not None:
+        text += f", ~{drain.left_s:.0f} s left"
     if drain.state is DrainState.CANCELLING:
-        return f"{text} for the moves under way"
-    return f"{text} (plan: {drain.planned_s:.1f} s)"
+        return f"{text}; no move begins any more"
+    said = f"plan: {drain.planned_s:.1f} s"
+    if drain.left_s is not None and drain.planned_s > 0.0:
+        whole_s = elapsed + drain.left_s
+        if abs(whole_s - drain.planned_s) > _AS_PLANNED * drain.planned_s:
+            said += f", by its moves so far {whole_s:.0f} s"
+    return f"{text} ({said})"

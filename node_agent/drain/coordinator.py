@@ -24,6 +24,7 @@ import msgspec
 
 from migrator.errors import ConflictError, FerryError, PeerError, RefusedError, StoreError
 from migrator.model import DomainName, NodeName, NodeState, OnTimeout
+from node_agent.drain import outlook
 from node_agent.drain import vocabulary as v
 from node_agent.drain.hooks import NodeHooks
 from node_agent.drain.machine import DrainMachine
@@ -79,11 +80,23 @@ class Coordinator:
         self._saved_changes = -1
         self._saved_at = 0.0
         self._beat = entry.value.beat
+        self._unsaved = ""
+        """Why what it has decided can't be written down now."""
 
     @property
     def drain(self) -> Drain:
         """As it is at this moment."""
         return msgspec.structs.replace(self._machine.drain, at_s=self.now_s)
+
+    @property
+    def shown(self) -> Drain:
+        """The same, with what is left, and what it waits for."""
+        drain = self.drain
+        waits_for = "; ".join(
+            each for each in (self._machine.waits_for(drain.at_s), self._unsaved) if each
+        )
+        left_s = outlook.left_s(drain, drain.at_s)
+        return msgspec.structs.replace(drain, left_s=left_s, waits_for=waits_for)
 
     @property
     def now_s(self) -> float:
@@ -133,15 +146,17 @@ class Coordinator:
             return
         while True:
             self._beat += 1
-            drain = msgspec.structs.replace(self.drain, beat=self._beat, at_s=self.now_s)
+            drain = msgspec.structs.replace(self.shown, beat=self._beat)
             try:
                 self._revision, written = await self._records.save(drain, self._revision)
+                self._unsaved = ""
                 break
             except LostError:
                 raise
             except (StoreError, ConflictError) as error:
                 # Until it is saved nothing may be done; the moves under way go on by themselves.
                 log.warning("drain %s: %s; trying again", drain.id, error)
+                self._unsaved = f"the store, to write down what is next ({error})"
                 await asyncio.sleep(RETRY_S)
         self._saved_changes, self._saved_at = self._machine.changes, time.monotonic()
         if written.cancel is not drain.cancel:
@@ -261,8 +276,9 @@ class Coordinator:
 
     async def _seek(self, command: v.Seek) -> None:
         domain, drain = command.domain, self.drain
+        off = any(each.domain == domain and each.powered_off for each in drain.moves)
         owner = await self._world.owner(domain)
-        if owner != drain.node:
+        if owner != (None if off else drain.node):
             self._hear(v.Looked(domain=domain, owner=owner))
             return
         places = {
@@ -270,9 +286,16 @@ class Coordinator:
             for move in drain.moves
             if move.destination and not move.state.ended and move.state is not MoveState.SEEKING
         }
+        if off:
+            places[domain] = drain.node  # Else it wouldn't count as one that needs a place.
         survey = await self._world.survey(
-            {drain.node: [domain]}, sample_s=0.0, closed=(drain.node,), places=places
+            {drain.node: [] if off else [domain]},
+            sample_s=0.0,
+            closed=(drain.node,),
+            places=places,
         )
+        if off:
+            survey = survey.to_be_started(domain)
         forbidden = frozenset((domain, node) for node in command.tried)
         plan = await self._world.plan(survey, [domain], survey.options(forbidden=forbidden))
         if plan.moves and plan.moves[0].destination:
@@ -307,7 +330,7 @@ class Coordinator:
         except PeerError:
             raise
         except FerryError as error:
-            self._hear(v.Failed(domain=command.domain, error=str(error)))
+            self._hear(v.Failed(domain=command.domain, error=str(error), node=command.node))
             return
         self._hear(v.Booted(domain=command.domain, node=command.node))
 

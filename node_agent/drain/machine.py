@@ -41,7 +41,9 @@ class DrainMachine(MoveCourse):
         super().__init__(drain)
         self._check_at: float | None = None
         self._checking_since: float | None = None
+        self._check_said = ""
         self._hooking: HookPoint | None = None
+        self._hooking_since = 0.0
 
     def handle(self, event: v.Event, now: float) -> list[v.Command]:
         """What has to be done now. Nothing in a drain that has ended."""
@@ -72,11 +74,30 @@ class DrainMachine(MoveCourse):
                 if move is not None and not move.state.ended:
                     self._about(move, event, now)
 
+    def waits_for(self, now: float) -> str:
+        """What it waits for beside its moves, for whoever looks at it; "": nothing."""
+        base, found = self._base, []
+        if base.ended:
+            return ""
+        if self._hooking is not None:
+            found.append(f"the hooks of {self._hooking}, for {now - self._hooking_since:.0f} s now")
+        if base.state is DrainState.CHECKING and self._hooking is None:
+            since = now if self._checking_since is None else self._checking_since
+            still_s = max(CHECK_PATIENCE_S - (now - since), 0.0)
+            said = f": {self._check_said}, for at most {still_s:.0f} s more"
+            found.append(f"{base.node} to be empty{said if self._check_said else ''}")
+        if self._seeking is not None:
+            found.append(f"another place for {self._seeking}")
+        found += self._silences(now)
+        if base.cancel is CancelMode.LET_END and any(m.state.active for m in self._moves.all()):
+            found.append(f"moves under way (`ferry drains cancel {base.id} --abort-moves` ends it)")
+        return "; ".join(found)
+
     # --- the beginning, and after a crash ----------------------------------------------------
 
     def _took(self, now: float) -> None:
         if self._base.operation is Operation.DRAIN and not self._base.hooked:
-            self._hook(HookPoint.NODE_DRAINING)
+            self._hook(HookPoint.NODE_DRAINING, now)
         for move in self._moves.all():
             if move.state.active:
                 self._look(move)
@@ -93,6 +114,8 @@ class DrainMachine(MoveCourse):
         if mode is CancelMode.NO or (already and not stronger):
             return
         self._set(state=DrainState.CANCELLING, cancel=mode, cancelled_by=by)
+        if self._hooking is HookPoint.NODE_DRAINING:
+            self._hooking = None  # Its answer, whether anything may begin, matters no more.
         whose = f"cancelled by {by}" if by else "cancelled"
         self._note(f"{whose}; moves under way {_CANCEL_TOLD[mode]}", now)
         for move in self._moves.all():
@@ -107,7 +130,8 @@ class DrainMachine(MoveCourse):
 
     def _leave_waiting(self, reason: str, now: float) -> None:
         for move in self._moves.all():
-            if move.state in (MoveState.WAITING, MoveState.SEEKING):
+            open_end = move.state is MoveState.SEEKING and not move.powered_off
+            if move.state is MoveState.WAITING or open_end:
                 self._end(move, MoveState.LEFT, now, error=reason)
 
     def _go_on(self, now: float) -> None:
@@ -119,6 +143,7 @@ class DrainMachine(MoveCourse):
             self._seek_next()
         elif self._base.state is DrainState.CANCELLING:
             self._leave_waiting("the drain was cancelled", now)
+            self._seek_next()  # For what is powered off by now.
         self._share()
         if any(not move.state.ended for move in self._moves.all()):
             return
@@ -143,7 +168,9 @@ class DrainMachine(MoveCourse):
             self._leave_waiting(f"the time of {self._base.timeout_s:g} s was over", now)
             return
         while True:
-            move = self._moves.next_to_start(self._base.parallel, self._base.lanes)
+            move = self._moves.next_to_start(
+                self._base.parallel, self._base.lanes, self._silent_since
+            )
             if move is None:
                 return
             stop = move.policy is not MaintenancePolicy.LIVE
@@ -200,7 +227,7 @@ class DrainMachine(MoveCourse):
         if event.incoming:
             self._not_checked(f"on their way there: {', '.join(event.incoming)}", now)
         elif not left:
-            self._hook(HookPoint.NODE_DRAINED)
+            self._hook(HookPoint.NODE_DRAINED, now)
         elif set(left) <= set(event.owned):
             self._partial(f"left on {self._base.node}: {', '.join(left)}", now)
         else:
@@ -210,6 +237,7 @@ class DrainMachine(MoveCourse):
     def _not_checked(self, reason: str, now: float) -> None:
         if self._base.state is not DrainState.CHECKING:
             return
+        self._check_said = reason
         since = now if self._checking_since is None else self._checking_since
         if now - since > CHECK_PATIENCE_S:
             self._partial(f"{self._base.node} can't be called empty: {reason}", now)
@@ -220,8 +248,8 @@ class DrainMachine(MoveCourse):
         self._set(error=error)
         self._finish(DrainState.PARTIAL, NodeState.CORDONED, now)
 
-    def _hook(self, point: HookPoint) -> None:
-        self._hooking = point
+    def _hook(self, point: HookPoint, now: float) -> None:
+        self._hooking, self._hooking_since = point, now
         self._out.append(v.RunHook(point=point))
 
     def _hook_done(self, event: v.HookDone, now: float) -> None:

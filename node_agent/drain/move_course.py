@@ -1,7 +1,10 @@
 """The course of each move in a drain: what is heard of a domain, and what that makes of its move.
 
     waiting ─► starting ─► moving ─► moved            stop:  waiting ─► stopping ─► stopped
-                  └── seeking ◄──┘ (once)                                  └─► booting ─► moved
+                  └── seeking ◄──┘ (once)                       seeking ◄──► booting ─► moved
+
+What the drain has powered off to start it elsewhere is started on whichever node takes it; where
+none does it is failed, and off, which the move says (`Move.powered_off`).
 
 A part of the drain's machine (`machine.py`), which says when moves begin, and what they come to.
 """
@@ -67,7 +70,9 @@ class MoveCourse(Ledger):
                 self._end(move, MoveState.MOVED, now, destination=node)
                 self._note(f"{move.domain} was started on {node}", now, move.domain)
             case v.Failed(error=error):
-                self._failed(move, error, now)
+                booting = move.state is MoveState.BOOTING and event.node == move.destination
+                if booting or event.node is None:  # Else the node has been given up before.
+                    self._failed(move, error, now)
             case v.Found() if move.state is MoveState.SEEKING:
                 self._put(
                     move,
@@ -75,10 +80,11 @@ class MoveCourse(Ledger):
                     destination=event.destination,
                     wire_bytes=event.wire_bytes,
                 )
+                if move.powered_off:
+                    self._boot(self._moves.now(move))
             case v.NoPlace() if move.state is MoveState.SEEKING:
                 reason = f"{move.error}; {event.reason}" if move.error else event.reason
-                self._end(move, MoveState.FAILED, now, error=reason)
-                self._note(f"{move.domain} was left: {reason}", now, move.domain)
+                self._fail(move, reason, now)
             case _:
                 pass
 
@@ -119,7 +125,7 @@ class MoveCourse(Ledger):
     def _not_running(self, move: Move, now: float) -> None:
         if move.state in (MoveState.STOPPING, MoveState.BOOTING):
             self._powered_off(move, now)
-        else:
+        elif not move.powered_off:
             self._end(move, MoveState.GONE, now, error="it doesn't run any more")
 
     def _refused(self, move: Move, event: v.Refused, now: float) -> None:
@@ -153,13 +159,20 @@ class MoveCourse(Ledger):
     def _failed(self, move: Move, error: str, now: float) -> None:
         failures = move.failures + 1
         self._put(move, failures=failures)
-        if move.state is MoveState.STOPPING or self._base.cancel is not CancelMode.NO:
-            self._end(move, MoveState.FAILED, now, error=error)
-        elif failures < FAILURES_MAX and move.attempts < ATTEMPTS_MAX:
-            self._seek(move, error, now)
-            return
+        may = move.powered_off or (
+            failures < FAILURES_MAX
+            and move.state is not MoveState.STOPPING
+            and self._base.cancel is CancelMode.NO
+        )
+        if may and move.attempts < ATTEMPTS_MAX:
+            self._seek(self._moves.now(move), error, now)
         else:
-            self._end(move, MoveState.FAILED, now, error=error)
+            self._fail(move, error, now)
+
+    def _fail(self, move: Move, error: str, now: float) -> None:
+        if move.powered_off:
+            error = f"it is powered off, and was started nowhere else: {error}"
+        self._end(move, MoveState.FAILED, now, error=error)
         self._note(f"{move.domain} was left: {error}", now, move.domain)
 
     def _seek(self, move: Move, error: str, now: float) -> None:
@@ -180,9 +193,16 @@ class MoveCourse(Ledger):
         if move.destination is None:
             self._end(move, MoveState.STOPPED, now)
             self._note(f"{move.domain} is powered off until the undrain", now, move.domain)
-            return
-        self._put(move, state=MoveState.BOOTING)
-        self._out.append(v.Boot(domain=move.domain, node=move.destination))
+        elif move.attempts >= ATTEMPTS_MAX:
+            self._fail(move, move.error or f"{move.destination} gave no answer", now)
+        else:
+            self._put(move, powered_off=True)
+            self._boot(self._moves.now(move))
+
+    def _boot(self, move: Move) -> None:
+        tries = move.attempts + (move.state is not MoveState.STOPPING)
+        self._put(move, state=MoveState.BOOTING, attempts=tries)
+        self._out.append(v.Boot(domain=move.domain, node=move.destination or ""))
 
     def _watch_destinations(self, unreachable: frozenset[str], now: float) -> None:
         for name in list(self._silent_since):
@@ -191,20 +211,44 @@ class MoveCourse(Ledger):
         for name in unreachable:
             self._silent_since.setdefault(name, now)
         for move in self._moves.all():
+            silent = self._silent_for(move.destination or "", now) >= SILENT_S
+            if silent and move.state is MoveState.BOOTING:
+                self._failed(move, f"node {move.destination} fell silent", now)
+            source_silent = self._silent_for(move.source, now) >= SOURCE_SILENT_S
+            if source_silent and move.state is MoveState.WAITING:
+                reason = f"node {move.source} is silent; its move was not begun"
+                self._end(move, MoveState.FAILED, now, error=reason)
             if move.state is not MoveState.MOVING or move.migration is None:
                 continue
-            since = self._silent_since.get(move.source)
-            if since is not None and now - since >= SOURCE_SILENT_S:
+            if source_silent:
                 reason = f"node {move.source} is silent; what has become of it is unknown"
                 self._end(move, MoveState.FAILED, now, error=reason)
                 continue
-            since = self._silent_since.get(move.destination or "")
-            silent = since is not None and now - since >= SILENT_S
             phase = self._moves.phase(move.domain)
             if silent and phase in _CANCELLABLE and move.migration not in self._given_up:
                 self._given_up.add(move.migration)
                 because = f"because {move.destination} fell silent"
                 self._out.append(v.CancelMigration(migration=move.migration, because=because))
+
+    def _silent_for(self, node: str, now: float) -> float:
+        """Seconds, at least; -1: it isn't known to be silent."""
+        since = self._silent_since.get(node)
+        return -1.0 if since is None else now - since
+
+    def _silences(self, now: float) -> list[str]:
+        """Of the nodes that moves wait for, in words."""
+        rest = [move for move in self._moves.all() if not move.state.ended]
+        found: dict[str, str] = {}
+        for move in rest:
+            for node, given_s in (
+                (move.source, SOURCE_SILENT_S),
+                (move.destination or "", SILENT_S),
+            ):
+                silent_s = self._silent_for(node, now)
+                if silent_s >= 0.0:
+                    still_s = max(given_s - silent_s, 0.0)
+                    found[node] = f"{node}, which is silent (given up in {still_s:.0f} s)"
+        return list(found.values())
 
     def _cancel_if_asked(self, migration: str) -> None:
         if self._base.cancel is CancelMode.ABORT:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 import msgspec
@@ -78,12 +78,15 @@ class Moves:
     def waiting(self) -> list[Move]:
         return [move for move in self._moves.values() if move.state is MoveState.WAITING]
 
-    def next_to_start(self, parallel: int, lanes: Mapping[str, int]) -> Move | None:
+    def next_to_start(
+        self, parallel: int, lanes: Mapping[str, int], silent: Collection[str] = ()
+    ) -> Move | None:
         """The move that may begin now, as in `planner.schedule`; None: none may.
 
         `lanes`: how many may be on their way to a node at once; any number where it isn't named.
+        `silent`: nodes that can't be asked to send anything now.
         """
-        waiting = self.waiting()
+        waiting = [move for move in self.waiting() if move.source not in silent]
         waiting.sort(key=lambda move: (-move.priority, move.planned_start_s))
         active = [move for move in self._moves.values() if move.state.active]
         live = [move for move in active if move.policy is MaintenancePolicy.LIVE]

@@ -120,6 +120,15 @@ class Move(Value, frozen=True, kw_only=True):
     eta_s: float | None = None
     blackout_ms: float | None = None
     error: str | None = None
+    powered_off: bool = False
+    """By this operation; so it has to be started somewhere, whatever else fails."""
+
+    @property
+    def is_off(self) -> bool:
+        """Whether it has been left without a place to run."""
+        return self.state is MoveState.STOPPED or (
+            self.state is MoveState.FAILED and self.powered_off
+        )
 
 
 class CancelMode(enum.StrEnum):
@@ -169,6 +178,10 @@ class Drain(Value, frozen=True, kw_only=True):
     """Bytes a second that page streams may use, of each node's link."""
     planned_s: float = 0.0
     lower_bound_s: float = 0.0
+    left_s: float | None = None
+    """What is left by what its moves have taken so far; None: that can't be said."""
+    waits_for: str = ""
+    """What it waits for now beside its moves, in words; "": nothing."""
     overhead_s: float = 0.0
     """What its plan assumed a move to take beside its transfer; 0: not known."""
     timeout_s: float = 3600.0

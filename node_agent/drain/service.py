@@ -271,7 +271,7 @@ class DrainService:
         """As its coordinator sees it, if that is this agent; else as it was saved last."""
         stored = (await self._records.get(id)).value
         coordinator = self._coordinators.get(id)
-        return coordinator.drain if coordinator and not stored.ended else stored
+        return coordinator.shown if coordinator and not stored.ended else stored
 
     async def list_drains(self) -> Sequence[Drain]:
         """Newest first."""

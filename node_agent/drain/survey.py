@@ -69,6 +69,16 @@ class Survey(Struct, frozen=True, kw_only=True):
             options = msgspec.structs.replace(options, move_bytes_per_s=fastest)
         return msgspec.structs.replace(options, **changes)
 
+    def to_be_started(self, domain: str) -> Survey:
+        """With that one as what it is after a drain has powered it off, whatever its own policy."""
+        changed = tuple(
+            msgspec.structs.replace(each, policy=MaintenancePolicy.STOP, restart=True)
+            if each.name == domain
+            else each
+            for each in self.domains
+        )
+        return msgspec.structs.replace(self, domains=changed)
+
     def left_out(self, *besides: str) -> tuple[NodeLeftOut, ...]:
         """The nodes that take nothing, and why; `besides`: of whom that needn't be said."""
         return tuple(

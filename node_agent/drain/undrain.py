@@ -27,7 +27,6 @@ from node_agent.drain.survey import Survey
 from node_agent.drain.world import DrainWorld
 from node_agent.planner.model import Blocker, DomainFacts, Plan
 
-_AWAY: Final = frozenset({MoveState.MOVED, MoveState.STOPPED})
 _LEFT: Final = frozenset({MoveState.LEFT, MoveState.FAILED})
 _BLANK: Final = Plan(moves=())
 
@@ -89,7 +88,7 @@ async def plan(
         reason = await _changed(world, node, move)
         if reason:
             left.append(_left(move.domain, reason))
-        elif move.state is MoveState.STOPPED:
+        elif move.is_off:
             off.append(move.domain)
         else:
             coming[move.destination or ""].append(move.domain)
@@ -109,7 +108,7 @@ def _away(drained: Sequence[Drain]) -> list[Move]:
     found: dict[str, Move] = {}
     for drain in drained:
         for move in drain.moves:
-            if move.state in _AWAY:
+            if move.state is MoveState.MOVED or move.is_off:
                 found.setdefault(move.domain, move)
     return list(found.values())
 
@@ -141,7 +140,7 @@ async def _changed(world: DrainWorld, node: str, move: Move) -> str:
     except NotFoundError:
         return "it isn't defined any more"
     stopped = domain.state is DomainState.STOPPED
-    if move.state is MoveState.STOPPED:
+    if move.is_off:
         return "" if stopped else f"it has been started on {domain.node} meanwhile"
     if stopped:
         return "it has been stopped meanwhile"

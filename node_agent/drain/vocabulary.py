@@ -79,10 +79,11 @@ class Booted(Event, frozen=True, kw_only=True):
 
 
 class Failed(Event, frozen=True, kw_only=True):
-    """A stop or a start came to nothing."""
+    """A stop or a start came to nothing. `node`: where it was to be started."""
 
     domain: str
     error: str
+    node: str | None = None
 
 
 class Found(Event, frozen=True, kw_only=True):

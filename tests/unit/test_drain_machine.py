@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import msgspec
 
-from migrator.model import Migration, MigrationProgress, MigrationRequest, MigrationState, NodeState
+from migrator.model import (
+    MaintenancePolicy,
+    Migration,
+    MigrationProgress,
+    MigrationRequest,
+    MigrationState,
+    NodeState,
+)
 from node_agent.drain import vocabulary as v
 from node_agent.drain.machine import DrainMachine
 from node_agent.drain.resources import CancelMode, Drain, DrainState, Move, MoveState, Operation
@@ -184,3 +191,91 @@ def test_after_its_time_nothing_begins() -> None:
     over = v.Seen(domain="a", migration=migration("a", MigrationState.COMPLETED))
     assert not of(v.Begin, machine.handle(over, 11.0))
     assert machine.drain.moves[1].state is MoveState.LEFT
+
+
+def stopping() -> DrainMachine:
+    """A machine whose one domain has been powered off, to be started on n2."""
+    move = Move(domain="a", source="n1", destination="n2", policy=MaintenancePolicy.STOP)
+    machine = DrainMachine(drain(moves=(move,)))
+    machine.handle(v.Took(), 0.0)
+    commands = machine.handle(v.PoweredOff(domain="a"), 1.0)
+    assert commands == [v.Boot(domain="a", node="n2")]
+    return machine
+
+
+def test_what_was_powered_off_is_started_on_whichever_node_takes_it() -> None:
+    """It was called gone ("it doesn't run any more") where its first node didn't start it."""
+    machine = stopping()
+    refused = v.Failed(domain="a", error="not enough memory", node="n2")
+    assert v.Seek(domain="a", tried=("n2",)) in machine.handle(refused, 2.0)
+    machine.handle(v.Looked(domain="a", owner=None), 2.5)
+    states = [machine.drain.moves[0].state]
+    found = v.Found(domain="a", destination="n3", wire_bytes=0)
+    assert v.Boot(domain="a", node="n3") in machine.handle(found, 3.0)
+    machine.handle(refused, 3.5)
+    states.append(machine.drain.moves[0].state)
+    machine.handle(v.Booted(domain="a", node="n3"), 4.0)
+    states.append(machine.drain.moves[0].state)
+    assert states == [MoveState.SEEKING, MoveState.BOOTING, MoveState.MOVED], "n3 isn't n2"
+
+
+def test_what_no_node_starts_is_left_off_and_said_to_be() -> None:
+    machine = stopping()
+    machine.handle(v.CancelAsked(mode=CancelMode.LET_END), 1.5)
+    machine.handle(v.Failed(domain="a", error="not enough memory", node="n2"), 2.0)
+    assert machine.drain.moves[0].state is MoveState.SEEKING, "a cancel doesn't leave it off"
+    machine.handle(v.NoPlace(domain="a", reason="no node can take it"), 3.0)
+    (move,) = machine.drain.moves
+    assert (move.state, move.is_off) == (MoveState.FAILED, True)
+    assert move.error == (
+        "it is powered off, and was started nowhere else: not enough memory; no node can take it"
+    )
+
+
+def test_a_start_on_a_node_that_fell_silent_is_tried_elsewhere() -> None:
+    machine = stopping()
+    silent = v.Tick(unreachable=frozenset({"n2"}))
+    assert not machine.handle(silent, 2.0)
+    assert v.Seek(domain="a", tried=("n2",)) in machine.handle(silent, 12.0)
+
+
+def test_nothing_is_asked_of_a_silent_source_until_it_is_back() -> None:
+    """Each request to it would cost one of ten attempts, and they were over in ten seconds."""
+    machine = DrainMachine(drain("a", "b", parallel=1))
+    machine.handle(v.Tick(unreachable=frozenset({"n1"})), 0.0)
+    assert not of(v.Begin, machine.handle(v.Took(), 0.1))
+    assert of(v.Begin, machine.handle(v.Tick(), 20.0)), "it is back"
+    machine = DrainMachine(drain("a", "b", parallel=1))
+    machine.handle(v.Tick(unreachable=frozenset({"n1"})), 0.0)
+    machine.handle(v.Took(), 0.1)
+    machine.handle(v.Tick(unreachable=frozenset({"n1"})), 61.0)
+    assert {move.state for move in machine.drain.moves} == {MoveState.FAILED}
+
+
+def test_a_cancel_waits_for_no_hook_that_was_asked_whether_it_may_begin() -> None:
+    machine = DrainMachine(drain("a", hooked=False))
+    machine.handle(v.Took(), 0.0)
+    assert machine.waits_for(7.0) == "the hooks of node-draining, for 7 s now"
+    machine.handle(v.CancelAsked(mode=CancelMode.LET_END), 8.0)
+    assert machine.drain.state is DrainState.CANCELLED
+
+
+def test_what_is_waited_for_is_told() -> None:
+    machine = DrainMachine(drain("a", "b"))
+    machine.handle(v.Took(), 0.0)
+    moving(machine, "a")
+    assert machine.waits_for(1.0) == ""
+    machine.handle(v.Tick(unreachable=frozenset({"n2"})), 2.0)
+    assert machine.waits_for(6.0) == "n2, which is silent (given up in 6 s)"
+    machine.handle(v.Tick(), 7.0)
+    refused = v.Refused(domain="b", reason="node n2: full", elsewhere=True)
+    machine.handle(refused, 7.0)
+    assert machine.waits_for(7.0) == "another place for b"
+    machine.handle(v.CancelAsked(mode=CancelMode.LET_END), 8.0)
+    assert "`ferry drains cancel d --abort-moves` ends it" in machine.waits_for(8.0)
+    machine = DrainMachine(drain())
+    machine.handle(v.Took(), 0.0)
+    machine.handle(v.Checked(owned=(), processes=(), incoming=("c",)), 1.0)
+    assert machine.waits_for(10.0) == (
+        "n1 to be empty: on their way there: c, for at most 50 s more"
+    )

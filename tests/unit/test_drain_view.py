@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -49,7 +50,10 @@ def test_half_is_half_and_the_end_is_never_told_early() -> None:
     assert 0.9 < _done_whole(half) < 1.0, "its last page is sent, and it isn't over"
     halves = drain(move("a", MoveState.MOVED), move("b", MoveState.WAITING))
     assert _done_whole(halves) == 0.5
-    assert "1 of 2 over, 10 s gone, ~10 s left (plan: 20.0 s)" in _whole(halves)
+    told = msgspec.structs.replace(halves, left_s=10.0)
+    assert "1 of 2 over, 10 s gone, ~10 s left (plan: 20.0 s)" in _whole(told)
+    late = _whole(msgspec.structs.replace(halves, left_s=20.0))
+    assert "~20 s left (plan: 20.0 s, by its moves so far 30 s)" in late
     checking = drain(move("a", MoveState.MOVED), state=DrainState.CHECKING)
     assert "looking whether the node is empty" in _whole(checking)
     assert _done_whole(checking) < 1.0
@@ -63,9 +67,12 @@ def test_what_stays_counts_as_neither_done_nor_to_do() -> None:
         state=DrainState.CANCELLING,
     )
     assert _done_whole(cancelled) == 0.5
-    assert "2 of 3 over, 10 s gone, ~10 s left for the moves under way" in _whole(cancelled)
+    cancelled = msgspec.structs.replace(cancelled, left_s=4.0, waits_for="moves under way")
+    assert "2 of 3 over, 10 s gone, ~4 s left; no move begins any more" in _whole(cancelled)
     text = seen(cancelled)
     assert text.index("a  ") < text.index("b  "), "what moves stands first"
+    assert "waits for moves under way" in text
+    assert "`ferry drains cancel d1` stops it" in text
     assert "the drain was cancelled" in text and "no node can take it" in text
 
 
@@ -105,3 +112,33 @@ def test_a_detached_balance_names_a_way_to_cancel_it(
 def test_a_domain_that_was_left_is_not_told_to_be_off() -> None:
     left = move("a", MoveState.LEFT, source="", error="no node can take it")
     assert sentence(left) == "a: left: no node can take it"
+
+
+def test_an_empty_node_is_no_success_where_a_domain_was_started_nowhere() -> None:
+    lost = move("a", MoveState.FAILED, error="it is powered off", powered_off=True)
+    done = drain(move("b", MoveState.MOVED), lost, state=DrainState.DONE)
+    assert drain_view._exit_code(done) is ExitCode.DRAIN_PARTIAL
+    assert "a (failed): it is powered off" in outcome(done)
+    assert drain_view._exit_code(drain(state=DrainState.DONE)) is ExitCode.OK
+
+
+def test_plain_lines_tell_what_is_waited_for_once_not_each_second(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = [drain(), *(_waits(second) for second in range(3)), drain(state=DrainState.DONE)]
+
+    def play(_: Drain, saw: Callable[[Drain], None]) -> Drain:
+        for each in seen:
+            saw(each)
+        return seen[-1]
+
+    monkeypatch.setattr(drain_view, "_until_ended", play)
+    drain_view._watch_lines(seen[0])
+    told = "".join(capsys.readouterr())
+    assert told.count("waits for the hooks of node-draining") == 1
+    assert told.count("`ferry drains cancel d1` stops it") == 1
+
+
+def _waits(second: int) -> Drain:
+    waits_for = f"the hooks of node-draining, for {second} s now"
+    return msgspec.structs.replace(drain(), waits_for=waits_for)

@@ -45,7 +45,7 @@ def moved(guest: Guest, guests: Iterable[Guest]) -> None:
 def record(drain: Drain) -> None:
     """Tries are bounded, and no more moves are under way than were planned."""
     for move in drain.moves:
-        assert move.failures <= 2, move
+        assert move.failures <= 2 or move.powered_off, move
         assert move.attempts <= 10, move
     live = [
         move
@@ -55,6 +55,15 @@ def record(drain: Drain) -> None:
     ]
     by_source = Counter(move.source for move in live)
     assert all(count <= drain.parallel for count in by_source.values()), live
+
+
+def told_off(drain: Drain, off: Collection[str]) -> None:
+    """What runs nowhere now was to be off, or is told of as what couldn't be started."""
+    moves = {move.domain: move for move in drain.moves}
+    for name in off:
+        wanted = moves[name].state is MoveState.STOPPED and moves[name].destination is None
+        told = moves[name].state in (MoveState.FAILED, MoveState.LEFT) and moves[name].error
+        assert wanted or told, f"{name} is off, and nobody says so: {moves[name]}"
 
 
 def end(drain: Drain, here: Sequence[str], incoming: Collection[str], *, asked: bool) -> None:

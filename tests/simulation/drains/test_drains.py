@@ -20,6 +20,7 @@ NO_FAULTS = Faults(
     migration_fails=0,
     refused=0,
     request_lost=0,
+    boot_fails=0,
     arrives_late=0,
 )
 
@@ -63,6 +64,7 @@ def test_drains_hold_their_promises_under_faults() -> None:
         "request lost",
         "answer lost",
         "arrival",
+        "boot fails",
     ):
         assert seen[what] > 10, f"{what}: {seen}"
 

@@ -56,6 +56,7 @@ class Faults:
     migration_fails: float = 0.1
     refused: float = 0.1
     request_lost: float = 0.05
+    boot_fails: float = 0.15
     arrives_late: float = 0.2
     cancelled: float = 0.0
 
@@ -392,13 +393,17 @@ class World:
 
     def _seek(self, command: v.Seek) -> v.Event:
         guest = self.guests[command.domain]
-        if not guest.running or guest.owner != self.record.node or guest.migration is not None:
+        off = any(each.domain == command.domain and each.powered_off for each in self.record.moves)
+        here = guest.owner == self.record.node and guest.migration is None
+        if guest.running == off or not (off or here):
             return self._look(command.domain, None)
         places = {
             move.domain: move.destination
             for move in self.record.moves
             if move.destination and not move.state.ended and move.state is not MoveState.SEEKING
         }
+        if off:
+            places[command.domain] = SOURCE
         nodes, domains = self._facts(places)
         forbidden = frozenset((command.domain, node) for node in command.tried)
         plan = plan_moves(
@@ -422,8 +427,9 @@ class World:
             return v.Failed(domain=command.domain, error=f"it runs on {guest.owner}")
         if command.node in self.dead:
             return v.Unclear(domain=command.domain, reason="the node is silent")
-        if not self._admits(command.node):
-            return v.Failed(domain=command.domain, error="the node is kept free")
+        if not self._admits(command.node) or self._faulty(self.faults.boot_fails):
+            self.seen["boot fails"] += 1
+            return v.Failed(domain=command.domain, error="it doesn't start", node=command.node)
         guest.owner, guest.running = command.node, True
         guest.moves += 1
         checkers.moved(guest, self.guests.values())
@@ -439,6 +445,8 @@ class World:
         return v.Checked(owned=here, processes=here, incoming=incoming, boot_id="boot")
 
     def _check_end(self) -> None:
+        off = [name for name, guest in self.guests.items() if not guest.running]
+        checkers.told_off(self.record, off)
         if self.operation is not Operation.DRAIN:
             assert self.cordon is NodeState.READY or self.coordinator is None
             return
