@@ -17,19 +17,19 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Final
 
 import msgspec
 
 from migrator.errors import ConflictError, FerryError, PeerError, RefusedError, StoreError
 from migrator.model import DomainName, NodeName, NodeState, OnTimeout
-from node_agent.drain import outlook
+from node_agent.drain import neighbours, outlook
 from node_agent.drain import vocabulary as v
 from node_agent.drain.hooks import NodeHooks
 from node_agent.drain.machine import DrainMachine
 from node_agent.drain.records import DrainRecords, LostError
-from node_agent.drain.resources import CancelMode, Drain, MoveState
+from node_agent.drain.resources import CancelMode, Drain
 from node_agent.drain.world import DrainWorld
 from node_agent.events import EventKind, EventLog
 from node_agent.hooks.model import HookPoint
@@ -61,9 +61,11 @@ class Coordinator:
         events: EventLog,
         hooks: NodeHooks,
         settle: Callable[[Drain, NodeState], Awaitable[None]],
+        drains: Callable[[], Iterable[Drain]] = tuple,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`settle` sets the cordon of the drain's node."""
+        """`settle` sets the cordon of the drain's node. `drains`: all, as last heard of."""
+        self._drains = drains
         self._machine = DrainMachine(entry.value)
         self._revision = entry.revision
         self._records = records
@@ -135,7 +137,8 @@ class Coordinator:
             unreachable: frozenset[str] = frozenset()
             with contextlib.suppress(FerryError):
                 unreachable = await self._world.unreachable()
-            self._hear(v.Tick(unreachable=unreachable))
+            others = neighbours.under_way(self._drains(), self.drain.id)
+            self._hear(v.Tick(unreachable=unreachable, others=others))
             await asyncio.sleep(TICK_S)
 
     # --- the record --------------------------------------------------------------------------
@@ -281,11 +284,8 @@ class Coordinator:
         if owner != (None if off else drain.node):
             self._hear(v.Looked(domain=domain, owner=owner))
             return
-        places = {
-            move.domain: move.destination
-            for move in drain.moves
-            if move.destination and not move.state.ended and move.state is not MoveState.SEEKING
-        }
+        others = [each for each in self._drains() if each.id != drain.id]
+        places = neighbours.promised((*others, drain), (domain,))
         if off:
             places[domain] = drain.node  # Else it wouldn't count as one that needs a place.
         survey = await self._world.survey(

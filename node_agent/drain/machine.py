@@ -60,6 +60,7 @@ class DrainMachine(MoveCourse):
             case v.Took():
                 self._took(now)
             case v.Tick():
+                self._moves.others = event.others
                 self._watch_destinations(event.unreachable, now)
             case v.HookDone():
                 self._hook_done(event, now)

@@ -29,6 +29,8 @@ class Moves:
         self._phases: dict[str, MigrationState] = {}
         self._senders: dict[str, None] = {}
         """In the order in which they began to send."""
+        self.others: tuple[Move, ...] = ()
+        """Live moves that other drains make now."""
 
     def all(self) -> tuple[Move, ...]:
         return tuple(self._moves.values())
@@ -100,10 +102,13 @@ class Moves:
             lives = [move for move in here if move.policy is MaintenancePolicy.LIVE]
             if not lives or leaving[source] >= parallel:
                 continue
-            found = _pick(lives, Counter(move.destination or "" for move in live), lanes)
+            found = _pick(lives, self._arriving(live), lanes)
             if found is not None:
                 return lives[found]
         return None
+
+    def _arriving(self, live: list[Move]) -> Counter[str]:
+        return Counter(move.destination or "" for move in (*live, *self.others))
 
     # --- shares ------------------------------------------------------------------------------
 
@@ -132,11 +137,12 @@ class Moves:
         return found
 
     def _rates(self, moves: list[Move], links: Mapping[str, float]) -> dict[str, int]:
-        routes = [(move.source, move.destination or "") for move in moves]
+        theirs = [move for move in self.others if move.remaining_bytes is not None]
+        routes = [(move.source, move.destination or "") for move in (*moves, *theirs)]
         rates = share_links(routes, dict(links), dict(links), ENGINE_BYTES_PER_S)
         return {
             move.domain: max(int(rate), BANDWIDTH_MIN)
-            for move, rate in zip(moves, rates, strict=True)
+            for move, rate in zip(moves, rates, strict=False)  # Theirs come last.
         }
 
     def _sends(self, move: Move) -> bool:

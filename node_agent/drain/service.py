@@ -23,7 +23,7 @@ from migrator.errors import (
     StoreError,
 )
 from migrator.model import NodeName, NodeState
-from node_agent.drain import experience, undrain
+from node_agent.drain import experience, neighbours, undrain
 from node_agent.drain.balancing import moves_of_balance, plan_balance, shown_balance
 from node_agent.drain.coordinator import Coordinator
 from node_agent.drain.cordons import Cordon, Cordons
@@ -193,6 +193,7 @@ class DrainService:
                 drained,
                 SAMPLE_S,
                 overhead_s=await self._experience(),
+                others=await self._records.list_drains(),
             )
             drain = self._made(name, Operation.UNDRAIN, node, survey, plan, None)
             drain = undrain.complete(drain, drained, left)
@@ -212,7 +213,13 @@ class DrainService:
         await self._must_exist(node)
         drained = await self._to_undo(node)
         survey, plan, left = await undrain.plan(
-            self.world, node, drained, 0.0, overhead_s=await self._experience(), ask=False
+            self.world,
+            node,
+            drained,
+            0.0,
+            overhead_s=await self._experience(),
+            others=await self._records.list_drains(),
+            ask=False,
         )
         return _shown_plan(node, survey, plan, left)
 
@@ -287,7 +294,10 @@ class DrainService:
         if unknown:
             raise NotFoundError(f"exclude: no domain {', '.join(unknown)} runs on node {node}")
         leaving = [name for name in owned if name not in request.exclude]
-        survey = await self.world.survey({node: leaving}, sample_s=sample_s, closed=(node,))
+        places = neighbours.promised(await self._records.list_drains(), leaving)
+        survey = await self.world.survey(
+            {node: leaving}, sample_s=sample_s, closed=(node,), places=places
+        )
         domains = with_policy(survey.domains, node, request.policy)
         survey = survey.experienced(await self._experience())
         survey = msgspec.structs.replace(survey, domains=domains)
@@ -373,6 +383,7 @@ class DrainService:
             events=self.events,
             hooks=self._hooks,
             settle=self.settle,
+            drains=self._watch.drains,
             clock=self._clock,
         )
         self._coordinators[entry.value.id] = coordinator

@@ -15,6 +15,7 @@ import msgspec
 
 from migrator.errors import NotFoundError
 from migrator.model import DomainName, DomainState, MaintenancePolicy
+from node_agent.drain.neighbours import promised
 from node_agent.drain.resources import (
     Drain,
     DrainState,
@@ -73,12 +74,13 @@ async def plan(
     sample_s: float,
     *,
     overhead_s: float | None = None,
+    others: Sequence[Drain] = (),
     ask: bool = True,
 ) -> tuple[Survey, Plan, tuple[PlanBlocker, ...]]:
     """The moves back to `node` of what `drained`, newest first, took away.
 
-    `overhead_s`: what earlier drains have shown. `ask`: whether the node is asked about each, which
-    it refuses while it is kept free.
+    `overhead_s`: what earlier drains have shown. `others`: drains that may be under way.
+    `ask`: whether the node is asked about each, which it refuses while it is kept free.
     """
     away = _away(drained)
     left: list[PlanBlocker] = []
@@ -92,7 +94,9 @@ async def plan(
             off.append(move.domain)
         else:
             coming[move.destination or ""].append(move.domain)
-    survey = (await world.survey(coming, sample_s=sample_s)).experienced(overhead_s)
+    places = promised(others, {move.domain for move in away})
+    survey = await world.survey(coming, sample_s=sample_s, places=places)
+    survey = survey.experienced(overhead_s)
     survey = _as_it_left(survey, away, off, node, await _stopped(world, off, node))
     names = [name for each in coming.values() for name in each] + off
     if not names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from migrator.model import Migration, NodeState
 from migrator.ports import Struct
-from node_agent.drain.resources import CancelMode
+from node_agent.drain.resources import CancelMode, Move
 from node_agent.hooks.model import HookPoint
 
 # --- events --------------------------------------------------------------------------------------
@@ -22,6 +22,8 @@ class Tick(Event, frozen=True, kw_only=True):
     """Time has passed. `unreachable`: the nodes that are silent now."""
 
     unreachable: frozenset[str] = frozenset()
+    others: tuple[Move, ...] = ()
+    """Live moves that other drains make now, over the same links."""
 
 
 class HookDone(Event, frozen=True, kw_only=True):

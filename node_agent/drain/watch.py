@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from migrator.errors import ConflictError, FerryError
@@ -73,6 +73,10 @@ class DrainWatch:
             asyncio.create_task(self._follow(), name="drains-follow"),
             asyncio.create_task(self._watch(), name="drains-watch"),
         ]
+
+    def drains(self) -> Sequence[Drain]:
+        """As they were last heard of."""
+        return [known.drain for known in self._known.values()]
 
     async def close(self) -> None:
         for task in self._tasks:

@@ -279,3 +279,20 @@ def test_what_is_waited_for_is_told() -> None:
     assert machine.waits_for(10.0) == (
         "n1 to be empty: on their way there: c, for at most 50 s more"
     )
+
+
+def test_moves_of_another_drain_to_the_same_node_share_its_link_and_its_lanes() -> None:
+    """Two nodes that were drained at once each sent at the whole speed of n2's link."""
+    machine = DrainMachine(drain("a", "b", parallel=1, lanes={"n2": 2}))
+    machine.handle(v.Took(), 0.0)
+    moving(machine, "a")
+    assert machine.drain.moves[0].bandwidth_bytes_per_s == 100_000_000
+    theirs = Move(
+        domain="z", source="n3", destination="n2", state=MoveState.MOVING, remaining_bytes=1
+    )
+    machine.handle(v.Tick(others=(theirs,)), 1.0)
+    assert machine.drain.moves[0].bandwidth_bytes_per_s == 50_000_000
+    over = v.Seen(domain="a", migration=migration("a", MigrationState.COMPLETED))
+    machine.handle(v.Tick(others=(theirs, theirs)), 2.0)
+    assert not of(v.Begin, machine.handle(over, 3.0)), "n2 has no core left for another one"
+    assert of(v.Begin, machine.handle(v.Tick(), 4.0))

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from migrator.model import NodeName, NodeState
 from node_agent.cli.drain_text import balance_text, plan_text
-from node_agent.drain.resources import BalancePlan, DrainPlan, DrainRequest, NodeLeftOut
+from node_agent.drain.neighbours import promised, under_way
+from node_agent.drain.records import DrainRecords
+from node_agent.drain.resources import (
+    BalancePlan,
+    Drain,
+    DrainPlan,
+    DrainRequest,
+    DrainState,
+    Move,
+    MoveState,
+    NodeLeftOut,
+    Operation,
+)
 from node_agent.drain.service import DrainService
 from node_agent.drain.survey import Survey, make_survey
 from node_agent.nodes import NodeView
@@ -42,7 +54,15 @@ class Nodes:
     async def owned_by(self, _node: str) -> tuple[str, ...]:
         return ()
 
-    async def survey(self, _: object, *, sample_s: float, closed: Collection[str]) -> Survey:
+    async def survey(
+        self,
+        _: object,
+        *,
+        sample_s: float,
+        closed: Collection[str],
+        places: Mapping[str, str],
+    ) -> Survey:
+        self.places = places
         return make_survey(await self.views(), (), {}, closed=closed)
 
     async def plan(self, survey: Survey, leaving: Collection[str], options: PlanOptions) -> Plan:
@@ -55,17 +75,43 @@ LEFT_OUT = (
 )
 
 
-async def test_a_dry_run_names_the_nodes_that_it_left_out() -> None:
+async def service_of(world: Nodes) -> tuple[DrainService, TypedStore]:
     store = SimulatedStore(SimulatedData())
     await store.open()
     rest: Any = None
+    typed = TypedStore(store)
     service = DrainService(
-        NodeName("n2"),
-        store=TypedStore(store),
-        world=cast(Any, Nodes()),
-        hub=rest,
-        events=rest,
+        NodeName("n2"), store=typed, world=cast(Any, world), hub=rest, events=rest
     )
+    return service, typed
+
+
+async def test_what_another_drain_has_given_away_is_no_place() -> None:
+    """Two drains at once, and room for one: the second one was begun, and failed on its way."""
+    service, store = await service_of(world := Nodes())
+    moves = (
+        Move(domain="a", source="n4", destination="n2"),
+        Move(domain="b", source="n4", destination="n2", state=MoveState.SEEKING),
+        Move(domain="c", source="n4", destination="n2", state=MoveState.MOVED),
+    )
+    other = Drain(
+        id="d",
+        operation=Operation.DRAIN,
+        node="n4",
+        state=DrainState.RUNNING,
+        created_at_s=1.0,
+        started_at_s=1.0,
+        moves=moves,
+    )
+    await DrainRecords(store).add(other)
+    await service.plan(NodeName("n1"), DrainRequest())
+    assert world.places == {"a": "n2"}
+    assert promised([other], besides=["a"]) == {}
+    assert [each.domain for each in under_way([other], "d")] == []
+
+
+async def test_a_dry_run_names_the_nodes_that_it_left_out() -> None:
+    service, _ = await service_of(Nodes())
     plan = await service.plan(NodeName("n1"), DrainRequest())
     assert plan.left_out == LEFT_OUT, "the node itself needn't be named"
 
