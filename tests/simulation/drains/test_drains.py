@@ -11,7 +11,8 @@ import pytest
 from node_agent.drain import vocabulary as v
 from node_agent.drain.machine import DrainMachine
 from node_agent.drain.resources import Drain, DrainState, MoveState, Operation
-from tests.simulation.drains.world import Faults, World
+from tests.simulation.drains.faults import Faults
+from tests.simulation.drains.world import World
 
 SEEDS = 250
 NO_FAULTS = Faults(

@@ -40,25 +40,12 @@ from node_agent.planner.model import DomainFacts, NodeFacts, PlanOptions
 from node_agent.planner.plan import plan_moves
 from tests.simulation.drains import checkers
 from tests.simulation.drains.checkers import SOURCE, Guest
+from tests.simulation.drains.faults import Faults
 
 MIB = 2**20
 HORIZON_S = 4000.0
 """Far beyond what any drain with healed faults needs."""
 FAULTS_UNTIL_S = 60.0
-
-
-@dataclass(slots=True)
-class Faults:
-    """How likely each is, per occasion."""
-
-    coordinator_dies: float = 0.02
-    node_dies: float = 0.01
-    migration_fails: float = 0.1
-    refused: float = 0.1
-    request_lost: float = 0.05
-    boot_fails: float = 0.15
-    arrives_late: float = 0.2
-    cancelled: float = 0.0
 
 
 @dataclass(slots=True)
