@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+import msgspec
+
 from migrator.errors import ConflictError
 from migrator.model import NodeName, NodeState, Value
 from node_agent.state.typed import TypedStore
@@ -26,6 +28,11 @@ class Cordon(Value, frozen=True, kw_only=True):
     drain: str | None = None
     """The drain, or the undrain, that set it; None: an operator did."""
     since_s: float
+    planned_by: str = ""
+    """The agent that plans its drain, which has no record until then."""
+    before: NodeState = NodeState.READY
+    """What it is again if that agent dies at it."""
+    drain_before: str | None = None
 
 
 async def read_cordons(store: TypedStore) -> Mapping[NodeName, Cordon]:
@@ -40,10 +47,15 @@ class Cordons:
     def __init__(self, store: TypedStore) -> None:
         self._store = store
 
+    async def read(self, node: NodeName) -> Cordon | None:
+        """None: the node is open."""
+        entry = await self._store.get(f"{CORDONS}{node}", Cordon)
+        return None if entry is None else entry.value
+
     async def state(self, node: NodeName) -> NodeState:
         """READY if there is no record."""
-        entry = await self._store.get(f"{CORDONS}{node}", Cordon)
-        return NodeState.READY if entry is None else entry.value.state
+        cordon = await self.read(node)
+        return NodeState.READY if cordon is None else cordon.state
 
     async def change(self, new: Cordon, allowed: frozenset[NodeState]) -> Cordon | None:
         """Set it, and return what was before. ConflictError: its state is none of `allowed`."""
@@ -52,13 +64,21 @@ class Cordons:
             entry = await self._store.get(key, Cordon)
             state = NodeState.READY if entry is None else entry.value.state
             if state not in allowed:
-                because = f" (drain {entry.value.drain})" if entry and entry.value.drain else ""
+                because = "" if entry is None else _because(entry.value)
                 right = ", ".join(sorted(allowed))
                 raise ConflictError(f"node {new.node} is {state}{because}; it must be {right}")
             revision = None if entry is None else entry.revision
+            if new.planned_by and entry is not None:
+                new = msgspec.structs.replace(new, before=state, drain_before=entry.value.drain)
             if new.state is NodeState.READY:
                 if entry is None or await self._store.delete_if(key, entry.revision):
                     return None if entry is None else entry.value
             elif await self._store.put_if(key, new, revision) is not None:
                 return None if entry is None else entry.value
         raise ConflictError(f"the cordon of node {new.node} keeps changing; it was left as it is")
+
+
+def _because(cordon: Cordon) -> str:
+    if cordon.drain is None:
+        return ""
+    return f" (drain {cordon.drain}{f', by {cordon.planned_by}' if cordon.planned_by else ''})"

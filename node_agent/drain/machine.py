@@ -97,7 +97,10 @@ class DrainMachine(MoveCourse):
     # --- the beginning, and after a crash ----------------------------------------------------
 
     def _took(self, now: float) -> None:
-        if self._base.operation is Operation.DRAIN and not self._base.hooked:
+        drain = self._base.operation is Operation.DRAIN
+        if drain and self._base.state is not DrainState.CANCELLING:
+            self._out.append(v.SetCordon(state=NodeState.DRAINING))
+        if drain and not self._base.hooked:
             self._hook(HookPoint.NODE_DRAINING, now)
         for move in self._moves.all():
             if move.state.active:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -40,7 +40,7 @@ from node_agent.drain.resources import (
     PlanBlocker,
     UndrainRequest,
 )
-from node_agent.drain.survey import Survey, moves_of, shown, with_policy
+from node_agent.drain.survey import Survey, moves_of, shown_plan, with_policy
 from node_agent.drain.watch import LOOK_S, SILENT_S, DrainWatch
 from node_agent.drain.world import DrainWorld
 from node_agent.events import EventKind, EventLog
@@ -60,6 +60,7 @@ _FROM_OUTSIDE: Final = (
     "elsewhere"
 )
 _EXCLUDED: Final = "it is excluded; the node isn't called drained while it is there"
+_PASSING: Final = frozenset({NodeState.DRAINING, NodeState.RESTORING})
 _RESTORABLE: Final = frozenset({NodeState.READY, NodeState.CORDONED, NodeState.DRAINED})
 
 
@@ -92,6 +93,7 @@ class DrainService:
         self._cordons = Cordons(store)
         self._records = DrainRecords(store)
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._planning: set[str] = set()
         self._coordinators: dict[str, Coordinator] = {}
         self._watch = DrainWatch(self, store, self._records, monotonic, silent_s, look_s)
 
@@ -140,7 +142,7 @@ class DrainService:
             PlanBlocker(domain=each, reason=_EXCLUDED, remedy="")
             for each in sorted(set(request.exclude))
         ]
-        shown = _shown_plan(node, survey, plan, left)
+        shown = shown_plan(node, survey, plan, left)
         return msgspec.structs.replace(shown, left_out=survey.left_out(node))
 
     async def drain(self, node: NodeName, request: DrainRequest) -> Drain:
@@ -148,8 +150,11 @@ class DrainService:
         was changed."""
         await self._must_speak(node)
         await self._refuse_second(node)
-        name = secrets.token_hex(6)
-        before = await self.set_cordon(node, NodeState.DRAINING, name, _DRAINABLE)
+        with self._planned() as name:
+            return await self._drain(node, request, name)
+
+    async def _drain(self, node: NodeName, request: DrainRequest, name: str) -> Drain:
+        before = await self._claim(node, NodeState.DRAINING, name, _DRAINABLE)
         cordoned_by = None if before is None else before.drain
         try:
             survey, plan = await self._plan(node, request, SAMPLE_S)
@@ -169,9 +174,7 @@ class DrainService:
             entry = await self._records.add(drain)
         except BaseException:
             state = NodeState.READY if before is None else before.state
-            await asyncio.shield(
-                self.set_cordon(node, state, cordoned_by, frozenset({NodeState.DRAINING}))
-            )
+            await asyncio.shield(self.set_cordon(node, state, cordoned_by, _PASSING))
             raise
         self.begin(entry)
         return entry.value
@@ -184,8 +187,11 @@ class DrainService:
             await self._must_exist(node)
         await self._refuse_second(node)
         drained = await self._to_undo(node) if request.restore else ()
-        name = secrets.token_hex(6)
-        before = await self.set_cordon(node, NodeState.RESTORING, name, _RESTORABLE)
+        with self._planned() as name:
+            return await self._undrain(node, drained, name)
+
+    async def _undrain(self, node: NodeName, drained: Sequence[Drain], name: str) -> Drain:
+        before = await self._claim(node, NodeState.RESTORING, name, _RESTORABLE)
         try:
             survey, plan, left = await undrain.plan(
                 self.world,
@@ -201,9 +207,8 @@ class DrainService:
             for each in drained:
                 await self._records.mark_restored(each.id, name)
         except BaseException:
-            allowed = frozenset({NodeState.RESTORING})
             state, by = (NodeState.READY, None) if before is None else (before.state, before.drain)
-            await asyncio.shield(self.set_cordon(node, state, by, allowed))
+            await asyncio.shield(self.set_cordon(node, state, by, _PASSING))
             raise
         self.begin(entry)
         return entry.value
@@ -221,7 +226,7 @@ class DrainService:
             others=await self._records.list_drains(),
             ask=False,
         )
-        return _shown_plan(node, survey, plan, left)
+        return shown_plan(node, survey, plan, left)
 
     # --- balancing ---------------------------------------------------------------------------
 
@@ -272,7 +277,14 @@ class DrainService:
         for drain in await self._records.list_drains():
             if drain.node == node and not drain.ended:
                 return await self.cancel(drain.id, mode, by)
-        raise ConflictError(f"no drain or undrain of node {node} is under way; nothing was changed")
+        why = f"no drain or undrain of node {node} is under way"
+        cordon = await self._cordons.read(node)
+        if cordon is not None and cordon.planned_by and cordon.state in _PASSING:
+            why = (
+                f"drain {cordon.drain} of node {node} is still being planned by "
+                f"{cordon.planned_by}; if that has died, the node is {cordon.before} again soon"
+            )
+        raise ConflictError(f"{why}; nothing was changed")
 
     async def get(self, id: str) -> Drain:
         """As its coordinator sees it, if that is this agent; else as it was saved last."""
@@ -362,6 +374,29 @@ class DrainService:
                     f"(`ferry drains watch {drain.id}`), or `ferry drain {node} --cancel`"
                 )
 
+    @contextlib.contextmanager
+    def _planned(self) -> Iterator[str]:
+        """The name of a new drain, which this agent is known to be planning meanwhile."""
+        name = secrets.token_hex(6)
+        self._planning.add(name)
+        try:
+            yield name
+        finally:
+            self._planning.discard(name)
+
+    async def _claim(
+        self, node: NodeName, state: NodeState, name: str, allowed: frozenset[NodeState]
+    ) -> Cordon | None:
+        """Keep the node free for a drain that is going to be planned. As `set_cordon`."""
+        cordon = Cordon(
+            node=node, state=state, drain=name, since_s=self._clock(), planned_by=self.node
+        )
+        return await self._cordons.change(cordon, allowed)
+
+    def plans(self, name: str) -> bool:
+        """Whether this agent is at that drain, planned or under way."""
+        return name in self._planning or name in self._running
+
     def coordinates(self, name: str) -> bool:
         """Whether this agent coordinates that drain."""
         return name in self._running
@@ -399,25 +434,8 @@ class DrainService:
             self._coordinators.pop(entry.value.id, None)
 
     async def settle(self, drain: Drain, state: NodeState) -> None:
-        """The cordon after a drain's end, unless an operator has changed it meanwhile."""
-        allowed = frozenset({NodeState.DRAINING, NodeState.RESTORING})
+        """The cordon after a drain's end, unless an operator has changed it meanwhile; and of one
+        that goes on, which its planner may have taken back as it didn't hear of the record."""
+        allowed = _DRAINABLE if state is NodeState.DRAINING else _PASSING
         with contextlib.suppress(ConflictError):
             await self.set_cordon(drain.node, state, drain.id, allowed)
-
-
-def _shown_plan(
-    node: str, survey: Survey, plan: Plan, left: Sequence[PlanBlocker] = ()
-) -> DrainPlan:
-    return DrainPlan(
-        node=node,
-        moves=tuple(shown(move) for move in plan.moves),
-        blockers=tuple(
-            PlanBlocker(domain=each.domain, reason=each.reason, remedy=each.remedy)
-            for each in plan.blockers
-        ),
-        left=tuple(left),
-        parallel=plan.parallel,
-        planned_s=plan.makespan_s,
-        lower_bound_s=plan.lower_bound_s,
-        link=survey.link,
-    )

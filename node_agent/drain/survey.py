@@ -10,7 +10,14 @@ import msgspec
 from migrator.model import DomainState, MaintenancePolicy, NodeInfo, NodeState
 from migrator.ports import Struct
 from node_agent.drain.figures import DomainFigures, NodeFigures
-from node_agent.drain.resources import DrainPolicy, Move, NodeLeftOut, PlanMove
+from node_agent.drain.resources import (
+    DrainPlan,
+    DrainPolicy,
+    Move,
+    NodeLeftOut,
+    PlanBlocker,
+    PlanMove,
+)
 from node_agent.nodes import NodeView
 from node_agent.planner.model import (
     DEFAULT_LINK_BYTES_PER_S,
@@ -250,4 +257,23 @@ def shown(move: PlannedMove) -> PlanMove:
         bandwidth_bytes_per_s=move.wire_bytes / sending_s if sending_s else 0.0,
         start_s=move.start_s,
         seconds=move.seconds,
+    )
+
+
+def shown_plan(
+    node: str, survey: Survey, plan: Plan, left: Sequence[PlanBlocker] = ()
+) -> DrainPlan:
+    """A plan, as a dry run tells of it. `left`: what it leaves on purpose."""
+    return DrainPlan(
+        node=node,
+        moves=tuple(shown(move) for move in plan.moves),
+        blockers=tuple(
+            PlanBlocker(domain=each.domain, reason=each.reason, remedy=each.remedy)
+            for each in plan.blockers
+        ),
+        left=tuple(left),
+        parallel=plan.parallel,
+        planned_s=plan.makespan_s,
+        lower_bound_s=plan.lower_bound_s,
+        link=survey.link,
     )

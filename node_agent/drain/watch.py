@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from migrator.errors import ConflictError, FerryError
 from migrator.model import NodeName, NodeState
 from migrator.ports import Struct
-from node_agent.drain.cordons import read_cordons
+from node_agent.drain.cordons import Cordon, read_cordons
 from node_agent.drain.records import DrainRecords
 from node_agent.drain.resources import DRAINS, Drain, DrainState, Operation, UndrainRequest
 from node_agent.events import EventKind
@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 SILENT_S: Final = 5.0
 LOOK_S: Final = 1.0
 ORPHAN_S: Final = 120.0
-"""A cordon whose drain was never recorded is set right after so long: a plan takes its time."""
+"""A cordon that doesn't say who plans its drain is set right after so long: a plan takes its time.
+"""
 _SETTLED: Final = {
     DrainState.DONE: NodeState.DRAINED,
     DrainState.PARTIAL: NodeState.CORDONED,
@@ -132,12 +133,8 @@ class DrainWatch:
             known = self._known.get(cordon.drain)
             passing = cordon.state in (NodeState.DRAINING, NodeState.RESTORING)
             if known is None:
-                since = self._orphans.setdefault(cordon.drain, self._monotonic())
-                if passing and self._monotonic() - since > ORPHAN_S:
-                    drained = cordon.state is NodeState.DRAINING
-                    state = NodeState.CORDONED if drained else NodeState.READY
-                    only = frozenset({cordon.state})
-                    await self._service.set_cordon(node, state, None, only)
+                if passing:
+                    await self._let_go(node, cordon)
                 continue
             self._orphans.pop(cordon.drain, None)
             drain = known.drain
@@ -147,6 +144,30 @@ class DrainWatch:
                 await self._service.settle(drain, state)
             elif cordon.state is NodeState.DRAINED and drain.reboot_hint:
                 await self._restore_rebooted(node, drain)
+
+    async def _let_go(self, node: NodeName, cordon: Cordon) -> None:
+        """Its drain has no record: it is still being planned, or who planned it has died."""
+        by, only = cordon.planned_by, frozenset({cordon.state})
+        name = cordon.drain or ""
+        since = self._orphans.setdefault(name, self._monotonic())
+        orphan_s = self._monotonic() - since
+        if not by:  # Of an agent that doesn't say so.
+            if orphan_s > ORPHAN_S:
+                drained = cordon.state is NodeState.DRAINING
+                state = NodeState.CORDONED if drained else NodeState.READY
+                await self._service.set_cordon(node, state, None, only)
+            return
+        if by == self._service.node:
+            dead = not self._service.plans(name)
+        else:
+            view = (await self._service.world.views()).get(by)
+            dead = view is None or view.state is NodeState.UNREACHABLE
+        if not dead:
+            self._orphans.pop(name, None)
+        elif orphan_s > self._silent_s:
+            await self._service.set_cordon(node, cordon.before, cordon.drain_before, only)
+            text = f"node {node} is {cordon.before} again: {by} died while it planned drain {name}"
+            self._service.events.emit(EventKind.DRAIN, text, drain=name)
 
     async def _restore_rebooted(self, node: NodeName, drain: Drain) -> None:
         """The node was drained for a reboot: has it come back from it?"""

@@ -54,6 +54,10 @@ class Heard:
         """Into the void."""
 
 
+async def left_alone(*_: object) -> None:
+    """A cordon that stays as it is."""
+
+
 async def coordinator(
     records: DrainRecords, made: Drain, clock: Callable[[], float]
 ) -> Coordinator:
@@ -64,7 +68,7 @@ async def coordinator(
         world=Nobody(),  # type: ignore[arg-type]
         events=Heard(),  # type: ignore[arg-type]
         hooks=rest,
-        settle=rest,
+        settle=left_alone,
         clock=clock,
     )
 

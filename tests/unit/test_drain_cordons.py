@@ -1,0 +1,145 @@
+"""What becomes of a cordon where the agent that planned its drain dies at it, or is in doubt."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import pytest
+
+from migrator.errors import ConflictError
+from migrator.model import NodeName, NodeState
+from node_agent.drain.cordons import CORDONS, Cordon, Cordons
+from node_agent.drain.records import DrainRecords
+from node_agent.drain.resources import CancelMode, Drain, DrainState, Move, Operation
+from node_agent.drain.service import DrainService
+from node_agent.nodes import NodeView
+from node_agent.state.memory import SimulatedData, SimulatedStore
+from node_agent.state.typed import TypedStore
+from tests.unit.heartbeats import heartbeat
+
+N1 = NodeName("n1")
+S = NodeState
+
+
+class Nodes:
+    """In the place of the drains' world. Nothing can be moved in it."""
+
+    trouble = ""
+
+    def __init__(self, **states: NodeState) -> None:
+        self._states = states
+
+    async def views(self) -> dict[str, NodeView]:
+        return {
+            name: NodeView(
+                info=heartbeat(name, memory_bytes=2**32, cpus=2), state=state, heartbeat_age_s=9.0
+            )
+            for name, state in self._states.items()
+        }
+
+    async def unreachable(self) -> frozenset[str]:
+        return frozenset(n for n, state in self._states.items() if state is S.UNREACHABLE)
+
+
+class Told:
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def emit(self, _kind: object, text: str, **_: object) -> None:
+        self.texts.append(text)
+
+
+@asynccontextmanager
+async def service_of(
+    store: TypedStore, events: Told, **states: NodeState
+) -> AsyncIterator[DrainService]:
+    """n3's."""
+    rest: Any = None
+    service = DrainService(
+        NodeName("n3"),
+        store=store,
+        world=cast(Any, Nodes(**states)),
+        hub=rest,
+        events=cast(Any, events),
+        silent_s=0.03,
+        look_s=0.01,
+    )
+    await service.open()
+    try:
+        yield service
+    finally:
+        await service.close()
+
+
+async def store_of(*cordons: Cordon) -> TypedStore:
+    store = SimulatedStore(SimulatedData())
+    await store.open()
+    typed = TypedStore(store)
+    for cordon in cordons:
+        await typed.put_if(f"{CORDONS}{cordon.node}", cordon, None)
+    return typed
+
+
+def planned(by: str, **changes: Any) -> Cordon:
+    """Of n1, whose drain has no record yet."""
+    return Cordon(node="n1", state=S.DRAINING, drain="d", since_s=1.0, planned_by=by, **changes)
+
+
+async def until(found: Callable[[], Any]) -> None:
+    async with asyncio.timeout(10):
+        while not await found():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(("by", "n2"), [("n2", S.UNREACHABLE), ("n3", S.READY), ("gone", S.READY)])
+async def test_a_node_whose_planner_died_is_what_it_was(by: str, n2: NodeState) -> None:
+    """It was kept for two minutes, in which it could be neither drained nor opened, and then
+    cordoned. n3 is this agent: it was restarted."""
+    before = planned(by, before=S.DRAINED, drain_before="earlier")
+    store, events = await store_of(before), Told()
+    async with service_of(store, events, n1=S.READY, n2=n2, n3=S.READY):
+        cordons = Cordons(store)
+
+        async def back() -> bool:
+            return await cordons.state(N1) is S.DRAINED
+
+        await until(back)
+        found = await cordons.read(N1)
+    assert found is not None and found.drain == "earlier"
+    assert events.texts == [f"node n1 is drained again: {by} died while it planned drain d"]
+
+
+async def test_who_lives_is_left_to_plan_for_as_long_as_it_takes() -> None:
+    store = await store_of(planned("n2"))
+    async with service_of(store, Told(), n1=S.READY, n2=S.READY, n3=S.READY) as service:
+        await asyncio.sleep(0.2)
+        assert await Cordons(store).state(N1) is S.DRAINING
+        with pytest.raises(ConflictError, match="still being planned by n2"):
+            await service.cancel_of(N1, CancelMode.LET_END)
+
+
+async def test_a_drain_that_is_recorded_after_all_keeps_its_node_free() -> None:
+    """Its planner heard of no answer when it wrote it down, and took the cordon back."""
+    store = await store_of()
+    drain = Drain(
+        id="d",
+        operation=Operation.DRAIN,
+        node="n1",
+        state=DrainState.RUNNING,
+        created_at_s=1.0,
+        started_at_s=1.0,
+        hooked=True,
+        coordinator="n2",
+        moves=(Move(domain="web", source="n1", destination="n2"),),
+    )
+    await DrainRecords(store).add(drain)
+    async with service_of(store, Told(), n1=S.UNREACHABLE, n2=S.READY, n3=S.READY):
+        cordons = Cordons(store)
+
+        async def kept() -> bool:
+            return await cordons.state(N1) is S.DRAINING
+
+        await until(kept)
