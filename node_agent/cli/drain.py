@@ -62,8 +62,14 @@ def drain(
         typer.Option(min=1, max=64, help="Moves at once; by default what the links need."),
     ] = None,
     timeout_s: Annotated[
-        float, typer.Option("--timeout", min=1, help="Seconds after which no move begins any more.")
-    ] = 3600.0,
+        float | None,
+        typer.Option(
+            "--timeout",
+            min=1,
+            help="Seconds after which no move begins any more. [default: an hour, or twice the "
+            "plan]",
+        ),
+    ] = None,
     policy: Annotated[
         DrainPolicy,
         typer.Option(help="Each as its own policy says (auto), all live, or all stopped."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -58,6 +59,12 @@ def plan_text(plan: DrainPlan, operation: Operation = Operation.DRAIN) -> str:
             for each in plan.blockers
         ]
         parts.append("\n".join(["BLOCKED: these domains can't leave:", *lines]))
+    late = [each.domain for each in plan.moves if each.start_s > (plan.timeout_s or math.inf)]
+    if late:
+        parts.append(
+            f"TOO LONG: after --timeout {plan.timeout_s:g} s no move begins any more; by this plan "
+            f"{', '.join(late)} would be left"
+        )
     parts += _left_out(plan.left_out)
     return "\n\n".join(parts)
 

@@ -46,6 +46,9 @@ LOOK_S: Final = 5.0
 RETRY_S: Final = 1.0
 STOP_S: Final = 60.0
 HOOK_S: Final = 3600.0
+MOVE_S: Final = 600.0
+MOVE_S_MIN: Final = 30.0
+MOVE_S_MAX: Final = 86_400.0
 _EVENTS_MAX: Final = 10_000
 
 
@@ -224,10 +227,12 @@ class Coordinator:
             log.warning("the cordon of %s was not set: %s", self.drain.node, error)
 
     async def _begin(self, command: v.Begin) -> None:
-        left_s = self.drain.started_at_s + self.drain.timeout_s - self.now_s
+        drain = self.drain
+        left_s = drain.started_at_s + drain.timeout_s - self.now_s
+        planned_s = next(m.planned_s for m in drain.moves if m.domain == command.domain)
         body = MigrationCreate(
             destination=command.destination,
-            timeout_s=min(600.0, max(left_s, 30.0)),
+            timeout_s=_time_of_move(planned_s, left_s),
             on_timeout=OnTimeout.CANCEL,
             bandwidth_bytes_per_s=command.bandwidth_bytes_per_s,
         )
@@ -370,3 +375,11 @@ class Coordinator:
         except TimeoutError:
             error = f"no answer within {HOOK_S:g} s"
         self._hear(v.HookDone(point=point, error=error))
+
+
+def _time_of_move(planned_s: float, left_s: float) -> float:
+    """After which a migration doesn't wait for convergence any more, and goes on by post-copy.
+
+    `left_s`: of the drain. A large guest has its time all the same: three times what is planned.
+    """
+    return min(max(min(MOVE_S, left_s), MOVE_S_MIN, 3.0 * planned_s), MOVE_S_MAX)

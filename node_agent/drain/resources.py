@@ -14,6 +14,8 @@ from migrator.model import MaintenancePolicy, Name, Value
 
 DRAINS: Final = "drains/"
 HISTORY_MAX: Final = 500
+TIMEOUT_S: Final = 3600.0
+"""By default, where a plan isn't long."""
 
 
 class DrainPolicy(enum.StrEnum):
@@ -184,7 +186,7 @@ class Drain(Value, frozen=True, kw_only=True):
     """What it waits for now beside its moves, in words; "": nothing."""
     overhead_s: float = 0.0
     """What its plan assumed a move to take beside its transfer; 0: not known."""
-    timeout_s: float = 3600.0
+    timeout_s: float = TIMEOUT_S
     """After it no move begins any more."""
     exclude: tuple[str, ...] = ()
     """Domains that stay there."""
@@ -217,8 +219,8 @@ class DrainRequest(Value, frozen=True, kw_only=True):
 
     parallel: Annotated[int, msgspec.Meta(ge=1, le=64)] | None = None
     """Moves at once; by default as many as the links need."""
-    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=604_800)] = 3600.0
-    """After it no move begins any more."""
+    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=604_800)] | None = None
+    """After it no move begins any more; by default an hour, or twice what is planned."""
     policy: DrainPolicy = DrainPolicy.AUTO
     exclude: tuple[Name, ...] = ()
     """Domains that stay there; the node isn't empty then."""
@@ -231,6 +233,11 @@ class UndrainRequest(Value, frozen=True, kw_only=True):
 
     restore: bool = True
     """Whether the domains that the drain took away are brought back."""
+
+
+def timeout_of(planned_s: float, asked_s: float | None = None) -> float:
+    """A long plan isn't cut off by a default that nobody chose."""
+    return max(TIMEOUT_S, 2.0 * planned_s) if asked_s is None else asked_s
 
 
 class PlanMove(Value, frozen=True, kw_only=True):
@@ -278,6 +285,8 @@ class DrainPlan(Value, frozen=True, kw_only=True):
     lower_bound_s: float = 0.0
     link: str = ""
     """How fast the node's link is, and how that is known."""
+    timeout_s: float | None = None
+    """What begins later is left."""
 
 
 class BalancePlan(Value, frozen=True, kw_only=True):

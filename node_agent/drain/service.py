@@ -39,6 +39,7 @@ from node_agent.drain.resources import (
     Operation,
     PlanBlocker,
     UndrainRequest,
+    timeout_of,
 )
 from node_agent.drain.survey import Survey, moves_of, shown_plan, with_policy
 from node_agent.drain.watch import LOOK_S, SILENT_S, DrainWatch
@@ -143,7 +144,8 @@ class DrainService:
             for each in sorted(set(request.exclude))
         ]
         shown = shown_plan(node, survey, plan, left)
-        return msgspec.structs.replace(shown, left_out=survey.left_out(node))
+        timeout_s = timeout_of(plan.makespan_s, request.timeout_s)
+        return msgspec.structs.replace(shown, left_out=survey.left_out(node), timeout_s=timeout_s)
 
     async def drain(self, node: NodeName, request: DrainRequest) -> Drain:
         """Cordon the node and begin to empty it. RefusedError names every blocker: then nothing
@@ -243,7 +245,7 @@ class DrainService:
                 f"{busy[0].operation} {busy[0].id} is under way; nothing was evened out"
             )
         survey, found = await plan_balance(self.world, self._hub, self._clock)
-        now = self._clock()
+        now, planned_s = self._clock(), sum(each.cost_s for each in found.moves)
         drain = Drain(
             id=secrets.token_hex(6),
             operation=Operation.BALANCE,
@@ -256,7 +258,8 @@ class DrainService:
             term=1,
             moves=moves_of_balance(found),
             links=survey.shares(PlanOptions()),
-            planned_s=sum(each.cost_s for each in found.moves),
+            planned_s=planned_s,
+            timeout_s=timeout_of(planned_s),
         )
         self.begin(await self._records.add(drain))
         return drain
@@ -348,7 +351,7 @@ class DrainService:
             planned_s=plan.makespan_s,
             lower_bound_s=plan.lower_bound_s,
             overhead_s=options.setup_s + options.finish_s + options.late_s,
-            timeout_s=request.timeout_s,
+            timeout_s=timeout_of(plan.makespan_s, request.timeout_s),
             exclude=request.exclude,
             reboot_hint=request.reboot_hint,
         )

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, cast
 
-from migrator.model import NodeName, NodeState
+import msgspec
+
+from migrator.model import MaintenancePolicy, NodeName, NodeState
 from node_agent.cli.drain_text import balance_text, plan_text
+from node_agent.drain.coordinator import _time_of_move
 from node_agent.drain.neighbours import promised, under_way
 from node_agent.drain.records import DrainRecords
 from node_agent.drain.resources import (
@@ -19,6 +22,8 @@ from node_agent.drain.resources import (
     MoveState,
     NodeLeftOut,
     Operation,
+    PlanMove,
+    timeout_of,
 )
 from node_agent.drain.service import DrainService
 from node_agent.drain.survey import Survey, make_survey
@@ -130,3 +135,34 @@ def test_the_left_out_nodes_are_printed() -> None:
     assert "  and 10 more (`ferry node ls`)" in plan_text(
         DrainPlan(node="x", moves=(), left_out=many)
     )
+
+
+async def test_a_long_plan_is_cut_off_by_nothing_that_nobody_chose() -> None:
+    """20 guests of 60 GB: ten minutes each, in more than three hours."""
+    assert timeout_of(12_000.0) == 24_000.0
+    assert timeout_of(20.0) == 3600.0
+    assert timeout_of(12_000.0, 60.0) == 60.0
+    assert _time_of_move(650.0, left_s=3000.0) == 1950.0
+    assert _time_of_move(5.0, left_s=3000.0) == 600.0
+    assert _time_of_move(5.0, left_s=-5.0) == 30.0, "it began in time, and is let converge"
+    service, _ = await service_of(Nodes())
+    assert (await service.plan(NodeName("n1"), DrainRequest(timeout_s=5.0))).timeout_s == 5.0
+
+
+def test_what_a_timeout_would_leave_is_told_beforehand() -> None:
+    moves = tuple(
+        PlanMove(
+            domain=f"g{number}",
+            source="n1",
+            destination="n2",
+            policy=MaintenancePolicy.LIVE,
+            wire_bytes=1,
+            bandwidth_bytes_per_s=1.0,
+            start_s=number * 10.0,
+            seconds=10.0,
+        )
+        for number in range(3)
+    )
+    plan = DrainPlan(node="n1", moves=moves, planned_s=30.0, timeout_s=5.0)
+    assert "after --timeout 5 s no move begins any more; by this plan g1, g2" in plan_text(plan)
+    assert "--timeout" not in plan_text(msgspec.structs.replace(plan, timeout_s=3600.0))
