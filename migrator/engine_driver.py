@@ -21,6 +21,7 @@ from migrator.engine.client import EngineProcess
 from migrator.engine.spares import EngineSpares
 from migrator.errors import FerryError, HypervisorError
 from migrator.model import DomainName, Role
+from migrator.own_threads import STATE_DIRECTORY, in_own_thread
 from migrator.policy import page_streams
 from migrator.ports import HypervisorDriver, MemoryRegion, Struct, close_regions
 from migrator.session import vocabulary as v
@@ -224,7 +225,7 @@ class EngineDriver:
         """Without the memory's part."""
         session, settings = self._session, self._settings
         source = session.role is Role.SOURCE
-        tls = await asyncio.to_thread(settings.tls)
+        tls = await in_own_thread(STATE_DIRECTORY, settings.tls)
         link = await asyncio.to_thread(settings.link_bytes_per_s)
         cores = os.cpu_count() or 1
         return m.Configure(

@@ -34,6 +34,7 @@ from migrator.engine_driver import EngineSettings
 from migrator.errors import FerryError, HypervisorError
 from migrator.model import PAGE_SIZE_BYTES, DomainName, EngineKind, PassKind, PassReport, Role
 from migrator.native_port import NativeFigures, NativeMigration, NativeSettings
+from migrator.own_threads import STATE_DIRECTORY, in_own_thread
 from migrator.ports import DomainEvent, DomainEventKind, HypervisorDriver
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
@@ -118,7 +119,7 @@ class NativeDriver:
             destination=session.destination,
             channels=channels,
             bandwidth_bytes_per_s=session.request.bandwidth_bytes_per_s,
-            tls=await asyncio.to_thread(settings.tls),
+            tls=await in_own_thread(STATE_DIRECTORY, settings.tls),
         )
 
     # --- what the runner asks of an engine ---

@@ -21,6 +21,8 @@ from typing import Final, TypeVar
 
 THREADS_MAX: Final = 16
 """For one `where`, at once."""
+STATE_DIRECTORY: Final = "the state directory"
+"""As `where`: files of the node's own, on a local disk, which may hang, too."""
 
 _T = TypeVar("_T")
 

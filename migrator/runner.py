@@ -40,6 +40,7 @@ from migrator.journal_entry import entry_of
 from migrator.lane import Lane
 from migrator.model import ENDED, DomainName, DomainState, FencingToken, Role
 from migrator.native_driver import NativeDriver
+from migrator.own_threads import STATE_DIRECTORY, in_own_thread
 from migrator.ports import AbortOutcome, DomainEvent, HypervisorDriver, OwnershipStore
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
@@ -177,7 +178,10 @@ class Runner:
             for task in late:
                 task.cancel()
         with contextlib.suppress(OSError):
-            await asyncio.to_thread(self.device_channel.unlink, missing_ok=True)
+            async with asyncio.timeout(_CLOSE_S):
+                await in_own_thread(
+                    STATE_DIRECTORY, lambda: self.device_channel.unlink(missing_ok=True)
+                )
 
     # --- commands out ---
 

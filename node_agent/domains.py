@@ -26,6 +26,7 @@ from migrator.errors import (
     FabricError,
     FerryError,
     RefusedError,
+    StorageError,
     WrongStateError,
 )
 from migrator.model import (
@@ -39,6 +40,7 @@ from migrator.model import (
     OwnershipRecord,
     PoolName,
 )
+from migrator.own_threads import in_own_thread
 from migrator.ports import (
     FabricDriver,
     HypervisorDriver,
@@ -63,6 +65,8 @@ from node_agent.storage_watch import StorageWatch
 log = logging.getLogger(__name__)
 
 CONSOLE_CHUNK_BYTES: Final = 64 * 1024
+CONSOLE_S: Final = 5.0
+"""For a look into a console log; its disk may hang."""
 _HERE: Final = frozenset(
     {DomainState.RUNNING, DomainState.PAUSED, DomainState.IO_ERROR, DomainState.CRASHED}
 )
@@ -343,7 +347,15 @@ class DomainService:
         """
         limit_bytes = max(1, min(limit_bytes, CONSOLE_CHUNK_BYTES))
         path = self._hypervisor.console_log(domain)
-        return await asyncio.to_thread(_read_console, path, offset, limit_bytes)
+        try:
+            async with asyncio.timeout(CONSOLE_S):
+                return await in_own_thread(
+                    "consoles", lambda: _read_console(path, offset, limit_bytes)
+                )
+        except TimeoutError as error:
+            raise StorageError(
+                f"the console log {path} can't be read: its disk gave no answer in {CONSOLE_S:g} s"
+            ) from error
 
     async def storage_troubles(self, spec: DomainSpec) -> Sequence[str]:
         """Which pools of a domain that runs here don't answer, as was told, and still is so."""

@@ -38,7 +38,7 @@ from hypervisor.qemu.host import HostProbe
 from hypervisor.qemu.launcher import Launched
 from hypervisor.qemu.memory import memory_in_use_bytes, open_arriving, open_memory
 from hypervisor.qemu.native import QemuNative
-from hypervisor.qemu.offload import offload, offload_or_undone
+from hypervisor.qemu.offload import offload, offload_or_undone, offload_to_disk
 from hypervisor.qemu.process import QemuProcess
 from hypervisor.qemu.qmp import QmpDisconnected
 from hypervisor.qemu.status import MigrationStatus
@@ -104,6 +104,8 @@ class QemuDriver(HypervisorDriver):
         self._crashed: dict[DomainName, Path] = {}
         self._unreadable: dict[DomainName, str] = {}
         """Domains that may run here, and whose records can't be read: that in words."""
+        self._removals: dict[DomainName, asyncio.Task[None]] = {}
+        """Of the folders of guests that ended while the disk hung."""
         self._subscribers: list[Callable[[DomainEvent], None]] = []
         self._lock: int | None = None
         self._native = QemuNative(self._guest)
@@ -116,9 +118,11 @@ class QemuDriver(HypervisorDriver):
         """Adopt what runs. HypervisorError if another driver has the directory open."""
         if self._lock is not None:
             raise HypervisorError("the QEMU driver is open already")
-        self._lock = await offload(lambda: prepare_directories(self.config), undo=os.close)
+        self._lock = await offload_to_disk(lambda: prepare_directories(self.config), undo=os.close)
         try:
-            directories = await offload(lambda: records.list_directories(self.config.run_directory))
+            directories = await offload_to_disk(
+                lambda: records.list_directories(self.config.run_directory)
+            )
             async with asyncio.TaskGroup() as group:
                 for directory in directories:
                     group.create_task(self._adopt(directory))
@@ -140,7 +144,7 @@ class QemuDriver(HypervisorDriver):
             self._lock = None
 
     async def _adopt(self, directory: Path) -> None:
-        record = await offload(lambda: records.read_record(directory))
+        record = await offload_to_disk(lambda: records.read_record(directory))
         if record is None:
             if why := await leftovers.see(directory):
                 log.error("%s", why)
@@ -148,10 +152,10 @@ class QemuDriver(HypervisorDriver):
             return
         process = await offload(lambda: QemuProcess.hold(record.process), undo=_let_go)
         if process is None:
-            if await offload(lambda: records.crashed(directory, record)):
+            if await offload_to_disk(lambda: records.crashed(directory, record)):
                 self._crashed[DomainName(record.spec.name)] = directory
             else:
-                await offload(lambda: records.remove_directory(directory))
+                await offload_to_disk(lambda: records.remove_directory(directory))
             return
         guest = self._take(Launched(directory, process, record))
         try:
@@ -176,6 +180,8 @@ class QemuDriver(HypervisorDriver):
     def _forget(self, guest: Guest) -> None:
         if self._guests.get(guest.name) is guest:
             del self._guests[guest.name]
+            if guest.removal is not None and not guest.removal.done():
+                self._removals[guest.name] = guest.removal
             if guest.crash_stays:
                 self._crashed[guest.name] = guest.directory
 
@@ -226,16 +232,21 @@ class QemuDriver(HypervisorDriver):
 
     async def _launch_and_run(self, launch: Launch, *, incoming: bool, on_memory: OnMemory) -> None:
         name, config = launch.spec.name, self.config
+        if (removal := self._removals.get(DomainName(name))) is not None:
+            await leftovers.see_removed(name, removal, timeout_s=LAUNCH_TIMEOUT_S)
+            self._removals.pop(DomainName(name), None)
         facts = await self._probe.facts()
         qemu_log = config.qemu_log(name)
-        said = await offload(lambda: logs.make_ready(config.console_log(name), qemu_log))
+        said = await offload_to_disk(lambda: logs.make_ready(config.console_log(name), qemu_log))
         request = QemuLaunch(
             launch=launch,
             binary=facts.binary,
             accelerator=facts.accelerator,
             console_log=config.console_log(name),
             incoming=incoming,
-            host_devices=await offload(lambda: launcher.host_devices(launch)),
+            host_devices=await offload_to_disk(
+                lambda: launcher.host_devices(launch), where=f"the disks of {name}"
+            ),
         )
         directory = config.domain_directory(name)
         launched = await offload_or_undone(
@@ -258,7 +269,7 @@ class QemuDriver(HypervisorDriver):
         except BaseException as error:
             await asyncio.shield(self._end(guest, "its start failed"))
             if isinstance(error, HypervisorError):
-                words = await offload(lambda: logs.since(qemu_log, said))
+                words = await offload_to_disk(lambda: logs.since(qemu_log, said))
                 raise HypervisorError(f"{name} didn't start: {words or error}") from error
             raise
 
@@ -288,13 +299,14 @@ class QemuDriver(HypervisorDriver):
 
     async def forget_crash(self, domain: DomainName) -> None:
         if (left := self._crashed.pop(domain, None)) is not None:
-            await offload(lambda: records.remove_directory(left))
+            await offload_to_disk(lambda: records.remove_directory(left))
 
     async def _end(self, guest: Guest, reason: str) -> None:
         if not guest.process.exited:  # Else it ended by itself, and that is what is reported.
             guest.end_reason = guest.end_reason or reason
-        taps = await offload(lambda: held_taps.hold_until_end(guest), undo=held_taps.close_aside)
+        taps = await offload(lambda: held_taps.hold(guest), undo=held_taps.close_aside)
         try:
+            await guest.expect_end()
             guest.process.signal(signal.SIGKILL)
             await guest.urgency.calm()
             await self._wait_gone(guest)

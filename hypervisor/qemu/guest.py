@@ -22,13 +22,13 @@ import msgspec
 
 from hypervisor.qemu import io_errors, records
 from hypervisor.qemu.config import MONITORS, monitor_path
-from hypervisor.qemu.offload import offload
+from hypervisor.qemu.offload import offload_to_disk
 from hypervisor.qemu.process import QemuProcess
 from hypervisor.qemu.qmp import Monitor, QmpEvent, QmpNotSent
 from hypervisor.qemu.records import ProcessRecord
 from hypervisor.qemu.status import MigrationStatus, domain_state
 from hypervisor.qemu.urgency import Urgency
-from migrator.errors import HypervisorError
+from migrator.errors import HypervisorError, words
 from migrator.model import DomainName, DomainState
 from migrator.ports import DomainEvent, DomainEventKind
 
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 COMMAND_TIMEOUT_S = 5.0
 """Commands that QEMU answers from its main loop, which disk I/O may hold up for a while."""
 CONNECT_TIMEOUT_S = 10.0
+DISK_S = 1.0
+"""That the end of a guest waits for the state directory's disk, which may hang."""
 _RECONNECT_PAUSES_S = (0.1, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -87,6 +89,8 @@ class Guest:
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._saving: asyncio.Task[None] | None = None
+        self.removal: asyncio.Task[None] | None = None
+        """Of its folder, once it has ended; done by then, unless the disk hangs."""
         process.watch(self._on_exit)
 
     @property
@@ -309,7 +313,7 @@ class Guest:
     async def _save_record(self) -> None:
         record = self.record
         try:
-            await offload(lambda: records.write_record(self.directory, record))
+            await offload_to_disk(lambda: records.write_record(self.directory, record))
         except OSError as error:
             # Harmless while this agent lives; the next one asks QEMU and finds it running.
             log.warning("%s: can't record that it has run: %s", self.name, error)
@@ -320,9 +324,24 @@ class Guest:
         self._wake()
         self.spawn_task(self._finish(), "finish")
 
+    async def expect_end(self) -> None:
+        """It is about to be killed: note that, for an agent that finds it ended. Never fails: no
+        disk that is full, takes no writes or hangs keeps alive what has to end.
+        """
+        try:
+            async with asyncio.timeout(DISK_S):
+                await offload_to_disk(lambda: records.expect_end(self.directory))
+        except OSError as error:  # A TimeoutError is one.
+            why = words(error) if error.errno else f"no answer in {DISK_S:g} s"
+            log.error("%s: that its end is wanted can't be noted: %s", self.name, why)
+
     async def _finish(self) -> None:
-        await self.record_saved()
-        detail = await self._exit_detail()
+        """Also with a disk that hangs, within DISK_S: others wait for what became of the guest."""
+        loop = asyncio.get_running_loop()
+        by_s = loop.time() + DISK_S
+        if self._saving is not None:
+            await asyncio.wait({self._saving}, timeout=DISK_S)
+        detail = await self._exit_detail(by_s)
         if self._monitor is not None:
             await self._monitor.hear_out()
             await self._monitor.close()
@@ -332,14 +351,22 @@ class Guest:
         self.crash_stays = crashed and self.record.has_run
         async with self._connecting:
             if not self.crash_stays:
-                await offload(lambda: records.remove_directory(self.directory))
+                self.removal = asyncio.create_task(self._remove_folder())
+                await asyncio.wait({self.removal}, timeout=max(0.0, by_s - loop.time()))
         self._on_gone(self)
         self.process.release()
         self.gone.set()
         self._emit(DomainEventKind.EXITED, time.time(), detail, crashed=crashed)
 
-    async def _exit_detail(self) -> str:
-        said = await offload(self.said) if self.said is not None else ""
+    async def _remove_folder(self) -> None:
+        await offload_to_disk(lambda: records.remove_directory(self.directory))
+
+    async def _exit_detail(self, by_s: float) -> str:
+        said = ""
+        if self.said is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(by_s):
+                    said = await offload_to_disk(self.said)
         how = self.process.how_it_ended
         return (self.end_reason or f"QEMU {how}") + (f": {said}" if said else "")
 

@@ -7,33 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 
-from hypervisor.qemu import records
 from hypervisor.qemu.command_line import TAP_FD
 from hypervisor.qemu.guest import Guest
 from hypervisor.qemu.memory import duplicate_from
-from migrator.errors import words
-
-log = logging.getLogger(__name__)
-
-
-def hold_until_end(guest: Guest) -> list[int]:
-    """Just before it is killed: `hold`, and whoever finds it ended will know that it was to.
-
-    Never raises: a disk that takes no writes any more must not keep alive what has to end.
-    """
-    taps = hold(guest)
-    try:
-        records.expect_end(guest.directory)
-    except OSError as error:
-        log.error("%s: that its end is wanted can't be noted: %s", guest.name, words(error))
-    return taps
 
 
 def hold(guest: Guest) -> list[int]:
-    """Duplicates of its taps, as far as it has them."""
+    """Just before it is killed: duplicates of its taps, as far as it has them."""
     held: list[int] = []
     for index in range(len(guest.record.spec.nics)):
         with contextlib.suppress(OSError):

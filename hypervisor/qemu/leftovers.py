@@ -9,6 +9,7 @@ its domain isn't stopped, whatever else is known: whoever took it for that would
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
@@ -18,7 +19,7 @@ from typing import Final
 from hypervisor.qemu import records
 from hypervisor.qemu.config import MONITORS, monitor_path
 from hypervisor.qemu.guest import COMMAND_TIMEOUT_S
-from hypervisor.qemu.offload import offload
+from hypervisor.qemu.offload import offload_to_disk
 from hypervisor.qemu.qmp import Monitor, QmpEvent, short_path
 from migrator.errors import HypervisorError
 
@@ -31,8 +32,8 @@ _LEFT: Final = "it is left as it is until that is mended, or it ends, and the ag
 
 async def see(directory: Path) -> str:
     """Why nothing can be done with the guest in a folder; "": there is none, or none any more."""
-    if await offload(lambda: records.has_record(directory)):
-        return await offload(lambda: _see_unreadable(directory))
+    if await offload_to_disk(lambda: records.has_record(directory)):
+        return await offload_to_disk(lambda: _see_unreadable(directory))
     return await _end_unrecorded(directory)
 
 
@@ -50,8 +51,17 @@ async def _end_unrecorded(directory: Path) -> str:
         log.warning("%s: removing what a cut short launch left (%s)", directory, error)
     finally:
         await monitor.close()
-    await offload(lambda: records.remove_directory(directory))
+    await offload_to_disk(lambda: records.remove_directory(directory))
     return ""
+
+
+async def see_removed(domain: str, removal: asyncio.Task[None], *, timeout_s: float) -> None:
+    """Before its folder is made anew. HypervisorError: the last run's is still being removed."""
+    if not (await asyncio.wait({removal}, timeout=timeout_s))[0]:
+        raise HypervisorError(
+            f"{domain}: the folder of its last run can't be removed: the state directory's disk "
+            f"gave no answer in {timeout_s:g} s; nothing was started"
+        )
 
 
 def _see_unreadable(directory: Path) -> str:

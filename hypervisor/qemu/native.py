@@ -22,7 +22,7 @@ from typing import Final
 from hypervisor.qemu import switchover
 from hypervisor.qemu.config import MONITORS, monitor_path
 from hypervisor.qemu.guest import Guest
-from hypervisor.qemu.offload import offload
+from hypervisor.qemu.offload import offload_to_disk
 from hypervisor.qemu.status import IDLE
 from migrator.errors import HypervisorError
 from migrator.model import DomainName
@@ -163,7 +163,7 @@ async def _set_tls(guest: Guest, settings: NativeSettings, *, endpoint: str) -> 
         "client-cert.pem": files.certificate_path,
         "client-key.pem": files.key_path,
     }
-    await offload(lambda: _link(folder, names))
+    await offload_to_disk(lambda: _link(folder, names))
     await guest.execute(
         "object-add",
         {

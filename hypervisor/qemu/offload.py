@@ -1,4 +1,9 @@
-"""Blocking work off the event loop, with nothing leaked when the waiting task is cancelled."""
+"""Blocking work off the event loop, with nothing leaked when the waiting task is cancelled.
+
+offload             what asks the kernel alone: the event loop's own threads
+offload_to_disk     what may hang with the state directory's disk: threads of its own
+offload_or_undone   the same; cancelled, it raises only when what it did is undone
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,8 @@ from migrator.own_threads import in_own_thread
 
 Result = TypeVar("Result")
 
+DISK: Final = "qemu's state directory"
+"""Whose threads those are."""
 UNDO_TIMEOUT_S: Final = 30.0
 """From SIGKILL to the end of a process that has just begun: it may be in an uninterruptible I/O."""
 
@@ -26,7 +33,22 @@ async def offload(
     A thread can't be interrupted, so its result (a process, descriptors) may come when nobody
     waits any more; `undo` is called from the event loop and must not block.
     """
-    work = asyncio.get_running_loop().run_in_executor(None, function)
+    return await _result(asyncio.get_running_loop().run_in_executor(None, function), undo)
+
+
+async def offload_to_disk(
+    function: Callable[[], Result],
+    *,
+    undo: Callable[[Result], None] | None = None,
+    where: str = DISK,
+) -> Result:
+    """As `offload`, for what reads or writes files: were it to hang with their disk, it would keep
+    a thread that the heartbeat and the ends of guests need. `where`: which disk it is.
+    """
+    return await _result(in_own_thread(where, function), undo)
+
+
+async def _result(work: asyncio.Future[Result], undo: Callable[[Result], None] | None) -> Result:
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
@@ -37,12 +59,12 @@ async def offload(
 async def offload_or_undone(
     function: Callable[[], Result], undo: Callable[[Result], None], what: str
 ) -> Result:
-    """As `offload`; but if we are cancelled, it raises only when the result was undone.
+    """As `offload_to_disk`; but if we are cancelled, it raises only when the result was undone.
 
     For what must not be there any more when somebody makes it anew. `undo` may block; it is waited
     for within UNDO_TIMEOUT_S.
     """
-    work = asyncio.get_running_loop().run_in_executor(None, function)
+    work = in_own_thread(DISK, function)
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:

@@ -28,6 +28,7 @@ import msgspec
 from migrator import wire
 from migrator.engine_messages import FromEngine, Stop, ToEngine
 from migrator.errors import EngineError, RemoteProtocolError
+from migrator.own_threads import STATE_DIRECTORY, in_own_thread
 
 log = logging.getLogger(__name__)
 KILLED_S: Final = 10.0
@@ -228,7 +229,7 @@ class EngineProcess:
 async def _open_log(path: Path) -> int:
     """To append to. OSError. Of one that takes too long to be waited for nothing stays open."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    opening = asyncio.ensure_future(asyncio.to_thread(os.open, path, flags, 0o600))
+    opening = in_own_thread(STATE_DIRECTORY, lambda: os.open(path, flags, 0o600))
     try:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:

@@ -29,7 +29,7 @@ from migrator.model import (
 from migrator.ports import FabricDriver, HypervisorDriver, Struct, VolumeDriver
 from migrator.tls import TlsFiles
 from node_agent.domain_locks import DomainLocks
-from node_agent.migrations.room import room_reasons
+from node_agent.migrations.room import in_state_directory, room_reasons
 from node_agent.nodes import NodeView
 from node_agent.start_needs import boot_troubles
 
@@ -183,7 +183,7 @@ class DestinationCheck:
         return found
 
     async def _encryption(self, source: bool | None) -> list[str]:
-        own = await asyncio.to_thread(self._tls) is not None
+        own = await in_state_directory(self._state, self._tls) is not None
         if source is None or source == own:
             return []
         there, here = ("with", "without") if source else ("without", "with")

@@ -56,7 +56,7 @@ from node_agent.migrations.forecast import Forecaster
 from node_agent.migrations.moments import MigrationMoments
 from node_agent.migrations.publisher import Publisher
 from node_agent.migrations.redials import Redials
-from node_agent.migrations.room import at_source, room_reasons
+from node_agent.migrations.room import at_source, in_state_directory, room_reasons
 from node_agent.migrations.service import MigrationService
 from node_agent.migrations.site import MESSAGE, Envelope, NodeSite
 from node_agent.migrations.unpublished import end_the_unpublished
@@ -270,7 +270,7 @@ class MigrationManager(MigrationService):
         if no_place:
             return reasons + no_place
         try:
-            tls = await asyncio.to_thread(self._engine.tls) is not None
+            tls = await in_state_directory(self._journal.folder, self._engine.tls) is not None
         except FerryError as error:
             return [*reasons, f"{self.node} can't send memory: {error}"]
         inspection = await self._check.inspection(spec, own, choice.engine, tls)

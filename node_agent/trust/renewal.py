@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from migrator.errors import FerryError
+from migrator.own_threads import STATE_DIRECTORY, in_own_thread
 from node_agent.background import Background
 from node_agent.trust import certificates
 from node_agent.trust.certificates import NodeCertificate, Span
@@ -101,7 +102,7 @@ class Renewer:
 
     async def renew(self) -> NodeCertificate:
         """Now. FerryError: the old certificate stays in use."""
-        key = await asyncio.to_thread(self._folder.own_key)
+        key = await in_own_thread(STATE_DIRECTORY, self._folder.own_key)
         pem = await self._request(certificates.make_request(self._node, key))
         fresh = certificates.read_certificate(pem)
         if fresh.node != self._node or not certificates.belongs_to(pem, key):
@@ -112,8 +113,10 @@ class Renewer:
                 f"the renewed certificate is not used: {wrong}; the clock of the node that signed "
                 "it or of this one is wrong: mend it (`ferry doctor` compares them)"
             )
-        await asyncio.to_thread(self._folder.write, self._folder.certificate_path.name, pem)
-        await asyncio.to_thread(self._contexts.reload)
+        await in_own_thread(
+            STATE_DIRECTORY, lambda: self._folder.write(self._folder.certificate_path.name, pem)
+        )
+        await in_own_thread(STATE_DIRECTORY, self._contexts.reload)
         self.certificate = fresh
         self._readdress = False  # What the authority leaves out it would leave out again.
         self._told_at = None

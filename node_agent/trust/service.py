@@ -6,7 +6,6 @@ store ──► Membership (who may speak), Users (who may ask), Authority (only
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -23,6 +22,7 @@ from migrator.errors import (
     UnauthenticatedError,
 )
 from migrator.model import NodeName
+from migrator.own_threads import STATE_DIRECTORY, in_own_thread
 from node_agent.config import AgentConfig, advertised, parse_endpoint
 from node_agent.events import EventKind, EventLog
 from node_agent.peers.hub import PeerHub
@@ -367,7 +367,7 @@ class Trust:
                 name=self.node,
                 peer_address=self.peer_address,
                 api_address=self.api_address,
-                key_fingerprint=await asyncio.to_thread(self._key_fingerprint),
+                key_fingerprint=await in_own_thread(STATE_DIRECTORY, self._key_fingerprint),
                 authority=True,
                 joined_at_s=self._clock(),
             )
