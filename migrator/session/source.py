@@ -89,6 +89,8 @@ class SourceSession(SourcePasses):
                 self._engine_lost(event.reason)
             case CommandFailed(command="StartEngine" | "ConnectEngine") if self._must_serve:
                 self._engine_lost(event.error)
+            case EngineLost():
+                self._engine_up = False  # If a rollback fails, its pages are asked for again.
             case TimerFired(name=TimerName.ENGINE) if self._must_serve:
                 self._respawn()
             case ChannelNoted() | EngineConnected() if self._must_serve:

@@ -7,7 +7,9 @@ import pytest
 
 from migrator.journal_entry import answer_without_session, entry_of, restore
 from migrator.model import (
+    MigrationMode,
     MigrationProgress,
+    MigrationRequest,
     MigrationState,
     NodeName,
     OwnershipRecord,
@@ -208,9 +210,9 @@ def test_a_restarted_destination_knows_that_a_write_may_land(boot_id: str, commi
 # --- a rollback that fails ---
 
 
-def _rolling_back() -> SessionPair:
+def _rolling_back(mode: MigrationMode = MigrationMode.PRECOPY) -> SessionPair:
     """The source won the record back; its `cont` is about to be given."""
-    pair = SessionPair()
+    pair = SessionPair(MigrationRequest(destination="n2", mode=mode))
     pair.silence(v.SwapRecord, v.ResumeGuest, m.Running)
     pair.run()
     pair.push(pair.destination, v.RecordSwapped(won=None))
@@ -239,6 +241,23 @@ def test_a_source_that_died_in_its_rollback_begins_the_handoff_anew() -> None:
     assert pair.run(timers=2) == COMPLETED
     assert (pair.record.owner, pair.record.token) == ("n2", 3)
     assert pair.resumed_on == [DESTINATION]
+
+
+def test_pages_that_went_with_the_engine_in_a_rollback_are_told_as_lost() -> None:
+    """The handoff begins anew, in post-copy; its guest waited for them for ever."""
+    pair = _rolling_back(MigrationMode.POSTCOPY)
+    pair.push(pair.source, v.EngineLost(reason="killed"))
+    failed = v.CommandFailed(command="ResumeGuest", error="QEMU has ended", without_effect=True)
+    pair.silence(v.InspectGuest)
+    pair.push(pair.source, failed)
+    pair.push(pair.source, GONE)
+    pair.run()
+    pair.silent.clear()
+    pair.fail(v.ConnectEngine)  # There is no memory any more to configure it with.
+    pair.push(pair.destination, v.TimerFired(name=v.TimerName.RETRY))
+    pair.run(timers=8)
+    assert (pair.source.state, pair.destination.state) == (_S.FAILED, _S.FAILED)
+    assert "before the destination held every page" in (pair.destination.error or "")
 
 
 def test_a_source_that_may_have_run_in_its_rollback_hands_nothing_over() -> None:
