@@ -8,8 +8,9 @@ not an error. So all it takes is to resume it, again and again until the disk an
                   └────── a little longer each time, at most 5 s; or after another IO_ERROR
 
 Only the owner's agent does that, by the record, under the domain's lock: a copy that a fence has
-shut out has the same error, and must not run. While a migration has the domain nothing is done; it
-comes again when the migration lets go.
+shut out has the same error, and must not run. It is watched all the same, until it is ended: the
+record may be an older store's, which is put right later. While a migration has the domain nothing
+is done; it comes again when the migration lets go.
 
 A hypervisor that is silent says nothing about its guest: it is asked again while it lives.
 A full pool may pause a guest every few seconds, for days: the event log is told of that once, and
@@ -23,7 +24,7 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from migrator.errors import ConflictError, FerryError
+from migrator.errors import FerryError
 from migrator.model import DomainName, DomainState
 from migrator.ports import DomainEvent, DomainEventKind, HypervisorDriver
 from node_agent.domain_launch import LaunchBuilder
@@ -196,7 +197,7 @@ class IoRecovery:
         task.add_done_callback(ended)
 
     async def _bring_back(self, domain: DomainName) -> None:
-        """Until it runs, or isn't this node's. Bounded by the guest's stay in this state."""
+        """Until it runs. Bounded by the guest's stay in this state."""
         silent_s = FIRST_PAUSE_S
         while True:
             state = (await self._hypervisor.inspect(domain)).state
@@ -214,11 +215,9 @@ class IoRecovery:
                 async with asyncio.timeout(TRY_S):
                     if await self._try(domain, trouble):
                         return
-            except ConflictError as error:
+            except (FerryError, TimeoutError) as error:
                 if self._locks.migration_of(domain) is not None:
                     return  # Its end calls us again.
-                log.info("domain %s: %s", domain, error)
-            except (FerryError, TimeoutError) as error:
                 reason = str(error) or f"no answer in {TRY_S:g} s"
                 if reason != trouble.held_up:
                     trouble.held_up = reason
@@ -227,13 +226,11 @@ class IoRecovery:
     async def _try(self, domain: DomainName, trouble: _Trouble) -> bool:
         """Whether it runs, or needs nothing. Errors: it does still need it."""
         record = await self._records.get(domain)
-        if not await self._is_owned(domain):
-            return True
+        await self._ownership.owned_here(domain)
         # Does the storage answer at all? Not under the lock: who stops the domain need not wait.
         await self._launches.newest_fence(record.spec)
         async with self._locks.hold(domain, "resume after a disk's error"):
-            if not await self._is_owned(domain):
-                return True
+            await self._ownership.owned_here(domain)
             state = (await self._hypervisor.inspect(domain)).state
             if state is DomainState.UNKNOWN:
                 return False
@@ -243,14 +240,6 @@ class IoRecovery:
             trouble.runs(asyncio.get_running_loop().time())
             await self._hypervisor.resume(domain)
         self._note_resume(domain, trouble, runs=trouble.errors == before)
-        return True
-
-    async def _is_owned(self, domain: DomainName) -> bool:
-        """False: a copy that must not run; ending it is another's business."""
-        try:
-            await self._ownership.owned_here(domain)
-        except ConflictError:
-            return False
         return True
 
     def _note_resume(self, domain: DomainName, trouble: _Trouble, *, runs: bool) -> None:

@@ -9,8 +9,17 @@ from pathlib import Path
 import pytest
 
 from migrator.errors import WrongStateError
-from migrator.model import DomainName, DomainState, DomainStatus, MigrationId, NodeName
+from migrator.model import (
+    DomainName,
+    DomainState,
+    DomainStatus,
+    MigrationId,
+    NodeName,
+    OwnershipRecord,
+    OwnershipState,
+)
 from node_agent import io_recovery
+from node_agent.state.ownership import ownership_key
 from storage.simulated import PoolFaults
 from tests.unit.agent_world import World, open_world, spec_of
 
@@ -102,6 +111,28 @@ async def test_not_a_copy_that_lost_its_domain(world: World) -> None:
     world.a.host.fail_disk(WEB)
     await asyncio.sleep(0.2)
     assert await state(world) is not DomainState.RUNNING
+
+
+async def test_it_goes_on_once_an_older_store_is_put_right(world: World) -> None:
+    """By that store the guest was another node's, or nobody's: nobody looked after it any more."""
+    await world.a.domains.stop(WEB)
+    await world.a.domains.start(WEB)
+    newest = await world.a.ownership.read(WEB)
+    assert newest is not None
+    for state_then in (OwnershipState.RUNNING, OwnershipState.STOPPED):
+        older = OwnershipRecord(domain=WEB, token=1, owner="b", state=state_then)
+        await world.a.typed.put(ownership_key(WEB), older)
+        world.a.host.fail_disk(WEB)
+
+        async def held_up() -> bool:
+            reason = (await world.a.domains.statuses())[0].reason or ""
+            return "not resumed yet" in reason
+
+        await until(held_up)
+        await asyncio.sleep(0.2)
+        assert await state(world) is DomainState.IO_ERROR
+        await world.a.typed.put(ownership_key(WEB), newest)
+        await until(lambda: runs(world))
 
 
 async def test_what_the_last_agent_left_paused_is_taken_up(world: World) -> None:
