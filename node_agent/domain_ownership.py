@@ -203,7 +203,8 @@ class DomainOwnership:
         records = await self._records.list_ownership()
         crashed = self._hypervisor.crashed()
         all_wanted = await self.restarts.begin(records, adopted, claimed, crashed)
-        for domain in set(crashed) - {*all_wanted, *claimed}:
+        # One that was adopted has died since then, and is settled below.
+        for domain in set(crashed) - {*all_wanted, *claimed, *adopted}:
             await self._hypervisor.forget_crash(domain)
         wanted = set(all_wanted) - set(claimed)
         self._waiting = await self._by_priority(wanted) if wanted else ()
@@ -290,8 +291,11 @@ class DomainOwnership:
         if owned is None:
             log.error("guest %s runs here but has no ownership record; left as it is", domain)
             return
-        ours = self._ours(owned)
-        if ours and (await self._hypervisor.inspect(domain)).state not in _NEVER_RAN:
+        ours, state = self._ours(owned), (await self._hypervisor.inspect(domain)).state
+        if ours and state is DomainState.STOPPED:  # It died since it was adopted.
+            await self.settle(domain)
+            return
+        if ours and state not in _NEVER_RAN:
             self._events.emit(
                 EventKind.DOMAIN_ADOPTED,
                 f"domain {domain} was adopted by the restarted agent of {self.node}",

@@ -108,6 +108,23 @@ async def test_what_crashed_unseen_is_started_again(world: World) -> None:
     await told(world.a, "its hypervisor died before this agent began")
 
 
+@pytest.mark.parametrize("agent_dies_too", [False, True])
+async def test_what_crashes_while_its_agent_begins_is_started_again(
+    world: World, agent_dies_too: bool
+) -> None:
+    """It was adopted, and its end was heard by nobody yet. The driver forgot of it."""
+    before = await started(world.a)
+    await agent_dies(world.a)
+    world.a.domains = world.a.make_domains()
+    adopted = await world.a.hypervisor.open()
+    world.a.host.kill(WEB, crashed=True)
+    await world.a.domains.ownership.reconcile(adopted)
+    if agent_dies_too:
+        await agent_dies(world.a)
+        await agent_starts(world.a)
+    await runs_under(world.a, before.token + 1)
+
+
 async def test_what_crashed_unseen_and_was_taken_over_is_forgotten(world: World) -> None:
     before = await started(world.a)
     await agent_dies(world.a)
