@@ -32,7 +32,7 @@ from node_agent import loop_monitor
 from node_agent.api.server import ApiServer, create_app
 from node_agent.clocks import ClockWatch
 from node_agent.cluster import ClusterService
-from node_agent.cluster_calls import ClusterCalls
+from node_agent.cluster_calls import ClusterCalls, guests_of
 from node_agent.config import AgentConfig
 from node_agent.consoles import Consoles
 from node_agent.description import describe
@@ -64,6 +64,7 @@ from node_agent.migrations.removed_peers import part_with
 from node_agent.migrations.site import NodeSite
 from node_agent.namesake import refuse_namesake
 from node_agent.nodes import NodeRegistry
+from node_agent.older_store import OtherNodes
 from node_agent.peers.hub import PeerHub
 from node_agent.pools import PoolSet
 from node_agent.pressure.service import PressureService
@@ -201,6 +202,7 @@ async def running_agent(
             claim=pools.claim,
             storage=storage,
             consoles=Consoles(hypervisor, records),
+            others=OtherNodes(node, nodes.read, functools.partial(guests_of, hub)),
             restart=RestartPolicy(
                 boot_id=boot_id,
                 store=RestartFile(Path(config.node.state_directory) / "restarts.json"),

@@ -50,6 +50,7 @@ from node_agent.cluster_calls import (
     RESET,
     RESUME,
     START,
+    STATUS_TIMEOUT_S,
     STATUSES,
     STOP,
     TAKE_OVER,
@@ -87,7 +88,6 @@ from node_agent.resources import (
 )
 from node_agent.volumes import VolumeService
 
-STATUS_TIMEOUT_S: Final = 2.0
 OPERATION_TIMEOUT_S: Final = 30.0
 START_TIMEOUT_S: Final = 60.0
 

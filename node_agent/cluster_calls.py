@@ -3,12 +3,13 @@
 domain.start/stop/pause/resume/reset/console   to the node that owns the domain
 domain.dirty-rate                              likewise
 domain.take-over                               to the node that is to start it
-domain.statuses                                to every node that owns a running domain
+domain.statuses                                to every node that owns a running domain, or may
 migration.create/check/predict/get/cancel      to the source
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from migrator.figures import DirtyRate, Prediction, SampleSeconds
@@ -42,6 +43,7 @@ MIGRATION_PREDICT: Final = "migration.predict"
 MIGRATION_GET: Final = "migration.get"
 MIGRATION_CANCEL: Final = "migration.cancel"
 MIGRATION_LIMIT: Final = "migration.limit"
+STATUS_TIMEOUT_S: Final = 2.0
 
 
 class Nothing(Struct, frozen=True, kw_only=True):
@@ -118,6 +120,12 @@ class Verdict(Reasons, frozen=True, kw_only=True):
 
     engine: EngineKind
     engine_reason: str
+
+
+async def guests_of(hub: PeerHub, node: NodeName) -> Sequence[DomainStatus]:
+    """Every domain of that node's hypervisor. PeerError: it doesn't answer."""
+    wait_s = STATUS_TIMEOUT_S
+    return (await hub.call(node, STATUSES, Nothing(), Statuses, timeout_s=wait_s)).statuses
 
 
 class ClusterCalls:

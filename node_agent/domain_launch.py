@@ -162,6 +162,11 @@ class LaunchBuilder:
                 newest = max(newest, token or FencingToken(0))
         return newest
 
+    def shuts_others_out(self, spec: DomainSpec) -> bool:
+        """Whether a fence keeps any other node from writing to each of its writable volumes."""
+        writable = [disk for disk in spec.disks if not disk.read_only]
+        return all(self.pool(disk).fences_remote_writers for disk in writable)
+
     async def tear_down(self, spec: DomainSpec, token: FencingToken) -> None:
         """Unplug the taps and close the volumes of a domain whose process is gone.
 

@@ -38,6 +38,7 @@ from node_agent.domain_locks import DomainLocks
 from node_agent.domain_records import DomainRecords
 from node_agent.domain_restart import DomainRestarts, RestartPolicy
 from node_agent.events import EventKind, EventLog
+from node_agent.older_store import OlderStore, OtherNodes
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,6 @@ TAKEOVER_STEP: Final = 2
 """By how much a takeover raises the token. A handoff raises it by one: the silent node may have
 begun one, to this very node, and must not take this record for its outcome, and take it back."""
 _NEVER_RAN: Final = (DomainState.INCOMING, DomainState.LOADED)
-_RAN: Final = (DomainState.RUNNING, DomainState.PAUSED, DomainState.IO_ERROR)
 
 
 class DomainOwnership:
@@ -68,8 +68,9 @@ class DomainOwnership:
         restart: RestartPolicy,
         start_again: Callable[[DomainName], Awaitable[bool]],
         remark: Callable[[DomainName, str], Awaitable[None]],
+        others: OtherNodes | None = None,
     ) -> None:
-        """See `DomainRestarts` for the last three."""
+        """See `DomainRestarts` for the three before `others`, and `OlderStore` for that."""
         self.node = node
         self._hypervisor = hypervisor
         self._launches = launches
@@ -78,6 +79,9 @@ class DomainOwnership:
         self._events = events
         self._locks = locks
         self._sweep_s = sweep_s
+        self.older = OlderStore(
+            node, hypervisor=hypervisor, launches=launches, events=events, others=others
+        )
         self.restarts = DomainRestarts(
             node,
             restart,
@@ -88,7 +92,6 @@ class DomainOwnership:
             events=events,
         )
         self._waiting: Sequence[DomainName] = ()
-        self._told_behind: set[tuple[DomainName, int]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._unsubscribe: list[Callable[[], None]] = []
 
@@ -130,20 +133,32 @@ class DomainOwnership:
         return await self._win(domain, spec, owned)
 
     async def take_over(
-        self, domain: DomainName, spec: DomainSpec, owned: OwnershipRecord
+        self,
+        domain: DomainName,
+        spec: DomainSpec,
+        owned: OwnershipRecord,
+        vouched: Collection[NodeName] = (),
     ) -> OwnershipRecord:
         """Win the record from another node, whose copy may still run: only a fence ends it.
 
-        ConflictError: the record isn't `owned` any more; nothing was changed.
+        `vouched`: nodes that are known to be off. ConflictError: the record isn't `owned` any more,
+        or is an older store's (`OlderStore`); nothing was changed.
         """
         await self.end_stale(domain)
-        return await self._win(domain, spec, owned, step=TAKEOVER_STEP)
+        return await self._win(domain, spec, owned, step=TAKEOVER_STEP, vouched=vouched)
 
     async def _win(
-        self, domain: DomainName, spec: DomainSpec, owned: OwnershipRecord | None, step: int = 1
+        self,
+        domain: DomainName,
+        spec: DomainSpec,
+        owned: OwnershipRecord | None,
+        step: int = 1,
+        vouched: Collection[NodeName] = (),
     ) -> OwnershipRecord:
         await self._launches.claim(spec)
-        newest = max(owned.token if owned else 0, await self._launches.newest_fence(spec))
+        fence = await self._launches.newest_fence(spec)
+        await self.older.refuse_start(spec, owned, fence, vouched)
+        newest = max(owned.token if owned else 0, fence)
         new = OwnershipRecord(
             domain=domain, token=newest + step, owner=self.node, state=OwnershipState.RUNNING
         )
@@ -223,7 +238,7 @@ class DomainOwnership:
         """Destroy what runs here of a domain that isn't this node's. Idempotent.
 
         Under the domain's lock, or a migration's claim that has made no process yet. StoreError,
-        HypervisorError: it may be there still. ConflictError: it is, see `_refuse_older_store`.
+        HypervisorError: it may be there still. ConflictError: it is, see `OlderStore`.
         """
         if (await self._hypervisor.inspect(domain)).state is DomainState.STOPPED:
             return
@@ -311,27 +326,8 @@ class DomainOwnership:
         if ours:
             await self.settle(domain)
 
-    async def _refuse_older_store(self, domain: DomainName, owned: OwnershipRecord) -> None:
-        """ConflictError: the guest here ran under a newer token than the record's, so it isn't the
-        guest that is stale, but the store. Tokens only grow, and none runs before it is recorded.
-        """
-        token = await self._hypervisor.launched_token(domain)
-        if token is None or token <= owned.token:
-            return
-        if (await self._hypervisor.inspect(domain)).state not in _RAN:
-            return
-        text = (
-            f"domain {domain} runs on {self.node} under token {token}, and the store knows it "
-            f"under {owned.token}, of {owned.owner}: the store was restored from an older copy, or "
-            "is another cluster's; the guest is left as it is"
-        )
-        if (domain, owned.token) not in self._told_behind:
-            self._told_behind.add((domain, owned.token))
-            self._events.emit(EventKind.STORE_BEHIND, text, domain=domain, token=token)
-        raise ConflictError(text)
-
     async def _end_copy(self, domain: DomainName, owned: OwnershipRecord) -> None:
-        await self._refuse_older_store(domain, owned)
+        await self.older.refuse_end(domain, owned)
         spec = await self._hypervisor.launched(domain)
         await self._hypervisor.destroy(domain)
         if spec is not None:

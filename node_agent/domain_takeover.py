@@ -12,6 +12,9 @@ the node's heartbeat isn't older than its timeout, it answers when it is called,
 could shut it out after all. The word is written into the domain's history, with the name of who
 gave it, before anything else is done.
 
+A node may be given a domain, too, that it runs already, which a restored store doesn't know
+(`older_store`): nothing is started then, the record is made to say what is.
+
 What the silent node's guest had in memory and not on disk is lost. It computes on until it writes,
 or until its agent finds that the record has moved on (`DomainOwnership.end_stale`); none of its
 writes arrives.
@@ -24,7 +27,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
-from migrator.errors import FenceError, FerryError, RefusedError
+from migrator.errors import ConflictError, FenceError, FerryError, RefusedError
 from migrator.model import (
     DomainName,
     DomainSpec,
@@ -77,7 +80,8 @@ class DomainTakeover:
     async def take_over(
         self, domain: DomainName, powered_off: NodeName | None = None, *, user: str = ""
     ) -> OwnershipRecord:
-        """Start the domain here, from disk, with its silent owner shut out.
+        """Start the domain here, from disk, with its silent owner shut out. Or keep its guest that
+        runs here already, under a newer token than the record's.
 
         `powered_off`: the node that `user` vouches for to be off, where the storage can't shut it
         out. It must be the owner.
@@ -88,6 +92,9 @@ class DomainTakeover:
         async with self._domains.locks.hold(domain, "takeover"):
             spec = (await self._records.get(domain)).spec
             owned = await self._ownership.read(domain)
+            token = await self._domains.ownership.older.newer_guest(domain, owned)
+            if token is not None:
+                return await self._keep(spec, owned, token, user)
             reasons = await self._reasons(spec, owned, powered_off)
             if reasons or owned is None:
                 raise RefusedError(f"domain {domain} was not taken over: {reasons[0]}", reasons)
@@ -97,7 +104,8 @@ class DomainTakeover:
                     f"; no fence: {user or 'somebody'} vouched that {powered_off} is powered off"
                 )
             await self._records.note(domain, text, user=user, at_s=self._clock())
-            record = await self._domains.ownership.take_over(domain, spec, owned)
+            vouched = () if powered_off is None else (powered_off,)
+            record = await self._domains.ownership.take_over(domain, spec, owned, vouched)
             await self._domains.launch(record, spec, self._confirm)
         self._events.emit(
             EventKind.DOMAIN_TAKEN_OVER,
@@ -105,6 +113,30 @@ class DomainTakeover:
             domain=domain,
             token=record.token,
             vouched_for=powered_off,
+            user=user,
+        )
+        return record
+
+    async def _keep(
+        self, spec: DomainSpec, owned: OwnershipRecord | None, token: FencingToken, user: str
+    ) -> OwnershipRecord:
+        """The guest that runs here under `token` is the domain: the record is made to say so."""
+        domain, here = DomainName(spec.name), self.node
+        record, reasons = await self._domains.ownership.older.record_of_guest(spec, token)
+        if reasons:
+            raise RefusedError(f"domain {domain} was not given to {here}: {reasons[0]}", reasons)
+        if not await self._ownership.compare_and_set(owned, record):
+            raise ConflictError(f"domain {domain}: its record has just changed; it was left so")
+        had = "no record of it" if owned is None else f"token {owned.token}, of {owned.owner}"
+        text = (
+            f"it runs on {here} under token {record.token}, which the store, with {had}, knows now"
+        )
+        await self._records.note(domain, text, user=user, at_s=self._clock())
+        self._events.emit(
+            EventKind.DOMAIN_ADOPTED,
+            f"domain {domain}: {text}",
+            domain=domain,
+            token=record.token,
             user=user,
         )
         return record

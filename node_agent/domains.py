@@ -58,6 +58,7 @@ from node_agent.domain_restart import RestartPolicy
 from node_agent.events import EventKind, EventLog
 from node_agent.io_recovery import IoRecovery
 from node_agent.mac_addresses import Roll, with_macs
+from node_agent.older_store import OtherNodes
 from node_agent.resources import DomainRecord
 from node_agent.start_needs import boot_troubles, volume_troubles
 from node_agent.storage_watch import StorageWatch
@@ -110,12 +111,13 @@ class DomainService:
         consoles: Consoles | None = None,
         clock: Callable[[], float] = time.time,
         roll: Roll = secrets.token_bytes,
+        others: OtherNodes | None = None,
     ) -> None:
         """`restart`: which of its domains that were lost are started again.
 
         `storage`: what is known of pools that don't answer; its owner opens it.
         `consoles`: keeps their texts apart; None: nobody does.
-        `claim`: see `domain_launch.Claim`; None: whoever has a pool may use it.
+        `claim`: see `domain_launch.Claim`, `others`: see `older_store`; None: nobody is asked.
         `cordon`: why nothing may start here now; None: something always may.
         """
         self.node = node
@@ -143,6 +145,7 @@ class DomainService:
             restart=restart,
             start_again=self._start_again,
             remark=self._remark,
+            others=others,
         )
         self._io_recovery = IoRecovery(
             hypervisor=hypervisor,

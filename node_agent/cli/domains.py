@@ -117,6 +117,9 @@ def takeover(
     out, --powered-off NODE vouches for it; if that isn't true, two guests write to one disk. It is
     refused where the node still answers or the fence works, and stays in the domain's history with
     your name.
+
+    A domain that runs on that node already, which a store that was restored from an older copy
+    doesn't know, runs on: the store is told.
     """
     body = TakeoverRequest(node=to, powered_off=powered_off)
     domain = settings.client().post(f"{path_of(name)}/takeover", Domain, body)

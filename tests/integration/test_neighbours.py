@@ -13,7 +13,7 @@ from deploy import lab
 from migrator.model import DomainSpec, DomainState, OwnershipRecord, OwnershipState
 from node_agent.cli.errors import ApiProblem
 from node_agent.events import EventKind
-from node_agent.resources import Domain, StartRequest, StopRequest
+from node_agent.resources import Domain, StartRequest, StopRequest, TakeoverRequest
 from node_agent.state.ownership import ownership_key
 from node_agent.state.sqlite import SqliteStore
 from node_agent.state.typed import TypedStore
@@ -69,9 +69,10 @@ def test_a_guest_that_is_newer_than_the_store_outlives_its_agents_restart(
 
             eventually("each agent has told it", lambda: len(told()) == 2)
             assert "under token 2, and the store knows it under 1, of n2" in told()[0]
+            api.post(f"/v1/domains/{name}/takeover", Domain, TakeoverRequest(node="n1"))
             assert cluster.qemus("n1", name) == before
         finally:
-            put_record(cluster, newest)
+            assert put_record(cluster, newest) == newest
         assert cluster.domain(name).state is DomainState.RUNNING
     finally:
         api.post(f"/v1/domains/{name}/stop", Domain, StopRequest(timeout_s=0.0))

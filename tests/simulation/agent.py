@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
@@ -22,9 +22,6 @@ from migrator.model import (
     DomainStatus,
     FencingToken,
     HypervisorCapabilities,
-    NodeInfo,
-    NodeName,
-    NodeState,
     PoolName,
 )
 from migrator.ports import (
@@ -44,7 +41,7 @@ from node_agent.migrations.admission import Admissions
 from node_agent.migrations.cutover import CutoverService
 from node_agent.migrations.moments import MigrationMoments
 from node_agent.migrations.site import NodeSite
-from node_agent.nodes import NodeView
+from node_agent.older_store import OtherNodes
 from node_agent.peers.hub import PeerHub
 from node_agent.state.ownership import StoreOwnership
 from node_agent.state.typed import TypedStore
@@ -52,6 +49,7 @@ from tests.simulation import stand_ins
 from tests.simulation.checkers import writes
 from tests.simulation.guests import PAGES, STATES, G, Guest
 from tests.simulation.loop import AGENT, AgentDead
+from tests.simulation.neighbours import CAPABILITIES, Neighbours
 from tests.simulation.storage import SimulatedVolumes
 from tests.simulation.store import SimulatedStore
 
@@ -62,14 +60,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 CALL_S = 0.001
 SWEEP_S = 20.0
-SILENT_S = 5.0
-CAPABILITIES = HypervisorCapabilities(
-    driver="simulated",
-    version="1",
-    accelerator="none",
-    machine_types=("q35",),
-    cpu_models=("qemu64",),
-)
 
 
 class Agent:
@@ -91,6 +81,7 @@ class Agent:
             PoolName("shared"): SimulatedVolumes(self, volumes, enforces=False),
         }
         events = stand_ins.QuietEvents(self)
+        neighbours = Neighbours(self)
         self.ownership = StoreOwnership(store)
         self.records = DomainRecords(typed)
         self.locks = DomainLocks()
@@ -111,6 +102,7 @@ class Agent:
                 monotonic=lambda: node.clock_s,
             ),
             clock=lambda: node.clock_s,
+            others=OtherNodes(node.name, neighbours.heartbeats, neighbours.guests_of),
         )
         self.domains.ownership._sweep_s = SWEEP_S
         self.admissions = Admissions(self.domains, self.hypervisor, self.ownership)
@@ -120,7 +112,7 @@ class Agent:
             pools=pools,
             ownership=self.ownership,
             records=self.records,
-            nodes=self._heartbeats,
+            nodes=neighbours.heartbeats,
             reach=cast(Any, None),  # Nobody's word is taken here.
             events=events,
             clock=lambda: node.clock_s,
@@ -222,22 +214,6 @@ class Agent:
                 await asyncio.sleep(2.0)
         node.opened(sides)
 
-    async def _heartbeats(self) -> Mapping[NodeName, NodeView]:
-        """Who is silent, as this node sees it: by what the store was told."""
-        await self.trip(CALL_S)
-        now_s = self.world.now_s
-        return {
-            node.name: NodeView(
-                info=_info(node.name),
-                state=NodeState.READY if node.heard_for_s(now_s) <= SILENT_S else _SILENT,
-                heartbeat_age_s=node.heard_for_s(now_s),
-            )
-            for node in self.node.cluster.nodes.values()
-        }
-
-
-_SILENT = NodeState.UNREACHABLE
-
 
 def _nothing() -> None:
     pass
@@ -245,20 +221,6 @@ def _nothing() -> None:
 
 async def _as_it_is(machine: str) -> str:
     return machine
-
-
-def _info(name: str) -> NodeInfo:
-    return NodeInfo(
-        name=name,
-        api_address="",
-        peer_address="",
-        migration_address="",
-        memory_bytes=1 << 40,
-        cpus=2,
-        capabilities=CAPABILITIES,
-        heartbeat_at_s=0.0,
-        agent_version="simulated",
-    )
 
 
 class SimulatedHypervisor(HypervisorDriver):

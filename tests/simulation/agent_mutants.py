@@ -79,7 +79,7 @@ class TakesOverAsAHandoffWould(Node):
         ownership = self.agent.domains.ownership
 
         async def take_over(
-            domain: DomainName, spec: DomainSpec, owned: OwnershipRecord
+            domain: DomainName, spec: DomainSpec, owned: OwnershipRecord, vouched: object = ()
         ) -> OwnershipRecord:
             await ownership.end_stale(domain)
             return await ownership._win(domain, spec, owned)

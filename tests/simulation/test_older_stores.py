@@ -67,8 +67,8 @@ class EndsWhatTheStoreHasForgotten(Node):
         async def nothing(*_: object) -> None:
             pass
 
-        ownership = self.agent.domains.ownership
-        ownership._refuse_older_store = nothing  # type: ignore[method-assign,assignment]
+        older = self.agent.domains.ownership.older
+        older.refuse_end = nothing  # type: ignore[method-assign,assignment]
 
 
 @pytest.mark.timeout(600)

@@ -16,6 +16,7 @@ from migrator.figures import DirtyPoint, DirtyRate, LinkOrigin, LinkSpeed, Predi
 from migrator.model import (
     DiskFormat,
     DomainSpec,
+    DomainStatus,
     EngineKind,
     Migration,
     MigrationProgress,
@@ -29,7 +30,7 @@ from migrator.model import (
 from migrator.prediction import Figures, predict
 from netfabric.simulated.driver import SimulatedFabric, SimulatedNetwork
 from node_agent.cluster import ClusterService
-from node_agent.cluster_calls import ClusterCalls
+from node_agent.cluster_calls import ClusterCalls, guests_of
 from node_agent.domain_records import DomainRecords
 from node_agent.domain_restart import RestartPolicy
 from node_agent.domain_takeover import DomainTakeover
@@ -41,6 +42,7 @@ from node_agent.migrations.endings import too_late
 from node_agent.migrations.engine_choice import EngineChoice
 from node_agent.migrations.service import MigrationService
 from node_agent.nodes import NodeRegistry
+from node_agent.older_store import OtherNodes
 from node_agent.peers.hub import PeerHub
 from node_agent.pools import PoolSet
 from node_agent.restart_notes import RestartNotes, RestartStore
@@ -228,10 +230,14 @@ class SimulatedNode:
             events=self.events,
             pin_machine=MachinePinner(self.registry),
             claim=self.pools.claim,
+            others=OtherNodes(self.name, self.registry.read, self._guests_of),
             restart=RestartPolicy(
                 boot_id=boot_id, store=self.restarts, enabled=restart, clock=self._wall
             ),
         )
+
+    async def _guests_of(self, node: NodeName) -> Sequence[DomainStatus]:
+        return await guests_of(self.hub, node)
 
     def _make_pool(self, settings: PoolSettings) -> SimulatedPool:
         if settings.name == self.pool.pool:

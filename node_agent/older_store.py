@@ -1,0 +1,198 @@
+"""A store that knows less than the nodes and the volumes: it was restored from an older copy.
+
+    record: token 5      a guest that runs here: token 6    it is left, and told of
+    record: token 5      volumes: fenced under 6            somebody has won 6 since: who runs it?
+                                     │
+              every node is asked ───┼─► one has it: nothing is started
+                                     └─► one is silent: neither, unless the storage shuts it out
+
+Tokens only grow, and a volume is fenced under no token that wasn't recorded first. So what is newer
+than the record tells of the store. A start by such a record would be the second one of a guest: it
+would shut the first out of its volumes, or, where the storage shuts nobody out, write beside it.
+Where there is no record at all the domain may just have been defined anew with the volumes of a
+deleted one. Then nobody waits for nodes that are silent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from typing import Final
+
+from migrator.errors import ConflictError, FerryError
+from migrator.model import (
+    DomainName,
+    DomainSpec,
+    DomainState,
+    DomainStatus,
+    FencingToken,
+    NodeName,
+    NodeState,
+    OwnershipRecord,
+    OwnershipState,
+)
+from migrator.ports import HypervisorDriver, Struct
+from node_agent.domain_launch import LaunchBuilder
+from node_agent.events import EventKind, EventLog
+from node_agent.nodes import NodeView
+
+RAN: Final = (DomainState.RUNNING, DomainState.PAUSED, DomainState.IO_ERROR)
+_MAY_RUN: Final = (*RAN, DomainState.UNKNOWN)
+Statuses = Sequence[DomainStatus]
+
+
+class Others(Struct, frozen=True, kw_only=True):
+    """Who else has a guest of a domain, and who can't be asked."""
+
+    having: tuple[NodeName, ...] = ()
+    silent: tuple[NodeName, ...] = ()
+
+
+class OtherNodes:
+    """Asks them. `nodes` reads every node's heartbeat, `ask` a node for its guests."""
+
+    def __init__(
+        self,
+        node: NodeName,
+        nodes: Callable[[], Awaitable[Mapping[NodeName, NodeView]]],
+        ask: Callable[[NodeName], Awaitable[Statuses]],
+    ) -> None:
+        self._node = node
+        self._nodes = nodes
+        self._ask = ask
+
+    async def look_for(self, domain: DomainName) -> Others:
+        """StoreError: who they are isn't known."""
+        views = await self._nodes()
+        others = sorted(set(views) - {self._node})
+        silent = {each for each in others if views[each].state is NodeState.UNREACHABLE}
+        asked = [each for each in others if each not in silent]
+        answers = await asyncio.gather(*(self._has(each, domain) for each in asked))
+        having = [node for node, has in zip(asked, answers, strict=True) if has]
+        silent |= {node for node, has in zip(asked, answers, strict=True) if has is None}
+        return Others(having=tuple(having), silent=tuple(sorted(silent)))
+
+    async def _has(self, node: NodeName, domain: DomainName) -> bool | None:
+        """None: it doesn't say."""
+        try:
+            statuses = await self._ask(node)
+        except FerryError:
+            return None
+        return any(each.name == domain and each.state in _MAY_RUN for each in statuses)
+
+
+class OlderStore:
+    """See the module. `others` None: nobody else is asked, and nothing is refused for them."""
+
+    def __init__(
+        self,
+        node: NodeName,
+        *,
+        hypervisor: HypervisorDriver,
+        launches: LaunchBuilder,
+        events: EventLog,
+        others: OtherNodes | None,
+    ) -> None:
+        self._node = node
+        self._hypervisor = hypervisor
+        self._launches = launches
+        self._events = events
+        self._others = others
+        self._told: set[tuple[DomainName, int, int]] = set()
+
+    async def newer_guest(
+        self, domain: DomainName, owned: OwnershipRecord | None
+    ) -> FencingToken | None:
+        """The token of a guest that runs here, or did, under a newer one than the record's."""
+        token = await self._hypervisor.launched_token(domain)
+        if token is None or (owned is not None and token <= owned.token):
+            return None
+        return token if (await self._hypervisor.inspect(domain)).state in RAN else None
+
+    async def refuse_end(self, domain: DomainName, owned: OwnershipRecord) -> None:
+        """ConflictError: the guest here ran under a newer token than the record's, so it isn't the
+        guest that is stale, but the store. Tokens only grow, and none runs before it is recorded.
+        """
+        token = await self.newer_guest(domain, owned)
+        if token is None:
+            return
+        text = (
+            f"domain {domain} runs on {self._node} under token {token}, and the store knows it "
+            f"under {owned.token}, of {owned.owner}: the store was restored from an older copy, or "
+            "is another cluster's; the guest is left as it is. `ferry domain takeover "
+            f"{domain} --to {self._node}` makes the store know it"
+        )
+        self._tell(domain, owned.token, token, text)
+        raise ConflictError(text)
+
+    async def refuse_start(
+        self,
+        spec: DomainSpec,
+        owned: OwnershipRecord | None,
+        fence: FencingToken,
+        vouched: Collection[NodeName] = (),
+    ) -> None:
+        """ConflictError: another node has it, or may have: the volumes were fenced under a newer
+        token than the record's. `vouched`: nodes that are known to be off.
+        """
+        known = 0 if owned is None else owned.token
+        if fence <= known or self._others is None:
+            return
+        domain = DomainName(spec.name)
+        found = await self._others.look_for(domain)
+        silent = [each for each in found.silent if each not in vouched]
+        has = "no record of it" if owned is None else f"token {known}, of {owned.owner}"
+        why = f"its volumes were fenced under token {fence}, and the store has {has}"
+        if found.having:
+            text = (
+                f"domain {domain} was not started on {self._node}: {' and '.join(found.having)} "
+                f"has it, which the store doesn't know ({why}: the store was restored from an "
+                "older copy). `ferry domain takeover "
+                f"{domain} --to {found.having[0]}` makes the store know it; or power it off there"
+            )
+        elif silent and owned is not None and not self._launches.shuts_others_out(spec):
+            text = (
+                f"domain {domain} was not started on {self._node}: {why}: the store was restored "
+                f"from an older copy, and {' and '.join(silent)} may run it, which can't be asked, "
+                "nor shut out of its volumes; a node that is gone is to be removed (`ferry node "
+                "rm --force`)"
+            )
+        else:
+            return
+        self._tell(domain, known, fence, text)
+        raise ConflictError(text)
+
+    async def record_of_guest(
+        self, spec: DomainSpec, token: FencingToken
+    ) -> tuple[OwnershipRecord, Sequence[str]]:
+        """What says that the guest that runs here under `token` is the domain; and why it can't.
+
+        Its volumes have to know the same token for their newest: else another copy has run after
+        it, for all that they say, and what this one remembers of its disks is over. ConflictError:
+        they are another cluster's.
+        """
+        await self._launches.claim(spec)
+        domain, reasons = DomainName(spec.name), []
+        fence = await self._launches.newest_fence(spec)
+        if fence != token and any(not disk.read_only for disk in spec.disks):
+            reasons.append(
+                f"the guest here was launched under token {token}, and its volumes were fenced "
+                f"under {fence} last: they are others by now, or another copy of it may have run "
+                "since; power it off from within, and start it"
+            )
+        found = Others() if self._others is None else await self._others.look_for(domain)
+        reasons += [f"{each} has a guest of it, too: end one of them" for each in found.having]
+        reasons += [
+            f"{each} can't be asked whether it has a guest of it, too; a node that is gone is to "
+            "be removed (`ferry node rm --force`)"
+            for each in found.silent
+        ]
+        state = OwnershipState.RUNNING
+        record = OwnershipRecord(domain=domain, token=token, owner=self._node, state=state)
+        return record, reasons
+
+    def _tell(self, domain: DomainName, known: int, token: int, text: str) -> None:
+        """Once for each of what is known on both sides."""
+        if (domain, known, token) not in self._told:
+            self._told.add((domain, known, token))
+            self._events.emit(EventKind.STORE_BEHIND, text, domain=domain, token=token)
