@@ -11,7 +11,6 @@ import signal
 import sqlite3
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,16 +61,17 @@ Begin = Callable[[Stage], "Ongoing"]
 
 
 class Ongoing:
-    """A fault that was begun. `wait` returns when it is over."""
+    """A fault that was begun. `wait` returns when it is over; `end` has it over at once."""
 
     def __init__(self, end: Callable[[], None], seconds: float) -> None:
         self._end = end
         self._problem: BaseException | None = None
+        self._enough = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(seconds,), name="fault")
         self._thread.start()
 
     def _run(self, seconds: float) -> None:
-        time.sleep(seconds)  # How long the fault lasts.
+        self._enough.wait(seconds)  # How long the fault lasts.
         try:
             self._end()
         except BaseException as error:
@@ -81,6 +81,10 @@ class Ongoing:
         self._thread.join()
         if self._problem is not None:
             raise self._problem
+
+    def end(self) -> None:
+        self._enough.set()
+        self.wait()
 
 
 @dataclass(frozen=True, slots=True)

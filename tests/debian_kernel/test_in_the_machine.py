@@ -20,7 +20,7 @@ pytestmark = pytest.mark.lab
 _ROOT: Final = Path(__file__).parents[2]
 _INSIDE: Final = Path(__file__).parent / "inside"
 _CONTRACTS: Final = ("link_table", "filters", "connections_contract", "moves_contract")
-_LIMIT_S: Final = 420.0
+_LIMIT_S: Final = 600.0
 """Some 100 s where a core is free."""
 
 

@@ -96,7 +96,8 @@ async def test_it_counts_what_is_written(guest: Guest, tmp_path: Path) -> None:
     # The curve grows, and flattens at the 4 MiB that are written to.
     sizes = [point.bytes for point in sampled.curve]
     assert sizes == sorted(sizes)
-    assert sizes[0] < 0.75 * sizes[-1]
+    slopes = [point.bytes / point.seconds for point in sampled.curve]
+    assert slopes[0] > 2 * slopes[-1], sampled  # However late the first look was.
     assert 0.9 * 4 * MIB <= sizes[-1] <= 4 * MIB
     assert sampled.curve[-1].seconds == sampled.seconds
     assert not guest.tracked()

@@ -171,7 +171,7 @@ def test_a_destination_that_stays_cut_off_from_its_storage_doesnt_keep_the_guest
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, role: str, step: str, reason: str
 ) -> None:
     """It isn't paused for it; and if it was already, the source has it back soon."""
-    monkeypatch.setattr(faults, "LINK_DOWN_S", 60.0)
+    monkeypatch.setattr(faults, "LINK_DOWN_S", 120.0)  # Until it is ended.
     (fault,) = [each for each in FAULTS if each.name == "cut destination storage"]
     with (
         # A name of its own: a console is kept, and an earlier guest's would say that it is ready.
@@ -194,7 +194,7 @@ def test_a_destination_that_stays_cut_off_from_its_storage_doesnt_keep_the_guest
         assert ended.error is not None and ended.error.startswith(reason), ended.error
         wait_records(guest)
         assert guest.copies() == ["n1"]
-        ongoing.wait()
+        ongoing.end()
         assert guest.verify().disk_errors == 0
         cluster.move(guest.name, "n2")
 
