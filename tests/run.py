@@ -43,6 +43,7 @@ IN_FRONT: Final = [
 ]
 BEHIND: Final = ["tests", f"--ignore={_FOLDER}"]
 _ALL: Final = ["--durations=10"]
+_AT_A_TIME: Final = 2
 _NICE: Final = 5
 """Of the session's group, too: where the kernel schedules by groups (autogroup), it is that alone
 which counts."""
@@ -69,7 +70,7 @@ def _lower(pid: int) -> None:
 
 
 def _one_has_ended(running: list[subprocess.Popen[bytes]]) -> None:
-    """Waits until one has, and takes it off the list. They are our only children."""
+    """Waits until one has, and takes all that have off the list. They are our only children."""
     os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
     running[:] = [each for each in running if each.poll() is None]
 
@@ -105,7 +106,8 @@ def main() -> int:
             _lower(started[-1].pid)
             running = list(started)
             for files, output in zip(BESIDE, beside, strict=True):
-                _one_has_ended(running)
+                while len(running) >= _AT_A_TIME:
+                    _one_has_ended(running)
                 started.append(_start(files, output.fileno()))
                 running.append(started[-1])
             statuses = [process.wait() for process in started]
