@@ -194,7 +194,7 @@ async def test_a_channel_that_stays_away_fails_the_engine(pair: Pair) -> None:
 
 async def test_a_silent_destination_is_noticed(pair: Pair) -> None:
     pair.source_guest.tell(f"fill 0 {64 * MIB}")
-    await pair.start(silence_s=0.5, reconnect_s=1.0)
+    await pair.start(silence_s=0.5, reconnect_s=20.0)
     os.kill(pair.destination.process.pid, signal.SIGSTOP)
     try:
         pair.source.process.send(RunPass(number=1, kind=PassKind.FIRST))
