@@ -369,7 +369,7 @@ class Coordinator:
         error: str | None = None
         try:
             async with asyncio.timeout(HOOK_S):
-                await self._hooks.run(point, self.drain)
+                await self._hooks.run(point, self.drain.node)
         except FerryError as failure:
             error = str(failure)
         except TimeoutError:

@@ -115,7 +115,8 @@ class DrainMachine(MoveCourse):
     def _cancel(self, mode: CancelMode, now: float, by: str = "") -> None:
         already = self._base.state is DrainState.CANCELLING
         stronger = mode is CancelMode.ABORT and self._base.cancel is CancelMode.LET_END
-        if mode is CancelMode.NO or (already and not stronger):
+        over = self._hooking in (HookPoint.NODE_DRAINED, HookPoint.NODE_OPENED)
+        if mode is CancelMode.NO or (already and not stronger) or over:
             return
         self._set(state=DrainState.CANCELLING, cancel=mode, cancelled_by=by)
         if self._hooking is HookPoint.NODE_DRAINING:
@@ -151,11 +152,8 @@ class DrainMachine(MoveCourse):
         self._share()
         if any(not move.state.ended for move in self._moves.all()):
             return
-        if self._base.state is DrainState.CANCELLING:
-            self._finish(DrainState.CANCELLED, NodeState.READY, now)
-        elif self._base.operation is not Operation.DRAIN:
-            moved = all(each.state in _AS_PLANNED for each in self._moves.all())
-            self._finish(DrainState.DONE if moved else DrainState.PARTIAL, NodeState.READY, now)
+        if self._base.state is DrainState.CANCELLING or self._base.operation is not Operation.DRAIN:
+            self._open_node(now)
         elif self._base.state is DrainState.RUNNING:
             self._set(state=DrainState.CHECKING)
             self._checking_since = now
@@ -248,6 +246,22 @@ class DrainMachine(MoveCourse):
         else:
             self._check_at = now + CHECK_EVERY_S
 
+    def _open_node(self, now: float) -> None:
+        """It takes domains again, and whoever was told of the drain hears of that, too."""
+        if not self._base.node:
+            self._finish(self._outcome, NodeState.READY, now)
+            return
+        self._out.append(v.SetCordon(state=NodeState.READY))
+        self._hook(HookPoint.NODE_OPENED, now)
+
+    @property
+    def _outcome(self) -> DrainState:
+        """Of what ends with an open node."""
+        if self._base.state is DrainState.CANCELLING:
+            return DrainState.CANCELLED
+        moved = all(each.state in _AS_PLANNED for each in self._moves.all())
+        return DrainState.DONE if moved else DrainState.PARTIAL
+
     def _partial(self, error: str, now: float) -> None:
         self._set(error=error)
         self._finish(DrainState.PARTIAL, NodeState.CORDONED, now)
@@ -260,14 +274,16 @@ class DrainMachine(MoveCourse):
         if self._hooking is not event.point:
             return
         self._hooking = None
+        if event.error is not None:
+            self._note(f"hook {event.point}: {event.error}", now)
         if event.point is HookPoint.NODE_DRAINED:
-            if event.error is not None:
-                self._note(f"hook {event.point}: {event.error}", now)
             self._finish(DrainState.DONE, NodeState.DRAINED, now)
+            return
+        if event.point is HookPoint.NODE_OPENED:
+            self._finish(self._outcome, NodeState.READY, now)
             return
         self._set(hooked=True)
         if event.error is not None:
-            self._note(f"hook {event.point}: {event.error}", now)
             self._set(error=event.error)
             self._cancel(CancelMode.LET_END, now)
 

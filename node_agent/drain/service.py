@@ -45,6 +45,7 @@ from node_agent.drain.survey import Survey, moves_of, shown_plan, with_policy
 from node_agent.drain.watch import LOOK_S, SILENT_S, DrainWatch
 from node_agent.drain.world import DrainWorld
 from node_agent.events import EventKind, EventLog
+from node_agent.hooks.model import HookPoint
 from node_agent.peers.hub import PeerHub
 from node_agent.planner.model import Plan, PlanOptions
 from node_agent.state.typed import TypedStore, Versioned
@@ -123,8 +124,11 @@ class DrainService:
     async def uncordon(self, node: NodeName) -> None:
         """Open it again; what a drain took away stays away. ConflictError while it is draining."""
         await self._must_exist(node)
-        await self.set_cordon(node, NodeState.READY, None, _UNCORDONABLE)
+        before = await self.set_cordon(node, NodeState.READY, None, _UNCORDONABLE)
         self.events.emit(EventKind.NODE_UNCORDONED, f"node {node} takes domains again")
+        if before is not None and before.drain is not None:
+            with contextlib.suppress(FerryError):  # The event log has it.
+                await self._hooks.run(HookPoint.NODE_OPENED, node)
 
     async def set_cordon(
         self, node: str, state: NodeState, drain: str | None, allowed: frozenset[NodeState]

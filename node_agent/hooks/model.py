@@ -7,6 +7,7 @@
     on-failure          the migration failed or was cancelled; the domain runs where it ran
     node-draining       a node is about to be emptied; a hook may forbid it
     node-drained        it is empty
+    node-opened         it takes domains again: an undrain is over, or a drain was cancelled
 
 Every call may come twice (after an agent's crash): a hook must bear that. The calls of one
 migration carry its id.
@@ -39,6 +40,7 @@ class HookPoint(enum.StrEnum):
     ON_FAILURE = "on-failure"
     NODE_DRAINING = "node-draining"
     NODE_DRAINED = "node-drained"
+    NODE_OPENED = "node-opened"
 
     @property
     def may_forbid(self) -> bool:
@@ -48,9 +50,12 @@ class HookPoint(enum.StrEnum):
     @property
     def of_a_node(self) -> bool:
         """Whether it is about a node, and no single domain."""
-        return self in (HookPoint.NODE_DRAINING, HookPoint.NODE_DRAINED)
+        return self in _OF_A_NODE
 
 
+_OF_A_NODE: Final = frozenset(
+    {HookPoint.NODE_DRAINING, HookPoint.NODE_DRAINED, HookPoint.NODE_OPENED}
+)
 _FORBIDDING: Final = frozenset(
     {HookPoint.BEFORE_MIGRATION, HookPoint.BEFORE_SWITCHOVER, HookPoint.NODE_DRAINING}
 )
@@ -152,7 +157,7 @@ class HookCall(Value, frozen=True, kw_only=True):
 
     point: HookPoint
     node: str
-    """The source of a move, or the node that is drained."""
+    """The source of a move, or the node that is drained or opened."""
     domain: str | None = None
     destination: str | None = None
     migration: str | None = None

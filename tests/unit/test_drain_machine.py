@@ -104,9 +104,14 @@ def test_the_hook_comes_before_the_first_move_and_may_forbid() -> None:
     assert not of(v.Begin, commands)
     done = v.HookDone(point=HookPoint.NODE_DRAINING, error="not now")
     commands = machine.handle(done, 1.0)
-    assert machine.drain.state is DrainState.CANCELLED
+    assert machine.drain.state is DrainState.CANCELLING
     assert machine.drain.error == "not now"
-    assert v.SetCordon(state=NodeState.READY) in commands
+    assert commands[-2:] == [
+        v.SetCordon(state=NodeState.READY),
+        v.RunHook(point=HookPoint.NODE_OPENED),
+    ]
+    machine.handle(v.HookDone(point=HookPoint.NODE_OPENED), 2.0)
+    assert machine.drain.state is DrainState.CANCELLED
 
 
 def test_it_is_not_done_before_the_node_is_empty() -> None:
@@ -180,6 +185,7 @@ def test_cancelling_lets_end_what_is_under_way() -> None:
     ]
     assert machine.drain.cancelled_by == "root on n2"
     machine.handle(v.Seen(domain="a", migration=migration("a", MigrationState.CANCELLED)), 3.0)
+    machine.handle(v.HookDone(point=HookPoint.NODE_OPENED), 3.0)
     assert machine.drain.state is DrainState.CANCELLED
     assert {move.state for move in machine.drain.moves} == {MoveState.LEFT}
 
@@ -256,8 +262,25 @@ def test_a_cancel_waits_for_no_hook_that_was_asked_whether_it_may_begin() -> Non
     machine = DrainMachine(drain("a", hooked=False))
     machine.handle(v.Took(), 0.0)
     assert machine.waits_for(7.0) == "the hooks of node-draining, for 7 s now"
-    machine.handle(v.CancelAsked(mode=CancelMode.LET_END), 8.0)
-    assert machine.drain.state is DrainState.CANCELLED
+    commands = machine.handle(v.CancelAsked(mode=CancelMode.LET_END), 8.0)
+    assert commands[-1] == v.RunHook(point=HookPoint.NODE_OPENED)
+    late = v.HookDone(point=HookPoint.NODE_DRAINING, error="no")
+    assert machine.handle(late, 8.5) == []
+    machine.handle(v.HookDone(point=HookPoint.NODE_OPENED), 9.0)
+    assert (machine.drain.state, machine.drain.error) == (DrainState.CANCELLED, None)
+
+
+def test_who_hears_of_a_drain_hears_when_the_node_is_open_again() -> None:
+    machine = DrainMachine(drain("a", operation=Operation.UNDRAIN))
+    machine.handle(v.Took(), 0.0)
+    moving(machine, "a")
+    over = v.Seen(domain="a", migration=migration("a", MigrationState.COMPLETED))
+    commands = machine.handle(over, 1.0)
+    assert commands[-1] == v.RunHook(point=HookPoint.NODE_OPENED)
+    machine.handle(v.CancelAsked(mode=CancelMode.LET_END), 1.5)
+    machine.handle(v.HookDone(point=HookPoint.NODE_OPENED, error="nobody answers"), 2.0)
+    assert machine.drain.state is DrainState.DONE, "a cancel comes too late, a hook is only noted"
+    assert "nobody answers" in "".join(note.text for note in machine.drain.history)
 
 
 def test_what_is_waited_for_is_told() -> None:
