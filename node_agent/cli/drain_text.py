@@ -203,6 +203,8 @@ def outcome(drain: Drain) -> str:
     lines = [head + text]
     if drain.error:
         lines.append(f"  {drain.error}")
+    if drain.operation is Operation.DRAIN and drain.state is DrainState.CANCELLED and moved(drain):
+        lines.append(f"  `ferry undrain {drain.node}` brings back what has moved")
     lines += [
         f"  {move.domain} ({move.state.value}): {move.error}"
         for move in drain.moves

@@ -15,7 +15,7 @@ from urllib.parse import quote
 from node_agent.cli.drain_text import outcome, sentence
 from node_agent.cli.errors import ApiProblem, CliError, ExitCode, Unreachable
 from node_agent.cli.output import note, settings, show, size
-from node_agent.drain.resources import Drain, DrainState, Move, MoveState
+from node_agent.drain.resources import CancelMode, Drain, DrainState, Move, MoveState
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -182,7 +182,10 @@ def _waiting(drain: Drain) -> list[str]:
 
 
 def _ways_out(drain: Drain) -> str:
-    return f"Ctrl-C: it goes on without you; `ferry drains cancel {drain.id}` stops it"
+    cancel, what = f"ferry drains cancel {drain.id}", "stops it"
+    if drain.cancel is not CancelMode.NO:
+        cancel, what = f"{cancel} --abort-moves", "ends the moves under way, too"
+    return f"Ctrl-C: it goes on without you; `{cancel}` {what}"
 
 
 def _whole(drain: Drain) -> str:
@@ -202,5 +205,5 @@ def _whole(drain: Drain) -> str:
     if drain.left_s is not None and drain.planned_s > 0.0:
         whole_s = elapsed + drain.left_s
         if abs(whole_s - drain.planned_s) > _AS_PLANNED * drain.planned_s:
-            said += f", by its moves so far {whole_s:.0f} s"
+            said += f", expected by now: {whole_s:.0f} s"
     return f"{text} ({said})"

@@ -243,6 +243,10 @@ class Coordinator:
             if any("is being migrated already" in reason for reason in error.reasons):
                 self._hear(v.Unclear(domain=domain, reason=str(error)))
                 return
+            if any("is still held by migration" in reason for reason in error.reasons):
+                await asyncio.sleep(RETRY_S)  # Which has ended: it lets go in a moment.
+                self._hear(v.Unclear(domain=domain, reason=str(error)))
+                return
             mark = f"node {command.destination}"
             elsewhere = all(reason.startswith(mark) for reason in error.reasons)
             self._hear(v.Refused(domain=domain, reason=str(error), elsewhere=elsewhere))

@@ -29,7 +29,7 @@ from node_agent.drain.resources import (
 )
 from node_agent.hooks.model import HookPoint
 
-CHECK_EVERY_S: Final = 1.0
+CHECK_EVERY_S: Final = 0.3
 CHECK_PATIENCE_S: Final = 60.0
 """How long processes may need to go after the last move, or a silent node to answer."""
 

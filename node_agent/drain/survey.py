@@ -42,6 +42,13 @@ _DRAIN_ADDS_S: Final = 0.35
 end is noticed later (0.1 s), two at once share the processors. Measured on two cores, three guests
 of 256 MiB, an unshaped link: 0.75 s a move, of which a lone one's plan has 0.39."""
 _MOVABLE: Final = frozenset({DomainState.RUNNING})
+_CURES: Final = {
+    DomainState.PAUSED: "resume it (`ferry domain resume {}`)",
+    DomainState.CRASHED: "reset it (`ferry domain reset {}`)",
+    DomainState.STARTING: "wait until {} runs",
+}
+_SWITCHING: Final = frozenset({DomainState.PRE_SWITCHOVER, DomainState.POSTMIGRATE})
+"""For some milliseconds of a migration that has hold of it: its end is waited for."""
 
 
 class Survey(Struct, frozen=True, kw_only=True):
@@ -189,7 +196,8 @@ def _domain(
         if model in ("host", "max"):
             needs |= {f"feature:{each}" for each in has.cpu_features}
     obstacle = ""
-    if domain.state not in _MOVABLE:
+    switching = domain.migration is not None and domain.state in _SWITCHING
+    if domain.state not in _MOVABLE and not switching:
         obstacle = f"it is {domain.state}, and only a running domain migrates"
         obstacle += f" ({domain.reason})" if domain.reason else ""
     in_use = domain.memory_in_use_bytes or spec.memory_bytes
@@ -210,6 +218,7 @@ def _domain(
         pinned=rules.pinned,
         needs=frozenset(needs),
         obstacle=obstacle,
+        cure=_CURES.get(domain.state, "").format(domain.name),
     )
 
 

@@ -59,6 +59,8 @@ class DomainFacts(Struct, frozen=True, kw_only=True):
     """Of `NodeFacts.kinds`."""
     obstacle: str = ""
     """Why it can't be migrated now: paused, crashed, migrating already."""
+    cure: str = ""
+    """What would end that."""
 
     @property
     def selectors(self) -> frozenset[str]:

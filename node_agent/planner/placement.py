@@ -142,21 +142,29 @@ class _Placer:
 
     def _blocker(self, domain: DomainFacts, group: Sequence[DomainFacts]) -> Blocker:
         reasons: dict[str, str] = {}
-        short: list[tuple[float, str]] = []
+        ways = _Ways()
         for index, node in enumerate(self._nodes):
             if node.name == domain.node:
                 continue
+            closed = "" if node.admits else node.why_not or "it takes no domains"
             reason = self._reason(domain, node, group)
-            if not reason:
-                missing = _memory(group) - float(self._free[index])
-                short.append((missing, node.name))
+            missing = _memory(group) - float(self._free[index])
+            if not reason and missing > 0.0:
                 reason = (
                     f"{_memory(group) / _MIB:.0f} MiB needed, "
                     f"{max(float(self._free[index]), 0.0) / _MIB:.0f} MiB left"
                 )
                 if len(group) > 1:
                     reason += f" (with {_others(domain, group)}, which stay together)"
-            reasons[node.name] = reason
+                if not closed and float(self._usable[index]) >= _memory(group):
+                    ways.short.append((missing, node.name))
+            elif not reason:
+                (ways.silent if node.silent else ways.closed).append(node.name)
+            elif not closed and (domain.name, node.name) in self._options.refusals:
+                ways.refusing.append(node.name)
+            if not closed and (lacks := sorted(domain.needs - node.kinds)):
+                ways.lacking.append((len(lacks), node.name, _words(lacks)))
+            reasons[node.name] = closed or reason
         told = [f"{name}: {why}" for name, why in list(reasons.items())[:_NODES_TOLD_MAX]]
         if len(reasons) > _NODES_TOLD_MAX:
             told.append(f"and {len(reasons) - _NODES_TOLD_MAX} more nodes")
@@ -164,13 +172,11 @@ class _Placer:
         return Blocker(
             domain=domain.name,
             reason=f"no node can take it: {why}",
-            remedy=_remedy(domain, short, self._nodes),
+            remedy=ways.told(domain, _memory(group), len(self._nodes)),
         )
 
     def _reason(self, domain: DomainFacts, node: NodeFacts, group: Sequence[DomainFacts]) -> str:
-        """Other than memory; "": that is all."""
-        if not node.admits:
-            return node.why_not or "it takes no domains"
+        """Other than memory, and whether the node is open; "": that is all."""
         if domain.pinned and node.name not in domain.pinned:
             return f"the domain is pinned to {', '.join(domain.pinned)}"
         wanted = self._wanted.get(domain.name)
@@ -183,7 +189,7 @@ class _Placer:
             return f"its rules contradict those of {_others(domain, group)}"
         missing = sorted(domain.needs - node.kinds)
         if missing:
-            return f"it has no {', '.join(each.replace(':', ' ') for each in missing)}"
+            return f"it has no {_words(missing)}"
         for each in group:
             broken = self._rules.broken(each, node.name)
             if broken:
@@ -191,27 +197,45 @@ class _Placer:
         return ""
 
 
-def _remedy(
-    domain: DomainFacts, short: Sequence[tuple[float, str]], nodes: Sequence[NodeFacts]
-) -> str:
-    """What would help, the nearest first."""
-    ways: list[str] = []
-    if short:
-        missing, name = min(short)
-        ways.append(f"free {max(missing, 0.0) / _MIB:.0f} MiB on {name}")
-    closed = [each for each in nodes if not each.admits and each.name != domain.node]
-    for how, names in (
-        ("open", [each.name for each in closed if not each.silent]),
-        ("start the agent of", [each.name for each in closed if each.silent]),
-    ):
-        if names:
-            ways.append(f"{how} {', '.join(names[:_NODES_TOLD_MAX])}")
-    if domain.pinned or domain.affinity or domain.anti_affinity:
-        ways.append("change its placement rules")
-    if len(nodes) < 2:
-        ways.append("add a node")
-    ways.append(f"leave it there (--exclude {domain.name})")
-    return ", or ".join(ways)
+class _Ways:
+    """What would help: nodes that lack one thing, by what that is."""
+
+    def __init__(self) -> None:
+        self.short: list[tuple[float, str]] = []
+        """Of memory: how much, and the node, which would be large enough."""
+        self.closed: list[str] = []
+        self.silent: list[str] = []
+        self.refusing: list[str] = []
+        """By a reason of their own, which they have said."""
+        self.lacking: list[tuple[int, str, str]] = []
+        """How many kinds they don't have, the node, and which."""
+
+    def told(self, domain: DomainFacts, memory_bytes: int, nodes: int) -> str:
+        """The nearest first. What doesn't help is no remedy: opening a node that a rule forbids."""
+        ways: list[str] = []
+        if self.short:
+            missing, name = min(self.short)
+            ways.append(f"free {missing / _MIB:.0f} MiB on {name}")
+        for how, names in (
+            ("open", self.closed),
+            ("start the agent of", self.silent),
+            ("mend that on", self.refusing),
+        ):
+            if names:
+                ways.append(f"{how} {', '.join(names[:_NODES_TOLD_MAX])}")
+        if domain.pinned or domain.affinity or domain.anti_affinity:
+            ways.append("change its placement rules")
+        if self.lacking and not ways:
+            _, name, lacks = min(self.lacking)
+            ways.append(f"give {name} {lacks}")
+        if nodes < 2 or not ways:
+            ways.append(f"add a node with {memory_bytes / _MIB:.0f} MiB")
+        ways.append(f"leave it there (--exclude {domain.name})")
+        return ", or ".join(ways)
+
+
+def _words(kinds: Sequence[str]) -> str:
+    return ", ".join(each.replace(":", " ") for each in kinds)
 
 
 def _others(domain: DomainFacts, group: Sequence[DomainFacts]) -> str:

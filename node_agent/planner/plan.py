@@ -108,7 +108,8 @@ def _own_obstacle(domain: DomainFacts) -> Blocker | None:
         return Blocker(
             domain=domain.name,
             reason=domain.obstacle,
-            remedy=f"put that right, or power it off (--policy stop), or {leave}",
+            remedy=f"{domain.cure or 'put that right'}, or power it off (`ferry domain stop "
+            f"{domain.name}`), or {leave}",
         )
     return None
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import msgspec
 
-from migrator.model import MaintenancePolicy, NodeName, NodeState
+from migrator.model import DomainSpec, DomainState, MaintenancePolicy, NodeName, NodeState
 from node_agent.cli.drain_text import balance_text, plan_text
 from node_agent.drain.coordinator import _time_of_move
 from node_agent.drain.neighbours import promised, under_way
@@ -28,8 +28,9 @@ from node_agent.drain.resources import (
 from node_agent.drain.service import DrainService
 from node_agent.drain.survey import Survey, make_survey
 from node_agent.nodes import NodeView
-from node_agent.planner.model import Plan, PlanOptions
+from node_agent.planner.model import DomainFacts, Plan, PlanOptions
 from node_agent.planner.plan import plan_moves
+from node_agent.resources import Domain
 from node_agent.state.memory import SimulatedData, SimulatedStore
 from node_agent.state.typed import TypedStore
 from tests.unit.heartbeats import heartbeat
@@ -166,3 +167,25 @@ def test_what_a_timeout_would_leave_is_told_beforehand() -> None:
     plan = DrainPlan(node="n1", moves=moves, planned_s=30.0, timeout_s=5.0)
     assert "after --timeout 5 s no move begins any more; by this plan g1, g2" in plan_text(plan)
     assert "--timeout" not in plan_text(msgspec.structs.replace(plan, timeout_s=3600.0))
+
+
+def test_a_domain_that_is_just_switching_over_blocks_no_drain() -> None:
+    """The drain waits for that migration; it was refused in those milliseconds."""
+    found = {
+        name: _facts(name, state, migration)
+        for name, state, migration in (
+            ("moves", DomainState.PRE_SWITCHOVER, "m1"),
+            ("stuck", DomainState.POSTMIGRATE, None),
+            ("rests", DomainState.PAUSED, None),
+        )
+    }
+    assert found["moves"].obstacle == ""
+    assert found["stuck"].obstacle.startswith("it is postmigrate")
+    assert found["rests"].cure == "resume it (`ferry domain resume rests`)"
+
+
+def _facts(name: str, state: DomainState, migration: str | None) -> DomainFacts:
+    spec = DomainSpec(name=name, memory_bytes=2**28)
+    domain = Domain(name=name, spec=spec, state=state, node="n1", migration=migration)
+    (facts,) = make_survey({"n1": view("n1", NodeState.READY)}, (domain,), {}).domains
+    return facts

@@ -53,7 +53,7 @@ def test_half_is_half_and_the_end_is_never_told_early() -> None:
     told = msgspec.structs.replace(halves, left_s=10.0)
     assert "1 of 2 over, 10 s gone, ~10 s left (plan: 20.0 s)" in _whole(told)
     late = _whole(msgspec.structs.replace(halves, left_s=20.0))
-    assert "~20 s left (plan: 20.0 s, by its moves so far 30 s)" in late
+    assert "~20 s left (plan: 20.0 s, expected by now: 30 s)" in late
     checking = drain(move("a", MoveState.MOVED), state=DrainState.CHECKING)
     assert "looking whether the node is empty" in _whole(checking)
     assert _done_whole(checking) < 1.0
@@ -142,3 +142,10 @@ def test_plain_lines_tell_what_is_waited_for_once_not_each_second(
 def _waits(second: int) -> Drain:
     waits_for = f"the hooks of node-draining, for {second} s now"
     return msgspec.structs.replace(drain(), waits_for=waits_for)
+
+
+def test_a_cancelled_drain_says_how_to_get_back_what_has_moved() -> None:
+    state = DrainState.CANCELLED
+    some = drain(move("a", MoveState.MOVED), move("b", MoveState.LEFT), state=state)
+    assert "`ferry undrain n1` brings back what has moved" in outcome(some)
+    assert "undrain" not in outcome(drain(move("b", MoveState.LEFT), state=state))

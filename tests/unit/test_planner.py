@@ -103,26 +103,48 @@ def test_anti_affinity_holds_both_ways_and_affinity_keeps_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("guest", "changes", "expected"),
+    ("guest", "changes", "expected", "remedy"),
     [
-        (domain("g", policy=MaintenancePolicy.NEVER), {}, "policy is never"),
-        (domain("g", obstacle="it is paused"), {}, "it is paused"),
-        (domain("g", memory_bytes=100 * GIB), {}, "102400 MiB needed, 64512 MiB left"),
-        (domain("g", pinned=("n1",)), {}, "pinned to n1"),
-        (domain("g", anti_affinity=("other",)), {}, "anti-affinity to other"),
-        (domain("g"), {"admits": False, "why_not": "it is cordoned"}, "it is cordoned"),
-        (domain("g"), {"kinds": frozenset({"machine:q35"})}, "it has no cpu qemu64"),
+        (domain("g", policy=MaintenancePolicy.NEVER), {}, "policy is never", "stop it"),
+        (domain("g", obstacle="it is paused", cure="resume it"), {}, "it is paused", "resume it"),
+        (
+            domain("g", memory_bytes=100 * GIB),
+            {},
+            "102400 MiB needed, 64512 MiB left",
+            "add a node with 102400 MiB",
+        ),
+        (
+            domain("g", memory_bytes=GIB),
+            {"memory_bytes": GIB},
+            "1024 MiB needed, 0 MiB left",
+            "free 1024 MiB on n2",
+        ),
+        (domain("g", pinned=("n1",)), {}, "pinned to n1", "change its placement rules"),
+        (domain("g", anti_affinity=("other",)), {}, "anti-affinity to other", "change its"),
+        (domain("g"), {"admits": False, "why_not": "it is cordoned"}, "it is cordoned", "open n2"),
+        (
+            domain("g", pinned=("n1",)),
+            {"admits": False, "why_not": "it is cordoned"},
+            "it is cordoned",
+            "change its placement rules, or leave",
+        ),
+        (
+            domain("g"),
+            {"kinds": frozenset({"machine:q35"})},
+            "it has no cpu qemu64",
+            "give n2 cpu qemu64",
+        ),
     ],
 )
 def test_a_blocker_is_named_with_reason_and_remedy(
-    guest: DomainFacts, changes: dict[str, object], expected: str
+    guest: DomainFacts, changes: dict[str, object], expected: str, remedy: str
 ) -> None:
     nodes = [node("n1", admits=False, why_not="it is draining"), node("n2", **changes)]
     plan = plan_of(nodes, [guest, domain("other", "n2")])
     assert plan.moves == ()
     (blocker,) = plan.blockers
     assert expected in blocker.reason
-    assert blocker.remedy
+    assert blocker.remedy.startswith(remedy), "what doesn't help is no remedy"
 
 
 def test_rules_that_contradict_each_other_are_told() -> None:
@@ -334,4 +356,4 @@ def test_a_node_s_own_words_and_what_would_open_it_are_told() -> None:
     )
     (blocker,) = plan.blockers
     assert "n2: its disk is full" in blocker.reason
-    assert blocker.remedy.startswith("open n3, or start the agent of n4, or ")
+    assert blocker.remedy.startswith("open n3, or start the agent of n4, or mend that on n2, or ")
