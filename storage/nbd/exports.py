@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -140,6 +141,18 @@ class Export:
         self._gone.set()
         if not self._told:
             self._on_death(self)
+
+
+def is_free(address: str, port: int) -> bool:
+    """Whether nobody listens there. Also where that can't be said: qemu-nbd tells why then."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # As qemu-nbd does.
+            trial.bind((address, port))
+    except OSError as error:
+        return error.errno != errno.EADDRINUSE
+    return True
 
 
 def _hold(pid_file: Path) -> int | None:

@@ -11,12 +11,11 @@ its folder isn't mounted yet) is tried again until it can, and told to who asks 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final, TypeVar
 
 import msgspec
@@ -35,7 +34,7 @@ from storage.copying import CopyCancelled
 from storage.names import check_volume_name
 from storage.nbd import protocol as p
 from storage.nbd.copies import Copies
-from storage.nbd.exports import Export, Serving
+from storage.nbd.exports import Export, Serving, is_free
 from storage.nbd.mending import Mending
 from storage.nbd.volumes import ExportState, VolumeFolder, VolumeState
 
@@ -66,6 +65,11 @@ class Provisioner:
 
     async def open(self) -> None:
         """StorageError where the folder can't be used."""
+        for draft in await self._do(self._folder.exported_drafts):
+            try:  # It would keep its port, and the blocks of a file that is gone.
+                await self._draft_export(draft, port=0).end()
+            except FerryError as error:
+                log.error("what a killed provisioner left: %s", error)
         await self._do(self._folder.discard_all)
         for volume in await self._do(self._folder.names):
             try:
@@ -139,7 +143,7 @@ class Provisioner:
                 owner = await self._do(lambda: folder.owner(claimant, instead_of))
                 return p.Answer(owner=owner)
             case p.ListVolumes():
-                return p.Answer(volumes=tuple(await self._do(lambda: list(_all(folder)))))
+                return p.Answer(volumes=tuple(await self._do(folder.describe_all)))
             case p.Create(volume=volume, capacity_bytes=size, draft=True):
                 return await self._open_draft(volume, size)
             case p.Clone(volume=volume, new=new):
@@ -337,7 +341,7 @@ class Provisioner:
 
     def _free_port(self) -> int:
         for port in self._ports:
-            if port not in self._taken:
+            if port not in self._taken and is_free(self._serving.address, port):
                 return port
         raise StorageError(f"all {len(self._ports)} ports for exports are taken")
 
@@ -382,9 +386,20 @@ class Provisioner:
 
     async def _open_draft(self, volume: str, capacity_bytes: int) -> p.Answer:
         draft = await self._do(lambda: self._folder.make_draft(volume, capacity_bytes))
+        for left in await self._do(lambda: self._folder.abandoned_drafts(draft)):
+            await self._discard(left)
         port = self._free_port()
         self._taken.add(port)
-        export = Export(
+        export = self._drafts[draft] = self._draft_export(draft, port)
+        try:
+            await export.ensure()
+        except BaseException:
+            await asyncio.shield(self._discard(draft))
+            raise
+        return p.Answer(draft=draft, export=p.ExportPlace(name=draft, port=port))
+
+    def _draft_export(self, draft: str, port: int) -> Export:
+        return Export(
             self._serving,
             name=draft,
             port=port,
@@ -393,13 +408,6 @@ class Provisioner:
             pid_file=self._folder.pid_file(draft),
             on_death=lambda _: None,
         )
-        self._drafts[draft] = export
-        try:
-            await export.ensure()
-        except BaseException:
-            await asyncio.shield(self._discard(draft))
-            raise
-        return p.Answer(draft=draft, export=p.ExportPlace(name=draft, port=port))
 
     async def _end_draft(self, draft: str) -> None:
         export = self._drafts.pop(draft, None)
@@ -437,9 +445,3 @@ class Provisioner:
 
 def _name(volume: str, state: ExportState) -> str:
     return f"{volume}.{state.node}.{state.token}{'.ro' if state.read_only else ''}"
-
-
-def _all(folder: VolumeFolder) -> Iterator[VolumeInfo]:
-    for name in folder.names():
-        with contextlib.suppress(NotFoundError, InvalidRequest):
-            yield folder.describe(name)

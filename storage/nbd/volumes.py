@@ -22,13 +22,17 @@ from typing import Final
 import msgspec
 
 from migrator import durable
-from migrator.errors import ConflictError, NotFoundError, StorageError
+from migrator.errors import ConflictError, InvalidRequest, NotFoundError, StorageError
 from migrator.model import DiskFormat, PoolHealth, PoolOwner, VolumeInfo, VolumeName
 from storage.copying import copy_image
 from storage.marks import folder_mark, folder_owner
 from storage.names import check_capacity, check_growth, check_volume_name
 
+ABANDONED_AFTER_S: Final = 86_400.0
+"""A draft that nobody has written to for a day is of an agent that died."""
 _SUFFIX: Final = ".raw"
+_DRAFT: Final = ".draft"
+_PID: Final = ".pid"
 
 
 class ExportState(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +65,7 @@ class VolumeFolder:
         return self.path / f"{volume}{_SUFFIX}"
 
     def pid_file(self, what: str) -> Path:
-        return self.path / f".{what}.pid"
+        return self.path / f".{what}{_PID}"
 
     def names(self) -> list[str]:
         return sorted(
@@ -84,6 +88,13 @@ class VolumeFolder:
             capacity_bytes=status.st_size,
             allocated_bytes=status.st_blocks * 512,
         )
+
+    def describe_all(self) -> list[VolumeInfo]:
+        found = []
+        for name in self.names():
+            with contextlib.suppress(NotFoundError, InvalidRequest):
+                found.append(self.describe(name))
+        return found
 
     def health(self) -> PoolHealth:
         room = os.statvfs(self.path)
@@ -143,6 +154,20 @@ class VolumeFolder:
         """Idempotent."""
         with contextlib.suppress(NotFoundError, FileNotFoundError):
             self.draft_path(draft).unlink()
+
+    def abandoned_drafts(self, fresh: str) -> list[str]:
+        """By the storage's own clock, which `fresh`, made just now, tells."""
+        now_s = self.draft_path(fresh).stat().st_mtime
+        found = []
+        for path in self.path.glob(f".*{_DRAFT}"):
+            with contextlib.suppress(FileNotFoundError):
+                if now_s - path.stat().st_mtime > ABANDONED_AFTER_S:
+                    found.append(path.name)
+        return found
+
+    def exported_drafts(self) -> list[str]:
+        """Those that the last provisioner exported: it may have been killed."""
+        return [path.name[1 : -len(_PID)] for path in self.path.glob(f"..*{_DRAFT}{_PID}")]
 
     def discard_all(self) -> None:
         """What the last provisioner had in the making."""
