@@ -31,6 +31,7 @@ from migrator.tls import TlsFiles, files_of_node
 from node_agent import loop_monitor
 from node_agent.api.server import ApiServer, create_app
 from node_agent.clocks import ClockWatch
+from node_agent.closings import of_node
 from node_agent.cluster import ClusterService
 from node_agent.cluster_calls import ClusterCalls, guests_of
 from node_agent.config import AgentConfig
@@ -203,6 +204,7 @@ async def running_agent(
             storage=storage,
             consoles=Consoles(hypervisor, records),
             others=OtherNodes(node, nodes.read, functools.partial(guests_of, hub)),
+            closings=of_node(Path(config.node.state_directory), pools, hypervisor),
             restart=RestartPolicy(
                 boot_id=boot_id,
                 store=RestartFile(Path(config.node.state_directory) / "restarts.json"),

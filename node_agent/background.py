@@ -2,6 +2,7 @@
 
 Background    the one loop behind a service, from its `open` to its `close`
 Asides        pieces of work that nobody waits for
+uninterrupted what goes to its end though whoever awaits it is cancelled
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from migrator.errors import FerryError
+
+T = TypeVar("T")
 
 
 class Background:
@@ -57,3 +60,23 @@ class Asides:
             await work
         except FerryError as error:
             self._log.warning("%s", error)
+
+
+async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work` to its end even if the caller is cancelled; then raise the cancellation."""
+    task = asyncio.create_task(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            if task.done():
+                break
+            cancelled = error
+        except Exception:
+            break  # The task's own; raised below.
+    if cancelled is not None:
+        with contextlib.suppress(Exception):
+            task.result()
+        raise cancelled
+    return task.result()

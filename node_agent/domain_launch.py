@@ -6,14 +6,12 @@ A start and a migration's destination both go through here, so that both undo th
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from migrator.errors import ConflictError, FabricError, FerryError, RefusedError, StorageError
+from migrator.errors import ConflictError, FabricError, RefusedError, StorageError
 from migrator.model import (
     BlockSource,
     DiskSpec,
@@ -24,31 +22,12 @@ from migrator.model import (
     VolumeName,
 )
 from migrator.ports import FabricDriver, Launch, VolumeDriver
+from node_agent.background import uninterrupted
+from node_agent.closings import Closings
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 Claim = Callable[[PoolName], Awaitable[None]]
 """Before a pool's volumes are opened: ConflictError if it is another cluster's (`pool_owners`)."""
-
-
-async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
-    """Await `work` to its end even if the caller is cancelled; then raise the cancellation."""
-    task = asyncio.create_task(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError as error:
-            if task.done():
-                break
-            cancelled = error
-        except Exception:
-            break  # The task's own; raised below.
-    if cancelled is not None:
-        with contextlib.suppress(Exception):
-            task.result()
-        raise cancelled
-    return task.result()
 
 
 class LaunchUndo:
@@ -61,9 +40,13 @@ class LaunchUndo:
         self.tap_fds: list[int] = []
 
     def release(self) -> None:
-        """Close our copies of the tap descriptors: the hypervisor has its own. Idempotent."""
+        """Close our copies of the tap descriptors: the hypervisor has its own. Idempotent.
+
+        From here on its process, where there is one, is what keeps its volumes open.
+        """
         while self.tap_fds:
             os.close(self.tap_fds.pop())
+        self._builder.closings.end(self._spec)
 
     async def __call__(self) -> None:
         """Close and unplug everything. Idempotent, runs to its end, never raises a FerryError."""
@@ -79,10 +62,13 @@ class LaunchBuilder:
         pools: Mapping[PoolName, VolumeDriver],
         fabric: FabricDriver,
         claim: Claim | None = None,
+        closings: Closings | None = None,
     ) -> None:
+        """`closings`: None: of its own, which are noted nowhere and know of no process."""
         self._pools = pools
         self._fabric = fabric
         self._claim = claim
+        self.closings = closings or Closings(pools, _nobody)
         self._foreign: set[PoolName] = set()
         """Pools that were found to be another cluster's: nothing is closed there."""
 
@@ -120,10 +106,12 @@ class LaunchBuilder:
         await self.claim(spec)  # Nothing is undone in a pool that isn't ours: nothing was done.
         undo = LaunchUndo(self, spec, token)
         sources: list[BlockSource] = []
+        self.closings.begin(spec)
         try:
             for disk in spec.disks:
                 pool, volume = self.pool(disk), VolumeName(disk.volume)
-                sources.append(await pool.open(volume, token, read_only=disk.read_only))
+                async with self.closings.turn(disk.pool, disk.volume):
+                    sources.append(await pool.open(volume, token, read_only=disk.read_only))
             for index, nic in enumerate(spec.nics):
                 undo.tap_fds.append(await self._fabric.plug(domain, index, nic))
         except BaseException:
@@ -171,8 +159,9 @@ class LaunchBuilder:
         """Unplug the taps and close the volumes of a domain whose process is gone.
 
         Goes on past errors, and logs them: closing and unplugging are idempotent, and neither
-        keeps anybody from starting the domain again. What is known to be another cluster's is left
-        alone: there a node of this one's name may have it open.
+        keeps anybody from starting the domain again. What isn't closed now is later (`closings`).
+        What is known to be another cluster's is left alone: there a node of this one's name may
+        have it open.
         """
         for index, _ in enumerate(spec.nics):
             try:
@@ -182,7 +171,10 @@ class LaunchBuilder:
         for disk in spec.disks:
             if PoolName(disk.pool) in self._foreign:
                 continue
-            try:
-                await self.pool(disk).close(VolumeName(disk.volume), token)
-            except FerryError as error:
-                log.warning("domain %s: closing %s: %s", spec.name, disk.volume, error)
+            await self.closings.let_go(
+                spec.name, PoolName(disk.pool), VolumeName(disk.volume), token
+            )
+
+
+async def _nobody() -> Sequence[DomainSpec]:
+    return ()

@@ -33,7 +33,8 @@ from migrator.model import (
     OwnershipState,
 )
 from migrator.ports import DomainEvent, DomainEventKind, HypervisorDriver, OwnershipStore
-from node_agent.domain_launch import LaunchBuilder, uninterrupted
+from node_agent.background import uninterrupted
+from node_agent.domain_launch import LaunchBuilder
 from node_agent.domain_locks import DomainLocks
 from node_agent.domain_records import DomainRecords
 from node_agent.domain_restart import DomainRestarts, RestartPolicy

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -26,7 +24,6 @@ from migrator.errors import (
     FabricError,
     FerryError,
     RefusedError,
-    StorageError,
     WrongStateError,
 )
 from migrator.model import (
@@ -40,16 +37,16 @@ from migrator.model import (
     OwnershipRecord,
     PoolName,
 )
-from migrator.own_threads import in_own_thread
 from migrator.ports import (
     FabricDriver,
     HypervisorDriver,
     Launch,
     OwnershipStore,
-    Struct,
     VolumeDriver,
 )
-from node_agent.consoles import Consoles
+from node_agent.closings import Closings
+from node_agent.consoles import ConsoleChunk as ConsoleChunk
+from node_agent.consoles import Consoles, read_console
 from node_agent.domain_launch import Claim, LaunchBuilder, LaunchUndo
 from node_agent.domain_locks import DomainLocks
 from node_agent.domain_ownership import DomainOwnership
@@ -65,24 +62,9 @@ from node_agent.storage_watch import StorageWatch
 
 log = logging.getLogger(__name__)
 
-CONSOLE_CHUNK_BYTES: Final = 64 * 1024
-CONSOLE_S: Final = 5.0
-"""For a look into a console log; its disk may hang."""
 _HERE: Final = frozenset(
     {DomainState.RUNNING, DomainState.PAUSED, DomainState.IO_ERROR, DomainState.CRASHED}
 )
-
-
-class ConsoleChunk(Struct, frozen=True, kw_only=True):
-    """A piece of a console log; `offset` is the position of its first byte."""
-
-    offset: int
-    data: bytes
-
-    @property
-    def end(self) -> int:
-        """Where to go on reading."""
-        return self.offset + len(self.data)
 
 
 class DomainService:
@@ -109,6 +91,7 @@ class DomainService:
         claim: Claim | None = None,
         storage: StorageWatch | None = None,
         consoles: Consoles | None = None,
+        closings: Closings | None = None,
         clock: Callable[[], float] = time.time,
         roll: Roll = secrets.token_bytes,
         others: OtherNodes | None = None,
@@ -128,7 +111,7 @@ class DomainService:
         self._hypervisor = hypervisor
         self._pools = pools
         self._fabric = fabric
-        self._launches = LaunchBuilder(pools, fabric, claim)
+        self._launches = LaunchBuilder(pools, fabric, claim, closings)
         self._records = records
         self._events = events
         self._pin_machine = pin_machine
@@ -168,6 +151,7 @@ class DomainService:
             spec = await self._hypervisor.launched(domain)
             if spec is not None:
                 await self._fabric.watch(domain, spec.nics)
+        await self._launches.closings.open()
         await self.ownership.open()
         await self._io_recovery.open()
 
@@ -175,6 +159,7 @@ class DomainService:
         """Guests go on; only this service's own tasks end. Idempotent."""
         await self._io_recovery.close()
         await self.ownership.close()
+        await self._launches.closings.close()
 
     # --- definitions -------------------------------------------------------------------------
 
@@ -348,17 +333,8 @@ class DomainService:
 
         An offset behind the end (a log that was begun anew) reads from the beginning.
         """
-        limit_bytes = max(1, min(limit_bytes, CONSOLE_CHUNK_BYTES))
         path = self._hypervisor.console_log(domain)
-        try:
-            async with asyncio.timeout(CONSOLE_S):
-                return await in_own_thread(
-                    "consoles", lambda: _read_console(path, offset, limit_bytes)
-                )
-        except TimeoutError as error:
-            raise StorageError(
-                f"the console log {path} can't be read: its disk gave no answer in {CONSOLE_S:g} s"
-            ) from error
+        return await read_console(path, offset, limit_bytes)
 
     async def storage_troubles(self, spec: DomainSpec) -> Sequence[str]:
         """Which pools of a domain that runs here don't answer, as was told, and still is so."""
@@ -434,17 +410,3 @@ class DomainService:
             await self.ownership.give_back(owned, spec)
         except FerryError as error:  # The sweep tries again.
             log.error("domain %s: its start could not be undone: %s", spec.name, error)
-
-
-def _read_console(path: Path, offset: int | None, limit_bytes: int) -> ConsoleChunk:
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if offset is None:
-                offset = max(0, size - limit_bytes)
-            elif offset > size:
-                offset = 0
-            file.seek(offset)
-            return ConsoleChunk(offset=offset, data=file.read(limit_bytes))
-    except FileNotFoundError:
-        return ConsoleChunk(offset=0, data=b"")

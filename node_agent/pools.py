@@ -135,6 +135,10 @@ class PoolSet(Mapping[PoolName, VolumeDriver]):
         """As `claim`, but leaves a pool that is nobody's as it is."""
         await self._owners.look(name, driver)
 
+    async def look_again(self, name: PoolName) -> None:
+        """As `look`, at one that is there."""
+        await self._owners.look(name, self.entry(name).driver)
+
     def is_foreign(self, owner: PoolOwner | None) -> bool:
         """Whether that is another cluster."""
         return self._owners.is_foreign(owner)

@@ -29,6 +29,7 @@ from migrator.model import (
 )
 from migrator.prediction import Figures, predict
 from netfabric.simulated.driver import SimulatedFabric, SimulatedNetwork
+from node_agent.closings import Closings
 from node_agent.cluster import ClusterService
 from node_agent.cluster_calls import ClusterCalls, guests_of
 from node_agent.domain_records import DomainRecords
@@ -231,6 +232,7 @@ class SimulatedNode:
             pin_machine=MachinePinner(self.registry),
             claim=self.pools.claim,
             others=OtherNodes(self.name, self.registry.read, self._guests_of),
+            closings=Closings(self.pools, self.hypervisor.launched_all),
             restart=RestartPolicy(
                 boot_id=boot_id, store=self.restarts, enabled=restart, clock=self._wall
             ),

@@ -30,7 +30,7 @@ from migrator.model import (
     OwnershipState,
     VolumeName,
 )
-from node_agent.domain_launch import uninterrupted
+from node_agent.background import uninterrupted
 from node_agent.domain_restart import TRIES
 from node_agent.nodes import NodeRegistry
 from tests.unit.agent_world import MAC, SimulatedNode, World, spec_of

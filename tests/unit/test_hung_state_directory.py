@@ -14,7 +14,7 @@ import pytest
 
 from migrator import durable
 from migrator.errors import StoreError
-from node_agent import restart_notes
+from node_agent import state_file
 from node_agent.migrations import room
 from node_agent.migrations.room import room_reasons
 from node_agent.restart_notes import RestartFile, RestartNotes
@@ -27,7 +27,7 @@ MORE_THAN_A_LOOP_HAS = 40
 def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Until it is set, the disk hangs."""
     monkeypatch.setattr(room, "LOOK_S", 0.05)
-    monkeypatch.setattr(restart_notes, "DISK_S", 0.05)
+    monkeypatch.setattr(state_file, "DISK_S", 0.05)
     event = threading.Event()
     yield event
     event.set()
@@ -76,7 +76,7 @@ async def test_what_is_lost_is_settled_though_it_can_not_be_noted(
             with pytest.raises(StoreError, match=r"restarts.json can't be written: its disk gave"):
                 await file.save(RestartNotes(boot_id=boot))
     answers.set()
-    monkeypatch.setattr(restart_notes, "DISK_S", 5.0)
+    monkeypatch.setattr(state_file, "DISK_S", 5.0)
     await file.save(RestartNotes(boot_id="3"))
     kept = [b'"1"' in written[0], b'"3"' in written[-1], len(written)]
     assert kept == [True, True, 2], "what came too late was never begun, and overwrites nothing"
