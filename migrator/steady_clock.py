@@ -30,7 +30,7 @@ class SteadyClock:
     @property
     def now_s(self) -> float:
         """Now, by this clock."""
-        return self._started_wall_s + self._monotonic() - self._started_monotonic
+        return self._started_wall_s + (self._monotonic() - self._started_monotonic)
 
     def of(self, at_s: float) -> float:
         """What the wall clock called `at_s`, a while ago, by this clock."""

@@ -109,7 +109,7 @@ class Coordinator:
         now = asyncio.get_running_loop().time()
         if self._began_at is None:
             self._began_at = now
-        return self._began_s + now - self._began_at
+        return self._began_s + (now - self._began_at)  # Never before it, as rounding had it.
 
     async def run(self) -> None:
         """Until the drain has ended. LostError: another agent has taken it over."""

@@ -129,3 +129,16 @@ async def test_the_last_drain_is_the_newest_whoever_made_it() -> None:
     assert [each.id for each in undrain.to_undo(listed, "n1")] == ["second"]
     await records.add(drain("third", 9000.0))
     assert (await records.list_drains())[0].created_at_s == 9000.0
+
+
+async def test_the_drains_time_goes_on_where_it_was_whatever_the_machines_uptime(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A sum that needs one bit more than its parts was rounded: the time went back a little."""
+    records = await records_of()
+    made = drain("d", 1000.0, at_s=1500.0)
+    await records.add(made)
+    work = await coordinator(records, made, lambda: 1000.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio.get_running_loop(), "time", lambda: 3000.0000000000005)
+        assert work.now_s == 1500.0
