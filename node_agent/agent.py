@@ -185,7 +185,8 @@ async def running_agent(
         cordons = Cordons(typed)
 
         async def cordon() -> list[str]:
-            return cordon_reasons(node, await cordons.state(node))
+            found = await cordons.read(node)
+            return [] if found is None else cordon_reasons(node, found.state, found.told)
 
         records, ownership = DomainRecords(typed), StoreOwnership(store)
         storage = StorageWatch(node, hypervisor=hypervisor, pools=pools, events=events)

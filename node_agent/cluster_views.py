@@ -88,4 +88,5 @@ def node_view(
         trouble=trouble,
         clock_offset_s=view.clock_offset_s,
         certificate_until_s=info.certificate_until_s,
+        kept_free=view.kept_free,
     )

@@ -47,6 +47,8 @@ class NodeView(Struct, frozen=True, kw_only=True):
     """The store's, of that change."""
     clock_offset_s: float | None = None
     """The node's wall clock less ours, to about a second; None: no heartbeat was seen coming."""
+    kept_free: str = ""
+    """Who cordoned or drains it, and why; "": nobody, or that isn't known."""
     barred: str = ""
     """Why nothing can be connected to it anew, and so nothing can move there or from it."""
 
@@ -152,6 +154,7 @@ class NodeRegistry:
                 heartbeat_age_s=round(age_s, 3),
                 revision=entry.revision,
                 clock_offset_s=max(seen.offsets_s, default=None),
+                kept_free="" if cordon is None else cordon.told,
                 barred=_barred(info, self._clock()),
             )
         return views

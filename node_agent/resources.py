@@ -109,6 +109,8 @@ class Node(Value, frozen=True, kw_only=True):
     """Its wall clock less that of the node that was asked, to about a second; None: not known."""
     certificate_until_s: float | None = None
     """Until when its certificate holds; None: it has none, or isn't known."""
+    kept_free: str = ""
+    """That it is cordoned or drained, who wanted that, and why; "": it is open."""
 
     @property
     def memory_free_bytes(self) -> int:

@@ -10,7 +10,13 @@ from migrator.errors import NotFoundError
 from migrator.model import NodeName
 from node_agent.api.auth import asker_of
 from node_agent.api.requests import CLUSTER, drain_of, flag, node_of, read_body, reply
-from node_agent.drain.resources import CancelMode, DrainList, DrainRequest, UndrainRequest
+from node_agent.drain.resources import (
+    CancelMode,
+    CordonRequest,
+    DrainList,
+    DrainRequest,
+    UndrainRequest,
+)
 from node_agent.drain.service import DrainService
 from node_agent.resources import Node
 
@@ -20,14 +26,16 @@ DRAIN_SERVICE: Final = web.AppKey("drains", DrainService)
 async def cordon_node(request: web.Request) -> web.StreamResponse:
     """The node, which takes nothing any more."""
     node = node_of(request)
-    await request.app[DRAIN_SERVICE].cordon(node)
+    body = await read_body(request, CordonRequest, required=False)
+    cordons = request.app[DRAIN_SERVICE].cordons
+    await cordons.cordon(node, asker_of(request), body.reason)
     return reply(await _node(request, node))
 
 
 async def uncordon_node(request: web.Request) -> web.StreamResponse:
     """The node, which takes domains again."""
     node = node_of(request)
-    await request.app[DRAIN_SERVICE].uncordon(node)
+    await request.app[DRAIN_SERVICE].cordons.uncordon(node)
     return reply(await _node(request, node))
 
 
@@ -38,7 +46,7 @@ async def drain_node(request: web.Request) -> web.StreamResponse:
     service = request.app[DRAIN_SERVICE]
     if dry_run:
         return reply(await service.plan(node, body))
-    drain = await service.drain(node, body)
+    drain = await service.drain(node, body, asker_of(request))
     return reply(drain, status=202, location=f"/v1/drains/{drain.id}")
 
 
@@ -56,7 +64,7 @@ async def undrain_node(request: web.Request) -> web.StreamResponse:
     service = request.app[DRAIN_SERVICE]
     if dry_run:
         return reply(await service.plan_undrain(node))
-    drain = await service.undrain(node, body)
+    drain = await service.undrain(node, body, asker_of(request))
     return reply(drain, status=202, location=f"/v1/drains/{drain.id}")
 
 

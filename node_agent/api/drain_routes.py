@@ -8,6 +8,7 @@ from node_agent.api import drain_handlers as handlers
 from node_agent.api.route import Query, Route
 from node_agent.drain.resources import (
     BalancePlan,
+    CordonRequest,
     Drain,
     DrainList,
     DrainPlan,
@@ -32,6 +33,8 @@ DRAIN_ROUTES: Final = (
         path=f"{_NODE}/cordon",
         handler=handlers.cordon_node,
         summary="Let no domain start on a node or move there",
+        body=CordonRequest,
+        body_required=False,
         result=Node,
         errors=(404, 409),
     ),

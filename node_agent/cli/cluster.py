@@ -62,6 +62,8 @@ def list_nodes() -> None:
 
 def troubles(node: Node, now_s: float) -> Iterator[str]:
     """What an operator must know of a node beside its state."""
+    if node.kept_free not in ("", node.state):
+        yield f"it is {node.kept_free}"
     if node.trouble:
         yield f"its heartbeat isn't written: {node.trouble}"
     if abs(node.clock_offset_s or 0.0) > DIFFERS_S:

@@ -14,6 +14,7 @@ from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import moment, settings, show, table
 from node_agent.drain.resources import (
     BalancePlan,
+    CordonRequest,
     Drain,
     DrainList,
     DrainPlan,
@@ -29,12 +30,16 @@ drains = typer.Typer(
 )
 _NodeArgument = Annotated[str, typer.Argument(metavar="NODE", help="The node.")]
 _IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The drain.")]
+_Reason = Annotated[
+    str, typer.Option(help="Why, for those who ask later; `ferry node ls` tells it.")
+]
 _NoWait = Annotated[bool, typer.Option("--no-wait", help="Don't wait for its end.")]
 
 
-def cordon(node: _NodeArgument) -> None:
+def cordon(node: _NodeArgument, reason: _Reason = "") -> None:
     """Let no domain start on a node or move there; what runs there goes on."""
-    found = settings.client().post(f"{_path(node)}/cordon", Node)
+    body = CordonRequest(reason=reason)
+    found = settings.client().post(f"{_path(node)}/cordon", Node, body)
     there = counted(len(found.domains), "domain")
     show(found, f"node {node} is {_stands(found, NodeState.CORDONED)}; {there} there")
 
@@ -92,6 +97,7 @@ def drain(
         bool,
         typer.Option("--abort-moves", help="With --cancel: cancel the migrations under way, too."),
     ] = False,
+    reason: _Reason = "",
     no_wait: _NoWait = False,
 ) -> None:
     """Empty a node for maintenance: cordon it, and move everything away.
@@ -118,6 +124,7 @@ def drain(
         policy=policy,
         exclude=tuple(name for each in exclude or () for name in each.split(",") if name),
         reboot_hint=reboot_hint,
+        reason=reason,
     )
     if dry_run:
         plan = client.post(f"{_path(node)}/drain?dry_run=true", DrainPlan, body)

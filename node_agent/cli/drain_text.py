@@ -127,6 +127,8 @@ def details(drain: Drain) -> str:
         ("node", drain.node),
         ("state", drain.state.value),
         ("error", drain.error or ""),
+        ("asked by", drain.asked_by),
+        ("reason", drain.reason),
         ("cancelled by", drain.cancelled_by),
         ("coordinator", drain.coordinator + (f" (term {drain.term})" if drain.term > 1 else "")),
         ("planned", f"{drain.planned_s:.1f} s, {drain.parallel} at once"),

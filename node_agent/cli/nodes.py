@@ -26,6 +26,7 @@ def show_node(name: _Name) -> None:
         (
             ("name", node.name),
             ("state", node.state.value),
+            ("kept free", node.kept_free),
             ("heartbeat", f"{node.heartbeat_age_s:.1f} s ago"),
             ("round trips", trips),
             ("api", node.api_address),

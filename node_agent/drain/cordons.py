@@ -30,9 +30,27 @@ class Cordon(Value, frozen=True, kw_only=True):
     since_s: float
     planned_by: str = ""
     """The agent that plans its drain, which has no record until then."""
-    before: NodeState = NodeState.READY
-    """What it is again if that agent dies at it."""
-    drain_before: str | None = None
+    before: Cordon | None = None
+    """What it is again if that agent dies at it; None: open."""
+    by: str = ""
+    """Who wants that; "": isn't known."""
+    reason: str = ""
+    """In their words."""
+
+    @property
+    def told(self) -> str:
+        """The state, who set it and why, in words."""
+        return f"{self.state}{told_by(self.by, self.reason)}"
+
+    @property
+    def was(self) -> NodeState:
+        """What the node was before."""
+        return NodeState.READY if self.before is None else self.before.state
+
+
+def told_by(by: str, reason: str) -> str:
+    """ " by user ann: its disk is replaced", or what is known of that."""
+    return (f" by {by}" if by else "") + (f": {reason}" if reason else "")
 
 
 async def read_cordons(store: TypedStore) -> Mapping[NodeName, Cordon]:
@@ -69,7 +87,8 @@ class Cordons:
                 raise ConflictError(f"node {new.node} is {state}{because}; it must be {right}")
             revision = None if entry is None else entry.revision
             if new.planned_by and entry is not None:
-                new = msgspec.structs.replace(new, before=state, drain_before=entry.value.drain)
+                before = msgspec.structs.replace(entry.value, before=None)
+                new = msgspec.structs.replace(new, before=before)
             if new.state is NodeState.READY:
                 if entry is None or await self._store.delete_if(key, entry.revision):
                     return None if entry is None else entry.value

@@ -13,6 +13,7 @@ import msgspec
 from migrator.model import MaintenancePolicy, Name, Value
 
 DRAINS: Final = "drains/"
+Reason = Annotated[str, msgspec.Meta(max_length=200)]
 HISTORY_MAX: Final = 500
 TIMEOUT_S: Final = 3600.0
 """By default, where a plan isn't long."""
@@ -171,6 +172,10 @@ class Drain(Value, frozen=True, kw_only=True):
     cancel: CancelMode = CancelMode.NO
     cancelled_by: str = ""
     """Who asked for that."""
+    asked_by: str = ""
+    """Who wanted the drain; "": isn't known, or a hint of a reboot did."""
+    reason: str = ""
+    """In their words."""
     moves: tuple[Move, ...] = ()
     parallel: int = 1
     """Moves from one node at once."""
@@ -226,6 +231,15 @@ class DrainRequest(Value, frozen=True, kw_only=True):
     """Domains that stay there; the node isn't empty then."""
     reboot_hint: bool = False
     """The node is going to be rebooted: when it comes back, its domains do."""
+    reason: Reason = ""
+    """For those who ask later why the node is kept free."""
+
+
+class CordonRequest(Value, frozen=True, kw_only=True):
+    """Body of a cordon; may be left out."""
+
+    reason: Reason = ""
+    """For those who ask later why the node is kept free."""
 
 
 class UndrainRequest(Value, frozen=True, kw_only=True):

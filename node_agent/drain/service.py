@@ -26,8 +26,9 @@ from migrator.model import NodeName, NodeState
 from node_agent.drain import experience, neighbours, undrain
 from node_agent.drain.balancing import moves_of_balance, plan_balance, shown_balance
 from node_agent.drain.coordinator import Coordinator
-from node_agent.drain.cordons import Cordon, Cordons
+from node_agent.drain.cordons import Cordons
 from node_agent.drain.hooks import NodeHooks, NoHooks
+from node_agent.drain.node_cordons import PASSING, NodeCordons
 from node_agent.drain.records import DrainRecords, LostError
 from node_agent.drain.resources import (
     BalancePlan,
@@ -44,8 +45,7 @@ from node_agent.drain.resources import (
 from node_agent.drain.survey import Survey, moves_of, shown_plan, with_policy
 from node_agent.drain.watch import LOOK_S, SILENT_S, DrainWatch
 from node_agent.drain.world import DrainWorld
-from node_agent.events import EventKind, EventLog
-from node_agent.hooks.model import HookPoint
+from node_agent.events import EventLog
 from node_agent.peers.hub import PeerHub
 from node_agent.planner.model import Plan, PlanOptions
 from node_agent.state.typed import TypedStore, Versioned
@@ -54,16 +54,11 @@ log = logging.getLogger(__name__)
 
 DRY_RUN_SAMPLE_S: Final = 0.5
 SAMPLE_S: Final = 0.25
-_CORDONABLE: Final = frozenset({NodeState.READY, NodeState.CORDONED, NodeState.RESTORING})
-_UNCORDONABLE: Final = frozenset({NodeState.READY, NodeState.CORDONED, NodeState.DRAINED})
-_DRAINABLE: Final = frozenset({NodeState.READY, NodeState.CORDONED, NodeState.DRAINED})
 _FROM_OUTSIDE: Final = (
     "its domains can't be moved from outside; if it is dead, `ferry domain takeover` starts them "
     "elsewhere"
 )
 _EXCLUDED: Final = "it is excluded; the node isn't called drained while it is there"
-_PASSING: Final = frozenset({NodeState.DRAINING, NodeState.RESTORING})
-_RESTORABLE: Final = frozenset({NodeState.READY, NodeState.CORDONED, NodeState.DRAINED})
 
 
 class DrainService:
@@ -92,7 +87,14 @@ class DrainService:
         self.events = events
         self._hooks = hooks or NoHooks()
         self._clock = clock
-        self._cordons = Cordons(store)
+        self.cordons = NodeCordons(
+            node,
+            Cordons(store),
+            must_exist=self._must_exist,
+            events=events,
+            hooks=self._hooks,
+            clock=clock,
+        )
         self._records = DrainRecords(store)
         self._running: dict[str, asyncio.Task[None]] = {}
         self._planning: set[str] = set()
@@ -109,34 +111,6 @@ class DrainService:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    # --- cordons -----------------------------------------------------------------------------
-
-    async def cordon(self, node: NodeName) -> None:
-        """Let nothing start or move there from now on. Idempotent.
-
-        NotFoundError: no such node; ConflictError: it is draining or drained already.
-        """
-        await self._must_exist(node)
-        cordon = Cordon(node=node, state=NodeState.CORDONED, since_s=self._clock())
-        await self._cordons.change(cordon, _CORDONABLE)
-        self.events.emit(EventKind.NODE_CORDONED, f"node {node} is cordoned")
-
-    async def uncordon(self, node: NodeName) -> None:
-        """Open it again; what a drain took away stays away. ConflictError while it is draining."""
-        await self._must_exist(node)
-        before = await self.set_cordon(node, NodeState.READY, None, _UNCORDONABLE)
-        self.events.emit(EventKind.NODE_UNCORDONED, f"node {node} takes domains again")
-        if before is not None and before.drain is not None:
-            with contextlib.suppress(FerryError):  # The event log has it.
-                await self._hooks.run(HookPoint.NODE_OPENED, node)
-
-    async def set_cordon(
-        self, node: str, state: NodeState, drain: str | None, allowed: frozenset[NodeState]
-    ) -> Cordon | None:
-        """Set it, and return what was before. ConflictError: its state is none of `allowed`."""
-        cordon = Cordon(node=node, state=state, drain=drain, since_s=self._clock())
-        return await self._cordons.change(cordon, allowed)
-
     # --- drains ------------------------------------------------------------------------------
 
     async def plan(self, node: NodeName, request: DrainRequest) -> DrainPlan:
@@ -151,16 +125,16 @@ class DrainService:
         timeout_s = timeout_of(plan.makespan_s, request.timeout_s)
         return msgspec.structs.replace(shown, left_out=survey.left_out(node), timeout_s=timeout_s)
 
-    async def drain(self, node: NodeName, request: DrainRequest) -> Drain:
+    async def drain(self, node: NodeName, request: DrainRequest, by: str = "") -> Drain:
         """Cordon the node and begin to empty it. RefusedError names every blocker: then nothing
-        was changed."""
+        was changed. `by`: who wants it."""
         await self._must_speak(node)
         await self._refuse_second(node)
         with self._planned() as name:
-            return await self._drain(node, request, name)
+            return await self._drain(node, request, name, by)
 
-    async def _drain(self, node: NodeName, request: DrainRequest, name: str) -> Drain:
-        before = await self._claim(node, NodeState.DRAINING, name, _DRAINABLE)
+    async def _drain(self, node: NodeName, request: DrainRequest, name: str, by: str) -> Drain:
+        before = await self.cordons.claim(node, NodeState.DRAINING, name, by, request.reason)
         cordoned_by = None if before is None else before.drain
         try:
             survey, plan = await self._plan(node, request, SAMPLE_S)
@@ -176,16 +150,17 @@ class DrainService:
                 )
             drain = self._made(name, Operation.DRAIN, node, survey, plan, request)
             earlier = undrain.continued(await self._records.list_drains(), node, cordoned_by)
-            drain = msgspec.structs.replace(drain, continues=earlier)
+            drain = msgspec.structs.replace(
+                drain, continues=earlier, asked_by=by, reason=request.reason
+            )
             entry = await self._records.add(drain)
         except BaseException:
-            state = NodeState.READY if before is None else before.state
-            await asyncio.shield(self.set_cordon(node, state, cordoned_by, _PASSING))
+            await asyncio.shield(self.cordons.put_back(node, before))
             raise
         self.begin(entry)
         return entry.value
 
-    async def undrain(self, node: NodeName, request: UndrainRequest) -> Drain:
+    async def undrain(self, node: NodeName, request: UndrainRequest, by: str = "") -> Drain:
         """Open the node again, and bring back what its last drain took away."""
         if request.restore:
             await self._must_speak(node, "nothing can be brought back to it; --no-restore opens it")
@@ -194,10 +169,10 @@ class DrainService:
         await self._refuse_second(node)
         drained = await self._to_undo(node) if request.restore else ()
         with self._planned() as name:
-            return await self._undrain(node, drained, name)
+            return await self._undrain(node, drained, name, by)
 
-    async def _undrain(self, node: NodeName, drained: Sequence[Drain], name: str) -> Drain:
-        before = await self._claim(node, NodeState.RESTORING, name, _RESTORABLE)
+    async def _undrain(self, node: NodeName, drained: Sequence[Drain], name: str, by: str) -> Drain:
+        before = await self.cordons.claim(node, NodeState.RESTORING, name, by)
         try:
             survey, plan, left = await undrain.plan(
                 self.world,
@@ -209,12 +184,12 @@ class DrainService:
             )
             drain = self._made(name, Operation.UNDRAIN, node, survey, plan, None)
             drain = undrain.complete(drain, drained, left)
+            drain = msgspec.structs.replace(drain, asked_by=by)
             entry = await self._records.add(drain)
             for each in drained:
                 await self._records.mark_restored(each.id, name)
         except BaseException:
-            state, by = (NodeState.READY, None) if before is None else (before.state, before.drain)
-            await asyncio.shield(self.set_cordon(node, state, by, _PASSING))
+            await asyncio.shield(self.cordons.put_back(node, before))
             raise
         self.begin(entry)
         return entry.value
@@ -285,11 +260,11 @@ class DrainService:
             if drain.node == node and not drain.ended:
                 return await self.cancel(drain.id, mode, by)
         why = f"no drain or undrain of node {node} is under way"
-        cordon = await self._cordons.read(node)
-        if cordon is not None and cordon.planned_by and cordon.state in _PASSING:
+        cordon = await self.cordons.read(node)
+        if cordon is not None and cordon.planned_by and cordon.state in PASSING:
             why = (
                 f"drain {cordon.drain} of node {node} is still being planned by "
-                f"{cordon.planned_by}; if that has died, the node is {cordon.before} again soon"
+                f"{cordon.planned_by}; if that has died, the node is {cordon.was} again soon"
             )
         raise ConflictError(f"{why}; nothing was changed")
 
@@ -391,15 +366,6 @@ class DrainService:
         finally:
             self._planning.discard(name)
 
-    async def _claim(
-        self, node: NodeName, state: NodeState, name: str, allowed: frozenset[NodeState]
-    ) -> Cordon | None:
-        """Keep the node free for a drain that is going to be planned. As `set_cordon`."""
-        cordon = Cordon(
-            node=node, state=state, drain=name, since_s=self._clock(), planned_by=self.node
-        )
-        return await self._cordons.change(cordon, allowed)
-
     def plans(self, name: str) -> bool:
         """Whether this agent is at that drain, planned or under way."""
         return name in self._planning or name in self._running
@@ -424,7 +390,7 @@ class DrainService:
             world=self.world,
             events=self.events,
             hooks=self._hooks,
-            settle=self.settle,
+            settle=self.cordons.settle,
             drains=self._watch.drains,
             clock=self._clock,
         )
@@ -439,10 +405,3 @@ class DrainService:
             log.exception("drain %s: its coordinator failed", entry.value.id)
         finally:
             self._coordinators.pop(entry.value.id, None)
-
-    async def settle(self, drain: Drain, state: NodeState) -> None:
-        """The cordon after a drain's end, unless an operator has changed it meanwhile; and of one
-        that goes on, which its planner may have taken back as it didn't hear of the record."""
-        allowed = _DRAINABLE if state is NodeState.DRAINING else _PASSING
-        with contextlib.suppress(ConflictError):
-            await self.set_cordon(drain.node, state, drain.id, allowed)

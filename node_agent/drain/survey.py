@@ -152,7 +152,7 @@ def _node(view: NodeView, default: float, figures: NodeFigures | None, closed: b
     if view.state is NodeState.UNREACHABLE:
         why_not = f"it is unreachable: no heartbeat for {view.heartbeat_age_s:.0f} s"
     elif not view.state.admits or closed:
-        why_not = f"it is {NodeState.DRAINING if closed else view.state}"
+        why_not = f"it is {NodeState.DRAINING if closed else view.kept_free or view.state}"
     elif view.barred:
         why_not = view.barred
     return NodeFacts(

@@ -141,7 +141,7 @@ class DrainWatch:
             if passing and drain.ended:
                 back = drain.operation is not Operation.DRAIN
                 state = NodeState.READY if back else _SETTLED[drain.state]
-                await self._service.settle(drain, state)
+                await self._service.cordons.settle(drain, state)
             elif cordon.state is NodeState.DRAINED and drain.reboot_hint:
                 await self._restore_rebooted(node, drain)
 
@@ -155,7 +155,7 @@ class DrainWatch:
             if orphan_s > ORPHAN_S:
                 drained = cordon.state is NodeState.DRAINING
                 state = NodeState.CORDONED if drained else NodeState.READY
-                await self._service.set_cordon(node, state, None, only)
+                await self._service.cordons.change(node, state, only)
             return
         if by == self._service.node:
             dead = not self._service.plans(name)
@@ -165,8 +165,8 @@ class DrainWatch:
         if not dead:
             self._orphans.pop(name, None)
         elif orphan_s > self._silent_s:
-            await self._service.set_cordon(node, cordon.before, cordon.drain_before, only)
-            text = f"node {node} is {cordon.before} again: {by} died while it planned drain {name}"
+            await self._service.cordons.put_back(node, cordon.before)
+            text = f"node {node} is {cordon.was} again: {by} died while it planned drain {name}"
             self._service.events.emit(EventKind.DRAIN, text, drain=name)
 
     async def _restore_rebooted(self, node: NodeName, drain: Drain) -> None:

@@ -70,17 +70,19 @@ def node_reasons(
     ours = views.get(source)
     barred = [(source, ours.barred if ours is not None else ""), (destination, view.barred)]
     return [
-        *cordon_reasons(destination, view.state),
+        *cordon_reasons(destination, view.state, view.kept_free),
         *(f"node {name}: {why}" for name, why in barred if why),
     ]
 
 
-def cordon_reasons(node: NodeName, state: NodeState) -> list[str]:
+def cordon_reasons(node: NodeName, state: NodeState, told: str = "") -> list[str]:
     """Why nothing may start or move there while it is kept free."""
     if state.admits:
         return []
     how = "undrain" if state in (NodeState.DRAINING, NodeState.DRAINED) else "uncordon"
-    return [f"node {node} is {state}: nothing may come there (`ferry {how} {node}` opens it)"]
+    return [
+        f"node {node} is {told or state}; nothing may come there (`ferry {how} {node}` opens it)"
+    ]
 
 
 def state_reasons(domain: DomainName, state: DomainState) -> list[str]:

@@ -13,8 +13,16 @@ from migrator.errors import ConflictError
 from migrator.model import NodeName, NodeState
 from node_agent.drain.cordons import CORDONS, Cordon, Cordons
 from node_agent.drain.records import DrainRecords
-from node_agent.drain.resources import CancelMode, Drain, DrainState, Move, Operation
+from node_agent.drain.resources import (
+    CancelMode,
+    Drain,
+    DrainRequest,
+    DrainState,
+    Move,
+    Operation,
+)
 from node_agent.drain.service import DrainService
+from node_agent.migrations.checks import cordon_reasons
 from node_agent.nodes import NodeView
 from node_agent.state.memory import SimulatedData, SimulatedStore
 from node_agent.state.typed import TypedStore
@@ -98,7 +106,8 @@ async def until(found: Callable[[], Any]) -> None:
 async def test_a_node_whose_planner_died_is_what_it_was(by: str, n2: NodeState) -> None:
     """It was kept for two minutes, in which it could be neither drained nor opened, and then
     cordoned. n3 is this agent: it was restarted."""
-    before = planned(by, before=S.DRAINED, drain_before="earlier")
+    earlier = Cordon(node="n1", state=S.DRAINED, drain="earlier", since_s=0.5, reason="disk")
+    before = planned(by, before=earlier)
     store, events = await store_of(before), Told()
     async with service_of(store, events, n1=S.READY, n2=n2, n3=S.READY):
         cordons = Cordons(store)
@@ -108,7 +117,7 @@ async def test_a_node_whose_planner_died_is_what_it_was(by: str, n2: NodeState) 
 
         await until(back)
         found = await cordons.read(N1)
-    assert found is not None and found.drain == "earlier"
+    assert found == earlier
     assert events.texts == [f"node n1 is drained again: {by} died while it planned drain d"]
 
 
@@ -143,3 +152,33 @@ async def test_a_drain_that_is_recorded_after_all_keeps_its_node_free() -> None:
             return await cordons.state(N1) is S.DRAINING
 
         await until(kept)
+
+
+async def test_who_keeps_a_node_free_and_why_is_kept_through_a_drain() -> None:
+    """At three in the morning somebody else asks why the node takes nothing."""
+    store, events = await store_of(), Told()
+    async with service_of(store, events, n1=S.READY, n2=S.READY, n3=S.READY) as service:
+        await service.cordons.cordon(N1, "user ann", "its disk is replaced")
+        assert events.texts == ["node n1 is cordoned by user ann: its disk is replaced"]
+        before = await service.cordons.read(N1)
+        with pytest.raises(AttributeError):  # This world can't be planned in.
+            await service.drain(N1, DrainRequest(reason="firmware"), "user bob")
+        assert await service.cordons.read(N1) == before
+        await service.cordons.claim(N1, S.DRAINING, "d", "user bob", "firmware")
+        drain = Drain(
+            id="d",
+            operation=Operation.DRAIN,
+            node="n1",
+            state=DrainState.DONE,
+            created_at_s=1.0,
+            started_at_s=1.0,
+            asked_by="user bob",
+            reason="firmware",
+        )
+        await service.cordons.settle(drain, S.DRAINED)
+        found = await service.cordons.read(N1)
+    assert found is not None and found.told == "drained by user bob: firmware"
+    assert cordon_reasons(N1, found.state, found.told) == [
+        "node n1 is drained by user bob: firmware; nothing may come there "
+        "(`ferry undrain n1` opens it)"
+    ]
