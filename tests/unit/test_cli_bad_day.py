@@ -16,6 +16,7 @@ import pytest
 from migrator.engine.__main__ import reason_of
 from migrator.errors import EngineError
 from migrator.model import MigrationState, NodeState, Phase
+from node_agent.cli import __main__ as entry
 from node_agent.cli import domains, main, progress
 from node_agent.cli.client import ApiClient
 from node_agent.cli.cluster import shown_event
@@ -240,3 +241,20 @@ async def test_a_migration_that_nobody_reads_of_any_more_goes_on(
     monkeypatch.setattr(progress._LineWatcher, "saw", break_pipe)
     await ferry("migrate", "web", code=ExitCode.INTERRUPTED)
     assert next(iter(world.migrations.values())).state is MigrationState.PRECOPY
+
+
+def test_interrupted_while_it_is_still_loading_it_just_ends(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On a host without an idle core that takes seconds, and a traceback told of it."""
+
+    def interrupt(name: str, *_: object) -> None:
+        assert name == main.__name__
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.__import__", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    monkeypatch.undo()
+    assert ended.value.code == ExitCode.INTERRUPTED
+    assert capfd.readouterr() == ("", "")
