@@ -207,6 +207,8 @@ def outcome(drain: Drain) -> str:
         lines.append(f"  {drain.error}")
     if drain.operation is Operation.DRAIN and drain.state is DrainState.CANCELLED and moved(drain):
         lines.append(f"  `ferry undrain {drain.node}` brings back what has moved")
+    if drain.operation is Operation.UNDRAIN and drain.state is DrainState.CANCELLED:
+        lines.append(f"  `ferry undrain {drain.node}` brings back the rest")
     lines += [
         f"  {move.domain} ({move.state.value}): {move.error}"
         for move in drain.moves

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from migrator.model import MaintenancePolicy
-from node_agent.drain.resources import Drain, Move, MoveState
+from node_agent.drain.resources import Drain, Move, MoveState, Operation
 
 KNOWN_FOR_S: Final = 86_400.0
 MOVES_MIN: Final = 2
@@ -36,6 +36,28 @@ def overhead_s(drains: Iterable[Drain], now_s: float) -> float | None:
         ]
         if len(late) >= MOVES_MIN:
             return max(0.0, drain.overhead_s + statistics.median(late))
+    return None
+
+
+def stop_s(drains: Iterable[Drain], operation: Operation, now_s: float) -> float | None:
+    """How long a domain takes that is powered off and started elsewhere, or, in an undrain, only
+    started; by the newest such that tells. None: none does. `drains` newest first."""
+    for drain in drains:
+        if drain.operation is not operation or drain.ended_at_s is None:
+            continue
+        if now_s - drain.ended_at_s > KNOWN_FOR_S:
+            continue
+        took = [
+            move.ended_at_s - move.started_at_s
+            for move in drain.moves
+            if move.policy is MaintenancePolicy.STOP
+            and move.state in (MoveState.MOVED, MoveState.STOPPED)
+            and move.attempts == 1
+            and move.ended_at_s is not None
+            and move.started_at_s is not None
+        ]
+        if took:
+            return statistics.median(took)
     return None
 
 

@@ -2,8 +2,8 @@
 
 A plan knows what lone migrations took, or an earlier drain. How late the moves are that are over,
 or overdue, tells of this one: what is left is taken to be as late, with one move that is as planned
-thrown in, so that the first one doesn't decide alone. What was waited for a hook, a silent node or
-a new coordinator is in no move, and prolongs nothing.
+thrown in, so that the first one doesn't decide alone. What was waited for while nothing moved (a
+hook, a new coordinator) is in no move, and prolongs nothing.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ class DrainService:
                 node,
                 drained,
                 SAMPLE_S,
-                overhead_s=await self._experience(),
+                learned=await self._experience(Operation.UNDRAIN),
                 others=await self._records.list_drains(),
             )
             drain = self._made(name, Operation.UNDRAIN, node, survey, plan, None)
@@ -203,7 +203,7 @@ class DrainService:
             node,
             drained,
             0.0,
-            overhead_s=await self._experience(),
+            learned=await self._experience(Operation.UNDRAIN),
             others=await self._records.list_drains(),
             ask=False,
         )
@@ -293,14 +293,16 @@ class DrainService:
             {node: leaving}, sample_s=sample_s, closed=(node,), places=places
         )
         domains = with_policy(survey.domains, node, request.policy)
-        survey = survey.experienced(await self._experience())
+        survey = survey.experienced(*await self._experience(Operation.DRAIN))
         survey = msgspec.structs.replace(survey, domains=domains)
         options: PlanOptions = survey.options(parallel=request.parallel)
         return survey, await self.world.plan(survey, leaving, options)
 
-    async def _experience(self) -> float | None:
-        """What a move takes beside its transfer, by earlier drains."""
-        return experience.overhead_s(await self._records.list_drains(), self._clock())
+    async def _experience(self, operation: Operation) -> tuple[float | None, float | None]:
+        """By earlier drains: what a move takes beside its transfer, and what a stop takes."""
+        drains, now = await self._records.list_drains(), self._clock()
+        stop_s = experience.stop_s(drains, operation, now)
+        return experience.overhead_s(drains, now), stop_s
 
     def _made(
         self,

@@ -37,6 +37,7 @@ _OVERHEAD_S_MAX: Final = 1.5
 """Busy nodes take longer to set a move up. More moves at once would hide that in the plan, and make
 each set-up and each blackout longer still (measured): what is beyond counts in the times alone."""
 _LATE_S_MAX: Final = 30.0
+_STOP_S_MIN: Final = 0.5
 _DRAIN_ADDS_S: Final = 0.35
 """To what a migration takes alone, while no drain has told: the nodes are asked first (0.05 s), its
 end is noticed later (0.1 s), two at once share the processors. Measured on two cores, three guests
@@ -61,12 +62,14 @@ class Survey(Struct, frozen=True, kw_only=True):
     """How fast the first source's link is, and how that is known."""
     overhead_s: float | None = None
     move_bytes_per_s: float | None = None
+    stop_s: float | None = None
+    """What a domain takes that is powered off and started elsewhere."""
 
-    def experienced(self, overhead_s: float | None) -> Survey:
+    def experienced(self, overhead_s: float | None, stop_s: float | None = None) -> Survey:
         """With what earlier drains have shown; else what lone migrations have, and a bit more."""
         if overhead_s is None and self.overhead_s is not None:
             overhead_s = self.overhead_s + _DRAIN_ADDS_S
-        return self if overhead_s is None else msgspec.structs.replace(self, overhead_s=overhead_s)
+        return msgspec.structs.replace(self, overhead_s=overhead_s, stop_s=stop_s)
 
     def options(self, **changes: object) -> PlanOptions:
         options = PlanOptions()
@@ -78,6 +81,9 @@ class Survey(Struct, frozen=True, kw_only=True):
                 finish_s=overhead_s * (1 - _SETUP_SHARE),
                 late_s=min(max(self.overhead_s - overhead_s, 0.0), _LATE_S_MAX),
             )
+        if self.stop_s is not None:
+            stop_s = max(self.stop_s, _STOP_S_MIN)
+            options = msgspec.structs.replace(options, stop_s=stop_s)
         if self.move_bytes_per_s is not None:
             fastest = min(self.move_bytes_per_s, ENGINE_BYTES_PER_S)
             options = msgspec.structs.replace(options, move_bytes_per_s=fastest)

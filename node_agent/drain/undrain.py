@@ -73,14 +73,14 @@ async def plan(
     drained: Sequence[Drain],
     sample_s: float,
     *,
-    overhead_s: float | None = None,
+    learned: tuple[float | None, float | None] = (None, None),
     others: Sequence[Drain] = (),
     ask: bool = True,
 ) -> tuple[Survey, Plan, tuple[PlanBlocker, ...]]:
     """The moves back to `node` of what `drained`, newest first, took away.
 
-    `overhead_s`: what earlier drains have shown. `others`: drains that may be under way.
-    `ask`: whether the node is asked about each, which it refuses while it is kept free.
+    `learned`: what earlier drains have shown (`Survey.experienced`). `others`: drains that may be
+    under way. `ask`: whether the node is asked about each, which it refuses while it is kept free.
     """
     away = _away(drained)
     left: list[PlanBlocker] = []
@@ -96,7 +96,7 @@ async def plan(
             coming[move.destination or ""].append(move.domain)
     places = promised(others, {move.domain for move in away})
     survey = await world.survey(coming, sample_s=sample_s, places=places)
-    survey = survey.experienced(overhead_s)
+    survey = survey.experienced(*learned)
     survey = _as_it_left(survey, away, off, node, await _stopped(world, off, node))
     names = [name for each in coming.values() for name in each] + off
     if not names:

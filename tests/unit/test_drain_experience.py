@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from node_agent.drain.experience import KNOWN_FOR_S, overhead_s
+from migrator.model import MaintenancePolicy
+from node_agent.drain.experience import KNOWN_FOR_S, overhead_s, stop_s
 from node_agent.drain.resources import Drain, DrainState, Move, MoveState, Operation
 from node_agent.drain.survey import Survey
 from node_agent.planner.model import DomainFacts, NodeFacts, Plan
@@ -101,3 +102,21 @@ def test_busy_nodes_lengthen_a_plan_and_not_its_parallelism() -> None:
     assert late.makespan_s == pytest.approx(usual.makespan_s + 3.0 * rounds, rel=0.2)
     assert late.lower_bound_s <= late.makespan_s
     assert planned(600.0).makespan_s < 40.0 * rounds
+
+
+def test_what_a_stop_takes_is_learned_from_the_last_operation_of_its_kind() -> None:
+    """20 s are assumed; a guest that powers off at once was started elsewhere in one."""
+    stop = MaintenancePolicy.STOP
+    told = drain(move("a", 0.8, policy=stop), move("b", 1.2, policy=stop), move("c", 60.0))
+    assert stop_s([told], Operation.DRAIN, NOW_S) == pytest.approx(1.0)
+    assert stop_s([told], Operation.UNDRAIN, NOW_S) is None, "there it is only started"
+    unclear = [
+        drain(move("a", 9.0, policy=stop, attempts=2)),
+        drain(move("a", 9.0, policy=stop, state=MoveState.FAILED)),
+        drain(move("a", 9.0, policy=stop), ended_at_s=NOW_S - KNOWN_FOR_S - 1.0),
+    ]
+    assert stop_s(unclear, Operation.DRAIN, NOW_S) is None
+    survey = Survey(nodes=(), domains=(), links={}, link="")
+    assert survey.experienced(None, 1.0).options().stop_s == 1.0
+    assert survey.experienced(None, 0.01).options().stop_s == 0.5
+    assert survey.experienced(None).options().stop_s == 20.0
