@@ -219,9 +219,14 @@ class ClusterService:
         await self._hub.call(node, TAKE_OVER, params, OwnershipRecord, timeout_s=START_TIMEOUT_S)
         return await self.get_domain(domain)
 
-    async def stop(self, domain: DomainName, timeout_s: float) -> Domain:
-        """Power it off where it runs; by force after `timeout_s`. Or don't start it again there."""
-        params = StopParams(domain=domain, timeout_s=timeout_s)
+    async def stop(
+        self, domain: DomainName, timeout_s: float, *, in_post_copy: bool = False
+    ) -> Domain:
+        """Power it off where it runs; by force after `timeout_s`. Or don't start it again there.
+
+        `in_post_copy`: so end a guest, too, that waits for pages of another node.
+        """
+        params = StopParams(domain=domain, timeout_s=timeout_s, in_post_copy=in_post_copy)
         wait_s = timeout_s + OPERATION_TIMEOUT_S
         try:
             owner = await self._owner(domain)

@@ -9,6 +9,7 @@ migration.create/check/predict/get/cancel      to the source
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Final
 
@@ -68,6 +69,8 @@ class TakeoverParams(Struct, frozen=True, kw_only=True):
 class StopParams(Struct, frozen=True, kw_only=True):
     domain: DomainName
     timeout_s: float
+    in_post_copy: bool = False
+    """Also one that moved here, and lacks pages that don't come in that time."""
 
 
 class ConsoleParams(Struct, frozen=True, kw_only=True):
@@ -163,7 +166,14 @@ class ClusterCalls:
         return await self._takeover.take_over(params.domain, params.powered_off, user=params.user)
 
     async def _stop(self, _: NodeName, params: StopParams) -> Done:
-        await self._domains.stop(params.domain, timeout_s=params.timeout_s)
+        clock, timeout_s = asyncio.get_running_loop().time, params.timeout_s
+        began_s = clock()
+        if params.in_post_copy and await self._migrations.stop_in_post_copy(
+            params.domain, timeout_s
+        ):
+            return Done()
+        left_s = max(0.0, timeout_s - (clock() - began_s))
+        await self._domains.stop(params.domain, timeout_s=left_s)
         return Done()
 
     async def _pause(self, _: NodeName, params: DomainParams) -> Done:

@@ -3,6 +3,8 @@
 - From the moment that pages are missing an engine has to live: it answers whoever touches one. One
   that dies has a successor, and the source is told where that listens.
 - Whether pages are missing after a restart only an engine can tell, which looks before it listens.
+- A source that is gone for good says nothing, and its pages don't come. Only an operator knows it:
+  who stops the domain ends the guest here (CancelRequested).
 - That nothing is missing any more is journalled before it is said: the source destroys its copy
   when it hears it, and a restarted agent mustn't look for missing pages again.
 """
@@ -21,6 +23,7 @@ from migrator.session.messages import (
     SessionMessage,
 )
 from migrator.session.vocabulary import (
+    CancelRequested,
     CommandFailed,
     DestroyGuest,
     EngineListening,
@@ -127,6 +130,8 @@ class DestinationPostCopy(DestinationView):
                 self._retry_later()
             case CommandFailed(command="Journal"):
                 self._retry_later()
+            case CancelRequested():
+                self._lost(event.reason)
             case GuestReported(kind=DomainEventKind.EXITED):
                 self._lost(f"the guest ended during post-copy: {event.detail or event.kind}")
             case _:

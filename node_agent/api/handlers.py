@@ -74,7 +74,7 @@ async def stop_domain(request: web.Request) -> web.StreamResponse:
     """When it is gone."""
     domain = domain_of(request)
     body = await read_body(request, StopRequest, required=False)
-    return reply(await request.app[CLUSTER].stop(domain, body.timeout_s))
+    return reply(await request.app[CLUSTER].stop(domain, body.timeout_s, in_post_copy=True))
 
 
 async def pause_domain(request: web.Request) -> web.StreamResponse:

@@ -54,6 +54,7 @@ from node_agent.migrations.endings import too_late
 from node_agent.migrations.engine_choice import EngineChoice, EngineChooser
 from node_agent.migrations.forecast import Forecaster
 from node_agent.migrations.moments import MigrationMoments
+from node_agent.migrations.post_copy_stop import stop_in_post_copy
 from node_agent.migrations.publisher import Publisher
 from node_agent.migrations.redials import Redials
 from node_agent.migrations.room import at_source, in_state_directory, room_reasons
@@ -324,6 +325,11 @@ class MigrationManager(MigrationService):
         runner.feed(v.CancelRequested(reason=f"cancelled by {by or 'request'}", by=by))
         await runner.journalled(_NOTED_S)
         return session.view()
+
+    async def stop_in_post_copy(self, domain: str, timeout_s: float) -> bool:
+        runners = list(self._runners.values())
+        name = DomainName(domain)
+        return await stop_in_post_copy(name, runners, self._domains, timeout_s=timeout_s)
 
     # --- runners -----------------------------------------------------------------------------
 

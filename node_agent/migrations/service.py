@@ -69,3 +69,11 @@ class MigrationService(abc.ABC):
 
         WrongStateError from the handoff on, and on one that ended: it is too late.
         """
+
+    @abc.abstractmethod
+    async def stop_in_post_copy(self, domain: str, timeout_s: float) -> bool:
+        """End a guest that moved here and whose missing pages don't come for `timeout_s`.
+
+        Whether it was ended; its domain is stopped then. False: it lacks none, or not any more.
+        ConflictError: it doesn't end.
+        """

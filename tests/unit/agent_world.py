@@ -117,6 +117,9 @@ class FakeMigrations(MigrationService):
             curve=(DirtyPoint(seconds=seconds, bytes=8 * 1024**2),),
         )
 
+    async def stop_in_post_copy(self, domain: str, timeout_s: float) -> bool:
+        return False
+
     async def predict(
         self, domain: str, request: MigrationRequest, sample_seconds: float
     ) -> Prediction:

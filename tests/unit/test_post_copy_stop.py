@@ -1,0 +1,80 @@
+"""A guest in post-copy whose domain is stopped: its source may be gone, and never say so."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from migrator.errors import ConflictError
+from migrator.model import DomainState, MigrationMode, MigrationState, OwnershipState
+from migrator.runner import Runner
+from migrator.session import vocabulary as v
+from tests.unit.migration_world import WEB, MigrationWorld, migration_world
+
+
+@pytest.fixture
+async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[MigrationWorld]:
+    async with migration_world(tmp_path, monkeypatch) as made:
+        yield made
+
+
+async def in_post_copy(world: MigrationWorld) -> Runner:
+    """The destination's runner of a guest that runs there and lacks pages."""
+    began = await world.migrate(mode=MigrationMode.POSTCOPY)
+    await world.until(
+        lambda: (
+            (runner := world.b.manager._runners.get(began.id)) is not None
+            and runner.session.state is MigrationState.POSTCOPY
+        )
+    )
+    assert world.running() == ["b"]
+    return world.b.manager._runners[began.id]
+
+
+async def test_a_guest_whose_source_is_gone_for_good_can_be_stopped(
+    world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waited for ever: nothing could be done with a domain that is being migrated."""
+    runner = await in_post_copy(world)
+    await world.a.crash()
+    node = world.b.node
+    monkeypatch.setattr(node.migrations, "stop_in_post_copy", world.b.manager.stop_in_post_copy)
+    with pytest.raises(ConflictError, match="is being migrated"):
+        await node.cluster.stop(WEB, 0.02)  # As a drain does.
+    stopped = await node.cluster.stop(WEB, 0.02, in_post_copy=True)
+    assert stopped.state is DomainState.STOPPED
+    assert runner.session.state is MigrationState.FAILED
+    assert runner.session.error == "the domain was stopped before its guest had all of its pages"
+    assert world.running() == []
+    record = await node.ownership.read(WEB)
+    assert record is not None
+    assert (record.owner, record.state) == ("b", OwnershipState.STOPPED)
+    await node.domains.start(WEB)
+    assert world.running() == ["b"]
+
+
+async def test_a_source_that_is_there_hears_of_it(world: MigrationWorld) -> None:
+    runner = await in_post_copy(world)
+    assert await world.b.manager.stop_in_post_copy(WEB, 0.0)
+    await world.until(lambda: not world.a.manager._runners)
+    assert world.state(world.a) is None
+    ended = await world.a.manager.get(runner.session.migration_id)
+    assert ended.state is MigrationState.FAILED
+    assert ended.error == "the domain was stopped before its guest had all of its pages"
+
+
+async def test_pages_that_come_in_time_are_waited_for(world: MigrationWorld) -> None:
+    runner = await in_post_copy(world)
+    runner.feed(v.PagesComplete())
+    assert not await world.b.manager.stop_in_post_copy(WEB, 20.0)
+    assert runner.session.state is MigrationState.COMPLETED
+    assert world.running() == ["b"]
+    await world.b.node.domains.stop(WEB, timeout_s=0.0)
+    assert world.running() == []
+
+
+async def test_what_isnt_in_post_copy_is_not_its_concern(world: MigrationWorld) -> None:
+    assert not await world.a.manager.stop_in_post_copy(WEB, 20.0)
+    assert world.running() == ["a"]
