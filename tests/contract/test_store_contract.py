@@ -12,6 +12,7 @@ import pytest
 
 from migrator.errors import LocalProtocolError, StoreError
 from migrator.model import DomainName, NodeName, OwnershipRecord, OwnershipState
+from node_agent.state import watches
 from node_agent.state.drivers import DRIVERS
 from node_agent.state.etcd import EtcdSettings, EtcdStore
 from node_agent.state.memory import SimulatedData, SimulatedStore
@@ -19,7 +20,7 @@ from node_agent.state.ownership import StoreOwnership, ownership_key
 from node_agent.state.port import Change, StateStore, Swap
 from node_agent.state.sqlite import SqliteStore
 from node_agent.state.typed import TypedStore
-from node_agent.state.watches import KEPT_CHANGES, QUEUE_LIMIT, StoreClosed
+from node_agent.state.watches import StoreClosed
 from tests.contract.etcd_members import EtcdMember, running_members
 
 MakeStore = Callable[[], StateStore]
@@ -247,11 +248,15 @@ async def test_watch_ends_with_the_store_after_what_came_before(make: MakeStore)
     await store.close()
 
 
-async def test_a_watcher_that_is_too_slow_is_told(make: MakeStore) -> None:
+async def test_a_watcher_that_is_too_slow_is_told(
+    make: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 256
+    monkeypatch.setattr(watches, "QUEUE_LIMIT", limit)
     store = make()
     async with opened(store):
         changes = store.watch("events/")
-        for _ in range(QUEUE_LIMIT // 64 + 1):
+        for _ in range(limit // 64 + 1):
             await asyncio.gather(*(store.append("events/", b"", keep=1) for _ in range(64)))
         async with asyncio.timeout(30):
             with pytest.raises(StoreError, match="list again"):
@@ -259,10 +264,15 @@ async def test_a_watcher_that_is_too_slow_is_told(make: MakeStore) -> None:
                     await anext(changes)
 
 
-async def test_a_watch_from_before_the_log_or_from_the_future_is_refused(make: MakeStore) -> None:
+async def test_a_watch_from_before_the_log_or_from_the_future_is_refused(
+    make: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = 256
+    for driver in ("memory", "database", "etcd.store"):
+        monkeypatch.setattr(f"node_agent.state.{driver}.KEPT_CHANGES", kept)
     store = make()
     async with opened(store):
-        for _ in range(KEPT_CHANGES // 64 + 5):
+        for _ in range(kept // 64 + 5):
             await asyncio.gather(*(store.put("d/a", b"") for _ in range(64)))
         for since in (1, 10**9):
             with pytest.raises(StoreError, match="list again"):
