@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from migrator.model import DomainName, PoolName
-from node_agent.storage_watch import StorageWatch
+from migrator.errors import StorageError
+from migrator.model import DiskFormat, DiskSpec, DomainName, PoolName, VolumeName
+from node_agent.storage_watch import AT_ONCE, StorageWatch
+from storage.simulated import SimulatedPool
 from tests.unit.agent_world import World, open_world, spec_of
 
 WEB = DomainName("web")
@@ -103,3 +105,51 @@ async def test_what_was_told_speaks_against_a_migration_while_it_is_so(world: Wo
     assert await world.a.domains.storage_troubles(spec_of("db", disks=[])) == []
     world.a.pool.faults.lost = False
     assert await world.a.domains.storage_troubles(spec_of()) == [], "it isn't so any more"
+
+
+async def test_a_volume_that_is_away_by_itself_is_told_and_the_others_are_not(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export that is down, say. One volume of a pool was looked at: the others' guests waited,
+    and looked well."""
+    down: set[str] = set()
+
+    async def reach(pool: SimulatedPool, volume: VolumeName) -> None:
+        if volume in down:
+            raise StorageError(f"the export of volume {volume} is down")
+        await pool.verify(volume)
+
+    monkeypatch.setattr(SimulatedPool, "reach", reach)
+    node, clock = world.a, Clock()
+    watch = watch_of(world, clock)
+    names = [f"vm{number:02}" for number in range(AT_ONCE + 4)]
+    specs = [spec_of(each, disks=(DiskSpec(volume=each),), nics=()) for each in names]
+    for spec in specs:
+        volume = VolumeName(spec.name)
+        await node.pool.create(volume, capacity_bytes=2**20, format=DiskFormat.RAW)
+        await node.domains.define(spec)
+        await node.domains.start(DomainName(spec.name))
+    down.add(names[-1])
+    for _ in range(3):
+        await watch.look()
+    clock.now_s += 30
+    reason = "the export of volume vm19 is down"
+    said = f"volume default/vm19 hasn't answered for 30 s ({reason})"
+    assert [watch.remark(spec) for spec in specs] == [*[""] * (AT_ONCE + 3), said]
+    assert await watch.troubles(specs[-1]) == [said]
+    down.update(names, [spec_of().disks[0].volume])
+    await watch.look()
+    await watch.look()
+    assert watch.remark(specs[-1]).startswith("pool default hasn't answered for 0 s")
+    down.clear()
+    for _ in range(2):
+        await watch.look()
+    assert [watch.remark(spec) for spec in specs] == [""] * len(specs)
+    await world.a.events.close()
+    found = [line.split(",")[0] for line in await told(world)]
+    assert found == [
+        "pool-unreachable: volume default/vm19 doesn't answer on a",
+        "pool-unreachable: pool default doesn't answer on a",
+        "pool-reachable: pool default answers on a again",
+        "pool-reachable: volume default/vm19 answers on a again",
+    ]
