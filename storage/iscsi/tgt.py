@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ LUN_NUMBER: Final = 1
 IQN_PREFIX: Final = "iqn.2026-11.io.ferry"
 _NAMED_MAX: Final = 5
 _T = TypeVar("_T")
+
+_log = logging.getLogger(__name__)
 
 
 class VolumeState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -87,9 +90,10 @@ class TgtFolder:
             if state.target in self._control.targets():
                 raise ConflictError(f"tgtd has a target {state.target} already; nothing was made")
             try:
+                # First: what an agent that is killed here leaves can be deleted by its name.
+                self._write(volume, state)
                 with self._image(volume).open("xb") as file:
                     file.truncate(capacity_bytes)
-                self._write(volume, state)
                 self._ensure(volume, state)
             except BaseException:
                 with contextlib.suppress(StorageError, ConflictError):
@@ -106,8 +110,12 @@ class TgtFolder:
         found = {}
         for path in sorted(self.folder.glob("*.json")):
             volume = VolumeName(path.name.removesuffix(".json"))
-            with contextlib.suppress(NotFoundError):  # Deleted meanwhile.
+            try:
                 found[volume] = self.inspect(volume)
+            except NotFoundError:  # Deleted meanwhile.
+                continue
+            except StorageError as error:
+                _log.warning("pool %s: %s; it is left out", self._pool, error)
         return found
 
     def resize(self, volume: VolumeName, capacity_bytes: int) -> Lun:
@@ -207,11 +215,19 @@ class TgtFolder:
     # --- tgtd ---
 
     def restore(self) -> int:
-        """Make every target that is missing. How many volumes there are."""
-        volumes = list(self.list_luns())
+        """Make every target that is missing. How many volumes there are.
+
+        StorageError: one couldn't be made; the others were.
+        """
+        volumes, failed = list(self.list_luns()), None
         for volume in volumes:
-            with self._locked(), contextlib.suppress(NotFoundError):
-                self._ensure(volume, self._read(volume))
+            try:
+                with self._locked(), contextlib.suppress(NotFoundError):
+                    self._ensure(volume, self._read(volume))
+            except StorageError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
         return len(volumes)
 
     def _ensure(self, volume: VolumeName, state: VolumeState) -> None:
