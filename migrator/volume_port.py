@@ -40,6 +40,8 @@ class VolumeDriver(abc.ABC):
     """
 
     name: ClassVar[str]
+    makes_at_once: ClassVar[bool] = True
+    """A volume that is being made isn't there before it is whole, whatever dies meanwhile."""
 
     @abc.abstractmethod
     async def create(

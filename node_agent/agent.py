@@ -81,6 +81,7 @@ from node_agent.trust.members import Membership
 from node_agent.trust.opening import open_trust, wait_for_membership
 from node_agent.trust.removal import NodeRemoval
 from node_agent.version import version
+from node_agent.volume_works import VolumeWorks
 from node_agent.volumes import VolumeService
 from storage.drivers import make_pool
 from storage.settings import DirectorySettings
@@ -189,6 +190,7 @@ async def running_agent(
             return [] if found is None else cordon_reasons(node, found.state, found.told)
 
         records, ownership = DomainRecords(typed), StoreOwnership(store)
+        works = VolumeWorks(typed, node, pools)
         storage = StorageWatch(node, hypervisor=hypervisor, pools=pools, events=events)
         hooks = HookService(typed, events)
         domains = DomainService(
@@ -206,6 +208,7 @@ async def running_agent(
             consoles=Consoles(hypervisor, records),
             others=OtherNodes(node, nodes.read, functools.partial(guests_of, hub)),
             closings=of_node(Path(config.node.state_directory), pools, hypervisor),
+            works=works,
             restart=RestartPolicy(
                 boot_id=boot_id,
                 store=RestartFile(Path(config.node.state_directory) / "restarts.json"),
@@ -269,7 +272,7 @@ async def running_agent(
             ownership=ownership,
             migrations=migrations,
             nodes=nodes,
-            volumes=VolumeService(pools, records, events),
+            volumes=VolumeService(pools, records, events, works),
             events=events,
             hooks=hooks,
         )

@@ -59,6 +59,7 @@ from node_agent.older_store import OtherNodes
 from node_agent.resources import DomainRecord
 from node_agent.start_needs import boot_troubles, volume_troubles
 from node_agent.storage_watch import StorageWatch
+from node_agent.volume_works import VolumeWorks
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class DomainService:
         storage: StorageWatch | None = None,
         consoles: Consoles | None = None,
         closings: Closings | None = None,
+        works: VolumeWorks | None = None,
         clock: Callable[[], float] = time.time,
         roll: Roll = secrets.token_bytes,
         others: OtherNodes | None = None,
@@ -107,6 +109,7 @@ class DomainService:
         self._cordon = cordon
         self._storage = storage
         self._consoles = consoles
+        self._works = works
         self.locks = locks or DomainLocks()
         self._hypervisor = hypervisor
         self._pools = pools
@@ -152,6 +155,8 @@ class DomainService:
             if spec is not None:
                 await self._fabric.watch(domain, spec.nics)
         await self._launches.closings.open()
+        if self._works is not None:
+            self._works.open()
         await self.ownership.open()
         await self._io_recovery.open()
 
@@ -160,6 +165,8 @@ class DomainService:
         await self._io_recovery.close()
         await self.ownership.close()
         await self._launches.closings.close()
+        if self._works is not None:
+            await self._works.close()
 
     # --- definitions -------------------------------------------------------------------------
 
@@ -380,6 +387,8 @@ class DomainService:
         token = FencingToken(owned.token)
         try:
             await self._records.get(DomainName(spec.name))  # Deleted elsewhere meanwhile? Then not.
+            if self._works is not None:
+                await self._works.refuse_start(spec)
             launch, undo = await self.build_launch(spec, token)
             try:
                 await self._launches.fence(spec, token)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from migrator.errors import ConflictError, FerryError, InvalidRequest, RefusedError
+from migrator.errors import ConflictError, FerryError, InvalidRequest, NotFoundError, RefusedError
 from migrator.model import (
     DomainName,
     OwnershipState,
@@ -34,6 +34,7 @@ from node_agent.resources import (
     VolumeCreate,
     VolumeResize,
 )
+from node_agent.volume_works import VolumeWorks, Work
 from storage.settings import PoolSettings, same_place
 
 HEALTH_S: Final = 10.0
@@ -47,8 +48,11 @@ class VolumeService:
     cluster's), StorageError.
     """
 
-    def __init__(self, pools: PoolSet, records: DomainRecords, events: EventLog) -> None:
+    def __init__(
+        self, pools: PoolSet, records: DomainRecords, events: EventLog, works: VolumeWorks
+    ) -> None:
         self._pools = pools
+        self._works = works
         self._records = records
         self._events = events
 
@@ -169,19 +173,33 @@ class VolumeService:
             right = "an absolute path on the node"
             raise InvalidRequest(f"image must be {right}", {"image": right})
         await self._pools.claim(pool)
-        return await driver.create(
-            VolumeName(request.name),
-            capacity_bytes=request.capacity_bytes,
-            format=request.format,
-            image=image,
-        )
+        async with self._making(pool, VolumeName(request.name)):
+            return await driver.create(
+                VolumeName(request.name),
+                capacity_bytes=request.capacity_bytes,
+                format=request.format,
+                image=image,
+            )
+
+    @contextlib.asynccontextmanager
+    async def _making(self, pool: PoolName, new: VolumeName) -> AsyncIterator[None]:
+        """ConflictError: it is there, or being made. What is there is never noted as half made."""
+        with contextlib.suppress(NotFoundError):
+            await self._driver(pool).inspect(new)
+            await self._works.refuse(pool, new)
+            raise ConflictError(f"pool {pool} has a volume {new} already")
+        async with self._works.noted(pool, new, Work.MAKING):
+            yield
 
     async def resize(self, pool: PoolName, volume: VolumeName, request: VolumeResize) -> VolumeInfo:
         """Grow. ConflictError while a domain that has it runs; InvalidRequest if it'd shrink."""
         driver = self._driver(pool)
         await self._refuse_running(pool, volume, "resized")
         await self._pools.claim(pool)
-        return await driver.resize(volume, request.capacity_bytes)
+        await driver.inspect(volume)  # What isn't there is noted by nobody.
+        async with self._works.noted(pool, volume, Work.RESIZING):
+            await self._refuse_running(pool, volume, "resized")  # Or its start sees the note.
+            return await driver.resize(volume, request.capacity_bytes)
 
     async def clone(self, pool: PoolName, volume: VolumeName, request: VolumeClone) -> VolumeInfo:
         """ConflictError while a domain that writes to it runs, or if one was started before the
@@ -189,10 +207,17 @@ class VolumeService:
         """
         driver, new = self._driver(pool), VolumeName(request.name)
         await self._pools.claim(pool)
+        await self._works.refuse(pool, volume)
         if request.linked:
             users = await self._users(pool, volume, writers_only=True)
             self._refuse(pool, volume, "the base of a linked clone", users)
-            return await driver.clone(volume, new, linked=True)
+            async with self._making(pool, new):
+                return await driver.clone(volume, new, linked=True)
+        async with self._making(pool, new):
+            return await self._clone(pool, volume, new)
+
+    async def _clone(self, pool: PoolName, volume: VolumeName, new: VolumeName) -> VolumeInfo:
+        driver = self._driver(pool)
         before = await self._writers(pool, volume)
         await self._refuse_running(pool, volume, "cloned", writers_only=True)
         made = await driver.clone(volume, new)
@@ -211,6 +236,7 @@ class VolumeService:
         self._refuse(pool, volume, "deleted", await self._users(pool, volume))
         await self._pools.claim(pool)
         await driver.delete(volume)
+        await self._works.forget(pool, volume)
 
     # --- who uses what -----------------------------------------------------------------------
 

@@ -78,6 +78,7 @@ class BlockPool(VolumeDriver):
     """One node's view of the devices. Errors as of the port."""
 
     name: ClassVar[str] = "block"
+    makes_at_once: ClassVar[bool] = False
 
     def __init__(
         self,

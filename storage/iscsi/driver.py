@@ -80,6 +80,7 @@ class IscsiPool(VolumeDriver):
     """One node's view of one pool. Errors: the port's; LoginError (StorageError) at a login."""
 
     name: ClassVar[str] = "iscsi"
+    makes_at_once: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -50,6 +50,7 @@ from node_agent.restart_notes import RestartNotes, RestartStore
 from node_agent.state.memory import SimulatedData, SimulatedStore
 from node_agent.state.ownership import StoreOwnership
 from node_agent.state.typed import TypedStore
+from node_agent.volume_works import VolumeWorks
 from node_agent.volumes import VolumeService
 from storage.settings import PoolSettings, SimulatedSettings
 from storage.simulated import SharedVolumes, SimulatedPool
@@ -190,6 +191,7 @@ class SimulatedNode:
         self.records = DomainRecords(self.typed)
         self.events = EventLog(self.typed, name)
         self.registry = NodeRegistry(self.typed, self._describe, interval_s=0.05)
+        self.works = VolumeWorks(self.typed, self.name, self.pools)
         self.restarts = VolatileRestarts()
         self.clock: Callable[[], float] = time.time
         self.domains = self.make_domains()
@@ -214,7 +216,7 @@ class SimulatedNode:
             ownership=self.ownership,
             migrations=self.migrations,
             nodes=self.registry,
-            volumes=VolumeService(self.pools, self.records, self.events),
+            volumes=VolumeService(self.pools, self.records, self.events, self.works),
             events=self.events,
             hooks=HookService(self.typed, self.events),
         )
@@ -236,6 +238,7 @@ class SimulatedNode:
             claim=self.pools.claim,
             others=OtherNodes(self.name, self.registry.read, self._guests_of),
             closings=Closings(self.pools, self.hypervisor.launched_all),
+            works=self.works,
             restart=RestartPolicy(
                 boot_id=boot_id, store=self.restarts, enabled=restart, clock=self._wall
             ),
