@@ -170,7 +170,7 @@ def _actual(drain: Drain, move: Move) -> str:
 
 def sentence(move: Move) -> str:
     """One move that has changed."""
-    if move.state is MoveState.LEFT and not move.source:  # It was planned from nowhere.
+    if move.state in (MoveState.LEFT, MoveState.GONE) and not move.source:  # From nowhere.
         return f"{move.domain}: {move.state.value}: {move.error}"
     where = f"{move.source or 'off'} -> {move.destination or 'off'}"
     text = f"{move.domain}: {where}: {move.state.value}"

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
+import msgspec
+
 from node_agent.cli.drain_text import outcome, sentence
 from node_agent.cli.errors import ApiProblem, CliError, ExitCode, Unreachable
 from node_agent.cli.output import note, settings, show, size
@@ -76,7 +78,11 @@ def _until_ended(drain: Drain, saw: Callable[[Drain], None]) -> Drain:
         except (Unreachable, ApiProblem) as error:
             if isinstance(error, ApiProblem) and error.problem.status < 500:
                 raise
-            if time.monotonic() - answered_at > SILENCE_S:
+            silent_s = time.monotonic() - answered_at
+            still_s = max(SILENCE_S - silent_s, 0.0)
+            waits_for = f"an answer, for {still_s:.0f} s more: {error}; it may well go on"
+            drain = msgspec.structs.replace(drain, waits_for=waits_for)
+            if silent_s > SILENCE_S:
                 raise CliError(
                     f"{error}; whether {drain.operation} {drain.id} goes on is unknown",
                     ExitCode.UNREACHABLE,

@@ -29,6 +29,10 @@ from node_agent.drain.world import DrainWorld
 from node_agent.planner.model import Blocker, DomainFacts, Plan
 
 _LEFT: Final = frozenset({MoveState.LEFT, MoveState.FAILED})
+_DELETED: Final = "it isn't defined any more"
+_BACK: Final = "it is there already"
+_NOTHING_LEFT: Final = frozenset({_DELETED, _BACK})
+"""To be done, by this undrain or by a later one."""
 _BLANK: Final = Plan(moves=())
 
 
@@ -80,20 +84,21 @@ async def plan(
     """The moves back to `node` of what `drained`, newest first, took away.
 
     `learned`: what earlier drains have shown (`Survey.experienced`). `others`: drains that may be
-    under way. `ask`: whether the node is asked about each, which it refuses while it is kept free.
+    under way, or have carried what comes back on. `ask`: whether the node is asked about each,
+    which it refuses while it is kept free.
     """
     away = _away(drained)
     left: list[PlanBlocker] = []
     coming: dict[str, list[str]] = defaultdict(list)
     off: list[str] = []
     for move in away:
-        reason = await _changed(world, node, move)
+        reason = await _changed(world, node, move, carried_to(move, others))
         if reason:
             left.append(_left(move.domain, reason))
         elif move.is_off:
             off.append(move.domain)
         else:
-            coming[move.destination or ""].append(move.domain)
+            coming[carried_to(move, others)].append(move.domain)
     places = promised(others, {move.domain for move in away})
     survey = await world.survey(coming, sample_s=sample_s, places=places)
     survey = survey.experienced(*learned)
@@ -117,6 +122,25 @@ def _away(drained: Sequence[Drain]) -> list[Move]:
     return list(found.values())
 
 
+def carried_to(move: Move, drains: Sequence[Drain]) -> str:
+    """Where that domain is by what drains and undrains did: its destination may have been drained,
+    too. `drains` newest first. What an operator or a balancing has moved is at home there."""
+    where, found = move.destination or "", False
+    for drain in reversed(drains):
+        if drain.operation is Operation.BALANCE:
+            continue
+        for each in drain.moves:
+            if each == move:
+                where, found = move.destination or "", True
+            elif found and _carries(each, move.domain, where):
+                where = each.destination or ""
+    return where
+
+
+def _carries(move: Move, domain: str, source: str) -> bool:
+    return (move.domain, move.source, move.state) == (domain, source, MoveState.MOVED)
+
+
 def complete(drain: Drain, drained: Sequence[Drain], left: tuple[PlanBlocker, ...]) -> Drain:
     """The undrain, with what it leaves among its moves."""
     stays = tuple(
@@ -124,7 +148,7 @@ def complete(drain: Drain, drained: Sequence[Drain], left: tuple[PlanBlocker, ..
             domain=each.domain,
             source="",
             destination=drain.node,
-            state=MoveState.LEFT,
+            state=MoveState.GONE if each.reason in _NOTHING_LEFT else MoveState.LEFT,
             error=each.reason,
             ended_at_s=drain.created_at_s,
         )
@@ -137,20 +161,21 @@ def complete(drain: Drain, drained: Sequence[Drain], left: tuple[PlanBlocker, ..
     )
 
 
-async def _changed(world: DrainWorld, node: str, move: Move) -> str:
-    """Why it isn't brought back, whatever the node is like; "": it might be."""
+async def _changed(world: DrainWorld, node: str, move: Move, where: str) -> str:
+    """Why it isn't brought back, whatever the node is like; "": it might be. `where`: it should be
+    there."""
     try:
         domain = await world.cluster.get_domain(DomainName(move.domain))
     except NotFoundError:
-        return "it isn't defined any more"
+        return _DELETED
     stopped = domain.state is DomainState.STOPPED
     if move.is_off:
         return "" if stopped else f"it has been started on {domain.node} meanwhile"
     if stopped:
         return "it has been stopped meanwhile"
     if domain.node == node:
-        return "it is there already"
-    if domain.node != move.destination:
+        return _BACK
+    if domain.node != where:
         return f"it was moved on to {domain.node} meanwhile"
     if move.policy is not MaintenancePolicy.LIVE:
         return (

@@ -12,7 +12,8 @@ from rich.console import Console
 from node_agent.cli import drain_view
 from node_agent.cli.drain_text import moved, outcome, sentence
 from node_agent.cli.drain_view import _done_whole, _picture, _whole
-from node_agent.cli.errors import ExitCode
+from node_agent.cli.errors import ExitCode, Unreachable
+from node_agent.cli.output import settings
 from node_agent.drain.resources import Drain, DrainState, Move, MoveState, Operation
 
 
@@ -149,3 +150,23 @@ def test_a_cancelled_drain_says_how_to_get_back_what_has_moved() -> None:
     some = drain(move("a", MoveState.MOVED), move("b", MoveState.LEFT), state=state)
     assert "`ferry undrain n1` brings back what has moved" in outcome(some)
     assert "undrain" not in outcome(drain(move("b", MoveState.LEFT), state=state))
+
+
+def test_a_watched_agent_that_gives_no_answer_is_told_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last line was shown again and again, as if it were news."""
+    answers: list[Drain | Exception] = [Unreachable("refused"), drain(state=DrainState.DONE)]
+
+    class Client:
+        def get(self, _path: str, _kind: type[Drain]) -> Drain:
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    monkeypatch.setattr(type(settings), "client", lambda _: Client())
+    monkeypatch.setattr(drain_view, "POLL_S", 0.0)
+    seen: list[str] = []
+    drain_view._until_ended(drain(), lambda now: seen.append(now.waits_for))
+    assert seen == ["", "an answer, for 60 s more: refused; it may well go on", ""]

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from node_agent.cli.drain_text import outcome, plan_text
-from node_agent.drain.resources import Drain, DrainPlan, DrainState, Move, MoveState, Operation
-from node_agent.drain.undrain import continued, to_undo
+from node_agent.cli.drain_text import outcome, plan_text, sentence
+from node_agent.drain.resources import (
+    Drain,
+    DrainPlan,
+    DrainState,
+    Move,
+    MoveState,
+    Operation,
+    PlanBlocker,
+)
+from node_agent.drain.undrain import carried_to, complete, continued, to_undo
 
 S = DrainState
 M = MoveState
@@ -84,3 +92,35 @@ def test_nobody_is_said_to_be_back_where_nobody_was_away() -> None:
     empty = DrainPlan(node="n1", moves=())
     assert "nothing is to come back to node n1" in plan_text(empty, Operation.UNDRAIN)
     assert "nothing has to move" in plan_text(empty)
+
+
+def test_what_another_drain_has_carried_on_comes_home_from_there() -> None:
+    """n1 was drained to n2, and n2 to n3: an undrain of n1 left it as "moved on", and the one of n2
+    brought it no further than n2."""
+    first = drain("d1", first_move := move("a"))
+    second = drain("d2", hop(M.MOVED, "n2", "n3"), node="n2")
+    assert carried_to(first_move, [first]) == "n2"
+    assert carried_to(first_move, [second, first]) == "n3"
+    back = undrain("u2", hop(M.MOVED, "n3", "n2"), node="n2")
+    assert carried_to(first_move, [back, second, first]) == "n2"
+    failed = drain("d2", hop(M.FAILED, "n2", "n3"), node="n2")
+    assert carried_to(first_move, [failed, first]) == "n2"
+    evened = drain("b", hop(M.MOVED, "n2", "n3"), operation=Operation.BALANCE, node="")
+    assert carried_to(first_move, [evened, first]) == "n2", "it is meant to be there"
+    before = drain("d0", hop(M.MOVED, "n2", "n4"), node="n2")
+    assert carried_to(first_move, [first, before]) == "n2", "that was earlier"
+
+
+def hop(state: MoveState, source: str, destination: str) -> Move:
+    return Move(domain="a", source=source, destination=destination, state=state)
+
+
+def test_an_undrain_is_no_less_done_for_what_was_deleted() -> None:
+    gone = PlanBlocker(domain="a", reason="it isn't defined any more", remedy="")
+    left = PlanBlocker(domain="b", reason="it was moved on to n3 meanwhile", remedy="")
+    made = complete(undrain("u1"), [drain("d1")], (gone, left))
+    assert [each.state for each in made.moves] == [M.GONE, M.LEFT]
+    assert sentence(made.moves[0]) == "a: gone: it isn't defined any more"
+    back = drain("d1", move("a"), move("b"), restored_by="u1")
+    done = undrain("u1", *made.moves, state=S.PARTIAL)
+    assert names([done, back]) == [["b"]], "and no later one asks after it"
