@@ -122,7 +122,7 @@ class DomainTakeover:
     ) -> OwnershipRecord:
         """The guest that runs here under `token` is the domain: the record is made to say so."""
         domain, here = DomainName(spec.name), self.node
-        record, reasons = await self._domains.ownership.older.record_of_guest(spec, token)
+        record, reasons = await self._domains.ownership.older.record_of_guest(spec, owned, token)
         if reasons:
             raise RefusedError(f"domain {domain} was not given to {here}: {reasons[0]}", reasons)
         if not await self._ownership.compare_and_set(owned, record):

@@ -163,7 +163,7 @@ class OlderStore:
         raise ConflictError(text)
 
     async def record_of_guest(
-        self, spec: DomainSpec, token: FencingToken
+        self, spec: DomainSpec, owned: OwnershipRecord | None, token: FencingToken
     ) -> tuple[OwnershipRecord, Sequence[str]]:
         """What says that the guest that runs here under `token` is the domain; and why it can't.
 
@@ -181,7 +181,14 @@ class OlderStore:
                 "since; power it off from within, and start it"
             )
         found = Others() if self._others is None else await self._others.look_for(domain)
-        reasons += [f"{each} has a guest of it, too: end one of them" for each in found.having]
+        owner = "" if owned is None else owned.owner
+        for each in found.having:
+            how = (
+                f"`ferry domain stop {domain}` ends that one"
+                if each == owner
+                else "end one of them"
+            )
+            reasons.append(f"{each} has a guest of it, too: {how}")
         reasons += [
             f"{each} can't be asked whether it has a guest of it, too; a node that is gone is to "
             "be removed (`ferry node rm --force`)"

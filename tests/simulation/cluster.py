@@ -45,6 +45,8 @@ class Domain:
         self.taken_over_under = 0
         """The newest token of a takeover."""
         self.guests: dict[NodeName, Guest] = {}
+        self.store_restored = False
+        """From an older snapshot: the record may be older than the guest."""
         self.epoch = 0
         """Counts the times that vCPUs were set going: a copy of another epoch is stale."""
         self.paused_memory: list[int] | None = None
@@ -79,6 +81,17 @@ class Domain:
     def died(self) -> bool:
         """A fault took its memory."""
         return (self.memory_lost or "").startswith("died")
+
+    def restored(self, record: OwnershipRecord | None) -> None:
+        """The store was, from an older snapshot. What was to be started wasn't here by that."""
+        self.record, self.store_restored = record, True
+        self.must_start = self.seen_to_crash = False
+        self.taken_over_under = 0
+
+    def is_newer(self, guest: Guest) -> bool:
+        """Its store was restored from before that guest's start here."""
+        older = self.record is None or self.record.token < guest.token
+        return self.store_restored and older and not guest.deposed
 
     def lose(self, kind: str, detail: str = "") -> None:
         """Its memory is gone, or nobody may use it; the first word on that counts."""
@@ -191,10 +204,23 @@ class Cluster:
             # If the other copy dies, too, unseen, and before it ran, nobody can know that.
             domain.must_start = domain.seen_to_crash = False
         running = domain.record is not None and domain.record.state is OwnershipState.RUNNING
-        if takeover and running:
+        if running and (takeover or self._starts_over_a_silent_one(domain)):
             domain.depose()
         self.world.log("record: {}", domain.record)
         one_runner.check(domain)
+
+    def _starts_over_a_silent_one(self, domain: Domain) -> bool:
+        """A restored store doesn't know of its guest, whose node can't be asked: it is shut out."""
+        here = domain.record.owner if domain.record is not None else ""
+        others = [guest for guest in domain.guests.values() if guest.node != here]
+        behind = domain.store_restored and domain.volume.enforces
+        return behind and any(
+            guest.state in (G.RUNNING, G.IO_ERROR)
+            and not guest.deposed
+            and guest.token + 1 == (domain.record.token if domain.record else 0)
+            and self.nodes[guest.node].silent
+            for guest in others
+        )
 
     # --- the network ---
 

@@ -80,6 +80,8 @@ def faults_of(seed: int) -> Faults:
         return replace(_mixed(seed), store_back_mean_s=3.0, store_slow=0.2)
     if seed % 50 == 43:
         return replace(_mixed(seed), paused=0.3, forgetful=True, heal_at_s=90.0)
+    if seed % 50 == 33:
+        return replace(_mixed(seed), store_restored=True, heal_at_s=60.0)
     return _mixed(seed) if name is None else NAMED[name]
 
 

@@ -73,6 +73,13 @@ class Node:
         beats = self.up and not self.store_cut and self.held is None
         return 0.0 if beats else now_s - self._silent_since_s
 
+    @property
+    def silent(self) -> bool:
+        """Whether others can't ask its agent, or don't because its heartbeats are missing."""
+        return (
+            not self.up or self.held is not None or self.heard_for_s(self.world.now_s) > SILENCE_S
+        )
+
     def mark_silent(self) -> None:
         self._silent_since_s = self.world.now_s
 

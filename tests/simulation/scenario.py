@@ -13,6 +13,7 @@ from tests.simulation.checkers import liveness, recovery
 from tests.simulation.cluster import Cluster
 from tests.simulation.faults import Injector, faults_of
 from tests.simulation.node import Node
+from tests.simulation.restores import Restores
 from tests.simulation.side import Sessions
 from tests.simulation.stories import (
     GuestsWork,
@@ -59,6 +60,8 @@ class Scenario:
             self.stories.append(StartsAndStops(operator, leaves_lost=seed // 10 % 2 == 0))
         if self.world.faults.takeover:
             self.stories.append(Takeovers(operator))
+        if self.world.faults.store_restored:
+            self.stories.append(Restores(operator))
         self._must_complete = self.faultless and not cancels
         self._quiet_since_s: float | None = None
 

@@ -35,6 +35,8 @@ class StoreData:
         """What is read is its older copy."""
         self.flips = 0
         """Counts the times that it went back, and was put right."""
+        self.restored = 0
+        """Counts the times that it was restored from an older copy for good."""
         self.older: Mapping[str, Entry] = {}
         """What it may go back to."""
         self._on_write = on_write
@@ -56,6 +58,11 @@ class StoreData:
             self.entries[key] = Entry(key=key, value=value, revision=self.revision)
         self._on_write(key, value, takeover)
         return self.revision
+
+    def restore(self, snapshot: Mapping[str, Entry]) -> None:
+        """For good. No revision is given a second time."""
+        self.entries = dict(snapshot)
+        self.restored += 1
 
     def compare_and_write(
         self, key: str, value: bytes | None, expected: int | None, takeover: bool
@@ -134,9 +141,11 @@ class SimulatedStore(StateStore):
             await self._agent.trip(CALL_S)
             raise StoreError("the store takes no writes")
         if unreachable or world.chance(faults.store_unknown):
+            restored = data.restored
 
             def apply() -> None:
-                data.compare_and_write(key, value, expected, takeover)
+                if data.restored == restored:
+                    data.compare_and_write(key, value, expected, takeover)
 
             if world.chance(faults.store_late):
                 world.after(world.delay(STORE_LATE_S), apply)

@@ -6,6 +6,7 @@ the same heap (`loop`).
 
     scenario    a seed's faults, its cluster, what its operators do, the verdict
     stories     what operators do: migrations, starts and stops, takeovers
+    restores    a store that is restored from an older snapshot, and operators who say what is
     faults      what goes wrong by itself
     cluster     nodes, domains, store, storage, network
     node        a node: agent, journal, clock; crashes and reboots
@@ -64,6 +65,8 @@ class Faults:
     """That an answer of it to a read takes up to STORE_SLOW_S: what it says may be over by then."""
     store_back_mean_s: float = 0.0
     """Mean length of times in which the store is an older copy, and takes no writes."""
+    store_restored: bool = False
+    """That it is restored from an older snapshot for good, while no migration is under way."""
     storage_stall_mean_s: float = 0.0
     """Mean length of times in which the storage, or one node's way to it, answers nobody."""
     command_failure: float = 0.0

@@ -160,6 +160,25 @@ async def test_no_guest_is_kept_beside_another_or_one_that_may_be(world: World) 
     assert await runs(world.a)
 
 
+async def test_a_stale_copy_that_the_store_takes_for_the_guest_is_stopped_first(
+    world: World,
+) -> None:
+    """`b` was silent, and was taken over; then came the restore, and then `b` came back."""
+    await world.b.domains.close()
+    timeout_s, world.a.registry._unreachable_after_s = world.a.registry._unreachable_after_s, 0.0
+    await world.a.takeover.take_over(WEB)
+    world.a.registry._unreachable_after_s = timeout_s
+    older = OwnershipRecord(domain=WEB, token=2, owner="b", state=RUNNING)
+    await world.a.typed.put(ownership_key(WEB), older)
+    with pytest.raises(RefusedError, match="b has a guest of it, too: `ferry domain stop web`"):
+        await world.a.takeover.take_over(WEB)
+    await world.b.domains.stop(WEB)
+    await world.a.takeover.take_over(WEB)
+    assert await owned(world) == (4, "a", RUNNING)
+    assert await runs(world.a)
+    assert not await runs(world.b)
+
+
 async def test_no_guest_is_kept_that_another_may_have_come_after(world: World) -> None:
     """Or whose volumes are others by now: the domain was deleted, and defined anew."""
     await restore(world)

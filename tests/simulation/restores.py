@@ -1,0 +1,106 @@
+"""The store is restored from an older snapshot, for good; then operators say what is.
+
+Both while no migration is under way, as the documentation asks. Nobody stops the agents. What was
+on its way to the store before is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Final
+
+from migrator.model import NodeName, OwnershipRecord
+from node_agent.state.ownership import ownership_key
+from node_agent.state.port import Entry
+from node_agent.state.typed import decode
+from tests.simulation.agent import Agent
+from tests.simulation.cluster import Domain
+from tests.simulation.guests import G, Guest
+from tests.simulation.node import Node
+from tests.simulation.stories import LAST_S, Operator, Story
+
+PATIENCE: Final = 5
+"""Refusals after which an operator powers such a guest off."""
+
+
+class Restores(Story):
+    """See the module."""
+
+    def __init__(self, operator: Operator) -> None:
+        super().__init__(operator)
+        self._snapshot: Mapping[str, Entry] = {}
+        self._restored = False
+        self._tried: dict[str, int] = {}
+
+    @property
+    def done(self) -> bool:
+        return self.world.elapsed_s > LAST_S or (
+            self._restored and not any(map(self._newer, self.cluster.domains.values()))
+        )
+
+    def start(self) -> None:
+        self.world.after(0.3 + self.world.delay(5.0), self._save)
+
+    def _save(self) -> None:
+        if self._busy():
+            self.world.after(0.2, self._save)
+            return
+        self._snapshot = dict(self.cluster.store.entries)
+        self.world.log("store: a snapshot")
+        self.world.after(1.0 + self.world.delay(8.0), self._restore)
+
+    def _restore(self) -> None:
+        if self.world.elapsed_s > LAST_S:
+            return
+        if self._busy():
+            self.world.after(0.2, self._restore)
+            return
+        self.world.log("store: restored, for good")
+        self._restored = True
+        self.cluster.store.restore(self._snapshot)
+        for domain in self.cluster.domains.values():
+            key = ownership_key(domain.name)
+            entry = self._snapshot.get(key)
+            domain.restored(None if entry is None else decode(key, entry.value, OwnershipRecord))
+        self.world.after(self.world.delay(10.0), self._mend)
+
+    def _busy(self) -> bool:
+        nodes = self.cluster.nodes.values()
+        return any(node.sides() or node.open_entries() for node in nodes)
+
+    def _newer(self, domain: Domain) -> Guest | None:
+        """Its guest, where that is one that the store doesn't know."""
+        for guest in domain.guests.values():
+            if guest.state in (G.RUNNING, G.IO_ERROR) and domain.is_newer(guest):
+                return guest
+        return None
+
+    def _mend(self) -> None:
+        world = self.world
+        for domain in self.cluster.domains.values():
+            guest = self._newer(domain)
+            if guest is None:
+                continue
+            node = self.cluster.nodes[guest.node]
+            self._tried[domain.name] = self._tried.get(domain.name, 0) + 1
+            if self._tried[domain.name] > PATIENCE:
+                world.log("{}: {} is powered off from within", node.name, domain.name)
+                node.kill_guest(domain, "powered off", stopped=True)
+            elif (stale := self._stale(domain, guest)) is not None:
+                world.log("{}: stop {}", stale.name, domain.name)
+                self.operator.run(stale, lambda agent, name=domain.name: agent.domains.stop(name))  # type: ignore[misc]
+            else:
+                self.operator.run(node, partial(self._keep, node, domain))
+        world.after(2.0 + world.delay(5.0), self._mend)
+
+    def _stale(self, domain: Domain, guest: Guest) -> Node | None:
+        """The node that the store takes for its owner has a copy, too, which was taken over."""
+        record = domain.record
+        if record is None or record.owner == guest.node or record.owner not in domain.guests:
+            return None
+        return self.cluster.nodes[NodeName(record.owner)]
+
+    async def _keep(self, node: Node, domain: Domain, agent: Agent) -> None:
+        self.world.log("{}: is said to run {}", node.name, domain.name)
+        await agent.takeover.take_over(domain.name)
