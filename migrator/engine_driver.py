@@ -340,7 +340,7 @@ class EngineDriver:
         if not self._stopping and generation == self._generation:
             self._stopping = True
             how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-            self._feed(v.EngineLost(reason=f"the engine {how}"))
+            self._feed(v.EngineLost(reason=f"it {how}"))
 
 
 def layout_of(regions: Sequence[MemoryRegion]) -> tuple[m.RegionLayout, ...]:

@@ -159,6 +159,11 @@ class DomainTakeover:
         reasons += (f"{self.node} can't boot it: {why}" for why in lacking.values())
         unfenced = self._unfenced(spec, owned.owner)
         if powered_off is None:
+            if unfenced and not reasons:
+                unfenced[0] += (
+                    f" (once you have seen that {owned.owner} is powered off, `--powered-off "
+                    f"{owned.owner}` gives your word in the place of a fence)"
+                )
             return reasons + unfenced
         if powered_off != owned.owner:
             reasons.append(f"its node is {owned.owner}, not {powered_off}")

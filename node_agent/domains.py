@@ -57,7 +57,7 @@ from node_agent.io_recovery import IoRecovery
 from node_agent.mac_addresses import Roll, with_macs
 from node_agent.older_store import OtherNodes
 from node_agent.resources import DomainRecord
-from node_agent.start_needs import boot_troubles, volume_troubles
+from node_agent.start_needs import boot_troubles, host_troubles, volume_troubles
 from node_agent.storage_watch import StorageWatch
 from node_agent.volume_works import VolumeWorks
 
@@ -188,10 +188,13 @@ class DomainService:
 
         Of no concern to a domain that is meant for another node.
         """
-        boot, volumes = await asyncio.gather(
-            boot_troubles(spec), volume_troubles(spec, self._pools)
+        boot, volumes, host = await asyncio.gather(
+            boot_troubles(spec),
+            volume_troubles(spec, self._pools),
+            host_troubles(spec, self._hypervisor, self._fabric),
         )
-        return [f"on {self.node}: {field}: {why}" for field, why in {**boot, **volumes}.items()]
+        found = {**boot, **volumes, **host}
+        return [f"on {self.node}: {field}: {why}" for field, why in found.items()]
 
     async def delete(self, domain: DomainName) -> None:
         """Remove a stopped domain's definition and ownership record. Its volumes stay.

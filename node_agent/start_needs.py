@@ -1,4 +1,4 @@
-"""What a domain's start needs to find on its node: the files of its boot, its volumes.
+"""What a domain's start needs to find on its node: boot files, volumes, bridges, its CPU model.
 
 A hypervisor would say it in words of its own, and only once it was started. So it is asked before:
 by a start, a takeover and a migration's destination, which are refused, and by whoever defines the
@@ -8,6 +8,7 @@ domain, who is told and no more: it may be meant for another node, or its volume
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -15,7 +16,7 @@ from typing import Final
 from migrator.errors import FerryError, words
 from migrator.model import DomainSpec, KernelBoot, PoolName, VolumeName
 from migrator.own_threads import in_own_thread
-from migrator.ports import VolumeDriver
+from migrator.ports import FabricDriver, HypervisorDriver, VolumeDriver
 
 FILES_S: Final = 3.0
 """For a look at files, which may be a file server's: less than `manager.INSPECT_S`."""
@@ -77,3 +78,20 @@ async def _volume_trouble(pool: VolumeDriver, volume: VolumeName) -> str:
     except FerryError as error:
         return str(error)
     return ""
+
+
+async def host_troubles(
+    spec: DomainSpec, hypervisor: HypervisorDriver, fabric: FabricDriver
+) -> dict[str, str]:
+    """By field, what this node's hypervisor and network lack for it; {}: nothing, or who knows."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(FerryError):
+        own = await hypervisor.capabilities()
+        model = spec.cpu_model.partition(",")[0]
+        if model not in own.cpu_models:
+            found["cpu_model"] = f"its hypervisor ({own.version}) has no CPU model {model}"
+    for index, nic in enumerate(spec.nics):
+        with contextlib.suppress(FerryError):
+            if reasons := await fabric.check(nic):
+                found[f"nics[{index}]"] = "; ".join(reasons)
+    return found

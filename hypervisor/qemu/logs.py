@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 from pathlib import Path
 
 from migrator.own_threads import in_own_thread
@@ -18,6 +19,8 @@ LOG_BYTES_MAX = 16 * 1024 * 1024
 LOG_BYTES_KEPT = 1024 * 1024
 TAIL_BYTES = 2000
 """How much of QEMU's own messages goes into an error."""
+_TIMESTAMP = re.compile(r"^\d{4}-\d\d-\d\dT[\d:.]+Z ")
+"""Of QEMU's `-msg timestamp=on`: for the log."""
 
 
 def trim(path: Path) -> None:
@@ -51,14 +54,17 @@ def size_bytes(path: Path) -> int:
 
 
 def since(path: Path, offset: int) -> str:
-    """The last words written after `offset`, on one line; empty if there are none."""
+    """The last words written after `offset`, on one line and without the time of each; empty if
+    there are none.
+    """
     try:
         with path.open("rb") as file:
             file.seek(max(offset, size_bytes(path) - TAIL_BYTES))
             text = file.read(TAIL_BYTES).decode("utf-8", errors="replace")
     except OSError:
         return ""
-    return " / ".join(line.strip() for line in text.splitlines() if line.strip())
+    lines = (_TIMESTAMP.sub("", line.strip()) for line in text.splitlines())
+    return " / ".join(line for line in lines if line)
 
 
 class Trimmer:

@@ -84,7 +84,7 @@ class SourceSession(SourcePasses):
             ):
                 self._give_up(f"the guest ended by itself ({event.kind})")
             case EngineLost() if self.state in BEFORE_HANDOFF:
-                self._give_up(f"engine: {event.reason}")
+                self._give_up(f"the source's engine: {event.reason}")
             case EngineLost() if self._must_serve:
                 self._engine_lost(event.reason)
             case CommandFailed(command="StartEngine" | "ConnectEngine") if self._must_serve:

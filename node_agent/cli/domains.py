@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN, DirtyRate
-from migrator.model import NicSpec
+from migrator.model import Boot, KernelBoot, NicSpec
 from node_agent.cli.client import PATIENCE_S, READ_TIMEOUT_S, path_of
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import aside, facts, moment, note, settings, show, size, table
@@ -213,6 +213,7 @@ def show_domain(name: _NameArgument) -> None:
         ("memory", f"{size(spec.memory_bytes)}, in use {size(domain.memory_in_use_bytes)}"),
         ("vcpus", f"{spec.vcpus} ({spec.cpu_model})"),
         ("machine", spec.machine),
+        *_boot(spec.boot),
         ("labels", ", ".join(f"{key}={value}" for key, value in spec.labels.items())),
         ("maintenance", f"{spec.maintenance.value}, priority {spec.priority}"),
         ("pinned to", ", ".join(spec.placement.pinned)),
@@ -224,6 +225,12 @@ def show_domain(name: _NameArgument) -> None:
         *(("seen at", ", ".join(reversed(texts))) for texts in domain.addresses),
     ]
     show(domain, facts(pairs))
+
+
+def _boot(boot: Boot) -> list[tuple[str, str]]:
+    if not isinstance(boot, KernelBoot):
+        return [("boot", "from its first disk")]
+    return [("kernel", boot.kernel), ("initrd", boot.initrd or ""), ("cmdline", boot.cmdline)]
 
 
 def _nic(nic: NicSpec) -> str:

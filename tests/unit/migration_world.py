@@ -131,7 +131,7 @@ class FakeEngine:
 
     def die(self) -> None:
         """As SIGKILL to the engine."""
-        self.feed(v.EngineLost(reason="the engine was killed by signal 9"))
+        self.feed(v.EngineLost(reason="it was killed by signal 9"))
 
     def stop(self) -> None:
         if self in self.script.running:

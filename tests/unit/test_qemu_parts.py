@@ -240,6 +240,8 @@ def test_a_log_is_bounded(tmp_path: Path) -> None:
     logs.trim(tmp_path / "none")
     path.write_text("one\n\n two\n")
     assert logs.since(path, 4) == "two"
+    path.write_text("2026-11-29T12:27:39.308797Z qemu: no CPU model 'zork'\nsaid 2026-11-29\n")
+    assert logs.since(path, 0) == "qemu: no CPU model 'zork' / said 2026-11-29"
 
 
 async def test_logs_on_a_disk_that_hangs_hold_up_nobody_and_take_one_thread(

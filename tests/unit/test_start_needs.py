@@ -70,11 +70,14 @@ async def test_whoever_defines_is_warned_and_scripts_are_not_disturbed(
     ferry: Ferry, tmp_path: Path
 ) -> None:
     kernel = tmp_path / "vmlinuz"
-    options = ["--memory", "64M", "--disk", "none", "--kernel", str(kernel)]
+    options = ["--memory", "64M", "--disk", "none", "--kernel", str(kernel), "--cpu", "zork,+avx"]
     done = await ferry("domain", "define", "web", *options)
     assert done.out == "domain web is defined\n"
     assert f"warning: on a: boot.kernel: {kernel} is not there" in done.err
     assert "warning: on a: disks[0].volume: " in done.err and "none" in done.err
+    assert "warning: on a: cpu_model: its hypervisor (1) has no CPU model zork" in done.err
+    shown = (await ferry("domain", "show", "web")).out.splitlines()
+    assert ["kernel:", str(kernel)] in [line.split() for line in shown]
     options = ["--memory", "64M", "--kernel", str(kernel), "--start"]
     refused = await ferry("domain", "define", "other", *options, code=ExitCode.REFUSED)
     assert refused.err.count(str(kernel)) == 1  # The refusal says it; a warning would say it twice.
