@@ -11,6 +11,7 @@ A part of the drain's machine (`machine.py`), which says when moves begin, and w
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Final
 
 from migrator.model import MigrationState
@@ -23,6 +24,9 @@ FAILURES_MAX: Final = 2
 ATTEMPTS_MAX: Final = 10
 """With refusals, which cost nothing (a destination may fill up between plan and move), and with
 requests whose fate was unclear (an agent that is restarted)."""
+BOOTS_MAX: Final = 3
+"""On one node that gives no answer, a second between them; then another one is looked for. Should
+the first have started it all the same, the ownership record lets nobody else."""
 SILENT_S: Final = 10.0
 """A destination that has been unreachable for so long is given up, before the handoff."""
 SOURCE_SILENT_S: Final = 60.0
@@ -42,6 +46,8 @@ class MoveCourse(Ledger):
         self._given_up: set[str] = set()
         """Migrations that were cancelled because their destination fell silent."""
         self._looking: set[str] = set()
+        self._boots: Counter[str] = Counter()
+        """On the destination that each has now."""
         self._seeking: str | None = None
         """One at a time: two that are sought for at once could break a rule together."""
 
@@ -81,6 +87,7 @@ class MoveCourse(Ledger):
                     wire_bytes=event.wire_bytes,
                 )
                 if move.powered_off:
+                    self._boots[move.domain] = 0
                     self._boot(self._moves.now(move))
             case v.NoPlace() if move.state is MoveState.SEEKING:
                 reason = f"{move.error}; {event.reason}" if move.error else event.reason
@@ -159,12 +166,13 @@ class MoveCourse(Ledger):
     def _failed(self, move: Move, error: str, now: float) -> None:
         failures = move.failures + 1
         self._put(move, failures=failures)
-        may = move.powered_off or (
+        may = (
             failures < FAILURES_MAX
+            and move.attempts < ATTEMPTS_MAX
             and move.state is not MoveState.STOPPING
             and self._base.cancel is CancelMode.NO
         )
-        if may and move.attempts < ATTEMPTS_MAX:
+        if may or move.powered_off:  # Which ends where all nodes have been tried.
             self._seek(self._moves.now(move), error, now)
         else:
             self._fail(move, error, now)
@@ -193,15 +201,15 @@ class MoveCourse(Ledger):
         if move.destination is None:
             self._end(move, MoveState.STOPPED, now)
             self._note(f"{move.domain} is powered off until the undrain", now, move.domain)
-        elif move.attempts >= ATTEMPTS_MAX:
-            self._fail(move, move.error or f"{move.destination} gave no answer", now)
+        elif self._boots[move.domain] >= BOOTS_MAX:
+            self._failed(move, move.error or f"{move.destination} gave no answer", now)
         else:
             self._put(move, powered_off=True)
             self._boot(self._moves.now(move))
 
     def _boot(self, move: Move) -> None:
-        tries = move.attempts + (move.state is not MoveState.STOPPING)
-        self._put(move, state=MoveState.BOOTING, attempts=tries)
+        self._boots[move.domain] += 1
+        self._put(move, state=MoveState.BOOTING)
         self._out.append(v.Boot(domain=move.domain, node=move.destination or ""))
 
     def _watch_destinations(self, unreachable: frozenset[str], now: float) -> None:

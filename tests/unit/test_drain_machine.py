@@ -319,3 +319,20 @@ def test_moves_of_another_drain_to_the_same_node_share_its_link_and_its_lanes() 
     machine.handle(v.Tick(others=(theirs, theirs)), 2.0)
     assert not of(v.Begin, machine.handle(over, 3.0)), "n2 has no core left for another one"
     assert of(v.Begin, machine.handle(v.Tick(), 4.0))
+
+
+def test_a_node_that_gives_no_answer_to_a_start_is_left_for_another_one() -> None:
+    """In a lab its agent was killed: ten tries were over before it was known to be silent."""
+    machine = stopping()
+    asked: list[v.Command] = []
+    for second in range(2, 5):
+        machine.handle(v.Unclear(domain="a", reason="refused"), float(second))
+        asked += machine.handle(v.Looked(domain="a", owner=None), float(second))
+    again = v.Boot(domain="a", node="n2")
+    assert [each for each in asked if not isinstance(each, v.Tell)] == [
+        again,
+        again,
+        v.Seek(domain="a", tried=("n2",)),
+    ]
+    machine.handle(v.Looked(domain="a", owner="n2"), 9.0)
+    assert machine.drain.moves[0].state is MoveState.MOVED, "it had started it"
