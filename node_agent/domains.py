@@ -109,6 +109,7 @@ class DomainService:
         self._cordon = cordon
         self._storage = storage
         self._consoles = consoles
+        self._closings = closings
         self._works = works
         self.locks = locks or DomainLocks()
         self._hypervisor = hypervisor
@@ -154,7 +155,8 @@ class DomainService:
             spec = await self._hypervisor.launched(domain)
             if spec is not None:
                 await self._fabric.watch(domain, spec.nics)
-        await self._launches.closings.open()
+        if self._closings is not None:
+            await self._closings.open()
         if self._works is not None:
             self._works.open()
         await self.ownership.open()
@@ -164,7 +166,8 @@ class DomainService:
         """Guests go on; only this service's own tasks end. Idempotent."""
         await self._io_recovery.close()
         await self.ownership.close()
-        await self._launches.closings.close()
+        if self._closings is not None:
+            await self._closings.close()
         if self._works is not None:
             await self._works.close()
 
