@@ -189,7 +189,7 @@ async def running_agent(
             found = await cordons.read(node)
             return [] if found is None else cordon_reasons(node, found.state, found.told)
 
-        records, ownership = DomainRecords(typed), StoreOwnership(store)
+        records, ownership = DomainRecords(typed, pools.first_name), StoreOwnership(store)
         works = VolumeWorks(typed, node, pools)
         storage = StorageWatch(node, hypervisor=hypervisor, pools=pools, events=events)
         hooks = HookService(typed, events)

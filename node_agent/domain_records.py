@@ -8,7 +8,7 @@ again afterwards: of two that clash, the one with the later revision takes itsel
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -35,8 +35,12 @@ ATTEMPTS: Final = 5
 class DomainRecords:
     """Reads and writes definitions. StoreError: the outcome of a write is unknown."""
 
-    def __init__(self, store: TypedStore) -> None:
+    def __init__(
+        self, store: TypedStore, first_name: Callable[[PoolName], PoolName] = lambda pool: pool
+    ) -> None:
+        """`first_name`: of the names of a pool that has several (`PoolSet`)."""
         self._store = store
+        self._first_name = first_name
 
     async def get(self, domain: DomainName) -> DomainRecord:
         """NotFoundError if it isn't defined."""
@@ -120,29 +124,34 @@ class DomainRecords:
         self, spec: DomainSpec, entries: Sequence[Versioned[DomainRecord]], own_revision: int | None
     ) -> None:
         """Against all others; once written, only against those written before."""
-        reasons: list[str] = []
+        places = {(self._first_name(PoolName(d.pool)), d.volume) for d in spec.disks}
+        reasons = ["two of its disks are one volume"] if len(places) < len(spec.disks) else []
         for entry in entries:
             if own_revision is not None and entry.revision >= own_revision:
                 continue
             other = entry.value.spec
             if other.name == spec.name:
                 raise ConflictError(f"domain {spec.name} is defined already")
-            reasons += [f"{what} belongs to domain {other.name}" for what in _shared(spec, other)]
+            shared = _shared(spec, other, self._first_name)
+            reasons += [f"{what} belongs to domain {other.name}" for what in shared]
         if reasons:
             raise ConflictError(f"domain {spec.name} can't be defined: {'; '.join(reasons)}")
 
 
-def _shared(spec: DomainSpec, other: DomainSpec) -> Iterator[str]:
+def _shared(
+    spec: DomainSpec, other: DomainSpec, first_name: Callable[[PoolName], PoolName]
+) -> Iterator[str]:
     """What both would have, though only one may."""
     for mac in _macs(spec) & _macs(other):
         yield f"MAC {mac}"
     for address in _addresses(spec) & _addresses(other):
         yield f"address {address}"
-    others = {(disk.pool, disk.volume): disk.read_only for disk in other.disks}
+    others = {(first_name(PoolName(disk.pool)), disk.volume): disk for disk in other.disks}
     for disk in spec.disks:
-        read_only = others.get((disk.pool, disk.volume))
-        if read_only is not None and not (read_only and disk.read_only):
-            yield f"volume {disk.pool}/{disk.volume}"
+        theirs = others.get((first_name(PoolName(disk.pool)), disk.volume))
+        if theirs is not None and not (theirs.read_only and disk.read_only):
+            by = "" if theirs.pool == disk.pool else f" (pool {theirs.pool} is the same place)"
+            yield f"volume {disk.pool}/{disk.volume}{by}"
 
 
 def _macs(spec: DomainSpec) -> set[str]:

@@ -5,6 +5,9 @@
     pools/NAME ─────► followed: there within 100 ms ────┘
 
 A pool of the configuration hides one of the same name in the store, on this node.
+
+Two pools of one place: `pool add` refuses the second name; in a configuration it can be written all
+the same. `first_name` gives both the same one, so that their volumes are known to be the same.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from migrator.ports import Struct, VolumeDriver
 from node_agent.pool_owners import PoolOwners
 from node_agent.resources import POOLS, PoolOrigin, PoolRecord
 from node_agent.state.typed import TypedStore, decode
-from storage.settings import PoolSettings
+from storage.settings import PoolSettings, same_place
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +62,11 @@ class PoolSet(Mapping[PoolName, VolumeDriver]):
         }
         self._following: asyncio.Task[None] | None = None
         self._ending: set[asyncio.Task[None]] = set()
+        self._marks: dict[PoolName, str] = {}
+        """What the places of pools that were used by this agent said of themselves."""
+        self._told: set[tuple[PoolName, PoolName]] = set()
+        for each in self._entries:
+            self._tell_twins(each)
 
     def __getitem__(self, name: PoolName) -> VolumeDriver:
         return self._entries[name].driver
@@ -120,7 +128,40 @@ class PoolSet(Mapping[PoolName, VolumeDriver]):
 
         ConflictError: it is another's. StorageError: it doesn't say. NotFoundError.
         """
-        await self._owners.claim(name, self.entry(name).driver)
+        driver = self.entry(name).driver
+        await self._owners.claim(name, driver)
+        if name not in self._marks:
+            with contextlib.suppress(FerryError):  # One that doesn't work now can't say.
+                self._marks[name] = await driver.mark() or ""
+                self._tell_twins(name)
+
+    def first_name(self, name: PoolName) -> PoolName:
+        """The first, by the alphabet, of the names that lead to its place here; or its own.
+
+        By their settings; and by the storage's own mark, where it was used by both names.
+        """
+        entry = self._entries.get(name)
+        if entry is None:
+            return name
+        mark = self._marks.get(name) or None
+        same = [
+            other
+            for other, each in self._entries.items()
+            if same_place(each.settings, entry.settings)
+            or (mark is not None and self._marks.get(other) == mark)
+        ]
+        return min([name, *same])
+
+    def _tell_twins(self, name: PoolName) -> None:
+        first = self.first_name(name)
+        if first != name and (first, name) not in self._told:
+            self._told.add((first, name))
+            log.error(
+                "pool %s is the place of pool %s under a second name: remove one of them, once no "
+                "domain has a disk on it",
+                name,
+                first,
+            )
 
     async def claim_new(
         self, settings: PoolSettings, driver: VolumeDriver, take_from: str | None
@@ -197,6 +238,7 @@ class PoolSet(Mapping[PoolName, VolumeDriver]):
         driver = self._make(record.settings)
         entry = PoolEntry(settings=record.settings, origin=PoolOrigin.CLUSTER, driver=driver)
         self._entries[name] = entry
+        self._tell_twins(name)
         return entry
 
     def _drop_stored(self, name: PoolName) -> None:
@@ -206,6 +248,7 @@ class PoolSet(Mapping[PoolName, VolumeDriver]):
 
     def _drop(self, name: PoolName) -> None:
         entry = self._entries.pop(name, None)
+        self._marks.pop(name, None)
         if entry is not None:
             task = asyncio.create_task(_shut_down(name, entry.driver), name=f"end-pool-{name}")
             self._ending.add(task)

@@ -214,6 +214,8 @@ class Pool(Value, frozen=True, kw_only=True):
     health: PoolHealth
     refused: str = ""
     """Why nothing is done on it, though it can be reached: it is another cluster's."""
+    same_as: str = ""
+    """Another pool that has its place, too: by both names one volume is the same."""
     already_own: bool = False
     """In the answer to a takeover: it was this cluster's before, so nothing was done."""
 

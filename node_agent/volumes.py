@@ -118,6 +118,7 @@ class VolumeService:
                 refused = str(error)
             except (FerryError, TimeoutError) as error:
                 health = PoolHealth(reachable=False, reason=str(error) or _SILENT)
+        first = self._pools.first_name(PoolName(entry.settings.name))
         return Pool(
             name=entry.settings.name,
             driver=entry.driver.name,
@@ -126,6 +127,7 @@ class VolumeService:
             fencing=entry.driver.fencing,
             health=health,
             refused=refused,
+            same_as="" if first == entry.settings.name else first,
         )
 
     async def _refuse_second_name(self, settings: PoolSettings, driver: VolumeDriver) -> None:
@@ -249,7 +251,7 @@ class VolumeService:
         records = await self._records.list_records()
         return [
             name
-            for name, only_reads in _having(records, pool, volume)
+            for name, only_reads in self._having(records, pool, volume)
             if not (only_reads and writers_only)
         ]
 
@@ -272,6 +274,18 @@ class VolumeService:
                 running.append(f"{name}, which runs on {record.owner}")
         self._refuse(pool, volume, what, running)
 
+    def _having(
+        self, records: Mapping[DomainName, DomainRecord], pool: PoolName, volume: VolumeName
+    ) -> Iterator[tuple[DomainName, bool]]:
+        """The domains that have the volume, by whichever name of its pool, and whether they only
+        read it.
+        """
+        first = self._pools.first_name(pool)
+        for name, record in sorted(records.items()):
+            for disk in record.spec.disks:
+                if disk.volume == volume and self._pools.first_name(PoolName(disk.pool)) == first:
+                    yield name, disk.read_only
+
     @staticmethod
     def _refuse(pool: PoolName, volume: VolumeName, what: str, users: Sequence[str]) -> None:
         if users:
@@ -290,16 +304,6 @@ class VolumeService:
             raise ConflictError(
                 f"pool {pool} has disks of domain {_listed(users)}; it was not removed"
             )
-
-
-def _having(
-    records: Mapping[DomainName, DomainRecord], pool: PoolName, volume: VolumeName
-) -> Iterator[tuple[DomainName, bool]]:
-    """The domains that have the volume, and whether they only read it."""
-    for name, record in sorted(records.items()):
-        for disk in record.spec.disks:
-            if (disk.pool, disk.volume) == (pool, volume):
-                yield name, disk.read_only
 
 
 def _listed(users: Sequence[str]) -> str:

@@ -197,6 +197,13 @@ def _pools(client: ApiClient, running: bool) -> Iterator[Finding]:
         check = f"pool {pool.name}"
         if pool.refused:
             yield failure(check, f"{pool.driver}: {pool.refused}", "see docs/storage.md, Pools")
+        elif pool.same_as:
+            words = f"{pool.driver}, the place of pool {pool.same_as} under a second name"
+            yield warning(
+                check,
+                f"{words}: by two names one volume could be given to two domains",
+                "remove one of the two from agent.toml, once no domain has a disk on it",
+            )
         elif pool.health.reachable:
             yield fine(check, f"{pool.driver}, reachable")
         else:

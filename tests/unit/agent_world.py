@@ -188,7 +188,7 @@ class SimulatedNode:
         self.typed = TypedStore(self.store)
         self.pools = PoolSet([SimulatedSettings(name="default")], self._make_pool, self.typed, name)
         self.ownership = StoreOwnership(self.store)
-        self.records = DomainRecords(self.typed)
+        self.records = DomainRecords(self.typed, self.pools.first_name)
         self.events = EventLog(self.typed, name)
         self.registry = NodeRegistry(self.typed, self._describe, interval_s=0.05)
         self.works = VolumeWorks(self.typed, self.name, self.pools)
