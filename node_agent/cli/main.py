@@ -19,6 +19,7 @@ import msgspec
 import typer
 
 from migrator.errors import words
+from node_agent.cli import completion
 from node_agent.cli.errors import EXIT_CODES_HELP, ApiProblem, CliError, ExitCode
 from node_agent.cli.output import settings
 
@@ -42,6 +43,7 @@ _COMMANDS: Final = {
     "events": "cluster.events",
     "agent": "agent.agent",
     "doctor": "doctor.doctor",
+    "completion": "completion.completion",
 }
 """Where each is, in `node_agent.cli`."""
 _MOUNTED: Final = {
@@ -187,7 +189,10 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         rest = take_leading(arguments)
         rest = rest or take_settings(arguments)
-        build_app(rest[0] if rest else None)(args=rest, prog_name="ferry", standalone_mode=True)
+        called = rest[0] if rest else None
+        if completion.VARIABLE in os.environ:
+            called = completion.command_asked_of({*_COMMANDS, *_MOUNTED})
+        build_app(called)(args=rest, prog_name="ferry", standalone_mode=True)
     except SystemExit as ended:
         if isinstance(ended.__context__, BrokenPipeError):
             raise ended.__context__ from None  # Typer makes a failure of it.

@@ -16,7 +16,7 @@ import pytest
 
 from migrator.model import DomainName, MigrationState, PassKind, PassReport
 from node_agent.cli import client as cli_client
-from node_agent.cli import main, progress
+from node_agent.cli import completion, main, progress
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.migrations import compression_of
 from node_agent.cli.output import parse_size, size
@@ -393,3 +393,34 @@ def test_a_request_that_is_interrupted_may_have_been_done(
         assert raised.value.code is ExitCode.INTERRUPTED
         with pytest.raises(KeyboardInterrupt):
             client.get("/v1/nodes", NodeList)
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("ferry mig", {"migrate", "migration"}),
+        ("ferry domain st", {"start", "stop"}),
+        ("ferry lab do", {"down"}),
+        ("ferry migrate web --to n2 --mo", {"--mode"}),
+    ],
+)
+def test_a_shell_completes_commands_and_options(
+    line: str,
+    offered: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Those of a command that is mounted only when it is called, too."""
+    monkeypatch.setenv(completion.VARIABLE, "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line.replace(" ", "\n"))
+    monkeypatch.setenv("COMP_CWORD", str(line.count(" ")))
+    assert main.run([]) == ExitCode.OK
+    assert set(capsys.readouterr().out.split()) == offered
+
+
+def test_a_shells_script_asks_with_the_variable_that_is_answered(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for shell in ("bash", "zsh", "fish"):
+        assert main.run(["completion", shell]) == ExitCode.OK
+        assert f"{completion.VARIABLE}=complete_{shell}" in capsys.readouterr().out
