@@ -219,8 +219,9 @@ class DrainList(Value, frozen=True, kw_only=True):
     drains: tuple[Drain, ...]
 
 
-class DrainRequest(Value, frozen=True, kw_only=True):
-    """Body of a drain; may be left out."""
+class DrainRequest(Value, frozen=True, kw_only=True, omit_defaults=True):
+    """Body of a drain; may be left out. Of an older agent nothing is asked that it doesn't know,
+    unless it is wanted."""
 
     parallel: Annotated[int, msgspec.Meta(ge=1, le=64)] | None = None
     """Moves at once; by default as many as the links need."""
@@ -235,7 +236,7 @@ class DrainRequest(Value, frozen=True, kw_only=True):
     """For those who ask later why the node is kept free."""
 
 
-class CordonRequest(Value, frozen=True, kw_only=True):
+class CordonRequest(Value, frozen=True, kw_only=True, omit_defaults=True):
     """Body of a cordon; may be left out."""
 
     reason: Reason = ""

@@ -14,6 +14,7 @@ from node_agent.drain.neighbours import promised, under_way
 from node_agent.drain.records import DrainRecords
 from node_agent.drain.resources import (
     BalancePlan,
+    CordonRequest,
     Drain,
     DrainPlan,
     DrainRequest,
@@ -189,3 +190,9 @@ def _facts(name: str, state: DomainState, migration: str | None) -> DomainFacts:
     domain = Domain(name=name, spec=spec, state=state, node="n1", migration=migration)
     (facts,) = make_survey({"n1": view("n1", NodeState.READY)}, (domain,), {}).domains
     return facts
+
+
+def test_an_older_agent_is_asked_for_nothing_that_nobody_wants() -> None:
+    assert msgspec.json.encode(DrainRequest()) == b"{}"
+    assert msgspec.json.encode(CordonRequest()) == b"{}"
+    assert b"firmware" in msgspec.json.encode(DrainRequest(reason="firmware"))
