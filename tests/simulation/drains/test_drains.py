@@ -10,7 +10,7 @@ import pytest
 
 from node_agent.drain import vocabulary as v
 from node_agent.drain.machine import DrainMachine
-from node_agent.drain.resources import Drain, DrainState, MoveState, Operation
+from node_agent.drain.resources import Drain, DrainState, Move, MoveState, Operation
 from tests.simulation.drains.faults import Faults
 from tests.simulation.drains.world import World
 
@@ -113,7 +113,17 @@ class _Stubborn(DrainMachine):
         return commands
 
 
-@pytest.mark.parametrize("mutant", [_Credulous, _Stubborn])
+class _Careless(DrainMachine):
+    """Calls gone what it has powered off itself, and what its node didn't start."""
+
+    def _failed(self, move: Move, error: str, now: float) -> None:
+        if move.powered_off:
+            self._end(move, MoveState.GONE, now)
+        else:
+            super()._failed(move, error, now)
+
+
+@pytest.mark.parametrize("mutant", [_Credulous, _Stubborn, _Careless])
 def test_the_invariants_catch_a_wrong_machine(mutant: Callable[[Drain], DrainMachine]) -> None:
     with pytest.raises(AssertionError, match="seed"):
         play(range(SEEDS), Faults(), make=mutant)
