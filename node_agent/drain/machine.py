@@ -42,6 +42,7 @@ class DrainMachine(MoveCourse):
         self._check_at: float | None = None
         self._checking_since: float | None = None
         self._check_said = ""
+        self._coming = False
         self._hooking: HookPoint | None = None
         self._hooking_since = 0.0
 
@@ -85,7 +86,9 @@ class DrainMachine(MoveCourse):
         if base.state is DrainState.CHECKING and self._hooking is None:
             since = now if self._checking_since is None else self._checking_since
             still_s = max(CHECK_PATIENCE_S - (now - since), 0.0)
-            said = f": {self._check_said}, for at most {still_s:.0f} s more"
+            said = f": {self._check_said}"
+            if not self._coming:
+                said += f", for at most {still_s:.0f} s more"
             found.append(f"{base.node} to be empty{said if self._check_said else ''}")
         if self._seeking is not None:
             found.append(f"another place for {self._seeking}")
@@ -226,7 +229,10 @@ class DrainMachine(MoveCourse):
                 self._note(f"{name} has come in the meantime; it moves, too", now, name)
             return
         left = sorted({*event.owned, *event.processes})
+        self._coming = bool(event.incoming)
         if event.incoming:
+            if now - self._base.started_at_s <= self._base.timeout_s:
+                self._checking_since = now  # They have a time of their own, and move on then.
             self._not_checked(f"on their way there: {', '.join(event.incoming)}", now)
         elif not left:
             self._hook(HookPoint.NODE_DRAINED, now)

@@ -299,9 +299,9 @@ def test_what_is_waited_for_is_told() -> None:
     machine = DrainMachine(drain())
     machine.handle(v.Took(), 0.0)
     machine.handle(v.Checked(owned=(), processes=(), incoming=("c",)), 1.0)
-    assert machine.waits_for(10.0) == (
-        "n1 to be empty: on their way there: c, for at most 50 s more"
-    )
+    assert machine.waits_for(10.0) == "n1 to be empty: on their way there: c"
+    machine.handle(v.Checked(owned=(), processes=("c",)), 11.0)
+    assert "processes are still there: c, for at most 49 s more" in machine.waits_for(12.0)
 
 
 def test_moves_of_another_drain_to_the_same_node_share_its_link_and_its_lanes() -> None:
@@ -336,3 +336,22 @@ def test_a_node_that_gives_no_answer_to_a_start_is_left_for_another_one() -> Non
     ]
     machine.handle(v.Looked(domain="a", owner="n2"), 9.0)
     assert machine.drain.moves[0].state is MoveState.MOVED, "it had started it"
+
+
+def test_what_is_still_on_its_way_there_is_waited_for_however_large_it_is() -> None:
+    """After a minute the node was called left, though the guest had only to arrive and move on."""
+    machine = DrainMachine(drain(timeout_s=600.0))
+    machine.handle(v.Took(), 0.0)
+    coming = v.Checked(owned=(), processes=(), incoming=("big",))
+    states = []
+    for second in (1.0, 300.0, 480.0, 580.0):
+        machine.handle(coming, second)
+        states.append(machine.drain.state)
+    machine.handle(v.Checked(owned=("big",), processes=("big",)), 590.0)
+    states.append(machine.drain.state)
+    assert states == [DrainState.CHECKING] * 4 + [DrainState.RUNNING]
+    machine = DrainMachine(drain(timeout_s=10.0))
+    machine.handle(v.Took(), 0.0)
+    machine.handle(coming, 1.0)
+    machine.handle(coming, 80.0)
+    assert machine.drain.state is DrainState.PARTIAL, "its own time is over"
