@@ -348,6 +348,8 @@ class Guest:
         # A destination's copy may be the domain before it runs; whether it is, the record tells.
         crashed = self.end_reason is None and not self.told_to_end
         crashed = crashed and (self.record.has_run or self.record.incoming)
+        if crashed and self.process.found_ending:  # What it was told before, its note knows.
+            crashed = await self._noted_crash(by_s)
         self.crash_stays = crashed and self.record.has_run
         async with self._connecting:
             if not self.crash_stays:
@@ -357,6 +359,12 @@ class Guest:
         self.process.release()
         self.gone.set()
         self._emit(DomainEventKind.EXITED, time.time(), detail, crashed=crashed)
+
+    async def _noted_crash(self, by_s: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(by_s):
+                return await offload_to_disk(lambda: records.crashed(self.directory, self.record))
+        return False
 
     async def _remove_folder(self) -> None:
         await offload_to_disk(lambda: records.remove_directory(self.directory))

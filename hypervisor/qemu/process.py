@@ -25,6 +25,10 @@ _DUP_FLOOR = 512
 """Descriptors are first moved above every fixed number, so that no dup2 overwrites a source."""
 _SHORT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """What says nothing about a process."""
+ENDING_S = 2.0
+"""So long a process is waited for whose first thread has ended. One that was killed frees its
+memory then; one whose disk hangs stays like that until the disk answers, and may write until then.
+"""
 
 
 class ProcessIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,22 +47,27 @@ def current_boot() -> str:
 
 def identify(pid: int) -> ProcessIdentity | None:
     """The identity of the live process `pid`; None if there is none, or only its zombie."""
+    identity, ended = _look_at(pid)
+    return None if ended else identity
+
+
+def _look_at(pid: int) -> tuple[ProcessIdentity | None, bool]:
+    """Who it is, None if that can't be read; and whether its first thread has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         boot_id = current_boot()
     except OSError:
-        return None
+        return None, False
     fields = stat.rpartition(")")[2].split()
-    if fields[0] in ("Z", "X"):
-        return None
-    return ProcessIdentity(pid=pid, start_ticks=int(fields[19]), boot_id=boot_id)
+    identity = ProcessIdentity(pid=pid, start_ticks=int(fields[19]), boot_id=boot_id)
+    return identity, fields[0] in ("Z", "X")
 
 
-def _has_ended(pidfd: int) -> bool:
-    """Whether its process is a zombie, or gone."""
+def _has_ended(pidfd: int, within_s: float = 0.0) -> bool:
+    """Whether its process is a zombie, all its threads, or gone."""
     waiting = select.poll()
     waiting.register(pidfd, select.POLLIN)
-    return bool(waiting.poll(0))
+    return bool(waiting.poll(within_s * 1e3))
 
 
 class Spawn(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,9 +114,11 @@ def spawn(request: Spawn) -> int:
 class QemuProcess:
     """A live process that we hold by its pidfd. Close it by `release`, which lets it live."""
 
-    def __init__(self, identity: ProcessIdentity, pidfd: int) -> None:
+    def __init__(self, identity: ProcessIdentity, pidfd: int, *, ending: bool = False) -> None:
         self.identity = identity
         self.pidfd = pidfd
+        self.found_ending = ending
+        """Only some of its threads were left when it was opened."""
         self.exit_status: int | None = None
         """As os.waitstatus_to_exitcode; known only where we are the parent."""
         self._exited = asyncio.Event()
@@ -117,7 +128,8 @@ class QemuProcess:
     def hold(cls, identity: ProcessIdentity) -> QemuProcess | None:
         """Open the process if it still is the same one; None if it is gone.
 
-        HypervisorError if that can't be found out. Reads /proc: call it off the loop.
+        HypervisorError if that can't be found out. Reads /proc, and waits for one that is ending,
+        ENDING_S at most: call it off the loop.
         """
         try:
             pidfd = os.pidfd_open(identity.pid)
@@ -125,14 +137,14 @@ class QemuProcess:
             if error.errno not in _SHORT_OF:
                 return None
             raise HypervisorError(f"can't look at process {identity.pid}: {error}") from error
-        found = identify(identity.pid)
-        if found != identity:
-            lives = found is None and not _has_ended(pidfd)
-            os.close(pidfd)
-            if lives:
-                raise HypervisorError(f"can't look at process {identity.pid}, which lives")
-            return None
-        return cls(identity, pidfd)
+        found, ending = _look_at(identity.pid)
+        if found == identity and not (ending and _has_ended(pidfd, ENDING_S)):
+            return cls(identity, pidfd, ending=ending)
+        lives = found is None and not _has_ended(pidfd)
+        os.close(pidfd)
+        if lives:
+            raise HypervisorError(f"can't look at process {identity.pid}, which lives")
+        return None
 
     @property
     def pid(self) -> int:

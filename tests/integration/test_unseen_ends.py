@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -37,10 +38,12 @@ async def _start_and_leave(world: QemuWorld, program: bytes) -> int:
 
 
 async def _gone(pid: int) -> None:
-    async def check() -> bool:
-        return await asyncio.to_thread(identify, pid) is None
-
-    await eventually(check)
+    """All its threads are: the first one may be the first to end."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        await eventually(lambda: bool(select.select([pidfd], [], [], 0)[0]))
+    finally:
+        os.close(pidfd)
 
 
 async def test_a_crash_is_known_until_the_domain_is_forgotten(world: QemuWorld) -> None:

@@ -164,7 +164,7 @@ def test_a_process_that_cannot_be_looked_at_is_not_gone(monkeypatch: pytest.Monk
         monkeypatch.setattr(os, "pidfd_open", fails_by(code))
         assert QemuProcess.hold(ours) is None
     monkeypatch.undo()
-    monkeypatch.setattr(process, "identify", lambda _pid: None)  # As where /proc can't be read.
+    monkeypatch.setattr(process, "_look_at", lambda _pid: (None, False))  # /proc can't be read.
     with pytest.raises(HypervisorError, match="which lives"):
         QemuProcess.hold(ours)
 
