@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import os
+import select
 import signal
 import socket
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from storage.bounded import bounded, run_program
 
 END_TIMEOUT_S: Final = 10.0
 START_TIMEOUT_S: Final = 20.0
+_NAME_BYTES: Final = 15
+"""Of a program's name, that the kernel keeps."""
 _NO_SUCH_PROCESS: Final = frozenset({errno.ESRCH, errno.ENOENT, errno.EINVAL})
 """EINVAL: the number is a thread's by now, or none that a process has."""
 
@@ -128,7 +131,8 @@ class Export:
 
     async def _adopt(self) -> bool:
         """Hold the process of the pid file, if it lives and is ours."""
-        pidfd = await bounded(lambda: _hold(self._pid_file), f"export {self.name}")
+        program = os.fsencode(Path(self._serving.program).name)
+        pidfd = await bounded(lambda: _hold(self._pid_file, program), f"export {self.name}")
         if pidfd is None:
             return False
         self._pidfd = pidfd
@@ -155,8 +159,11 @@ def is_free(address: str, port: int) -> bool:
     return True
 
 
-def _hold(pid_file: Path) -> int | None:
+def _hold(pid_file: Path, program: bytes) -> int | None:
     """A pidfd of the process that has the pid file among its arguments; None: there is none.
+
+    Also of one of that program's that is ending, and whose arguments are gone with its first
+    thread: another of its threads may hang in the disk, and write when that answers.
 
     OSError: that can't be said, for want of descriptors maybe. It isn't gone then: a fence would be
     confirmed while its writer goes on.
@@ -175,9 +182,21 @@ def _hold(pid_file: Path) -> int | None:
         wanted = os.fsencode(f"--pid-file={pid_file}")
         if wanted in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
             return pidfd
+        if _is_ending(pid, pidfd, program):
+            return pidfd
     except OSError as error:
         if error.errno not in _NO_SUCH_PROCESS:
             os.close(pidfd)
             raise
     os.close(pidfd)
     return None
+
+
+def _is_ending(pid: int, pidfd: int, program: bytes) -> bool:
+    """Whether its first thread has ended, and not all. OSError."""
+    head, _, rest = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")
+    if rest.split()[0] != b"Z" or head.partition(b"(")[2] != program[:_NAME_BYTES]:
+        return False
+    ended = select.poll()
+    ended.register(pidfd, select.POLLIN)
+    return not ended.poll(0)
