@@ -35,7 +35,7 @@ async def cordon_node(request: web.Request) -> web.StreamResponse:
 async def uncordon_node(request: web.Request) -> web.StreamResponse:
     """The node, which takes domains again."""
     node = node_of(request)
-    await request.app[DRAIN_SERVICE].cordons.uncordon(node)
+    await request.app[DRAIN_SERVICE].cordons.uncordon(node, asker_of(request))
     return reply(await _node(request, node))
 
 

@@ -18,6 +18,7 @@ from typing import Final
 
 from migrator.model import MaintenancePolicy, NodeState
 from node_agent.drain import vocabulary as v
+from node_agent.drain.cordons import told_by
 from node_agent.drain.move_course import MoveCourse
 from node_agent.drain.resources import (
     CancelMode,
@@ -108,10 +109,12 @@ class DrainMachine(MoveCourse):
         for move in self._moves.all():
             if move.state.active:
                 self._look(move)
-        base, step = self._base, "has begun" if self._base.term <= 1 else "goes on"
-        self._note(
-            f"{base.operation}{self._of_node} {step}, coordinated by {base.coordinator}", now
-        )
+        base, step, asked = self._base, "goes on", ""
+        if base.term <= 1:
+            step = "has begun"
+            asked = f", asked for{told_by(base.asked_by, base.reason)}" if base.asked_by else ""
+        text = f"{base.operation}{self._of_node} {step}, coordinated by {base.coordinator}{asked}"
+        self._note(text, now)
 
     # --- the whole ---------------------------------------------------------------------------
 

@@ -57,11 +57,12 @@ class NodeCordons:
         await self._cordons.change(cordon, _CORDONABLE)
         self._events.emit(EventKind.NODE_CORDONED, f"node {node} is {cordon.told}")
 
-    async def uncordon(self, node: NodeName) -> None:
+    async def uncordon(self, node: NodeName, by: str = "") -> None:
         """Open it again; what a drain took away stays away. ConflictError while it is draining."""
         await self._must_exist(node)
         before = await self.change(node, NodeState.READY, _UNCORDONABLE)
-        self._events.emit(EventKind.NODE_UNCORDONED, f"node {node} takes domains again")
+        opened = f", opened by {by}" if by else ""
+        self._events.emit(EventKind.NODE_UNCORDONED, f"node {node} takes domains again{opened}")
         if before is not None and before.drain is not None:
             with contextlib.suppress(FerryError):  # The event log has it.
                 await self._hooks.run(HookPoint.NODE_OPENED, node)

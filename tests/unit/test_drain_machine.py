@@ -87,6 +87,13 @@ def test_what_is_noted_of_a_balancing_names_no_node() -> None:
     assert str(told[0]).count("balance has begun, coordinated by") == 1
 
 
+def test_who_asked_for_a_drain_and_why_is_told_when_it_begins() -> None:
+    asked = drain(coordinator="n2", term=1, asked_by="user ann", reason="new disk")
+    told = DrainMachine(asked).handle(v.Took(), 0.0)
+    text = "drain of n1 has begun, coordinated by n2, asked for by user ann: new disk"
+    assert v.Tell(text=text) in told
+
+
 def test_a_destination_takes_no_more_than_its_lanes() -> None:
     crowded = msgspec.structs.replace(drain("a", "b", "c"), parallel=3, lanes={"n2": 2})
     machine = DrainMachine(crowded)
