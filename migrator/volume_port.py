@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -112,6 +112,13 @@ class VolumeDriver(abc.ABC):
         """Undo `open`, of this token or an older one. Idempotent.
 
         After a rollback the token is newer than the one that the volume was opened under.
+        """
+
+    async def evict(self, volume: VolumeName, members: Collection[NodeName]) -> None:  # noqa: B027
+        """Close what any other node has open: those were removed, and will never do it.
+
+        For a volume that no domain runs with. Idempotent. Where a driver doesn't know who has it
+        open there is nothing to do.
         """
 
     @abc.abstractmethod

@@ -272,7 +272,7 @@ async def running_agent(
             ownership=ownership,
             migrations=migrations,
             nodes=nodes,
-            volumes=VolumeService(pools, records, events, works),
+            volumes=VolumeService(pools, records, events, works, nodes.names),
             events=events,
             hooks=hooks,
         )

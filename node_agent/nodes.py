@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -158,6 +158,10 @@ class NodeRegistry:
                 barred=_barred(info, self._clock()),
             )
         return views
+
+    async def names(self) -> Collection[NodeName]:
+        """All that have ever spoken here and were not removed, silent or not. StoreError."""
+        return [NodeName(e.value.name) for e in await self._store.list_prefix(NODES, NodeInfo)]
 
     async def get(self, node: NodeName) -> NodeView:
         """NotFoundError if no node of this name was ever seen."""

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +24,7 @@ import msgspec
 from migrator.errors import ConflictError, FerryError, InvalidRequest, NotFoundError, RefusedError
 from migrator.model import (
     DomainName,
+    NodeName,
     OwnershipState,
     PoolHealth,
     PoolName,
@@ -49,8 +58,15 @@ class VolumeService:
     """
 
     def __init__(
-        self, pools: PoolSet, records: DomainRecords, events: EventLog, works: VolumeWorks
+        self,
+        pools: PoolSet,
+        records: DomainRecords,
+        events: EventLog,
+        works: VolumeWorks,
+        members: Callable[[], Awaitable[Collection[NodeName]]],
     ) -> None:
+        """`members`: all nodes of the cluster, silent ones too; never one too few."""
+        self._members = members
         self._pools = pools
         self._works = works
         self._records = records
@@ -201,6 +217,7 @@ class VolumeService:
         await driver.inspect(volume)  # What isn't there is noted by nobody.
         async with self._works.noted(pool, volume, Work.RESIZING):
             await self._refuse_running(pool, volume, "resized")  # Or its start sees the note.
+            await driver.evict(volume, await self._members())
             return await driver.resize(volume, request.capacity_bytes)
 
     async def clone(self, pool: PoolName, volume: VolumeName, request: VolumeClone) -> VolumeInfo:
@@ -237,6 +254,7 @@ class VolumeService:
         driver = self._driver(pool)
         self._refuse(pool, volume, "deleted", await self._users(pool, volume))
         await self._pools.claim(pool)
+        await driver.evict(volume, await self._members())
         await driver.delete(volume)
         await self._works.forget(pool, volume)
 

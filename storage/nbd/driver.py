@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -188,6 +188,16 @@ class NbdPool(VolumeDriver):
     async def close(self, volume: VolumeName, token: FencingToken) -> None:
         check_volume_name(volume)
         await self._ask(p.Close(volume=volume, node=self._node, token=token))
+
+    async def evict(self, volume: VolumeName, members: Collection[NodeName]) -> None:
+        """Nothing also where the provisioner is older, or a hook: they don't know the request."""
+        check_volume_name(volume)
+        request = p.Evict(volume=volume, members=tuple(sorted(members)))
+        try:
+            await self._ask(request)
+        except StorageError as error:
+            if self._settings.hook is None and p.NOT_A_REQUEST not in str(error):
+                raise
 
     async def fence(self, volume: VolumeName, token: FencingToken) -> None:
         check_volume_name(volume)

@@ -128,6 +128,16 @@ class Fence(Request, frozen=True, kw_only=True, tag="fence"):
     token: int
 
 
+class Evict(Request, frozen=True, kw_only=True, tag="evict"):
+    """The exports to nodes other than these end for good: those were removed from the cluster.
+
+    Older provisioners, and hooks, may not know it.
+    """
+
+    volume: str
+    members: tuple[str, ...]
+
+
 class Verify(Request, frozen=True, kw_only=True, tag="verify"):
     """-> token, openings, and what is down"""
 
@@ -146,6 +156,7 @@ AnyRequest = (
     | Delete
     | Resize
     | Clone
+    | Evict
     | Open
     | Close
     | Fence

@@ -179,6 +179,10 @@ class Provisioner:
                 return p.Answer(export=await self._open(request))
             case p.Close():
                 await self._close(request)
+            case p.Evict(members=members):
+                for each in (await self._state(volume)).exports:
+                    if each.node not in members:
+                        await self._drop(volume, each)
             case p.Fence():
                 await self._fence(request)
             case p.Verify():
@@ -187,10 +191,9 @@ class Provisioner:
                 if down:
                     self._mending.later(volume)
                 writing = [each for each in state.exports if each.live and not each.read_only]
-                openings = tuple((each.node, each.token) for each in writing)
                 return p.Answer(
                     token=state.fence,
-                    openings=openings,
+                    openings=tuple((each.node, each.token) for each in writing),
                     down=tuple((each.node, each.token) for each in down),
                     why_down=self._mending.why(volume) if down else "",
                 )

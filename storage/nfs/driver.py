@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from pathlib import Path
 from typing import ClassVar, Final, TypeVar
 
@@ -260,18 +260,20 @@ class NfsPool(VolumeDriver):
         """Also takes the group back that a destination got which never became the owner."""
         check_volume_name(volume)
         self._known.pop(volume, None)
+        await self._close(volume, lambda each: each.node == self._node and each.token <= token)
 
+    async def evict(self, volume: VolumeName, members: Collection[NodeName]) -> None:
+        check_volume_name(volume)
+        await self._close(volume, lambda each: each.node not in members)
+
+    async def _close(self, volume: VolumeName, which: Callable[[Opening], bool]) -> None:
         def work(export: Export) -> None:
             contents = self._contents(export, volume)
-            closing = [
-                each
-                for each in contents.openings
-                if each.node == self._node and each.token <= token
-            ]
-            mine = {identity(self._node, each.token) for each in closing}
+            closing = [each for each in contents.openings if which(each)]
+            closed = {identity(each.node, each.token) for each in closing}
             disk = f"/{volume}/{contents.disk}"
             status = export.status(disk)
-            if status.gid in mine and status.uid not in mine:
+            if status.gid in closed and status.uid not in closed:
                 export.chown(disk, gid=status.uid)
             for each in closing:
                 files.unlink(export, f"/{volume}/{each.name}")

@@ -13,7 +13,7 @@ whether the handoff alone keeps the old writer quiet.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Final
@@ -221,6 +221,10 @@ class SimulatedPool(VolumeDriver):
         if volume in self.shared.volumes:
             opened = self.shared.volumes[volume].opened
             opened -= {(node, old) for node, old in opened if node == self.node and old <= token}
+
+    async def evict(self, volume: VolumeName, members: Collection[NodeName]) -> None:
+        opened = (await self._find(volume)).opened
+        opened -= {each for each in opened if each[0] not in members}
 
     async def fence(self, volume: VolumeName, token: FencingToken) -> None:
         try:

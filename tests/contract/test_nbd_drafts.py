@@ -1,4 +1,4 @@
-"""Volumes that were being filled over NBD when something died: nothing stays of them for good."""
+"""What is left on an NBD server of agents, provisioners and nodes that died: nothing for good."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from migrator.errors import ConflictError
 from migrator.model import DiskFormat, FencingToken, NodeName, VolumeName
 from storage.nbd import NbdPool
 from storage.nbd import protocol as p
@@ -31,9 +32,9 @@ def server(tmp_path: Path) -> Iterator[NbdServer]:
         yield running
 
 
-def pool_of(server: NbdServer) -> NbdPool:
+def pool_of(server: NbdServer, node: str = "a") -> NbdPool:
     settings = NbdSettings(name="default", provisioner=f"{ADDRESS}:{server.port}")
-    return NbdPool(settings, NodeName("a"))
+    return NbdPool(settings, NodeName(node))
 
 
 async def drafted(pool: NbdPool) -> p.Answer:
@@ -76,3 +77,20 @@ async def test_a_dead_agent_s_draft_goes_after_a_day(server: NbdServer) -> None:
     assert not await asyncio.to_thread(path.exists)
     assert new.export is not None and new.export.port == left.export.port, "it was free by then"
     assert await asyncio.to_thread((server.folder / fresh.draft).exists)
+
+
+async def test_what_a_removed_node_reads_keeps_no_volume(server: NbdServer) -> None:
+    """Nobody closed it any more: the volume could never be deleted."""
+    gone, pool = pool_of(server, "gone"), pool_of(server)
+    await pool.create(OTHER, capacity_bytes=MIB, format=DiskFormat.RAW)
+    opened = await gone.open(OTHER, FencingToken(7), read_only=True)
+    kept = await pool.open(OTHER, FencingToken(3), read_only=True)
+    with pytest.raises(ConflictError, match="node gone has volume other open"):
+        await pool.delete(OTHER)
+    await pool.evict(OTHER, [NodeName("a"), NodeName("b")])
+    assert not listens(opened.port)  # type: ignore[union-attr]
+    assert listens(kept.port)  # type: ignore[union-attr]
+    with pytest.raises(ConflictError, match="node a has volume other open"):
+        await pool.delete(OTHER)
+    await pool.close(OTHER, FencingToken(3))
+    await pool.delete(OTHER)

@@ -154,6 +154,16 @@ class VolumeContract:
             await nodes[1].close(DISK, t(2))
         await nodes[0].delete(DISK)
 
+    async def test_what_a_removed_node_had_open_keeps_nobody_from_deleting_it(
+        self, nodes: Nodes
+    ) -> None:
+        """A fence shuts out writers, and nobody but the node itself closed what it reads."""
+        await self.made(nodes[0], DiskFormat.RAW, MIB)
+        await nodes[1].open(DISK, t(5), read_only=True)
+        await nodes[0].evict(DISK, [NodeName("a")])
+        await nodes[0].evict(DISK, [NodeName("a")])
+        await nodes[0].delete(DISK)
+
     async def test_a_fence_only_grows(self, nodes: Nodes) -> None:
         source, destination = nodes
         await source.create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW)

@@ -216,7 +216,9 @@ class SimulatedNode:
             ownership=self.ownership,
             migrations=self.migrations,
             nodes=self.registry,
-            volumes=VolumeService(self.pools, self.records, self.events, self.works),
+            volumes=VolumeService(
+                self.pools, self.records, self.events, self.works, self.registry.names
+            ),
             events=self.events,
             hooks=HookService(self.typed, self.events),
         )

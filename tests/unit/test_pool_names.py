@@ -71,7 +71,7 @@ async def test_a_volume_in_use_is_in_use_by_whichever_name(world: World) -> None
     pools = pools_of(world, fast="/srv/a", quick="/srv/a")
     records = DomainRecords(world.a.typed, pools.first_name)
     works = VolumeWorks(world.a.typed, A, pools)
-    volumes = VolumeService(pools, records, world.a.events, works)
+    volumes = VolumeService(pools, records, world.a.events, works, world.a.registry.names)
     await records.add(record("one", disk(QUICK)))
     with pytest.raises(ConflictError, match="volume fast/web is a disk of domain one"):
         await volumes.delete(FAST, WEB)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from migrator.errors import ConflictError, FerryError, StoreError
-from migrator.model import DiskFormat, DomainName, PoolName, VolumeInfo, VolumeName
+from migrator.model import DiskFormat, DomainName, FencingToken, PoolName, VolumeInfo, VolumeName
 from node_agent.resources import VolumeClone, VolumeCreate, VolumeResize
 from node_agent.volume_works import TOOL_ENDS_S, VolumeWorks, Work
 from storage.simulated import SimulatedPool
@@ -38,6 +38,14 @@ async def cut_short(node: SimulatedNode, volume: VolumeName, work: Work) -> Volu
     async with agent.noted(DEFAULT, volume, work):
         pass
     return VolumeWorks(node.typed, node.name, node.pools)
+
+
+async def remove_b(world: World) -> None:
+    """As `ferry node rm` does, of a node whose agent has ended."""
+    await world.b.registry.close()
+    found = await world.a.store.get("nodes/b")
+    assert found is not None
+    assert await world.a.store.delete_if("nodes/b", found.revision)
 
 
 async def test_a_start_on_another_node_sees_a_resize(
@@ -93,12 +101,20 @@ async def test_a_resize_that_was_cut_short_ends_with_its_program(world: World) -
 
 async def test_that_of_a_node_that_was_removed_is_void(world: World) -> None:
     await cut_short(world.b, ROOT, Work.RESIZING)
-    found = await world.a.store.get("nodes/b")
-    assert found is not None
     with pytest.raises(ConflictError):
         await world.a.domains.start(WEB)
-    await world.a.store.delete_if("nodes/b", found.revision)
+    await remove_b(world)
     await world.a.domains.start(WEB)
+
+
+async def test_what_it_had_open_keeps_nobody_from_deleting_a_volume(world: World) -> None:
+    volumes = world.a.cluster.volumes
+    await volumes.create(DEFAULT, VolumeCreate(name=NEW, capacity_bytes=MIB))
+    await world.b.pool.open(NEW, FencingToken(5), read_only=True)
+    with pytest.raises(ConflictError, match="volume new is open"):
+        await volumes.delete(DEFAULT, NEW)
+    await remove_b(world)
+    await volumes.delete(DEFAULT, NEW)
 
 
 async def test_what_is_half_made_is_used_by_nobody_until_it_is_deleted(
