@@ -81,7 +81,12 @@ class DomainOwnership:
         self._locks = locks
         self._sweep_s = sweep_s
         self.older = OlderStore(
-            node, hypervisor=hypervisor, launches=launches, events=events, others=others
+            node,
+            hypervisor=hypervisor,
+            launches=launches,
+            ownership=ownership,
+            events=events,
+            others=others,
         )
         self.restarts = DomainRestarts(
             node,
@@ -365,9 +370,12 @@ class DomainOwnership:
             for status in await self._hypervisor.list_domains()
             if status.state is not DomainState.STOPPED
         }
-        known = ((domain, records.get(domain)) for domain in sorted(here))
-        stale = [each for each, owned in known if owned is not None and not self._ours(owned)]
+        known = [(each, records[each]) for each in sorted(here & records.keys())]
+        stale = [each for each, owned in known if not self._ours(owned)]
         await _side_by_side(self._unless_busy(each, self._end_stale_locked) for each in stale)
+        for domain, owned in known:
+            if self._ours(owned) and await self.older.newer_guest(domain, owned) is not None:
+                await self._unless_busy(domain, self._catch_up)
         lost = [each for each, owned in records.items() if self._ours(owned) and each not in here]
         await _side_by_side(self._unless_busy(each, self.settle) for each in lost)
         for domain in self.restarts.idle():  # The store's answer was lost, say, when they stopped.
@@ -376,6 +384,10 @@ class DomainOwnership:
     async def _end_stale_locked(self, domain: DomainName) -> None:
         async with self._locks.hold(domain, "clean-up"):
             await self.end_stale(domain)
+
+    async def _catch_up(self, domain: DomainName) -> None:
+        async with self._locks.hold(domain, "clean-up"):
+            await self.older.catch_up(domain)
 
     def _on_hypervisor_event(self, event: DomainEvent) -> None:
         reported = {

@@ -4,7 +4,11 @@
     record: token 5      volumes: fenced under 6            somebody has won 6 since: who runs it?
                                      │
               every node is asked ───┼─► one has it: nothing is started
-                                     └─► one is silent: neither, unless the storage shuts it out
+                                     └─► one is silent, or has one that its disk's error stopped:
+                                         neither, unless the storage shuts it out
+
+Where the older record is this node's all the same, of before the guest's last start here, the token
+is put right by the sweep.
 
 Tokens only grow, and a volume is fenced under no token that wasn't recorded first. So what is newer
 than the record tells of the store. A start by such a record would be the second one of a guest: it
@@ -19,6 +23,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Final
 
+import msgspec
+
 from migrator.errors import ConflictError, FerryError
 from migrator.model import (
     DomainName,
@@ -31,7 +37,7 @@ from migrator.model import (
     OwnershipRecord,
     OwnershipState,
 )
-from migrator.ports import HypervisorDriver, Struct
+from migrator.ports import HypervisorDriver, OwnershipStore, Struct
 from node_agent.domain_launch import LaunchBuilder
 from node_agent.events import EventKind, EventLog
 from node_agent.nodes import NodeView
@@ -45,6 +51,8 @@ class Others(Struct, frozen=True, kw_only=True):
     """Who else has a guest of a domain, and who can't be asked."""
 
     having: tuple[NodeName, ...] = ()
+    failed: tuple[NodeName, ...] = ()
+    """Those of `having` whose guest stands, by its disk's error: it may be shut out already."""
     silent: tuple[NodeName, ...] = ()
 
 
@@ -68,17 +76,22 @@ class OtherNodes:
         silent = {each for each in others if views[each].state is NodeState.UNREACHABLE}
         asked = [each for each in others if each not in silent]
         answers = await asyncio.gather(*(self._has(each, domain) for each in asked))
-        having = [node for node, has in zip(asked, answers, strict=True) if has]
-        silent |= {node for node, has in zip(asked, answers, strict=True) if has is None}
-        return Others(having=tuple(having), silent=tuple(sorted(silent)))
+        found = dict(zip(asked, answers, strict=True))
+        silent |= {node for node, state in found.items() if state is None}
+        return Others(
+            having=tuple(node for node, state in found.items() if state in _MAY_RUN),
+            failed=tuple(n for n, state in found.items() if state is DomainState.IO_ERROR),
+            silent=tuple(sorted(silent)),
+        )
 
-    async def _has(self, node: NodeName, domain: DomainName) -> bool | None:
+    async def _has(self, node: NodeName, domain: DomainName) -> DomainState | None:
         """None: it doesn't say."""
         try:
             statuses = await self._ask(node)
         except FerryError:
             return None
-        return any(each.name == domain and each.state in _MAY_RUN for each in statuses)
+        here = (each.state for each in statuses if each.name == domain)
+        return next(here, DomainState.STOPPED)
 
 
 class OlderStore:
@@ -90,12 +103,14 @@ class OlderStore:
         *,
         hypervisor: HypervisorDriver,
         launches: LaunchBuilder,
+        ownership: OwnershipStore,
         events: EventLog,
         others: OtherNodes | None,
     ) -> None:
         self._node = node
         self._hypervisor = hypervisor
         self._launches = launches
+        self._ownership = ownership
         self._events = events
         self._others = others
         self._told: set[tuple[DomainName, int, int]] = set()
@@ -125,6 +140,35 @@ class OlderStore:
         self._tell(domain, owned.token, token, text)
         raise ConflictError(text)
 
+    async def refuse_move(self, domain: DomainName, owned: OwnershipRecord) -> None:
+        """ConflictError: the guest here runs under a newer token than its record, which is ours.
+
+        The destination would win a token that its volumes know already, for ours: no fence.
+        """
+        token = await self.newer_guest(domain, owned)
+        if token is not None:
+            raise ConflictError(
+                f"domain {domain} runs on {self._node} under token {token}, and the store has "
+                f"{owned.token}: it was restored from an older copy; {self._node} puts that right "
+                "within seconds"
+            )
+
+    async def catch_up(self, domain: DomainName) -> None:
+        """Under the domain's lock: put that right. It stays ours, and its token only grows."""
+        owned = await self._ownership.read(domain)
+        token = await self.newer_guest(domain, owned)
+        if owned is None or token is None:
+            return
+        if owned.owner != self._node or owned.state is not OwnershipState.RUNNING:
+            return
+        caught_up = msgspec.structs.replace(owned, token=token)
+        if await self._ownership.compare_and_set(owned, caught_up):
+            text = (
+                f"domain {domain} runs on {self._node} under token {token}; the store, which was "
+                f"restored from an older copy, had {owned.token}, and knows it now"
+            )
+            self._tell(domain, owned.token, token, text)
+
     async def refuse_start(
         self,
         spec: DomainSpec,
@@ -139,18 +183,22 @@ class OlderStore:
         if fence <= known or self._others is None:
             return
         domain = DomainName(spec.name)
-        found = await self._others.look_for(domain)
+        found, shuts_out = (
+            await self._others.look_for(domain),
+            self._launches.shuts_others_out(spec),
+        )
+        having = [each for each in found.having if not shuts_out or each not in found.failed]
         silent = [each for each in found.silent if each not in vouched]
         has = "no record of it" if owned is None else f"token {known}, of {owned.owner}"
         why = f"its volumes were fenced under token {fence}, and the store has {has}"
-        if found.having:
+        if having:
             text = (
-                f"domain {domain} was not started on {self._node}: {' and '.join(found.having)} "
+                f"domain {domain} was not started on {self._node}: {' and '.join(having)} "
                 f"has it, which the store doesn't know ({why}: the store was restored from an "
                 "older copy). `ferry domain takeover "
-                f"{domain} --to {found.having[0]}` makes the store know it; or power it off there"
+                f"{domain} --to {having[0]}` makes the store know it; or power it off there"
             )
-        elif silent and owned is not None and not self._launches.shuts_others_out(spec):
+        elif silent and owned is not None and not shuts_out:
             text = (
                 f"domain {domain} was not started on {self._node}: {why}: the store was restored "
                 f"from an older copy, and {' and '.join(silent)} may run it, which can't be asked, "

@@ -205,6 +205,7 @@ class MigrationManager(MigrationService):
             await self._forecaster.interrupt(name)
             await self._refuse_unless_running(name)
             owned = await self._domains.ownership.owned_here(name)
+            await self._domains.ownership.older.refuse_move(name, owned)
             spec = (await self._records.get(name)).spec
             session = SourceSession(
                 migration_id=migration,

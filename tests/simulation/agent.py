@@ -164,6 +164,8 @@ class Agent:
         ownership, recovery = self.domains.ownership, self.domains._io_recovery
         recovery._again.clear()
         tasks = self.tasks | ownership._tasks | set(recovery._watching.values())
+        if (closing := self.domains._launches.closings._trying._task) is not None:
+            tasks.add(closing)
         for task in sorted(tasks, key=lambda task: task.get_name()):
             task.cancel()
 

@@ -365,6 +365,7 @@ class Node:
                 or owned.state is not OwnershipState.RUNNING
             ):
                 raise ConflictError(f"{domain.name} was stopped or moved meanwhile")
+            await agent.domains.ownership.older.refuse_move(domain.name, owned)
         except FerryError:
             agent.locks.release_from_migration(domain.name, migration.id)
             raise

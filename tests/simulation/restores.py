@@ -36,7 +36,11 @@ class Restores(Story):
     @property
     def done(self) -> bool:
         return self.world.elapsed_s > LAST_S or (
-            self._restored and not any(map(self._newer, self.cluster.domains.values()))
+            self._restored
+            and not any(
+                self._newer(domain) or self._stale(domain)
+                for domain in self.cluster.domains.values()
+            )
         )
 
     def start(self) -> None:
@@ -81,25 +85,33 @@ class Restores(Story):
         for domain in self.cluster.domains.values():
             guest = self._newer(domain)
             if guest is None:
+                self._stop_stale(domain)
                 continue
             node = self.cluster.nodes[guest.node]
             self._tried[domain.name] = self._tried.get(domain.name, 0) + 1
             if self._tried[domain.name] > PATIENCE:
                 world.log("{}: {} is powered off from within", node.name, domain.name)
                 node.kill_guest(domain, "powered off", stopped=True)
-            elif (stale := self._stale(domain, guest)) is not None:
-                world.log("{}: stop {}", stale.name, domain.name)
-                self.operator.run(stale, lambda agent, name=domain.name: agent.domains.stop(name))  # type: ignore[misc]
-            else:
+            elif not self._stop_stale(domain):
                 self.operator.run(node, partial(self._keep, node, domain))
         world.after(2.0 + world.delay(5.0), self._mend)
 
-    def _stale(self, domain: Domain, guest: Guest) -> Node | None:
-        """The node that the store takes for its owner has a copy, too, which was taken over."""
+    def _stale(self, domain: Domain) -> Node | None:
+        """The node that the store takes for its owner, and that has a copy which was taken over."""
         record = domain.record
-        if record is None or record.owner == guest.node or record.owner not in domain.guests:
+        guest = None if record is None else domain.guests.get(NodeName(record.owner))
+        if not self._restored or guest is None or not guest.deposed:
             return None
-        return self.cluster.nodes[NodeName(record.owner)]
+        return self.cluster.nodes[guest.node]
+
+    def _stop_stale(self, domain: Domain) -> bool:
+        """Whether there is one. Its writes fail: an operator sees that, and has it stopped."""
+        node = self._stale(domain)
+        if node is None:
+            return False
+        self.world.log("{}: stop {}", node.name, domain.name)
+        self.operator.run(node, lambda agent: agent.domains.stop(domain.name))
+        return True
 
     async def _keep(self, node: Node, domain: Domain, agent: Agent) -> None:
         self.world.log("{}: is said to run {}", node.name, domain.name)

@@ -149,6 +149,33 @@ async def test_a_silent_node_holds_nobody_up_where_it_did_not_before(
     assert await owned(world) == (3, "a", RUNNING)
 
 
+async def test_nor_does_a_copy_that_its_disks_have_stopped(world: World) -> None:
+    """It was taken over, it may be, and shut out: nobody could power it off from within."""
+    await restore(world, STOPPED)
+    await world.b.domains.close()
+    world.b.host.fail_disk(WEB)
+    await world.a.domains.start(WEB)
+    assert await owned(world) == (3, "a", RUNNING)
+    await world.b.domains.ownership.reconcile([WEB])
+    assert (await world.b.domains.status(WEB)).state is DomainState.STOPPED
+
+
+async def test_a_token_that_is_behind_on_its_own_node_is_put_right(world: World) -> None:
+    """The next handoff would win a token that the volumes know already: no fence."""
+    await world.b.domains.stop(WEB)
+    await world.b.domains.start(WEB)
+    older = OwnershipRecord(domain=WEB, token=2, owner="b", state=RUNNING)
+    await world.b.typed.put(ownership_key(WEB), older)
+    ownership = world.b.domains.ownership
+    with pytest.raises(ConflictError, match="b puts that right within seconds"):
+        await ownership.older.refuse_move(WEB, older)
+    await ownership._sweep_once()
+    assert await owned(world) == (3, "b", RUNNING)
+    caught_up = await ownership.owned_here(WEB)
+    await ownership.older.refuse_move(WEB, caught_up)
+    assert await runs(world.b)
+
+
 async def test_no_guest_is_kept_beside_another_or_one_that_may_be(world: World) -> None:
     await world.b.domains.stop(WEB)
     await world.a.domains.start(WEB)

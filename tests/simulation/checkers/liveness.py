@@ -110,7 +110,7 @@ def check_end(cluster: Cluster) -> dict[str, str]:
         copies = {guest.node: guest.state.value for guest in domain.guests.values()}
         if running is None and domain.memory_lost is None:
             raise InvariantViolation(f"4: {domain.name} runs nowhere: {copies}, {domain.record}")
-        if running is None and domain.must_start:
+        if running is None and domain.must_start and not domain.store_restored:
             raise InvariantViolation(
                 f"4: {domain.name} was lost with its host, and not started again: {domain.record}"
             )
