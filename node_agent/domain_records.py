@@ -44,10 +44,15 @@ class DomainRecords:
 
     async def get(self, domain: DomainName) -> DomainRecord:
         """NotFoundError if it isn't defined."""
-        entry = await self._store.get(f"{DOMAINS}{domain}", DomainRecord)
-        if entry is None:
+        record = await self.find(domain)
+        if record is None:
             raise NotFoundError(f"there is no domain {domain}")
-        return entry.value
+        return record
+
+    async def find(self, domain: DomainName) -> DomainRecord | None:
+        """None if it isn't defined."""
+        entry = await self._store.get(f"{DOMAINS}{domain}", DomainRecord)
+        return None if entry is None else entry.value
 
     async def list_records(self) -> Mapping[DomainName, DomainRecord]:
         entries = await self._list()

@@ -23,6 +23,7 @@ from migrator.errors import (
     ConflictError,
     FabricError,
     FerryError,
+    NotFoundError,
     RefusedError,
     WrongStateError,
 )
@@ -203,16 +204,21 @@ class DomainService:
         """Remove a stopped domain's definition and ownership record. Its volumes stay.
 
         The definition goes first: who starts it meanwhile on another node wins the record first,
-        and looks at the definition then. So one of the two sees the other.
+        and looks at the definition then. So one of the two sees the other. Where that is as far as
+        a deletion came, because its agent died or the store gave no answer, this is the rest of it.
         """
         async with self.locks.hold(domain, "delete"):
-            record = await self._records.get(domain)
-            await self.ownership.stopped(domain)
-            await self._records.remove(domain)
+            owned = await self.ownership.stopped(domain)
+            record = await self._records.find(domain)
+            if record is not None:
+                await self._records.remove(domain)
+            elif owned is None:
+                raise NotFoundError(f"there is no domain {domain}")
             try:
                 await self.ownership.forget(domain)
             except (ConflictError, WrongStateError):
-                await self._records.put_back(record)
+                if record is not None:
+                    await self._records.put_back(record)
                 raise
         self._events.emit(EventKind.DOMAIN_DELETED, f"domain {domain} was deleted", domain=domain)
 

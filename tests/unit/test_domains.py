@@ -113,6 +113,46 @@ async def test_what_is_started_while_it_is_deleted_keeps_its_definition(
         await world.b.domains.stop(WEB)
 
 
+@pytest.mark.parametrize("node", ["a", "b"])
+async def test_a_deletion_that_was_cut_short_is_finished_by_the_next(
+    world: World, monkeypatch: pytest.MonkeyPatch, node: str
+) -> None:
+    """The definition was gone, the record was left, and to delete it was refused: not defined."""
+    await world.a.domains.define(spec_of())
+    await world.a.domains.start(WEB)
+    await world.a.domains.stop(WEB)
+
+    async def cut_short(_: OwnershipRecord) -> bool:
+        raise StoreError("no answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.a.ownership, "remove", cut_short)
+        with pytest.raises(StoreError):
+            await world.a.domains.delete(WEB)
+    assert WEB not in await world.a.records.list_records()
+    await (world.a if node == "a" else world.b).domains.delete(WEB)
+    assert await world.a.ownership.read(WEB) is None
+    with pytest.raises(NotFoundError):
+        await world.a.domains.delete(WEB)
+
+
+async def test_two_deletions_at_once_are_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one removes the record before the first: nothing is put back."""
+    await world.a.domains.define(spec_of())
+    await world.a.domains.start(WEB)
+    await world.a.domains.stop(WEB)
+    remove = world.a.ownership.remove
+
+    async def later(record: OwnershipRecord) -> bool:
+        await world.b.domains.delete(WEB)
+        return await remove(record)
+
+    monkeypatch.setattr(world.a.ownership, "remove", later)
+    await world.a.domains.delete(WEB)
+    assert WEB not in await world.a.records.list_records()
+    assert await world.a.ownership.read(WEB) is None
+
+
 async def test_a_failed_start_leaves_nothing(world: World) -> None:
     await world.a.domains.define(spec_of())
     world.a.host.faults.failing["start"] = 1
