@@ -100,7 +100,10 @@ async def test_it_is_held_until_it_has_ended(
     assert list(driver.crashed()) == ([] if wanted else [VM])
 
 
-async def test_one_that_ends_in_time_is_gone(driver: QemuDriver, end: Callable[[], None]) -> None:
+async def test_one_that_ends_in_time_is_gone(
+    driver: QemuDriver, end: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "ENDING_S", 30.0)
     asyncio.get_running_loop().call_later(0.1, end)
     assert await driver.open() == []
     assert list(driver.crashed()) == [VM]
