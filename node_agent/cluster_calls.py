@@ -44,7 +44,9 @@ MIGRATION_PREDICT: Final = "migration.predict"
 MIGRATION_GET: Final = "migration.get"
 MIGRATION_CANCEL: Final = "migration.cancel"
 MIGRATION_LIMIT: Final = "migration.limit"
-STATUS_TIMEOUT_S: Final = 2.0
+STATUS_TIMEOUT_S: Final = 3.0
+"""More than a driver takes to give one domain up: else its node, and all that runs there, would
+seem to be silent because of it."""
 
 
 class Nothing(Struct, frozen=True, kw_only=True):

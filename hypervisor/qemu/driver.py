@@ -41,7 +41,6 @@ from hypervisor.qemu.native import QemuNative
 from hypervisor.qemu.offload import offload, offload_or_undone, offload_to_disk
 from hypervisor.qemu.process import QemuProcess
 from hypervisor.qemu.qmp import QmpDisconnected
-from hypervisor.qemu.status import MigrationStatus
 from migrator.errors import HypervisorError, NotFoundError
 from migrator.model import (
     DomainName,
@@ -78,6 +77,7 @@ TERMINATE_TIMEOUT_S = 5.0
 PAUSE_TIMEOUT_S = 30.0
 """`stop` waits for the disks' I/O, which a lost storage server holds up."""
 INSPECT_TIMEOUT_S = 2.0
+"""All that one is asked; other agents wait longer (`STATUS_TIMEOUT_S`), for all of a node's."""
 EXIT_NOTICE_TIMEOUT_S = 0.2
 """From a process's last word on its monitor to its end."""
 POWER_BUTTON_PERIOD_S = 5.0
@@ -364,20 +364,13 @@ class QemuDriver(HypervisorDriver):
             return await self._ended(domain, guest)
         in_use = await offload(lambda: memory_in_use_bytes(guest.process.pid, guest.record.ram_fd))
         try:
-            if guest.said is not None:  # It starts, and doesn't answer yet.
-                run_state = "inmigrate" if guest.incoming else "prelaunch"
-            else:
-                run_state = await guest.run_state(timeout_s=INSPECT_TIMEOUT_S)
-            if run_state == "postmigrate" and guest.migration is not MigrationStatus.COMPLETED:
-                await guest.refresh()
+            state, reason = await paused_by.asked(guest, timeout_s=INSPECT_TIMEOUT_S)
         except HypervisorError as error:
             if isinstance(error, QmpDisconnected):  # It may be ending: the pidfd says so next.
                 await guest.process.wait(timeout_s=EXIT_NOTICE_TIMEOUT_S)
             if guest.process.exited:
                 return await self._ended(domain, guest)
             state, reason = DomainState.UNKNOWN, str(error)
-        else:
-            state, reason = await paused_by.told(guest, run_state, timeout_s=INSPECT_TIMEOUT_S)
         return DomainStatus(
             name=domain,
             state=state,

@@ -6,10 +6,25 @@ disks still know that they failed, until it is resumed; without that it would st
 
 from __future__ import annotations
 
+import time
+
 from hypervisor.qemu import io_errors
 from hypervisor.qemu.guest import Guest
+from hypervisor.qemu.status import MigrationStatus
 from migrator.errors import HypervisorError
 from migrator.model import DomainState
+
+
+async def asked(guest: Guest, *, timeout_s: float) -> tuple[DomainState, str | None]:
+    """The domain's state, and why. HypervisorError: QEMU doesn't say within that time in all."""
+    end_s = time.monotonic() + timeout_s
+    if guest.said is not None:  # It starts, and doesn't answer yet.
+        run_state = "inmigrate" if guest.incoming else "prelaunch"
+    else:
+        run_state = await guest.run_state(timeout_s=timeout_s)
+    if run_state == "postmigrate" and guest.migration is not MigrationStatus.COMPLETED:
+        await guest.refresh(timeout_s=(end_s - time.monotonic()) / 2)  # It asks twice.
+    return await told(guest, run_state, timeout_s=end_s - time.monotonic())
 
 
 async def told(guest: Guest, run_state: str, *, timeout_s: float) -> tuple[DomainState, str | None]:

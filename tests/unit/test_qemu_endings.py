@@ -24,6 +24,7 @@ from hypervisor.qemu.records import ProcessRecord
 from migrator.errors import HypervisorError
 from migrator.model import DomainName, DomainState, FencingToken, HypervisorCapabilities
 from migrator.ports import Launch
+from node_agent.cluster_calls import STATUS_TIMEOUT_S
 from tests.unit.session_pair import SPEC
 
 VM = DomainName(SPEC.name)
@@ -143,6 +144,35 @@ async def test_a_start_that_is_cancelled_is_over_when_its_process_is(
     assert starting.cancelled()
     assert identify(made[0].process.pid) is None
     assert not driver.config.domain_directory(VM).exists()
+
+
+async def test_a_hypervisor_that_hangs_is_given_up_before_its_node_is(
+    driver: QemuDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each agent asks a node of all its domains at once: they all were unknown, and the node was
+    said not to answer, because of one. The time is for all that is asked of it.
+    """
+    gives_up_s = driver_module.INSPECT_TIMEOUT_S + driver_module.EXIT_NOTICE_TIMEOUT_S
+    assert gives_up_s + 0.5 < STATUS_TIMEOUT_S
+    made = await asyncio.to_thread(launched, driver.config.domain_directory(VM))
+    guest = driver._take(made)
+    given: list[float] = []
+
+    async def execute(command: str, *_: object, timeout_s: float) -> object:
+        given.append(timeout_s)
+        await asyncio.sleep(0.15)
+        if command == "query-block":
+            raise HypervisorError("no answer in time")
+        return {"status": "io-error"}
+
+    monkeypatch.setattr(guest, "execute", execute)
+    monkeypatch.setattr(driver_module, "INSPECT_TIMEOUT_S", 0.2)
+    try:
+        assert (await driver.inspect(VM)).state is DomainState.IO_ERROR
+    finally:
+        made.process.signal(signal.SIGKILL)
+        await asyncio.wait_for(guest.gone.wait(), 10)
+    assert given[0] == 0.2 and given[1] <= 0.05 and len(given) == 2
 
 
 async def test_a_guest_whose_record_cannot_be_read_is_not_stopped(driver: QemuDriver) -> None:
