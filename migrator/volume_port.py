@@ -115,10 +115,10 @@ class VolumeDriver(abc.ABC):
         """
 
     async def evict(self, volume: VolumeName, members: Collection[NodeName]) -> None:  # noqa: B027
-        """Close what any other node has open: those were removed, and will never do it.
+        """Close what any other node has open to read: those were removed, and will never do it.
 
-        For a volume that no domain runs with. Idempotent. Where a driver doesn't know who has it
-        open there is nothing to do.
+        Writers are the fence's matter. For a volume that no domain runs with. Idempotent. Where a
+        driver doesn't know who has it open there is nothing to do.
         """
 
     @abc.abstractmethod

@@ -129,7 +129,7 @@ class Fence(Request, frozen=True, kw_only=True, tag="fence"):
 
 
 class Evict(Request, frozen=True, kw_only=True, tag="evict"):
-    """The exports to nodes other than these end for good: those were removed from the cluster.
+    """What nodes other than these have to read ends for good: they were removed from the cluster.
 
     Older provisioners, and hooks, may not know it.
     """

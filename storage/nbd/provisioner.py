@@ -181,7 +181,7 @@ class Provisioner:
                 await self._close(request)
             case p.Evict(members=members):
                 for each in (await self._state(volume)).exports:
-                    if each.node not in members:
+                    if each.read_only and each.node not in members:
                         await self._drop(volume, each)
             case p.Fence():
                 await self._fence(request)

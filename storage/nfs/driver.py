@@ -264,7 +264,7 @@ class NfsPool(VolumeDriver):
 
     async def evict(self, volume: VolumeName, members: Collection[NodeName]) -> None:
         check_volume_name(volume)
-        await self._close(volume, lambda each: each.node not in members)
+        await self._close(volume, lambda each: each.read_only and each.node not in members)
 
     async def _close(self, volume: VolumeName, which: Callable[[Opening], bool]) -> None:
         def work(export: Export) -> None:

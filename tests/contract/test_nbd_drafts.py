@@ -87,8 +87,11 @@ async def test_what_a_removed_node_reads_keeps_no_volume(server: NbdServer) -> N
     kept = await pool.open(OTHER, FencingToken(3), read_only=True)
     with pytest.raises(ConflictError, match="node gone has volume other open"):
         await pool.delete(OTHER)
+    writer = await gone.open(OTHER, FencingToken(7), read_only=False)
     await pool.evict(OTHER, [NodeName("a"), NodeName("b")])
+    assert listens(writer.port), "writers are the fence's"  # type: ignore[union-attr]
     assert not listens(opened.port)  # type: ignore[union-attr]
+    await gone.close(OTHER, FencingToken(7))
     assert listens(kept.port)  # type: ignore[union-attr]
     with pytest.raises(ConflictError, match="node a has volume other open"):
         await pool.delete(OTHER)
