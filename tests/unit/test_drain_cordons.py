@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -11,6 +12,8 @@ import pytest
 
 from migrator.errors import ConflictError
 from migrator.model import NodeName, NodeState
+from node_agent.cli.cluster import troubles
+from node_agent.cluster_views import node_view
 from node_agent.drain.cordons import CORDONS, Cordon, Cordons
 from node_agent.drain.records import DrainRecords
 from node_agent.drain.resources import (
@@ -23,7 +26,8 @@ from node_agent.drain.resources import (
 )
 from node_agent.drain.service import DrainService
 from node_agent.migrations.checks import cordon_reasons
-from node_agent.nodes import NodeView
+from node_agent.nodes import NodeRegistry, NodeView
+from node_agent.resources import NODES
 from node_agent.state.memory import SimulatedData, SimulatedStore
 from node_agent.state.typed import TypedStore
 from tests.unit.heartbeats import heartbeat
@@ -182,3 +186,16 @@ async def test_who_keeps_a_node_free_and_why_is_kept_through_a_drain() -> None:
         "node n1 is drained by user bob: firmware; nothing may come there "
         "(`ferry undrain n1` opens it)"
     ]
+
+
+async def test_a_list_of_nodes_tells_who_keeps_one_free_and_why() -> None:
+    cordon = Cordon(node="n1", state=S.CORDONED, since_s=1.0, by="user ann", reason="new disk")
+    store, rest = await store_of(cordon), cast(Any, None)
+    for name in ("n1", "n2"):
+        await store.put_if(f"{NODES}{name}", heartbeat(name, at_s=time.time()), None)
+    views = await NodeRegistry(store, rest).read()
+    told = {
+        str(name): list(troubles(node_view(view, {}, {}, None), 0.0))
+        for name, view in views.items()
+    }
+    assert told == {"n1": ["it is cordoned by user ann: new disk"], "n2": []}
