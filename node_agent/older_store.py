@@ -43,6 +43,7 @@ from node_agent.events import EventKind, EventLog
 from node_agent.nodes import NodeView
 
 RAN: Final = (DomainState.RUNNING, DomainState.PAUSED, DomainState.IO_ERROR)
+FENCE_LOOK_S: Final = 1.0
 _MAY_RUN: Final = (*RAN, DomainState.UNKNOWN)
 Statuses = Sequence[DomainStatus]
 
@@ -128,17 +129,38 @@ class OlderStore:
         """ConflictError: the guest here ran under a newer token than the record's, so it isn't the
         guest that is stale, but the store. Tokens only grow, and none runs before it is recorded.
         """
-        token = await self.newer_guest(domain, owned)
+        here = self._node
+        token, knows = await self.newer_guest(domain, owned), f"runs on {here}"
+        then = f"`ferry domain takeover {domain} --to {here}` makes the store know it"
+        if token is None:
+            token = await self._newer_fence(domain, owned)
+            knows = f"runs on {here}, its volumes were fenced"
+            then = "Power it off from within, and start it"
         if token is None:
             return
         text = (
-            f"domain {domain} runs on {self._node} under token {token}, and the store knows it "
-            f"under {owned.token}, of {owned.owner}: the store was restored from an older copy, or "
-            "is another cluster's; the guest is left as it is. `ferry domain takeover "
-            f"{domain} --to {self._node}` makes the store know it"
+            f"domain {domain} {knows} under token {token}, and the store knows it under "
+            f"{owned.token}, of {owned.owner}: the store was restored from an older copy, or is "
+            f"another cluster's; the guest is left as it is. {then}"
         )
         self._tell(domain, owned.token, token, text)
         raise ConflictError(text)
+
+    async def _newer_fence(self, domain: DomainName, owned: OwnershipRecord) -> FencingToken | None:
+        """What the volumes of a guest that runs here know, if that is newer than the record: it may
+        have been won back, in a handoff in the midst of which the snapshot was taken.
+
+        Where the storage gives no answer soon: None. A copy that is stale has to end.
+        """
+        spec = await self._hypervisor.launched(domain)
+        if spec is None or (await self._hypervisor.inspect(domain)).state not in RAN:
+            return None
+        try:
+            async with asyncio.timeout(FENCE_LOOK_S):
+                fence = await self._launches.newest_fence(spec)
+        except (FerryError, TimeoutError):
+            return None
+        return fence if fence > owned.token else None
 
     async def refuse_move(self, domain: DomainName, owned: OwnershipRecord) -> None:
         """ConflictError: the guest here runs under a newer token than its record, which is ours.

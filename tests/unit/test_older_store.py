@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from migrator.model import (
     OwnershipState,
     VolumeName,
 )
-from node_agent import domain_restart
+from node_agent import domain_restart, older_store
 from node_agent.events import EventKind
 from node_agent.state.ownership import ownership_key
 from tests.unit.agent_world import SimulatedNode, World, open_world, spec_of
@@ -174,6 +175,44 @@ async def test_a_token_that_is_behind_on_its_own_node_is_put_right(world: World)
     caught_up = await ownership.owned_here(WEB)
     await ownership.older.refuse_move(WEB, caught_up)
     assert await runs(world.b)
+
+
+async def won_back(world: World) -> None:
+    """`a` had won a handoff, and gave it back; the snapshot is of between the two."""
+    await world.b.pool.fence(ROOT, FencingToken(4))
+    won = OwnershipRecord(domain=WEB, token=3, owner="a", state=RUNNING)
+    await world.b.typed.put(ownership_key(WEB), won)
+
+
+async def test_what_was_won_back_after_the_snapshot_is_not_ended(world: World) -> None:
+    """By its own token the guest is older than that record."""
+    await won_back(world)
+    ownership = world.b.domains.ownership
+    await ownership._sweep_once()
+    await ownership.reconcile([WEB])
+    assert await runs(world.b)
+
+    async def told() -> bool:
+        messages = [each.message for each in await world.b.events.read()]
+        return any("b, its volumes were fenced under token 4, and the store" in m for m in messages)
+
+    await eventually(told)
+
+
+async def test_a_stale_copy_does_not_outlive_a_storage_that_hangs(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its volumes know can't be looked at: the record is believed, as ever."""
+    await won_back(world)
+    monkeypatch.setattr(older_store, "FENCE_LOOK_S", 0.05)
+
+    async def hang(_: object) -> FencingToken:
+        await asyncio.Event().wait()
+        raise AssertionError("unreachable")
+
+    monkeypatch.setattr(world.b.domains.ownership.older._launches, "newest_fence", hang)
+    await world.b.domains.ownership._sweep_once()
+    assert not await runs(world.b)
 
 
 async def test_no_guest_is_kept_beside_another_or_one_that_may_be(world: World) -> None:
