@@ -74,6 +74,14 @@ class ChannelHealth:
                 self._emit(ChannelBroken(reason=reason))
             self._broken.add(index)
 
+    def stays_broken(self, index: int, reason: str) -> None:
+        """It isn't to be had for a while now: that is told again, for the reason may be another."""
+        with self._lock:
+            if not self._broken:
+                self._since = time.monotonic()
+            self._broken.add(index)
+            self._emit(ChannelBroken(reason=reason))
+
     def restored(self, index: int) -> None:
         with self._lock:
             if index in self._broken:

@@ -3,7 +3,9 @@
 Two streams, a thread each: on FAULTS come pages that a vCPU waits for, answered at once; on BULK
 all the others, within the bandwidth cap. The server knows nothing of what the destination has:
 a broken stream, a dead engine on either side, is connected anew, and the destination asks again.
-The guest stands still here, for good unless the handoff fails: its memory doesn't change.
+The destination is dialled until it is there: once the source's hypervisor has died, this process
+is all that has the pages. The guest stands still here, for good unless the handoff fails: its
+memory doesn't change.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ from migrator.engine.packing_policy import PackingPolicy
 from migrator.engine.page_socket import PageSocket, StreamEndedError
 from migrator.engine.short_queue import ShortQueue
 from migrator.engine.stream import Endpoint, StreamBrokenError, open_welcomed
-from migrator.errors import RemoteProtocolError
+from migrator.errors import FerryError, RemoteProtocolError
 from migrator.model import PAGE_SIZE_BYTES
 from migrator.ranges import Ranges
 
 _BACKOFF_S: Final = 0.1
+_REFUSED_S: Final = 1.0
+"""After a refusal, by another engine at that address, say; or when `reconnect_s` are over."""
 _JOIN_S: Final = 2.0
 _KINDS: Final = (StreamKind.FAULTS, StreamKind.BULK)
 
@@ -149,7 +153,14 @@ class PageServer:
             self._fault(error)
 
     def _open_again(self, kind: StreamKind, waiter: Waiter) -> None:
-        self._sockets[kind] = self._open(kind, waiter)
+        """For as long as it takes, and as nobody names another address. It is told why it lasts."""
+        while True:
+            try:
+                self._sockets[kind] = self._open(kind, waiter)
+                break
+            except FerryError as error:
+                self._health.stays_broken(-kind, str(error))
+                waiter.wait(None, 0, _REFUSED_S)
         waiter.tick()  # A `close` that came before this one was there has shut down the others.
 
     def _note_open(self, kind: StreamKind) -> None:

@@ -20,7 +20,6 @@ import numpy as np
 from migrator import ranges
 from migrator.engine.bandwidth import TokenBucket
 from migrator.engine.codecs import LADDER, Codec
-from migrator.engine.control import ChannelLostError
 from migrator.engine.delivery import ChannelHealth
 from migrator.engine.filler import Filler
 from migrator.engine.frames import StreamHello
@@ -369,11 +368,8 @@ class SourceEngine(Engine):
         )
 
     def _fault(self, error: BaseException) -> None:
-        if self.dead or isinstance(error, KilledError):
-            return
-        if not isinstance(error, ChannelLostError):
+        if not self.dead and not isinstance(error, KilledError):
             self.world.lockstep.failure = self.world.lockstep.failure or error
-        self.kill()
 
 
 class Packs(PackingPolicy):

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
 from typing import cast
 
 import pytest
 
 from migrator import ranges
+from migrator.engine import page_server
 from migrator.engine.bandwidth import TokenBucket
 from migrator.engine.control import HelperWaiter, Signal
 from migrator.engine.delivery import ChannelHealth
-from migrator.engine.frames import FrameKind, Header, StreamHello, StreamKind
+from migrator.engine.frames import FrameKind, Header, StreamHello, StreamKind, StreamWelcome
 from migrator.engine.memory import MappedRegion
 from migrator.engine.packing_policy import PackingPolicy
 from migrator.engine.page_server import PageServer
 from migrator.engine.page_socket import PageSocket
-from migrator.engine.stream import Endpoint
-from migrator.engine_messages import RegionLayout
+from migrator.engine.stream import Endpoint, StreamBrokenError, StreamRefusedError
+from migrator.engine_messages import ChannelBroken, ChannelRestored, FromEngine, RegionLayout
 from migrator.errors import RemoteProtocolError
 from migrator.ranges import Ranges
 
 PAGE = 4096
 SIZE = 16 * PAGE
+
+
+def region_of(name: str) -> MappedRegion:
+    fd = os.memfd_create(name)
+    os.ftruncate(fd, SIZE)
+    return MappedRegion(0, fd, RegionLayout(name=name, size_bytes=SIZE, page_size_bytes=PAGE))
 
 
 class _Asks:
@@ -36,15 +45,57 @@ class _Asks:
         return header, ranges.from_pairs([(0, PAGE)])
 
 
-def test_more_than_there_is_cant_be_missing() -> None:
-    """Told to the agent in bytes, it wouldn't fit into any number there."""
-    fd = os.memfd_create("guest")
-    os.ftruncate(fd, SIZE)
-    layout = RegionLayout(name="ram", size_bytes=SIZE, page_size_bytes=PAGE)
+@pytest.mark.parametrize("kind", [StreamBrokenError, StreamRefusedError, RemoteProtocolError])
+def test_the_destination_is_dialled_for_as_long_as_it_takes(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    """The engine gave up, and with it went the pages of a guest whose hypervisor had died."""
+    ours, theirs = socket.socketpair()
+    tries = iter(range(12))
+    told: list[FromEngine] = []
+    faults: list[BaseException] = []
+
+    def open_welcomed(*_: object) -> tuple[socket.socket, StreamWelcome]:
+        if next(tries, None) is not None:
+            raise kind("nobody's there")
+        return ours, StreamWelcome()
+
+    monkeypatch.setattr(page_server, "open_welcomed", open_welcomed)
+    monkeypatch.setattr(page_server, "_KINDS", (StreamKind.FAULTS,))
+    monkeypatch.setattr(page_server, "_BACKOFF_S", 0.002)
+    monkeypatch.setattr(page_server, "_REFUSED_S", 0.002)
+    region = region_of("guest")
     server = PageServer(
         Endpoint(host="", port=0),
         lambda kind: StreamHello(version=1, migration_id="m", secret=b"", kind=kind),
-        [MappedRegion(0, fd, layout)],
+        [region],
+        TokenBucket(None, 0.0),
+        ChannelHealth(told.append),
+        PackingPolicy(lambda: 0.0),
+        reconnect_s=0.004,
+        fault=faults.append,
+    )
+    opened = threading.Event()
+    server.start(opened.set)
+    assert opened.wait(10.0)
+    assert not faults
+    reasons = [each.reason for each in told if isinstance(each, ChannelBroken)]
+    assert len(reasons) > 1
+    assert all("nobody's there" in each for each in reasons)
+    assert isinstance(told[-1], ChannelRestored)
+    server.close()
+    for end in (ours, theirs):
+        end.close()
+    os.close(region.fd)
+
+
+def test_more_than_there_is_cant_be_missing() -> None:
+    """Told to the agent in bytes, it wouldn't fit into any number there."""
+    region = region_of("guest")
+    server = PageServer(
+        Endpoint(host="", port=0),
+        lambda kind: StreamHello(version=1, migration_id="m", secret=b"", kind=kind),
+        [region],
         TokenBucket(None, 0.0),
         ChannelHealth(lambda message: None),
         PackingPolicy(lambda: 0.0),
@@ -57,4 +108,4 @@ def test_more_than_there_is_cant_be_missing() -> None:
     assert server.left_pages == 0
     server.close()
     stop.close()
-    os.close(fd)
+    os.close(region.fd)
