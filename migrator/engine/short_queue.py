@@ -63,7 +63,7 @@ class ShortQueue:
 
     def restart(self) -> None:
         """Forget the window: what was sent in it isn't what the link could carry."""
-        self._since = None
+        self._windows.restart()
 
     def note(self, now: float, figures: TcpFigures | None, beside_bytes: int = 0) -> bool:
         """Look at the figures; cheap enough for every answer. Whether `bytes` has changed.

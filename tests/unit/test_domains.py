@@ -430,15 +430,20 @@ async def test_a_node_that_comes_back_knows_how_long_it_was_silent(world: World)
 
 
 async def test_uninterrupted_work_ends_before_the_cancellation() -> None:
-    done = asyncio.Event()
+    begun, may_end = asyncio.Event(), asyncio.Event()
+    done: list[str] = []
 
     async def work() -> None:
-        await asyncio.sleep(0.05)
-        done.set()
+        begun.set()
+        await may_end.wait()
+        done.append("work")
 
     task = asyncio.create_task(uninterrupted(work()))
-    await asyncio.sleep(0.01)
+    await begun.wait()
     task.cancel()
+    await asyncio.sleep(0)
+    assert not task.done()
+    may_end.set()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert done.is_set()
+    assert done == ["work"]

@@ -140,3 +140,19 @@ def test_a_limited_buffer_takes_no_more_than_a_packet_beyond(limit: int, fits: b
         unacknowledged = bytearray(4)
         fcntl.ioctl(near, termios.TIOCOUTQ, unacknowledged)
         assert (int.from_bytes(unacknowledged, sys.byteorder) <= limit + 65_536) == fits
+
+
+def test_what_was_sent_while_bulk_held_back_is_not_the_links_rate() -> None:
+    link = Link(200 * MBIT, 0.00002)
+    queue = ShortQueue()
+    link.run(queue, 2.0)
+    for _ in range(20):
+        link.busy_share = 0.7
+        for _ in range(1_000):
+            link.now += STEP_S
+            link.acknowledged += link.rate(queue.bytes) * STEP_S * link.busy_share
+            link.busy_s += STEP_S * link.busy_share
+            queue.restart()
+        link.busy_share = 1.0
+        link.run(queue, 0.15)
+    assert queue.bytes_per_s == pytest.approx(200 * MBIT, rel=0.03)
