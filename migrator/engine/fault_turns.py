@@ -81,6 +81,9 @@ class FaultClock:
         """A vCPU waits."""
         self._asked_at_s = now
         self._waiting = True
+        if now >= self._next_open_s:
+            self._open_until_s, self._next_open_s = now + OPEN_S, now + OPEN_EVERY_S
+            self._pauses_s.clear()
 
     def answered(self, now: float, size_bytes: int, bytes_per_s: float | None) -> None:
         """Its page is the kernel's to send."""
@@ -96,13 +99,8 @@ class FaultClock:
 
     def holds_back(self, now: float, bytes_per_s: float | None) -> bool:
         """Whether bulk goes by turns now."""
-        if bytes_per_s is None:
+        if bytes_per_s is None or now - self._asked_at_s > _patience_s(bytes_per_s):
             return False
-        if now - self._asked_at_s > _patience_s(bytes_per_s):
-            return False
-        if now >= self._next_open_s:
-            self._open_until_s, self._next_open_s = now + OPEN_S, now + OPEN_EVERY_S
-            self._pauses_s.clear()
         return now > self._open_until_s
 
     def turn(self, now: float, bytes_per_s: float | None) -> Turn:
