@@ -81,7 +81,7 @@ async def test_what_is_written_before_its_turn_waits_for_a_later_pass(
     pair: Pair, streams: int
 ) -> None:
     guest, hot = pair.source_guest, 32 * MIB // PAGE
-    guest.tell(f"fill 0 {96 * MIB}")
+    guest.fill_with_noise(96 * MIB)
     await pair.start(streams=streams, bandwidth_bytes_per_s=128 * MIB)
     guest.tell(f"run 500000 {64 * MIB} {96 * MIB}")
     first = await pair.run_pass(PassKind.FIRST)
@@ -148,7 +148,7 @@ async def test_a_cut_connection_is_restored_and_little_is_sent_again(
     pair: Pair, streams: int
 ) -> None:
     guest = pair.source_guest
-    guest.tell(f"fill 0 {96 * MIB}")
+    guest.fill_with_noise(96 * MIB)  # Packed pages might never reach the cut.
     listening = await pair.configure(streams=streams)
     proxy = Proxy(listening.port)
     await proxy.start()
@@ -207,8 +207,7 @@ async def test_a_silent_destination_is_noticed(pair: Pair) -> None:
 
 
 async def test_the_bandwidth_cap_is_exact_and_can_change(pair: Pair) -> None:
-    for at in range(0, 96 * MIB, MIB):  # Noise: a cap counts bytes on the wire, as they are packed.
-        os.pwrite(pair.source_guest.fd, os.urandom(MIB), at)
+    pair.source_guest.fill_with_noise(96 * MIB)  # A cap counts bytes on the wire, as packed.
     reports: list[Report] = []
 
     async def one_pass() -> tuple[float, float]:

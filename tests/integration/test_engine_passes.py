@@ -22,8 +22,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd needs roo
 async def pair(binary: Path, tmp_path: Path) -> AsyncIterator[Pair]:
     """The source's memory is noise, which can't be packed; the destination's isn't all holes."""
     async with pair_of(binary, tmp_path, SIZE) as made:
-        for at in range(0, USED, MIB):
-            os.pwrite(made.source_guest.fd, os.urandom(MIB), at)
+        made.source_guest.fill_with_noise(USED)
         made.destination_guest.tell(f"fill {100 * MIB} {101 * MIB}")
         yield made
 

@@ -98,6 +98,11 @@ class Guest:
         self._process.stdin.flush()
         return self._answer()
 
+    def fill_with_noise(self, size_bytes: int) -> None:
+        """Its first bytes: what no codec makes smaller. `fill` writes a few random words a page."""
+        for at in range(0, size_bytes, MIB):
+            os.pwrite(self.fd, os.urandom(min(MIB, size_bytes - at)), at)
+
     def _answer(self) -> int:
         assert self._process.stdout is not None
         return int(self._process.stdout.readline())
