@@ -163,8 +163,7 @@ class OlderStore:
         return fence if fence > owned.token else None
 
     async def refuse_move(self, domain: DomainName, owned: OwnershipRecord) -> None:
-        """ConflictError: the guest here runs under a newer token than its record, which is ours; or
-        it was won back under one, by what its volumes know.
+        """ConflictError: the guest here runs under a newer token than its record, which is ours.
 
         The destination would win a token that its volumes know already, for ours: no fence.
         """
@@ -174,13 +173,6 @@ class OlderStore:
                 f"domain {domain} runs on {self._node} under token {token}, and the store has "
                 f"{owned.token}: it was restored from an older copy; {self._node} puts that right "
                 "within seconds"
-            )
-        fence = await self._newer_fence(domain, owned)
-        if fence is not None:
-            raise ConflictError(
-                f"domain {domain} has volumes that were fenced under token {fence}, and the store "
-                f"has {owned.token}: it was restored from an older copy; stop it and start it, and "
-                "it can be migrated"
             )
 
     async def catch_up(self, domain: DomainName) -> None:

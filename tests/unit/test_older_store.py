@@ -199,20 +199,6 @@ async def test_what_was_won_back_after_the_snapshot_is_not_ended(world: World) -
     await eventually(told)
 
 
-async def test_what_was_won_back_is_not_moved_under_a_token_that_is_known_already(
-    world: World,
-) -> None:
-    """Its own node has it by the older record, too: the destination was shut out."""
-    await world.b.pool.fence(ROOT, FencingToken(3))
-    ownership = world.b.domains.ownership
-    with pytest.raises(ConflictError, match=r"fenced under token 3, .* stop it and start it"):
-        await ownership.older.refuse_move(WEB, await ownership.owned_here(WEB))
-    await world.b.domains.stop(WEB)
-    await world.b.domains.start(WEB)
-    await ownership.older.refuse_move(WEB, await ownership.owned_here(WEB))
-    assert await owned(world) == (4, "b", RUNNING)
-
-
 async def test_a_stale_copy_does_not_outlive_a_storage_that_hangs(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
