@@ -81,8 +81,7 @@ def faults_of(seed: int) -> Faults:
     if seed % 50 == 43:
         return replace(_mixed(seed), paused=0.3, forgetful=True, heal_at_s=90.0)
     if seed % 50 == 33:
-        # Without takeovers: which copy they left is stale is another story's to know.
-        return replace(_mixed(seed), store_restored=True, takeover=False, heal_at_s=60.0)
+        return replace(_mixed(seed), store_restored=True, heal_at_s=60.0)
     return _mixed(seed) if name is None else NAMED[name]
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tests.simulation.side import Migration, Side
 
 STEP_S = 0.004
+RECONNECT_S = 10.0
 
 
 def listening(side: Side) -> v.EngineListening:
@@ -89,10 +90,22 @@ def connect_successor(side: Side, command: v.ConnectEngine) -> list[v.Event]:
         return [v.EngineLost(reason="no such domain")]
     side.served = guest
     if command.port != port_of(side.other.engine):
-        side.linked = 0  # It dials in vain, until it is told of another place.
+        _dial_in_vain(side)
         return []
     side.linked = side.other.engine
     return [v.EngineConnected(pages_in_use=0, round_trip_ms=0.1)]
+
+
+def _dial_in_vain(side: Side) -> None:
+    """For a while. An engine that is told of another place meanwhile goes there."""
+    engine = side.engine
+    side.linked = 0
+
+    def give_up() -> None:
+        if side.engine == engine and not side.linked:
+            side.kill_engine("nobody listens there")
+
+    side.world.after(side.world.delay(RECONNECT_S), give_up)
 
 
 def begin_filling(side: Side, guest: Guest) -> None:
@@ -121,6 +134,20 @@ def _served_to(side: Side) -> Guest | None:
     """The memory that the source's engine serves to this node's."""
     other = side.other
     return other.served if other.engine and other.linked == side.engine else None
+
+
+def peer_engine_gone(side: Side) -> None:
+    """The engine that `node`'s talks to is gone. In post-copy a source's ends after a while, as any
+    engine may; the real one dials on."""
+    engine, gone = side.engine, side.linked
+    if side.served is None or not engine or not gone:
+        return
+
+    def give_up() -> None:
+        if side.engine == engine and side.linked == gone:
+            side.kill_engine("the destination's engine is gone")
+
+    side.world.after(side.world.delay(RECONNECT_S), give_up)
 
 
 def reachable(side: Side) -> bool:

@@ -1,8 +1,7 @@
 """The store is restored from an older snapshot, for good; then operators say what is.
 
-Both while no migration is under way, as the documentation asks. Nobody stops the agents; but of two
-starts, one before and one after the restore, both could win one token, so none is under way either.
-What was on its way to the store before is lost.
+Both while no migration is under way, as the documentation asks. Nobody stops the agents. What was
+on its way to the store before is lost.
 """
 
 from __future__ import annotations
@@ -72,8 +71,7 @@ class Restores(Story):
 
     def _busy(self) -> bool:
         nodes = self.cluster.nodes.values()
-        starting = any(node.agent is not None and node.agent.locks._purpose for node in nodes)
-        return starting or any(node.sides() or node.open_entries() for node in nodes)
+        return any(node.sides() or node.open_entries() for node in nodes)
 
     def _newer(self, domain: Domain) -> Guest | None:
         """Its guest, where that is one that the store doesn't know."""

@@ -202,6 +202,7 @@ class Side:
             self._gone_engine = gone
             self.soon(v.EngineLost(reason=why))
         other = self.other
+        post_copy.peer_engine_gone(other)
         guests = self.domain.guests
         own, its = self.guest, other.guest
         armed = any(guest is not None and guest.armed for guest in (own, its))

@@ -69,7 +69,7 @@ def test_every_invariant_holds() -> None:
         refused += "has it, which the store doesn't know" in told
         kept += ", knows now" in told
     assert kept > SEEDS / 10
-    assert refused >= SEEDS / 50
+    assert refused > SEEDS / 50
 
 
 @pytest.mark.timeout(600)
