@@ -14,6 +14,7 @@ import pytest
 from tests.simulation.faults import faults_of
 from tests.simulation.node import Node
 from tests.simulation.scenario import Scenario, play
+from tests.simulation.test_older_stores import EndsWhatTheStoreHasForgotten
 from tests.simulation.world import Faults, InvariantViolation
 
 SEEDS = 100
@@ -35,20 +36,6 @@ class StartsBesideOthers(Node):
         super().boot_up()
         assert self.agent is not None
         self.agent.domains.ownership.older._others = None
-
-
-class EndsWhatTheStoreHasForgotten(Node):
-    """By the record a guest that runs here is a stale copy."""
-
-    def boot_up(self) -> None:
-        super().boot_up()
-        assert self.agent is not None
-
-        async def nothing(*_: object) -> None:
-            pass
-
-        older = self.agent.domains.ownership.older
-        older.refuse_end = nothing  # type: ignore[method-assign,assignment]
 
 
 @pytest.fixture(autouse=True)
