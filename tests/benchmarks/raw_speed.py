@@ -39,7 +39,7 @@ STREAMS: Final = "ferry-streams"
 PREFAULTED: Final = "ferry-prefaulted"
 PLAIN: Final = "plain-copy"
 PLAIN_COLD: Final = "plain-copy-cold"
-REPEATS: Final = 3
+REPEATS: Final = 5
 
 _BLOCK_BYTES: Final = 64 * MIB
 _MADV_POPULATE_WRITE: Final = 23
