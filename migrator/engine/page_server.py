@@ -65,6 +65,8 @@ class PageServer:
         self._reconnect_s = reconnect_s
         self._fault = fault
         self._stop = Signal()
+        self._closed = False
+        """Nothing of it is open any more."""
         self._sockets: dict[StreamKind, PageSocket] = {}
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
@@ -100,7 +102,9 @@ class PageServer:
         return bool(self._threads)
 
     def close(self) -> None:
-        """Idempotent."""
+        """Idempotent. An engine may outlive many servers: one an engine of the destination."""
+        if self._closed:
+            return
         self._stop.set()
         for sock in list(self._sockets.values()):
             sock.shut_down()
@@ -108,6 +112,9 @@ class PageServer:
             thread.join(_JOIN_S)
         for sock in list(self._sockets.values()):
             sock.close()
+        if not any(thread.is_alive() for thread in self._threads):
+            self._stop.close()  # Else it is looked at yet: its number must not be another's.
+            self._closed = True
 
     def _open(self, kind: StreamKind, waiter: Waiter) -> PageSocket:
         deadline = time.monotonic() + self._reconnect_s

@@ -109,3 +109,30 @@ def test_more_than_there_is_cant_be_missing() -> None:
     server.close()
     stop.close()
     os.close(region.fd)
+
+
+def test_a_server_that_was_closed_holds_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine goes on with the next one, for each engine that the destination has."""
+
+    def open_welcomed(*_: object) -> tuple[socket.socket, StreamWelcome]:
+        raise StreamBrokenError("nobody's there")
+
+    monkeypatch.setattr(page_server, "open_welcomed", open_welcomed)
+    region = region_of("guest")
+    before = os.listdir("/proc/self/fd")
+    for _ in range(3):
+        server = PageServer(
+            Endpoint(host="", port=0),
+            lambda kind: StreamHello(version=1, migration_id="m", secret=b"", kind=kind),
+            [region],
+            TokenBucket(None, 0.0),
+            ChannelHealth(lambda message: None),
+            PackingPolicy(lambda: 0.0),
+            reconnect_s=60.0,
+            fault=lambda error: None,
+        )
+        server.start()
+        server.close()
+        server.close()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    os.close(region.fd)
