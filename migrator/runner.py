@@ -38,7 +38,7 @@ from migrator.hold_points import hold
 from migrator.journal import MigrationJournal
 from migrator.journal_entry import entry_of
 from migrator.lane import Lane
-from migrator.model import ENDED, DomainName, DomainState, FencingToken, Role
+from migrator.model import ENDED, DomainName, DomainState, FencingToken, MigrationState, Role
 from migrator.native_driver import NativeDriver
 from migrator.own_threads import STATE_DIRECTORY, in_own_thread
 from migrator.ports import AbortOutcome, DomainEvent, HypervisorDriver, OwnershipStore
@@ -150,7 +150,15 @@ class Runner:
             session.request, bandwidth_bytes_per_s=bandwidth_bytes_per_s
         )
         self._engine.limit_bandwidth(bandwidth_bytes_per_s)
+        if session.state is MigrationState.POSTCOPY:  # Before that a note follows in any case.
+            self._note()
         self._on_change(self)
+
+    def _note(self) -> None:
+        """Journal what no event has told the session: the next agent's engine goes by it."""
+        self._batch += 1
+        self._commands.append((self._batch, v.Journal(state=self.session.state, durable=False)))
+        self._pump()
 
     def _on_domain_event(self, event: DomainEvent) -> None:
         if event.domain == self.domain:

@@ -14,6 +14,7 @@ from migrator.journal import MigrationJournal
 from migrator.journal_entry import JournalEntry
 from migrator.model import (
     DomainName,
+    MigrationMode,
     MigrationProgress,
     MigrationState,
     PassKind,
@@ -209,3 +210,19 @@ async def test_a_note_that_fails_says_what_is_not_done(
         ended = await world.ended(began)
         assert ended.state is _S.COMPLETED, ended.error
         assert [each.dropped for each in failures] == [(v.ResumeGuest(),)]
+
+
+async def test_a_cap_that_is_changed_in_post_copy_outlives_the_source_s_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next agent's engine had the one from before, and so had whoever looked."""
+    async with migration_world(tmp_path, monkeypatch) as world:
+        began = await world.migrate(mode=MigrationMode.POSTCOPY)
+        runner = world.a.manager._runners[began.id]
+        await world.until(lambda: runner.session.state is _S.POSTCOPY)
+        await world.a.manager.limit(began.id, 5_000_000)
+        await runner.journalled(20.0)
+        await world.a.crash()
+        await world.a.restart(world.b)
+        session = world.a.manager._runners[began.id].session
+        assert session.request.bandwidth_bytes_per_s == 5_000_000
