@@ -44,7 +44,7 @@ from migrator.engine_messages import (
     Stopped,
     ToEngine,
 )
-from migrator.errors import EngineError, WrongStateError
+from migrator.errors import EngineError, WrongStateError, words
 from migrator.ranges import Ranges
 
 _CONNECTIONS_MAX: Final = 2 * frames.STREAMS_MAX + 16
@@ -91,7 +91,7 @@ class DestinationEngine:
             self._listener = _listen(configure.bind_address)
         except OSError as error:
             raise EngineError(
-                f"can't listen on {configure.bind_address or 'any address'}: {error}"
+                f"can't listen on {configure.bind_address or 'any address'}: {words(error)}"
             ) from error
 
     def run(self) -> None:

@@ -12,7 +12,7 @@ from migrator.engine import frames
 from migrator.engine.frames import FrameKind, Header, RegionShape
 from migrator.engine.link import TcpFigures, tcp_figures
 from migrator.engine.transport import StreamSocket, is_buffered, limit_send_buffer, limit_waits
-from migrator.errors import RemoteProtocolError
+from migrator.errors import RemoteProtocolError, words
 from migrator.ranges import Ranges
 
 _VECTOR_MAX: Final = 1024  # IOV_MAX
@@ -98,7 +98,7 @@ class PageSocket:
                 if count:
                     vector[done] = memoryview(vector[done])[count:]
         except OSError as error:
-            raise StreamEndedError(f"sending: {error}") from error
+            raise StreamEndedError(f"sending: {words(error)}") from error
 
     def receive(self) -> tuple[Header, Ranges | None]:
         """The next frame; any time may pass before it. A payload is in `payload` then.
@@ -128,7 +128,7 @@ class PageSocket:
                     continue
                 raise StreamEndedError("silence within a frame") from None
             except OSError as error:
-                raise StreamEndedError(f"receiving: {error}") from error
+                raise StreamEndedError(f"receiving: {words(error)}") from error
             if count == 0:
                 raise StreamEndedError("the other engine closed the stream")
             got += count

@@ -140,7 +140,7 @@ def open_welcomed(
         if sock is not None:
             sock.close()
         raise StreamBrokenError(
-            f"connecting to {endpoint.host}:{endpoint.port}: {error}"
+            f"connecting to {endpoint.host}:{endpoint.port}: {words(error)}"
         ) from error
     except BaseException:
         if sock is not None:

@@ -26,7 +26,7 @@ from typing import Final, cast
 import msgspec
 
 from migrator.engine.control import POLL_IN, POLL_OUT, Waiter
-from migrator.errors import ConfigError, EngineError
+from migrator.errors import ConfigError, EngineError, words
 from migrator.tls import (
     TlsFiles,
     client_context,
@@ -310,7 +310,7 @@ def check_local_address(address: str) -> None:
             sock.bind(name)
     except OSError as error:
         raise EngineError(
-            f"this node's migration address {address} can't be used: {error}; "
+            f"this node's migration address {address} can't be used: {words(error)}; "
             "pages don't leave from another one"
         ) from error
 

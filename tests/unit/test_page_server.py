@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -18,8 +19,8 @@ from migrator.engine.frames import FrameKind, Header, StreamHello, StreamKind, S
 from migrator.engine.memory import MappedRegion
 from migrator.engine.packing_policy import PackingPolicy
 from migrator.engine.page_server import PageServer
-from migrator.engine.page_socket import PageSocket
-from migrator.engine.stream import Endpoint, StreamBrokenError, StreamRefusedError
+from migrator.engine.page_socket import PageSocket, StreamEndedError
+from migrator.engine.stream import Endpoint, StreamBrokenError, StreamRefusedError, open_welcomed
 from migrator.engine_messages import ChannelBroken, ChannelRestored, FromEngine, RegionLayout
 from migrator.errors import RemoteProtocolError
 from migrator.ranges import Ranges
@@ -119,7 +120,7 @@ def test_a_server_that_was_closed_holds_no_descriptor(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(page_server, "open_welcomed", open_welcomed)
     region = region_of("guest")
-    before = os.listdir("/proc/self/fd")
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(3):
         server = PageServer(
             Endpoint(host="", port=0),
@@ -134,5 +135,23 @@ def test_a_server_that_was_closed_holds_no_descriptor(monkeypatch: pytest.Monkey
         server.start()
         server.close()
         server.close()
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
     os.close(region.fd)
+
+
+def test_why_pages_dont_come_is_told_in_words() -> None:
+    """Users read it. None of the kernel's numbers."""
+    ours, theirs = socket.socketpair()
+    stream = PageSocket(ours, [], 5.0)
+    theirs.close()
+    with pytest.raises(StreamEndedError, match=r"^sending: Broken pipe$"):
+        stream.send(FrameKind.LIST)
+    stream.close()
+    stop = Signal()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    hello = StreamHello(version=1, migration_id="m", secret=b"", kind=StreamKind.BULK)
+    endpoint = Endpoint(host="127.0.0.1", port=port)
+    with pytest.raises(StreamBrokenError, match=rf"^connecting to .*:{port}: Connection refused$"):
+        open_welcomed(endpoint, hello, HelperWaiter(stop))
+    stop.close()
