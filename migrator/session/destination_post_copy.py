@@ -4,7 +4,8 @@
   that dies has a successor, and the source is told where that listens.
 - Whether pages are missing after a restart only an engine can tell, which looks before it listens.
 - A source that is gone for good says nothing, and its pages don't come. Only an operator knows it:
-  who stops the domain ends the guest here (CancelRequested).
+  who stops the domain ends the guest here (CancelRequested). So it does where the hypervisor, which
+  may wait for a page itself, never said that it had resumed it, or says nothing to the next agent.
 - That nothing is missing any more is journalled before it is said: the source destroys its copy
   when it hears it, and a restarted agent mustn't look for missing pages again.
 """
@@ -44,6 +45,7 @@ from migrator.session.vocabulary import (
 
 _S = MigrationState
 _WITH_PAGES_MISSING = (_S.PRECOPY, _S.SWITCHOVER, _S.HANDOFF, _S.RECOVERING, _S.POSTCOPY)
+_RESUMING = (_S.HANDOFF, _S.RECOVERING)
 
 
 class DestinationPostCopy(DestinationView):
@@ -71,9 +73,22 @@ class DestinationPostCopy(DestinationView):
             case PagesComplete():
                 self.complete = event
                 return False
+            case CancelRequested() if self._waits_silently:
+                self._resume_issued = True  # Or was about to be: whatever the source has is older.
+                self._lost(event.reason)
+            case _ if self._lost_reason and self.state in _RESUMING:
+                self._end_lost(event)
             case _:
                 return False
         return True
+
+    @property
+    def _waits_silently(self) -> bool:
+        """The guest was resumed, by the last agent perhaps, and its hypervisor doesn't say so: its
+        main loop may wait for a page, too.
+        """
+        silent = bool(self._stuck) and self.state in _RESUMING and not self._dead
+        return silent and self.pages_missing and self.may_have_run
 
     def _revive_engine(self, reason: str) -> None:
         self._listening = None

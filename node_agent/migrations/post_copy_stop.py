@@ -59,11 +59,12 @@ async def stop_in_post_copy(
 
 def _lacks_pages(runner: Runner, domain: DomainName) -> bool:
     session = runner.session
-    return (
-        isinstance(session, DestinationSession)
-        and session.domain == domain
-        and session.state is MigrationState.POSTCOPY
-    )
+    if not isinstance(session, DestinationSession) or session.domain != domain:
+        return False
+    if session.state in (MigrationState.HANDOFF, MigrationState.RECOVERING):
+        # Its hypervisor may wait for a page, too, and not say that it has resumed the guest.
+        return session.pages_missing and session.may_have_run
+    return session.state is MigrationState.POSTCOPY
 
 
 async def _within(event: asyncio.Event, seconds: float) -> bool:

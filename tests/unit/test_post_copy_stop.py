@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from migrator.errors import ConflictError
-from migrator.model import DomainState, MigrationMode, MigrationState, OwnershipState
+from migrator.model import (
+    DomainName,
+    DomainState,
+    DomainStatus,
+    MigrationMode,
+    MigrationRequest,
+    MigrationState,
+    OwnershipState,
+)
 from migrator.runner import Runner
 from migrator.session import vocabulary as v
+from migrator.session.messages import Filled
 from tests.unit.migration_world import WEB, MigrationWorld, migration_world
+from tests.unit.session_pair import DESTINATION, SessionPair
 
 
 @pytest.fixture
@@ -78,3 +89,65 @@ async def test_pages_that_come_in_time_are_waited_for(world: MigrationWorld) -> 
 async def test_what_isnt_in_post_copy_is_not_its_concern(world: MigrationWorld) -> None:
     assert not await world.a.manager.stop_in_post_copy(WEB, 20.0)
     assert world.running() == ["a"]
+
+
+async def test_a_hypervisor_that_tells_the_next_agent_nothing_can_be_stopped(
+    world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its main loop may wait for a page, too."""
+    runner = await in_post_copy(world)
+    await world.a.crash()
+    await runner.journalled(20.0)
+    await world.b.crash()
+    inspect = world.b.node.hypervisor.inspect
+
+    async def silent(domain: DomainName) -> DomainStatus:
+        status = await inspect(domain)
+        if status.state is DomainState.STOPPED:
+            return status
+        return msgspec.structs.replace(status, state=DomainState.UNKNOWN, reason="it is silent")
+
+    monkeypatch.setattr(world.b.node.hypervisor, "inspect", silent)
+    await world.b.restart(world.a)
+    session = world.b.manager._runners[runner.session.migration_id].session
+    recovering = MigrationState.RECOVERING
+    await world.until(lambda: session.state is recovering and "silent" in vars(session)["_stuck"])
+    assert await world.b.manager.stop_in_post_copy(WEB, 0.0)
+    assert session.state is MigrationState.FAILED
+    assert world.running() == []
+    record = await world.b.node.ownership.read(WEB)
+    assert record is not None
+    assert (record.owner, record.state) == ("b", OwnershipState.STOPPED)
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+def test_a_guest_whose_resume_nobody_heard_of_is_ended(restarted: bool) -> None:
+    """And its source, should it come back after all, mustn't take it back."""
+    pair = SessionPair(MigrationRequest(destination="n2", mode=MigrationMode.POSTCOPY))
+    if restarted:
+        pair.run()
+    else:
+        pair.fail(v.ResumeGuest)
+    pair.fail(v.InspectGuest)
+    if restarted:
+        pair.restart(DESTINATION)
+    pair.run()
+    assert pair.destination.state in (MigrationState.HANDOFF, MigrationState.RECOVERING)
+    pair.push(pair.destination, v.CancelRequested(reason="it was stopped"))
+    assert pair.run() == (MigrationState.FAILED, MigrationState.FAILED)
+    assert pair.source.error == "it was stopped"
+    assert isinstance(pair.destination.last_word(), Filled)
+
+
+def test_a_guest_that_never_ran_is_not_ended_for_a_stop() -> None:
+    """The source may take it back."""
+    pair = SessionPair(MigrationRequest(destination="n2", mode=MigrationMode.POSTCOPY))
+    pair.silence(v.Fence)
+    pair.run()
+    pair.fail(v.InspectGuest)
+    pair.restart(DESTINATION)
+    pair.run()
+    pair.push(pair.destination, v.CancelRequested(reason="it was stopped"))
+    pair.run()
+    assert pair.destination.state is MigrationState.RECOVERING
+    assert "DestroyGuest" not in pair.commands(DESTINATION)
