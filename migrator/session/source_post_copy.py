@@ -63,6 +63,7 @@ class SourcePostCopy(SourceRecovery):
 
     def _engine_lost(self, reason: str) -> None:
         self._engine_up = False
+        self._sent_before_bytes = self._live.bytes_sent  # Its successor counts anew.
         self._note_again("engine lost", reason)
         self._pages_stop(reason)
         if self._gone and self.state is _S.POSTCOPY:

@@ -85,7 +85,7 @@ class SourceView(Session):
         """How it was expected to go; after the first iteration at the latest it is known."""
         self._live = MigrationProgress(state=self.state)
         self._sent_before_bytes = 0
-        """By the engines of the agent that was restarted."""
+        """By engines that are gone: of the agent that was restarted, and in post-copy."""
         self._forced = False
         self._pass_running = False
         self._leaving: tuple[str, bool] | None = None
