@@ -61,6 +61,7 @@ JOIN: Final = "trust.join"
 RENEW: Final = "trust.renew"
 SIGN_TIMEOUT_S: Final = 10.0
 HOURS_S: Final = 3600.0
+_AGAIN: Final = "`ferry cluster token` on a member, then `ferry cluster join TOKEN --again` here"
 
 R = TypeVar("R")
 
@@ -344,7 +345,8 @@ class Trust:
             raise ConfigError(
                 f"store: it belongs to another cluster ({entry.value.name}, fingerprint "
                 f"{entry.value.fingerprint[:16]}...), this node's certificate to "
-                f"{self.identity.cluster} ({self.identity.fingerprint[:16]}...)"
+                f"{self.identity.cluster} ({self.identity.fingerprint[:16]}...); if the "
+                f"cluster has a new authority: {_AGAIN}"
             )
 
     async def _check_member(self) -> None:
@@ -353,15 +355,15 @@ class Trust:
         entry = await self._store.get(key, MemberRecord)
         if entry is not None and not entry.value.active:
             raise ConfigError(
-                f"this node ({self.node}) was removed from the cluster; to come back: "
-                "`ferry cluster token` on a member, then `ferry cluster join TOKEN` here"
+                f"this node ({self.node}) was removed from the cluster; to come back: {_AGAIN}"
             )
         signs = self._authority is not None
         if entry is None:
             if not signs:
                 raise ConfigError(
                     f"store: it doesn't know a member {self.node}; is it the store that the other "
-                    "members use?"
+                    "members use? If it was restored from a copy of before this node joined: "
+                    f"{_AGAIN}"
                 )
             record = MemberRecord(
                 name=self.node,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from pathlib import Path
 
 import msgspec
@@ -22,7 +23,13 @@ from node_agent.cli.errors import ApiProblem, CliError, ExitCode
 from node_agent.events import EventKind
 from node_agent.trust import certificates, join_token
 from node_agent.trust.join_token import format_token, make_token, parse_token
-from node_agent.trust.records import JOIN_TOKENS, JoinRequest, JoinTokenRecord
+from node_agent.trust.records import (
+    JOIN_TOKENS,
+    MEMBERS,
+    JoinRequest,
+    JoinTokenRecord,
+    MemberRecord,
+)
 from tests.unit.peers_world import Text, until
 from tests.unit.trust_world import Member, TrustWorld, node_config, trust_world
 
@@ -200,6 +207,21 @@ async def test_a_store_of_another_cluster_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="belongs to another cluster"):
             await lost.trust.open()
         await lost.store.close()
+
+
+async def test_a_member_that_may_not_start_is_told_how_to_come_back(tmp_path: Path) -> None:
+    again = "`ferry cluster join TOKEN --again`"
+    async with trust_world(tmp_path, 2) as world:
+        store, two = world.one.typed, world.members["n2"].trust
+        entry = await store.get(f"{MEMBERS}n2", MemberRecord)
+        assert entry is not None
+        removed = msgspec.structs.replace(entry.value, removed_at_s=time.time())
+        revision = await store.put_if(entry.key, removed, entry.revision)
+        with pytest.raises(ConfigError, match=f"was removed from the cluster.*{again}"):
+            await two.open()
+        assert revision is not None and await store.delete_if(entry.key, revision)
+        with pytest.raises(ConfigError, match=f"doesn't know a member n2.*{again}"):
+            await two.open()
 
 
 def test_damaged_tokens_are_told_from_good_ones() -> None:
