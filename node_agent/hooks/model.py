@@ -7,7 +7,8 @@
     on-failure          the migration failed or was cancelled; the domain runs where it ran
     node-draining       a node is about to be emptied; a hook may forbid it
     node-drained        it is empty
-    node-opened         it takes domains again: an undrain is over, or a drain was cancelled
+    node-opened         it takes domains again: an undrain is over, a drain was cancelled, or a
+                        drained node was uncordoned
 
 Every call may come twice (after an agent's crash): a hook must bear that. The calls of one
 migration carry its id.
