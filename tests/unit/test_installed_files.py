@@ -1,0 +1,49 @@
+"""What a host gets beside the programs: the sample of its configuration, and the agent's unit."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import typing
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from node_agent.config import AgentConfig, parse_config
+from node_agent.config_table import Table
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+SAMPLE = (DEPLOY / "samples" / "agent.toml").read_text(encoding="utf-8")
+SECTION = re.compile(r"^\[+(\w+)\]+.*$", re.MULTILINE)
+KEY = re.compile(r"^(?:# )?(\w+) = ", re.MULTILINE)
+
+
+def tables() -> dict[str, type[Table]]:
+    """By name, but for the pools', whose keys are their driver's."""
+    found: dict[str, type[Table]] = {}
+    for field in msgspec.structs.fields(AgentConfig):
+        kind = (*typing.get_args(field.type), field.type)[0]
+        if isinstance(kind, type) and issubclass(kind, Table):
+            found[field.name] = kind
+    return found
+
+
+def test_the_sample_is_a_configuration() -> None:
+    assert parse_config(SAMPLE).node.name == "n1"
+
+
+@pytest.mark.parametrize("table", tables())
+def test_the_sample_has_every_key_and_no_other(table: str) -> None:
+    parts = SECTION.split(SAMPLE)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    known = {field.name for field in msgspec.structs.fields(tables()[table])}
+    assert set(KEY.findall(sections[table])) == known
+
+
+def test_systemd_never_gives_the_agent_up_and_leaves_its_guests() -> None:
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.read(DEPLOY / "systemd" / "ferry-agent.service", encoding="utf-8")
+    assert unit["Unit"]["StartLimitIntervalSec"] == "0"
+    assert unit["Service"]["Restart"] == "always"
+    assert unit["Service"]["KillMode"] == "process"
