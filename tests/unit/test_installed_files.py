@@ -1,4 +1,4 @@
-"""What a host gets beside the programs: the sample of its configuration, and the agent's unit."""
+"""What a host gets beside the programs: the sample of its configuration, and units of systemd."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ def test_the_sample_has_every_key_and_no_other(table: str) -> None:
     assert set(KEY.findall(sections[table])) == known
 
 
-def test_systemd_never_gives_the_agent_up_and_leaves_its_guests() -> None:
+@pytest.mark.parametrize("name", ["ferry-agent", "ferry-nbd"])
+def test_systemd_never_gives_it_up_and_leaves_what_guests_need(name: str) -> None:
     unit = configparser.ConfigParser(interpolation=None)
-    unit.read(DEPLOY / "systemd" / "ferry-agent.service", encoding="utf-8")
+    unit.read(DEPLOY / "systemd" / f"{name}.service", encoding="utf-8")
     assert unit["Unit"]["StartLimitIntervalSec"] == "0"
     assert unit["Service"]["Restart"] == "always"
     assert unit["Service"]["KillMode"] == "process"
