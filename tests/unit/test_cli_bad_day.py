@@ -42,6 +42,17 @@ async def test_an_owner_that_cant_be_asked_has_the_code_of_silence(
     assert json.loads(said.err.splitlines()[-1])["code"] == "peer-unreachable"
 
 
+async def test_a_kept_definition_can_be_defined_again(ferry: Ferry, tmp_path: Path) -> None:
+    await define(ferry, "--vcpus", "2")
+    (kept,) = json.loads((await ferry("domain", "ls", "--json")).out)
+    file = tmp_path / "web.json"
+    file.write_text(json.dumps(kept["spec"]))
+    await ferry("domain", "rm", "web")
+    await ferry("domain", "define", "-f", str(file))
+    (again,) = json.loads((await ferry("domain", "ls", "--json")).out)
+    assert again["spec"] == kept["spec"]
+
+
 async def test_a_migration_tells_which_node_is_silent_and_what_caps_it(
     ferry: Ferry, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
