@@ -63,6 +63,8 @@ These options may stand anywhere:
 
 Without them: the current context, /run/ferry/api.sock, or the only lab of this machine.
 
+When something is wrong: `ferry doctor`, and docs/bad-day.md (in /usr/share/doc/ferry).
+
 {EXIT_CODES_HELP}
 """
 
