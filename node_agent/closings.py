@@ -126,7 +126,7 @@ class Closings:
         newest = max(token, self._left.get(key, 0))
         try:
             if await self._close_unused(key, newest, without=domain):
-                await self._strike([key])
+                await self._strike({key: newest})
                 return
             log.info("volume %s/%s stays open: another domain here has it", pool, volume)
         except FerryError as error:
@@ -142,22 +142,24 @@ class Closings:
         for key in sorted(self._left):
             by_pool[key[0]].append(key)
         closed = await asyncio.gather(*(self._retry_pool(*each) for each in by_pool.items()))
-        await self._strike([key for keys in closed for key in keys])
+        await self._strike({key: token for each in closed for key, token in each.items()})
 
-    async def _retry_pool(self, pool: PoolName, keys: Sequence[Volume]) -> Sequence[Volume]:
+    async def _retry_pool(self, pool: PoolName, keys: Sequence[Volume]) -> Mapping[Volume, int]:
+        """Those that are closed now, under which tokens."""
         if pool not in self._pools:
-            return ()  # It may be configured again.
-        closed: list[Volume] = []
+            return {}  # It may be configured again.
+        closed: dict[Volume, int] = {}
         try:
             if self._look is not None:
                 await self._look(pool)
             for key in keys:
-                if await self._close_unused(key, self._left[key]):
+                token = self._left.get(key)  # Meanwhile a domain may have closed it.
+                if token is not None and await self._close_unused(key, token):
                     log.info("volume %s/%s is closed now", *key)
-                    closed.append(key)
+                    closed[key] = token
         except ConflictError as error:
             log.error("what is open of pool %s stays so: %s", pool, error)
-            return keys
+            return {key: self._left[key] for key in keys if key in self._left}
         except FerryError as error:
             log.debug("pool %s: its volumes can't be closed yet: %s", pool, error)
         return closed
@@ -176,10 +178,12 @@ class Closings:
             await driver.close(volume, FencingToken(token))
         return True
 
-    async def _strike(self, keys: Sequence[Volume]) -> None:
+    async def _strike(self, closed: Mapping[Volume, int]) -> None:
+        """What was noted since, under a newer token, stays."""
         before = len(self._left)
-        for key in keys:
-            self._left.pop(key, None)
+        for key, token in closed.items():
+            if self._left.get(key, 0) <= token:
+                self._left.pop(key, None)
         if len(self._left) < before:
             await self._save()
 

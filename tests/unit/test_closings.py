@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -18,10 +20,12 @@ from migrator.model import (
     PoolName,
     VolumeName,
 )
+from migrator.ports import VolumeDriver
 from node_agent.closings import Closings, Left
 from node_agent.domains import DomainService
 from node_agent.state_file import StateFile
 from tests.unit.agent_world import World, open_world, spec_of
+from tests.unit.node_life import eventually
 
 DEFAULT, ISO = PoolName("default"), VolumeName("iso")
 A = NodeName("a")
@@ -121,3 +125,39 @@ async def test_a_file_that_is_none_and_a_pool_that_is_gone_do_no_harm(
     await closings.let_go("web", PoolName("gone"), ISO, 3)
     await closings.retry()
     assert closings.left == [Left(pool="gone", volume="iso", token=3)]
+
+
+async def test_what_is_noted_while_others_are_closed_stays_noted(
+    world: World, tmp_path: Path
+) -> None:
+    """All that a retry has closed is struck at its end: when its slowest pool has answered."""
+    node, path, slow = world.a, tmp_path / "closings.json", PoolName("slow")
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def close(_volume: VolumeName, _token: FencingToken) -> None:
+        asked.set()
+        await answer.wait()
+
+    async def closed() -> bool:
+        return not opened_on_a(world)
+
+    pools: dict[PoolName, VolumeDriver] = {DEFAULT: node.pool}
+    pools[slow] = Mock(spec=VolumeDriver, close=close)
+    left = [Left(pool="default", volume="iso", token=7), Left(pool="slow", volume="iso", token=1)]
+    path.write_bytes(msgspec.json.encode(left))
+    closings = Closings(pools, node.hypervisor.launched_all, file=StateFile(path))
+    await closings.open()
+    await node.pool.open(ISO, FencingToken(7), read_only=False)
+    retry = asyncio.create_task(closings.retry())
+    await asyncio.wait_for(asked.wait(), 5.0)
+    await eventually(closed)
+    await node.pool.open(ISO, FencingToken(9), read_only=False)
+    node.pool.faults.lost = True
+    await closings.let_go("web", DEFAULT, ISO, 9)
+    node.pool.faults.lost = False
+    answer.set()
+    await retry
+    assert closings.left == [Left(pool="default", volume="iso", token=9)]
+    await closings.retry()
+    assert (closings.left, opened_on_a(world)) == ([], set())
+    await closings.close()
