@@ -293,12 +293,8 @@ def storage_server(lab: str, kind: str, *, run: bool) -> bool:
 
 
 def namespace_of(lab: str, where: str) -> str:
-    """The namespace of a node, an etcd member, `client`, `storage` or `switch`. NotFoundError."""
-    plan = load(lab).plan
-    roles = ("client", "storage", "switch", *(("router",) if plan.has_router else ()))
-    if where in (*roles, *(each.name for each in plan.etcd_members)):
-        return plan.namespace(where)
-    return plan.node(where).namespace
+    """The namespace of a node, or of another host of the lab. NotFoundError names them all."""
+    return load(lab).plan.namespace_of(where)
 
 
 def command_in(lab: str, where: str, command: Sequence[str]) -> list[str]:

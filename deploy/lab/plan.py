@@ -258,6 +258,17 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
         names = ", ".join(node.name for node in self.nodes)
         raise NotFoundError(f"lab {self.name} has no node {name!r}; its nodes are {names}")
 
+    def namespace_of(self, where: str) -> str:
+        """Of a node, or of another host of the lab. NotFoundError naming all that there are."""
+        router = ("router",) if self.has_router else ()
+        nodes = (node.name for node in self.nodes)
+        members = (member.name for member in self.etcd_members)
+        known = (*nodes, "client", "storage", "switch", *router, *members)
+        if where not in known:
+            names = ", ".join(known)
+            raise NotFoundError(f"lab {self.name} has no {where!r}; it has {names}")
+        return self.namespace(where)
+
     @property
     def guest_network(self) -> str:
         return f"10.78.{self.index}.0/24"

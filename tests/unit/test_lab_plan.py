@@ -125,6 +125,17 @@ def test_an_unknown_node_and_guest_address_are_refused() -> None:
         plan_of().guest_address(250)
 
 
+def test_where_a_command_can_run_is_named_whole() -> None:
+    """As `ferry lab exec` takes it: not only the nodes."""
+    plan = msgspec.structs.replace(plan_of(), fabric=FabricKind.ROUTED, store=StoreKind.ETCD)
+    known = "n1, n2, n3, client, storage, switch, router, etcd1, etcd2, etcd3"
+    with pytest.raises(NotFoundError, match=f"lab lab has no 'n4'; it has {known}$"):
+        plan.namespace_of("n4")
+    assert {plan.namespace_of(where) for where in known.split(", ")} == set(plan.namespaces)
+    with pytest.raises(NotFoundError, match=r"it has n1, n2, n3, client, storage, switch$"):
+        plan_of().namespace_of("router")
+
+
 def test_the_agents_configuration_is_one_that_the_agent_reads() -> None:
     plan = plan_of()
     for node in plan.nodes:
