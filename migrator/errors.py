@@ -3,6 +3,7 @@
     FerryError
     ├── InvalidRequest          the caller's fault: a field is wrong; names each one
     │   └── RefusedError        valid, but refused before anything moved; carries all reasons
+    │       └── NoSuchNodeError it names a node that there isn't; that is one of the reasons
     ├── UnauthenticatedError    nobody knows who asks: no token, or a wrong, old or revoked one
     ├── ForbiddenError          it is known who asks, and that they may not
     ├── NotFoundError           no such domain, node, migration, volume
@@ -80,6 +81,13 @@ class RefusedError(InvalidRequest):
         """`fields`: of the object's definition, where the refusal is about some of them."""
         super().__init__(message, fields)
         self.reasons = tuple(reasons)
+
+
+class NoSuchNodeError(RefusedError):
+    """One of the reasons, which nothing but another name mends: there is no such node."""
+
+    code = "no-such-node"
+    http_status = 404
 
 
 class UnauthenticatedError(FerryError):

@@ -73,7 +73,7 @@ from node_agent.cluster_views import Snapshot, domain_view, node_view
 from node_agent.domain_records import DomainRecords
 from node_agent.domains import ConsoleChunk, DomainService
 from node_agent.events import EventLog
-from node_agent.homes import choose_home
+from node_agent.homes import choose_destination, choose_home, no_such_destination
 from node_agent.hooks.service import HookService
 from node_agent.migrations.endings import too_late
 from node_agent.migrations.service import MigrationService
@@ -189,6 +189,8 @@ class ClusterService:
     async def start(self, domain: DomainName, node: NodeName | None = None) -> Domain:
         """Start it on `node`; by default where it ran last, else here."""
         await self._records.get(domain)
+        if node is not None and node != self.node:
+            await self._nodes.get(node)
         owned = await self._ownership.read(domain)
         if owned is not None and owned.state is OwnershipState.RUNNING and owned.owner != node:
             if node is not None:
@@ -199,8 +201,6 @@ class ClusterService:
         if node is None:
             last = NodeName(owned.owner) if owned is not None else self.node
             node = await choose_home(last, await self._nodes.read(), self.list_nodes)
-        elif node != self.node:
-            await self._nodes.get(node)
         await self._hub.call(
             node, START, DomainParams(domain=domain), OwnershipRecord, timeout_s=START_TIMEOUT_S
         )
@@ -290,11 +290,16 @@ class ClusterService:
     async def migrate(self, domain: DomainName, body: MigrationCreate) -> Migration:
         """Begin to migrate it. RefusedError with every reason; then nothing was changed."""
         source = await self._owner(domain)
-        request = body.towards(await self._destination(source, body))
-        params = MigrationParams(domain=domain, request=request)
-        return await self._hub.call(
-            source, MIGRATION_CREATE, params, Migration, timeout_s=OPERATION_TIMEOUT_S
-        )
+        destination = await self._destination(source, body)
+        params = MigrationParams(domain=domain, request=body.towards(destination))
+        try:
+            return await self._hub.call(
+                source, MIGRATION_CREATE, params, Migration, timeout_s=OPERATION_TIMEOUT_S
+            )
+        except RefusedError as error:
+            if destination in await self._nodes.read():
+                raise
+            raise no_such_destination(domain, destination, error.reasons) from error
 
     async def check_migration(
         self, domain: DomainName, body: MigrationCreate, sample_seconds: float
@@ -312,13 +317,15 @@ class ClusterService:
         verdict = await self._hub.call(
             source, MIGRATION_CHECK, params, Verdict, timeout_s=OPERATION_TIMEOUT_S
         )
+        known = destination in await self._nodes.read()
         result = DryRun(
             destination=destination,
             refused=verdict.reasons,
+            destination_known=known,
             engine=verdict.engine,
             engine_reason=verdict.engine_reason,
         )
-        if destination == source:  # Its link to itself says nothing.
+        if destination == source or not known:  # Its link to itself says nothing.
             return msgspec.structs.replace(result, prediction_unknown="nothing would move")
         wanted = PredictParams(domain=domain, request=request, sample_seconds=sample_seconds)
         wait_s = sample_seconds + OPERATION_TIMEOUT_S
@@ -397,13 +404,7 @@ class ClusterService:
     async def _destination(self, source: NodeName, body: MigrationCreate) -> NodeName:
         if body.destination is not None:
             return NodeName(body.destination)
-        ready = [
-            node for node in await self.list_nodes() if node.state.admits and node.name != source
-        ]
-        if not ready:
-            reason = f"no node but {source} is ready"
-            raise RefusedError(f"there is no destination: {reason}", [reason])
-        return NodeName(max(ready, key=lambda node: node.memory_free_bytes).name)
+        return choose_destination(source, await self.list_nodes())
 
     async def _migrating(self) -> Mapping[DomainName, str]:
         migrations = await self._migrations.list_migrations()

@@ -165,10 +165,11 @@ class NodeRegistry:
 
     async def get(self, node: NodeName) -> NodeView:
         """NotFoundError if no node of this name was ever seen."""
-        view = (await self.read()).get(node)
-        if view is None:
-            raise NotFoundError(f"there is no node {node}")
-        return view
+        views = await self.read()
+        if node not in views:
+            known = ", ".join(sorted(views)) or "none"
+            raise NotFoundError(f"there is no node {node}; known: {known}")
+        return views[node]
 
     async def _look(self) -> None:
         views = await self.read()

@@ -178,6 +178,8 @@ class DryRun(Value, frozen=True, kw_only=True):
 
     destination: str
     refused: tuple[str, ...]
+    destination_known: bool = True
+    """False: there is no such node, and the migration itself would be answered with 404."""
     engine: EngineKind | None = None
     """Which one it would take: paged or native; null where that can't be said."""
     engine_reason: str = ""

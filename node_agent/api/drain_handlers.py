@@ -6,10 +6,8 @@ from typing import Final
 
 from aiohttp import web
 
-from migrator.errors import NotFoundError
-from migrator.model import NodeName
 from node_agent.api.auth import asker_of
-from node_agent.api.requests import CLUSTER, drain_of, flag, node_of, read_body, reply
+from node_agent.api.requests import drain_of, find_node, flag, node_of, read_body, reply
 from node_agent.drain.resources import (
     CancelMode,
     CordonRequest,
@@ -18,7 +16,6 @@ from node_agent.drain.resources import (
     UndrainRequest,
 )
 from node_agent.drain.service import DrainService
-from node_agent.resources import Node
 
 DRAIN_SERVICE: Final = web.AppKey("drains", DrainService)
 
@@ -29,14 +26,14 @@ async def cordon_node(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, CordonRequest, required=False)
     cordons = request.app[DRAIN_SERVICE].cordons
     await cordons.cordon(node, asker_of(request), body.reason)
-    return reply(await _node(request, node))
+    return reply(await find_node(request, node))
 
 
 async def uncordon_node(request: web.Request) -> web.StreamResponse:
     """The node, which takes domains again."""
     node = node_of(request)
     await request.app[DRAIN_SERVICE].cordons.uncordon(node, asker_of(request))
-    return reply(await _node(request, node))
+    return reply(await find_node(request, node))
 
 
 async def drain_node(request: web.Request) -> web.StreamResponse:
@@ -96,10 +93,3 @@ async def balance_nodes(request: web.Request) -> web.StreamResponse:
 
 def _mode(request: web.Request) -> CancelMode:
     return CancelMode.ABORT if flag(request, "abort_moves") else CancelMode.LET_END
-
-
-async def _node(request: web.Request, name: NodeName) -> Node:
-    for node in await request.app[CLUSTER].list_nodes():
-        if node.name == name:
-            return node
-    raise NotFoundError(f"there is no node {name}")

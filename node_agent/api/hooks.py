@@ -7,7 +7,7 @@ from typing import Final
 from aiohttp import web
 
 from migrator.model import DomainName
-from node_agent.api.requests import CLUSTER, domain_of, read_body, reply
+from node_agent.api.requests import CLUSTER, domain_of, find_node, read_body, reply
 from node_agent.api.route import Route
 from node_agent.hooks.model import HookCall, HookList, HookSpec, HookTest, HookTestResult
 from node_agent.pressure.policy import PressureAnswer, PressureReport
@@ -44,6 +44,8 @@ async def test_hook(request: web.Request) -> web.StreamResponse:
     """When it was run."""
     cluster = request.app[CLUSTER]
     body = await read_body(request, HookTest)
+    if body.node is not None:  # What it does for a node that there isn't may be a harm.
+        await find_node(request, body.node)
     addresses: tuple[str, ...] = ()
     if body.domain is not None:
         spec = (await cluster.get_domain(DomainName(body.domain))).spec

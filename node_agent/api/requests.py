@@ -14,6 +14,7 @@ from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN
 from migrator.model import DomainName, FileName, Name, NodeName, PoolName, VolumeName
 from node_agent.api.validation import decode_body
 from node_agent.cluster import ClusterService
+from node_agent.resources import Node
 
 T = TypeVar("T")
 
@@ -75,6 +76,14 @@ def drain_of(request: web.Request) -> str:
 def node_of(request: web.Request) -> NodeName:
     """As `domain_of`."""
     return NodeName(_parameter(request, "node", Name, "node"))
+
+
+async def find_node(request: web.Request, name: str) -> Node:
+    """The node of that name. NotFoundError says which there are."""
+    nodes = {node.name: node for node in await request.app[CLUSTER].list_nodes()}
+    if name not in nodes:
+        raise NotFoundError(f"there is no node {name}; known: {', '.join(nodes) or 'none'}")
+    return nodes[name]
 
 
 def number(

@@ -11,7 +11,7 @@ from aiohttp import hdrs, web
 from migrator.errors import ConflictError, NotFoundError
 from migrator.model import Name, NodeName
 from node_agent.api.auth import caller_of
-from node_agent.api.requests import CLUSTER, flag, read_body, reply
+from node_agent.api.requests import CLUSTER, find_node, flag, read_body, reply
 from node_agent.events import EventKind
 from node_agent.metrics import CONTENT_TYPE, Seen, render
 from node_agent.resources import NodeRemoved
@@ -82,11 +82,7 @@ async def get_metrics(request: web.Request) -> web.StreamResponse:
 
 async def get_node(request: web.Request) -> web.StreamResponse:
     """One."""
-    name = _name(request, "node")
-    for node in await request.app[CLUSTER].list_nodes():
-        if node.name == name:
-            return reply(node)
-    raise NotFoundError(f"there is no node {name}")
+    return reply(await find_node(request, _name(request, "node")))
 
 
 async def remove_node(request: web.Request) -> web.StreamResponse:

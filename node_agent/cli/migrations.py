@@ -106,7 +106,7 @@ def migrate(
         query = f"dry_run=true&sample_seconds={sample_seconds:g}"
         result = client.post(f"{path}?{query}", DryRun, body)
         show(result, dry_run_text(name, result))
-        raise typer.Exit(ExitCode.REFUSED if result.refused else ExitCode.OK)
+        raise typer.Exit(_exit_code(result))
     migration = client.post(path, Migration, body)
     for phase in migration.timeline:
         if phase.name == "engine":  # It isn't the usual one, and may do harm.
@@ -116,6 +116,13 @@ def migrate(
         show(migration, text)
         return
     raise typer.Exit(watch_migration(client, migration))
+
+
+def _exit_code(result: DryRun) -> ExitCode:
+    """What the migration itself would end with at once."""
+    if not result.destination_known:
+        return ExitCode.NOT_FOUND
+    return ExitCode.REFUSED if result.refused else ExitCode.OK
 
 
 @app.command("ls")

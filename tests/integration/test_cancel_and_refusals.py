@@ -262,15 +262,15 @@ def test_ctrl_c_without_a_terminal_detaches(cluster: Cluster, guest: Guest) -> N
 # --- refusals --------------------------------------------------------------------------------
 
 
-def reasons(cluster: Cluster, domain: str, to: str) -> tuple[str, ...]:
+def reasons(cluster: Cluster, domain: str, to: str, status: int = 409) -> tuple[str, ...]:
     """Why it is refused: the dry run and the request must say the same, and change nothing."""
-    refused, said = both_refusals(cluster, domain, to)
+    refused, said = both_refusals(cluster, domain, to, status)
     assert without_times(said) == without_times(refused)
     return refused
 
 
 def both_refusals(
-    cluster: Cluster, domain: str, to: str
+    cluster: Cluster, domain: str, to: str, status: int = 409
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What the dry run says, and then the request. They change nothing."""
     path, body = f"/v1/domains/{domain}/migrations", MigrationCreate(destination=to)
@@ -278,7 +278,7 @@ def both_refusals(
     refused = cluster.api().post(f"{path}?dry_run=true", DryRun, body).refused
     with pytest.raises(ApiProblem) as problem:
         cluster.api().post(path, Migration, body)
-    assert problem.value.problem.status == 409
+    assert problem.value.problem.status == status
     after = cluster.domain(domain), len(cluster.migrations_of(domain))
     assert placed(after[0]) == placed(before[0])
     assert after[1] == before[1]
@@ -317,12 +317,12 @@ def assert_reasons(found: tuple[str, ...], *parts: str) -> None:
 
 def test_no_place_to_go(cluster: Cluster, guest: Guest) -> None:
     known = f"there is no node n9; known: n1, n2, n3 (the domain runs on {guest.node})"
-    assert_reasons(reasons(cluster, "mover", "n9"), known)
+    assert_reasons(reasons(cluster, "mover", "n9", 404), known)
     assert_reasons(reasons(cluster, "mover", guest.node), "runs on")
     api = cluster.api(guest.node)
     api.post("/v1/domains/mover/pause", Domain)
     try:
-        assert_reasons(reasons(cluster, "mover", "n9"), "there is no node n9", "paused")
+        assert_reasons(reasons(cluster, "mover", "n9", 404), "there is no node n9", "paused")
     finally:
         api.post("/v1/domains/mover/resume", Domain)
 
