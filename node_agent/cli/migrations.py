@@ -15,6 +15,7 @@ from migrator.model import (
     MigrationRequest,
     MigrationState,
     OnTimeout,
+    PassKind,
     PassReport,
 )
 from node_agent.cli.client import path_of
@@ -173,7 +174,7 @@ def show_migration(id: _IdArgument) -> None:
         ("error", each.error or ""),
         ("blackout", f"{each.blackout_ms:.1f} ms" if each.blackout_ms is not None else ""),
         ("total", f"{each.total_s:.2f} s" if each.total_s is not None else ""),
-        ("sent", size(progress.bytes_sent)),
+        ("sent", _sent(each)),
         ("to go", "" if each.ended else size(progress.remaining_bytes)),
         ("speed", "" if each.ended or speed is None else f"{size(speed)}/s"),
         ("engine", request.engine.value),
@@ -207,6 +208,15 @@ def show_migration(id: _IdArgument) -> None:
         headings = ("ITERATION", "KIND", "PAGES", "SENT", "RATIO", "TIME", "DIRTIED MEANWHILE")
         text += "\n\n" + table(headings, passes)
     show(each, text)
+
+
+def _sent(migration: Migration) -> str:
+    """All that was sent; and what of it no iteration has: pages that the guest, moved, lacked."""
+    sent_bytes, passes = migration.progress.bytes_sent, migration.iterations
+    later_bytes = sent_bytes - sum(each.bytes_sent for each in passes)
+    if later_bytes <= 0 or all(each.kind is not PassKind.MISSING for each in passes):
+        return size(sent_bytes)
+    return f"{size(sent_bytes)}, {size(later_bytes)} of it in post-copy"
 
 
 def compression_of(one: PassReport) -> str:

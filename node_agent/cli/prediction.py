@@ -80,11 +80,11 @@ def comparison(migration: Migration, prediction: Prediction) -> str:
     """A prediction beside what came of it."""
     done = bool(migration.ended)
     total, blackout = migration.total_s, migration.blackout_ms
-    sent = sum(each.bytes_sent for each in migration.iterations)
+    sent = size(migration.progress.bytes_sent)
     rows = [
         ("converges", "yes" if prediction.converges else "no", _converged(migration)),
         ("total", f"{prediction.total_s:.2f} s", "-" if total is None else f"{total:.2f} s"),
-        ("sent", size(prediction.bytes_sent), size(sent) if done else "-"),
+        ("sent", size(prediction.bytes_sent), sent if done else "-"),
         ("iterations", str(prediction.iterations), str(len(migration.iterations)) if done else "-"),
         (
             "blackout",

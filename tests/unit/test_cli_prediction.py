@@ -7,7 +7,7 @@ import json
 import msgspec
 import pytest
 
-from migrator.model import MigrationState, Phase
+from migrator.model import MigrationState, PassKind, PassReport, Phase
 from node_agent.cli.errors import ExitCode
 from tests.unit.agent_world import World
 from tests.unit.ferry_command import Ferry, define
@@ -82,3 +82,27 @@ async def test_whether_it_converged_is_told_by_what_was_decided(
     assert f"600 s, then {after}" in "\n".join(lines)
     line = next(each for each in lines if each.startswith("converges "))
     assert line.split()[-1] == said
+
+
+async def test_what_was_sent_is_one_figure_also_after_a_post_copy(
+    ferry: Ferry, world: World
+) -> None:
+    """The iterations know nothing of the pages that the guest asked for when it had moved."""
+    await define(ferry, "--start")
+    begun = json.loads((await ferry("migrate", "web", "--no-wait", "--json")).out)
+    migration = world.migrations[begun["id"]]
+    first = PassReport(
+        number=1, kind=PassKind.FIRST, seconds=1.0, pages=768, bytes_sent=3 * 1024**2
+    )
+    told = PassReport(number=2, kind=PassKind.MISSING, seconds=0.0, pages=512, bytes_sent=0)
+    world.a.migrations.known[migration.id] = msgspec.structs.replace(
+        migration,
+        prediction=await world.a.migrations.predict("web", migration.request, 1.0),
+        progress=msgspec.structs.replace(migration.progress, bytes_sent=5 * 1024**2),
+        iterations=(first, told),
+    )
+    world.a.migrations.end(begun["id"], MigrationState.COMPLETED)
+    lines = (await ferry("migration", "show", begun["id"])).out.splitlines()
+    shown = [line.split() for line in lines if line.startswith("sent")]
+    assert " ".join(shown[0]) == "sent: 5.0 MiB, 2.0 MiB of it in post-copy"
+    assert shown[1][-2:] == ["5.0", "MiB"]
