@@ -16,7 +16,8 @@
     ├── HypervisorError         the hypervisor refused, failed or died
     │   └── NotResumedError     a resume that is certain to have run no vCPU
     ├── StorageError            a volume or pool operation failed
-    │   └── FenceError          a fence could not be set or confirmed
+    │   ├── FenceError          a fence could not be set or confirmed
+    │   └── TooLargeError       the storage takes no volume of that size, however empty it is
     ├── FabricError             a tap, bridge or announcement failed
     ├── EngineError             the page engine failed
     ├── StoreError              the cluster's state store can't be used now
@@ -158,6 +159,10 @@ class StorageError(FerryError):
 
 class FenceError(StorageError):
     code = "fence"
+
+
+class TooLargeError(StorageError):
+    code = "too-large"
 
 
 class FabricError(FerryError):

@@ -21,7 +21,14 @@ from typing import Final
 
 import msgspec
 
-from migrator.errors import ConflictError, FerryError, InvalidRequest, NotFoundError, RefusedError
+from migrator.errors import (
+    ConflictError,
+    FerryError,
+    InvalidRequest,
+    NotFoundError,
+    RefusedError,
+    TooLargeError,
+)
 from migrator.model import (
     DomainName,
     NodeName,
@@ -46,6 +53,7 @@ from node_agent.resources import (
 from node_agent.volume_works import VolumeWorks, Work
 from storage.settings import PoolSettings, same_place
 
+SECTOR_BYTES: Final = 512
 HEALTH_S: Final = 10.0
 """Beyond what any driver allows itself."""
 SAID_AT_MOST: Final = 5
@@ -191,12 +199,10 @@ class VolumeService:
             right = "an absolute path on the node"
             raise InvalidRequest(f"image must be {right}", {"image": right})
         await self._pools.claim(pool)
-        async with self._making(pool, VolumeName(request.name)):
+        volume, capacity_bytes = VolumeName(request.name), request.capacity_bytes
+        async with self._sized(pool, volume, capacity_bytes), self._making(pool, volume):
             return await driver.create(
-                VolumeName(request.name),
-                capacity_bytes=request.capacity_bytes,
-                format=request.format,
-                image=image,
+                volume, capacity_bytes=capacity_bytes, format=request.format, image=image
             )
 
     @contextlib.asynccontextmanager
@@ -209,16 +215,29 @@ class VolumeService:
         async with self._works.noted(pool, new, Work.MAKING):
             yield
 
+    @contextlib.asynccontextmanager
+    async def _sized(
+        self, pool: PoolName, volume: VolumeName, capacity_bytes: int, present_bytes: int = 0
+    ) -> AsyncIterator[None]:
+        """InvalidRequest, with what is free there: the storage takes no volume of that size."""
+        try:
+            yield
+        except TooLargeError as error:
+            free = (await _health(self._driver(pool))).free_bytes
+            most = None if free is None else present_bytes + free
+            raise _too_large(pool, volume, capacity_bytes, most) from error
+
     async def resize(self, pool: PoolName, volume: VolumeName, request: VolumeResize) -> VolumeInfo:
         """Grow. ConflictError while a domain that has it runs; InvalidRequest if it'd shrink."""
         driver = self._driver(pool)
         await self._refuse_running(pool, volume, "resized")
         await self._pools.claim(pool)
-        await driver.inspect(volume)  # What isn't there is noted by nobody.
+        present = await driver.inspect(volume)  # What isn't there is noted by nobody.
         async with self._works.noted(pool, volume, Work.RESIZING):
             await self._refuse_running(pool, volume, "resized")  # Or its start sees the note.
             await driver.evict(volume, await self._members())
-            return await driver.resize(volume, request.capacity_bytes)
+            async with self._sized(pool, volume, request.capacity_bytes, present.capacity_bytes):
+                return await driver.resize(volume, request.capacity_bytes)
 
     async def clone(self, pool: PoolName, volume: VolumeName, request: VolumeClone) -> VolumeInfo:
         """ConflictError while a domain that writes to it runs, or if one was started before the
@@ -328,6 +347,21 @@ def _listed(users: Sequence[str]) -> str:
     more = len(users) - SAID_AT_MOST
     said = ", ".join(users[:SAID_AT_MOST])
     return f"{said} and {more} more" if more > 0 else said
+
+
+def _too_large(
+    pool: PoolName, volume: VolumeName, capacity_bytes: int, most_bytes: int | None
+) -> InvalidRequest:
+    """`most_bytes`: what there would be room for, were it filled; None: that isn't known."""
+    right = "less"
+    if most_bytes is not None and most_bytes < capacity_bytes:
+        most_bytes -= most_bytes % SECTOR_BYTES
+        right = f"at most {most_bytes} ({most_bytes / 2**30:.1f} GiB), for which there is room"
+    return InvalidRequest(
+        f"volume {pool}/{volume}: capacity_bytes, its size, is {capacity_bytes}, which is more "
+        f"than a volume there can have; it must be {right}",
+        {"capacity_bytes": right},
+    )
 
 
 async def _health(driver: VolumeDriver) -> PoolHealth:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Generic, TypeVar
 
 from migrator import programs
-from migrator.errors import StorageError, words
+from migrator.errors import StorageError, TooLargeError, words
 from migrator.own_threads import THREADS_MAX, in_own_thread
 
 CALL_TIMEOUT_S: Final = 30.0
@@ -160,6 +160,8 @@ def explained(where: str, error: OSError) -> StorageError:
     """A StorageError for an operator."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"{where} is full: {error.strerror}")
+    if error.errno == errno.EFBIG:
+        return TooLargeError(f"{where}: {words(error)}")  # Without the half-made file.
     reason = words(error) if error.filename is None else f"{words(error)} ({error.filename})"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return StorageError(f"{where}: this agent may not: {reason}")
@@ -196,6 +198,8 @@ async def run_program(
         detail = ended.err.decode(errors="replace").strip() or f"status {ended.status}"
         if os.strerror(errno.ENOSPC) in detail:
             raise StorageError(f"{where} is full: {what}: {detail}")
+        if (too_large := os.strerror(errno.EFBIG)) in detail:
+            raise TooLargeError(f"{where}: {too_large}")
         raise StorageError(f"{where}: {what} failed: {detail}")
     return ended.out
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -27,7 +28,14 @@ from typing import Final, TypeVar
 import msgspec
 
 from migrator import durable
-from migrator.errors import ConflictError, FenceError, NotFoundError, StorageError, words
+from migrator.errors import (
+    ConflictError,
+    FenceError,
+    NotFoundError,
+    StorageError,
+    TooLargeError,
+    words,
+)
 from migrator.model import FencingToken, PoolHealth, PoolOwner, VolumeName
 from migrator.own_threads import in_own_thread
 from storage.iscsi.names import iqn_part
@@ -351,7 +359,8 @@ class TgtProvisioner(Provisioner):
         except TimeoutError as error:
             raise StorageError(f"tgtd: no answer in {CALL_TIMEOUT_S:g} s") from error
         except OSError as error:
-            raise StorageError(f"the folder of tgtd's volumes: {words(error)}") from error
+            kind = TooLargeError if error.errno == errno.EFBIG else StorageError
+            raise kind(f"the folder of tgtd's volumes: {words(error)}") from error
 
 
 def _forget(task: asyncio.Future[_T]) -> None:

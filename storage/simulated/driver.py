@@ -20,7 +20,14 @@ from typing import ClassVar, Final
 
 import msgspec
 
-from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundError, StorageError
+from migrator.errors import (
+    ConflictError,
+    FenceError,
+    InvalidRequest,
+    NotFoundError,
+    StorageError,
+    TooLargeError,
+)
 from migrator.model import (
     BlockSource,
     DiskFormat,
@@ -260,6 +267,8 @@ class SimulatedPool(VolumeDriver):
         return sum(one.info.capacity_bytes for one in self.shared.volumes.values())
 
     def _refuse_if_full(self, more_bytes: int) -> None:
+        if more_bytes > self.shared.capacity_bytes:
+            raise TooLargeError(f"pool {self.pool}: File too large")
         if self.faults.full or self._used() + more_bytes > self.shared.capacity_bytes:
             raise StorageError(f"pool {self.pool} is full")
 

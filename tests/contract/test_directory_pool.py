@@ -5,13 +5,21 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import resource
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from migrator.errors import ConflictError, InvalidRequest, NotFoundError, StorageError
+from migrator.errors import (
+    ConflictError,
+    InvalidRequest,
+    NotFoundError,
+    StorageError,
+    TooLargeError,
+)
 from migrator.model import DiskFormat, FileSource, VolumeName
 from storage import copying
 from storage.copying import CopyCancelled, copy_image
@@ -110,6 +118,27 @@ async def test_a_full_pool_says_so_and_is_left_clean(
     with pytest.raises(StorageError, match="is full"):
         await pool.create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW, image=image)
     assert leftovers(folder) == []
+
+
+@pytest.fixture
+def short_files() -> Iterator[None]:
+    """As on a file system whose files end somewhere: this process's may have 64 MiB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * MIB, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("short_files")
+async def test_a_size_that_no_file_has_is_told_without_the_half_made_one(folder: Path) -> None:
+    pool = DirectoryPool(POOL, folder)
+    with pytest.raises(TooLargeError, match=f"^pool {POOL}: File too large$"):
+        await pool.create(DISK, capacity_bytes=65 * MIB, format=DiskFormat.RAW)
+    assert leftovers(folder) == []
+    await pool.create(DISK, capacity_bytes=64 * MIB, format=DiskFormat.RAW)
+    with pytest.raises(TooLargeError):
+        await pool.resize(DISK, 65 * MIB)
+    assert (await pool.inspect(DISK)).capacity_bytes == 64 * MIB
 
 
 async def test_a_missing_folder_and_a_missing_tool_are_explained(folder: Path) -> None:

@@ -46,6 +46,23 @@ async def test_volumes(client: Client) -> None:
     assert "web" in problem["detail"]
 
 
+async def test_a_size_that_the_pool_does_not_take_is_named_with_what_it_has(client: Client) -> None:
+    """Of the simulated pool's 1 TiB `root` has a MiB."""
+    volumes = "/v1/pools/default/volumes"
+    cases: list[tuple[str, dict[str, Any], int]] = [
+        (volumes, {"name": "v"}, (1 << 40) - (1 << 20)),
+        (f"{volumes}/root/resize", {}, 1 << 40),
+    ]
+    for path, more, most in cases:
+        body = {"capacity_bytes": 100 << 40} | more
+        problem = await ask(client, "POST", path, body, status=400)
+        assert problem["fields"]["capacity_bytes"].startswith(f"at most {most} (")
+        assert problem["fields"]["capacity_bytes"] in problem["detail"]
+        assert f"capacity_bytes, its size, is {100 << 40}" in problem["detail"]
+    listed = await ask(client, "GET", volumes, status=200)
+    assert [each["capacity_bytes"] for each in listed["volumes"]] == [1 << 20]
+
+
 async def test_volumes_grow_and_are_cloned(client: Client) -> None:
     volumes = "/v1/pools/default/volumes"
     grown = await ask(
