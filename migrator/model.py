@@ -401,6 +401,8 @@ class MigrationProgress(Value, frozen=True, kw_only=True):
     throughput_bytes_per_s: float | None = None
     dirty_rate_bytes_per_s: float | None = None
     predicted_blackout_ms: float | None = None
+    """Of a switchover after that iteration. None also where none like it will follow: in hybrid
+    mode what the downtime limit doesn't allow is sent before it, or follows the guest."""
     eta_s: float | None = None
 
 

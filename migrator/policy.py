@@ -100,6 +100,13 @@ def predicted_blackout_ms(pending_bytes: int, throughput_bytes_per_s: float) -> 
     return FIXED_BLACKOUT_MS + 1000.0 * pending_bytes / throughput_bytes_per_s
 
 
+def within_limit(blackout_ms: float, downtime_limit_ms: int) -> bool:
+    """Whether a switchover that is predicted to cost `blackout_ms` may be made."""
+    # The fixed cost is not the pages' fault: a limit below it is held against the pages alone.
+    page_budget_ms = max(downtime_limit_ms - FIXED_BLACKOUT_MS, 0.5 * downtime_limit_ms)
+    return blackout_ms - FIXED_BLACKOUT_MS <= page_budget_ms
+
+
 def final_rate(passes: Sequence[PassReport], link_bytes_per_s: float | None) -> float:
     """Bytes a second of a final pass. No bandwidth cap holds it back, as it did the passes before:
     `link_bytes_per_s` is what the link was measured to carry without one, if that is known.
@@ -118,9 +125,7 @@ def decide(
     rate = throughput(passes)
     pending_bytes = last.pending_pages * PAGE_SIZE_BYTES
     blackout_ms = predicted_blackout_ms(pending_bytes, final_rate(passes, link_bytes_per_s))
-    # The fixed cost is not the pages' fault: a limit below it is held against the pages alone.
-    page_budget_ms = max(downtime_limit_ms - FIXED_BLACKOUT_MS, 0.5 * downtime_limit_ms)
-    fits = blackout_ms - FIXED_BLACKOUT_MS <= page_budget_ms
+    fits = within_limit(blackout_ms, downtime_limit_ms)
 
     def decision(kind: DecisionKind, reason: str) -> Decision:
         return Decision(

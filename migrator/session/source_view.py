@@ -25,6 +25,7 @@ from migrator.policy import (
     final_rate,
     predicted_blackout_ms,
     throughput,
+    within_limit,
 )
 from migrator.session.base import Session, Timing
 from migrator.session.messages import Prepared
@@ -301,6 +302,21 @@ class SourceView(Session):
         told = [each.pages for each in self.passes if each.kind in TOLD]
         return sum(told) if told else self.passes[-1].pending_pages
 
+    def _blackout_ahead_ms(self) -> float | None:
+        """What a switchover after the last pass would cost; None: none like that will follow.
+
+        In hybrid mode what is more than the limit allows is sent before it, or follows the guest.
+        """
+        leaving_post_copy = self._leaving is not None and self._leaving[1]
+        if self.post_copy or leaving_post_copy or self.mode is MigrationMode.POSTCOPY:
+            return None
+        pending_bytes = self.passes[-1].pending_pages * PAGE_SIZE_BYTES
+        rate = final_rate(self.passes, self.uncapped_bytes_per_s)
+        found_ms = predicted_blackout_ms(pending_bytes, rate)
+        if self.mode is MigrationMode.PRECOPY:
+            return found_ms
+        return found_ms if within_limit(found_ms, self.request.downtime_limit_ms) else None
+
     def _progress(self) -> MigrationProgress:
         live = self._live
         if not self.passes:
@@ -323,10 +339,7 @@ class SourceView(Session):
             remaining_bytes=0 if self.shown_state is _S.COMPLETED else live.remaining_bytes,
             throughput_bytes_per_s=rate,
             dirty_rate_bytes_per_s=dirty_rate(sending[-1]) if sending else None,
-            predicted_blackout_ms=predicted_blackout_ms(
-                last.pending_pages * PAGE_SIZE_BYTES,
-                final_rate(self.passes, self.uncapped_bytes_per_s),
-            ),
+            predicted_blackout_ms=self._blackout_ahead_ms(),
             eta_s=_eta_s(live),
         )
 
