@@ -13,7 +13,7 @@ import functools
 import gc
 import logging
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -25,7 +25,7 @@ from migrator.engine_driver import EngineSettings
 from migrator.errors import ConfigError, words
 from migrator.figures import LinkSpeed
 from migrator.journal import MigrationJournal
-from migrator.model import DomainSpec, NodeInfo, NodeName, PoolName
+from migrator.model import NodeInfo, NodeName, PoolName
 from migrator.ports import FabricDriver, HypervisorDriver, VolumeDriver
 from migrator.tls import TlsFiles, files_of_node
 from node_agent import loop_monitor
@@ -52,6 +52,7 @@ from node_agent.fabrics import make_fabric, make_tracker
 from node_agent.hooks.service import HookService
 from node_agent.log_lines import LogLines
 from node_agent.machines import MachinePinner
+from node_agent.memory_room import MemoryRoom
 from node_agent.migrations import link_speed
 from node_agent.migrations.checks import DestinationCheck, cordon_reasons
 from node_agent.migrations.cutover import CutoverService
@@ -209,6 +210,7 @@ async def running_agent(
             others=OtherNodes(node, nodes.read, functools.partial(guests_of, hub)),
             closings=of_node(Path(config.node.state_directory), pools, hypervisor),
             works=works,
+            room=MemoryRoom(node, hypervisor, records, config.node.memory_bytes),
             restart=RestartPolicy(
                 boot_id=boot_id,
                 store=RestartFile(Path(config.node.state_directory) / "restarts.json"),
@@ -344,15 +346,12 @@ def make_migrations(
     """The migration service of this node."""
     state = Path(config.node.state_directory)
     publisher = Publisher(typed, events)
-    incoming: list[Callable[[], Iterable[DomainSpec]]] = []
-
     tls = functools.partial(files_of_node, state, config.tls.mode)
     check = DestinationCheck(
-        memory_bytes=config.node.memory_bytes,
+        memory_room=domains.room,
         hypervisor=hypervisor,
         pools=pools,
         fabric=fabric,
-        incoming=lambda: [spec for each in incoming for spec in each()],
         tls=tls,
         state=state,
         cordon=cordon,
@@ -418,7 +417,7 @@ def make_migrations(
         forecaster=forecaster,
         boot_id=boot_id,
     )
-    incoming.append(manager.incoming)  # The two know each other: the check counts what comes.
+    domains.room.incoming.append(manager.incoming)  # The two know each other.
     return manager
 
 

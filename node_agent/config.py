@@ -54,7 +54,8 @@ class NodeTable(Table, frozen=True, kw_only=True):
     memory_bytes: Annotated[
         int, msgspec.Meta(ge=16 * 1024**2, description="a whole number of bytes, at least 16 MiB")
     ]
-    """What the node offers to domains. Default: host memory less 1 GiB, at least half of it."""
+    """What the node offers to domains: more neither start nor come there (`memory_room`). Default:
+    host memory less 1 GiB, at least half of it."""
     restart_crashed: Annotated[bool, msgspec.Meta(description="true or false")] = True
     """Start a domain again, here and from its disk, when its hypervisor died under it, or when the
     node was rebooted or lost power while it ran."""

@@ -157,6 +157,8 @@ class DomainTakeover:
             )
         lacking = await boot_troubles(spec)
         reasons += (f"{self.node} can't boot it: {why}" for why in lacking.values())
+        full = await self._domains.room.troubles(spec)
+        reasons += (f"{self.node} can't take it: {field}: {why}" for field, why in full.items())
         unfenced = self._unfenced(spec, owned.owner)
         if powered_off is None:
             if unfenced and not reasons:

@@ -56,6 +56,7 @@ from node_agent.domain_restart import RestartPolicy
 from node_agent.events import EventKind, EventLog
 from node_agent.io_recovery import IoRecovery
 from node_agent.mac_addresses import Roll, with_macs
+from node_agent.memory_room import MemoryRoom
 from node_agent.older_store import OtherNodes
 from node_agent.resources import DomainRecord
 from node_agent.start_needs import boot_troubles, host_troubles, volume_troubles
@@ -98,6 +99,7 @@ class DomainService:
         clock: Callable[[], float] = time.time,
         roll: Roll = secrets.token_bytes,
         others: OtherNodes | None = None,
+        room: MemoryRoom | None = None,
     ) -> None:
         """`restart`: which of its domains that were lost are started again.
 
@@ -105,6 +107,7 @@ class DomainService:
         `consoles`: keeps their texts apart; None: nobody does.
         `claim`: see `domain_launch.Claim`, `others`: see `older_store`; None: nobody is asked.
         `cordon`: why nothing may start here now; None: something always may.
+        `room`: for one more; None: always.
         """
         self.node = node
         self._cordon = cordon
@@ -113,6 +116,7 @@ class DomainService:
         self._closings = closings
         self._works = works
         self.locks = locks or DomainLocks()
+        self.room = room or MemoryRoom(node, hypervisor, records)
         self._hypervisor = hypervisor
         self._pools = pools
         self._fabric = fabric
@@ -192,12 +196,13 @@ class DomainService:
 
         Of no concern to a domain that is meant for another node.
         """
-        boot, volumes, host = await asyncio.gather(
+        boot, volumes, host, memory = await asyncio.gather(
             boot_troubles(spec),
             volume_troubles(spec, self._pools),
             host_troubles(spec, self._hypervisor, self._fabric),
+            self.room.troubles(spec),
         )
-        found = {**boot, **volumes, **host}
+        found = {**boot, **volumes, **host, **memory}
         return [f"on {self.node}: {field}: {why}" for field, why in found.items()]
 
     async def delete(self, domain: DomainName) -> None:
@@ -227,10 +232,11 @@ class DomainService:
     async def start(self, domain: DomainName) -> OwnershipRecord:
         """Take ownership and run the domain here. On failure nothing runs and nothing is left.
 
-        ConflictError says who runs it, where it runs already; RefusedError: the node is kept free.
+        ConflictError says who runs it, where it runs already; RefusedError: the node is kept free,
+        or has no memory left for it.
         """
         await self._refuse_cordoned(domain)
-        async with self.locks.hold(domain, "start"):
+        async with self.locks.hold(domain, "start"), self.room.held(domain):
             owned = await self._take_and_launch(domain)
         self._emit_started(owned, f"domain {domain} was started on {self.node}")
         return owned

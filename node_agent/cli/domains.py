@@ -92,7 +92,7 @@ def start(
     name: _NameArgument,
     node: Annotated[str | None, typer.Option(help="Where; by default where it ran last.")] = None,
 ) -> None:
-    """Start a domain."""
+    """Start a domain. Refused where not enough is left of the memory that its node offers."""
     body = StartRequest(node=node)
     domain = settings.client().post(f"{path_of(name)}/start", Domain, body)
     show(domain, f"domain {name} runs on {domain.node}")

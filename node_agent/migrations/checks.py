@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -29,6 +29,7 @@ from migrator.model import (
 from migrator.ports import FabricDriver, HypervisorDriver, Struct, VolumeDriver
 from migrator.tls import TlsFiles
 from node_agent.domain_locks import DomainLocks
+from node_agent.memory_room import MemoryRoom
 from node_agent.migrations.room import in_state_directory, room_reasons
 from node_agent.nodes import NodeView
 from node_agent.start_needs import boot_troubles
@@ -138,26 +139,23 @@ class DestinationCheck:
     def __init__(
         self,
         *,
-        memory_bytes: int,
+        memory_room: MemoryRoom,
         hypervisor: HypervisorDriver,
         pools: Mapping[PoolName, VolumeDriver],
         fabric: FabricDriver,
-        incoming: Callable[[], Iterable[DomainSpec]],
         tls: Callable[[], TlsFiles | None],
         state: Path,
         cordon: Callable[[], Awaitable[list[str]]] | None = None,
     ) -> None:
-        """`incoming`: the domains on their way here, which have no process yet or one.
+        """`tls`: what this node's engines will use; called in a thread.
 
-        `tls`: what this node's engines will use; called in a thread.
         `state`: where migrations are journalled.
         `cordon`: why nothing may come here now, read anew each time.
         """
-        self._memory_bytes = memory_bytes
+        self._memory_room = memory_room
         self._hypervisor = hypervisor
         self._pools = pools
         self._fabric = fabric
-        self._incoming = incoming
         self._tls = tls
         self._state = state
         self._cordon = cordon
@@ -202,22 +200,8 @@ class DestinationCheck:
             return []
         return [f"a copy of domain {spec.name} is there already ({status.state})"]
 
-    async def free_memory_bytes(self, without: str = "") -> int:
-        """What is left of the node's memory beside other domains and those on their way here."""
-        taken = {spec.name: spec.memory_bytes for spec in self._incoming()}
-        for launched in await self._hypervisor.launched_all():
-            taken[launched.name] = launched.memory_bytes
-        taken.pop(without, None)
-        return self._memory_bytes - sum(taken.values())
-
     async def _memory(self, spec: DomainSpec) -> list[str]:
-        free = await self.free_memory_bytes(without=spec.name)
-        if spec.memory_bytes <= free:
-            return []
-        return [
-            f"not enough memory: {spec.memory_bytes / 2**20:.0f} MiB needed, "
-            f"{max(free, 0) / 2**20:.0f} MiB free (incoming domains counted)"
-        ]
+        return list((await self._memory_room.troubles(spec)).values())
 
     async def _machine(
         self, spec: DomainSpec, source: HypervisorCapabilities, engine: EngineKind

@@ -37,6 +37,7 @@ from node_agent.domain_records import DomainRecords
 from node_agent.domain_restart import RestartPolicy
 from node_agent.domain_takeover import DomainTakeover
 from node_agent.domains import DomainService
+from node_agent.memory_room import MemoryRoom
 from node_agent.migrations.admission import Admissions
 from node_agent.migrations.cutover import CutoverService
 from node_agent.migrations.moments import MigrationMoments
@@ -118,11 +119,10 @@ class Agent:
             clock=lambda: node.clock_s,
         )
         check = stand_ins.UnencryptedCheck(
-            memory_bytes=1 << 40,
+            memory_room=MemoryRoom(node.name, self.hypervisor, self.records, 1 << 40),
             hypervisor=self.hypervisor,
             pools=pools,
             fabric=fabric,
-            incoming=tuple,
             tls=lambda: None,
             state=Path(),
         )

@@ -39,6 +39,7 @@ from node_agent.domains import DomainService
 from node_agent.events import EventLog
 from node_agent.hooks.service import HookService
 from node_agent.machines import MachinePinner
+from node_agent.memory_room import MemoryRoom
 from node_agent.migrations.endings import too_late
 from node_agent.migrations.engine_choice import EngineChoice
 from node_agent.migrations.service import MigrationService
@@ -241,6 +242,7 @@ class SimulatedNode:
             others=OtherNodes(self.name, self.registry.read, self._guests_of),
             closings=Closings(self.pools, self.hypervisor.launched_all),
             works=self.works,
+            room=MemoryRoom(self.name, self.hypervisor, self.records, self.memory_bytes),
             restart=RestartPolicy(
                 boot_id=boot_id, store=self.restarts, enabled=restart, clock=self._wall
             ),

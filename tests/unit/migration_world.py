@@ -186,14 +186,14 @@ class MigratingNode:
     def _manager(self) -> MigrationManager:
         node = self.node
         pools = {PoolName("default"): node.pool}
+        node.domains.room.incoming[:] = [self.incoming]
         check = DestinationCheck(
             tls=lambda: None,
             state=self.folder,
-            memory_bytes=node.memory_bytes,
+            memory_room=node.domains.room,
             hypervisor=node.hypervisor,
             pools=pools,
             fabric=node.fabric,
-            incoming=self.incoming,
         )
         publisher = Publisher(node.typed, node.events)
         forecaster = Forecaster(
