@@ -33,7 +33,7 @@ from migrator.engine.memory import MappedRegion
 from migrator.engine.missing import MissingPages, Placer, holes_of, make_hole
 from migrator.engine.page_socket import PageSocket, StreamEndedError
 from migrator.engine.transport import StreamSocket
-from migrator.errors import EngineError, RemoteProtocolError
+from migrator.errors import EngineError, RemoteProtocolError, words
 from migrator.model import PAGE_SIZE_BYTES
 from migrator.ranges import Ranges
 
@@ -227,7 +227,7 @@ class Filler:
         except OSError as error:
             if error.errno in (errno.ESRCH, errno.ENOENT) and (self._closed or self._done):
                 return
-            self._fault(EngineError(f"a missing page can't be filled: {error}"))
+            self._fault(EngineError(f"a missing page can't be filled: {words(error)}"))
         except BaseException as error:
             self._fault(error)
 

@@ -65,6 +65,8 @@ class Timing(Struct, frozen=True, kw_only=True):
     retry_s_max: float = 5.0
     respawn_s: float = 0.1
     """Before an engine that died in post-copy gets a successor: the guest may wait for it."""
+    lasting_s: float = 1.0
+    """An engine that lived so long in post-copy has worked: its successor comes as soon."""
     hand_back_s: float = 15.0
     """That a destination which has won the guest tries to run it, while the source could have it
     back: a guest stands still meanwhile. Longer than most storage takes to fail over."""
@@ -123,7 +125,9 @@ class Session(abc.ABC):
         self._unknown_swaps = 0
         """Writes whose outcome is unknown, since one was known."""
         self._respawns = 0
-        """Engines that died in post-copy since one was connected."""
+        """Engines of a post-copy that died at once, one after the other."""
+        self._engine_since_s: float | None = None
+        """Since when the one that there is has been at work."""
         self._state_detail = ""
         self._part = ""
         """Of the state that we are in, where the timeline tells its parts."""
@@ -204,8 +208,18 @@ class Session(abc.ABC):
         self._retries = min(self._retries + 1, 16)
         self._do(StartTimer(name=TimerName.RETRY, seconds=gap))
 
+    def _engine_works(self) -> None:
+        """In post-copy: it listens, or is connected."""
+        if self._engine_since_s is None:
+            self._engine_since_s = self._now
+
     def _respawn_later(self) -> None:
-        """Start the ENGINE timer: soon after an engine that worked, ever later after others."""
+        """Start the ENGINE timer: soon after an engine that worked, ever later after others. What
+        keeps one from working (no memory is left, say) may show only when it is at work.
+        """
+        since_s, self._engine_since_s = self._engine_since_s, None
+        if since_s is not None and self._now - since_s >= self.timing.lasting_s:
+            self._respawns = 0
         gap = min(self.timing.respawn_s * 2.0**self._respawns, self.timing.retry_s_max)
         self._respawns = min(self._respawns + 1, 16)
         self._do(StartTimer(name=TimerName.ENGINE, seconds=gap))

@@ -20,6 +20,7 @@ from migrator.session.messages import (
     Farewell,
     Inquire,
     Lost,
+    Pending,
     Prepared,
     SessionMessage,
 )
@@ -66,7 +67,7 @@ class DestinationPostCopy(DestinationView):
                 self._start_successor()
             case EngineListening() if self.pages_missing:
                 self._listening = event
-                self._respawns = 0
+                self._engine_works()
                 self._answer_ready()
             case PagesMissing():
                 self._note_post_copy()
@@ -94,6 +95,8 @@ class DestinationPostCopy(DestinationView):
         self._listening = None
         self._note_again("engine lost", reason)
         self._respawn_later()
+        if self._respawns > 1 and self.state is _S.POSTCOPY:  # The source shows it to users.
+            self._send(Pending(state=self.state.value, stuck=reason))
 
     def _note_post_copy(self) -> None:
         """Pages are missing, or will be. If that is news, the engine may be lost already."""

@@ -159,6 +159,8 @@ class SourceSession(SourcePasses):
                 self._destination_gave_up(message.reason, unknown=message.unknown)
             case Pending() if message.cut_off:
                 self._destination_cut_off(message.cut_off)
+            case Pending() if message.state == _S.POSTCOPY:
+                self._hear_of_its_engines(message)
             case Pending():
                 self._destination_stuck(message)
             case Inquire():

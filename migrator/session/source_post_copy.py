@@ -16,7 +16,7 @@ from typing import Final
 
 from migrator.model import MigrationState, OwnershipState
 from migrator.ports import DomainEventKind
-from migrator.session.messages import Filled, Inquire, Lost, Prepared
+from migrator.session.messages import Filled, Inquire, Lost, Pending, Prepared
 from migrator.session.source_recovery import SourceRecovery
 from migrator.session.vocabulary import (
     ChannelNoted,
@@ -81,7 +81,7 @@ class SourcePostCopy(SourceRecovery):
                 self._note_channel(event)
                 self._pages_stop((event.detail or "the link broke") if event.broken else "")
             case EngineConnected():
-                self._respawns = 0
+                self._engine_works()
                 self._note_again("engine connected again", "")
                 self._pages_stop("")
 
@@ -102,6 +102,13 @@ class SourcePostCopy(SourceRecovery):
         """The operator has to know: a guest that waits looks well from outside."""
         if self._no_pages and self._now - self._no_pages_since_s >= _TOLD_AFTER_S:
             self.error = f"the guest waits for pages that don't come: {self._no_pages}"
+
+    def _hear_of_its_engines(self, message: Pending) -> None:
+        """They end again and again, says the destination. Users see what is said on this side."""
+        if self._must_serve and self.state is _S.POSTCOPY:
+            self._pages_stop(
+                f"the engine of {self.destination} ends again and again: {message.stuck}"
+            )
 
     def _hear_prepared(self, message: Prepared) -> None:
         """The destination's engine may be another one than ours talks to."""

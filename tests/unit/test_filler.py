@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 
@@ -112,3 +113,18 @@ def test_what_cant_be_made_a_hole_isnt_missing(
         return
     missing.make_hole(region, PAGE, 3 * PAGE)
     assert kernel.populated_extents(region.fd, SIZE).tolist() == [[0, PAGE], [3 * PAGE, SIZE]]
+
+
+def test_why_a_page_cant_be_filled_is_told_in_words(region: MappedRegion) -> None:
+    """Users read it, from the source: its engines end again and again."""
+    faults: list[BaseException] = []
+
+    def fill() -> None:
+        raise OSError(errno.ENOMEM, "ioctl")
+
+    filler = Filler(-1, [region], silence_s=5.0, on_done=lambda: None, fault=faults.append)
+    filler._guarded(fill)
+    filler.close()
+    (fault,) = faults
+    assert isinstance(fault, EngineError)
+    assert str(fault) == "a missing page can't be filled: Cannot allocate memory"

@@ -1,6 +1,8 @@
-"""Engines of a post-copy that end, and what becomes of it."""
+"""Engines of a post-copy that end again and again: as soon as they work, or after a while."""
 
 from __future__ import annotations
+
+import pytest
 
 from migrator.model import MigrationMode, MigrationRequest, MigrationState, Role
 from migrator.session import vocabulary as v
@@ -27,6 +29,37 @@ def lose(pair: SessionPair, role: Role, reason: str) -> float:
     pair.push(pair.of(role), v.TimerFired(name=_ENGINE))
     pair.run()
     return at_s - lost_at_s
+
+
+@pytest.mark.parametrize("role", Role)
+def test_what_ends_as_soon_as_it_works_has_ever_later_successors(role: Role) -> None:
+    """A destination without memory had ten engines a second, as each was connected."""
+    pair = running_there()
+    gaps_s = [lose(pair, role, "no memory") for _ in range(8)]
+    assert gaps_s == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0], abs=0.02)
+    pair.now_s += 1.5
+    assert lose(pair, role, "killed") == pytest.approx(0.1, abs=0.02), "that one had worked"
+
+
+def test_the_source_tells_why_the_destination_s_engines_end() -> None:
+    """Users see its side alone, which knew of streams that break."""
+    pair = running_there()
+    lose(pair, Role.DESTINATION, "killed")
+    pair.run(timers=8)
+    assert pair.source.view().error is None, "one is no news"
+    for _ in range(2):
+        lose(pair, Role.DESTINATION, "no memory is left")
+    pair.push(pair.source, v.ChannelNoted(broken=True, detail="reset"))
+    pair.silence(v.StartEngine)
+    lose(pair, Role.DESTINATION, "no memory is left")
+    pair.run(timers=8)
+    assert pair.source.view().error == (
+        "the guest waits for pages that don't come: "
+        "the engine of n2 ends again and again: no memory is left"
+    )
+    pair.push(pair.source, v.EngineConnected(pages_in_use=1, round_trip_ms=0.0))
+    pair.run()
+    assert pair.source.view().error is None
 
 
 def test_what_a_lost_engine_had_sent_stays_sent() -> None:
