@@ -52,7 +52,7 @@ FencingToken = NewType("FencingToken", int)
 
 PAGE_SIZE_BYTES = 4096
 STRIPE_BYTES = 2 * 1024 * 1024
-"""A page's stream is its stripe's number modulo the stream count (DESIGN: "The page engine", 4)."""
+"""A page's stream is its stripe's number modulo the count (ARCHITECTURE: "The page engine")."""
 
 # --- domains ---------------------------------------------------------------------------------
 
@@ -184,7 +184,8 @@ class OwnershipState(enum.StrEnum):
 class OwnershipRecord(Value, frozen=True, kw_only=True):
     """Who may run a domain's vCPUs: the node `owner`, and only while `token` is the newest.
 
-    Changed by compare-and-set alone, also for a rollback (DESIGN: "Handoff").
+    Changed by compare-and-set alone, also for a rollback
+    (ARCHITECTURE: "What keeps it to one writer").
     """
 
     domain: str
@@ -323,7 +324,7 @@ class MigrationRequest(Value, frozen=True, kw_only=True):
 
 
 class MigrationState(enum.StrEnum):
-    """The states of a migration (DESIGN: "Handoff"). The tables are in `migrator.states`."""
+    """The states of a migration (ARCHITECTURE: "The states"). Tables: `migrator.states`."""
 
     CREATED = "created"
     SETUP = "setup"

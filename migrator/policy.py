@@ -21,7 +21,7 @@ from migrator.model import PAGE_SIZE_BYTES, MigrationMode, PassKind, PassReport
 from migrator.ports import Struct
 
 FIXED_BLACKOUT_MS: Final = 8.0
-"""Stop, device state and handoff without any page: the prototype's median (DESIGN, 8)."""
+"""Stop, device state and handoff without any page: the prototype's median."""
 FLOOR_PAGES: Final = 64
 """Pending pages that no further pass can usefully shrink: they go in well under a millisecond."""
 SHRINK_FACTOR: Final = 0.85

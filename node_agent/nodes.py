@@ -6,7 +6,8 @@ of two hosts are never compared, except for a record seen for the first time, wh
 from its own timestamp so that a fresh agent doesn't believe in nodes that died yesterday. How far
 the clocks are apart is looked at all the same, to be told (`clocks`).
 
-Unreachable means silent, never dead: it entitles nobody to take a domain over (DESIGN: "Handoff").
+Unreachable means silent, never dead: it entitles nobody to take a domain over
+(ARCHITECTURE: "What keeps it to one writer").
 """
 
 from __future__ import annotations

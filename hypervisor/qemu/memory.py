@@ -1,4 +1,4 @@
-"""A guest's memory, opened from outside its process (DESIGN: "The page engine", 1 and 2).
+"""A guest's memory, opened from outside its process (ARCHITECTURE: "The page engine").
 
 Nothing is kept open between calls: QEMU holds the memfd and the userfaultfd at fixed numbers, and
 pidfd_getfd(2) duplicates them whenever they are wanted, also by an agent that was just restarted.

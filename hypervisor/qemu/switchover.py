@@ -8,7 +8,8 @@
     abort      cancel ──▶ runs again, or too late
 
 Guest memory is shared (`x-ignore-shared`): QEMU sends device state and small ROMs only. Who runs
-the guest after `completed` is none of QEMU's business, see DESIGN, "Handoff".
+the guest after `completed` is none of QEMU's business, see
+ARCHITECTURE, "What keeps it to one writer".
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The destination's side of a migration, as a pure machine.
 
-Its rules (DESIGN: "Handoff"):
+Its rules (ARCHITECTURE: "What keeps it to one writer"):
 - It tries the compare-and-set only when both are true: its hypervisor has loaded the device state
   (so every page and every device is here), and the source said Commit (so the source's hypervisor
   won't resume by itself any more).

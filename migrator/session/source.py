@@ -1,6 +1,6 @@
 """The source's side of a migration, as a pure machine.
 
-The rules that keep the guest alive and single (DESIGN: "Handoff"):
+The rules that keep the guest alive and single (ARCHITECTURE: "What keeps it to one writer"):
 - Until the hypervisor reports that the device state is out (`postmigrate`), every fault ends in
   AbortSwitchover, and the guest resumes here without touching the record.
 - From then on it resumes here only after a won compare-and-set from (source, n) to (source, n+1).

@@ -28,7 +28,7 @@ _BYTES_MIN: Final = 4 * 1024 * 1024
 _LINE_SHARE: Final = 0.94
 """What Ethernet, IP and TCP leave of the line rate: 1448 of 1538 bytes a frame."""
 _ENGINE_BYTES_PER_S: Final = 2.1e9
-"""No faster than memory can be received (DESIGN: "The page engine", 5)."""
+"""No faster than memory can be received (ARCHITECTURE: "The page engine")."""
 _NET: Final = Path("/sys/class/net")
 _SIOCGIFADDR: Final = 0x8915
 """linux/sockios.h"""

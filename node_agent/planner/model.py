@@ -11,7 +11,7 @@ from migrator.model import MaintenancePolicy
 from migrator.ports import Struct
 
 ENGINE_BYTES_PER_S: Final = 2.1e9
-"""No migration is faster than memory can be received (DESIGN: "The page engine", 5)."""
+"""No migration is faster than memory can be received (ARCHITECTURE: "The page engine")."""
 DEFAULT_LINK_BYTES_PER_S: Final = 118e6
 """A link that nobody knows anything of: 1 Gbit/s, less what Ethernet, IP and TCP take."""
 

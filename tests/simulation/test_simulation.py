@@ -1,4 +1,4 @@
-"""DESIGN's invariants hold in simulated clusters, and a seed replays to the letter."""
+"""The five invariants hold in simulated clusters, and a seed replays to the letter."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ the same heap (`loop`).
     agent       an agent's production parts (domains, ownership, recovery) on simulated drivers
     side        a node's side of one migration: the production session, its engine and timers
     effects     what each command of a session does, and when
-    checkers/   DESIGN's invariants, a module each
+    checkers/   the five invariants, a module each
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STEPS_MAX = 150_000
 
 
 class InvariantViolation(AssertionError):
-    """One of DESIGN's five invariants doesn't hold. The text begins with its number."""
+    """One of the five invariants (`checkers`) doesn't hold. The text begins with its number."""
 
 
 @dataclass(frozen=True, slots=True)

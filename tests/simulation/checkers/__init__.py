@@ -1,4 +1,4 @@
-"""DESIGN's invariants ("Handoff: exactly one writer"), as looked at from outside; a module each.
+"""The five invariants of a handoff, as looked at from outside; a module each.
 
 1 one_runner   whenever vCPUs are set going or the record is written
 2 memory       whenever a guest that stood still is continued
