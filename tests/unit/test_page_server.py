@@ -90,19 +90,24 @@ def test_the_destination_is_dialled_for_as_long_as_it_takes(
     os.close(region.fd)
 
 
-def test_more_than_there_is_cant_be_missing() -> None:
-    """Told to the agent in bytes, it wouldn't fit into any number there."""
-    region = region_of("guest")
-    server = PageServer(
+def server_of(region: MappedRegion) -> PageServer:
+    """One that nobody hears of."""
+    return PageServer(
         Endpoint(host="", port=0),
         lambda kind: StreamHello(version=1, migration_id="m", secret=b"", kind=kind),
         [region],
         TokenBucket(None, 0.0),
         ChannelHealth(lambda message: None),
         PackingPolicy(lambda: 0.0),
-        reconnect_s=1.0,
+        reconnect_s=60.0,
         fault=lambda error: None,
     )
+
+
+def test_more_than_there_is_cant_be_missing() -> None:
+    """Told to the agent in bytes, it wouldn't fit into any number there."""
+    region = region_of("guest")
+    server = server_of(region)
     stop = Signal()
     with pytest.raises(RemoteProtocolError, match="can't be missing"):
         server._serve(StreamKind.FAULTS, cast(PageSocket, _Asks(2**64 - 1)), HelperWaiter(stop))
@@ -122,16 +127,7 @@ def test_a_server_that_was_closed_holds_no_descriptor(monkeypatch: pytest.Monkey
     region = region_of("guest")
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(3):
-        server = PageServer(
-            Endpoint(host="", port=0),
-            lambda kind: StreamHello(version=1, migration_id="m", secret=b"", kind=kind),
-            [region],
-            TokenBucket(None, 0.0),
-            ChannelHealth(lambda message: None),
-            PackingPolicy(lambda: 0.0),
-            reconnect_s=60.0,
-            fault=lambda error: None,
-        )
+        server = server_of(region)
         server.start()
         server.close()
         server.close()
