@@ -179,6 +179,7 @@ class MigratingNode:
         folder.mkdir(parents=True)
         self.tracker = SimulatedConnections()
         self.manager = self._manager()
+        self._address = node.hub.address
 
     def incoming(self) -> Iterable[DomainSpec]:
         return self.manager.incoming()
@@ -255,6 +256,7 @@ class MigratingNode:
     async def crash(self) -> None:
         """The agent is gone at once, its guests run on; nothing is said to anybody."""
         node = self.node
+        self._address = node.hub.address  # One that is closed doesn't know its port any more.
         for live in self.manager._runners.values():
             live.session.handle = lambda event, now: []  # type: ignore[method-assign]
         await self.manager.close()
@@ -265,9 +267,8 @@ class MigratingNode:
     async def restart(self, other: MigratingNode) -> None:
         """A new agent on the same host, at the same address."""
         node = self.node
-        address = node.hub.address
         peers = {other.node.name: other.node.hub.address}
-        node.hub = PeerHub(node.name, address, peers, "test", timing=FAST)
+        node.hub = PeerHub(node.name, self._address, peers, "test", timing=FAST)
         adopted = await node.hypervisor.open()
         self.manager = self._manager()
         ClusterCalls(node.domains, node.takeover, node.migrations).register(node.hub)

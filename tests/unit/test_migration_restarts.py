@@ -25,7 +25,13 @@ from migrator.session import vocabulary as v
 from node_agent.migrations import manager as manager_module
 from node_agent.migrations.manager import MigrationManager
 from node_agent.resources import MIGRATIONS
-from tests.unit.migration_world import check_back_home, eventually, held_in_precopy, migration_world
+from tests.unit.migration_world import (
+    WEB,
+    check_back_home,
+    eventually,
+    held_in_precopy,
+    migration_world,
+)
 
 _S = MigrationState
 
@@ -226,3 +232,33 @@ async def test_a_cap_that_is_changed_in_post_copy_outlives_the_source_s_agent(
         await world.a.restart(world.b)
         session = world.a.manager._runners[began.id].session
         assert session.request.bandwidth_bytes_per_s == 5_000_000
+
+
+@pytest.mark.parametrize("while_away", [True, False])
+async def test_a_post_copy_whose_source_s_agent_was_restarted_ends_with_the_last_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, while_away: bool
+) -> None:
+    """Said while that agent is away, or to the next one: the source's copy goes, and both end."""
+    async with migration_world(tmp_path, monkeypatch) as world:
+        began = await world.migrate(mode=MigrationMode.POSTCOPY)
+        runner = world.a.manager._runners[began.id]
+        await world.until(lambda: runner.session.state is _S.POSTCOPY)
+        await runner.journalled(20.0)
+        await world.a.crash()
+        destination = world.b.manager._runners[began.id]
+        if while_away:
+            destination.feed(v.PagesComplete())
+            await world.until(lambda: began.id not in world.b.manager._runners)
+        await world.a.restart(world.b)
+        if not while_away:
+            session = world.a.manager._runners[began.id].session
+            await world.until(lambda: session.state is _S.POSTCOPY)
+            destination.feed(v.PagesComplete())
+        ended = await world.ended(began)
+        assert (ended.state, ended.error) == (_S.COMPLETED, None)
+        assert world.running() == ["b"]
+        assert world.state(world.a) is None
+        await world.until(lambda: not (world.a.manager._runners or world.b.manager._runners))
+        assert destination.session.state is _S.COMPLETED
+        assert world.b.node.domains.locks.migration_of(WEB) is None
+        assert not world.script.running
