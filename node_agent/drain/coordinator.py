@@ -228,11 +228,15 @@ class Coordinator:
 
     async def _begin(self, command: v.Begin) -> None:
         drain = self.drain
+        move = next(each for each in drain.moves if each.domain == command.domain)
+        owner = await self._world.owner(command.domain)
+        if owner != move.source:  # It has waited for its turn; somebody may have moved it.
+            self._hear(v.Looked(domain=command.domain, owner=owner))
+            return
         left_s = drain.started_at_s + drain.timeout_s - self.now_s
-        planned_s = next(m.planned_s for m in drain.moves if m.domain == command.domain)
         body = MigrationCreate(
             destination=command.destination,
-            timeout_s=_time_of_move(planned_s, left_s),
+            timeout_s=_time_of_move(move.planned_s, left_s),
             on_timeout=OnTimeout.CANCEL,
             bandwidth_bytes_per_s=command.bandwidth_bytes_per_s,
         )

@@ -105,6 +105,10 @@ class MoveCourse(Ledger):
         self._looking.discard(move.domain)
         migration = event.migration
         if migration is not None and not migration.ended:
+            if self._is_astray(move, migration.destination):
+                reason = f"migration {migration.id} takes it to {migration.destination} meanwhile"
+                self._end(move, MoveState.LEFT, now, error=reason)
+                return
             self._put(
                 move,
                 state=MoveState.MOVING,
@@ -126,8 +130,16 @@ class MoveCourse(Ledger):
                 self._put(move, state=MoveState.WAITING, migration=None)
         elif event.owner == move.destination:
             self._end(move, MoveState.MOVED, now)
+        elif self._is_astray(move, event.owner):
+            reason = f"it was moved on to {event.owner} meanwhile"
+            self._end(move, MoveState.LEFT, now, error=reason)
         else:
             self._end(move, MoveState.GONE, now, error=f"it runs on {event.owner} now")
+
+    def _is_astray(self, move: Move, node: str) -> bool:
+        """Whether a domain that was to go to one node, for a reason, goes or is elsewhere. One that
+        only was to leave its node has left it."""
+        return self._base.operation is not Operation.DRAIN and node != move.destination
 
     def _not_running(self, move: Move, now: float) -> None:
         if move.state in (MoveState.STOPPING, MoveState.BOOTING):

@@ -31,7 +31,8 @@ from node_agent.planner.model import Blocker, DomainFacts, Plan
 _LEFT: Final = frozenset({MoveState.LEFT, MoveState.FAILED})
 _DELETED: Final = "it isn't defined any more"
 _BACK: Final = "it is there already"
-_NOTHING_LEFT: Final = frozenset({_DELETED, _BACK})
+HOME: Final = "another node's undrain brings it home, to where it was before"
+_NOTHING_LEFT: Final = frozenset({_DELETED, _BACK, HOME})
 """To be done, by this undrain or by a later one."""
 _BLANK: Final = Plan(moves=())
 
@@ -92,13 +93,14 @@ async def plan(
     coming: dict[str, list[str]] = defaultdict(list)
     off: list[str] = []
     for move in away:
-        reason = await _changed(world, node, move, carried_to(move, others))
+        where = carried_to(move, others)
+        reason = await _changed(world, node, move, where) or in_other_hands(move, others)
         if reason:
             left.append(_left(move.domain, reason))
         elif move.is_off:
             off.append(move.domain)
         else:
-            coming[carried_to(move, others)].append(move.domain)
+            coming[where].append(move.domain)
     places = promised(others, {move.domain for move in away})
     survey = await world.survey(coming, sample_s=sample_s, places=places)
     survey = survey.experienced(*learned)
@@ -124,21 +126,66 @@ def _away(drained: Sequence[Drain]) -> list[Move]:
 
 def carried_to(move: Move, drains: Sequence[Drain]) -> str:
     """Where that domain is by what drains and undrains did: its destination may have been drained,
-    too. `drains` newest first. What an operator or a balancing has moved is at home there."""
-    where, found = move.destination or "", False
+    too. `drains` newest first. What an operator or a balancing has moved is at home there.
+
+    "": an undrain has brought it to where it was before that move, so nothing is left to undo.
+    """
+    places: list[str] = []
+    depth = 0
     for drain in reversed(drains):
-        if drain.operation is Operation.BALANCE:
-            continue
         for each in drain.moves:
+            if each.domain != move.domain or drain.operation is Operation.BALANCE:
+                continue
             if each == move:
-                where, found = move.destination or "", True
-            elif found and _carries(each, move.domain, where):
-                where = each.destination or ""
-    return where
+                places = [*_up_to(places, each.source), each.destination or ""]
+                depth = len(places)
+            elif each.state is MoveState.MOVED:
+                places = _after(places, each, drain.operation, followed=depth > 0)
+            if len(places) < depth or _is_of(each, move, drain.operation):
+                return ""
+    return places[-1] if depth else move.destination or ""
 
 
-def _carries(move: Move, domain: str, source: str) -> bool:
-    return (move.domain, move.source, move.state) == (domain, source, MoveState.MOVED)
+def _after(places: list[str], hop: Move, operation: Operation, *, followed: bool) -> list[str]:
+    """The places of a domain, each left for the next one, once it has made that hop as well.
+
+    `followed`: it is known to be at the last of them, so a hop from elsewhere isn't one of these.
+    """
+    source, destination = hop.source, hop.destination or ""
+    if places and places[-1] != source and followed:
+        return places
+    before = _up_to(places, source)
+    if operation is Operation.UNDRAIN and destination in before:
+        return _up_to(before, destination)
+    return [*before, destination]
+
+
+def _up_to(places: list[str], place: str) -> list[str]:
+    """Without what came after that one; it alone where it isn't among them."""
+    while places and places[-1] != place:
+        places = places[:-1]
+    return places or [place]
+
+
+def _is_of(hop: Move, move: Move, operation: Operation) -> bool:
+    """Whether the drain's move was another node's undrain, which was under way."""
+    same = move.migration is not None and hop.migration == move.migration
+    return same and operation is Operation.UNDRAIN
+
+
+def in_other_hands(move: Move, others: Sequence[Drain]) -> str:
+    """Why an undrain that is under way keeps this one from bringing the domain back; "": none."""
+    for drain in others:
+        if drain.operation is not Operation.UNDRAIN or drain.ended:
+            continue
+        if all(each.domain != move.domain or each.state.ended for each in drain.moves):
+            continue
+        moved = tuple(msgspec.structs.replace(each, state=MoveState.MOVED) for each in drain.moves)
+        then = msgspec.structs.replace(drain, moves=moved)
+        if not carried_to(move, [then if each is drain else each for each in others]):
+            return HOME
+        return f"undrain {drain.id} brings it to {drain.node} now; undrain once more after that"
+    return ""
 
 
 def complete(drain: Drain, drained: Sequence[Drain], left: tuple[PlanBlocker, ...]) -> Drain:
@@ -163,7 +210,7 @@ def complete(drain: Drain, drained: Sequence[Drain], left: tuple[PlanBlocker, ..
 
 async def _changed(world: DrainWorld, node: str, move: Move, where: str) -> str:
     """Why it isn't brought back, whatever the node is like; "": it might be. `where`: it should be
-    there."""
+    there; "": an undrain has brought it home."""
     try:
         domain = await world.cluster.get_domain(DomainName(move.domain))
     except NotFoundError:
@@ -175,6 +222,8 @@ async def _changed(world: DrainWorld, node: str, move: Move, where: str) -> str:
         return "it has been stopped meanwhile"
     if domain.node == node:
         return _BACK
+    if not where:
+        return HOME
     if domain.node != where:
         return f"it was moved on to {domain.node} meanwhile"
     if move.policy is not MaintenancePolicy.LIVE:

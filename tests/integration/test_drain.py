@@ -35,14 +35,14 @@ from node_agent.drain.resources import (
     MoveState,
     UndrainRequest,
 )
-from node_agent.resources import Domain, Node, NodeList, StartRequest
+from node_agent.resources import Domain, Node, StartRequest
+from tests.integration.cluster.drains import END_S, ended, node, open_all, seen, told
 from tests.integration.cluster.world import Cluster, Guest, Load, describe, eventually
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
 
 GUESTS = 3
 LOAD = Load(dirty_pages_per_s=200, memory_mib=16, udp=False)
-END_S = 120.0
 COMMAND_S = 120.0
 
 
@@ -50,60 +50,23 @@ COMMAND_S = 120.0
 def guests(cluster: Cluster) -> Iterator[list[Guest]]:
     """On n1, and nothing else anywhere."""
     with contextlib.ExitStack() as stack:
-        stack.callback(_open_all, cluster)
+        stack.callback(open_all, cluster)
         yield [stack.enter_context(cluster.guest(f"evac{n}", load=LOAD)) for n in range(GUESTS)]
-
-
-def _open_all(cluster: Cluster) -> None:
-    """Whatever a failed test has left: no drain, no cordon."""
-    api = cluster.api()
-    for drain in api.get("/v1/drains", DrainList).drains:
-        if not drain.ended:
-            with contextlib.suppress(ApiProblem):
-                api.delete(f"/v1/drains/{drain.id}?abort_moves=true")
-            ended(cluster, drain.id)
-    for node in api.get("/v1/nodes", NodeList).nodes:
-        if node.state in (NodeState.CORDONED, NodeState.DRAINED):
-            api.post(f"/v1/nodes/{node.name}/uncordon", Node)
 
 
 @pytest.fixture
 def home(cluster: Cluster, guests: list[Guest]) -> list[Guest]:
     """The guests, all on n1, and every node open."""
-    _open_all(cluster)
+    open_all(cluster)
     for guest in guests:
         if guest.node != "n1":
             cluster.move(guest.name, "n1")
     return guests
 
 
-def node(cluster: Cluster, name: str, via: str = "n1") -> Node:
-    found = cluster.api(via).get("/v1/nodes", NodeList).nodes
-    return next(each for each in found if each.name == name)
-
-
 def drain(cluster: Cluster, via: str = "n1", **request: object) -> Drain:
     body = DrainRequest(**request)  # type: ignore[arg-type]
     return cluster.api(via).post("/v1/nodes/n1/drain", Drain, body)
-
-
-def seen(cluster: Cluster, id: str, via: str = "n1") -> Drain:
-    return cluster.api(via).get(f"/v1/drains/{id}", Drain)
-
-
-def ended(cluster: Cluster, id: str, via: str = "n1") -> Drain:
-    def find() -> Drain | None:
-        found = seen(cluster, id, via)
-        return found if found.ended else None
-
-    return eventually(f"drain {id} ends", find, END_S)
-
-
-def told(drain: Drain) -> str:
-    """For an assertion's message."""
-    moves = "; ".join(f"{move.domain} {move.state}: {move.error}" for move in drain.moves)
-    notes = "\n".join(note.text for note in drain.history)
-    return f"{drain.state} {drain.error}: {moves}\n{notes}"
 
 
 def ferry(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -367,4 +330,4 @@ def test_a_domain_that_is_to_be_stopped_starts_elsewhere(
         assert "powered off again" in str(left[0].error)
     finally:
         guest.remove()
-        _open_all(cluster)
+        open_all(cluster)

@@ -180,6 +180,24 @@ def test_whoever_takes_over_looks_first() -> None:
     assert machine.drain.moves[0].state is MoveState.MOVED
 
 
+def test_an_undrain_has_not_brought_back_what_others_take_elsewhere() -> None:
+    """It followed their migration to its end, and said "moved"."""
+    back = [Move(domain=name, source="n3", destination="n1") for name in ("a", "b")]
+    machine = DrainMachine(drain(operation=Operation.UNDRAIN, moves=tuple(back)))
+    machine.handle(v.Took(), 0.0)
+    for name in ("a", "b"):
+        machine.handle(v.Unclear(domain=name, reason="it is being migrated already"), 1.0)
+    theirs = migration("a", MigrationState.PRECOPY, source="n3", destination="n2")
+    machine.handle(v.Looked(domain="a", owner="n3", migration=theirs), 2.0)
+    machine.handle(v.Looked(domain="b", owner="n2"), 2.0)
+    machine.handle(v.HookDone(point=HookPoint.NODE_OPENED), 3.0)
+    assert [(each.state, each.error) for each in machine.drain.moves] == [
+        (MoveState.LEFT, "migration m-a takes it to n2 meanwhile"),
+        (MoveState.LEFT, "it was moved on to n2 meanwhile"),
+    ]
+    assert machine.drain.state is DrainState.PARTIAL
+
+
 def test_cancelling_lets_end_what_is_under_way() -> None:
     machine = DrainMachine(drain("a", "b", parallel=1))
     machine.handle(v.Took(), 0.0)

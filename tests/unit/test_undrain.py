@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from node_agent.cli.drain_text import outcome, plan_text, sentence
 from node_agent.drain.resources import (
     Drain,
@@ -14,7 +16,14 @@ from node_agent.drain.resources import (
     Operation,
     PlanBlocker,
 )
-from node_agent.drain.undrain import carried_to, complete, continued, to_undo
+from node_agent.drain.undrain import (
+    HOME,
+    carried_to,
+    complete,
+    continued,
+    in_other_hands,
+    to_undo,
+)
 
 S = DrainState
 M = MoveState
@@ -109,6 +118,41 @@ def test_what_another_drain_has_carried_on_comes_home_from_there() -> None:
     assert carried_to(first_move, [evened, first]) == "n2", "it is meant to be there"
     before = drain("d0", hop(M.MOVED, "n2", "n4"), node="n2")
     assert carried_to(first_move, [first, before]) == "n2", "that was earlier"
+
+
+def test_what_another_undrain_has_brought_home_is_not_taken_from_there() -> None:
+    """n1 was drained to n2, n2 to n3, and n1 was undrained first: the undrain of n2 took n1's
+    guests to n2, and both said that they were done."""
+    first = drain("d1", move("a"))
+    second = drain("d2", carried := hop(M.MOVED, "n2", "n3"), node="n2")
+    home = undrain("u1", hop(M.MOVED, "n3", "n1"))
+    assert carried_to(carried, [second, first]) == "n3"
+    assert carried_to(carried, [home, second, first]) == ""
+    away = drain("d3", hop(M.MOVED, "n1", "n3"))
+    assert carried_to(carried, [away, home, second, first]) == "", "that is n1's affair"
+    assert carried_to(away.moves[0], [away, home, second, first]) == "n3"
+
+
+def test_a_drain_that_met_an_undrain_on_its_way_has_moved_nothing_of_its_own() -> None:
+    first = drain("d1", move("a"))
+    on_its_way = msgspec.structs.replace(hop(M.MOVED, "n2", "n1"), migration="m")
+    home = undrain("u1", on_its_way)
+    met = msgspec.structs.replace(on_its_way, ended_at_s=9.0)
+    second = drain("d2", met, node="n2")
+    assert carried_to(met, [second, home, first]) == ""
+
+
+def test_what_an_undrain_under_way_brings_is_left_to_it() -> None:
+    first = drain("d1", first_move := move("a"))
+    second = drain("d2", carried := hop(M.MOVED, "n2", "n3"), node="n2")
+    home = undrain("u1", hop(M.WAITING, "n3", "n1"), state=S.RUNNING, ended_at_s=None)
+    assert in_other_hands(carried, [home, second, first]) == HOME
+    back = undrain("u2", hop(M.MOVING, "n3", "n2"), node="n2", state=S.RUNNING, ended_at_s=None)
+    told = in_other_hands(first_move, [back, second, first])
+    assert told == "undrain u2 brings it to n2 now; undrain once more after that"
+    over = undrain("u2", hop(M.MOVED, "n3", "n2"), node="n2")
+    assert in_other_hands(first_move, [over, second, first]) == ""
+    assert in_other_hands(move("b"), [back, second, first]) == ""
 
 
 def hop(state: MoveState, source: str, destination: str) -> Move:
