@@ -48,8 +48,15 @@ def plan_text(plan: DrainPlan, operation: Operation = Operation.DRAIN) -> str:
         )
     elif operation is Operation.UNDRAIN and not plan.left:
         parts.append(f"nothing is to come back to node {plan.node}: no drain of it is to be undone")
-    elif not plan.blockers and not plan.left:
+    elif not plan.blockers and not plan.left and not plan.leaving:
         parts.append(f"nothing has to move; node {plan.node} can be emptied at once")
+    if plan.leaving:
+        lines = [
+            f"  {each.domain}: to {each.destination}, by migration {each.migration}"
+            + ("" if each.eta_s is None else f", ~{each.eta_s:.0f} s left")
+            for each in plan.leaving
+        ]
+        parts.append("\n".join(["These are leaving already, and are waited for:", *lines]))
     if plan.left:
         lines = [f"  {each.domain}: {each.reason}" for each in plan.left]
         parts.append("\n".join(["These stay where they are:", *lines]))
@@ -75,8 +82,12 @@ def counted(count: int, what: str) -> str:
 
 
 def moved(drain: Drain) -> int:
-    """How many domains are no longer where they were."""
-    return sum(move.state in (MoveState.MOVED, MoveState.STOPPED) for move in drain.moves)
+    """How many domains are no longer where they were, or on their way already."""
+    return sum(
+        move.state in (MoveState.MOVED, MoveState.STOPPED)
+        or (move.already and move.state is MoveState.GONE)
+        for move in drain.moves
+    )
 
 
 def took(drain: Drain) -> str:

@@ -292,7 +292,8 @@ class Coordinator:
 
     async def _seek(self, command: v.Seek) -> None:
         domain, drain = command.domain, self.drain
-        off = any(each.domain == domain and each.powered_off for each in drain.moves)
+        move = next(each for each in drain.moves if each.domain == domain)
+        off = move.powered_off
         owner = await self._world.owner(domain)
         if owner != (None if off else drain.node):
             self._hear(v.Looked(domain=domain, owner=owner))
@@ -307,19 +308,15 @@ class Coordinator:
             closed=(drain.node,),
             places=places,
         )
+        survey = survey.with_policy_of(domain, move.policy)
         if off:
             survey = survey.to_be_started(domain)
         forbidden = frozenset((domain, node) for node in command.tried)
         plan = await self._world.plan(survey, [domain], survey.options(forbidden=forbidden))
-        if plan.moves and plan.moves[0].destination:
+        if plan.moves:
             found = plan.moves[0]
-            self._hear(
-                v.Found(
-                    domain=domain,
-                    destination=found.destination or "",
-                    wire_bytes=found.wire_bytes,
-                )
-            )
+            place, sent = found.destination, found.wire_bytes
+            self._hear(v.Found(domain=domain, destination=place, wire_bytes=sent))
         else:
             reason = plan.blockers[0].reason if plan.blockers else "no node can take it"
             self._hear(v.NoPlace(domain=domain, reason=reason))

@@ -73,6 +73,7 @@ class DrainMachine(MoveCourse):
             case v.CheckFailed():
                 self._not_checked(event.reason, now)
             case _:
+                self._sought(event)
                 move = self._moves.get(getattr(event, "domain", ""))
                 if move is not None and not move.state.ended:
                     self._about(move, event, now)
@@ -93,6 +94,10 @@ class DrainMachine(MoveCourse):
             found.append(f"{base.node} to be empty{said if self._check_said else ''}")
         if self._seeking is not None:
             found.append(f"another place for {self._seeking}")
+        already = [m for m in self._moves.all() if m.already and m.state.active]
+        found += [_on_its_way(move) for move in already[:_ALREADY_TOLD_MAX]]
+        if len(already) > _ALREADY_TOLD_MAX:
+            found.append(f"{len(already) - _ALREADY_TOLD_MAX} more that were leaving already")
         found += self._silences(now)
         if base.cancel is CancelMode.LET_END and any(m.state.active for m in self._moves.all()):
             found.append(f"moves under way (`ferry drains cancel {base.id} --abort-moves` ends it)")
@@ -115,6 +120,9 @@ class DrainMachine(MoveCourse):
             asked = f", asked for{told_by(base.asked_by, base.reason)}" if base.asked_by else ""
         text = f"{base.operation}{self._of_node} {step}, coordinated by {base.coordinator}{asked}"
         self._note(text, now)
+        for move in self._moves.all():
+            if move.already and move.state.active and base.term <= 1:
+                self._note(f"{_on_its_way(move)}: that is waited for", now, move.domain)
 
     # --- the whole ---------------------------------------------------------------------------
 
@@ -130,7 +138,10 @@ class DrainMachine(MoveCourse):
         whose = f"cancelled by {by}" if by else "cancelled"
         self._note(f"{whose}; moves under way {_CANCEL_TOLD[mode]}", now)
         for move in self._moves.all():
-            if move.state is MoveState.MOVING and move.migration:
+            if move.already and move.state.active:
+                error = f"{whose}; its migration {move.migration}, which isn't the drain's, goes on"
+                self._end(move, MoveState.LEFT, now, error=error)
+            elif move.state is MoveState.MOVING and move.migration:
                 self._cancel_if_asked(move.migration)
 
     def _seek_next(self) -> None:
@@ -207,6 +218,8 @@ class DrainMachine(MoveCourse):
         for domain, share in self._moves.shares(self._base.links).items():
             move = self._moves.get(domain)
             if move is None or move.state is not MoveState.MOVING or move.migration is None:
+                continue
+            if move.already:  # Its cap is the affair of whoever asked for it.
                 continue
             before = move.bandwidth_bytes_per_s
             if before is not None and abs(share - before) <= _SHARE_CHANGE * before:
@@ -309,6 +322,11 @@ class DrainMachine(MoveCourse):
         return f" of {self._base.node}" if self._base.node else ""  # A balancing has none.
 
 
+def _on_its_way(move: Move) -> str:
+    return f"{move.domain}, on its way to {move.destination} already (migration {move.migration})"
+
+
+_ALREADY_TOLD_MAX: Final = 3
 _SHARE_CHANGE: Final = 0.05
 _AS_PLANNED: Final = frozenset({MoveState.MOVED, MoveState.STOPPED, MoveState.GONE})
 _CANCEL_TOLD: Final = {CancelMode.LET_END: "go on to their end", CancelMode.ABORT: "are cancelled"}

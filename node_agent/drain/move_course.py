@@ -51,9 +51,12 @@ class MoveCourse(Ledger):
         self._seeking: str | None = None
         """One at a time: two that are sought for at once could break a rule together."""
 
-    def _about(self, move: Move, event: v.Event, now: float) -> None:
-        if move.domain == self._seeking and isinstance(event, _SOUGHT):
+    def _sought(self, event: v.Event) -> None:
+        """The search that it answers is over, also where its move has ended meanwhile."""
+        if isinstance(event, _SOUGHT) and event.domain == self._seeking:
             self._seeking = None
+
+    def _about(self, move: Move, event: v.Event, now: float) -> None:
         match event:
             case v.Looked():
                 self._looked(move, event, now)
@@ -122,14 +125,17 @@ class MoveCourse(Ledger):
         elif event.owner == move.source:
             if not move.state.active:
                 return
-            if migration is not None and migration.id == move.migration:
+            if move.already:
+                why = migration.error if migration is not None and migration.error else "it ended"
+                self._plan_again(move, why, now)
+            elif migration is not None and migration.id == move.migration:
                 self._failed(move, migration.error or f"migration {migration.state}", now)
             elif move.attempts >= ATTEMPTS_MAX:
                 self._end(move, MoveState.FAILED, now)
             else:  # It was asked for, and never began.
                 self._put(move, state=MoveState.WAITING, migration=None)
         elif event.owner == move.destination:
-            self._end(move, MoveState.MOVED, now)
+            self._arrived(move, now)
         elif self._is_astray(move, event.owner):
             reason = f"it was moved on to {event.owner} meanwhile"
             self._end(move, MoveState.LEFT, now, error=reason)
@@ -160,12 +166,15 @@ class MoveCourse(Ledger):
         if migration.id != move.migration:
             return
         if migration.state is MigrationState.COMPLETED:
-            self._end(move, MoveState.MOVED, now, error=None)
+            self._arrived(move, now, error=None)
             dark = migration.blackout_ms
             took = f", blackout {dark:.1f} ms" if dark is not None else ""
             self._note(f"{move.domain} is on {migration.destination}{took}", now, move.domain)
         elif migration.state is MigrationState.CANCELLED and migration.id not in self._given_up:
             whose = f" by {migration.cancelled_by}" if migration.cancelled_by else ""
+            if move.already:
+                self._plan_again(move, f"it was cancelled{whose}", now)
+                return
             self._end(move, MoveState.LEFT, now, error=f"its migration was cancelled{whose}")
             self._note(f"the migration of {move.domain} was cancelled{whose}", now, move.domain)
         else:
@@ -173,7 +182,27 @@ class MoveCourse(Ledger):
                 reason = f"node {move.destination} fell silent"
             else:
                 reason = migration.error or f"its migration {migration.state}"
-            self._failed(move, reason, now)
+            if move.already:
+                self._plan_again(move, reason, now)
+            else:
+                self._failed(move, reason, now)
+
+    def _arrived(self, move: Move, now: float, **changes: object) -> None:
+        """What was leaving already isn't this operation's to undo."""
+        if move.already:
+            self._end(move, MoveState.GONE, now, error=f"it was on its way to {move.destination}")
+        else:
+            self._end(move, MoveState.MOVED, now, **changes)
+
+    def _plan_again(self, move: Move, why: str, now: float) -> None:
+        """The migration that was under way before has come to nothing: now it is the drain's.
+
+        Its destination may be the right one all the same: that migration had its own terms.
+        """
+        changes: dict[str, object] = {"already": False, "migration": None, "planned_s": 0.0}
+        self._put(move, state=MoveState.SEEKING, error=why, **changes)
+        text = f"migration {move.migration} of {move.domain} to {move.destination} came to nothing"
+        self._note(f"{text} ({why}): a place is looked for", now, move.domain)
 
     def _failed(self, move: Move, error: str, now: float) -> None:
         failures = move.failures + 1

@@ -9,7 +9,7 @@ from typing import Final
 
 import msgspec
 
-from migrator.model import MaintenancePolicy, Migration, MigrationState
+from migrator.model import Migration, MigrationState
 from node_agent.drain.resources import Drain, Move, MoveState
 from node_agent.planner.model import ENGINE_BYTES_PER_S
 from node_agent.planner.schedule import pick_next
@@ -91,15 +91,15 @@ class Moves:
         waiting = [move for move in self.waiting() if move.source not in silent]
         waiting.sort(key=lambda move: (-move.priority, move.planned_start_s))
         active = [move for move in self._moves.values() if move.state.active]
-        live = [move for move in active if move.policy is MaintenancePolicy.LIVE]
+        live = [move for move in active if move.live]
         leaving = Counter(move.source for move in live)
         stopping = Counter(move.source for move in active if move not in live)
         for source in dict.fromkeys(move.source for move in waiting):
             here = [move for move in waiting if move.source == source]
-            stops = [move for move in here if move.policy is not MaintenancePolicy.LIVE]
+            stops = [move for move in here if not move.live]
             if stops and stopping[source] < STOPS_AT_ONCE:
                 return stops[0]
-            lives = [move for move in here if move.policy is MaintenancePolicy.LIVE]
+            lives = [move for move in here if move.live]
             if not lives or leaving[source] >= parallel:
                 continue
             found = _pick(lives, self._arriving(live), lanes)
@@ -121,7 +121,7 @@ class Moves:
         live = [
             move
             for move in self._moves.values()
-            if move.policy is MaintenancePolicy.LIVE
+            if move.live
             and move.state in (MoveState.STARTING, MoveState.MOVING)
             and move.destination is not None
         ]

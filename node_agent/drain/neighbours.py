@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from migrator.model import MaintenancePolicy
 from node_agent.drain.resources import Drain, Move, MoveState
 
 
@@ -34,7 +33,5 @@ def under_way(drains: Iterable[Drain], besides: str) -> tuple[Move, ...]:
         for drain in drains
         if drain.id != besides and not drain.ended
         for move in drain.moves
-        if move.policy is MaintenancePolicy.LIVE
-        and move.state in (MoveState.STARTING, MoveState.MOVING)
-        and move.destination
+        if move.live and move.state in (MoveState.STARTING, MoveState.MOVING) and move.destination
     )

@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Sequence
 from typing import Final
 
-from migrator.model import MaintenancePolicy
 from node_agent.drain.resources import Drain, DrainState, Move, MoveState
 
 _TIMED: Final = frozenset({DrainState.RUNNING, DrainState.CANCELLING})
@@ -25,8 +24,8 @@ def left_s(drain: Drain, now_s: float) -> float | None:
     """Seconds, of the drain's time; None: no plan tells, or only the look at the node is left."""
     if drain.state not in _TIMED:
         return None
-    live = [move for move in drain.moves if move.policy is MaintenancePolicy.LIVE]
-    stops = [move for move in drain.moves if move.policy is not MaintenancePolicy.LIVE]
+    live = [move for move in drain.moves if move.live]
+    stops = [move for move in drain.moves if not move.live]
     found = [left for each in (live, stops) if (left := _left_of(each, now_s)) is not None]
     return max(found, default=None)
 

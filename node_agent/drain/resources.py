@@ -125,6 +125,14 @@ class Move(Value, frozen=True, kw_only=True):
     error: str | None = None
     powered_off: bool = False
     """By this operation; so it has to be started somewhere, whatever else fails."""
+    already: bool = False
+    """It was leaving when the drain began, by a migration that isn't the drain's: that is waited
+    for, and neither capped, cancelled with the drain, nor undone by an undrain."""
+
+    @property
+    def live(self) -> bool:
+        """Whether what is done to it is a migration."""
+        return self.already or self.policy is MaintenancePolicy.LIVE
 
     @property
     def is_off(self) -> bool:
@@ -285,6 +293,16 @@ class NodeLeftOut(Value, frozen=True, kw_only=True):
     reason: str
 
 
+class LeavingAlready(Value, frozen=True, kw_only=True):
+    """A domain that is on its way from the node by a migration that has begun before."""
+
+    domain: str
+    destination: str
+    migration: str
+    eta_s: float | None = None
+    """Until its pages are across; None: not known yet."""
+
+
 class DrainPlan(Value, frozen=True, kw_only=True):
     """What a dry run answers."""
 
@@ -295,6 +313,8 @@ class DrainPlan(Value, frozen=True, kw_only=True):
     """Undrain: domains that would stay where they are, and why."""
     left_out: tuple[NodeLeftOut, ...] = ()
     """Drain: nodes that are silent, cordoned or being emptied."""
+    leaving: tuple[LeavingAlready, ...] = ()
+    """Drain: what is on its way already, and only has to be waited for."""
     parallel: int = 1
     planned_s: float = 0.0
     lower_bound_s: float = 0.0

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -22,8 +22,8 @@ from migrator.errors import (
     RefusedError,
     StoreError,
 )
-from migrator.model import NodeName, NodeState
-from node_agent.drain import experience, neighbours, undrain
+from migrator.model import Migration, NodeName, NodeState
+from node_agent.drain import departures, experience, neighbours, undrain
 from node_agent.drain.balancing import moves_of_balance, plan_balance, shown_balance
 from node_agent.drain.coordinator import Coordinator
 from node_agent.drain.cordons import Cordons
@@ -54,6 +54,8 @@ log = logging.getLogger(__name__)
 
 DRY_RUN_SAMPLE_S: Final = 0.5
 SAMPLE_S: Final = 0.25
+_LOOKS_MAX: Final = 3
+"""At what is leaving, while users go on to migrate what is planned."""
 _FROM_OUTSIDE: Final = (
     "its domains can't be moved from outside; if it is dead, `ferry domain takeover` starts them "
     "elsewhere"
@@ -116,14 +118,18 @@ class DrainService:
     async def plan(self, node: NodeName, request: DrainRequest) -> DrainPlan:
         """What `drain` would do, and what stands in its way. Changes nothing."""
         await self._must_speak(node)
-        survey, plan = await self._plan(node, request, DRY_RUN_SAMPLE_S)
+        survey, plan, leaving = await self._plan(node, request, DRY_RUN_SAMPLE_S)
         left = [
             PlanBlocker(domain=each, reason=_EXCLUDED, remedy="")
             for each in sorted(set(request.exclude))
         ]
         shown = shown_plan(node, survey, plan, left)
-        timeout_s = timeout_of(plan.makespan_s, request.timeout_s)
-        return msgspec.structs.replace(shown, left_out=survey.left_out(node), timeout_s=timeout_s)
+        return msgspec.structs.replace(
+            shown,
+            leaving=departures.shown(leaving),
+            left_out=survey.left_out(node),
+            timeout_s=timeout_of(plan.makespan_s, request.timeout_s),
+        )
 
     async def drain(self, node: NodeName, request: DrainRequest, by: str = "") -> Drain:
         """Cordon the node and begin to empty it. RefusedError names every blocker: then nothing
@@ -137,7 +143,7 @@ class DrainService:
         before = await self.cordons.claim(node, NodeState.DRAINING, name, by, request.reason)
         cordoned_by = None if before is None else before.drain
         try:
-            survey, plan = await self._plan(node, request, SAMPLE_S)
+            survey, plan, leaving = await self._plan(node, request, SAMPLE_S)
             if plan.blockers:
                 reasons = [
                     f"{each.domain}: {each.reason}; what would help: {each.remedy}"
@@ -150,8 +156,14 @@ class DrainService:
                 )
             drain = self._made(name, Operation.DRAIN, node, survey, plan, request)
             earlier = undrain.continued(await self._records.list_drains(), node, cordoned_by)
+            moves = departures.moves(leaving, survey, request.policy, drain.started_at_s)
             drain = msgspec.structs.replace(
-                drain, continues=earlier, asked_by=by, reason=request.reason
+                drain,
+                moves=drain.moves + moves,
+                planned_s=max(drain.planned_s, departures.longest_s(leaving)),
+                continues=earlier,
+                asked_by=by,
+                reason=request.reason,
             )
             entry = await self._records.add(drain)
         except BaseException:
@@ -282,21 +294,41 @@ class DrainService:
 
     async def _plan(
         self, node: NodeName, request: DrainRequest, sample_s: float
+    ) -> tuple[Survey, Plan, Sequence[Migration]]:
+        """And what is leaving already. Anew where one has begun to while it was being planned."""
+        leaving = await self.world.leaving(node)
+        for _ in range(_LOOKS_MAX):
+            survey, plan = await self._plan_beside(node, request, sample_s, leaving)
+            known, leaving = leaving, await self.world.leaving(node)
+            blocked = {each.domain for each in plan.blockers}
+            if not blocked & (leaving.keys() - known.keys()):
+                break
+        waited = [each for name, each in known.items() if name not in request.exclude]
+        return survey, plan, waited
+
+    async def _plan_beside(
+        self,
+        node: NodeName,
+        request: DrainRequest,
+        sample_s: float,
+        leaving: Mapping[str, Migration],
     ) -> tuple[Survey, Plan]:
+        """Of the others than those that are `leaving`."""
         owned = await self.world.owned_by(node)
-        unknown = sorted(set(request.exclude) - set(owned))
+        unknown = sorted(set(request.exclude) - {*owned, *leaving})
         if unknown:
             raise NotFoundError(f"exclude: no domain {', '.join(unknown)} runs on node {node}")
-        leaving = [name for name in owned if name not in request.exclude]
-        places = neighbours.promised(await self._records.list_drains(), leaving)
+        names = [name for name in owned if name not in {*request.exclude, *leaving}]
+        places = neighbours.promised(await self._records.list_drains(), names)
+        places |= departures.places(leaving)
         survey = await self.world.survey(
-            {node: leaving}, sample_s=sample_s, closed=(node,), places=places
+            {node: names}, sample_s=sample_s, closed=(node,), places=places
         )
         domains = with_policy(survey.domains, node, request.policy)
         survey = survey.experienced(*await self._experience(Operation.DRAIN))
         survey = msgspec.structs.replace(survey, domains=domains)
         options: PlanOptions = survey.options(parallel=request.parallel)
-        return survey, await self.world.plan(survey, leaving, options)
+        return survey, await self.world.plan(survey, names, options)
 
     async def _experience(self, operation: Operation) -> tuple[float | None, float | None]:
         """By earlier drains: what a move takes beside its transfer, and what a stop takes."""

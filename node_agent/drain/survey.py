@@ -99,6 +99,16 @@ class Survey(Struct, frozen=True, kw_only=True):
         )
         return msgspec.structs.replace(self, domains=changed)
 
+    def with_policy_of(self, domain: str, policy: MaintenancePolicy) -> Survey:
+        """With the policy that a drain has settled on for that one (never stays)."""
+        changed = tuple(
+            msgspec.structs.replace(each, policy=policy)
+            if each.name == domain and each.policy is not MaintenancePolicy.NEVER
+            else each
+            for each in self.domains
+        )
+        return msgspec.structs.replace(self, domains=changed)
+
     def left_out(self, *besides: str) -> tuple[NodeLeftOut, ...]:
         """The nodes that take nothing, and why; `besides`: of whom that needn't be said."""
         return tuple(
@@ -232,15 +242,19 @@ def with_policy(
     domains: Iterable[DomainFacts], node: str, policy: DrainPolicy
 ) -> tuple[DomainFacts, ...]:
     """The policy that a drain's user asks for, in the place of the domains' own (never stays)."""
-    if policy is DrainPolicy.AUTO:
-        return tuple(domains)
-    asked = MaintenancePolicy(policy.value)
     return tuple(
-        msgspec.structs.replace(each, policy=asked)
-        if each.node == node and each.policy is not MaintenancePolicy.NEVER
+        msgspec.structs.replace(each, policy=asked_policy(each, policy))
+        if each.node == node
         else each
         for each in domains
     )
+
+
+def asked_policy(domain: DomainFacts, policy: DrainPolicy) -> MaintenancePolicy:
+    """For one of them."""
+    if policy is DrainPolicy.AUTO or domain.policy is MaintenancePolicy.NEVER:
+        return domain.policy
+    return MaintenancePolicy(policy.value)
 
 
 def moves_of(plan: Plan, priorities: Mapping[str, int]) -> tuple[Move, ...]:

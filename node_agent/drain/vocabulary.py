@@ -92,7 +92,8 @@ class Found(Event, frozen=True, kw_only=True):
     """A destination for a domain whose first one came to nothing, or that came late."""
 
     domain: str
-    destination: str
+    destination: str | None
+    """None: it is to be powered off, and stay off."""
     wire_bytes: int
 
 

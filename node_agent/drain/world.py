@@ -124,6 +124,13 @@ class DrainWorld:
             )
         )
 
+    async def leaving(self, node: str) -> dict[str, Migration]:
+        """By domain, the migrations from it that are under way, as it says itself."""
+        migrations = await self.cluster.list_migrations()
+        mine = [each.id for each in migrations if each.source == node and not each.ended]
+        found = await asyncio.gather(*map(self.cluster.get_migration, mine))
+        return {each.domain: each for each in found if not each.ended}
+
     async def migration_of(self, domain: str, known: str | None) -> Migration | None:
         """The one that has hold of the domain now; else the known one; else None."""
         migrations = await self.cluster.list_migrations()

@@ -191,6 +191,33 @@ def test_what_can_t_leave_is_named_and_nothing_moves(cluster: Cluster, home: lis
         api.post("/v1/nodes/n9/drain", Drain)
 
 
+def test_what_is_leaving_already_is_waited_for(cluster: Cluster, home: list[Guest]) -> None:
+    """The only node that could take it has its copy: said to be refused there, it was a blocker."""
+    first, api = home[0].name, cluster.api()
+    api.post("/v1/nodes/n3/cordon", Node)
+    with cluster.held("destination", "Prepared") as point:
+        own = cluster.migrate(first, "n2")
+        point.wait_reached()
+        plan = api.post("/v1/nodes/n1/drain?dry_run=true", DrainPlan, DrainRequest())
+        assert plan.blockers == ()
+        assert [(each.domain, each.migration) for each in plan.leaving] == [(first, own.id)]
+        assert {move.domain for move in plan.moves} == {guest.name for guest in home[1:]}
+        begun = drain(cluster)
+        eventually(
+            "it is said to be waited for",
+            lambda: f"{first}, on its way to n2 already" in seen(cluster, begun.id).waits_for,
+        )
+    over = ended(cluster, begun.id)
+    assert over.state is DrainState.DONE, told(over)
+    states = {move.domain: move.state for move in over.moves}
+    assert states.pop(first) is MoveState.GONE
+    assert set(states.values()) == {MoveState.MOVED}
+    api.post("/v1/nodes/n3/uncordon", Node)
+    back = ended(cluster, api.post("/v1/nodes/n1/undrain", Drain).id)
+    assert back.state is DrainState.DONE, told(back)
+    assert [guest.node for guest in home] == ["n2", *["n1"] * (GUESTS - 1)]
+
+
 def test_a_cancelled_drain_opens_the_node(cluster: Cluster, home: list[Guest]) -> None:
     """A move is held where it may wait long (30 s): so one is under way, and others wait."""
     with cluster.held("destination", "Prepared") as point:

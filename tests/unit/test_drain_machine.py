@@ -137,6 +137,23 @@ def test_it_is_not_done_before_the_node_is_empty() -> None:
     assert of(v.Seek, commands), "what has come in the meantime moves, too"
 
 
+def test_a_search_that_a_cancel_made_needless_holds_up_no_other() -> None:
+    """What was powered off, and wanted a place, stayed off, and the drain never ended."""
+    off = Move(
+        domain="off", source="n1", destination="n2", policy=MaintenancePolicy.STOP, powered_off=True
+    )
+    moves = (
+        Move(domain="a", source="n1", destination="n2", state=MoveState.SEEKING),
+        msgspec.structs.replace(off, state=MoveState.BOOTING),
+    )
+    machine = DrainMachine(drain(moves=moves))
+    assert of(v.Seek, machine.handle(v.Took(), 0.0)) == [v.Seek(domain="a", tried=())]
+    machine.handle(v.CancelAsked(mode=CancelMode.ABORT), 0.1)
+    assert not of(v.Seek, machine.handle(v.Failed(domain="off", error="no", node="n2"), 0.2))
+    found = v.Found(domain="a", destination="n3", wire_bytes=1)
+    assert of(v.Seek, machine.handle(found, 0.3)) == [v.Seek(domain="off", tried=("n2",))]
+
+
 def test_a_failed_move_is_tried_elsewhere_once() -> None:
     machine = DrainMachine(drain("a"))
     machine.handle(v.Took(), 0.0)

@@ -7,8 +7,19 @@ from typing import Any, cast
 
 import msgspec
 
-from migrator.model import DomainSpec, DomainState, MaintenancePolicy, NodeName, NodeState
+from migrator.model import (
+    DomainSpec,
+    DomainState,
+    MaintenancePolicy,
+    Migration,
+    MigrationProgress,
+    MigrationRequest,
+    MigrationState,
+    NodeName,
+    NodeState,
+)
 from node_agent.cli.drain_text import balance_text, plan_text
+from node_agent.drain import departures
 from node_agent.drain.coordinator import _time_of_move
 from node_agent.drain.neighbours import promised, under_way
 from node_agent.drain.records import DrainRecords
@@ -17,6 +28,7 @@ from node_agent.drain.resources import (
     CordonRequest,
     Drain,
     DrainPlan,
+    DrainPolicy,
     DrainRequest,
     DrainState,
     Move,
@@ -42,10 +54,21 @@ def view(name: str, state: NodeState, age_s: float = 0.5) -> NodeView:
     return NodeView(info=info, state=state, heartbeat_age_s=age_s)
 
 
+def running(name: str, node: str) -> Domain:
+    spec = DomainSpec(name=name, memory_bytes=2**28)
+    return Domain(name=name, spec=spec, state=DomainState.RUNNING, node=node)
+
+
 class Nodes:
     """In the place of the drains' world: n1 is empty, the others are in all sorts of states."""
 
     trouble = ""
+
+    def __init__(self, leaving: Mapping[str, Migration] | None = None) -> None:
+        self._leaving = dict(leaving or {})
+
+    async def leaving(self, _node: str) -> dict[str, Migration]:
+        return self._leaving
 
     async def views(self) -> dict[str, NodeView]:
         return {
@@ -70,7 +93,8 @@ class Nodes:
         places: Mapping[str, str],
     ) -> Survey:
         self.places = places
-        return make_survey(await self.views(), (), {}, closed=closed)
+        domains = [running(name, "n1") for name in places]
+        return make_survey(await self.views(), domains, {}, closed=closed, places=places)
 
     async def plan(self, survey: Survey, leaving: Collection[str], options: PlanOptions) -> Plan:
         return plan_moves(survey.nodes, survey.domains, leaving, options)
@@ -115,6 +139,47 @@ async def test_what_another_drain_has_given_away_is_no_place() -> None:
     assert world.places == {"a": "n2"}
     assert promised([other], besides=["a"]) == {}
     assert [each.domain for each in under_way([other], "d")] == []
+
+
+def migration(domain: str, destination: str) -> Migration:
+    return Migration(
+        id=f"m-{domain}",
+        domain=domain,
+        source="n1",
+        destination=destination,
+        request=MigrationRequest(destination=destination),
+        state=MigrationState.PRECOPY,
+        progress=MigrationProgress(state=MigrationState.PRECOPY, eta_s=7.4),
+        created_at_s=1.0,
+    )
+
+
+async def test_what_is_leaving_already_is_waited_for_and_neither_planned_nor_a_blocker() -> None:
+    """No node could take it: the only other one had a copy of it already, its own."""
+    service, _ = await service_of(world := Nodes({"web": migration("web", "n2")}))
+    plan = await service.plan(NodeName("n1"), DrainRequest())
+    assert (plan.moves, plan.blockers) == ((), ())
+    assert world.places == {"web": "n2"}, "it counts where it will be"
+    assert [(each.domain, each.destination, each.eta_s) for each in plan.leaving] == [
+        ("web", "n2", 7.4)
+    ]
+    told = plan_text(plan)
+    assert told.splitlines()[:2] == [
+        "These are leaving already, and are waited for:",
+        "  web: to n2, by migration m-web, ~7 s left",
+    ]
+    assert "nothing has to move" not in told
+    kept = await service.plan(NodeName("n1"), DrainRequest(exclude=("web",)))
+    assert kept.leaving == ()
+
+
+def test_what_is_leaving_already_is_one_of_the_drains_moves() -> None:
+    one = migration("web", "n2")
+    survey = make_survey({}, [running("web", "n1")], {}, places={"web": "n2"})
+    (move,) = departures.moves([one], survey, DrainPolicy.STOP, 5.0)
+    assert (move.state, move.migration, move.already) == (MoveState.MOVING, "m-web", True)
+    assert (move.policy, move.live) == (MaintenancePolicy.STOP, True)
+    assert (move.planned_s, move.started_at_s) == (7.4, 5.0)
 
 
 async def test_a_dry_run_names_the_nodes_that_it_left_out() -> None:

@@ -52,6 +52,7 @@ def record(drain: Drain) -> None:
         for move in drain.moves
         if move.state in (MoveState.STARTING, MoveState.MOVING)
         and move.policy is MaintenancePolicy.LIVE
+        and not move.already
     ]
     by_source = Counter(move.source for move in live)
     assert all(count <= drain.parallel for count in by_source.values()), live

@@ -17,3 +17,5 @@ class Faults:
     boot_fails: float = 0.15
     arrives_late: float = 0.2
     cancelled: float = 0.0
+    leaving_already: float = 0.0
+    """Guests that somebody migrates when the drain begins."""

@@ -70,6 +70,14 @@ def test_drains_hold_their_promises_under_faults() -> None:
         assert seen[what] > 10, f"{what}: {seen}"
 
 
+def test_guests_that_leave_already_are_waited_for_or_planned_again() -> None:
+    ends, seen = play(range(150), Faults(leaving_already=0.3))
+    assert seen["leaving already"] > 100
+    assert ends[DrainState.DONE] > 50
+    ends, _ = play(range(150), Faults(leaving_already=0.3, cancelled=0.05))
+    assert ends[DrainState.CANCELLED] > 20
+
+
 def test_undrains_hold_them_too() -> None:
     ends, _ = play(range(100), Faults(), Operation.UNDRAIN)
     assert ends[DrainState.DONE] > 30

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 import msgspec
 
 from migrator.model import (
-    MaintenancePolicy,
     Migration,
     MigrationProgress,
     MigrationRequest,
@@ -38,7 +37,7 @@ from node_agent.drain.resources import (
 )
 from node_agent.planner.model import DomainFacts, NodeFacts, PlanOptions
 from node_agent.planner.plan import plan_moves
-from tests.simulation.drains import checkers
+from tests.simulation.drains import beginnings, checkers
 from tests.simulation.drains.checkers import SOURCE, Guest
 from tests.simulation.drains.faults import Faults
 
@@ -78,31 +77,11 @@ class World:
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._number = 0
         self.nodes = [f"n{n}" for n in range(self.dice.randint(2, 5))]
-        self._make_guests()
+        beginnings.make_guests(self)
         self.record = self._plan()
         self.coordinator: Coordinator | None = None
 
     # --- the beginning -----------------------------------------------------------------------
-
-    def _make_guests(self) -> None:
-        for number in range(self.dice.randint(1, 8)):
-            anti = ("app=a",) if self.dice.random() < 0.2 else ()
-            label = frozenset({"app=a"}) if self.dice.random() < 0.3 else frozenset()
-            stop = self.dice.random() < 0.2
-            facts = DomainFacts(
-                name=f"d{number}",
-                node=SOURCE,
-                memory_bytes=100 * MIB,
-                content_bytes=50 * MIB,
-                labels=label,
-                anti_affinity=anti,
-                policy=MaintenancePolicy.STOP if stop else MaintenancePolicy.LIVE,
-                restart=self.dice.random() < 0.7,
-            )
-            where = SOURCE
-            if self.operation is Operation.UNDRAIN:
-                where = self.dice.choice(self.nodes[1:])
-            self.guests[facts.name] = Guest(facts=facts, owner=where)
 
     def _facts(self, places: dict[str, str]) -> tuple[list[NodeFacts], list[DomainFacts]]:
         """`places`: where domains are going, as in `drain.survey`."""
@@ -122,11 +101,13 @@ class World:
         return not closed and name not in self.dead
 
     def _plan(self) -> Drain:
-        nodes, domains = self._facts({})
+        already = beginnings.leave_already(self)
+        nodes, domains = self._facts({move.domain: move.destination or "" for move in already})
         wanted: tuple[tuple[str, str], ...] = ()
         if self.operation is Operation.UNDRAIN:
             wanted = tuple((name, SOURCE) for name in self.guests)
-        plan = plan_moves(nodes, domains, list(self.guests), PlanOptions(wanted=wanted, parallel=2))
+        leaving = [name for name, guest in self.guests.items() if guest.migration is None]
+        plan = plan_moves(nodes, domains, leaving, PlanOptions(wanted=wanted, parallel=2))
         drain = self.operation is Operation.DRAIN
         self.cordon = NodeState.DRAINING if drain else NodeState.RESTORING
         return Drain(
@@ -148,7 +129,8 @@ class World:
                     wire_bytes=move.wire_bytes,
                 )
                 for move in plan.moves
-            ),
+            )
+            + already,
         )
 
     # --- time --------------------------------------------------------------------------------
@@ -161,7 +143,7 @@ class World:
         """Until the drain has ended; AssertionError if it breaks a rule, or doesn't end."""
         self._take_over()
         self.later(0.5, self._tick)
-        if self.operation is Operation.DRAIN and self._faulty(self.faults.arrives_late):
+        if self.operation is Operation.DRAIN and self.faulty(self.faults.arrives_late):
             self.incoming.append("late")
             self.later(self.dice.uniform(0.0, 40.0), lambda: self._arrive("late"))
         while not self.record.ended:
@@ -170,14 +152,14 @@ class World:
             what()
         self._check_end()
 
-    def _faulty(self, chance: float) -> bool:
+    def faulty(self, chance: float) -> bool:
         return self.now < FAULTS_UNTIL_S and self.dice.random() < chance
 
     def _tick(self) -> None:
         self.later(0.5, self._tick)
-        if self._faulty(self.faults.node_dies):
+        if self.faulty(self.faults.node_dies):
             self._kill_node(self.dice.choice(self.nodes))
-        if self._faulty(self.faults.cancelled) and self.record.cancel is CancelMode.NO:
+        if self.faulty(self.faults.cancelled) and self.record.cancel is CancelMode.NO:
             mode = self.dice.choice([CancelMode.LET_END, CancelMode.ABORT])
             self.seen[f"cancel {mode}"] += 1
             self.tell(v.CancelAsked(mode=mode))
@@ -229,13 +211,13 @@ class World:
         before = one.machine.changes
         commands = one.machine.handle(event, self.now)
         if one.machine.changes != before:
-            if self._faulty(self.faults.coordinator_dies):
+            if self.faulty(self.faults.coordinator_dies):
                 self._crash()  # Before it was saved: then nothing was done, either.
                 return
             self.record = one.machine.drain
             checkers.record(self.record)
         for command in commands:
-            if self._faulty(self.faults.coordinator_dies):
+            if self.faulty(self.faults.coordinator_dies):
                 self._crash()
                 return
             self._perform(command, one.term)
@@ -261,21 +243,21 @@ class World:
             case v.Follow(migration=migration):
                 self._follow(command.domain, migration, term)
             case v.CancelMigration(migration=migration):
-                self.later(delay_s, lambda: self._cancel(migration))
+                self.later(delay_s, lambda: self.cancel(migration))
             case _:
                 self.later(delay_s, lambda: self._arrived(command, term))
 
     def _arrived(self, command: v.Command, term: int) -> None:
         """A command that asks somebody: who may be away, and whose answer may be lost."""
         domain = getattr(command, "domain", "")
-        if domain and self._faulty(self.faults.request_lost):
+        if domain and self.faulty(self.faults.request_lost):
             self.seen["request lost"] += 1
             self.later(1.0, lambda: self.answer(term, v.Unclear(domain=domain, reason="no answer")))
             return
         event = self._done(command, term)
         if event is None:
             return
-        if domain and self._faulty(self.faults.request_lost):
+        if domain and self.faulty(self.faults.request_lost):
             self.seen["answer lost"] += 1
             event = v.Unclear(domain=domain, reason="no answer")
         self.answer(term, event)
@@ -315,26 +297,31 @@ class World:
             return v.Unclear(domain=command.domain, reason="it is stopped")
         if command.destination == guest.owner:
             return v.Unclear(domain=command.domain, reason="it runs there already")
-        if not self._admits(command.destination) or self._faulty(self.faults.refused):
+        if not self._admits(command.destination) or self.faulty(self.faults.refused):
             self.seen["refused"] += 1
             reason = f"node {command.destination} is no place"
             return v.Refused(domain=command.domain, reason=reason, elsewhere=True)
+        name = self.migrate(command.domain, command.destination)
+        event = v.Accepted(domain=command.domain, migration=self.migrations[name])
+        self._follow(command.domain, name, term)
+        return event
+
+    def migrate(self, domain: str, destination: str) -> str:
+        guest = self.guests[domain]
         name = f"m{len(self.migrations)}"
         guest.migration = name
         self.migrations[name] = Migration(
             id=name,
-            domain=command.domain,
+            domain=domain,
             source=guest.owner,
-            destination=command.destination,
-            request=MigrationRequest(destination=command.destination),
+            destination=destination,
+            request=MigrationRequest(destination=destination),
             state=MigrationState.SETUP,
             progress=MigrationProgress(state=MigrationState.SETUP),
             created_at_s=self.now,
         )
         self.later(self.dice.uniform(0.2, 1.0), lambda: self._precopy(name))
-        event = v.Accepted(domain=command.domain, migration=self.migrations[name])
-        self._follow(command.domain, name, term)
-        return event
+        return name
 
     def _precopy(self, id: str) -> None:
         migration = self.migrations[id]
@@ -348,7 +335,7 @@ class World:
             return
         if {migration.source, migration.destination} & self.dead.keys():
             self.later(1.0, lambda: self._complete(id))  # It waits for its connection.
-        elif self._faulty(self.faults.migration_fails):
+        elif self.faulty(self.faults.migration_fails):
             self.seen["migration fails"] += 1
             self._end_migration(id, MigrationState.FAILED, "it didn't converge")
         else:
@@ -364,7 +351,7 @@ class World:
             guest.moves += 1
             checkers.moved(guest, self.guests.values())
 
-    def _cancel(self, id: str) -> None:
+    def cancel(self, id: str) -> None:
         migration = self.migrations[id]
         if not migration.ended:
             self._end_migration(id, MigrationState.CANCELLED, None)
@@ -414,7 +401,7 @@ class World:
             return v.Failed(domain=command.domain, error=f"it runs on {guest.owner}")
         if command.node in self.dead:
             return v.Unclear(domain=command.domain, reason="the node is silent")
-        if not self._admits(command.node) or self._faulty(self.faults.boot_fails):
+        if not self._admits(command.node) or self.faulty(self.faults.boot_fails):
             self.seen["boot fails"] += 1
             return v.Failed(domain=command.domain, error="it doesn't start", node=command.node)
         guest.owner, guest.running = command.node, True
