@@ -73,7 +73,12 @@ from node_agent.cluster_views import Snapshot, domain_view, node_view
 from node_agent.domain_records import DomainRecords
 from node_agent.domains import ConsoleChunk, DomainService
 from node_agent.events import EventLog
-from node_agent.homes import choose_destination, choose_home, no_such_destination
+from node_agent.homes import (
+    choose_destination,
+    no_such_destination,
+    refuse_unknown_voucher,
+    where_to_start,
+)
 from node_agent.hooks.service import HookService
 from node_agent.migrations.endings import too_late
 from node_agent.migrations.service import MigrationService
@@ -187,22 +192,15 @@ class ClusterService:
         return domain_view(record, owned, snapshot, (await self._migrating()).get(domain))
 
     async def start(self, domain: DomainName, node: NodeName | None = None) -> Domain:
-        """Start it on `node`; by default where it ran last, else here."""
+        """Start it on `node`; by default see `homes`."""
         await self._records.get(domain)
         if node is not None and node != self.node:
             await self._nodes.get(node)
         owned = await self._ownership.read(domain)
-        if owned is not None and owned.state is OwnershipState.RUNNING and owned.owner != node:
-            if node is not None:
-                raise ConflictError(
-                    f"domain {domain} runs on {owned.owner}; it was not started on {node}"
-                )
-            node = NodeName(owned.owner)  # Which says that it runs, or that it doesn't any more.
-        if node is None:
-            last = NodeName(owned.owner) if owned is not None else self.node
-            node = await choose_home(last, await self._nodes.read(), self.list_nodes)
+        views = {} if self._nodes.trouble else await self._nodes.read()  # Then all seem silent.
+        place = await where_to_start(domain, node, owned, self.node, views, self.list_domains)
         await self._hub.call(
-            node, START, DomainParams(domain=domain), OwnershipRecord, timeout_s=START_TIMEOUT_S
+            place, START, DomainParams(domain=domain), OwnershipRecord, timeout_s=START_TIMEOUT_S
         )
         return await self.get_domain(domain)
 
@@ -215,6 +213,9 @@ class ClusterService:
     ) -> Domain:
         """Start it from disk on `node`, with its silent owner shut out (`DomainTakeover`)."""
         await self._nodes.get(node)
+        if powered_off is not None:
+            owned = await self._ownership.read(domain)
+            refuse_unknown_voucher(powered_off, owned, await self._nodes.read())
         params = TakeoverParams(domain=domain, powered_off=powered_off, user=user)
         await self._hub.call(node, TAKE_OVER, params, OwnershipRecord, timeout_s=START_TIMEOUT_S)
         return await self.get_domain(domain)

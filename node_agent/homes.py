@@ -4,28 +4,99 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from migrator.errors import NoSuchNodeError, RefusedError
-from migrator.model import DomainName, NodeName, NodeState
+import msgspec
+
+from migrator.errors import ConflictError, NoSuchNodeError, NotFoundError, RefusedError
+from migrator.model import DomainName, NodeName, NodeState, OwnershipRecord, OwnershipState
+from node_agent.drain.survey import make_survey
 from node_agent.nodes import NodeView
-from node_agent.resources import Node
+from node_agent.planner.placement import place
+from node_agent.resources import Domain, Node
+
+
+async def where_to_start(
+    domain: DomainName,
+    asked: NodeName | None,
+    owned: OwnershipRecord | None,
+    here: NodeName,
+    views: Mapping[NodeName, NodeView],
+    list_domains: Callable[[], Awaitable[Sequence[Domain]]],
+) -> NodeName:
+    """The node to ask; `asked` for by the user, or None. `here`: that agent's own.
+
+    Of a domain that runs, its owner, which says that, or that it doesn't any more. `views` of this
+    moment; empty: nothing is known of who is silent. ConflictError: it may run elsewhere;
+    RefusedError: no node can take it.
+    """
+    last = here if owned is None else NodeName(owned.owner)
+    if owned is not None and owned.state is OwnershipState.RUNNING:
+        if views and last != here:
+            _refuse_silent(owned, asked, views.get(last))
+        if asked is not None and asked != last:
+            raise ConflictError(f"domain {domain} runs on {last}; it was not started on {asked}")
+        return last
+    if asked is not None:
+        return asked
+    return await choose_home(domain, last, views, list_domains) if views else last
 
 
 async def choose_home(
+    domain: DomainName,
     last: NodeName,
     views: Mapping[NodeName, NodeView],
-    list_nodes: Callable[[], Awaitable[Sequence[Node]]],
+    list_domains: Callable[[], Awaitable[Sequence[Domain]]],
 ) -> NodeName:
-    """`last`, where it ran before; the open node with the most free memory if that is cordoned.
+    """`last`, where it ran before; where that is silent, kept free or no more, the node that a
+    drain would choose, by the domain's rules, what it needs, and memory.
 
-    `last` too where no node is open, or where it is unreachable: its answer says why not there.
+    Of a domain whose record says that nobody runs it: then a silent node has no process of it.
+    RefusedError: `last` can't be asked, and no other node can take it, each for its own reason. One
+    that is kept free is its own answer.
     """
     view = views.get(last)
-    if view is None or view.state.admits or view.state is NodeState.UNREACHABLE:
+    if view is not None and view.state.admits:
         return last
-    open_nodes = [node for node in await list_nodes() if node.state.admits]
-    if not open_nodes:
+    known = {str(name): each for name, each in views.items()}
+    survey = make_survey(known, await list_domains(), {}, places={domain: ""})
+    survey = survey.to_be_started(domain)
+    (wanted,) = (each for each in survey.domains if each.name == domain)
+    # It boots there: it has seen no features of the processor that it ran on last.
+    needs = frozenset(each for each in wanted.needs if not each.startswith("feature:"))
+    wanted = msgspec.structs.replace(wanted, needs=needs)
+    found = place(survey.nodes, survey.domains, [wanted], survey.options())
+    if domain in found.destinations:
+        return NodeName(found.destinations[domain])
+    if view is not None and view.state is not NodeState.UNREACHABLE:
         return last
-    return NodeName(max(open_nodes, key=lambda node: node.memory_free_bytes).name)
+    away = "silent" if view is not None else "no node of the cluster any more"
+    (blocker,) = found.blockers
+    reason = f"{last}, where it ran last, is {away}, and {blocker.reason}"
+    raise RefusedError(f"domain {domain} was not started: {reason}", [reason])
+
+
+def _refuse_silent(owned: OwnershipRecord, asked: NodeName | None, view: NodeView | None) -> None:
+    """ConflictError: its owner runs it, by its record, and can't be asked. `view` of the owner."""
+    if view is not None and view.state is not NodeState.UNREACHABLE:
+        return
+    domain, owner = owned.domain, owned.owner
+    how = f"silent for {view.heartbeat_age_s:.0f} s" if view is not None else "removed"
+    there = asked if asked is not None and asked != owner else "NODE"
+    raise ConflictError(
+        f"domain {domain} was not started: it runs on {owner}, by its record, which has been "
+        f"{how} and may run it still. `ferry domain takeover {domain} --to {there}` starts it "
+        f"elsewhere, once its storage has shut {owner} out (docs/bad-day.md)"
+    )
+
+
+def refuse_unknown_voucher(
+    powered_off: NodeName, owned: OwnershipRecord | None, views: Mapping[NodeName, NodeView]
+) -> None:
+    """NotFoundError: no node of that name is known that somebody could vouch for. One that was
+    removed may still be the domain's owner."""
+    if powered_off in views or (owned is not None and owned.owner == powered_off):
+        return
+    known = ", ".join(sorted(views)) or "none"
+    raise NotFoundError(f"powered_off: there is no node {powered_off}; known: {known}")
 
 
 def choose_destination(source: NodeName, nodes: Sequence[Node]) -> NodeName:

@@ -121,7 +121,8 @@ class StartRequest(Value, frozen=True, kw_only=True):
     """Body of a start; may be left out."""
 
     node: Name | None = None
-    """Where; by default the node that last owned it."""
+    """Where; by default the node that last owned it, or one where it fits, if that is silent or
+    kept free."""
 
 
 class TakeoverRequest(Value, frozen=True, kw_only=True):

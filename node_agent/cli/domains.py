@@ -90,7 +90,13 @@ def _made_macs(given: dict[str, Any], domain: Domain) -> list[str]:
 @app.command()
 def start(
     name: _NameArgument,
-    node: Annotated[str | None, typer.Option(help="Where; by default where it ran last.")] = None,
+    node: Annotated[
+        str | None,
+        typer.Option(
+            help="Where; by default where it ran last, or where it fits, if that node is silent or "
+            "kept free."
+        ),
+    ] = None,
 ) -> None:
     """Start a domain. Refused where not enough is left of the memory that its node offers."""
     body = StartRequest(node=node)

@@ -271,6 +271,7 @@ class SimulatedNode:
             capabilities=await self.hypervisor.capabilities(),
             heartbeat_at_s=0,
             agent_version="test",
+            pools=tuple(sorted(self.pools)),
         )
 
     async def open(self) -> None:

@@ -1,4 +1,4 @@
-"""What a simulated drain finds when it begins: guests, and migrations that others have asked for."""
+"""What a simulated drain finds when it begins: guests, and migrations that others began."""
 
 from __future__ import annotations
 

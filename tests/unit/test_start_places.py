@@ -1,0 +1,111 @@
+"""Where a domain starts that nobody names a node for: among those that speak, and never twice."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from migrator.errors import ConflictError, NotFoundError, RefusedError
+from migrator.model import DomainName, NodeName, NodeState, OwnershipState
+from node_agent.drain.cordons import Cordon, Cordons
+from tests.unit.agent_world import World, open_world, spec_of
+from tests.unit.api_client import Client, ask
+
+WEB = DomainName("web")
+A, B = NodeName("a"), NodeName("b")
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    """`web` is defined, and runs on `a`."""
+    async with open_world(tmp_path) as opened:
+        await opened.a.domains.define(spec_of())
+        await opened.a.domains.start(WEB)
+        yield opened
+
+
+async def a_falls_silent(world: World) -> None:
+    """For b, which hears of no heartbeat of it any more."""
+    await world.a.registry.close()
+    await world.b.registry.read()
+    seen = world.b.registry._seen
+    seen["a"] = msgspec.structs.replace(seen["a"], at_monotonic_s=seen["a"].at_monotonic_s - 60.0)
+    assert (await world.b.registry.get(A)).state is NodeState.UNREACHABLE
+
+
+async def test_what_a_silent_node_had_stopped_starts_elsewhere(world: World) -> None:
+    """It was asked, and the start failed as that node's agent couldn't be reached."""
+    await world.a.domains.stop(WEB)
+    await a_falls_silent(world)
+    assert (await world.b.cluster.start(WEB)).node == "b"
+
+
+async def test_what_a_removed_node_had_stopped_starts_elsewhere(world: World) -> None:
+    await world.a.domains.stop(WEB)
+    await world.a.registry.close()
+    world.b.registry.counts = lambda name: name != "a"
+    assert (await world.b.cluster.start(WEB)).node == "b"
+
+
+async def test_a_node_that_speaks_is_asked_where_it_ran_last(world: World) -> None:
+    await world.a.domains.stop(WEB)
+    assert (await world.b.cluster.start(WEB)).node == "a"
+
+
+@pytest.mark.parametrize("asked", [None, A, B])
+async def test_what_a_silent_node_may_run_is_started_nowhere(
+    world: World, asked: NodeName | None
+) -> None:
+    await a_falls_silent(world)
+    there = "b" if asked == B else "NODE"
+    with pytest.raises(ConflictError, match=rf"`ferry domain takeover web --to {there}` starts it"):
+        await world.b.cluster.start(WEB, asked)
+    record = await world.b.ownership.read(WEB)
+    assert record is not None
+    assert (record.owner, record.token, record.state) == ("a", 1, OwnershipState.RUNNING)
+
+
+async def test_each_node_that_can_t_take_it_says_why(world: World) -> None:
+    await world.a.domains.stop(WEB)
+    await a_falls_silent(world)
+    cordon = Cordon(node="b", state=NodeState.CORDONED, since_s=1.0)
+    await Cordons(world.b.typed).change(cordon, frozenset(NodeState))
+    with pytest.raises(RefusedError) as refused:
+        await world.b.cluster.start(WEB)
+    assert str(refused.value) == (
+        "domain web was not started: a, where it ran last, is silent, and no node can take it: "
+        "a: it is unreachable: no heartbeat for 60 s; b: it is cordoned"
+    )
+
+
+async def test_rules_hold_where_nobody_chose(world: World) -> None:
+    await world.a.domains.stop(WEB)
+    spec = spec_of("pinned", disks=[], nics=[], placement={"pinned": ["a"]})
+    await world.a.domains.define(spec)
+    pinned = DomainName("pinned")
+    await world.a.domains.start(pinned)
+    await world.a.domains.stop(pinned)
+    await a_falls_silent(world)
+    with pytest.raises(RefusedError, match="b: the domain is pinned to a"):
+        await world.b.cluster.start(pinned)
+    assert (await world.b.cluster.start(pinned, B)).node == "b", "who names a node means it"
+
+
+async def test_nobody_vouches_for_a_node_that_there_isn_t(world: World, client: Client) -> None:
+    """It was refused (exit code 4) because the domain's node had another name."""
+    body = {"node": "b", "powered_off": "nosuch"}
+    problem = await ask(client, "POST", "/v1/domains/web/takeover", body, status=404)
+    assert problem["detail"] == "powered_off: there is no node nosuch; known: a, b"
+    with pytest.raises(NotFoundError):
+        await world.b.cluster.take_over(WEB, B, NodeName("nosuch"))
+
+
+async def test_a_removed_owner_may_be_vouched_for(world: World) -> None:
+    world.volumes.enforces = False
+    await world.a.registry.close()
+    await world.a.hub.close()
+    world.b.registry.counts = lambda name: name != "a"
+    assert (await world.b.cluster.take_over(WEB, B, A)).node == "b"
