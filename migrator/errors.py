@@ -182,6 +182,12 @@ class ConfigError(FerryError):
     code = "config"
 
 
+class RemovedError(ConfigError):
+    """This node was removed from the cluster: nothing brings it back but joining again."""
+
+    code = "removed-node"
+
+
 def _tree(root: type[FerryError]) -> dict[str, type[FerryError]]:
     found = {root.code: root}
     for child in root.__subclasses__():

@@ -6,8 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from migrator.errors import FerryError
+from migrator.errors import FerryError, RemovedError
 from node_agent.agent import run
+from node_agent.cli.errors import ExitCode
 from node_agent.config import load_config
 
 
@@ -19,7 +20,7 @@ def main() -> int:
         run(load_config(options.config))
     except FerryError as error:
         print(f"ferry agent: {error}", file=sys.stderr)
-        return 1
+        return ExitCode.REMOVED if isinstance(error, RemovedError) else ExitCode.FAILED
     return 0
 
 

@@ -22,7 +22,7 @@ from migrator import cores
 from migrator.dirty_sampler import DirtySampler
 from migrator.engine.spares import EngineSpares
 from migrator.engine_driver import EngineSettings
-from migrator.errors import ConfigError, words
+from migrator.errors import ConfigError, RemovedError, words
 from migrator.figures import LinkSpeed
 from migrator.journal import MigrationJournal
 from migrator.model import NodeInfo, NodeName, PoolName
@@ -78,7 +78,7 @@ from node_agent.state.port import StateStore
 from node_agent.state.sqlite import SqliteStore
 from node_agent.state.typed import TypedStore
 from node_agent.storage_watch import StorageWatch
-from node_agent.trust.members import Membership
+from node_agent.trust.members import Membership, was_removed
 from node_agent.trust.opening import open_trust, wait_for_membership
 from node_agent.trust.removal import NodeRemoval
 from node_agent.version import version
@@ -139,7 +139,7 @@ def prepare_folders(config: AgentConfig) -> None:
 @contextlib.asynccontextmanager
 async def running_agent(
     config: AgentConfig, on_removed: Callable[[], None] = lambda: None
-) -> AsyncIterator[None]:
+) -> AsyncIterator[Membership]:
     """A whole agent while the body runs. Errors of the start leave nothing behind but logs.
 
     `on_removed` is called when the node was removed from the cluster: the body should end.
@@ -322,7 +322,7 @@ async def running_agent(
         silent = f" after {nodes.silent_s:.0f} s of silence" if nodes.silent_s is not None else ""
         up = f"the agent of {node} is up{silent}"
         events.emit(EventKind.AGENT_STARTED, up, adopted=len(adopted))
-        yield
+        yield members
 
 
 def make_migrations(
@@ -422,20 +422,22 @@ def make_migrations(
 
 
 async def serve(config: AgentConfig) -> None:
-    """Run until SIGTERM or SIGINT."""
+    """Run until SIGTERM or SIGINT. RemovedError: this node isn't of the cluster any more."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if not await wait_for_membership(config, stop):
         return
-    async with running_agent(config, on_removed=stop.set):
+    async with running_agent(config, on_removed=stop.set) as members:
         gc.freeze()  # What has come by now stays: no collection need go through it again.
         if (monitor := loop_monitor.current()) is not None:
             monitor.reset()  # The start may block: nobody is served yet.
         log.info("agent %s of node %s is ready", version(), config.node.name)
         await stop.wait()
         log.info("agent of node %s is ending; its guests go on", config.node.name)
+    if members.removed:
+        raise RemovedError(was_removed(config.node.name))
 
 
 def run(config: AgentConfig) -> None:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from migrator.errors import FerryError
-from node_agent.cli.errors import CliError
+from migrator.errors import FerryError, RemovedError
+from node_agent.cli.errors import CliError, ExitCode
 from node_agent.config import load_config
 
 
@@ -23,6 +23,8 @@ def agent(
         loaded = load_config(config)
         run = importlib.import_module("node_agent.agent").run
         code = run(loaded)
+    except RemovedError as error:
+        raise CliError(str(error), ExitCode.REMOVED) from error
     except FerryError as error:
         raise CliError(str(error)) from error
     raise typer.Exit(int(code or 0))

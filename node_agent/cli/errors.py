@@ -23,6 +23,8 @@ class ExitCode(enum.IntEnum):
     DRAIN_PARTIAL = 8
     DRAIN_CANCELLED = 9
     NOT_PERMITTED = 10
+    REMOVED = 11
+    """Of `ferry agent`; deploy/systemd/ferry-agent.service names it."""
     INTERRUPTED = 130
 
 
@@ -39,6 +41,7 @@ Exit codes:
   8    the drain, undrain or balancing is over, but left something; it names each domain and why
   9    the drain was cancelled
   10   no valid token, or the user's role is too low
+  11   ferry agent: this node was removed from the cluster; it is no use to start it again
   130  interrupted; a migration or drain that was being watched goes on"""
 
 

@@ -38,6 +38,18 @@ REACH_EVERY_S: Final = 1.0
 REACH_S: Final = 2.0
 
 
+AGAIN: Final = "`ferry cluster token` on a member, then `ferry cluster join TOKEN --again` here"
+
+
+def was_removed(node: str) -> str:
+    """For its own operator. Its agent isn't started again by systemd."""
+    return (
+        f"this node ({node}) was removed from the cluster; its guests, if it has any, run on. To "
+        f"come back: {AGAIN}, and `systemctl start ferry-agent`; to stay away: `systemctl disable "
+        "ferry-agent`"
+    )
+
+
 class Membership:
     """See the module. `static`: the peers of the configuration, for plain mode."""
 
@@ -57,6 +69,8 @@ class Membership:
         """Whether only members are peers. Set before `open`."""
         self._static = dict(static)
         self._on_removed = on_removed
+        self.removed = False
+        """Whether this node was, while it was open."""
         self.on_gone: Callable[[NodeName], None] = lambda node: None
         """Hears of each other node that isn't a member any more. Set before `open`."""
         self._reach_every_s = reach_every_s
@@ -161,6 +175,7 @@ class Membership:
             own = self.members.get(self.node)
             if own is not None and not own.active:
                 log.critical("this node was removed from the cluster; its agent ends")
+                self.removed = True
                 self._on_removed()
 
     async def _reach(self) -> None:

@@ -19,6 +19,7 @@ from migrator.errors import (
     ConflictError,
     FerryError,
     PeerError,
+    RemovedError,
     UnauthenticatedError,
 )
 from migrator.model import NodeName
@@ -33,7 +34,7 @@ from node_agent.trust.authority import Authority, with_certificate
 from node_agent.trust.contexts import TlsContexts
 from node_agent.trust.discovery import Announcer
 from node_agent.trust.files import Identity, TrustFolder
-from node_agent.trust.members import Membership
+from node_agent.trust.members import AGAIN, Membership, was_removed
 from node_agent.trust.records import (
     CLUSTER,
     JOIN_TOKENS,
@@ -61,8 +62,6 @@ JOIN: Final = "trust.join"
 RENEW: Final = "trust.renew"
 SIGN_TIMEOUT_S: Final = 10.0
 HOURS_S: Final = 3600.0
-_AGAIN: Final = "`ferry cluster token` on a member, then `ferry cluster join TOKEN --again` here"
-
 R = TypeVar("R")
 
 
@@ -346,7 +345,7 @@ class Trust:
                 f"store: it belongs to another cluster ({entry.value.name}, fingerprint "
                 f"{entry.value.fingerprint[:16]}...), this node's certificate to "
                 f"{self.identity.cluster} ({self.identity.fingerprint[:16]}...); if the "
-                f"cluster has a new authority: {_AGAIN}"
+                f"cluster has a new authority: {AGAIN}"
             )
 
     async def _check_member(self) -> None:
@@ -354,16 +353,14 @@ class Trust:
         key = f"{MEMBERS}{self.node}"
         entry = await self._store.get(key, MemberRecord)
         if entry is not None and not entry.value.active:
-            raise ConfigError(
-                f"this node ({self.node}) was removed from the cluster; to come back: {_AGAIN}"
-            )
+            raise RemovedError(was_removed(self.node))
         signs = self._authority is not None
         if entry is None:
             if not signs:
                 raise ConfigError(
                     f"store: it doesn't know a member {self.node}; is it the store that the other "
                     "members use? If it was restored from a copy of before this node joined: "
-                    f"{_AGAIN}"
+                    f"{AGAIN}"
                 )
             record = MemberRecord(
                 name=self.node,

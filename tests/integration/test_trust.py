@@ -99,7 +99,12 @@ def test_a_removed_node_is_refused_until_it_joins_again_by_zeroconf(secured: Clu
     plan, gone = secured.plan, secured.plan.node("n3")
     secured.api().delete("/v1/nodes/n3")
     eventually("its agent ends", lambda: not secured.processes("n3"))
-    assert "this node was removed from the cluster" in log_of(secured, "n3")
+    told = "To come back: `ferry cluster token` on a member"
+    assert told in log_of(secured, "n3")
+    start = [sys.executable, "-m", "node_agent", "--config", str(gone.config_path)]
+    again = lab.run_in(secured.name, "n3", start, COMMAND_S)
+    assert again.returncode == ExitCode.REMOVED, "systemd leaves it at that"
+    assert told in again.stderr
     assert ready(secured) == {"n1", "n2"}
     members = secured.api("n2").get("/v1/cluster", ClusterView).members
     assert [each.name for each in members if each.removed_at_s is not None] == ["n3"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from node_agent.cli.errors import ExitCode
 from node_agent.config import AgentConfig, parse_config
 from node_agent.config_table import Table
 
@@ -48,3 +49,10 @@ def test_systemd_never_gives_it_up_and_leaves_what_guests_need(name: str) -> Non
     assert unit["Unit"]["StartLimitIntervalSec"] == "0"
     assert unit["Service"]["Restart"] == "always"
     assert unit["Service"]["KillMode"] == "process"
+
+
+def test_systemd_starts_no_agent_of_a_removed_node_again() -> None:
+    """It was started each second, to be refused, until somebody disabled it."""
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.read(DEPLOY / "systemd" / "ferry-agent.service", encoding="utf-8")
+    assert int(unit["Service"]["RestartPreventExitStatus"]) == ExitCode.REMOVED

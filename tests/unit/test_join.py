@@ -15,6 +15,7 @@ from migrator.errors import (
     ConflictError,
     FerryError,
     ForbiddenError,
+    RemovedError,
     UnauthenticatedError,
 )
 from migrator.model import NodeName
@@ -217,7 +218,7 @@ async def test_a_member_that_may_not_start_is_told_how_to_come_back(tmp_path: Pa
         assert entry is not None
         removed = msgspec.structs.replace(entry.value, removed_at_s=time.time())
         revision = await store.put_if(entry.key, removed, entry.revision)
-        with pytest.raises(ConfigError, match=f"was removed from the cluster.*{again}"):
+        with pytest.raises(RemovedError, match=f"was removed from the cluster.*{again}"):
             await two.open()
         assert revision is not None and await store.delete_if(entry.key, revision)
         with pytest.raises(ConfigError, match=f"doesn't know a member n2.*{again}"):
