@@ -227,6 +227,10 @@ class DomainRestarts:
         """Why, and since when."""
         return self._notes.wanted.get(domain)
 
+    def all_wanted(self) -> Sequence[DomainName]:
+        """Whatever their records say by now; see `due`."""
+        return [DomainName(name) for name in self._notes.wanted]
+
     def idle(self) -> Sequence[DomainName]:
         """Those that are wanted, and that nobody starts now: they have yet to be settled."""
         return [

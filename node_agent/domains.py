@@ -139,6 +139,7 @@ class DomainService:
             remark=self._remark,
             others=others,
         )
+        self.room.restarts = self.ownership.restarts
         self._io_recovery = IoRecovery(
             hypervisor=hypervisor,
             launches=self._launches,

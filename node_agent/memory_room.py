@@ -1,9 +1,9 @@
 """Whether a node has room for one more domain, of the memory that it offers (`node.memory_bytes`).
 
 A domain counts with all of its memory, whatever it has touched by now: what runs here, what is on
-its way here, and what is being started and has no process yet. A start asks, a takeover, and a
-migration's destination. What ran here when its hypervisor died, or its node, doesn't: it was let
-in once, and its users wait.
+its way here, what is being started and has no process yet, and what waits here to be started again.
+A start asks, a takeover, and a migration's destination. What ran here when its hypervisor died, or
+its node, doesn't: it was let in once, and its users wait.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from migrator.errors import RefusedError
 from migrator.model import DomainName, DomainSpec, NodeName
 from migrator.ports import HypervisorDriver
 from node_agent.domain_records import DomainRecords
+from node_agent.domain_restart import DomainRestarts
 
 _MIB: Final = 2**20
+_COUNTED: Final = "domains counted that come here, or wait to be started again"
 
 
 class MemoryRoom:
-    """See the module. `incoming` are asked for the domains on their way here."""
+    """See the module. `incoming` are asked for the domains on their way here, `restarts` knows
+    which wait to be started again."""
 
     def __init__(
         self,
@@ -39,6 +42,7 @@ class MemoryRoom:
         self._starting: dict[str, int] = {}
         self._turn = asyncio.Lock()
         self.incoming: list[Callable[[], Iterable[DomainSpec]]] = []
+        self.restarts: DomainRestarts | None = None
 
     @contextlib.asynccontextmanager
     async def held(self, domain: DomainName) -> AsyncIterator[None]:
@@ -74,14 +78,27 @@ class MemoryRoom:
         trouble = (
             f"not enough memory: {spec.memory_bytes / _MIB:.0f} MiB needed, "
             f"{max(free_bytes, 0) / _MIB:.0f} MiB free of the {self._offered_bytes / _MIB:.0f} MiB "
-            "that the node offers (incoming domains counted)"
+            f"that the node offers ({_COUNTED})"
         )
         return {"memory_bytes": trouble}
 
     async def _taken_bytes(self, without: str) -> int:
-        taken = dict(self._starting)
+        taken = {**await self._waiting_bytes(), **self._starting}
         taken |= {spec.name: spec.memory_bytes for each in self.incoming for spec in each()}
         for launched in await self._hypervisor.launched_all():
             taken[launched.name] = launched.memory_bytes
         taken.pop(without, None)
         return sum(taken.values())
+
+    async def _waiting_bytes(self) -> dict[str, int]:
+        """By domain, of what has no process now and is started again without being asked."""
+        wanted = () if self.restarts is None else self.restarts.all_wanted()
+        if self.restarts is None or not wanted:
+            return {}
+        records = await self._records.list_records()
+        owned = await self._records.list_ownership()
+        return {
+            name: records[name].spec.memory_bytes
+            for name in wanted
+            if name in records and name in owned and self.restarts.due(owned[name])
+        }

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import pytest
 
 from migrator.errors import RefusedError
 from migrator.model import DomainDefinition, DomainName, OwnershipRecord
+from node_agent.memory_room import _COUNTED
 from tests.unit.agent_world import World, spec_of
 from tests.unit.api_client import Client, ask
-from tests.unit.node_life import agent_starts, host_dies, runs_under, started
+from tests.unit.node_life import agent_starts, eventually, host_dies, runs_under, started
 from tests.unit.test_takeover import silence
 
 GIB = 1024**3
-OFFERED = "MiB free of the 4096 MiB that the node offers (incoming domains counted)"
+OFFERED = f"MiB free of the 4096 MiB that the node offers ({_COUNTED})"
 ONE, TWO = DomainName("one"), DomainName("two")
 
 
@@ -94,3 +96,24 @@ async def test_what_ran_here_is_started_again_though_less_is_offered(world: Worl
     world.a.memory_bytes = 16 * 1024**2
     await agent_starts(world.a, "boot-2")
     await runs_under(world.a, before.token + 1)
+
+
+async def test_what_waits_to_be_started_again_has_its_room(world: World) -> None:
+    """Who came meanwhile took it, and both together were more than the node offers."""
+    await both_defined(world)
+    await world.a.domains.start(ONE)
+    await host_dies(world.a)
+    world.a.host.faults.failing["start"] = 100
+    await agent_starts(world.a, "boot-2")
+
+    async def has_failed_once() -> bool:
+        return world.a.host.faults.failing["start"] < 100
+
+    await eventually(has_failed_once)
+    with pytest.raises(RefusedError, match=f"3072 MiB needed, 1024 {re.escape(OFFERED)}"):
+        await world.a.domains.start(TWO)
+    itself = spec_of("one", memory_bytes=3 * GIB)
+    assert await world.a.domains.room.troubles(itself) == {}, "it doesn't count for itself"
+    await world.a.domains.stop(ONE)
+    world.a.host.faults.failing.clear()
+    await world.a.domains.start(TWO)
