@@ -311,7 +311,7 @@ class DomainOwnership:
 
     async def _reconcile_guest(self, domain: DomainName, owned: OwnershipRecord | None) -> None:
         if owned is None:
-            log.error("guest %s runs here but has no ownership record; left as it is", domain)
+            await self.older.tell_unknown(domain)
             return
         ours, state = self._ours(owned), (await self._hypervisor.inspect(domain)).state
         if ours and state is DomainState.STOPPED:  # It died since it was adopted.

@@ -44,6 +44,7 @@ from node_agent.domain_records import DomainRecords
 from node_agent.domains import DomainService
 from node_agent.events import EventKind, EventLog
 from node_agent.nodes import NodeView
+from node_agent.older_store import RAN
 from node_agent.start_needs import boot_troubles
 
 REACH_S: Final = 3.0
@@ -147,6 +148,9 @@ class DomainTakeover:
         if owned is None or owned.state is not OwnershipState.RUNNING:
             return ["it doesn't run: start it"]
         if owned.owner == self.node:
+            state = (await self._domains.status(DomainName(spec.name))).state
+            if state in RAN:
+                return [f"it is {self.node}'s own, and {state} there, as the store knows"]
             return [f"it is {self.node}'s own: stop and start it"]
         reasons: list[str] = []
         view = (await self._nodes()).get(NodeName(owned.owner))

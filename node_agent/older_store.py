@@ -162,6 +162,17 @@ class OlderStore:
             return None
         return fence if fence > owned.token else None
 
+    async def tell_unknown(self, domain: DomainName) -> None:
+        """The store has no record of the guest here. It is left as it is."""
+        here, token = self._node, await self._hypervisor.launched_token(domain)
+        text = (
+            f"guest {domain} runs on {here}, and the store has no record of it: the store was "
+            f"restored from an older copy, or begun anew; it is left as it is. Where the domain "
+            f"isn't defined any more, define it; `ferry domain takeover {domain} --to {here}` then "
+            "makes the store know it"
+        )
+        self._tell(domain, 0, token or 0, text)
+
     async def refuse_move(self, domain: DomainName, owned: OwnershipRecord) -> None:
         """ConflictError: the guest here runs under a newer token than its record, which is ours.
 

@@ -53,6 +53,7 @@ missing_packages() {
     has dpkg-deb || echo dpkg
     has ip || echo iproute2
     has etcd || echo etcd-server
+    has etcdctl || echo etcd-client
     has haproxy || echo haproxy
     has ping || echo iputils-ping
     [ -x /usr/lib/frr/bgpd ] && has vtysh || echo frr

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,15 +15,18 @@ from deploy import lab
 from deploy.guest.build import build_guest, default_cache_directory
 from deploy.lab.kinds import StoreKind
 from deploy.lab.lab import etcd_member
-from migrator.model import MigrationState, NodeState
+from deploy.lab.plan import ETCD_CLIENT_PORT, ETCD_PEER_PORT, EtcdMemberPlan
+from migrator.model import DomainState, MigrationState, NodeState
 from node_agent.cli.errors import ApiProblem
 from node_agent.drain.resources import Drain, DrainState, MoveState
-from node_agent.resources import Node, NodeList
+from node_agent.events import ClusterEvent, EventKind
+from node_agent.resources import Domain, Node, NodeList, StartRequest
 from tests.integration.cluster.world import Cluster, Guest, Load, eventually
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
 MEMBERS = ("etcd1", "etcd2", "etcd3")
+COMMAND_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +127,87 @@ def test_without_a_majority_guests_go_on_and_agents_say_why(
     eventually("all nodes are seen again", lambda: _all_ready(etcd_cluster))
     etcd_cluster.move("web", other)
     guest.verify()
+
+
+def test_guests_outlive_a_store_that_is_restored_from_a_snapshot(
+    etcd_cluster: Cluster, guest: Guest, tmp_path: Path
+) -> None:
+    """By the commands of docs/cluster.md, "etcd from a backup": `web` has moved since the snapshot,
+    and `late` was defined."""
+    snapshot, member = tmp_path / "ferry-etcd.db", etcd_cluster.plan.etcd_members[0]
+    etcdctl(
+        etcd_cluster,
+        member,
+        *("--endpoints", f"{member.address}:{ETCD_CLIENT_PORT}", "snapshot", "save", str(snapshot)),
+    )
+    here = guest.other_node()
+    etcd_cluster.move("web", here)
+    with etcd_cluster.guest("late", "n3", Load(disk=True, udp=False)) as late:
+        pids = {each: etcd_cluster.domain(each).pid for each in ("web", "late")}
+        restore(etcd_cluster, snapshot)
+        assert (guest.copies(), late.copies()) == ([here], ["n3"])
+        told = eventually("both are told of", lambda: told_behind(etcd_cluster, 2))
+        assert {event.domain: event.node for event in told} == {"web": here, "late": "n3"}
+        record = etcd_cluster.plan.node("n3").state_path / "qemu/run/late/state.json"
+        define = ["domain", "define", "-f", "-"]
+        ferry(etcd_cluster, *define, given=json.dumps(json.loads(record.read_text())["spec"]))
+        with pytest.raises(ApiProblem, match="n3 has it"):
+            start = StartRequest(node="n1")
+            etcd_cluster.api().post("/v1/domains/late/start", Domain, start)
+        for name, node in (("web", here), ("late", "n3")):
+            ferry(etcd_cluster, "domain", "takeover", name, "--to", node)
+            domain = etcd_cluster.domain(name)
+            assert (domain.state, domain.node) == (DomainState.RUNNING, node)
+            assert domain.pid == pids[name]
+        etcd_cluster.move("web", other(here))
+        etcd_cluster.move("late", "n1")
+        assert guest.copies() == [other(here)] and late.copies() == ["n1"]
+        for each in (guest, late):
+            each.verify()
+
+
+def etcdctl(cluster: Cluster, member: EtcdMemberPlan, *arguments: str) -> None:
+    run = lab.run_in(cluster.name, member.name, ["etcdctl", *arguments], COMMAND_S)
+    assert run.returncode == 0, run.stderr
+
+
+def restore(cluster: Cluster, snapshot: Path) -> None:
+    """With the agents stopped, on every member; returns when all agents are ready again."""
+    plan = cluster.plan
+    for node in plan.nodes:
+        lab.stop_agent(cluster.name, node.name)
+    peers = {each: f"http://{each.address}:{ETCD_PEER_PORT}" for each in plan.etcd_members}
+    for member, peer in peers.items():
+        etcd_member(cluster.name, member.name, run=False)
+        data = member.folder / "data"
+        data.rename(member.folder / "before")
+        etcdctl(
+            cluster,
+            member,
+            *("snapshot", "restore", str(snapshot), "--data-dir", str(data)),
+            *("--name", member.name, "--initial-advertise-peer-urls", peer),
+            *("--initial-cluster", ",".join(f"{each.name}={at}" for each, at in peers.items())),
+        )
+    lab.up(cluster.name)
+
+
+def told_behind(cluster: Cluster, count: int) -> list[ClusterEvent]:
+    """The `store-behind` events, once there are so many."""
+    found = [each for each in cluster.events() if each.kind == EventKind.STORE_BEHIND]
+    return found if len(found) >= count else []
+
+
+def other(node: str) -> str:
+    return "n2" if node == "n1" else "n1"
+
+
+def ferry(cluster: Cluster, *arguments: str, given: str = "") -> None:
+    api = f"unix:{cluster.plan.node('n1').api_socket}"
+    command = [sys.executable, "-m", "node_agent.cli.main", "--api", api, *arguments]
+    run = subprocess.run(
+        command, input=given, capture_output=True, text=True, timeout=COMMAND_S, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def _all_ready(cluster: Cluster) -> bool:

@@ -129,6 +129,29 @@ async def test_the_store_is_told_what_is(world: World, state: OwnershipState | N
     assert await owned(world) == (3, "a", RUNNING)
 
 
+async def test_a_guest_of_which_there_is_no_record_is_told_of(world: World) -> None:
+    """Its domain was defined after the snapshot: only the agent's log said so."""
+    await restore(world, None)
+    await world.b.domains.ownership.reconcile([WEB])
+    await world.b.domains.ownership.reconcile([WEB])
+    assert await runs(world.b)
+
+    async def told() -> bool:
+        messages = [
+            e.message for e in await world.a.events.read() if e.kind == EventKind.STORE_BEHIND
+        ]
+        return len(messages) == 1 and "the store has no record of it" in messages[0]
+
+    await eventually(told)
+
+
+async def test_what_the_store_knows_by_now_needs_no_takeover(world: World) -> None:
+    """A reader of the event was told to stop a guest that runs, and to start it."""
+    with pytest.raises(RefusedError, match="it is b's own, and running there, as the store knows"):
+        await world.b.takeover.take_over(WEB)
+    assert await runs(world.b)
+
+
 async def test_a_node_that_may_run_it_and_cannot_be_shut_out_is_waited_for(world: World) -> None:
     world.volumes.enforces = False
     await restore(world, STOPPED)
