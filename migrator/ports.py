@@ -182,6 +182,15 @@ class HypervisorDriver(abc.ABC):
     @abc.abstractmethod
     async def capabilities(self) -> HypervisorCapabilities: ...
 
+    async def cpu_lacks(
+        self, model: str, domain: DomainName | None = None
+    ) -> Collection[str] | None:
+        """Features of a CPU model that a guest doesn't get here, as this host can't give them.
+
+        Of `domain`, which runs here, those that it hasn't got. None: that isn't known.
+        """
+        return None
+
     @abc.abstractmethod
     def subscribe(self, callback: Callable[[DomainEvent], None]) -> Callable[[], None]:
         """Call back on each event, from the event loop, in order. Returns the unsubscriber."""

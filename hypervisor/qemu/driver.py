@@ -32,6 +32,7 @@ from hypervisor.qemu.config import (
     QemuConfig,
     prepare_directories,
 )
+from hypervisor.qemu.cpu_features import lacking_in_guest
 from hypervisor.qemu.early_pages import EarlyPages
 from hypervisor.qemu.guest import Guest
 from hypervisor.qemu.host import HostProbe
@@ -206,6 +207,13 @@ class QemuDriver(HypervisorDriver):
 
     async def capabilities(self) -> HypervisorCapabilities:
         return (await self._probe.facts()).capabilities
+
+    async def cpu_lacks(
+        self, model: str, domain: DomainName | None = None
+    ) -> Collection[str] | None:
+        if domain is not None:
+            return await lacking_in_guest(self._guest(domain).execute)
+        return (await self._probe.facts()).cpus.lacking(model)
 
     # --- a domain's life -------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ import msgspec
 
 from hypervisor.machine_types import FAMILIES, family
 from hypervisor.qemu.config import QemuConfig
+from hypervisor.qemu.cpu_features import CpuFeatures, features_of_host
 from hypervisor.qemu.kernel import cpu_flags, kvm_obstacle, paged_engine_obstacle
 from hypervisor.qemu.offload import offload
 from hypervisor.qemu.process import Spawn, spawn
@@ -40,6 +41,16 @@ class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Absolute path."""
     accelerator: str
     capabilities: HypervisorCapabilities
+    cpus: CpuFeatures = CpuFeatures()
+
+
+class _Answers(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a QEMU: machine types are versioned ones, and their aliases."""
+
+    version: str
+    machines: tuple[str, ...]
+    models: tuple[str, ...]
+    cpus: CpuFeatures
 
 
 class HostProbe:
@@ -62,7 +73,7 @@ class HostProbe:
 
     async def _find(self, binary: str) -> HostFacts:
         accelerator = await asyncio.to_thread(_choose_accelerator, self._config)
-        version, machines, models = await _ask_qemu(binary)
+        told = await _ask_qemu(binary, accelerator)
         obstacle = await asyncio.to_thread(paged_engine_obstacle)
         flags = await asyncio.to_thread(cpu_flags) if accelerator == "kvm" else frozenset()
         return HostFacts(
@@ -70,15 +81,16 @@ class HostProbe:
             accelerator=accelerator,
             capabilities=HypervisorCapabilities(
                 driver="qemu",
-                version=version,
+                version=told.version,
                 accelerator=accelerator,
-                machine_types=machines,
-                cpu_models=models,
+                machine_types=told.machines,
+                cpu_models=told.models,
                 cpu_features=tuple(sorted(flags)),
                 paged_engine=obstacle is None,
                 paged_engine_reason=obstacle,
-                native_hazard=native_hazard(version, accelerator),
+                native_hazard=native_hazard(told.version, accelerator),
             ),
+            cpus=told.cpus,
         )
 
 
@@ -113,12 +125,13 @@ def _choose_accelerator(config: QemuConfig) -> str:
     return "tcg"
 
 
-async def _ask_qemu(binary: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """Version, machine types (versioned, and their aliases) and CPU models of a QEMU."""
+async def _ask_qemu(binary: str, accelerator: str) -> _Answers:
+    """With `accelerator` if it can be had: what a CPU model lacks depends on it."""
     arguments = [
         binary,
         *("-no-user-config", "-nodefaults", "-display", "none", "-S"),
-        *("-machine", "none", "-accel", "tcg"),
+        *("-machine", "none", *(("-accel", "kvm") if accelerator == "kvm" else ())),
+        *("-accel", "tcg"),
         *(
             "-chardev",
             f"socket,id=monitor0,fd={_PROBE_FD}",
@@ -138,7 +151,7 @@ async def _ask_qemu(binary: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]
             )
             pid = await offload(lambda: spawn(request), undo=_end_later)
         try:
-            return await _converse(binary, ours)
+            return await _converse(binary, accelerator, ours)
         finally:
             await offload(lambda: _end(pid))
 
@@ -155,15 +168,27 @@ def _end_later(pid: int) -> None:
     asyncio.get_running_loop().run_in_executor(None, lambda: _end(pid))
 
 
-async def _converse(
-    binary: str, connection: socket.socket
-) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+async def _converse(binary: str, accelerator: str, connection: socket.socket) -> _Answers:
     monitor = Monitor(f"{binary} probe", _ignore_event, lambda: None)
+
+    async def ask(command: str, arguments: Mapping[str, object] | None = None) -> object:
+        return await monitor.execute(command, arguments, timeout_s=PROBE_TIMEOUT_S)
+
     try:
         await monitor.connect(connection, timeout_s=PROBE_TIMEOUT_S)
-        machines = await monitor.execute("query-machines", timeout_s=PROBE_TIMEOUT_S)
-        models = await monitor.execute("query-cpu-definitions", timeout_s=PROBE_TIMEOUT_S)
-        return monitor.version, machine_names(machines), _names(models)
+        machines, models = await ask("query-machines"), await ask("query-cpu-definitions")
+        cpus = CpuFeatures()
+        with contextlib.suppress(HypervisorError):  # Else nothing is known of them.
+            used = await ask("query-kvm")
+            if (isinstance(used, Mapping) and used.get("enabled")) == (accelerator == "kvm"):
+                whole = {"type": "full", "model": {"name": "max"}}
+                cpus = features_of_host(models, await ask("query-cpu-model-expansion", whole))
+        return _Answers(
+            version=monitor.version,
+            machines=machine_names(machines),
+            models=_names(models),
+            cpus=cpus,
+        )
     finally:
         await monitor.close()
 

@@ -108,6 +108,11 @@ class SimulatedHypervisor(HypervisorDriver):
             cpu_models=CPU_MODELS,
         )
 
+    async def cpu_lacks(
+        self, model: str, domain: DomainName | None = None
+    ) -> Collection[str] | None:
+        return self.host.cpu_lacks
+
     # --- a domain's life -------------------------------------------------------------------
 
     async def start(self, launch: Launch) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import msgspec
@@ -177,6 +177,8 @@ class SimulatedHost:
         """Pages that are dirty again at the end of each pass of the hypervisor's own migration."""
         self.listener: Callable[[DomainEvent], None] | None = None
         self.crashed: set[str] = set()
+        self.cpu_lacks: Collection[str] | None = None
+        """What every CPU model lacks here, and every guest that was started here."""
         """While no driver was open."""
         self._next_pid = 1000
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -52,6 +52,8 @@ class Inspection(Struct, frozen=True, kw_only=True):
     isn't there is asked by nobody."""
     capacities: Mapping[str, int] = {}
     """By POOL/VOLUME, in bytes, as the source sees them."""
+    cpu_lacks: tuple[str, ...] | None = None
+    """Features of its CPU model that the guest hasn't got at the source; None: that isn't known."""
 
 
 def node_reasons(
@@ -168,6 +170,7 @@ class DestinationCheck:
             lambda: self._here(spec),
             lambda: self._memory(spec),
             lambda: self._machine(spec, inspection.source, inspection.engine),
+            lambda: self._processor(spec, inspection.cpu_lacks),
             lambda: self._disks(inspection),
             lambda: self._nics(spec),
             lambda: self._boot(spec),
@@ -224,6 +227,20 @@ class DestinationCheck:
             found.append(f"it can't receive memory: {own.paged_engine_reason}")
         return found
 
+    async def _processor(self, spec: DomainSpec, lacking: Collection[str] | None) -> list[str]:
+        """What the guest may use there, and would look for in vain here. `lacking`: at the source.
+
+        A hypervisor leaves out of a CPU model what the host hasn't, and says so to nobody.
+        """
+        lacking_here = await self._hypervisor.cpu_lacks(spec.cpu_model)
+        if lacking is None or lacking_here is None:
+            return []
+        missing = sorted(set(lacking_here) - set(lacking))
+        if not missing:
+            return []
+        told = ", ".join(missing)
+        return [f"its CPU lacks {told} of {spec.cpu_model}, which the guest has at the source"]
+
     @property
     def pools(self) -> Mapping[PoolName, VolumeDriver]:
         """This node's."""
@@ -233,9 +250,18 @@ class DestinationCheck:
         self, spec: DomainSpec, source: HypervisorCapabilities, engine: EngineKind, tls: bool
     ) -> Inspection:
         """What this node asks as a source; it says what is here of the domain's storage."""
-        marks, capacities = await asyncio.gather(self.marks(spec), self.capacities(spec))
+        cpu = _said(self._hypervisor.cpu_lacks(spec.cpu_model, DomainName(spec.name)))
+        marks, capacities, lacks = await asyncio.gather(
+            self.marks(spec), self.capacities(spec), cpu
+        )
         return Inspection(
-            spec=spec, source=source, engine=engine, tls=tls, marks=marks, capacities=capacities
+            spec=spec,
+            source=source,
+            engine=engine,
+            tls=tls,
+            marks=marks,
+            capacities=capacities,
+            cpu_lacks=None if lacks is None else tuple(sorted(lacks)),
         )
 
     async def marks(self, spec: DomainSpec) -> dict[str, str]:

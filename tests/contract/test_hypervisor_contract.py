@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from migrator.errors import HypervisorError, NotFoundError, NotResumedError
@@ -39,6 +40,23 @@ async def test_capabilities(world: World) -> None:
     assert {"q35", "pc-q35-7.2"} <= set(found.machine_types)
     assert "qemu64" in found.cpu_models
     assert found.paged_engine, found.paged_engine_reason
+
+
+async def test_what_a_cpu_model_lacks_is_told_of_the_host_as_of_a_guest(world: World) -> None:
+    """Emulated, Haswell lacks some features, wherever this runs."""
+    driver, model = world.a.driver, "Haswell,-pcid,+avx512f"
+    launch = world.launch(7)
+    spec = msgspec.structs.replace(launch.spec, cpu_model=model)
+    await driver.start(msgspec.structs.replace(launch, spec=spec))
+    of_host, of_guest = await driver.cpu_lacks(model), await driver.cpu_lacks(model, VM)
+    if not world.real:
+        assert (of_host, of_guest) == (None, None)
+        return
+    assert of_host is not None and of_guest is not None
+    assert set(of_host) == set(of_guest)
+    assert {"x2apic", "avx512f"} <= set(of_host)
+    assert "pcid" not in of_host and "pcid" in (await driver.cpu_lacks("Haswell") or ())
+    assert await driver.cpu_lacks("zork") is None
 
 
 async def test_start(world: World) -> None:
