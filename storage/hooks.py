@@ -4,7 +4,8 @@
                     <── stdout: one JSON object, exit status 0
 
 A hook that fails says why in its object, `{"error": {"code": CODE, "message": TEXT}}`, with any
-exit status; CODE is `not-found`, `conflict`, `stale` (a newer token has fenced) or anything else.
+exit status; CODE is `not-found`, `conflict`, `stale` (a newer token has fenced), `too-large` (no
+volume can have that size there) or anything else.
 Without such an object the end of its stderr is the message. It is killed after its time.
 docs/storage-iscsi.md has the operations; deploy/samples/ has hooks to start from.
 """
@@ -17,7 +18,13 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from migrator import programs
-from migrator.errors import ConflictError, FenceError, NotFoundError, StorageError
+from migrator.errors import (
+    ConflictError,
+    FenceError,
+    NotFoundError,
+    StorageError,
+    TooLargeError,
+)
 
 _STDERR_BYTES_SHOWN: Final = 500
 _T = TypeVar("_T")
@@ -36,6 +43,7 @@ _ERRORS: Final[Mapping[str, type[StorageError] | type[NotFoundError] | type[Conf
     "not-found": NotFoundError,
     "conflict": ConflictError,
     "stale": FenceError,
+    "too-large": TooLargeError,
 }
 
 
@@ -45,7 +53,7 @@ async def call_hook(
     """Run a hook once. Its answer, validated.
 
     StorageError (also for one that can't be run, is late, or answers nonsense), NotFoundError,
-    ConflictError, FenceError as the hook says. The process and its group are gone then.
+    ConflictError, FenceError, TooLargeError as the hook says. Its process group is gone then.
     """
     what = f"hook {argv[0]} {request.get('operation', '')}".rstrip()
     try:

@@ -8,13 +8,21 @@ JSON object each: see `storage.hooks`. The status is always 0: what is wrong sta
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from migrator.errors import ConflictError, FenceError, FerryError, NotFoundError, StorageError
+from migrator.errors import (
+    ConflictError,
+    FenceError,
+    FerryError,
+    NotFoundError,
+    StorageError,
+    words,
+)
 from migrator.model import FencingToken, VolumeName
 from storage.iscsi.making import tgt_folder
 from storage.iscsi.tgt import TgtFolder
@@ -64,13 +72,27 @@ def main(arguments: list[str]) -> int:
     try:
         if len(arguments) != 1:
             raise StorageError("usage: python -m storage.iscsi.tgt_hook SETTINGS.json")
-        settings = msgspec.json.decode(Path(arguments[0]).read_bytes(), type=IscsiSettings)
+        settings = _settings(Path(arguments[0]))
         request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
         said = answer(tgt_folder(settings), request)
     except (OSError, msgspec.DecodeError, FerryError) as error:
-        said = {"error": {"code": _code(error), "message": str(error)}}
+        said = {"error": {"code": _code(error), "message": _message(error)}}
     sys.stdout.buffer.write(msgspec.json.encode(said))
     return 0
+
+
+def _settings(path: Path) -> IscsiSettings:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=IscsiSettings)
+    except OSError as error:
+        raise StorageError(f"{path}: {words(error)}") from error
+
+
+def _message(error: Exception) -> str:
+    """Without the name of a half-made file, which is gone by now."""
+    if isinstance(error, OSError):
+        return f"the folder of tgtd's volumes: {words(error)}"
+    return str(error)
 
 
 def _code(error: Exception) -> str:
@@ -81,6 +103,8 @@ def _code(error: Exception) -> str:
             return "not-found"
         case ConflictError():
             return "conflict"
+        case OSError(errno=errno.EFBIG):
+            return "too-large"
         case _:
             return "failed"
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from migrator.errors import ConflictError, FenceError, InvalidRequest, NotFoundError, StorageError
+from migrator.errors import (
+    ConflictError,
+    FenceError,
+    InvalidRequest,
+    NotFoundError,
+    StorageError,
+    TooLargeError,
+)
 from migrator.model import DiskFormat, IscsiSource, NodeName, VolumeName
 from migrator.ports import VolumeDriver
 from storage.holder_keys import key_of
@@ -362,6 +370,17 @@ async def test_a_fence_that_was_overtaken_says_so(nodes: Pools) -> None:
 # --- LUNs made by a hook ---
 
 
+@contextmanager
+def longest_file(size_bytes: int) -> Iterator[None]:
+    """As on a file system whose files end there, for this process and the programs that it runs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 async def test_a_hook_is_asked_and_its_errors_are_told(
     tgt: TgtWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,6 +404,9 @@ async def test_a_hook_is_asked_and_its_errors_are_told(
     assert [each.name for each in await b.list_volumes()] == [DISK]
     with pytest.raises(ConflictError, match="already"):
         await a.create(DISK, capacity_bytes=MIB, format=DiskFormat.RAW)
+    with longest_file(8 * MIB), pytest.raises(TooLargeError, match=r"volumes: File too large$"):
+        await a.create(VolumeName("huge"), capacity_bytes=9 * MIB, format=DiskFormat.RAW)
+    assert [each.name for each in await b.list_volumes()] == [DISK]
     await a.open(DISK, t(1), read_only=False)
     await a.fence(DISK, t(1))
     await b.open(DISK, t(2), read_only=False)
