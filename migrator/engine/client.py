@@ -260,6 +260,9 @@ def _close_all(fds: Sequence[int]) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with this package importable from wherever the agent's code is."""
+    """Ours, with this package importable from wherever the agent's code is.
+
+    numpy's linear algebra, which no engine needs, would start a spinning thread for each core.
+    """
     paths = [_ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"}

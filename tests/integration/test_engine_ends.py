@@ -192,3 +192,13 @@ async def test_a_successor_tells_whether_pages_are_missing(pair: Pair) -> None:
     assert (await third.expect(PostCopyDone)).pages == 0
     await third.expect(Listening)  # Behind it.
     assert pair.same_memory()
+
+
+async def test_a_source_that_has_nothing_to_pack_is_one_thread(pair: Pair) -> None:
+    """On a host of 64 cores, too: no library starts one for each of them."""
+    await pair.start()
+    assert _threads(pair.source) == 1
+
+
+def _threads(engine: Engine) -> int:
+    return len(list(Path(f"/proc/{engine.process.pid}/task").iterdir()))
