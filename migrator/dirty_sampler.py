@@ -12,25 +12,12 @@ guest runs, and cancels a sampling for the sake of one. However it ends, the tra
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import secrets
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final, TypeVar
 
 from migrator import engine_messages as m
-from migrator.engine.client import EngineProcess
-from migrator.engine_driver import layout_of
-from migrator.errors import EngineError, FerryError
-from migrator.model import DomainName, Role
-from migrator.ports import GuestMemory
-
-T = TypeVar("T")
-OpenMemory = Callable[[DomainName], Awaitable[GuestMemory]]
-
-ENGINE_S: Final = 15.0
-"""What an engine may need beyond the sampling itself: its start, on a busy host."""
-STOP_S: Final = 2.0
+from migrator.errors import EngineError
+from migrator.lone_engine import ENGINE_S, STOP_S, LoneEngine, OpenMemory, clear_tracking
+from migrator.model import DomainName
 
 
 class DirtySampler:
@@ -43,10 +30,14 @@ class DirtySampler:
 
     async def sample(self, domain: DomainName, seconds: float) -> m.DirtySampled:
         """Watch for `seconds`. HypervisorError, EngineError; the guest is as it was, always."""
-        engine = await _Engine.spawn(self._log_path)
+        engine = await LoneEngine.spawn(self._log_path)
         try:
             async with asyncio.timeout(seconds + ENGINE_S):
-                await engine.configure(self._memory, domain)
+                memory = await self._memory(domain)
+                try:
+                    await engine.configure(memory, domain)
+                finally:
+                    memory.close()
                 engine.process.send(m.SampleDirty(seconds=seconds))
                 return await engine.answer(m.DirtySampled)
         except TimeoutError as error:
@@ -56,7 +47,7 @@ class DirtySampler:
         finally:
             await self._end_certainly(engine, domain)
 
-    async def _end_certainly(self, engine: _Engine, domain: DomainName) -> None:
+    async def _end_certainly(self, engine: LoneEngine, domain: DomainName) -> None:
         """Also if who waits is cancelled once more: the log is another's when this returns."""
         ending = asyncio.create_task(self._end(engine, domain))
         cancelled: asyncio.CancelledError | None = None
@@ -69,75 +60,7 @@ class DirtySampler:
         if cancelled is not None:
             raise cancelled
 
-    async def _end(self, engine: _Engine, domain: DomainName) -> None:
+    async def _end(self, engine: LoneEngine, domain: DomainName) -> None:
         await engine.process.stop(STOP_S)
         if engine.killed:
-            await self._clear(domain)
-
-    async def _clear(self, domain: DomainName) -> None:
-        """Unregister what a killed engine has left. The guest may be gone, then that is too."""
-        with contextlib.suppress(FerryError, TimeoutError):
-            async with asyncio.timeout(ENGINE_S):
-                engine = await _Engine.spawn(self._log_path)
-                try:
-                    await engine.configure(self._memory, domain)
-                finally:
-                    await engine.process.stop(STOP_S)
-
-
-class _Engine:
-    """One engine process, and its first answer of a kind."""
-
-    def __init__(self) -> None:
-        self.process: EngineProcess
-        self.status: int | None = None
-        self._heard: asyncio.Queue[m.FromEngine | None] = asyncio.Queue(maxsize=64)
-
-    @classmethod
-    async def spawn(cls, log_path: Path) -> _Engine:
-        engine = cls()
-        engine.process = await EngineProcess.spawn(
-            log_path=log_path, on_message=engine._hear, on_exit=engine._end
-        )
-        return engine
-
-    @property
-    def killed(self) -> bool:
-        """By a signal that left it no time; otherwise it has unregistered its tracking."""
-        return self.status is not None and self.status < 0
-
-    async def configure(self, open_memory: OpenMemory, domain: DomainName) -> None:
-        """Give it the guest's memory; when this returns, it tracks. EngineError if it doesn't."""
-        memory = await open_memory(domain)
-        try:
-            message = m.Configure(
-                role=Role.SOURCE,
-                migration_id=f"dirty-rate-{domain}",
-                secret=secrets.token_bytes(32),
-                pid=memory.pid,
-                regions=layout_of(memory.regions),
-            )
-            self.process.send(message, fds=memory.fds)
-        finally:
-            memory.close()
-        await self.answer(m.Configured)
-
-    async def answer(self, kind: type[T]) -> T:
-        """The next message of that kind. EngineError if it fails or ends instead."""
-        while True:
-            message = await self._heard.get()
-            if isinstance(message, kind):
-                return message
-            if isinstance(message, m.EngineFailed):
-                raise EngineError(message.reason)
-            if message is None:
-                raise EngineError(f"the engine ended with status {self.status}")
-
-    def _hear(self, message: m.FromEngine) -> None:
-        with contextlib.suppress(asyncio.QueueFull):  # It says three things at most.
-            self._heard.put_nowait(message)
-
-    def _end(self, status: int) -> None:
-        self.status = status
-        with contextlib.suppress(asyncio.QueueFull):
-            self._heard.put_nowait(None)
+            await clear_tracking(self._memory, domain, self._log_path)

@@ -20,10 +20,11 @@ from migrator import engine_messages as m
 from migrator.engine.client import EngineProcess
 from migrator.engine.spares import EngineSpares
 from migrator.errors import FerryError, HypervisorError
+from migrator.lone_engine import clear_tracking, layout_of
 from migrator.model import DomainName, Role
 from migrator.own_threads import STATE_DIRECTORY, in_own_thread
 from migrator.policy import page_streams
-from migrator.ports import HypervisorDriver, MemoryRegion, Struct, close_regions
+from migrator.ports import HypervisorDriver, Struct, close_regions
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
@@ -75,6 +76,8 @@ class EngineDriver:
         self._configured_process: EngineProcess | None = None
         self._pages_in_use = 0
         self._round_trip_ms = 0.0
+        self._may_be_tracked = isinstance(session, SourceSession) and session.restored
+        """By what a killed engine has left registered; the last agent's may have been killed."""
         self._turns = Turns(f"migration-{session.migration_id}-engine", self._lost, STOP_S)
 
     def perform(
@@ -93,7 +96,7 @@ class EngineDriver:
                 self._send(m.PullAll())
             case v.StopEngine():
                 self._stopping = True
-                self._turns.put("stop", self._stop())
+                self._turns.put("stop", self._end(memory))
             case v.StartEngine():
                 if command.post_copy:
                     self._generation += 1
@@ -248,14 +251,26 @@ class EngineDriver:
             self._process.send(message, fds=fds)
             self._configured_process = self._process
 
+    async def _end(self, hypervisor: HypervisorDriver) -> None:
+        """No engine is left, and a guest that stays is rid of its tracking."""
+        await self._stop()
+        if self._may_be_tracked:
+            self._may_be_tracked = False
+            domain = DomainName(self._session.domain)
+            await clear_tracking(hypervisor.memory, domain, self._settings.spares.log_path)
+
     async def _stop(self) -> None:
         process, self._process = self._process, None
-        if process is not None and process.running:
+        if process is not None:
             try:
-                await process.stop(STOP_S)
+                if not await process.stop(STOP_S):
+                    self._was_killed()
             except BaseException:
                 process.kill()  # Nobody knows it any more.
                 raise
+
+    def _was_killed(self) -> None:
+        self._may_be_tracked = self._session.role is Role.SOURCE
 
     @property
     def _configured(self) -> bool:
@@ -337,19 +352,9 @@ class EngineDriver:
                 pass
 
     def _on_exit(self, status: int, generation: int) -> None:
+        if status < 0:
+            self._was_killed()
         if not self._stopping and generation == self._generation:
             self._stopping = True
             how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
             self._feed(v.EngineLost(reason=f"it {how}"))
-
-
-def layout_of(regions: Sequence[MemoryRegion]) -> tuple[m.RegionLayout, ...]:
-    return tuple(
-        m.RegionLayout(
-            name=region.name,
-            size_bytes=region.size_bytes,
-            page_size_bytes=region.page_size_bytes,
-            mappings=region.mappings,
-        )
-        for region in regions
-    )

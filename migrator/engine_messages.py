@@ -78,6 +78,8 @@ class Configure(Message, frozen=True, kw_only=True):
     """Destination: how long the hypervisor's device channel may take to appear."""
     post_copy: bool = False
     """Take over from an engine that died in post-copy: no passes, no device channel."""
+    clears: bool = False
+    """Source: nothing is tracked; what a killed engine has left registered goes at the end."""
     tls: TlsFiles | None = None
     """Every connection between the engines is TLS, by these files; None: plain."""
     peer: str = ""

@@ -246,6 +246,11 @@ class SourceView(Session):
     # --- what others see ---
 
     @property
+    def restored(self) -> bool:
+        """An earlier agent began it, whose engine may have been killed as well."""
+        return self._journalled is not None
+
+    @property
     def may_have_resumed(self) -> bool:
         """After a rollback the vCPUs ran here, or may have: the destination's copy is stale."""
         return self._may_have_resumed

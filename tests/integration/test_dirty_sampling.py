@@ -15,7 +15,7 @@ from migrator.dirty_sampler import DirtySampler
 from migrator.engine_messages import Configured, DirtySampled, SampleDirty, Stop, Stopped
 from migrator.errors import EngineError, HypervisorError
 from migrator.model import DomainName, Role
-from migrator.ports import GuestMemory, MemoryRegion
+from migrator.ports import GuestMemory
 from tests.integration.cluster.world import eventually
 from tests.integration.engine_lab.lab import MIB, PAGE, Engine, Guest, configuration
 
@@ -45,16 +45,7 @@ class Sampled:
 
     async def _memory(self, domain: DomainName) -> GuestMemory:
         self.opened += 1
-        layout = self.guest.layout
-        region = MemoryRegion(
-            name=layout.name,
-            fd=os.dup(self.guest.fd),
-            size_bytes=layout.size_bytes,
-            page_size_bytes=layout.page_size_bytes,
-            mappings=layout.mappings,
-        )
-        uffd, pagemap = os.dup(self.guest.uffd), os.dup(self.guest.pagemap)
-        return GuestMemory(pid=self.guest.pid, regions=(region,), uffd=uffd, pagemap_fd=pagemap)
+        return self.guest.memory()
 
 
 async def wait_tracked(guest: Guest) -> None:

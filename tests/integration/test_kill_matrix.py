@@ -143,6 +143,7 @@ def settle(scene: Scene, migration: Migration, at: str | None) -> Migration:
         packets.wait_packets(100)
     eventually("one copy is left", lambda: guest.copies() == [at])
     guest.verify()
+    assert not inventory.tracked(cluster, at), "its writes are slower"
     return ended
 
 

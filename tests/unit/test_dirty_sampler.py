@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
 
 from migrator import dirty_sampler
-from migrator.dirty_sampler import DirtySampler, OpenMemory
+from migrator.dirty_sampler import DirtySampler
 from migrator.model import DomainName
 from migrator.ports import GuestMemory
 
@@ -27,7 +28,7 @@ class _Engine:
     async def spawn(self, log_path: Path) -> _Engine:
         return self
 
-    async def configure(self, open_memory: OpenMemory, domain: DomainName) -> None:
+    async def configure(self, memory: GuestMemory, domain: DomainName) -> None:
         self.begun.set()
         await asyncio.Event().wait()
 
@@ -38,7 +39,7 @@ class _Engine:
 
 
 async def no_memory(domain: DomainName) -> GuestMemory:
-    raise AssertionError("nobody opens it")
+    return GuestMemory(pid=1, regions=(), uffd=os.eventfd(0), pagemap_fd=os.eventfd(0))
 
 
 async def test_it_is_over_when_its_engine_is_however_often_it_is_cancelled(
@@ -46,7 +47,7 @@ async def test_it_is_over_when_its_engine_is_however_often_it_is_cancelled(
 ) -> None:
     """By whoever asked for it, and again by a migration that has to have the dirty log."""
     engine = _Engine()
-    monkeypatch.setattr(dirty_sampler, "_Engine", engine)
+    monkeypatch.setattr(dirty_sampler, "LoneEngine", engine)
     sampling = asyncio.create_task(DirtySampler(no_memory, tmp_path / "log").sample(WEB, 1.0))
     await engine.begun.wait()
     sampling.cancel()

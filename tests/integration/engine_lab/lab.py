@@ -31,7 +31,7 @@ from migrator.engine_messages import (
     ToEngine,
 )
 from migrator.model import PassKind, PassReport, Role
-from migrator.ports import RegionMapping
+from migrator.ports import GuestMemory, MemoryRegion, RegionMapping
 from migrator.tls import TlsFiles
 
 SHIM = Path(__file__).parents[3] / "hypervisor" / "qemu" / "uffd_shim.so"
@@ -117,6 +117,19 @@ class Guest:
     @property
     def fds(self) -> tuple[int, ...]:
         return (self.uffd, self.pagemap, self.fd)
+
+    def memory(self) -> GuestMemory:
+        """As a hypervisor's driver opens it."""
+        layout = self.layout
+        region = MemoryRegion(
+            name=layout.name,
+            fd=os.dup(self.fd),
+            size_bytes=layout.size_bytes,
+            page_size_bytes=layout.page_size_bytes,
+            mappings=layout.mappings,
+        )
+        uffd, pagemap = os.dup(self.uffd), os.dup(self.pagemap)
+        return GuestMemory(pid=self.pid, regions=(region,), uffd=uffd, pagemap_fd=pagemap)
 
     def in_use_bytes(self) -> int:
         return os.fstat(self.fd).st_blocks * 512
