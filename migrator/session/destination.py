@@ -157,6 +157,8 @@ class DestinationSession(DestinationYield):
                 self._do(InspectGuest())
             case _ if self.state is _S.POSTCOPY:
                 self._hear_in_post_copy(message)
+            case Farewell() | Lost() if self._waits_silently:
+                self._hear_in_post_copy(message)
             case Abort() if self.state in BEFORE_HANDOFF or self._may_discard:
                 self._give_up(message.reason)
             case Abort(over=True) if self._taken_back and self.state is _S.RECOVERING:

@@ -6,6 +6,7 @@
 - A source that is gone for good says nothing, and its pages don't come. Only an operator knows it:
   who stops the domain ends the guest here (CancelRequested). So it does where the hypervisor, which
   may wait for a page itself, never said that it had resumed it, or says nothing to the next agent.
+  A source that is there, and has lost them, is asked and heard in that state, too.
 - That nothing is missing any more is journalled before it is said: the source destroys its copy
   when it hears it, and a restarted agent mustn't look for missing pages again.
 """
@@ -75,8 +76,10 @@ class DestinationPostCopy(DestinationView):
                 self.complete = event
                 return False
             case CancelRequested() if self._waits_silently:
-                self._resume_issued = True  # Or was about to be: whatever the source has is older.
                 self._lost(event.reason)
+            case TimerFired(name=TimerName.RETRY) if self._waits_silently:
+                self._answer_ready()  # A source whose pages are gone says so.
+                return False
             case _ if self._lost_reason and self.state in _RESUMING:
                 self._end_lost(event)
             case _:
@@ -88,8 +91,9 @@ class DestinationPostCopy(DestinationView):
         """The guest was resumed, by the last agent perhaps, and its hypervisor doesn't say so: its
         main loop may wait for a page, too.
         """
-        silent = bool(self._stuck) and self.state in _RESUMING and not self._dead
-        return silent and self.pages_missing and self.may_have_run
+        silent = bool(self._stuck) and self.state in _RESUMING
+        ending = self._dead or bool(self._lost_reason)
+        return silent and not ending and self.pages_missing and self.may_have_run
 
     def _revive_engine(self, reason: str) -> None:
         self._listening = None
@@ -185,6 +189,7 @@ class DestinationPostCopy(DestinationView):
         """The guest can't go on: pages of it are nowhere. It ends before anybody is told."""
         if not self._lost_reason:
             self._lost_reason = reason
+            self._resume_issued = True  # Or was about to be: whatever the source has is older.
             self._do(StopEngine(), DestroyGuest())
 
     def _end_lost(self, event: Event) -> None:

@@ -17,7 +17,7 @@ from typing import Final
 from migrator.model import MigrationState, OwnershipState
 from migrator.ports import DomainEventKind
 from migrator.session.messages import Filled, Inquire, Lost, Pending, Prepared
-from migrator.session.source_recovery import SourceRecovery
+from migrator.session.source_recovery import PAGES_GONE, SourceRecovery
 from migrator.session.vocabulary import (
     ChannelNoted,
     CommandFailed,
@@ -66,6 +66,7 @@ class SourcePostCopy(SourceRecovery):
         self._sent_before_bytes = self._live.bytes_sent  # Its successor counts anew.
         self._note_again("engine lost", reason)
         self._pages_stop(reason)
+        self._pages_gone = self._gone
         if self._gone and self.state is _S.POSTCOPY:
             self._pages_lost()
         else:
@@ -81,6 +82,7 @@ class SourcePostCopy(SourceRecovery):
                 self._note_channel(event)
                 self._pages_stop((event.detail or "the link broke") if event.broken else "")
             case EngineConnected():
+                self._pages_gone = False
                 self._engine_works()
                 self._note_again("engine connected again", "")
                 self._pages_stop("")
@@ -233,9 +235,8 @@ class SourcePostCopy(SourceRecovery):
         self._discard(message.lost)
 
     def _pages_lost(self) -> None:
-        reason = "the source's hypervisor and engine ended before the destination held every page"
-        self.error = reason
+        self.error = PAGES_GONE
         self._copy_gone = True
-        self._send(Lost(reason=reason))
+        self._send(Lost(reason=PAGES_GONE))
         self._do(StopEngine())
         self._finish(_S.FAILED)

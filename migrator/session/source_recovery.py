@@ -6,8 +6,10 @@ token newer than the one that the migration began with.
 
 from __future__ import annotations
 
+from typing import Final
+
 from migrator.model import MigrationState, OwnershipRecord, OwnershipState
-from migrator.session.messages import Abort, Farewell, Inquire, Pending, Running
+from migrator.session.messages import Abort, Farewell, Inquire, Lost, Pending, Running
 from migrator.session.source_rollback import SourceRollback
 from migrator.session.vocabulary import (
     AbortSwitchover,
@@ -32,6 +34,9 @@ from migrator.session.vocabulary import (
 from migrator.states import BEFORE_HANDOFF
 
 _S = MigrationState
+PAGES_GONE: Final = (
+    "the source's hypervisor and engine ended before the destination held every page"
+)
 
 
 class SourceRecovery(SourceRollback):
@@ -121,6 +126,8 @@ class SourceRecovery(SourceRollback):
                 self._give_no_more()  # Its word can't come any more.
             elif not self._destination_refused:
                 self._send(Inquire(whole=not self._gone))
+                if self._pages_gone and self._destination_is_at_it:
+                    self._send(Lost(reason=PAGES_GONE))  # It may wait for one of them.
                 self._retry_later()
             elif self._gone:
                 self._finish_gone()
@@ -239,6 +246,7 @@ class SourceRecovery(SourceRollback):
         rolls_back = self._rollback_token is not None
         if self.state is not _S.RECOVERING or self._destination_runs or rolls_back:
             return
+        self._destination_is_at_it = True
         why = f": {message.stuck}" if message.stuck else ""
         if message.yielded == self.next_token:
             self._yielded = message.yielded

@@ -113,6 +113,8 @@ class SourceView(Session):
         self._no_pages = ""
         """In post-copy: why none reaches the destination now; "": they do."""
         self._no_pages_since_s = 0.0
+        self._pages_gone = False
+        """In post-copy: an engine was lost, and there was no hypervisor for a successor."""
         self._copy_gone = False
         self._prepared: Prepared | None = None
         """Where the destination's engine listens, as it last said."""
@@ -131,6 +133,8 @@ class SourceView(Session):
         """It does."""
         self._destination_runs = False
         self._destination_refused = False
+        self._destination_is_at_it = False
+        """In recovery it has answered that it is."""
         self._destination_forgot = False
         """It refuses since it knows nothing of this migration."""
         self._reads_since = 0
