@@ -33,6 +33,7 @@ from migrator.engine.transport import (
     SecureSocket,
     StreamSocket,
     TlsRefusedError,
+    is_alive,
     limit_waits,
     secure_incoming,
 )
@@ -188,6 +189,8 @@ class Connection:
         return wire.Frame(kind, bytes(body)).decode(_hello_decoder)
 
     def _hand_over(self, kind: StreamKind) -> None:
+        if not is_alive(self._sock):
+            return  # Its other end may have come again, and that stream be in use by now.
         limit_waits(self._sock, 0)
         self._handed_over = True
         if kind is StreamKind.DEVICE:
