@@ -3,6 +3,10 @@
 A durable write is on the disk when it returns (fsync). A write that isn't durable outlives the
 agent, not the host: it takes no fsync, and is meant for what matters only while the host is up.
 
+A migration that is under way may not fail by a disk that fills up meanwhile: its guest would stand
+still. So the journal takes room beforehand (`ROOM_BYTES`): pages of its file that are free, and
+blocks of SQLite's log, which is written from its beginning again after each migration's end.
+
 All SQL runs in one thread that the journal owns; the event loop never waits for the disk.
 
 Ended entries are forgotten in the order in which they were written, whatever the clock said: an
@@ -13,6 +17,7 @@ grows from write to write.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +35,8 @@ T = TypeVar("T")
 
 KEEP_ENDED: Final = 1_000
 """Ended entries kept, so that the other side of a migration always gets its answer."""
+ROOM_BYTES: Final = 2**20
+"""An entry is some KiB, a dozen of them a migration; eight may be under way."""
 _LATER_S: Final = 0.001
 
 _SCHEMA: Final = """
@@ -107,6 +114,7 @@ class MigrationJournal:
         # What is read now is acted on: also what was written without an fsync must stay.
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         connection.execute(_SCHEMA)
+        _take_room(connection)
         durable.close_to_others(self._path)
         self._connection = connection
         decoder = msgspec.msgpack.Decoder(JournalEntry)
@@ -137,3 +145,21 @@ class MigrationJournal:
                 "(SELECT id FROM migrations WHERE ended ORDER BY at DESC LIMIT ?)",
                 (KEEP_ENDED,),
             )
+            _empty_log(self._connection)
+
+
+def _take_room(connection: sqlite3.Connection) -> None:
+    """Where there is any; an agent on a full disk has its guests to look after all the same."""
+    with contextlib.suppress(sqlite3.OperationalError):
+        connection.execute("CREATE TABLE IF NOT EXISTS room (filler BLOB NOT NULL)")
+        connection.execute("INSERT INTO room VALUES (zeroblob(?))", (ROOM_BYTES,))
+    with contextlib.suppress(sqlite3.OperationalError):
+        connection.execute("DELETE FROM room")
+    _empty_log(connection)
+
+
+def _empty_log(connection: sqlite3.Connection) -> None:
+    """Into the file, so that it is written from its beginning again; it keeps its blocks. What
+    can't be done now stays in it."""
+    with contextlib.suppress(sqlite3.OperationalError):
+        connection.execute("PRAGMA wal_checkpoint(PASSIVE)")

@@ -197,7 +197,7 @@ def _words(note: VolumeWork) -> str:
             f"{name} may be half made: the agent of {note.node} ended while it was {note.work}; "
             f"delete it (`ferry volume rm {note.volume} --pool {note.pool}`) and make it anew"
         )
-    remedy = "its agent strikes that once it is back"
+    remedy = f"its agent strikes that {TOOL_ENDS_S:.0f} s after it is back"
     if note.work is Work.MAKING:
         remedy = f"delete the volume (`ferry volume rm {note.volume} --pool {note.pool}`)"
     return f"{name} is being {note.work} by node {note.node}; if that node died, {remedy}"

@@ -75,8 +75,6 @@ a missing page of its guest (post-copy) gives neither before the agent that adop
 engine that fills it in."""
 TERMINATE_TIMEOUT_S = 5.0
 """From SIGTERM to the end: QEMU flushes its disks."""
-PAUSE_TIMEOUT_S = 30.0
-"""`stop` waits for the disks' I/O, which a lost storage server holds up."""
 INSPECT_TIMEOUT_S = 2.0
 """All that one is asked; other agents wait longer (`STATUS_TIMEOUT_S`), for all of a node's."""
 EXIT_NOTICE_TIMEOUT_S = 0.2
@@ -332,7 +330,7 @@ class QemuDriver(HypervisorDriver):
             ) from error
 
     async def pause(self, domain: DomainName) -> None:
-        await self._guest(domain).execute("stop", timeout_s=PAUSE_TIMEOUT_S)
+        await self._guest(domain).pause()
 
     async def resume(self, domain: DomainName) -> float:
         return await resuming.cont(self._guest(domain))

@@ -37,6 +37,10 @@ log = logging.getLogger(__name__)
 COMMAND_TIMEOUT_S = 5.0
 """Commands that QEMU answers from its main loop, which disk I/O may hold up for a while."""
 CONNECT_TIMEOUT_S = 10.0
+PAUSE_TIMEOUT_S = 30.0
+"""`stop` waits for the disks' I/O, which a lost storage server holds up."""
+RECORD_AGAIN_S = 5.0
+"""Between tries to write a record on a disk that takes none."""
 DISK_S = 1.0
 """That the end of a guest waits for the state directory's disk, which may hang."""
 _RECONNECT_PAUSES_S = (0.1, 0.5, 1.0, 2.0, 5.0)
@@ -89,6 +93,8 @@ class Guest:
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._saving: asyncio.Task[None] | None = None
+        self._unsaved = ""
+        """Why the record on disk doesn't say yet that it has run."""
         self.removal: asyncio.Task[None] | None = None
         """Of its folder, once it has ended; done by then, unless the disk hangs."""
         process.watch(self._on_exit)
@@ -310,13 +316,34 @@ class Guest:
         if self._saving is not None:
             await asyncio.wait([self._saving])
 
+    async def pause(self) -> None:
+        """HypervisorError, too, while its record doesn't say that it has run: the next agent would
+        take it, paused, for a copy that never ran."""
+        if self._saving is not None:
+            await asyncio.wait({self._saving}, timeout=DISK_S)
+        if self._unsaved:
+            raise HypervisorError(
+                f"{self.name} was not paused: that it runs can't be recorded in {self.directory}: "
+                f"{self._unsaved}"
+            )
+        await self.execute("stop", timeout_s=PAUSE_TIMEOUT_S)
+
     async def _save_record(self) -> None:
         record = self.record
         try:
             await offload_to_disk(lambda: records.write_record(self.directory, record))
+            self._unsaved = ""
         except OSError as error:
-            # Harmless while this agent lives; the next one asks QEMU and finds it running.
-            log.warning("%s: can't record that it has run: %s", self.name, error)
+            # Harmless while this agent lives, and where the next one finds that it runs.
+            if not self._unsaved:
+                log.warning("%s: can't record yet that it has run: %s", self.name, error)
+            self._unsaved = str(error)
+            self.spawn_task(self._save_record_later(), "save-record-later")
+
+    async def _save_record_later(self) -> None:
+        await asyncio.sleep(RECORD_AGAIN_S)
+        if not self.process.exited:
+            await self._save_record()
 
     # --- the end ---------------------------------------------------------------------------
 

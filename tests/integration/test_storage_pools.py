@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -17,19 +19,21 @@ from deploy.guest.disk_check import check_disk
 from deploy.lab import processes, storage
 from deploy.lab.plan import LabPlan
 from migrator import hold_points
-from migrator.model import DomainState, MigrationState, OnTimeout
-from node_agent.cli.errors import ApiProblem
-from node_agent.resources import Domain, Pool
+from migrator.model import DomainState, MigrationState, OnTimeout, VolumeInfo
+from node_agent.cli.errors import ApiProblem, Unreachable
+from node_agent.resources import Domain, Pool, VolumeCreate, VolumeList
 from storage.nbd.protocol import PORT as NBD_PORT
 from tests.chaos import cells, faults, judge
 from tests.chaos.faults import FAULTS
 from tests.integration.cluster.client import in_namespace
-from tests.integration.cluster.world import Cluster, Guest, Load, describe, eventually
+from tests.integration.cluster.world import MIB, Cluster, Guest, Load, describe, eventually
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
 SECOND = "hasty"
 SECOND_PORT = 12_000
+IMAGE_MIB = 256
+"""It takes some tenths of a second to copy."""
 HEAL_S = 60.0
 """A bound against hanging: clients of a server that came back try at growing gaps."""
 
@@ -55,6 +59,8 @@ _ROUNDING_S: Final = 1e-5
 
 def disk_of(plan: LabPlan, kind: str, volume: str) -> Path:
     """Where the server keeps a volume's bytes."""
+    if kind == "default":
+        return plan.volumes_path / f"{volume}.raw"
     folder = plan.folder / "storage" / kind
     if kind == "nfs":
         return folder / "export" / volume / "disk.raw"
@@ -211,6 +217,46 @@ def test_a_cell_of_make_chaos(cluster: Cluster) -> None:
         assert verdict.heal_s < judge.PROMISE_S, result
         acknowledged = guest.status().disk_last_sequence
         assert not cells.check_at_storage(cluster, guest, "nfs", acknowledged)
+
+
+@pytest.fixture
+def image() -> Iterator[Path]:
+    """In memory: on a file system of its own nobody clones its blocks, which takes no time."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder, "image")
+        path.write_bytes(os.urandom(MIB) * IMAGE_MIB)
+        yield path
+
+
+@pytest.mark.parametrize("pool", ["default", "nfs", "nbd"])
+def test_nothing_is_left_of_a_volume_whose_agent_was_killed_while_it_made_it(
+    cluster: Cluster, pool: str, image: Path
+) -> None:
+    """That anybody sees: its name is free at once, on each node."""
+    volumes = f"/v1/pools/{pool}/volumes"
+    body = VolumeCreate(name="cut", capacity_bytes=IMAGE_MIB * MIB, image=str(image))
+    place = disk_of(cluster.plan, pool, "cut").parent
+    folder = place.parent if pool == "nfs" else place
+    agent = cluster.agent("n1")
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(cluster.api("n1").post, volumes, VolumeInfo, body)
+        eventually("it is begun", lambda: list(folder.glob(".cut.*")))
+        cluster.kill(agent)
+        assert isinstance(asked.exception(), (Unreachable, ApiProblem)), "it was made before"
+    assert "cut" not in names(cluster, volumes)
+    cluster.restart_missing_agents()
+    made = cluster.api("n1").post(volumes, VolumeInfo, body)
+    assert made.capacity_bytes == image.stat().st_size
+    assert names(cluster, volumes).count("cut") == 1
+    with disk_of(cluster.plan, pool, "cut").open("rb") as disk, image.open("rb") as original:
+        assert disk.read() == original.read()
+    cluster.api("n2").delete(f"{volumes}/cut")
+    assert "cut" not in names(cluster, volumes)
+
+
+def names(cluster: Cluster, volumes: str) -> list[str]:
+    """As n2 sees them."""
+    return [each.name for each in cluster.api("n2").get(volumes, VolumeList).volumes]
 
 
 def _domain_in(cluster: Cluster, name: str, state: DomainState) -> Domain | None:

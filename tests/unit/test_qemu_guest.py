@@ -1,18 +1,23 @@
-"""A guest whose QEMU has ended leaves its successor's monitors alone."""
+"""A guest's process: what it leaves alone when it has ended, what is recorded of it."""
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import socket
 from pathlib import Path
 from typing import cast
 
 import pytest
 
+from hypervisor.qemu import guest as guest_module
+from hypervisor.qemu import records
 from hypervisor.qemu.config import monitor_path
 from hypervisor.qemu.guest import Guest
-from hypervisor.qemu.process import QemuProcess
+from hypervisor.qemu.process import ProcessIdentity, QemuProcess
 from hypervisor.qemu.qmp import QmpNotSent
 from hypervisor.qemu.records import ProcessRecord
+from migrator.errors import HypervisorError
 from migrator.model import DomainSpec
 from tests.unit.session_pair import SPEC
 
@@ -24,6 +29,12 @@ class Ended:
     pid = 0
 
     def watch(self, _: object) -> None: ...
+
+
+class Running(Ended):
+    exited = False
+
+    def release(self) -> None: ...
 
 
 class Record:
@@ -48,3 +59,43 @@ async def test_nothing_connects_to_what_listens_in_its_place(tmp_path: Path) -> 
             await guest.connect(timeout_s=1.0)
         with pytest.raises(BlockingIOError):
             successor.accept()
+
+
+async def test_that_it_has_run_is_recorded_once_the_disk_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was tried once. The next agent took a guest that was paused by then for a destination's
+    copy that never ran, and ended it."""
+    record = ProcessRecord(
+        process=ProcessIdentity(pid=1, start_ticks=1, boot_id="b"),
+        spec=SPEC,
+        token=1,
+        incoming=True,
+        ram_fd=3,
+        uffd_fd=4,
+    )
+    written: list[ProcessRecord] = []
+    full = True
+
+    def write(_: Path, record: ProcessRecord) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(record)
+
+    monkeypatch.setattr(records, "write_record", write)
+    monkeypatch.setattr(guest_module, "RECORD_AGAIN_S", 0.01)
+    guest = Guest(
+        tmp_path, record, cast(QemuProcess, Running()), emit=lambda _: None, on_gone=lambda _: None
+    )
+    guest._runs()
+    with pytest.raises(HypervisorError, match=r"was not paused: .*No space left on device"):
+        await guest.pause()
+    full = False
+    async with asyncio.timeout(10):
+        while not written:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert written[0].has_run
+    await asyncio.sleep(0)
+    with pytest.raises(HypervisorError, match="monitor"):  # Nothing else speaks against it now.
+        await guest.pause()
+    await guest.let_go()
