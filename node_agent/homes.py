@@ -82,8 +82,8 @@ def _refuse_silent(owned: OwnershipRecord, asked: NodeName | None, view: NodeVie
     how = f"silent for {view.heartbeat_age_s:.0f} s" if view is not None else "removed"
     there = asked if asked is not None and asked != owner else "NODE"
     raise ConflictError(
-        f"domain {domain} was not started: it runs on {owner}, by its record, which has been "
-        f"{how} and may run it still. `ferry domain takeover {domain} --to {there}` starts it "
+        f"domain {domain} was not started: {owner}, which ran it last, has been {how} and may run "
+        f"it still. `ferry domain takeover {domain} --to {there}` starts it "
         f"elsewhere, once its storage has shut {owner} out (docs/bad-day.md)"
     )
 

@@ -61,8 +61,13 @@ async def test_what_a_silent_node_may_run_is_started_nowhere(
 ) -> None:
     await a_falls_silent(world)
     there = "b" if asked == B else "NODE"
-    with pytest.raises(ConflictError, match=rf"`ferry domain takeover web --to {there}` starts it"):
+    with pytest.raises(ConflictError) as refused:
         await world.b.cluster.start(WEB, asked)
+    assert str(refused.value) == (
+        "domain web was not started: a, which ran it last, has been silent for 60 s and may run it "
+        f"still. `ferry domain takeover web --to {there}` starts it elsewhere, once its storage "
+        "has shut a out (docs/bad-day.md)"
+    )
     record = await world.b.ownership.read(WEB)
     assert record is not None
     assert (record.owner, record.token, record.state) == ("a", 1, OwnershipState.RUNNING)
