@@ -288,7 +288,11 @@ class EngineDriver:
     # --- what the engine says ---
 
     def _on_message(self, message: m.FromEngine, generation: int) -> None:
-        if self._stopping or generation != self._generation:
+        if generation != self._generation:
+            return
+        if isinstance(message, m.Stopped) and self._session.role is Role.SOURCE:
+            self._feed(v.EngineStopped(bytes_sent=message.bytes_sent))
+        if self._stopping:
             return
         match message:
             case m.Listening():

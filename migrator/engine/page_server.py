@@ -76,6 +76,8 @@ class PageServer:
         self._answers = AnswerPacker(policy)
         self._unopened = set(_KINDS)
         self._on_open: Callable[[], None] = lambda: None
+        self._unended = set(_KINDS)
+        self._on_over: Callable[[], None] = lambda: None
         self._fault_bytes = 0
         self.bytes_sent = 0
         self.left_pages = 0
@@ -89,9 +91,15 @@ class PageServer:
             if kind not in self._sockets:
                 self._sockets[kind] = self._open(kind, waiter)
 
-    def start(self, on_open: Callable[[], None] = lambda: None) -> None:
-        """Serve. The threads open what isn't open; when all is, one of them calls `on_open`."""
-        self._on_open = on_open
+    def start(
+        self,
+        on_open: Callable[[], None] = lambda: None,
+        on_over: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Serve. The threads open what isn't open; when all is, one of them calls `on_open`; and
+        `on_over` when the destination has said on each stream that nothing is missing.
+        """
+        self._on_open, self._on_over = on_open, on_over
         for kind in _KINDS:
             thread = threading.Thread(target=self._run, args=(kind,), daemon=True)
             self._threads.append(thread)
@@ -147,6 +155,7 @@ class PageServer:
             while True:
                 try:
                     self._serve(kind, self._sockets[kind], waiter)
+                    self._note_over(kind)
                     return
                 except (StreamEndedError, RemoteProtocolError) as error:
                     waiter.tick()
@@ -176,6 +185,14 @@ class PageServer:
             all_open = not self._unopened
         if all_open:
             self._on_open()
+
+    def _note_over(self, kind: StreamKind) -> None:
+        with self._lock:
+            self._unended.discard(kind)
+            all_over = not self._unended
+        if all_over:
+            self.left_pages = 0
+            self._on_over()
 
     def _serve(self, kind: StreamKind, sock: PageSocket, waiter: Waiter) -> None:
         """Until BYE. StreamEndedError, RemoteProtocolError."""

@@ -21,6 +21,7 @@ from migrator.engine.control import (
     POLL_IN,
     Control,
     Pollable,
+    Signal,
     StoppedError,
     ThreadFaults,
     poll,
@@ -83,6 +84,8 @@ class SourceEngine:
         self._served_before = 0  # Bytes, to an engine of the destination that died.
         self._endpoint: Endpoint | None = None
         self._faults = ThreadFaults()
+        self._served = Signal()
+        """The destination has every page."""
         self._deferred: collections.deque[ToEngine] = collections.deque(control.pipelined)
         self._pass: RunPass | None = None
         self._pass_to_end = 0
@@ -105,7 +108,8 @@ class SourceEngine:
         while True:
             while self._deferred:
                 self._handle(self._deferred.popleft())
-            watched = {self._control.fileno(): POLL_IN, self._faults.signal.fileno(): POLL_IN}
+            signals = (self._faults.signal, self._served)
+            watched = {each.fileno(): POLL_IN for each in (self._control, *signals)}
             for stream in self._streams:
                 if stream.sock is not None:
                     watched[stream.sock.fileno()] = POLL_IN
@@ -115,6 +119,9 @@ class SourceEngine:
                 self._hear()
             if self._faults.signal.fileno() in happened:
                 self._faults.raise_first()
+            if self._served.fileno() in happened:
+                self._served.clear()
+                self._report(last=True)
             for stream in self._streams:
                 if stream.sock is not None and stream.sock.fileno() in happened:
                     self._between.look_at(stream)
@@ -217,7 +224,8 @@ class SourceEngine:
         )
         if configure.post_copy or serving:
             # This thread goes on listening: the destination's engine may have another successor.
-            self._server.start(lambda: self._control.send(Connected(streams=0, round_trip_ms=0.0)))
+            connected = Connected(streams=0, round_trip_ms=0.0)
+            self._server.start(lambda: self._control.send(connected), self._served.set)
             return
         streams = max(1, min(configure.streams, frames.STREAMS_MAX))
         for index in range(streams):
@@ -346,7 +354,7 @@ class SourceEngine:
         stream = self._streams[0]
         before = stream.bytes_sent
         if final:
-            self._server.start()
+            self._server.start(on_over=self._served.set)
         self._between.tell_missing(stream, self._regions, found, holes, arms=final)
         if not final:
             self._log.scan()
@@ -389,13 +397,15 @@ class SourceEngine:
             return self._server.left_pages * PAGE_SIZE_BYTES
         return sum(delivery.left_bytes for delivery in self._deliveries)
 
-    def _report(self) -> None:
-        """A `Report` when one is due."""
+    def _report(self, *, last: bool = False) -> None:
+        """A `Report` when one is due. `last`: now, for no more is to be sent."""
         now = time.monotonic()
-        if (self._pass is None and not self._serving) or not self._speed.is_due(now):
+        if self._pass is None and not self._serving:
+            return
+        if not (last or self._speed.is_due(now)):
             return
         sent = self._bytes_sent()
-        if self._pass is None and self._speed.stands(sent):
+        if self._pass is None and not last and self._speed.stands(sent):
             self._speed.begin(now, sent, flowing=False)
             return
         self._control.send(
@@ -403,6 +413,6 @@ class SourceEngine:
                 number=0 if self._pass is None else self._pass.number,
                 bytes_sent=sent,
                 remaining_bytes=self._left_bytes(),
-                throughput_bytes_per_s=self._speed.measure(now, sent),
+                throughput_bytes_per_s=None if last else self._speed.measure(now, sent),
             )
         )

@@ -42,6 +42,7 @@ from migrator.session.vocabulary import (
     EngineConnected,
     EngineLost,
     EngineReported,
+    EngineStopped,
     Event,
     GuestDestroyed,
     GuestReported,
@@ -99,6 +100,8 @@ class SourceSession(SourcePasses):
                 self._hear(message)
             case DisksDeactivated():
                 self._note_disks(event)
+            case EngineStopped():
+                self._note_last_sent(event)
             case GuestReported(kind=DomainEventKind.DEVICE_STATE_SENT):
                 # Also when it's too late to act on it: then the destination's copy is whole.
                 self.device_state_out = True
@@ -126,7 +129,11 @@ class SourceSession(SourcePasses):
                 self._in_recovering(event)
 
     def _handle_after_end(self, event: Event) -> None:
-        if isinstance(event, Received) and isinstance(event.message, Inquire | Prepared | Pending):
+        if isinstance(event, EngineStopped):
+            self._note_last_sent(event)
+        elif isinstance(event, Received) and isinstance(
+            event.message, Inquire | Prepared | Pending
+        ):
             self._send(self.last_word())
 
     def last_word(self) -> SessionMessage:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+import msgspec
+
 from migrator.figures import Prediction
 from migrator.model import (
     ENDED,
@@ -29,7 +31,12 @@ from migrator.policy import (
 )
 from migrator.session.base import Session, Timing
 from migrator.session.messages import Prepared
-from migrator.session.vocabulary import CancelRequested, DisksDeactivated, EngineReported
+from migrator.session.vocabulary import (
+    CancelRequested,
+    DisksDeactivated,
+    EngineReported,
+    EngineStopped,
+)
 
 _S = MigrationState
 _WAY: Final = (_S.CREATED, _S.SETUP, _S.PRECOPY, _S.SWITCHOVER, _S.HANDOFF, _S.POSTCOPY)
@@ -202,6 +209,15 @@ class SourceView(Session):
                 else event.throughput_bytes_per_s
             ),
         )
+
+    def _note_last_sent(self, event: EngineStopped) -> None:
+        """What its last report didn't know of yet. A pre-copy's passes have told all of it: nothing
+        changes once it is shown as completed.
+        """
+        if self._handed_over_at_s is not None and not self.post_copy:
+            return
+        sent = max(self._live.bytes_sent, self._sent_before_bytes + event.bytes_sent)
+        self._live = msgspec.structs.replace(self._live, bytes_sent=sent)
 
     def _hand_over(self) -> None:
         """The guest lives elsewhere, whole: for its users the migration has ended."""

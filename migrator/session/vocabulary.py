@@ -84,6 +84,13 @@ class EngineReported(Struct, frozen=True, kw_only=True):
     """None: not known yet, or not any more."""
 
 
+class EngineStopped(Struct, frozen=True, kw_only=True):
+    """Source: the last words of one that was told to stop; heard late, mostly after the end."""
+
+    bytes_sent: int
+    """All that it has sent in its life."""
+
+
 class PassFinished(Struct, frozen=True, kw_only=True):
     report: PassReport
 
@@ -226,6 +233,7 @@ Event = (
     | EngineListening
     | EngineConnected
     | EngineReported
+    | EngineStopped
     | PassFinished
     | ChannelNoted
     | DisksDeactivated

@@ -21,6 +21,8 @@ from migrator.engine_messages import (
     PostCopyArmed,
     PostCopyDone,
     PullAll,
+    Report,
+    Stopped,
 )
 from migrator.model import PassKind, Role
 from tests.integration.engine_lab.lab import (
@@ -188,6 +190,10 @@ async def test_a_successor_tells_whether_pages_are_missing(pair: Pair) -> None:
     await pair.source.expect(ChannelRestored)
     second.process.send(PullAll())
     assert (await second.expect(PostCopyDone)).pages >= 4 * MIB // PAGE
+    while (report := await pair.source.expect(Report)).remaining_bytes:
+        pass
+    assert await pair.source.process.stop(timeout_s=30.0)
+    assert report.bytes_sent == (await pair.source.expect(Stopped)).bytes_sent, "told at once"
     third = await _successor(pair, "third.log")
     assert (await third.expect(PostCopyDone)).pages == 0
     await third.expect(Listening)  # Behind it.

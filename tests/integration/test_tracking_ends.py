@@ -144,7 +144,7 @@ async def test_one_that_ends_by_itself_needs_no_other(source: _Source, guest: Gu
     source.hypervisor.gone = True  # Nobody would get the memory.
     await source.end()
     assert not guest.tracked()
-    assert source.heard == []
+    assert source.heard == [v.EngineStopped(bytes_sent=0)]
 
 
 async def test_a_guest_that_is_gone_costs_no_engine(

@@ -6,7 +6,7 @@ import pytest
 
 from migrator.model import MigrationMode, MigrationRequest, MigrationState, Role
 from migrator.session import vocabulary as v
-from tests.unit.session_pair import SessionPair
+from tests.unit.session_pair import COMPLETED, SessionPair
 
 _ENGINE = v.TimerName.ENGINE
 
@@ -71,3 +71,49 @@ def test_what_a_lost_engine_had_sent_stays_sent() -> None:
         pair.run()
     began = sum(each.bytes_sent for each in pair.source.passes)
     assert pair.source.view().progress.bytes_sent == began + 50_001_000
+
+
+def test_the_last_engine_s_last_words_count() -> None:
+    """Its last report is some moments older. They come when the migration has ended, mostly."""
+    pair = running_there()
+    told = v.EngineReported(bytes_sent=60_000_000, remaining_bytes=9, throughput_bytes_per_s=None)
+    pair.push(pair.source, told)
+    pair.push(pair.destination, v.PagesComplete())
+    assert pair.run(timers=2) == COMPLETED
+    assert pair.source.view().progress.bytes_sent == 60_000_000
+    pair.push(pair.source, v.EngineStopped(bytes_sent=60_000_500))
+    assert pair.run() == COMPLETED
+    progress = pair.source.view().progress
+    assert (progress.bytes_sent, progress.remaining_bytes) == (60_000_500, 0)
+
+
+def test_what_is_shown_as_completed_stays_as_it_is_shown() -> None:
+    """A pre-copy's iterations add up to all that was sent, as they do in its table."""
+    pair = SessionPair()
+    assert pair.run() == COMPLETED
+    shown = pair.source.view().progress.bytes_sent
+    assert shown == sum(each.bytes_sent for each in pair.source.passes)
+    pair.push(pair.source, v.EngineStopped(bytes_sent=shown + 500))
+    pair.run()
+    assert pair.source.view().progress.bytes_sent == shown
+
+
+def test_those_of_a_successor_count_beside_what_was_sent_before() -> None:
+    pair = running_there()
+    began = pair.source.view().progress.bytes_sent
+    lose(pair, Role.SOURCE, "killed")
+    pair.run()
+    pair.push(pair.source, v.EngineStopped(bytes_sent=700))
+    pair.run()
+    assert pair.source.view().progress.bytes_sent == began + 700
+
+
+def test_so_do_those_of_a_migration_that_is_cancelled_in_a_pass() -> None:
+    pair = SessionPair()
+    pair.silence(v.RunPass)
+    pair.run()
+    pair.push(pair.source, v.CancelRequested(reason="cancelled"))
+    pair.push(pair.source, v.EngineStopped(bytes_sent=700))
+    pair.run()
+    assert pair.source.state is MigrationState.CANCELLED
+    assert pair.source.view().progress.bytes_sent == 700
