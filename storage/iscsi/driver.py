@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -177,7 +177,7 @@ class IscsiPool(VolumeDriver):
             return await self.inspect(new)
 
     @contextlib.asynccontextmanager
-    async def _made(self, volume: VolumeName, capacity_bytes: int) -> Any:
+    async def _made(self, volume: VolumeName, capacity_bytes: int) -> AsyncIterator[None]:
         """A new LUN; gone again if the body, or the making itself, fails or is cancelled."""
         making = asyncio.ensure_future(self._provisioner.create(volume, capacity_bytes))
         try:
