@@ -25,7 +25,7 @@ from typing import Final, cast
 
 import msgspec
 
-from migrator.engine.control import POLL_IN, POLL_OUT, Waiter
+from migrator.engine.control import POLL_IN, POLL_OUT, Waiter, poll
 from migrator.errors import ConfigError, EngineError, words
 from migrator.tls import (
     TlsFiles,
@@ -287,6 +287,11 @@ def is_alive(sock: StreamSocket) -> bool:
 
 
 def _alive(sock: socket.socket) -> bool:
+    descriptor = sock.fileno()
+    if descriptor < 0:
+        return False
+    if not poll({descriptor: POLL_IN}, 0.0):
+        return True  # Unread: a socket that has a timeout would wait for as long.
     try:
         # The base class's: what is on the wire, encrypted or not.
         found = socket.socket.recv(sock, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
