@@ -206,14 +206,15 @@ class Filler:
 
     def close(self) -> None:
         """End the threads. What is missing stays missing, and is waited for. Idempotent."""
+        if self._done:  # Said first: a thread that ends closes its stream.
+            for sock in list(self._offered.values()):
+                with contextlib.suppress(StreamEndedError):
+                    sock.send(FrameKind.BYE)
         self._closed = True
         self._guest_runs.set()
         for signal in self._news.values():
             signal.set()
         for sock in list(self._offered.values()):
-            with contextlib.suppress(StreamEndedError):
-                if self._done:
-                    sock.send(FrameKind.BYE)
             sock.shut_down()
         for thread in self._threads:
             if thread is not threading.current_thread():
