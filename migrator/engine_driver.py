@@ -1,7 +1,7 @@
 """Drives one side's engine process for a session: spawns it, configures it, and tells what it says.
 
 Commands that need the engine wait in order for it to be there. The engine that dies is an
-EngineLost event, unless it was told to stop.
+EngineLost event, unless it was told to stop; so is one that hangs while its guest waits for pages.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import msgspec
 from migrator import engine_messages as m
 from migrator.engine.client import EngineProcess
 from migrator.engine.spares import EngineSpares
+from migrator.engine_watch import EngineWatch
 from migrator.errors import FerryError, HypervisorError
 from migrator.lone_engine import clear_tracking, layout_of
-from migrator.model import DomainName, Role
+from migrator.model import DomainName, PassKind, Role
 from migrator.own_threads import STATE_DIRECTORY, in_own_thread
 from migrator.policy import page_streams
 from migrator.ports import HypervisorDriver, Struct, close_regions
@@ -78,6 +79,12 @@ class EngineDriver:
         self._round_trip_ms = 0.0
         self._may_be_tracked = isinstance(session, SourceSession) and session.restored
         """By what a killed engine has left registered; the last agent's may have been killed."""
+        self._hypervisor: HypervisorDriver | None = None
+        self._watch = EngineWatch(self._ask, self._hangs)
+        """From the moment that the guest may need the engine: for its missing pages."""
+        self._hangs_noted = False
+        self._has_spoken: EngineProcess | None = None
+        """Before that its imports may take as long as a busy host lets them."""
         self._turns = Turns(f"migration-{session.migration_id}-engine", self._lost, STOP_S)
 
     def perform(
@@ -87,8 +94,11 @@ class EngineDriver:
         memory: HypervisorDriver,
     ) -> None:
         """Begin a command. A pass begins at once; the others in order, in the background."""
+        self._hypervisor = memory
         match command:
             case v.RunPass():
+                if command.kind is PassKind.MISSING:
+                    self._watch.begin()
                 self._send(m.RunPass(number=command.number, kind=command.kind))
             case v.EndPass():
                 self._send(m.EndPass(number=command.number))
@@ -126,6 +136,7 @@ class EngineDriver:
     async def close(self) -> None:
         """Stop the engine, by force if need be."""
         self._stopping = True
+        await self._watch.close()
         await self._turns.close()
         await self._stop()
 
@@ -162,6 +173,8 @@ class EngineDriver:
 
     async def _start(self, memory: HypervisorDriver, post_copy: bool) -> None:
         self._post_copy = post_copy
+        if post_copy:
+            self._watch.begin()
         if post_copy and self._process is not None:
             # Its predecessor knows nothing that the memory and the other side don't.
             process, self._process = self._process, None
@@ -285,11 +298,50 @@ class EngineDriver:
         except FerryError as error:
             self._feed(v.EngineLost(reason=str(error)))
 
+    # --- whether it answers ---
+
+    def _ask(self) -> bool:
+        if self._stopping or self._process is None or self._process is not self._has_spoken:
+            return False
+        self._send(m.Ping())
+        return True
+
+    async def _hangs(self, seconds: float) -> None:
+        """Another one takes its place, unless it may be all that has the guest's pages."""
+        generation = self._generation
+        reason = f"it has said nothing for {seconds:g} s"
+        alone = not await self._memory_is_there()
+        if self._stopping or generation != self._generation:
+            return
+        log.error("migration %s: its engine: %s", self._session.migration_id, reason)
+        if not alone:
+            self._stopping = True
+            self._feed(v.EngineLost(reason=reason))
+        elif not self._hangs_noted:
+            self._hangs_noted = True
+            self._feed(v.ChannelNoted(broken=True, detail=f"the engine: {reason}"))
+
+    async def _memory_is_there(self) -> bool:
+        """Without the engine: the guest's hypervisor has it, too."""
+        if self._hypervisor is None:
+            return False
+        try:
+            async with asyncio.timeout(STOP_S):
+                (await self._hypervisor.memory(DomainName(self._session.domain))).close()
+        except (FerryError, OSError, TimeoutError):
+            return False
+        return True
+
     # --- what the engine says ---
 
     def _on_message(self, message: m.FromEngine, generation: int) -> None:
         if generation != self._generation:
             return
+        self._has_spoken = self._process
+        self._watch.heard()
+        if self._hangs_noted:
+            self._hangs_noted = False
+            self._feed(v.ChannelNoted(broken=False, detail="the engine answers again"))
         if isinstance(message, m.Stopped) and self._session.role is Role.SOURCE:
             self._feed(v.EngineStopped(bytes_sent=message.bytes_sent))
         if self._stopping:
@@ -337,6 +389,7 @@ class EngineDriver:
                 detail = f"after {message.broken_s:.2f} s"
                 self._feed(v.ChannelNoted(broken=False, detail=detail))
             case m.PostCopyArmed():
+                self._watch.begin()
                 self._feed(v.PagesMissing())
             case m.PostCopyDone():
                 self._feed(

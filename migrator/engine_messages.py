@@ -140,6 +140,10 @@ class SampleDirty(Message, frozen=True, kw_only=True):
     seconds: float
 
 
+class Ping(Message, frozen=True, kw_only=True):
+    """Is answered by `Pong`, in the midst of a pass, too."""
+
+
 class Stop(Message, frozen=True, kw_only=True):
     """Unregister dirty tracking, close everything, answer `Stopped` and exit."""
 
@@ -238,6 +242,10 @@ class DirtySampled(Message, frozen=True, kw_only=True):
     memory_in_use_bytes: int = 0
 
 
+class Pong(Message, frozen=True, kw_only=True):
+    """To each `Ping`."""
+
+
 class EngineFailed(Message, frozen=True, kw_only=True):
     """The engine can't go on, and exits."""
 
@@ -260,6 +268,7 @@ ToEngine = (
     | OpenDeviceChannel
     | SampleDirty
     | PullAll
+    | Ping
     | Stop
 )
 FromEngine = (
@@ -275,6 +284,7 @@ FromEngine = (
     | ChannelRestored
     | PostCopyArmed
     | PostCopyDone
+    | Pong
     | EngineFailed
     | Stopped
 )

@@ -37,6 +37,8 @@ from migrator.engine_messages import (
     DeviceChannelOpen,
     Listening,
     OpenDeviceChannel,
+    Ping,
+    Pong,
     PostCopyArmed,
     PostCopyDone,
     PullAll,
@@ -156,6 +158,8 @@ class DestinationEngine:
                 self._attached.set()
             case PullAll():
                 self._the_filler().pull_all()
+            case Ping():
+                self._control.send(Pong())
             case Stop():
                 raise StoppedError("the agent said so")
             case _:

@@ -49,6 +49,8 @@ from migrator.engine_messages import (
     EndPass,
     OpenDeviceChannel,
     PassDone,
+    Ping,
+    Pong,
     Report,
     RunPass,
     SampleDirty,
@@ -167,7 +169,7 @@ class SourceEngine:
         """What can't wait is done at once; the rest when the pass is over."""
         for message in self._control.receive():
             match message:
-                case SetBandwidth() | EndPass() | Stop():
+                case SetBandwidth() | EndPass() | Ping() | Stop():
                     self._handle(message)
                 case _:
                     self._deferred.append(message)
@@ -189,6 +191,8 @@ class SourceEngine:
                 self._connect(message)
             case SampleDirty():
                 self._sample_dirty(message)
+            case Ping():
+                self._control.send(Pong())
             case Stop():
                 raise StoppedError("the agent said so")
             case Configure():

@@ -5,27 +5,22 @@ The engines are real processes, and so is what stands in for the guest.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import cast
 
 import pytest
 
 from migrator import engine_driver
-from migrator.engine.spares import EngineSpares
-from migrator.engine_driver import EngineDriver, EngineSettings
 from migrator.engine_messages import Configured
-from migrator.errors import NotFoundError
 from migrator.journal_entry import entry_of, restore
 from migrator.lone_engine import clear_tracking
 from migrator.model import DomainName, Role
-from migrator.ports import GuestMemory, HypervisorDriver
 from migrator.session import vocabulary as v
 from migrator.session.source import SourceSession
 from tests.integration.engine_lab.lab import MIB, Engine, Guest, configuration
+from tests.integration.engine_lab.source_driver import OneGuest, SourceDriver, signalled, until
 from tests.integration.test_dirty_sampling import engines_of, wait_tracked
 from tests.unit.session_pair import SessionPair
 
@@ -41,69 +36,23 @@ async def guest(binary: Path) -> AsyncIterator[Guest]:
         made.close()
 
 
-class _Hypervisor:
-    def __init__(self, guest: Guest) -> None:
-        self.guest = guest
-        self.gone = False
-
-    async def memory(self, domain: DomainName) -> GuestMemory:
-        if self.gone:
-            raise NotFoundError(f"domain {domain} has no process here")
-        return self.guest.memory()
-
-
-class _Source:
-    """What drives a source's engine, and what it tells its session."""
-
-    def __init__(self, guest: Guest, folder: Path, session: SourceSession) -> None:
-        self.hypervisor = _Hypervisor(guest)
-        self.heard: list[v.Event] = []
-        self.driver = EngineDriver(
-            session,
-            settings=EngineSettings(
-                run_directory=folder,
-                spares=EngineSpares(folder / "engines.log"),
-                bind_address="127.0.0.1",
-            ),
-            device_channel=folder / "device",
-            feed=self.heard.append,
-        )
-
-    def perform(self, command: v.EngineCommand) -> None:
-        self.driver.perform(command, memory=cast(HypervisorDriver, self.hypervisor))
-
-    async def end(self) -> None:
-        self.perform(v.StopEngine())
-        await self.driver.drained()
-
-
 @pytest.fixture
-async def source(guest: Guest, tmp_path: Path) -> AsyncIterator[_Source]:
+async def source(guest: Guest, tmp_path: Path) -> AsyncIterator[SourceDriver]:
     """Its engine tracks."""
-    made = _Source(guest, tmp_path, SessionPair().source)
+    made = SourceDriver(guest, tmp_path, SessionPair().source)
     made.perform(v.StartEngine())
     await made.driver.drained()
     await wait_tracked(guest)
     yield made
-    await made.driver.close()
-    await made.driver._settings.spares.close()
+    await made.close()
 
 
-def _signalled(guest: Guest, number: int) -> None:
-    (pid,) = engines_of(guest)
-    os.kill(pid, number)
-
-
-async def _until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not holds():  # noqa: ASYNC110  What it looks at has no event.
-            await asyncio.sleep(0.01)
-
-
-async def test_an_engine_that_was_killed_leaves_no_tracking(source: _Source, guest: Guest) -> None:
+async def test_an_engine_that_was_killed_leaves_no_tracking(
+    source: SourceDriver, guest: Guest
+) -> None:
     """It stayed until the next migration, and each first write to a page was slower."""
-    _signalled(guest, signal.SIGKILL)
-    await _until(lambda: source.heard != [])
+    signalled(guest, signal.SIGKILL)
+    await until(lambda: source.heard != [])
     assert source.heard == [v.EngineLost(reason="it was killed by signal 9")]
     assert guest.tracked()
     await source.end()
@@ -112,11 +61,11 @@ async def test_an_engine_that_was_killed_leaves_no_tracking(source: _Source, gue
 
 
 async def test_nor_does_one_that_hangs(
-    source: _Source, guest: Guest, monkeypatch: pytest.MonkeyPatch
+    source: SourceDriver, guest: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is killed by its agent, after a while."""
     monkeypatch.setattr(engine_driver, "STOP_S", 0.1)
-    _signalled(guest, signal.SIGSTOP)
+    signalled(guest, signal.SIGSTOP)
     await source.end()
     assert not guest.tracked()
     assert not engines_of(guest)
@@ -134,13 +83,13 @@ async def test_nor_one_that_was_killed_with_its_agent(guest: Guest, tmp_path: Pa
     assert guest.tracked()
     session = restore(entry_of(pair.source, boot_id="boot"), boot_id="boot")
     assert isinstance(session, SourceSession)
-    source = _Source(guest, tmp_path, session)
+    source = SourceDriver(guest, tmp_path, session)
     await source.end()
     assert not guest.tracked()
     assert not engines_of(guest)
 
 
-async def test_one_that_ends_by_itself_needs_no_other(source: _Source, guest: Guest) -> None:
+async def test_one_that_ends_by_itself_needs_no_other(source: SourceDriver, guest: Guest) -> None:
     source.hypervisor.gone = True  # Nobody would get the memory.
     await source.end()
     assert not guest.tracked()
@@ -150,7 +99,7 @@ async def test_one_that_ends_by_itself_needs_no_other(source: _Source, guest: Gu
 async def test_a_guest_that_is_gone_costs_no_engine(
     guest: Guest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hypervisor = _Hypervisor(guest)
+    hypervisor = OneGuest(guest)
     hypervisor.gone = True
     await clear_tracking(hypervisor.memory, DomainName("web"), tmp_path / "log")
     assert not (tmp_path / "log").exists()

@@ -51,6 +51,7 @@ SHELL = (
     "migrator/steady_clock.py",
     "migrator/dirty_sampler.py",
     "migrator/lone_engine.py",
+    "migrator/engine_watch.py",
     "migrator/tls.py",
     "migrator/hold_points.py",
 )
