@@ -9,10 +9,9 @@ import msgspec
 import pytest
 
 from migrator.journal import MigrationJournal
-from migrator.journal_entry import JournalEntry
-from migrator.model import MigrationRequest, MigrationState, Role
+from migrator.model import MigrationState
 from tests.contract.storage_servers import fill, small_file_system
-from tests.unit.agent_world import spec_of
+from tests.unit.test_journal import entry
 
 pytestmark = pytest.mark.lab
 
@@ -25,22 +24,6 @@ AT_ONCE = 8
 def folder(tmp_path: Path) -> Iterator[Path]:
     with small_file_system(tmp_path / "state", 8 * MIB) as made:
         yield made
-
-
-def entry(number: int, state: MigrationState) -> JournalEntry:
-    ended = state is MigrationState.COMPLETED
-    return JournalEntry(
-        migration_id=f"m{number}",
-        role=Role.DESTINATION,
-        spec=spec_of(),
-        source="a",
-        destination="b",
-        token=1,
-        request=MigrationRequest(destination="b"),
-        created_at_s=float(number),
-        state=state,
-        ended_at_s=float(number) + 0.5 if ended else None,
-    )
 
 
 async def test_migrations_are_written_down_to_their_ends_though_the_disk_is_full(

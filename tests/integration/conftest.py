@@ -17,7 +17,7 @@ from deploy.lab.processes import tail
 from migrator import hold_points
 from tests.integration import quick_agent
 from tests.integration.cluster.world import Cluster
-from tests.integration.engine_lab.lab import compile_guest
+from tests.integration.engine_lab.lab import MIB, Guest, compile_guest
 from tests.integration.stream_ends import Ends
 
 NODE_MEMORY_BYTES = 1024**3
@@ -71,3 +71,13 @@ def ends() -> Iterator[Ends]:
     yield made
     made.close()
     assert not made.host.faults
+
+
+@pytest.fixture
+def guest(binary: Path) -> Iterator[Guest]:
+    """A stand-in with 128 MiB of memory. Modules with a guest of their own call it so, too."""
+    made = Guest(binary, 128 * MIB)
+    try:
+        yield made
+    finally:
+        made.close()

@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -17,21 +16,11 @@ from migrator.errors import EngineError, HypervisorError
 from migrator.model import DomainName, Role
 from migrator.ports import GuestMemory
 from tests.integration.cluster.world import eventually
-from tests.integration.engine_lab.lab import MIB, PAGE, Engine, Guest, configuration
+from tests.integration.engine_lab.lab import MIB, PAGE, Engine, Guest, configuration, engines_of
 
-SIZE = 128 * MIB
 WEB = DomainName("web")
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd needs root")
-
-
-@pytest.fixture
-async def guest(binary: Path) -> AsyncIterator[Guest]:
-    made = Guest(binary, SIZE)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 class Sampled:
@@ -50,23 +39,6 @@ class Sampled:
 
 async def wait_tracked(guest: Guest) -> None:
     await asyncio.to_thread(eventually, "the guest is tracked", guest.tracked, 20.0)
-
-
-def engines_of(guest: Guest) -> list[int]:
-    """Engine processes that have the guest's memory mapped."""
-    inode = str(os.fstat(guest.fd).st_ino)
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if b"migrator.engine" not in (entry / "cmdline").read_bytes():
-                    continue
-                mapped = [line.split() for line in (entry / "maps").read_text().splitlines()]
-                if any(each[4] == inode and each[-2].startswith("/memfd:") for each in mapped):
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
 
 
 async def test_it_counts_what_is_written(guest: Guest, tmp_path: Path) -> None:

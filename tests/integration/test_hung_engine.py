@@ -16,23 +16,13 @@ import pytest
 from migrator import engine_watch
 from migrator.engine_watch import EngineWatch
 from migrator.session import vocabulary as v
-from tests.integration.engine_lab.lab import MIB, Guest
+from tests.integration.engine_lab.lab import Guest, engines_of
 from tests.integration.engine_lab.source_driver import SourceDriver, signalled, until
-from tests.integration.test_dirty_sampling import engines_of
 from tests.unit.session_pair import SessionPair
 
 LOST = v.EngineLost(reason="it has said nothing for 0.6 s")
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd needs root")
-
-
-@pytest.fixture
-async def guest(binary: Path) -> AsyncIterator[Guest]:
-    made = Guest(binary, 16 * MIB)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture

@@ -19,21 +19,12 @@ from migrator.lone_engine import clear_tracking
 from migrator.model import DomainName, Role
 from migrator.session import vocabulary as v
 from migrator.session.source import SourceSession
-from tests.integration.engine_lab.lab import MIB, Engine, Guest, configuration
+from tests.integration.engine_lab.lab import Engine, Guest, configuration, engines_of
 from tests.integration.engine_lab.source_driver import OneGuest, SourceDriver, signalled, until
-from tests.integration.test_dirty_sampling import engines_of, wait_tracked
+from tests.integration.test_dirty_sampling import wait_tracked
 from tests.unit.session_pair import SessionPair
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd needs root")
-
-
-@pytest.fixture
-async def guest(binary: Path) -> AsyncIterator[Guest]:
-    made = Guest(binary, 64 * MIB)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture

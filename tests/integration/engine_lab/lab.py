@@ -203,6 +203,23 @@ class Engine:
         return self.exit_status
 
 
+def engines_of(guest: Guest) -> list[int]:
+    """Engine processes that have the guest's memory mapped."""
+    inode = str(os.fstat(guest.fd).st_ino)
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if b"migrator.engine" not in (entry / "cmdline").read_bytes():
+                    continue
+                mapped = [line.split() for line in (entry / "maps").read_text().splitlines()]
+                if any(each[4] == inode and each[-2].startswith("/memfd:") for each in mapped):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
 def configuration(role: Role, guest: Guest, **changes: object) -> Configure:
     base = Configure(
         role=role,

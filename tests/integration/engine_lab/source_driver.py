@@ -15,8 +15,7 @@ from migrator.model import DomainName
 from migrator.ports import GuestMemory, HypervisorDriver
 from migrator.session import vocabulary as v
 from migrator.session.source import SourceSession
-from tests.integration.engine_lab.lab import Guest
-from tests.integration.test_dirty_sampling import engines_of
+from tests.integration.engine_lab.lab import Guest, engines_of
 
 
 class OneGuest:
