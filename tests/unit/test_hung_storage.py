@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,37 @@ MORE_THAN_A_LOOP_HAS = 40
 """asyncio's own threads are 32 at most."""
 
 
+class Hung(threading.Event):
+    """What hanging calls wait for; and how many do.
+
+    A call that has no thread yet when it is given up never hangs, so a test that counts on hanging
+    ones waits for them to have begun, and for no time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._begun = threading.Semaphore(0)
+
+    def hang(self, *_: object) -> None:
+        """As a call."""
+        self._begun.release()
+        self.wait()
+
+    async def given_up(self, calls: Iterable[Coroutine[Any, Any, object]]) -> None:
+        """Begin them all, and cancel them once each hangs."""
+        tasks = [asyncio.create_task(each) for each in calls]
+        for _ in tasks:
+            assert await asyncio.to_thread(self._begun.acquire, timeout=10)
+        for task in tasks:
+            task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {type(each) for each in ended} == {asyncio.CancelledError}
+
+
 @pytest.fixture
-def hung(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """What hanging calls wait for."""
+def hung(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hung]:
     monkeypatch.setattr(bounded_module, "GIVE_UP_WAIT_S", 0.01)
-    event = threading.Event()
+    event = Hung()
     yield event
     event.set()
 
@@ -47,7 +73,7 @@ async def eventually_works(where: str) -> None:
                 return
 
 
-async def test_calls_that_hang_take_no_thread_of_anybody_else(hung: threading.Event) -> None:
+async def test_calls_that_hang_take_no_thread_of_anybody_else(hung: Hung) -> None:
     calls = (bounded(hung.wait, "pool 1", timeout_s=0.1) for _ in range(MORE_THAN_A_LOOP_HAS))
     ended = await asyncio.gather(*calls, return_exceptions=True)
     assert {type(each) for each in ended} == {StorageError}
@@ -56,9 +82,8 @@ async def test_calls_that_hang_take_no_thread_of_anybody_else(hung: threading.Ev
         assert await bounded(lambda: 7, "pool good") == 7
 
 
-async def test_nobody_waits_behind_calls_that_hang(hung: threading.Event) -> None:
-    calls = (bounded(hung.wait, "pool 2", timeout_s=0.1) for _ in range(GIVEN_UP_MAX))
-    await asyncio.gather(*calls, return_exceptions=True)
+async def test_nobody_waits_behind_calls_that_hang(hung: Hung) -> None:
+    await hung.given_up(bounded(hung.hang, "pool 2") for _ in range(GIVEN_UP_MAX))
     async with asyncio.timeout(5):
         with pytest.raises(StorageError, match=f"hangs; {GIVEN_UP_MAX} calls wait for it"):
             await bounded(lambda: 7, "pool 2")
@@ -66,7 +91,7 @@ async def test_nobody_waits_behind_calls_that_hang(hung: threading.Event) -> Non
     await eventually_works("pool 2")
 
 
-async def test_a_call_that_was_given_up_in_the_queue_never_begins(hung: threading.Event) -> None:
+async def test_a_call_that_was_given_up_in_the_queue_never_begins(hung: Hung) -> None:
     begun: list[str] = []
     holding = [in_own_thread("pool full", hung.wait) for _ in range(THREADS_MAX)]
     with pytest.raises(StorageError, match="no answer in 0 s"):
@@ -78,7 +103,7 @@ async def test_a_call_that_was_given_up_in_the_queue_never_begins(hung: threadin
 
 
 async def test_long_copies_hold_nothing_else_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hung: threading.Event
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hung: Hung
 ) -> None:
     image, folder = tmp_path / "image", tmp_path / "pool"
     image.write_bytes(bytes(512))
@@ -110,7 +135,7 @@ async def test_long_copies_hold_nothing_else_up(
 
 
 async def test_what_a_failed_copy_left_is_waited_for_within_bounds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hung: threading.Event
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hung: Hung
 ) -> None:
     def refuse(*_: object) -> None:
         raise ConflictError("taken")
@@ -123,17 +148,15 @@ async def test_what_a_failed_copy_left_is_waited_for_within_bounds(
             await pool.create(VolumeName("v"), capacity_bytes=512, format=DiskFormat.RAW)
 
 
-async def test_one_nfs_server_that_hangs_costs_the_others_nothing(hung: threading.Event) -> None:
+async def test_one_nfs_server_that_hangs_costs_the_others_nothing(hung: Hung) -> None:
     def connect() -> Any:
         return _Export()
 
-    def hang(_: Any) -> None:
-        hung.wait()
-
     server = Server("10.0.0.5", "/srv")
-    for _ in range(GIVEN_UP_MAX):
-        with pytest.raises(StorageError, match="no answer"):
-            await Connection("pool 3", server, connect).call(hang, timeout_s=0.01)
+    with pytest.raises(StorageError, match="no answer"):
+        await Connection("pool 3", server, connect).call(lambda _: hung.wait(), timeout_s=0.01)
+    hanging = (Connection("pool 3", server, connect) for _ in range(GIVEN_UP_MAX))
+    await hung.given_up(each.call(hung.hang, timeout_s=60) for each in hanging)
     bad, good = (Connection(f"pool {number}", server, connect) for number in (3, 4))
     with pytest.raises(StorageError, match="hangs"):
         await bad.call(lambda _: 7, timeout_s=5)
