@@ -17,13 +17,7 @@ from typing import Final
 
 import msgspec
 
-from migrator.errors import (
-    ConflictError,
-    FerryError,
-    RefusedError,
-    StoreError,
-    WrongStateError,
-)
+from migrator.errors import ConflictError, FerryError, RefusedError, StoreError, WrongStateError
 from migrator.figures import DirtyRate, Prediction
 from migrator.model import (
     DomainDefinition,
@@ -70,7 +64,7 @@ from node_agent.cluster_calls import (
     Verdict,
 )
 from node_agent.cluster_views import Snapshot, domain_view, node_view
-from node_agent.domain_records import DomainRecords
+from node_agent.domain_records import DomainRecords, not_running
 from node_agent.domains import ConsoleChunk, DomainService
 from node_agent.events import EventLog
 from node_agent.homes import (
@@ -399,7 +393,7 @@ class ClusterService:
         await self._records.get(domain)
         owned = await self._ownership.read(domain)
         if owned is None or owned.state is not OwnershipState.RUNNING:
-            raise WrongStateError(f"domain {domain}", "stopped", "running or paused")
+            raise not_running(domain)
         return NodeName(owned.owner)
 
     async def _destination(self, source: NodeName, body: MigrationCreate) -> NodeName:

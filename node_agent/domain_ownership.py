@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import msgspec
 
-from migrator.errors import ConflictError, FerryError, StoreError, WrongStateError
+from migrator.errors import ConflictError, FerryError, StoreError
 from migrator.model import (
     DomainName,
     DomainSpec,
@@ -36,7 +36,7 @@ from migrator.ports import DomainEvent, DomainEventKind, HypervisorDriver, Owner
 from node_agent.background import uninterrupted
 from node_agent.domain_launch import LaunchBuilder
 from node_agent.domain_locks import DomainLocks
-from node_agent.domain_records import DomainRecords
+from node_agent.domain_records import DomainRecords, not_running, running
 from node_agent.domain_restart import DomainRestarts, RestartPolicy
 from node_agent.events import EventKind, EventLog
 from node_agent.older_store import OlderStore, OtherNodes
@@ -184,7 +184,7 @@ class DomainOwnership:
         """The record of a domain that runs here. WrongStateError, ConflictError otherwise."""
         owned = await self._ownership.read(domain)
         if owned is None or owned.state is not OwnershipState.RUNNING:
-            raise WrongStateError(f"domain {domain}", "stopped", "running or paused")
+            raise not_running(domain)
         if owned.owner != self.node:
             raise ConflictError(f"domain {domain} runs on {owned.owner}, not on {self.node}")
         return owned
@@ -193,7 +193,7 @@ class DomainOwnership:
         """The record of a domain that nobody runs, if there is one. WrongStateError: it runs."""
         owned = await self._ownership.read(domain)
         if owned is not None and owned.state is not OwnershipState.STOPPED:
-            raise WrongStateError(f"domain {domain}", f"running on {owned.owner}", "stopped")
+            raise running(domain, owned.owner)
         return owned
 
     async def forget(self, domain: DomainName) -> None:

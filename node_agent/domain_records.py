@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from migrator.errors import ConflictError, InvalidRequest, NotFoundError
+from migrator.errors import ConflictError, InvalidRequest, NotFoundError, WrongStateError
 from migrator.model import (
     DomainDefinition,
     DomainName,
@@ -30,6 +30,18 @@ from node_agent.state.typed import TypedStore, Versioned
 HISTORY_MAX: Final = 50
 """Of a domain's notes; older ones go."""
 ATTEMPTS: Final = 5
+
+
+def not_running(domain: DomainName) -> WrongStateError:
+    """A call that needs a guest, of a domain that has none."""
+    sentence = f"domain {domain} is stopped (`ferry domain start {domain}` starts it)"
+    return WrongStateError(f"domain {domain}", "stopped", "running or paused", sentence)
+
+
+def running(domain: DomainName, node: str) -> WrongStateError:
+    """A call for a domain without a guest, and this one runs there by its record."""
+    sentence = f"domain {domain} runs on {node}; stop it first (`ferry domain stop {domain}`)"
+    return WrongStateError(f"domain {domain}", "running", "stopped", sentence)
 
 
 class DomainRecords:

@@ -139,7 +139,7 @@ def _clear_left_over(name: str, screen: Screen) -> None:
     if not (lab.labs_root() / name / MARKER).exists():
         raise ConflictError(
             f"a lab {name} is there already, and no demo left it behind by mistake (perhaps an "
-            f"earlier one ran with --keep): `ferry lab down --name {name}` removes it"
+            f"earlier one ran with --keep): `ferry lab down --lab {name}` removes it"
         )
     screen.say(f"An earlier demo was killed: its lab {name} is removed first.")
     lab.down(name)
@@ -191,8 +191,8 @@ def _explain_kept(name: str, screen: Screen) -> None:
         f"ferry --lab {name} migrate {guest.NAME} --to n2",
         f"ferry --lab {name} domain console {guest.NAME} --follow",
         f"ferry --lab {name} events",
-        f"ferry lab status --name {name}",
-        f"ferry lab down --name {name}",
+        f"ferry lab status --lab {name}",
+        f"ferry lab down --lab {name}",
     ):
         screen.say(f"  {command}")
 

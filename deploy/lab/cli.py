@@ -18,7 +18,7 @@ import typer
 from deploy.lab import lab as labs
 from deploy.lab.kinds import FabricKind, StoreKind
 from deploy.lab.preconditions import remarks, require_root
-from deploy.lab.record import DEFAULT_NAME
+from deploy.lab.record import DEFAULT_NAME, others
 from migrator.errors import FerryError, InvalidRequest, RefusedError
 from node_agent.cli.errors import exit_code
 
@@ -26,7 +26,9 @@ app = typer.Typer(
     name="lab", help="A cluster on this one machine, for trying and testing.", no_args_is_help=True
 )
 
-_Name = Annotated[str, typer.Option("--name", "-n", envvar="FERRY_LAB", help="The lab's name.")]
+_Name = Annotated[
+    str, typer.Option("--lab", "--name", "-n", envvar="FERRY_LAB", help="The lab's name.")
+]
 _INTERRUPTED = 130
 _FAILED = 1
 
@@ -135,12 +137,9 @@ def up(
     print(f"Lab {name} is up: {len(record.nodes)} nodes ({names}), in {seconds:.1f} s.")
     for remark in remarks():
         print(f"Note: {remark}.")
-    option = "" if name == DEFAULT_NAME else f" --name {name}"
-    print("\nNext:")
-    print(f"  export FERRY_API={record.nodes[0].api}")
-    print("  ferry node ls")
-    print(f"  ferry lab status{option}")
-    print(f"  ferry lab down{option}")
+    print(
+        f"\nNext:\n  export FERRY_LAB={name}\n  ferry node ls\n  ferry lab status\n  ferry lab down"
+    )
 
 
 @app.command()
@@ -157,7 +156,7 @@ def down(
         elif labs.down(name):
             print(f"Lab {name} is gone.")
         else:
-            print(f"There is no lab {name}.")
+            print(f"There is no lab {name}{others()}.")
 
 
 @app.command()
@@ -182,7 +181,7 @@ def status(
         if found.missing:
             print(f"Missing: {', '.join(found.missing)}.")
         if found.state != "ready":
-            print(f"`ferry lab up --name {name}` repairs it.")
+            print(f"`ferry lab up --lab {name}` repairs it.")
     if found.state != "ready":
         raise typer.Exit(_FAILED)
 

@@ -62,8 +62,16 @@ def load(name: str = DEFAULT_NAME) -> LabRecord:
     entered = registry.find(name)
     record = read_record(entered.folder if entered else labs_root() / name)
     if record is None:
-        raise NotFoundError(f"there is no lab {name}: `ferry lab up --name {name}` makes one")
+        raise NotFoundError(
+            f"there is no lab {name}{others()}; `ferry lab up --lab {name}` makes one"
+        )
     return record
+
+
+def others() -> str:
+    """ ", but demo": for a sentence that says that there is no such lab; empty without any."""
+    names = recorded()
+    return f", but {', '.join(names)}" if names else ""
 
 
 def write_record(

@@ -93,7 +93,7 @@ class LabLock:
             if present.folder != folder:
                 raise ConflictError(
                     f"a lab {self._name} exists already, in {present.folder}: choose another name, "
-                    f"or `ferry lab down --name {self._name}` first"
+                    f"or `ferry lab down --lab {self._name}` first"
                 )
             return present
         with _whole_registry():

@@ -92,7 +92,8 @@ def state_reasons(domain: DomainName, state: DomainState) -> list[str]:
     """Only a running guest is worth moving live."""
     if state is DomainState.RUNNING:
         return []
-    return [f"domain {domain} is {state}, it must be running"]
+    how = f" (`ferry domain resume {domain}`)" if state is DomainState.PAUSED else ""
+    return [f"domain {domain} is {state}, it must be running{how}"]
 
 
 def claim_reasons(locks: DomainLocks, domain: DomainName) -> list[str]:

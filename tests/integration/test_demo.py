@@ -114,4 +114,4 @@ def test_a_killed_demo_is_cleaned_up_by_the_next_and_a_users_lab_is_not(
     with demo(name, tmp_path) as fourth:
         _, stderr = fourth.communicate(timeout=STEP_TIMEOUT_S)
     assert fourth.returncode == 1
-    assert f"ferry lab down --name {name}" in stderr
+    assert f"ferry lab down --lab {name}" in stderr

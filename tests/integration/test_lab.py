@@ -273,8 +273,9 @@ def test_the_command_line_looks_into_a_lab(name: str) -> None:
     assert ferry_lab("exec", "--name", name, "n1", "--").returncode == 2
     nobody = ferry_lab("exec", "--name", name, "n7", "--", "true")
     assert (nobody.returncode, "it has n1, client" in nobody.stderr) == (3, True)
-    assert ferry_lab("status", "--name", "nowhere").returncode == 3
-    assert lab.load(name).nodes[0].api in ferry_lab("status", "--name", name).stdout
+    nowhere = ferry_lab("status", "--lab", "nowhere")
+    assert (nowhere.returncode, name in nowhere.stderr) == (3, True)
+    assert lab.load(name).nodes[0].api in ferry_lab("status", "--lab", name).stdout
     ferry_lab("agent", "--name", name, "n1", "kill")
     damaged = ferry_lab("status", "--name", name, "--json")
     assert damaged.returncode == 1

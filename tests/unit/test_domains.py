@@ -81,7 +81,7 @@ async def test_who_runs_it_is_said(world: World) -> None:
         await world.a.domains.start(WEB)
     with pytest.raises(ConflictError, match="runs on a, not on b"):
         await world.b.domains.pause(WEB)
-    with pytest.raises(WrongStateError):
+    with pytest.raises(WrongStateError, match=r"runs on a; .*`ferry domain stop web`"):
         await world.a.domains.delete(WEB)
 
 
@@ -103,7 +103,7 @@ async def test_what_is_started_while_it_is_deleted_keeps_its_definition(
 
     monkeypatch.setattr(owner, step, raced)
     if step == "remove":
-        with pytest.raises(WrongStateError, match="running on b"):
+        with pytest.raises(WrongStateError, match="runs on b"):
             await world.a.domains.delete(WEB)
     else:
         await world.a.domains.delete(WEB)
@@ -246,7 +246,7 @@ async def test_a_wrong_definition_names_the_field(
 
 async def test_pause_resume_reset(world: World) -> None:
     await world.a.domains.define(spec_of())
-    with pytest.raises(WrongStateError):
+    with pytest.raises(WrongStateError, match=r"is stopped .*`ferry domain start web`"):
         await world.a.domains.pause(WEB)
     await world.a.domains.start(WEB)
     await world.a.domains.pause(WEB)

@@ -412,7 +412,7 @@ async def test_a_guest_that_is_paused_while_its_destination_is_asked_stays(
             return await reasons(inspection)
 
         monkeypatch.setattr(check, "reasons", pause_meanwhile)
-        with pytest.raises(RefusedError, match="is paused, it must be running"):
+        with pytest.raises(RefusedError, match=r"is paused, it must be running .*resume web"):
             await world.migrate()
         assert world.state(world.a) is DomainState.PAUSED
         assert not world.a.manager._runners
