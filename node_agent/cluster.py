@@ -74,6 +74,7 @@ from node_agent.homes import (
     where_to_start,
 )
 from node_agent.hooks.service import HookService
+from node_agent.migrations.checks import one_way
 from node_agent.migrations.endings import too_late
 from node_agent.migrations.service import MigrationService
 from node_agent.nodes import NodeRegistry
@@ -312,13 +313,15 @@ class ClusterService:
         verdict = await self._hub.call(
             source, MIGRATION_CHECK, params, Verdict, timeout_s=OPERATION_TIMEOUT_S
         )
-        known = destination in await self._nodes.read()
+        spec, views = (await self._records.get(domain)).spec, await self._nodes.read()
+        known = destination in views
         result = DryRun(
             destination=destination,
             refused=verdict.reasons,
             destination_known=known,
             engine=verdict.engine,
             engine_reason=verdict.engine_reason,
+            remark=one_way(spec.cpu_model, views.get(source), views.get(destination)),
         )
         if destination == source or not known:  # Its link to itself says nothing.
             return msgspec.structs.replace(result, prediction_unknown="nothing would move")

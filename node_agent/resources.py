@@ -188,6 +188,8 @@ class DryRun(Value, frozen=True, kw_only=True):
     prediction: Prediction | None = None
     prediction_unknown: str = ""
     """Why there is no prediction, where there is none and nothing else says so."""
+    remark: str = ""
+    """What isn't against it, and should be known before."""
 
 
 class PoolRecord(Value, frozen=True, kw_only=True):

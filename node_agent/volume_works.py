@@ -197,7 +197,9 @@ def _words(note: VolumeWork) -> str:
             f"{name} may be half made: the agent of {note.node} ended while it was {note.work}; "
             f"delete it (`ferry volume rm {note.volume} --pool {note.pool}`) and make it anew"
         )
-    remedy = f"its agent strikes that {TOOL_ENDS_S:.0f} s after it is back"
+    remedy = (
+        f"it counts as over {TOOL_ENDS_S:.0f} s after its agent is back: a program may outlive it"
+    )
     if note.work is Work.MAKING:
         remedy = f"delete the volume (`ferry volume rm {note.volume} --pool {note.pool}`)"
-    return f"{name} is being {note.work} by node {note.node}; if that node died, {remedy}"
+    return f"{name} is being {note.work} by node {note.node}; if that agent died, {remedy}"

@@ -72,6 +72,8 @@ def plan_text(plan: DrainPlan, operation: Operation = Operation.DRAIN) -> str:
             f"TOO LONG: after --timeout {plan.timeout_s:g} s no move begins any more; by this plan "
             f"{', '.join(late)} would be left"
         )
+    if plan.remarks:
+        parts.append("\n".join(["Mind:", *(f"  {each}" for each in plan.remarks)]))
     parts += _left_out(plan.left_out)
     return "\n\n".join(parts)
 

@@ -38,6 +38,8 @@ def dry_run_text(name: str, result: DryRun) -> str:
     if result.engine is not None:
         why = f" ({result.engine_reason})" if result.engine_reason else ""
         text += f"\nengine: {result.engine}{why}"
+    if result.remark:
+        text += f"\nmind: {result.remark}"
     if result.prediction is not None:
         text += "\n\n" + prediction_text(result.prediction)
     elif result.prediction_unknown:

@@ -322,6 +322,8 @@ class DrainPlan(Value, frozen=True, kw_only=True):
     """How fast the node's link is, and how that is known."""
     timeout_s: float | None = None
     """What begins later is left."""
+    remarks: tuple[str, ...] = ()
+    """What stands in nobody's way, and should be known before."""
 
 
 class BalancePlan(Value, frozen=True, kw_only=True):

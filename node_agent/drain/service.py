@@ -42,7 +42,7 @@ from node_agent.drain.resources import (
     UndrainRequest,
     timeout_of,
 )
-from node_agent.drain.survey import Survey, moves_of, shown_plan, with_policy
+from node_agent.drain.survey import Survey, moves_of, one_way_moves, shown_plan, with_policy
 from node_agent.drain.watch import LOOK_S, SILENT_S, DrainWatch
 from node_agent.drain.world import DrainWorld
 from node_agent.events import EventLog
@@ -128,6 +128,7 @@ class DrainService:
             shown,
             leaving=departures.shown(leaving),
             left_out=survey.left_out(node),
+            remarks=tuple(one_way_moves(survey, plan, await self.world.views())),
             timeout_s=timeout_of(plan.makespan_s, request.timeout_s),
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -18,6 +18,7 @@ from node_agent.drain.resources import (
     PlanBlocker,
     PlanMove,
 )
+from node_agent.migrations.checks import WHOLE_PROCESSOR, one_way
 from node_agent.nodes import NodeView
 from node_agent.planner.model import (
     DEFAULT_LINK_BYTES_PER_S,
@@ -209,7 +210,7 @@ def _domain(
     if (view := views.get(node)) is not None:
         has = view.info.capabilities
         needs.add(f"hypervisor:{has.driver}/{has.accelerator}")
-        if model in ("host", "max"):
+        if model in WHOLE_PROCESSOR:
             needs |= {f"feature:{each}" for each in has.cpu_features}
     obstacle = ""
     switching = domain.migration is not None and domain.state in _SWITCHING
@@ -306,3 +307,13 @@ def shown_plan(
         lower_bound_s=plan.lower_bound_s,
         link=survey.link,
     )
+
+
+def one_way_moves(survey: Survey, plan: Plan, views: Mapping[str, NodeView]) -> Iterator[str]:
+    """Those that no undrain can undo, in words."""
+    needs = {each.name: each.needs for each in survey.domains}
+    for move in plan.moves:
+        model = next((each for each in WHOLE_PROCESSOR if f"cpu:{each}" in needs[move.domain]), "")
+        told = one_way(model, views.get(move.source), views.get(move.destination or ""))
+        if told and move.policy is MaintenancePolicy.LIVE:
+            yield f"{move.domain}: {told}"

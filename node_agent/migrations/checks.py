@@ -35,6 +35,8 @@ from node_agent.nodes import NodeView
 from node_agent.start_needs import boot_troubles
 
 T = TypeVar("T")
+WHOLE_PROCESSOR: Final = ("host", "max")
+"""CPU models that are all that the host has."""
 LOOK_S: Final = 3.0
 """For a look at a volume: less than `manager.INSPECT_S` by what drivers take to give up."""
 
@@ -86,6 +88,20 @@ def cordon_reasons(node: NodeName, state: NodeState, told: str = "") -> list[str
     return [
         f"node {node} is {told or state}; nothing may come there (`ferry {how} {node}` opens it)"
     ]
+
+
+def one_way(model: str, source: NodeView | None, destination: NodeView | None) -> str:
+    """That a guest of this CPU model will be refused on its way back; "": not for this."""
+    if model.partition(",")[0] not in WHOLE_PROCESSOR or source is None or destination is None:
+        return ""
+    here, there = source.info, destination.info
+    gained = sorted(set(there.capabilities.cpu_features) - set(here.capabilities.cpu_features))
+    if not gained:
+        return ""
+    return (
+        f"no way back to {here.name} but by stop and start: with CPU model {model} it gets "
+        f"{', '.join(gained)} on {there.name}, which {here.name} lacks"
+    )
 
 
 def state_reasons(domain: DomainName, state: DomainState) -> list[str]:
@@ -222,7 +238,7 @@ class DestinationCheck:
         if own.accelerator != source.accelerator:
             found.append(f"it runs guests by {own.accelerator}, the source by {source.accelerator}")
         missing = sorted(set(source.cpu_features) - set(own.cpu_features))
-        if missing and model in ("host", "max"):
+        if missing and model in WHOLE_PROCESSOR:
             found.append(f"its CPU lacks {', '.join(missing)}, which the guest may use ({model})")
         if engine is not EngineKind.NATIVE and not own.paged_engine:
             found.append(f"it can't receive memory: {own.paged_engine_reason}")

@@ -13,6 +13,7 @@ from migrator.errors import StoreError
 from migrator.model import DomainName, DomainState, MigrationState
 from node_agent.api.streams import STREAMS
 from node_agent.events import EventKind
+from node_agent.nodes import NodeView
 from tests.unit.agent_world import MAC, World
 from tests.unit.api_client import SPEC, Client, ask, running
 
@@ -127,13 +128,18 @@ async def test_a_migration_goes_to_the_source_and_is_watched_and_cancelled(
 
 
 async def test_a_refusal_has_every_reason_and_a_dry_run_has_them_too(
-    client: Client, world: World
+    client: Client, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def one_way(model: str, source: NodeView, destination: NodeView) -> str:
+        return f"{model} {source.info.name} {destination.info.name}"
+
+    monkeypatch.setattr("node_agent.cluster.one_way", one_way)
     await running(client)
     path = "/v1/domains/web/migrations"
     fine = await ask(client, "POST", f"{path}?dry_run=true", {"destination": "b"}, status=200)
     assert (fine["destination"], fine["refused"]) == ("b", [])
     assert fine["prediction"]["converges"] is True
+    assert fine["remark"] == "qemu64 a b"
     world.a.migrations.reasons = ["memory", "bridge"]
     result = await ask(client, "POST", f"{path}?dry_run=true", {"destination": "b"}, status=200)
     assert result["refused"] == ["memory", "bridge"]

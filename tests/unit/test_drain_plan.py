@@ -39,7 +39,7 @@ from node_agent.drain.resources import (
     timeout_of,
 )
 from node_agent.drain.service import DrainService
-from node_agent.drain.survey import Survey, make_survey
+from node_agent.drain.survey import Survey, make_survey, one_way_moves
 from node_agent.nodes import NodeView
 from node_agent.planner.model import DomainFacts, Plan, PlanOptions
 from node_agent.planner.plan import plan_moves
@@ -186,6 +186,33 @@ async def test_a_dry_run_names_the_nodes_that_it_left_out() -> None:
     service, _ = await service_of(Nodes())
     plan = await service.plan(NodeName("n1"), DrainRequest())
     assert plan.left_out == LEFT_OUT, "the node itself needn't be named"
+
+
+async def test_moves_that_no_undrain_can_undo_are_told() -> None:
+    """The undrain left the guest, and only then was it said why."""
+    views = {name: view(name, NodeState.READY) for name in ("old", "new")}
+    flags = {"old": ("avx2",), "new": ("avx2", "avx512f")}
+    for name, each in views.items():
+        capable = msgspec.structs.replace(
+            each.info.capabilities, cpu_models=("host", "qemu64"), cpu_features=flags[name]
+        )
+        info = msgspec.structs.replace(each.info, capabilities=capable)
+        views[name] = msgspec.structs.replace(each, info=info)
+    domains = [running(name, "old") for name in ("whole", "model")]
+    for index, model in enumerate(("host", "qemu64")):
+        spec = msgspec.structs.replace(domains[index].spec, cpu_model=model, machine="q35")
+        domains[index] = msgspec.structs.replace(domains[index], spec=spec)
+    survey = make_survey(views, domains, {}, closed=("old",))
+    facts = [
+        msgspec.structs.replace(each, needs=each.needs - {"machine:q35"}) for each in survey.domains
+    ]
+    plan = plan_moves(survey.nodes, facts, ("whole", "model"), PlanOptions())
+    told = tuple(one_way_moves(survey, plan, views))
+    assert told == (
+        "whole: no way back to old but by stop and start: with CPU model host it gets avx512f on "
+        "new, which old lacks",
+    )
+    assert f"Mind:\n  {told[0]}" in plan_text(DrainPlan(node="old", moves=(), remarks=told))
 
 
 def test_the_left_out_nodes_are_printed() -> None:

@@ -93,7 +93,7 @@ async def test_a_resize_sees_a_start_on_another_node(
 async def test_a_resize_that_was_cut_short_ends_with_its_program(world: World) -> None:
     after = await cut_short(world.a, ROOT, Work.RESIZING)
     await after.tidy_up(TOOL_ENDS_S - 1)
-    with pytest.raises(ConflictError, match="its agent strikes that 75 s after it is back"):
+    with pytest.raises(ConflictError, match="counts as over 75 s after its agent is back"):
         await world.a.domains.start(WEB)
     await after.tidy_up(TOOL_ENDS_S)
     await world.a.domains.start(WEB)
