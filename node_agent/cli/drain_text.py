@@ -218,13 +218,24 @@ def outcome(drain: Drain) -> str:
     lines = [head + text]
     if drain.error:
         lines.append(f"  {drain.error}")
-    if drain.operation is Operation.DRAIN and drain.state is DrainState.CANCELLED and moved(drain):
-        lines.append(f"  `ferry undrain {drain.node}` brings back what has moved")
-    if drain.operation is Operation.UNDRAIN and drain.state is DrainState.CANCELLED:
-        lines.append(f"  `ferry undrain {drain.node}` brings back the rest")
     lines += [
         f"  {move.domain} ({move.state.value}): {move.error}"
         for move in drain.moves
         if move.state in (MoveState.LEFT, MoveState.FAILED)
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  {each}" for each in _next(drain))])
+
+
+def _next(drain: Drain) -> Sequence[str]:
+    """What helps after an end that isn't the one that was asked for."""
+    again = f"`ferry {drain.operation.value} {drain.node}`"
+    match drain.operation, drain.state:
+        case Operation.DRAIN, DrainState.PARTIAL:
+            return [f"{again} once more takes the rest; `ferry uncordon {drain.node}` gives it up"]
+        case Operation.DRAIN, DrainState.CANCELLED if moved(drain):
+            return [f"`ferry undrain {drain.node}` brings back what has moved"]
+        case Operation.UNDRAIN, DrainState.PARTIAL:
+            return [f"{again} brings back what was left, once its reason is gone"]
+        case Operation.UNDRAIN, DrainState.CANCELLED:
+            return [f"{again} brings back the rest"]
+    return []

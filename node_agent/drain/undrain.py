@@ -184,7 +184,8 @@ def in_other_hands(move: Move, others: Sequence[Drain]) -> str:
         then = msgspec.structs.replace(drain, moves=moved)
         if not carried_to(move, [then if each is drain else each for each in others]):
             return HOME
-        return f"undrain {drain.id} brings it to {drain.node} now; undrain once more after that"
+        then_type = f"`ferry undrain {move.source}`"
+        return f"undrain {drain.id} brings it to {drain.node} first; then {then_type}"
     return ""
 
 

@@ -92,6 +92,7 @@ def test_what_was_left_isnt_counted_as_moved() -> None:
     )
     assert moved(partial) == 1
     assert "1 of 2 domains" in outcome(partial)
+    assert "`ferry drain n1` once more takes the rest" in outcome(partial)
 
 
 def test_a_detached_balance_names_a_way_to_cancel_it(

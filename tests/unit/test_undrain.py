@@ -149,7 +149,7 @@ def test_what_an_undrain_under_way_brings_is_left_to_it() -> None:
     assert in_other_hands(carried, [home, second, first]) == HOME
     back = undrain("u2", hop(M.MOVING, "n3", "n2"), node="n2", state=S.RUNNING, ended_at_s=None)
     told = in_other_hands(first_move, [back, second, first])
-    assert told == "undrain u2 brings it to n2 now; undrain once more after that"
+    assert told == "undrain u2 brings it to n2 first; then `ferry undrain n1`"
     over = undrain("u2", hop(M.MOVED, "n3", "n2"), node="n2")
     assert in_other_hands(first_move, [over, second, first]) == ""
     assert in_other_hands(move("b"), [back, second, first]) == ""
