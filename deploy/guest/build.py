@@ -2,7 +2,7 @@
 
     python -m deploy.guest.build [--cache DIRECTORY]
 
-prints the paths of the kernel and the initrd. The image is built once and kept in the cache
+prints KERNEL= and INITRD=, for `eval` in a shell. The image is built once and kept in the cache
 ($FERRY_CACHE, or /var/cache/ferry):
 
     kernel-VERSION-HASH/   vmlinuz and the modules, from the kernel's package
@@ -17,6 +17,7 @@ import argparse
 import gzip
 import hashlib
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -194,7 +195,7 @@ def main() -> int:
     except GuestBuildError as error:
         print(f"can't build the guest: {error}", file=sys.stderr)
         return 1
-    print(f"kernel {image.kernel}\ninitrd {image.initrd}")
+    print(f"KERNEL={shlex.quote(str(image.kernel))}\nINITRD={shlex.quote(str(image.initrd))}")
     return 0
 
 

@@ -16,6 +16,8 @@ from migrator.model import NodeName, NodeState, Value
 from node_agent.state.typed import TypedStore
 
 CORDONS: Final = "cordons/"
+PASSING: Final = frozenset({NodeState.DRAINING, NodeState.RESTORING})
+"""While a drain, or an undrain, is under way."""
 _TRIES: Final = 10
 """Of a change that others keep getting in before; each try means that somebody else succeeded."""
 
@@ -83,8 +85,9 @@ class Cordons:
             state = NodeState.READY if entry is None else entry.value.state
             if state not in allowed:
                 because = "" if entry is None else _because(entry.value)
-                right = ", ".join(sorted(allowed))
-                raise ConflictError(f"node {new.node} is {state}{because}; it must be {right}")
+                how = f" (`ferry drain {new.node} --cancel` ends that)" if state in PASSING else ""
+                right = " or ".join(sorted(allowed))
+                raise ConflictError(f"node {new.node} is {state}{because}; it must be {right}{how}")
             revision = None if entry is None else entry.revision
             if new.planned_by and entry is not None:
                 before = msgspec.structs.replace(entry.value, before=None)

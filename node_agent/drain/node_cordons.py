@@ -8,13 +8,12 @@ from typing import Final
 
 from migrator.errors import ConflictError, FerryError
 from migrator.model import NodeName, NodeState
-from node_agent.drain.cordons import Cordon, Cordons
+from node_agent.drain.cordons import PASSING, Cordon, Cordons
 from node_agent.drain.hooks import NodeHooks
 from node_agent.drain.resources import Drain
 from node_agent.events import EventKind, EventLog
 from node_agent.hooks.model import HookPoint
 
-PASSING: Final = frozenset({NodeState.DRAINING, NodeState.RESTORING})
 _CORDONABLE: Final = frozenset({NodeState.READY, NodeState.CORDONED, NodeState.RESTORING})
 _UNCORDONABLE: Final = frozenset({NodeState.READY, NodeState.CORDONED, NodeState.DRAINED})
 CLAIMABLE: Final = _UNCORDONABLE

@@ -26,9 +26,9 @@ from migrator.model import Migration, NodeName, NodeState
 from node_agent.drain import departures, experience, neighbours, undrain
 from node_agent.drain.balancing import moves_of_balance, plan_balance, shown_balance
 from node_agent.drain.coordinator import Coordinator
-from node_agent.drain.cordons import Cordons
+from node_agent.drain.cordons import PASSING, Cordons
 from node_agent.drain.hooks import NodeHooks, NoHooks
-from node_agent.drain.node_cordons import PASSING, NodeCordons
+from node_agent.drain.node_cordons import NodeCordons
 from node_agent.drain.records import DrainRecords, LostError
 from node_agent.drain.resources import (
     BalancePlan,

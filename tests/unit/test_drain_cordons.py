@@ -199,3 +199,10 @@ async def test_a_list_of_nodes_tells_who_keeps_one_free_and_why() -> None:
         for name, view in views.items()
     }
     assert told == {"n1": ["it is cordoned by user ann: new disk"], "n2": []}
+
+
+async def test_a_cordon_that_a_drain_needs_is_opened_by_a_command_that_is_named() -> None:
+    store = await store_of(Cordon(node="n1", state=S.DRAINING, drain="d", since_s=1.0))
+    async with service_of(store, Told(), n1=S.READY) as service:
+        with pytest.raises(ConflictError, match=r"cordoned or drained or ready.*drain n1 --cancel"):
+            await service.cordons.uncordon(N1)
