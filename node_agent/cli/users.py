@@ -9,7 +9,7 @@ from urllib.parse import quote
 import typer
 
 from node_agent.cli.client import ApiClient
-from node_agent.cli.errors import CliError, ExitCode
+from node_agent.cli.errors import ApiProblem, CliError, ExitCode
 from node_agent.cli.output import aside, moment, settings, show, table
 from node_agent.cli.trust import parse_duration
 from node_agent.resources import NodeList
@@ -45,9 +45,14 @@ def add(
     ttl: _Ttl = None,
 ) -> None:
     """Add a user and print the first token, which is shown this once."""
-    client = settings.client()
+    client, wanted = settings.client(), _token(label, ttl)
     client.post("/v1/users", User, UserCreate(name=name, role=role))
-    _print_token(client, _issue(client, name, label, ttl))
+    try:
+        made = _issue(client, name, wanted)
+    except ApiProblem:
+        client.delete(_path(name))
+        raise
+    _print_token(client, made)
 
 
 @app.command("ls")
@@ -82,7 +87,7 @@ def token(
     """Make another token of a user, shown this once, or remove one."""
     client = settings.client()
     if remove is None:
-        _print_token(client, _issue(client, name, label, ttl))
+        _print_token(client, _issue(client, name, _token(label, ttl)))
         return
     client.delete(f"{_path(name)}/tokens/{quote(remove, safe='')}")
     show({"removed": remove}, f"token {remove} of user {name} is removed")
@@ -112,9 +117,12 @@ def _until(token: ApiTokenView) -> str:
     return moment(token.expires_at_s)[:16] + (f" ({end.value})" if end.value else "")
 
 
-def _issue(client: ApiClient, name: str, label: str, ttl: str | None) -> ApiTokenMade:
-    body = ApiTokenCreate(label=label, ttl_s=None if ttl is None else parse_duration(ttl))
-    return client.post(f"{_path(name)}/tokens", ApiTokenMade, body)
+def _token(label: str, ttl: str | None) -> ApiTokenCreate:
+    return ApiTokenCreate(label=label, ttl_s=None if ttl is None else parse_duration(ttl))
+
+
+def _issue(client: ApiClient, name: str, wanted: ApiTokenCreate) -> ApiTokenMade:
+    return client.post(f"{_path(name)}/tokens", ApiTokenMade, wanted)
 
 
 def _print_token(client: ApiClient, made: ApiTokenMade) -> None:

@@ -42,6 +42,8 @@ def ferry(
 
 async def test_users_and_contexts(world: TrustWorld, ferry: Ferry, tmp_path: Path) -> None:
     local = ["--api", f"unix:{tmp_path / 'api.sock'}"]
+    for wrong in (("--ttl", "9x"), ("--ttl", "9999999d"), ("--label", "x" * 101)):
+        await ferry("user", "add", "bob", *wrong, *local, code=ExitCode.USAGE)  # And no bob.
     made = await ferry("user", "add", "bob", "--role", "operator", "--label", "laptop", *local)
     token = made.out.strip()  # Alone: a script takes it as it is.
     assert "ferry context add c1 --server" in made.err
