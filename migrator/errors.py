@@ -47,8 +47,9 @@ def words(error: Exception) -> str:
             return os.strerror(number)
     if type(error).__name__ == "SSLEOFError":  # By name: nothing here needs ssl.
         return "the other end is gone, without a word"
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return error.strerror  # libnfs's: the sentence names the path.
+    named = type(error).__name__ == "gaierror" or getattr(error, "filename", None) is not None
+    if isinstance(error, OSError) and error.strerror and named:
+        return error.strerror  # Of name resolution, and libnfs's: the sentence names the path.
     return str(error) or type(error).__name__
 
 

@@ -37,7 +37,9 @@ def define(
     memory: Annotated[str | None, typer.Option(help="Like 512M or 4G.")] = None,
     vcpus: Annotated[int | None, typer.Option(help="How many vCPUs.")] = None,
     machine: Annotated[str | None, typer.Option(help="q35, pc or a versioned type.")] = None,
-    cpu_model: Annotated[str | None, typer.Option("--cpu", help="CPU model.")] = None,
+    cpu_model: Annotated[
+        str | None, typer.Option("--cpu", help="CPU model, like host; qemu64 unless said.")
+    ] = None,
     disk: Annotated[
         list[str] | None, typer.Option(help="VOLUME[,pool=POOL][,ro=true]; repeatable.")
     ] = None,

@@ -133,6 +133,8 @@ def merge_spec(
         "cpu_model": cpu_model,
     }
     merged |= {key: value for key, value in simple.items() if value is not None}
+    if "memory_bytes" not in merged and merged:
+        raise CliError("--memory is missing (in a file: memory), like 4G", ExitCode.USAGE)
     if disks:
         merged["disks"] = [parse_disk(text) for text in disks]
     if nics:

@@ -73,6 +73,7 @@ async def test_a_definition_from_a_file_and_options_win(ferry: Ferry, tmp_path: 
     await ferry("domain", "define", "-f", str(wrong), code=ExitCode.USAGE)
     await ferry("domain", "define", "-f", str(tmp_path / "none"), code=ExitCode.USAGE)
     await ferry("domain", "define", code=ExitCode.USAGE)
+    assert "--memory is missing" in (await ferry("domain", "define", "x", code=ExitCode.USAGE)).err
 
 
 async def test_pools(ferry: Ferry) -> None:

@@ -43,6 +43,7 @@ async def test_a_refused_connection_is_told_without_a_number() -> None:
 )
 def test_other_errors_are_told_as_they_are(error: Exception, said: str) -> None:
     assert said in words(error)
+    assert "[Errno" not in words(error)
 
 
 def test_what_a_pool_says_of_an_error_has_no_number_in_it() -> None:
