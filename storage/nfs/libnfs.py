@@ -31,6 +31,8 @@ _CALL_ERRORS: Final = {
     errno.ETIMEDOUT: "no answer in time",
 }
 """What libnfs itself says with these, whatever they are called elsewhere."""
+_NOT_BEGUN: Final = "Failed to start connection. "
+"""libnfs's words of a server whose name it can't resolve, or to which no route leads."""
 
 
 class NfsError(OSError):
@@ -262,6 +264,9 @@ class Export:
             return result
         code = -result
         said = (self._library.nfs_get_error(self._context) or b"").decode(errors="replace")
+        _, not_begun, why = said.rpartition(_NOT_BEGUN)
+        if not_begun:  # -1, whatever it was: it isn't EPERM, and no server has said anything.
+            raise NfsError(errno.EHOSTUNREACH, why, self._where)
         reason = _CALL_ERRORS.get(code) or os.strerror(code)
         detail = f" ({said})" if said and code in (*_CALL_ERRORS, errno.EIO) else ""
         where = f"{self._where}{what}" if what.startswith("/") else self._where

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 
+import pytest
+
 from storage.nfs.connection import Server
-from storage.nfs.libnfs import NfsError
+from storage.nfs.libnfs import Export, NfsError
 from storage.outage import Outage
 
 
@@ -31,6 +33,15 @@ def test_an_nfs_server_that_is_away_is_named_and_told_what_to_look_at() -> None:
     silent = NfsError(errno.ETIMEDOUT, "no answer in 5 s")
     lasted = "; it hasn't answered this node for 40 s"
     assert str(server.explained("pool fast", silent)) == f"{away}no answer in 5 s{lasted}{look}"
+
+
+def test_a_server_that_libnfs_cant_even_begin_with_has_refused_nothing() -> None:
+    """Its -1 was taken for EPERM: "doesn't let this node mount"."""
+    with pytest.raises(NfsError) as caught:  # No name server is asked for it.
+        Export("no..host", "/srv/ferry", uid=0, gid=0, timeout_s=1)
+    server = Server("no..host", "/srv/ferry")
+    told = str(server.explained("pool fast", caught.value))
+    assert "can't be reached: Invalid address:no..host" in told
 
 
 def test_what_an_nfs_server_answers_is_its_word() -> None:
