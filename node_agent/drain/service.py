@@ -279,6 +279,8 @@ class DrainService:
                 f"drain {cordon.drain} of node {node} is still being planned by "
                 f"{cordon.planned_by}; if that has died, the node is {cordon.was} again soon"
             )
+        if cordon is not None and cordon.state is NodeState.DRAINED:
+            why += f": it is drained, which `ferry undrain {node}` undoes"
         raise ConflictError(f"{why}; nothing was changed")
 
     async def get(self, id: str) -> Drain:

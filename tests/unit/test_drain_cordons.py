@@ -201,6 +201,13 @@ async def test_a_list_of_nodes_tells_who_keeps_one_free_and_why() -> None:
     assert told == {"n1": ["it is cordoned by user ann: new disk"], "n2": []}
 
 
+async def test_who_cancels_a_drain_that_is_over_hears_how_it_is_undone() -> None:
+    store = await store_of(Cordon(node="n1", state=S.DRAINED, drain="d", since_s=1.0))
+    async with service_of(store, Told(), n1=S.READY) as service:
+        with pytest.raises(ConflictError, match="`ferry undrain n1` undoes"):
+            await service.cancel_of(N1, CancelMode.LET_END)
+
+
 async def test_a_cordon_that_a_drain_needs_is_opened_by_a_command_that_is_named() -> None:
     store = await store_of(Cordon(node="n1", state=S.DRAINING, drain="d", since_s=1.0))
     async with service_of(store, Told(), n1=S.READY) as service:
