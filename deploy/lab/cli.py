@@ -98,7 +98,7 @@ def up(
     ] = None,
     storage: Annotated[
         str,
-        typer.Option("--storage", help="Storage servers to add, with a pool each: nfs,iscsi"),
+        typer.Option("--storage", help="Storage servers to add, with a pool each: nfs,iscsi,nbd"),
     ] = "",
     tls: Annotated[
         bool | None,

@@ -59,11 +59,14 @@ def find_address(api: str | None, lab: str | None) -> str:
     labs = _labs()
     if len(labs) == 1:
         return _lab_address(labs[0])
-    hint = f"there are several labs ({', '.join(labs)}): choose one with --lab" if labs else ""
-    raise CliError(
-        f"no agent found: {hint or f'{DEFAULT_SOCKET} does not exist; give --api or $FERRY_API'}",
-        ExitCode.UNREACHABLE,
+    why = (
+        f"there are several labs ({', '.join(labs)}): choose one with --lab"
+        if labs
+        else f"there is no {DEFAULT_SOCKET}. On a host of the cluster: "
+        "`systemctl start ferry-agent`; elsewhere: `ferry context add`, or --api; to try it: "
+        "`ferry lab up`"
     )
+    raise CliError(f"no agent found: {why}", ExitCode.UNREACHABLE)
 
 
 def _labs() -> list[str]:

@@ -297,6 +297,9 @@ def test_where_the_agent_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.delenv("FERRY_LAB", raising=False)
     default = tmp_path / "api.sock"
     monkeypatch.setattr(cli_client, "DEFAULT_SOCKET", default)
+    monkeypatch.setattr(cli_client, "_labs", list)
+    with pytest.raises(CliError, match="`systemctl start ferry-agent`"):
+        cli_client.find_address(None, None)
     monkeypatch.setattr(cli_client, "_labs", lambda: ["one", "two"])
     with pytest.raises(CliError, match="several labs"):
         cli_client.find_address(None, None)
