@@ -21,7 +21,7 @@ from migrator.engine.client import EngineProcess
 from migrator.engine.spares import EngineSpares
 from migrator.engine_watch import EngineWatch
 from migrator.errors import FerryError, HypervisorError
-from migrator.lone_engine import clear_tracking, layout_of
+from migrator.left_tracking import clear_tracking
 from migrator.model import DomainName, PassKind, Role
 from migrator.own_threads import STATE_DIRECTORY, in_own_thread
 from migrator.policy import page_streams
@@ -207,7 +207,7 @@ class EngineDriver:
             log.info("migration %s: %s", self._session.migration_id, error)
             return
         try:
-            layout = layout_of(regions)
+            layout = m.layout_of(regions)
             early = msgspec.structs.replace(settings, regions=layout, attached=False)
             self._send_configuration(early, [region.fd for region in regions])
         finally:
@@ -222,7 +222,7 @@ class EngineDriver:
             return
         memory = await hypervisor.memory(DomainName(self._session.domain))
         try:
-            self._process.send(m.Attach(regions=layout_of(memory.regions)), fds=[memory.uffd])
+            self._process.send(m.Attach(regions=m.layout_of(memory.regions)), fds=[memory.uffd])
         finally:
             memory.close()
         self._send(m.OpenDeviceChannel(path=str(self._device_channel)))
@@ -231,7 +231,7 @@ class EngineDriver:
         settings = await self._configuration(secret)
         memory = await hypervisor.memory(DomainName(self._session.domain))
         try:
-            layout = layout_of(memory.regions)
+            layout = m.layout_of(memory.regions)
             whole = msgspec.structs.replace(settings, pid=memory.pid, regions=layout)
             self._send_configuration(whole, memory.fds)
         finally:
@@ -269,8 +269,7 @@ class EngineDriver:
         await self._stop()
         if self._may_be_tracked:
             self._may_be_tracked = False
-            domain = DomainName(self._session.domain)
-            await clear_tracking(hypervisor.memory, domain, self._settings.spares.log_path)
+            await clear_tracking(hypervisor.memory, DomainName(self._session.domain))
 
     async def _stop(self) -> None:
         process, self._process = self._process, None

@@ -32,11 +32,13 @@ for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from migrator.figures import DirtyPoint
 from migrator.model import PassKind, PassReport, Role
-from migrator.ports import RegionMapping
+from migrator.ports import MemoryRegion, RegionMapping
 from migrator.tls import TlsFiles
 
 
@@ -51,6 +53,18 @@ class RegionLayout(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     page_size_bytes: int
     mappings: tuple[RegionMapping, ...] = ()
+
+
+def layout_of(regions: Sequence[MemoryRegion]) -> tuple[RegionLayout, ...]:
+    return tuple(
+        RegionLayout(
+            name=region.name,
+            size_bytes=region.size_bytes,
+            page_size_bytes=region.page_size_bytes,
+            mappings=region.mappings,
+        )
+        for region in regions
+    )
 
 
 # agent -> engine
@@ -78,8 +92,6 @@ class Configure(Message, frozen=True, kw_only=True):
     """Destination: how long the hypervisor's device channel may take to appear."""
     post_copy: bool = False
     """Take over from an engine that died in post-copy: no passes, no device channel."""
-    clears: bool = False
-    """Source: nothing is tracked; what a killed engine has left registered goes at the end."""
     tls: TlsFiles | None = None
     """Every connection between the engines is TLS, by these files; None: plain."""
     peer: str = ""

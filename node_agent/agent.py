@@ -265,7 +265,7 @@ async def running_agent(
         members.on_gone = lambda gone: part_with(gone, migrations.active_with(gone))
         members.open(hub)
         stack.push_async_callback(members.close)
-        await migrations.open()
+        await migrations.open(adopted)
         cluster = ClusterService(
             node,
             hub=hub,

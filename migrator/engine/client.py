@@ -143,7 +143,7 @@ class EngineProcess:
         One that the kernel doesn't let go is given up after KILLED_S: it does no more when it comes
         to, and has its guest's dirty log until then (`engine.dirty_log`).
 
-        A killed source engine leaves the guest's tracking registered: `lone_engine` clears it.
+        A killed source engine leaves the guest's tracking registered: see `left_tracking`.
         """
         with contextlib.suppress(EngineError):
             self.send(Stop())

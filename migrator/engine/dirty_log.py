@@ -96,7 +96,9 @@ class DirtyLog:
 
         EngineError on refusal; nothing is registered then, or what is is another engine's.
         """
-        self.take_over()
+        self._anothers = True
+        self._claim.take()
+        self._anothers = False
         try:
             kernel.uffd_initialise(self._uffd)
             for region in self._regions:
@@ -107,12 +109,6 @@ class DirtyLog:
         except OSError as error:
             self.unregister()
             raise EngineError(f"dirty tracking can't be started: {error}") from error
-
-    def take_over(self) -> None:
-        """What is registered is ours to unregister. EngineError: another engine has the log."""
-        self._anothers = True
-        self._claim.take()
-        self._anothers = False
 
     def arm(self) -> None:
         """Mark everything clean and forget what is pending."""

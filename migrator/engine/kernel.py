@@ -22,6 +22,7 @@ from typing import Final
 import numpy as np
 
 from migrator import ranges
+from migrator.model import PAGE_SIZE_BYTES
 from migrator.ranges import Ranges
 
 
@@ -207,6 +208,14 @@ class PagemapScanner:
         """
         flags = _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC
         return self._collect(flags, start, end, _PAGE_IS_WRITTEN)
+
+    def is_tracked(self, address: int) -> bool:
+        """Whether the mapping there is registered for tracking, and not for missing pages."""
+        try:
+            self.peek(address, address + PAGE_SIZE_BYTES)
+        except PermissionError:  # CHECK_WPASYNC's answer.
+            return False
+        return True
 
     def peek(self, start: int, end: int) -> Ranges:
         """As `written`, without marking anything."""

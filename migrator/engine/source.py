@@ -98,9 +98,7 @@ class SourceEngine:
 
     def run(self) -> None:
         """Until told to stop (StoppedError), or until something can't be helped (any other)."""
-        if self._configure.clears:
-            self._log.take_over()
-        elif not self._configure.post_copy:
+        if not self._configure.post_copy:
             self._log.register()
         in_use = sum(
             ranges.page_count(extents, region.page_size_bytes)

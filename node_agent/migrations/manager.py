@@ -20,6 +20,7 @@ from migrator.errors import FerryError, RefusedError
 from migrator.figures import DirtyRate, Prediction
 from migrator.journal import MigrationJournal
 from migrator.journal_entry import answer_without_session, restore
+from migrator.left_tracking import clear_tracking
 from migrator.model import (
     ENDED,
     DomainName,
@@ -153,8 +154,11 @@ class MigrationManager(MigrationService):
             published = await self._publisher.read(session.migration_id)
             session.take_up(published, await self._nodes.last_beat_at_s())
 
-    async def open(self) -> None:
-        """Take calls and messages, and let the restored migrations go on."""
+    async def open(self, adopted: Sequence[DomainName]) -> None:
+        """Take calls and messages, and let the restored migrations go on.
+
+        The other adopted guests are rid of what was left by engines killed with the last agent.
+        """
         self._hub.handle(MESSAGE, Envelope, self._on_message)
         self._hub.handle(INSPECT, Inspection, self._on_inspect)
         self._hub.on_peer_change(self._on_peer_change)
@@ -164,6 +168,7 @@ class MigrationManager(MigrationService):
         restored, self._restored = self._restored, []
         for runner in restored:
             runner.feed(v.Recover())
+        self._asides.add(self._clear_tracking(adopted))
         self._asides.add(
             end_the_unpublished(
                 self.node,
@@ -174,6 +179,12 @@ class MigrationManager(MigrationService):
                 runs=lambda migration: migration in self._runners,
             )
         )
+
+    async def _clear_tracking(self, domains: Sequence[DomainName]) -> None:
+        if (await self._hypervisor.capabilities()).paged_engine:
+            for domain in domains:
+                if self._domains.locks.migration_of(domain) is None:
+                    await clear_tracking(self._hypervisor.memory, domain)
 
     async def close(self) -> None:
         """Let go: engines end, guests go on, the journal tells the next agent."""

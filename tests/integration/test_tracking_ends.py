@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from migrator import engine_driver
+from migrator.engine import kernel
 from migrator.engine_messages import Configured
 from migrator.journal_entry import entry_of, restore
-from migrator.lone_engine import clear_tracking
+from migrator.left_tracking import clear_tracking
 from migrator.model import DomainName, Role
+from migrator.ports import GuestMemory
 from migrator.session import vocabulary as v
 from migrator.session.source import SourceSession
 from tests.integration.engine_lab.lab import Engine, Guest, configuration, engines_of
@@ -87,11 +89,28 @@ async def test_one_that_ends_by_itself_needs_no_other(source: SourceDriver, gues
     assert source.heard == [v.EngineStopped(bytes_sent=0)]
 
 
-async def test_a_guest_that_is_gone_costs_no_engine(
-    guest: Guest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+async def test_of_a_guest_that_is_gone_nothing_is_said(
+    guest: Guest, caplog: pytest.LogCaptureFixture
 ) -> None:
     hypervisor = OneGuest(guest)
     hypervisor.gone = True
-    await clear_tracking(hypervisor.memory, DomainName("web"), tmp_path / "log")
-    assert not (tmp_path / "log").exists()
+    await clear_tracking(hypervisor.memory, DomainName("web"))
+    memory = guest.memory()
+
+    async def opened_before(domain: DomainName) -> GuestMemory:
+        guest.kill()
+        return memory
+
+    await clear_tracking(opened_before, DomainName("web"))
+    assert not caplog.records
+
+
+async def test_missing_pages_are_still_waited_for(
+    guest: Guest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They would read as zeros."""
+    kernel.uffd_initialise(guest.uffd)
+    kernel.uffd_register_missing(guest.uffd, guest.address, guest.size)
+    await clear_tracking(OneGuest(guest).memory, DomainName("web"))
+    assert guest.waits_for_missing()
     assert not caplog.records

@@ -50,7 +50,7 @@ SHELL = (
     "migrator/turns.py",
     "migrator/steady_clock.py",
     "migrator/dirty_sampler.py",
-    "migrator/lone_engine.py",
+    "migrator/left_tracking.py",
     "migrator/engine_watch.py",
     "migrator/tls.py",
     "migrator/hold_points.py",

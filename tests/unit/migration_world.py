@@ -251,7 +251,7 @@ class MigratingNode:
 
     async def open(self) -> None:
         await self.manager.restore()
-        await self.manager.open()
+        await self.manager.open([])
 
     async def crash(self) -> None:
         """The agent is gone at once, its guests run on; nothing is said to anybody."""
@@ -275,7 +275,7 @@ class MigratingNode:
         claimed = await self.manager.restore()
         await node.domains.open(adopted, claimed)
         await node.hub.start()
-        await self.manager.open()
+        await self.manager.open(adopted)
 
 
 class MigrationWorld:

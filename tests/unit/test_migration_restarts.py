@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,7 @@ import pytest
 from migrator.errors import StoreError, WrongStateError
 from migrator.journal import MigrationJournal
 from migrator.journal_entry import JournalEntry
+from migrator.left_tracking import OpenMemory
 from migrator.model import (
     DomainName,
     MigrationMode,
@@ -75,15 +77,38 @@ async def test_a_cancel_while_the_source_s_agent_starts_ends_nothing(
         await world.a.crash()
         going_on = MigrationManager.open
 
-        async def cancelled_before(manager: MigrationManager) -> None:
+        async def cancelled_before(
+            manager: MigrationManager, adopted: Sequence[DomainName]
+        ) -> None:
             with pytest.raises(WrongStateError, match="recovering"):
                 await manager.cancel(began.id)
-            await going_on(manager)
+            await going_on(manager, adopted)
 
         monkeypatch.setattr(MigrationManager, "open", cancelled_before)
         await world.a.restart(world.b)
         ended = await check_back_home(world, began, _S.FAILED)
         assert ended.error == "the agent restarted during the migration"
+
+
+async def test_an_agent_ends_the_tracking_that_its_predecessor_s_engines_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of guests that are being migrated: that is for their migrations' ends."""
+    cleared: list[DomainName] = []
+
+    async def clear(_: OpenMemory, domain: DomainName) -> None:
+        cleared.append(domain)
+
+    monkeypatch.setattr(manager_module, "clear_tracking", clear)
+    async with migration_world(tmp_path, monkeypatch) as world:
+        began, _ = await held_in_precopy(world)
+        await world.a.crash()
+        await world.a.restart(world.b)
+        await check_back_home(world, began, _S.FAILED)
+        assert cleared == []
+        await world.a.crash()
+        await world.a.restart(world.b)
+        await world.until(lambda: cleared == [WEB])
 
 
 async def test_a_cancel_under_way_outlives_the_source_s_agent(

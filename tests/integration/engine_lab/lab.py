@@ -135,16 +135,27 @@ class Guest:
         return os.fstat(self.fd).st_blocks * 512
 
     def tracked(self) -> bool:
-        """Whether any mapping has userfaultfd write protection ("uw" in smaps)."""
+        """Whether any mapping has userfaultfd write protection."""
+        return self._registered("uw")
+
+    def waits_for_missing(self) -> bool:
+        """Whether who looks at a hole of any mapping waits until it is filled."""
+        return self._registered("um")
+
+    def _registered(self, flag: str) -> bool:
         text = Path(f"/proc/{self.pid}/smaps").read_text()
-        return any("uw" in line.split() for line in text.splitlines() if "VmFlags" in line)
+        return any(flag in line.split() for line in text.splitlines() if "VmFlags" in line)
 
     def digest(self) -> str:
         return pattern_hash(self.fd, self.size)
 
-    def close(self) -> None:
+    def kill(self) -> None:
+        """Idempotent."""
         self._process.kill()
         self._process.wait()
+
+    def close(self) -> None:
+        self.kill()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 stream.close()
