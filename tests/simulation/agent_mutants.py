@@ -34,6 +34,7 @@ class ForgetsCancels(Sessions):
     """After a restart nobody knows that somebody asked for what is being undone."""
 
     found_as: ClassVar = ("cancel:",)
+    first_seed: ClassVar = 204
 
     def journalled(self, side: Side, entry: JournalEntry) -> JournalEntry:
         return msgspec.structs.replace(entry, cancel=None)
@@ -43,6 +44,7 @@ class LeavesStaleCopies(Node):
     """A node that finds that its domain was taken over lets its copy be."""
 
     found_as: ClassVar = ("1:", "2:", "3:", "5:")
+    first_seed: ClassVar = 16
 
     def boot_up(self) -> None:
         super().boot_up()

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 import pytest
 
 from tests.simulation.faults import faults_of
+from tests.simulation.mutant_runs import first_violation
 from tests.simulation.node import Node
-from tests.simulation.scenario import Scenario, play
+from tests.simulation.scenario import Scenario
 from tests.simulation.test_older_stores import EndsWhatTheStoreHasForgotten
-from tests.simulation.world import Faults, InvariantViolation
+from tests.simulation.world import Faults
 
 SEEDS = 100
 FAULTS = Faults(
@@ -62,13 +63,8 @@ def test_every_invariant_holds() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mutant", [StartsBesideOthers, EndsWhatTheStoreHasForgotten])
 def test_each_broken_rule_is_found(mutant: type[Node]) -> None:
-    for seed in range(5 * SEEDS):
-        try:
-            play(seed, faults=FAULTS, make_node=mutant)
-        except InvariantViolation as error:
-            assert str(error).startswith(("1:", "4:")), error
-            return
-    pytest.fail("no seed found it")
+    found = first_violation(mutant, 5 * SEEDS, FAULTS)
+    assert found.startswith(("1:", "4:")), found
 
 
 def test_make_sim_plays_some() -> None:

@@ -9,7 +9,8 @@ import pytest
 from migrator.model import MigrationState
 from tests.simulation.checkers import shown
 from tests.simulation.faults import NAMED, faults_of, name_of
-from tests.simulation.mutants import GivesUpWithItsEngine, MutantSessions
+from tests.simulation.mutant_runs import MutantSessions
+from tests.simulation.mutants import GivesUpWithItsEngine
 from tests.simulation.run import play_range, playing, replay_command
 from tests.simulation.scenario import Scenario, play
 from tests.simulation.world import Faults, InvariantViolation
