@@ -8,6 +8,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PACKAGES := node_agent migrator hypervisor storage netfabric deploy tests
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # How many simulated clusters `make sim` runs; SEED=N replays one.
@@ -26,7 +27,10 @@ QEMU ?=
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# Bytecode is made here, because each start of an agent or an engine compiles all of Ferry where
+# Python may not write it (PYTHONDONTWRITEBYTECODE): half a second of a core.
 install: system $(INSTALLED) ## System packages (apt, root) and Python packages (.venv); quick when done
+	@$(BIN)/python -m compileall -q $(PACKAGES)
 
 system:
 	@deploy/setup/system.sh
