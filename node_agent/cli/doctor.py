@@ -42,7 +42,7 @@ def doctor(
 
 
 def _capabilities(config: AgentConfig) -> HypervisorCapabilities | str:
-    hypervisor = importlib.import_module("node_agent.agent").make_hypervisor(config)
+    hypervisor = importlib.import_module("node_agent.drivers").make_hypervisor(config)
     try:
         found: HypervisorCapabilities = asyncio.run(hypervisor.capabilities())
     except FerryError as error:

@@ -26,7 +26,7 @@ def replace_authority(config: AgentConfig, cluster: str | None) -> tuple[Identit
 
 
 async def _replace(config: AgentConfig, cluster: str | None) -> tuple[Identity, Path | None]:
-    store = importlib.import_module("node_agent.agent").make_store(config)
+    store = importlib.import_module("node_agent.drivers").make_store(config)
     await store.open()
     try:
         return await replace_cluster(config, cluster, TypedStore(store))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from node_agent import agent
+from node_agent import agent, foundations
 from node_agent.config import load_config
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     """As the agent's."""
     state = Path(sys.argv[-1])
     (state / "boot_id").write_text("00000000-0000-0000-0000-000000000001\n")
-    setattr(agent, "BOOT_ID_PATH", state / "boot_id")  # noqa: B010 - final, but for tests
+    setattr(foundations, "BOOT_ID_PATH", state / "boot_id")  # noqa: B010 - final, but for tests
     config = load_config(Path(sys.argv[sys.argv.index("--config") + 1]))
     agent.run(
         msgspec.structs.replace(

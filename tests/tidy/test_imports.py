@@ -32,7 +32,9 @@ DRIVERS_MAY_IMPORT = (
     "migrator.own_threads",
     "migrator.programs",
 )
-COMPOSITION_ROOT = ("node_agent/agent.py", "node_agent/fabrics.py")
+COMPOSITION_ROOT = tuple(
+    f"node_agent/{name}.py" for name in ("agent", "foundations", "drivers", "fabrics")
+)
 NOT_DRIVERS = ("hypervisor.machine_types", "storage.settings")
 """Pure modules beside the drivers, which all of node_agent/ may use."""
 

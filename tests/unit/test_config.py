@@ -9,7 +9,6 @@ import msgspec
 import pytest
 
 from migrator.errors import ConfigError
-from node_agent.agent import prepare_folders
 from node_agent.config import (
     default_memory_bytes,
     format_endpoint,
@@ -18,6 +17,7 @@ from node_agent.config import (
     parse_endpoint,
     render_config,
 )
+from node_agent.foundations import prepare_folders
 
 MINIMAL = """
 [node]
