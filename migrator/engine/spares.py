@@ -42,6 +42,8 @@ class EngineSpares:
         self._task: asyncio.Task[None] | None = None
         self._wanted = SPARES
         self._later: asyncio.TimerHandle | None = None
+        self._failure = ""
+        """Of the last start, which has been told."""
         self._closed = False
 
     @property
@@ -107,8 +109,11 @@ class EngineSpares:
                 )
                 await _share(spare, cores.WAITING)
                 self._waiting.append(spare)
+                self._failure = ""
         except FerryError as error:
-            log.warning("no engine could be started ahead: %s", error)
+            if str(error) != self._failure:
+                self._failure = str(error)
+                log.warning("no engine could be started ahead: %s", error)
         finally:
             self._task = None
 

@@ -80,9 +80,10 @@ class SourcePostCopy(SourceRecovery):
         match event:
             case ChannelNoted():
                 self._note_channel(event)
-                self._pages_stop((event.detail or "the link broke") if event.broken else "")
+                if not (event.broken and self._its_engines_end):
+                    self._pages_stop((event.detail or "the link broke") if event.broken else "")
             case EngineConnected():
-                self._pages_gone = False
+                self._pages_gone = self._its_engines_end = False
                 self._engine_works()
                 self._note_again("engine connected again", "")
                 self._pages_stop("")
@@ -108,6 +109,7 @@ class SourcePostCopy(SourceRecovery):
     def _hear_of_its_engines(self, message: Pending) -> None:
         """They end again and again, says the destination. Users see what is said on this side."""
         if self._must_serve and self.state is _S.POSTCOPY:
+            self._its_engines_end = True
             self._pages_stop(
                 f"the engine of {self.destination} ends again and again: {message.stuck}"
             )
@@ -115,6 +117,7 @@ class SourcePostCopy(SourceRecovery):
     def _hear_prepared(self, message: Prepared) -> None:
         """The destination's engine may be another one than ours talks to."""
         known, self._prepared = self._prepared, message
+        self._its_engines_end = False
         if not self._engine_up:
             self._serve()
         elif message != known:

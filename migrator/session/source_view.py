@@ -120,6 +120,8 @@ class SourceView(Session):
         self._no_pages = ""
         """In post-copy: why none reaches the destination now; "": they do."""
         self._no_pages_since_s = 0.0
+        self._its_engines_end = False
+        """Post-copy: so the destination says. That no stream can be had follows from it."""
         self._pages_gone = False
         """In post-copy: an engine was lost, and there was no hypervisor for a successor."""
         self._copy_gone = False

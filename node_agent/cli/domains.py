@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Final
+from urllib.parse import quote
 
 import msgspec
 import typer
 
 from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN, DirtyRate
-from migrator.model import Boot, KernelBoot, NicSpec
+from migrator.model import Boot, KernelBoot, Migration, NicSpec
 from node_agent.cli.client import PATIENCE_S, READ_TIMEOUT_S, path_of
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import aside, facts, moment, note, settings, show, size, table
@@ -215,7 +216,7 @@ def show_domain(name: _NameArgument) -> None:
         ("name", domain.name),
         ("state", domain.state.value + (f" ({domain.reason})" if domain.reason else "")),
         ("node", domain.node or ""),
-        ("migration", domain.migration or ""),
+        ("migration", _migration(domain.migration) if domain.migration else ""),
         ("fencing token", str(domain.token or "")),
         ("pid", str(domain.pid or "")),
         ("memory", f"{size(spec.memory_bytes)}, in use {size(domain.memory_in_use_bytes)}"),
@@ -233,6 +234,15 @@ def show_domain(name: _NameArgument) -> None:
         *(("seen at", ", ".join(reversed(texts))) for texts in domain.addresses),
     ]
     show(domain, facts(pairs))
+
+
+def _migration(id: str) -> str:
+    """With its state, and why the guest waits, where it does: it looks well from outside."""
+    try:
+        migration = settings.client().get(f"/v1/migrations/{quote(id, safe='')}", Migration)
+    except CliError:
+        return id
+    return f"{id}, {migration.state}" + (f": {migration.error}" if migration.error else "")
 
 
 def _boot(boot: Boot) -> list[tuple[str, str]]:

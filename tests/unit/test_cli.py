@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from migrator.model import DomainName, MigrationState, PassKind, PassReport
@@ -182,6 +183,18 @@ async def test_migrate_can_begin_only_or_ask_only(ferry: Ferry, world: World) ->
     assert "was cancelled already, at 2" in late.err
     await ferry("migration", "watch", begun["id"], code=ExitCode.MIGRATION_CANCELLED)
     await ferry("migration", "show", "m-99", code=ExitCode.NOT_FOUND)
+
+
+async def test_a_domain_is_shown_with_why_its_guest_waits(ferry: Ferry, world: World) -> None:
+    """It is running, and looks well."""
+    await define(ferry, "--start")
+    begun = json.loads((await ferry("migrate", "web", "--no-wait", "--json")).out)["id"]
+    assert f"{begun}, precopy\n" in (await ferry("domain", "show", "web")).out
+    world.migrations[begun] = msgspec.structs.replace(
+        world.migrations[begun], state=MigrationState.POSTCOPY, error="the guest waits for pages"
+    )
+    shown = (await ferry("domain", "show", "web")).out
+    assert f"{begun}, postcopy: the guest waits for pages\n" in shown
 
 
 async def test_interrupted_without_a_terminal_it_detaches(

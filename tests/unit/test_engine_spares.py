@@ -135,6 +135,19 @@ async def test_one_that_dies_as_it_is_taken_tells_its_taker(tmp_path: Path) -> N
             assert await ended == -signal.SIGKILL
 
 
+async def test_why_none_can_be_started_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In post-copy one is tried for every five seconds, as long as that lasts."""
+    spares = EngineSpares(tmp_path / "no-such-folder" / "engines.log")
+    for _ in range(3):
+        assert await spares.take() is None
+        await asyncio.wait([spares._task or asyncio.create_task(asyncio.sleep(0))])
+    (told,) = caplog.messages
+    assert "no engine could be started ahead" in told
+    await spares.close()
+
+
 class _Waiting:
     """In the place of an engine that was started ahead."""
 

@@ -57,6 +57,9 @@ def test_the_source_tells_why_the_destination_s_engines_end() -> None:
         "the guest waits for pages that don't come: "
         "the engine of n2 ends again and again: no memory is left"
     )
+    pair.push(pair.source, v.ChannelNoted(broken=True, detail="connection refused"))
+    pair.run(timers=8)
+    assert "no memory is left" in (pair.source.view().error or ""), "the rest follows from it"
     pair.push(pair.source, v.EngineConnected(pages_in_use=1, round_trip_ms=0.0))
     pair.run()
     assert pair.source.view().error is None
