@@ -59,10 +59,13 @@ class EngineDriver:
         session: SourceSession | DestinationSession,
         *,
         settings: EngineSettings,
+        hypervisor: HypervisorDriver,
         device_channel: Path,
         feed: Callable[[v.Event], None],
     ) -> None:
         self._session = session
+        self._domain = DomainName(session.domain)
+        self._hypervisor = hypervisor
         self._settings = settings
         self._device_channel = device_channel
         self._feed = feed
@@ -79,7 +82,6 @@ class EngineDriver:
         self._round_trip_ms = 0.0
         self._may_be_tracked = isinstance(session, SourceSession) and session.restored
         """By what a killed engine has left registered; the last agent's may have been killed."""
-        self._hypervisor: HypervisorDriver | None = None
         self._watch = EngineWatch(self._ask, self._hangs)
         """From the moment that the guest may need the engine: for its missing pages."""
         self._hangs_noted = False
@@ -87,14 +89,8 @@ class EngineDriver:
         """Before that its imports may take as long as a busy host lets them."""
         self._turns = Turns(f"migration-{session.migration_id}-engine", self._lost, STOP_S)
 
-    def perform(
-        self,
-        command: v.EngineCommand,
-        *,
-        memory: HypervisorDriver,
-    ) -> None:
+    def perform(self, command: v.EngineCommand) -> None:
         """Begin a command. A pass begins at once; the others in order, in the background."""
-        self._hypervisor = memory
         match command:
             case v.RunPass():
                 if command.kind is PassKind.MISSING:
@@ -106,14 +102,14 @@ class EngineDriver:
                 self._send(m.PullAll())
             case v.StopEngine():
                 self._stopping = True
-                self._turns.put("stop", self._end(memory))
+                self._turns.put("stop", self._end())
             case v.StartEngine():
                 if command.post_copy:
                     self._generation += 1
                     self._stopping = False
-                self._turns.put("start", self._start(memory, command.post_copy))
+                self._turns.put("start", self._start(command.post_copy))
             case v.ConnectEngine():
-                self._turns.put("connect", self._connect_source(command, memory))
+                self._turns.put("connect", self._connect_source(command))
 
     def limit_bandwidth(self, bandwidth_bytes_per_s: int | None) -> None:
         """At once where the engine is configured; otherwise its configuration will say it."""
@@ -124,10 +120,10 @@ class EngineDriver:
         """Destination: `StartEngine` comes while the hypervisor starts; `arrived` will follow."""
         self._early = True
 
-    async def arrived(self, hypervisor: HypervisorDriver) -> None:
+    async def arrived(self) -> None:
         """The hypervisor is up: returns when an engine that began early has been told the rest."""
         if self._early:
-            await asyncio.wait([self._turns.put("start", self._attach(hypervisor))])
+            await asyncio.wait([self._turns.put("start", self._attach())])
 
     async def drained(self) -> None:
         """Wait until every command begun has ended; bounded by the commands' own bounds."""
@@ -171,7 +167,7 @@ class EngineDriver:
                 log_path=settings.spares.log_path, on_message=on_message, on_exit=on_exit
             )
 
-    async def _start(self, memory: HypervisorDriver, post_copy: bool) -> None:
+    async def _start(self, post_copy: bool) -> None:
         self._post_copy = post_copy
         if post_copy:
             self._watch.begin()
@@ -184,25 +180,25 @@ class EngineDriver:
         if self._stopping:
             return
         if self._session.role is Role.DESTINATION and self._early and not post_copy:
-            await self._configure_early(memory)
+            await self._configure_early()
         elif self._session.role is Role.DESTINATION:
-            await self._configure(memory, self._secret)
+            await self._configure(self._secret)
         elif not post_copy:
             # While the destination starts its hypervisor. The secret comes with `Connect`.
-            await self._configure(memory, b"")
+            await self._configure(b"")
 
-    async def _connect_source(self, command: v.ConnectEngine, memory: HypervisorDriver) -> None:
+    async def _connect_source(self, command: v.ConnectEngine) -> None:
         if self._stopping:
             return
         if not self._configured:
-            await self._configure(memory, command.secret)
+            await self._configure(command.secret)
         self._send(m.Connect(host=command.host, port=command.port, secret=command.secret))
 
-    async def _configure_early(self, hypervisor: HypervisorDriver) -> None:
+    async def _configure_early(self) -> None:
         """With what there is. Where that can't be had, `arrived` configures it."""
         settings = await self._configuration(self._secret)
         try:
-            regions = await hypervisor.arriving_memory(DomainName(self._session.domain))
+            regions = await self._hypervisor.arriving_memory(self._domain)
         except HypervisorError as error:  # It has died: whoever started it tells why.
             log.info("migration %s: %s", self._session.migration_id, error)
             return
@@ -213,23 +209,23 @@ class EngineDriver:
         finally:
             close_regions(regions)
 
-    async def _attach(self, hypervisor: HypervisorDriver) -> None:
+    async def _attach(self) -> None:
         if self._stopping or self._process is None:
             return
         if not self._configured:
             self._early = False
-            await self._configure(hypervisor, self._secret)
+            await self._configure(self._secret)
             return
-        memory = await hypervisor.memory(DomainName(self._session.domain))
+        memory = await self._hypervisor.memory(self._domain)
         try:
             self._process.send(m.Attach(regions=m.layout_of(memory.regions)), fds=[memory.uffd])
         finally:
             memory.close()
         self._send(m.OpenDeviceChannel(path=str(self._device_channel)))
 
-    async def _configure(self, hypervisor: HypervisorDriver, secret: bytes) -> None:
+    async def _configure(self, secret: bytes) -> None:
         settings = await self._configuration(secret)
-        memory = await hypervisor.memory(DomainName(self._session.domain))
+        memory = await self._hypervisor.memory(self._domain)
         try:
             layout = m.layout_of(memory.regions)
             whole = msgspec.structs.replace(settings, pid=memory.pid, regions=layout)
@@ -264,12 +260,12 @@ class EngineDriver:
             self._process.send(message, fds=fds)
             self._configured_process = self._process
 
-    async def _end(self, hypervisor: HypervisorDriver) -> None:
+    async def _end(self) -> None:
         """No engine is left, and a guest that stays is rid of its tracking."""
         await self._stop()
         if self._may_be_tracked:
             self._may_be_tracked = False
-            await clear_tracking(hypervisor.memory, DomainName(self._session.domain))
+            await clear_tracking(self._hypervisor.memory, self._domain)
 
     async def _stop(self) -> None:
         process, self._process = self._process, None
@@ -322,11 +318,9 @@ class EngineDriver:
 
     async def _memory_is_there(self) -> bool:
         """Without the engine: the guest's hypervisor has it, too."""
-        if self._hypervisor is None:
-            return False
         try:
             async with asyncio.timeout(STOP_S):
-                (await self._hypervisor.memory(DomainName(self._session.domain))).close()
+                (await self._hypervisor.memory(self._domain)).close()
         except (FerryError, OSError, TimeoutError):
             return False
         return True

@@ -124,12 +124,7 @@ class NativeDriver:
 
     # --- what the runner asks of an engine ---
 
-    def perform(
-        self,
-        command: v.EngineCommand,
-        *,
-        memory: HypervisorDriver,
-    ) -> None:
+    def perform(self, command: v.EngineCommand) -> None:
         """Begin a command; what is asked of the hypervisor goes in order, in the background."""
         match command:
             case v.StartEngine() if self._session.role is Role.DESTINATION:
@@ -161,7 +156,7 @@ class NativeDriver:
     def begin_early(self) -> None:
         """There is nothing that could begin before the hypervisor."""
 
-    async def arrived(self, hypervisor: HypervisorDriver) -> None:
+    async def arrived(self) -> None:
         """`StartEngine` follows."""
 
     def limit_bandwidth(self, bandwidth_bytes_per_s: int | None) -> None:

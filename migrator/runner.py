@@ -104,7 +104,11 @@ class Runner:
         self.device_channel = engine.run_directory / f"{session.migration_id}.dev"
         native = NativeDriver.wanted(session, engine, hypervisor, self.feed)
         self._engine = native or EngineDriver(
-            session, settings=engine, device_channel=self.device_channel, feed=self.feed
+            session,
+            settings=engine,
+            hypervisor=hypervisor,
+            device_channel=self.device_channel,
+            feed=self.feed,
         )
         self._switchover = native or hypervisor
         self._unsubscribe = hypervisor.subscribe(self._on_domain_event)
@@ -230,10 +234,8 @@ class Runner:
                 timer = self._timers.pop(command.name, None)
                 if timer is not None:
                     timer.cancel()
-            case v.StartEngine() | v.ConnectEngine() | v.RunPass() | v.EndPass():
-                self._engine.perform(command, memory=self._hypervisor)
-            case v.PullPages() | v.StopEngine():
-                self._engine.perform(command, memory=self._hypervisor)
+            case _ if isinstance(command, v.EngineCommand):
+                self._engine.perform(command)
             case v.SwapRecord() | v.ReadRecord():
                 self._record_lane.put(self._step(command, partial(self._on_record, command)))
             case v.PrepareIncoming():
@@ -339,7 +341,7 @@ class Runner:
                 await self._site.prepare_incoming(
                     self.session, self.device_channel, self._begin_early
                 )
-                await self._engine.arrived(self._hypervisor)
+                await self._engine.arrived()
                 self.feed(v.IncomingReady())
             case v.PrepareSwitchover():
                 await self._switchover.prepare_switchover(domain)

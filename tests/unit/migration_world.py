@@ -91,6 +91,7 @@ class FakeEngine:
         session: Session,
         *,
         settings: EngineSettings,
+        hypervisor: HypervisorDriver,
         device_channel: Path,
         feed: Callable[[v.Event], None],
     ) -> None:
@@ -100,7 +101,7 @@ class FakeEngine:
         self.script.channel_paths[self._key] = device_channel
         self.script.running.append(self)
 
-    def perform(self, command: v.Command, *, memory: HypervisorDriver) -> None:
+    def perform(self, command: v.Command) -> None:
         script, soon = self.script, asyncio.get_running_loop().call_soon
         match command:
             case v.StartEngine() if self.session.role is Role.DESTINATION:
@@ -141,7 +142,7 @@ class FakeEngine:
 
     def begin_early(self) -> None: ...
 
-    async def arrived(self, hypervisor: HypervisorDriver) -> None: ...
+    async def arrived(self) -> None: ...
 
     def limit_bandwidth(self, bandwidth_bytes_per_s: int | None) -> None: ...
 

@@ -81,12 +81,13 @@ class _World:
             settings=EngineSettings(
                 run_directory=folder, spares=cast(EngineSpares, self.spares), bind_address=""
             ),
+            hypervisor=cast(HypervisorDriver, self.hypervisor),
             device_channel=folder / "device",
             feed=lambda event: None,
         )
 
     async def perform(self, command: v.EngineCommand) -> None:
-        self.driver.perform(command, memory=cast(HypervisorDriver, self.hypervisor))
+        self.driver.perform(command)
         await self.driver.drained()
 
     def limit(self, bytes_per_s: int) -> None:

@@ -18,6 +18,7 @@ from migrator.engine.client import EngineProcess
 from migrator.engine.spares import SPARES, EngineSpares
 from migrator.engine_driver import EngineDriver, EngineSettings
 from migrator.engine_messages import FromEngine
+from migrator.ports import HypervisorDriver
 from tests.unit.session_pair import SessionPair
 
 T = TypeVar("T")
@@ -187,6 +188,7 @@ async def test_whenever_its_taker_is_ended_none_is_left(
         driver = EngineDriver(
             SessionPair().source,
             settings=EngineSettings(run_directory=tmp_path, spares=spares, bind_address=""),
+            hypervisor=cast(HypervisorDriver, None),
             device_channel=tmp_path / "device",
             feed=lambda event: None,
         )

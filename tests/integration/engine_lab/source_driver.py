@@ -44,12 +44,13 @@ class SourceDriver:
                 spares=EngineSpares(folder / "engines.log"),
                 bind_address="127.0.0.1",
             ),
+            hypervisor=cast(HypervisorDriver, self.hypervisor),
             device_channel=folder / "device",
             feed=self.heard.append,
         )
 
     def perform(self, command: v.EngineCommand) -> None:
-        self.driver.perform(command, memory=cast(HypervisorDriver, self.hypervisor))
+        self.driver.perform(command)
 
     async def end(self) -> None:
         self.perform(v.StopEngine())
