@@ -84,7 +84,7 @@ class Configure(Message, frozen=True, kw_only=True):
     """Destination: the address to listen at. Source: the address to connect from; "" for any."""
     bandwidth_bytes_per_s: int | None = None
     reconnect_s: float = 30.0
-    """How long a broken page stream is tried again before `EngineFailed` with `channel`."""
+    """How long a broken page stream is tried again before `EngineFailed`."""
     silence_s: float = 5.0
     """A page stream on which the other engine does nothing for so long, while it is its turn, is
     broken."""
@@ -262,8 +262,6 @@ class EngineFailed(Message, frozen=True, kw_only=True):
     """The engine can't go on, and exits."""
 
     reason: str
-    channel: bool = False
-    """True: the other side could not be reached again in time. False: this side is at fault."""
 
 
 class Stopped(Message, frozen=True, kw_only=True):

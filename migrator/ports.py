@@ -35,7 +35,6 @@ from migrator.model import (
     DomainStatus,
     FencingToken,
     HypervisorCapabilities,
-    NodeName,
     OwnershipRecord,
 )
 from migrator.route_port import RouteDriver as RouteDriver
@@ -323,8 +322,3 @@ class OwnershipStore(abc.ABC):
     @abc.abstractmethod
     async def remove(self, expected: OwnershipRecord) -> bool:
         """Atomically delete the record if it still equals `expected`."""
-
-
-def owns(record: OwnershipRecord | None, node: NodeName, token: FencingToken) -> bool:
-    """Whether `record` lets `node` run the domain under `token`."""
-    return record is not None and record.owner == node and record.token == token

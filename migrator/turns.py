@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class Turns:
-    """See the module. `lost` hears what failed, and why; `patience_s` bounds each wait."""
+    """See the module. `lost` hears what failed, and why; `patience_s` bounds `close`."""
 
     def __init__(self, name: str, lost: Callable[[str], None], patience_s: float) -> None:
         self._name = name
@@ -55,7 +55,7 @@ class Turns:
     async def drained(self) -> None:
         """Wait until all has ended; bounded by the work's own bounds."""
         while self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=self._patience_s)
+            await asyncio.wait(set(self._tasks))
 
     async def close(self) -> None:
         """End all of it, and wait for that."""

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Final
 
 from migrator import cores
-from migrator.engine.control import AgentGoneError, ChannelLostError, Control, StoppedError
+from migrator.engine.control import AgentGoneError, Control, StoppedError
 from migrator.engine.destination import DestinationEngine
 from migrator.engine.source import SourceEngine
 from migrator.engine_messages import EngineFailed
@@ -60,9 +60,7 @@ def main(arguments: list[str]) -> int:
         _close(engine)
         traceback.print_exc()
         with contextlib.suppress(AgentGoneError):
-            control.send(
-                EngineFailed(reason=reason_of(error), channel=isinstance(error, ChannelLostError))
-            )
+            control.send(EngineFailed(reason=reason_of(error)))
         return 1
     return 0
 

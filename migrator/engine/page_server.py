@@ -151,7 +151,6 @@ class PageServer:
                 self._open_again(kind, waiter)
             self._health.restored(-kind)  # If a server before this one had lost it.
             self._note_open(kind)
-            self._health.restored(-kind)  # An earlier server's, to another engine, may have broken.
             while True:
                 try:
                     self._serve(kind, self._sockets[kind], waiter)

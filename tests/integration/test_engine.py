@@ -185,7 +185,7 @@ async def test_a_channel_that_stays_away_fails_the_engine(pair: Pair) -> None:
         proxy.cut()
         await pair.source.expect(ChannelBroken)
         failed = await pair.source.expect(EngineFailed)
-        assert failed.channel
+        assert "could not be reached" in failed.reason
         assert await pair.source.exited() == 1
         assert not pair.source_guest.tracked()
     finally:
@@ -234,7 +234,6 @@ async def test_a_wrong_secret_is_refused_with_a_reason(pair: Pair) -> None:
     pair.source.process.send(Connect(host="127.0.0.1", port=listening.port))
     failed = await pair.source.expect(EngineFailed)
     assert "secret" in failed.reason
-    assert not failed.channel
     assert await pair.source.exited() == 1
     assert not pair.source_guest.tracked()
     assert pair.destination.process.running
