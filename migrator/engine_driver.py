@@ -17,6 +17,7 @@ from typing import Final
 import msgspec
 
 from migrator import engine_messages as m
+from migrator import shortage
 from migrator.engine.client import EngineProcess
 from migrator.engine.spares import EngineSpares
 from migrator.engine_watch import EngineWatch
@@ -406,5 +407,5 @@ class EngineDriver:
             self._was_killed()
         if not self._stopping and generation == self._generation:
             self._stopping = True
-            how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            how = shortage.killed_by(-status) if status < 0 else f"ended with status {status}"
             self._feed(v.EngineLost(reason=f"it {how}"))

@@ -264,6 +264,7 @@ class Guest:
             case MigrationStatus.COMPLETED if self.incoming:
                 self.loaded = True
                 self._emit(DomainEventKind.DEVICE_STATE_LOADED, at_s)
+                self.spawn_task(self.urgency.loaded(), "loaded")
             case MigrationStatus.COMPLETED:
                 self._emit(DomainEventKind.DEVICE_STATE_SENT, at_s)
             case MigrationStatus.FAILED | MigrationStatus.CANCELLED:

@@ -32,6 +32,7 @@ from hypervisor.qemu.memory import create_memfd
 from hypervisor.qemu.process import ProcessIdentity, QemuProcess, Spawn, identify, spawn
 from hypervisor.qemu.qmp import short_path
 from hypervisor.qemu.records import ProcessRecord
+from migrator import shortage
 from migrator.errors import HypervisorError
 from migrator.model import FileSource, IscsiSource
 from migrator.ports import Launch
@@ -119,6 +120,8 @@ def _record(pid: int, request: QemuLaunch, directory: Path) -> Launched:
     )
     launched = Launched(directory, QemuProcess(identity, pidfd), record)
     try:
+        if request.incoming:
+            shortage.set_adjustment(pid, shortage.FIRST)
         records.write_record(directory, record)
     except BaseException:
         launched.kill()

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from migrator import shortage
 from migrator.errors import HypervisorError
 
 _DUP_FLOOR = 512
@@ -158,9 +159,9 @@ class QemuProcess:
     def how_it_ended(self) -> str:
         """For a sentence that begins with QEMU."""
         if self.exit_status is None:
-            return "ended by itself"
+            return f"ended, and nobody saw how ({shortage.WHO_KNOWS})"
         if self.exit_status < 0:
-            return f"was killed by signal {-self.exit_status}"
+            return shortage.killed_by(-self.exit_status)
         return f"exited: {self.exit_status}"
 
     def watch(self, on_exit: Callable[[], None]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from migrator import cores
+from migrator import cores, shortage
 from migrator.engine.control import AgentGoneError, Control, StoppedError
 from migrator.engine.destination import DestinationEngine
 from migrator.engine.source import SourceEngine
@@ -36,6 +36,7 @@ def main(arguments: list[str]) -> int:
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    shortage.set_adjustment("self", shortage.NEXT)
     control = Control(socket.socket(fileno=int(arguments[1])))
     control.at_switchover = _go_first
     engine: SourceEngine | DestinationEngine | None = None

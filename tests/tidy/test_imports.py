@@ -2,7 +2,7 @@
 
 node_agent -> hypervisor, storage, netfabric (drivers: only in its composition root), migrator
 hypervisor | storage | netfabric -> migrator.model, .errors, .ports, .native_port, .unknown_fields,
-                                    .cores, .durable, .own_threads, .programs
+                                    .cores, .durable, .own_threads, .programs, .shortage
 migrator -> no sibling; its pure modules no clock, randomness, sockets, event loop, threads
 deploy, tests -> anything
 """
@@ -31,6 +31,7 @@ DRIVERS_MAY_IMPORT = (
     "migrator.durable",
     "migrator.own_threads",
     "migrator.programs",
+    "migrator.shortage",
 )
 COMPOSITION_ROOT = tuple(
     f"node_agent/{name}.py" for name in ("agent", "foundations", "drivers", "fabrics")
@@ -44,6 +45,7 @@ SHELL = (
     "migrator/durable.py",
     "migrator/own_threads.py",
     "migrator/programs.py",
+    "migrator/shortage.py",
     "migrator/runner.py",
     "migrator/lane.py",
     "migrator/journal.py",

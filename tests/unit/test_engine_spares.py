@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 
 import pytest
 
-from migrator import cores
+from migrator import cores, shortage
 from migrator.cores import WAITING, group_niceness
 from migrator.engine.client import EngineProcess
 from migrator.engine.spares import SPARES, EngineSpares
@@ -65,6 +65,9 @@ async def test_a_spare_starts_after_everybody_else_and_works_as_others_do(tmp_pa
         assert taken is not None
         assert taken.pid == waiting
         assert await niceness(taken.pid) == {OWN}
+        async with asyncio.timeout(30.0):  # It has its imports before it.
+            while await asyncio.to_thread(shortage.adjustment_of, taken.pid) != shortage.NEXT:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         await taken.stop(2.0)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from hypervisor.qemu import urgency
 from hypervisor.qemu.urgency import Urgency
-from migrator import cores
+from migrator import cores, shortage
 
 
 @pytest.fixture
@@ -21,6 +21,7 @@ def set_to(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return True
 
     monkeypatch.setattr(cores, "set_niceness", set_niceness)
+    monkeypatch.setattr(shortage, "set_adjustment", lambda _pid, _adjustment: None)
     monkeypatch.setattr(urgency, "CATCH_UP_S", 0.01)
     return found
 
@@ -42,3 +43,14 @@ async def test_one_that_stands_still_again_by_then_stays_urgent(set_to: list[int
     assert set_to == [cores.URGENT]
     await one.calm_soon()
     assert set_to == [cores.URGENT, cores.usual()]
+
+
+async def test_one_that_runs_is_no_more_to_be_killed_first_whatever_its_agent_had_time_for(
+    set_to: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adjusted: list[int] = []
+    monkeypatch.setattr(shortage, "set_adjustment", lambda _pid, to: adjusted.append(to))
+    found = Urgency(1)  # By the next agent, running.
+    await found.calm_soon()
+    assert adjusted == [await asyncio.to_thread(shortage.ours)]
+    assert set_to == [cores.usual()]
