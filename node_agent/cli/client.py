@@ -63,8 +63,8 @@ def find_address(api: str | None, lab: str | None) -> str:
         f"there are several labs ({', '.join(labs)}): choose one with --lab"
         if labs
         else f"there is no {DEFAULT_SOCKET}. On a host of the cluster: "
-        "`systemctl start ferry-agent`; elsewhere: `ferry context add`, or --api; to try it: "
-        "`ferry lab up`"
+        "`systemctl start ferry-agent`, which takes some seconds to listen; elsewhere: "
+        "`ferry context add`, or --api; to try it: `ferry lab up`"
     )
     raise CliError(f"no agent found: {why}", ExitCode.UNREACHABLE)
 

@@ -49,6 +49,12 @@ def test_systemd_never_gives_it_up_and_leaves_what_guests_need(name: str) -> Non
     assert unit["Unit"]["StartLimitIntervalSec"] == "0"
     assert unit["Service"]["Restart"] == "always"
     assert unit["Service"]["KillMode"] == "process"
+    # Guests and exports are in the same control group: when the kernel has killed one of them for
+    # want of memory systemd would stop the unit, and systemd-oomd ends all of a group at once.
+    assert unit["Service"]["OOMPolicy"] == "continue"
+    assert unit["Service"]["ManagedOOMPreference"] == "omit"
+    assert unit["Service"]["TasksMax"] == "infinity"
+    assert not [key for key in unit["Service"] if key.startswith(("memory", "cpuquota"))]
 
 
 def test_systemd_starts_no_agent_of_a_removed_node_again() -> None:
