@@ -55,7 +55,7 @@ class NodeTable(Table, frozen=True, kw_only=True):
         int, msgspec.Meta(ge=16 * 1024**2, description="a whole number of bytes, at least 16 MiB")
     ]
     """What the node offers to domains: more neither start nor come there (`memory_room`). Default:
-    host memory less 1 GiB, at least half of it."""
+    `default_memory_bytes`."""
     restart_crashed: Annotated[bool, msgspec.Meta(description="true or false")] = True
     """Start a domain again, here and from its disk, when its hypervisor died under it, or when the
     node was rebooted or lost power while it ran."""
@@ -216,9 +216,12 @@ def advertised(config: AgentConfig) -> tuple[str, str]:
 
 
 def default_memory_bytes(host_bytes: int | None = None) -> int:
-    """Host memory less 1 GiB for the host itself, but at least half of it."""
+    """Host memory less a sixteenth, and 1 GiB at least, but half of it in any case.
+
+    For the host itself, and for what a QEMU takes beside its guest's memory: 50 to 120 MiB.
+    """
     total = host_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(total - _GIB, total // 2)
+    return max(total - max(_GIB, total // 16), total // 2)
 
 
 def load_config(path: Path) -> AgentConfig:

@@ -7,13 +7,14 @@ again afterwards: of two that clash, the one with the later revision takes itsel
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Final
 
 import msgspec
 
-from migrator.errors import ConflictError, InvalidRequest, NotFoundError, WrongStateError
+from migrator.errors import ConflictError, InvalidRequest, NotFoundError, PeerError, WrongStateError
 from migrator.model import (
     DomainDefinition,
     DomainName,
@@ -42,6 +43,18 @@ def running(domain: DomainName, node: str) -> WrongStateError:
     """A call for a domain without a guest, and this one runs there by its record."""
     sentence = f"domain {domain} runs on {node}; stop it first (`ferry domain stop {domain}`)"
     return WrongStateError(f"domain {domain}", "running", "stopped", sentence)
+
+
+@contextlib.contextmanager
+def asking_its_node(domain: DomainName) -> Iterator[None]:
+    """For a call to the node that runs it: its PeerError says so, and what helps."""
+    try:
+        yield
+    except PeerError as error:
+        raise PeerError(
+            f"domain {domain} runs there, and {error}. If that node stays away: "
+            f"`ferry domain takeover {domain} --to NODE`"
+        ) from error
 
 
 class DomainRecords:

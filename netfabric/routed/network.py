@@ -76,11 +76,6 @@ def uplink_of(network: RoutedNetwork, version: int) -> str | None:
     return None
 
 
-def exit_of(network: RoutedNetwork, version: int) -> str | None:
-    """The interface by which packets for other nodes' guests leave."""
-    return network.overlay.bridge if network.overlay else uplink_of(network, version)
-
-
 def needed_bytes(network: RoutedNetwork, nic: NicSpec) -> int:
     """The MTU that the uplink must have for the NIC's packets."""
     if network.overlay is None:

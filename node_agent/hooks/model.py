@@ -48,15 +48,7 @@ class HookPoint(enum.StrEnum):
         """Whether a failure with `cancel` stops what is about to happen."""
         return self in _FORBIDDING
 
-    @property
-    def of_a_node(self) -> bool:
-        """Whether it is about a node, and no single domain."""
-        return self in _OF_A_NODE
 
-
-_OF_A_NODE: Final = frozenset(
-    {HookPoint.NODE_DRAINING, HookPoint.NODE_DRAINED, HookPoint.NODE_OPENED}
-)
 _FORBIDDING: Final = frozenset(
     {HookPoint.BEFORE_MIGRATION, HookPoint.BEFORE_SWITCHOVER, HookPoint.NODE_DRAINING}
 )

@@ -282,8 +282,8 @@ def test_after_its_reboot_a_node_gets_its_domains_back_by_itself(
     boot_id.write_text("another-boot\n")
     plan = cluster.plan.node("n1")
     rebooted = (
-        "import sys; from pathlib import Path; from node_agent import __main__, agent; "
-        f"agent.BOOT_ID_PATH = Path({str(boot_id)!r}); sys.exit(__main__.main())"
+        "import sys; from pathlib import Path; from node_agent import __main__, foundations; "
+        f"foundations.BOOT_ID_PATH = Path({str(boot_id)!r}); sys.exit(__main__.main())"
     )
     command = [sys.executable, "-c", rebooted, "--config", str(plan.config_path)]
     try:

@@ -51,6 +51,7 @@ def test_defaults_are_filled_in() -> None:
 
 def test_memory_default_leaves_a_gibibyte_but_takes_at_least_half() -> None:
     assert default_memory_bytes(8 * 1024**3) == 7 * 1024**3
+    assert default_memory_bytes(128 * 1024**3) == 120 * 1024**3
     assert default_memory_bytes(1024**3) == 512 * 1024**2
 
 

@@ -126,5 +126,6 @@ async def test_the_cli_says_which_was_made(ferry: Ferry) -> None:
     mac = line.removeprefix("NIC on br0: ")
     assert line.startswith("NIC on br0: ") and int(mac[:2], 16) & 0x0F == 0x02
     assert f"{mac} on br0 10.0.0.7" in (await ferry("domain", "show", "web")).out
-    refused = await ferry("domain", "define", "x", "--nic", f"mac={MAC}", code=ExitCode.USAGE)
+    nic = ("--memory", "64M", "--nic", f"mac={MAC}")
+    refused = await ferry("domain", "define", "x", *nic, code=ExitCode.USAGE)
     assert "bridge= is missing" in refused.err
