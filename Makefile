@@ -22,7 +22,7 @@ CHAOS ?=
 BENCH ?=
 QEMU ?=
 
-.PHONY: help install system demo test check bench sim chaos clean
+.PHONY: help install system demo test check types lint tidy bench sim chaos clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,9 +50,16 @@ test: install ## Run all tests (root, else those on real networks are skipped); 
 	$(BIN)/$(if $(filter-out tests,$(TESTS)),pytest $(TESTS),python -m tests.run)
 
 check: install ## Lint, format, types, and the rule of imports
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync types lint tidy
+
+types:
+	$(BIN)/mypy
+
+lint:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+
+tidy:
 	$(BIN)/pytest -q tests/tidy
 
 bench: install ## Measure Ferry beside QEMU and libvirt (root); BENCH='--quick', '--cases 1,3', QEMU=trixie
