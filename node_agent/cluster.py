@@ -64,7 +64,7 @@ from node_agent.cluster_calls import (
     Verdict,
 )
 from node_agent.cluster_views import Snapshot, domain_view, node_view
-from node_agent.domain_records import DomainRecords, asking_its_node, not_running
+from node_agent.domain_records import DomainRecords, asking, not_running
 from node_agent.domains import ConsoleChunk, DomainService
 from node_agent.events import EventLog
 from node_agent.homes import (
@@ -229,7 +229,7 @@ class ClusterService:
         except WrongStateError as error:  # It may wait there to be started again.
             await self._call_off(params, error)
         else:
-            with asking_its_node(domain):
+            with asking(owner, domain):
                 await self._hub.call(owner, STOP, params, Done, timeout_s=wait_s)
         return await self.get_domain(domain)
 
@@ -280,7 +280,7 @@ class ClusterService:
         params = DirtyRateParams(domain=domain, seconds=seconds)
         wait_s = seconds + OPERATION_TIMEOUT_S
         owner = await self._owner(domain)
-        with asking_its_node(domain):
+        with asking(owner, domain):
             return await self._hub.call(owner, DIRTY_RATE, params, DirtyRate, timeout_s=wait_s)
 
     # --- migrations --------------------------------------------------------------------------
@@ -385,7 +385,7 @@ class ClusterService:
 
     async def _operate(self, domain: DomainName, method: str) -> Domain:
         owner, params = await self._owner(domain), DomainParams(domain=domain)
-        with asking_its_node(domain):
+        with asking(owner, domain):
             await self._hub.call(owner, method, params, Done, timeout_s=OPERATION_TIMEOUT_S)
         return await self.get_domain(domain)
 

@@ -20,6 +20,7 @@ from migrator.model import (
     DomainName,
     DomainSpec,
     KernelBoot,
+    NodeName,
     OwnershipRecord,
     PoolName,
 )
@@ -46,13 +47,13 @@ def running(domain: DomainName, node: str) -> WrongStateError:
 
 
 @contextlib.contextmanager
-def asking_its_node(domain: DomainName) -> Iterator[None]:
-    """For a call to the node that runs it: its PeerError says so, and what helps."""
+def asking(owner: NodeName, domain: DomainName) -> Iterator[None]:
+    """For a call to the node that runs it: the PeerError says so, and what helps."""
     try:
         yield
     except PeerError as error:
         raise PeerError(
-            f"domain {domain} runs there, and {error}. If that node stays away: "
+            f"domain {domain} runs on {owner}: {error}. If {owner} stays away: "
             f"`ferry domain takeover {domain} --to NODE`"
         ) from error
 

@@ -46,6 +46,11 @@ def path_of(domain: str) -> str:
     return f"/v1/domains/{quote(domain, safe='')}"
 
 
+def migration_path(id: str) -> str:
+    """The API's path of a migration."""
+    return f"/v1/migrations/{quote(id, safe='')}"
+
+
 def find_address(api: str | None, lab: str | None) -> str:
     """`unix:PATH` or `http://HOST:PORT`, see the module. CliError if there is none to be found."""
     api = api or (None if lab else os.environ.get("FERRY_API"))

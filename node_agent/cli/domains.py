@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Final
-from urllib.parse import quote
 
 import msgspec
 import typer
 
 from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN, DirtyRate
 from migrator.model import Boot, KernelBoot, Migration, NicSpec
-from node_agent.cli.client import PATIENCE_S, READ_TIMEOUT_S, path_of
+from node_agent.cli.client import PATIENCE_S, READ_TIMEOUT_S, migration_path, path_of
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import aside, facts, moment, note, settings, show, size, table
 from node_agent.cli.prediction import dirty_rate_text
@@ -239,7 +238,7 @@ def show_domain(name: _NameArgument) -> None:
 def _migration(id: str) -> str:
     """With its state, and why the guest waits, where it does: it looks well from outside."""
     try:
-        migration = settings.client().get(f"/v1/migrations/{quote(id, safe='')}", Migration)
+        migration = settings.client().get(migration_path(id), Migration)
     except CliError:
         return id
     return f"{id}, {migration.state}" + (f": {migration.error}" if migration.error else "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Annotated
-from urllib.parse import quote
 
 import typer
 
@@ -18,7 +17,7 @@ from migrator.model import (
     PassKind,
     PassReport,
 )
-from node_agent.cli.client import path_of
+from node_agent.cli.client import migration_path, path_of
 from node_agent.cli.cutover import cutover_text
 from node_agent.cli.errors import ExitCode
 from node_agent.cli.output import facts, moment, note, parse_size, settings, show, size, table
@@ -160,7 +159,7 @@ def list_migrations(
 def show_migration(id: _IdArgument) -> None:
     """One migration: what was asked, what was done, why it ended."""
     client = settings.client()
-    each = client.get(_path(id), Migration)
+    each = client.get(migration_path(id), Migration)
     request, progress = each.request, each.progress
     silence = "" if each.ended else silence_of(each, silences(client))
     failed = each.ended and each.state is not MigrationState.COMPLETED
@@ -231,14 +230,14 @@ def compression_of(one: PassReport) -> str:
 def watch(id: _IdArgument) -> None:
     """Show how a migration goes, until it ends."""
     client = settings.client()
-    raise typer.Exit(watch_migration(client, client.get(_path(id), Migration)))
+    raise typer.Exit(watch_migration(client, client.get(migration_path(id), Migration)))
 
 
 @app.command()
 def cancel(id: _IdArgument) -> None:
     """Cancel a migration; refused from the handoff on."""
     client = settings.client()
-    each = client.decoded(client.delete(_path(id)), Migration)
+    each = client.decoded(client.delete(migration_path(id)), Migration)
     show(each, f"migration {id} is {each.state.value}")
 
 
@@ -250,14 +249,10 @@ def limit(
     """Change the bandwidth cap of a migration that runs."""
     cap = None if bandwidth == "none" else parse_size(bandwidth, "the bandwidth")
     change = MigrationChange(bandwidth_bytes_per_s=cap)
-    settings.client().patch(_path(id), Migration, change)
-    each = settings.client().get(_path(id), Migration)
+    settings.client().patch(migration_path(id), Migration, change)
+    each = settings.client().get(migration_path(id), Migration)
     allowed = "as fast as it can" if cap is None else f"{bandwidth}/s"
     show(each, f"migration {id} may send {allowed}")
-
-
-def _path(id: str) -> str:
-    return f"/v1/migrations/{quote(id, safe='')}"
 
 
 def _timeout(request: MigrationRequest) -> str:

@@ -10,10 +10,9 @@ import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING, Final
-from urllib.parse import quote
 
 from migrator.model import Migration, MigrationState
-from node_agent.cli.client import ApiClient
+from node_agent.cli.client import ApiClient, migration_path, path_of
 from node_agent.cli.errors import ApiProblem, CliError, ExitCode, Unreachable
 from node_agent.cli.output import note, settings, show, size
 from node_agent.cli.silence import silence_of, silences
@@ -68,7 +67,7 @@ def watch_migration(client: ApiClient, migration: Migration) -> ExitCode:
 def where_now(client: ApiClient, name: str) -> str:
     """Where a domain is after a migration that came to nothing: the first thing to know."""
     try:
-        domain = client.get(f"/v1/domains/{quote(name, safe='')}", Domain)
+        domain = client.get(path_of(name), Domain)
     except CliError:
         return ""
     return domain.state + (f" on {domain.node}" if domain.node is not None else "")
@@ -144,7 +143,7 @@ class _Watcher:
 
     def until_ended(self, migration: Migration) -> Migration:
         """The migration when it ended. Unreachable after `SILENCE_S` without an answer."""
-        path = f"/v1/migrations/{quote(migration.id, safe='')}"
+        path = migration_path(migration.id)
         answered_at = began = time.monotonic()
         while not migration.ended:
             self.saw(migration)
@@ -230,7 +229,7 @@ def _ask(client: ApiClient, migration: Migration) -> bool:
     choice = answer.strip().lower()[:1]
     if choice == "c":
         try:
-            client.delete(f"/v1/migrations/{quote(migration.id, safe='')}")
+            client.delete(migration_path(migration.id))
         except ApiProblem as error:
             note(f"not cancelled: {error}")
     return choice == "d"

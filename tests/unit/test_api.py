@@ -69,6 +69,7 @@ async def test_an_owner_that_does_not_answer_makes_its_domains_unknown(
     assert "b" in domain["reason"]
     problem = await ask(client, "POST", "/v1/domains/web/pause", status=502)
     assert problem["code"] == "peer-unreachable"
+    assert problem["detail"].startswith("domain web runs on b: b")
     assert "`ferry domain takeover web --to NODE`" in problem["detail"]
 
 
