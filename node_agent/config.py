@@ -30,7 +30,7 @@ from migrator.model import Name, NodeName
 from migrator.tls import TlsMode
 from node_agent.config_table import Table
 from node_agent.fabric_config import FabricTable, fabric_contradictions
-from storage.settings import BY_DRIVER, DEFAULT_DRIVER, PoolSettings
+from storage.settings import BY_DRIVER, DEFAULT_DRIVER, OFFERED, PoolSettings
 
 _GIB: Final = 1024**3
 
@@ -296,8 +296,7 @@ def _problems(kind: type[msgspec.Struct], table: Any, path: str) -> Iterator[str
     if kind is _AnyPool:
         driver = table["driver"]
         if not isinstance(driver, str) or driver not in BY_DRIVER:
-            known = ", ".join(BY_DRIVER)
-            yield f"{prefix}driver: {json.dumps(driver, default=str)} is wrong; one of {known}"
+            yield f"{prefix}driver: {json.dumps(driver, default=str)} is wrong; one of {OFFERED}"
             return
         kind = BY_DRIVER[driver]
         table = {key: value for key, value in table.items() if key != "driver"}

@@ -125,6 +125,8 @@ BY_DRIVER: Final[dict[str, type[PoolBase]]] = {
     "block": BlockSettings,
     "simulated": SimulatedSettings,
 }
+OFFERED: Final = ", ".join(name for name in BY_DRIVER if name != "simulated")
+"""For messages. That one is for tests."""
 _PLACE: Final = {"path", "server", "export", "provisioner", "portal", "tgt_folder", "tgt_socket"}
 
 

@@ -35,7 +35,14 @@ _Kind = TypeVar("_Kind")
 SETTLE_S: Final = 2.0
 """A switch that learnt the new port late, or a TCP that repeats a segment late, is still its
 doing."""
-BLACKOUT_PHASES: Final = ("final pass", "device state", "ownership record", "fence", "activate")
+BLACKOUT_PHASES: Final = (
+    "final pass",
+    "device state",
+    "load",
+    "ownership record",
+    "fence",
+    "activate",
+)
 """The timeline's names for the parts of a blackout."""
 PROBLEMS_MAX: Final = 5
 """How many of a disk's problems are told one by one."""

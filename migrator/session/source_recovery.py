@@ -269,7 +269,10 @@ class SourceRecovery(SourceRollback):
         elif self._handed_over_at_s is None:
             self._discard_error = "the destination's hypervisor died in the handoff"
         if self._sent_at_s is not None and message.won_at_s:
-            self._note("ownership record", self._sent_at_s, message.won_at_s)
+            # Before it had heard of its last byte, it may have loaded it.
+            loaded_at_s = max(message.loaded_at_s, self._sent_at_s)
+            self._note("load", self._sent_at_s, loaded_at_s, "device state, at the destination")
+            self._note("ownership record", loaded_at_s, message.won_at_s)
             fenced_at_s = message.fenced_at_s or message.won_at_s
             self._note("fence", message.won_at_s, fenced_at_s, message.fence_detail)
             self._note("activate", fenced_at_s, message.resumed_at_s, "disks opened, guest resumed")

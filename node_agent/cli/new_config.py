@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import re
 import socket
@@ -13,6 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from migrator.errors import ConfigError, words
+from node_agent.cli.errors import CliError, ExitCode
 from node_agent.config import AgentConfig, load_config, parse_config, render_config
 
 STATE_DIRECTORY: Final = "/var/lib/ferry"
@@ -56,6 +58,7 @@ def make_config(name: str, host: str, etcd: Sequence[str] = ()) -> AgentConfig:
     store = f'path = "{STATE_DIRECTORY}/cluster.sqlite"'
     if etcd:
         store = f'driver = "etcd"\nendpoints = {msgspec.json.encode(list(etcd)).decode()}'
+    host = _address(host)
     bracketed = f"[{host}]" if ":" in host else host
     text = f"""
 [node]
@@ -70,6 +73,18 @@ listen = "{bracketed}:{PEER_PORT}"
 {store}
 """
     return parse_config(text)
+
+
+def _address(text: str) -> str:
+    """An IP address, without a port. CliError (usage): it is something else."""
+    try:
+        return str(ipaddress.ip_address(text.removeprefix("[").removesuffix("]")))
+    except ValueError:
+        raise CliError(
+            f'--listen is "{text}"; must be an IP address of this host without a port, like '
+            f"192.0.2.11: the API is at {API_PORT}, the other nodes' agents at {PEER_PORT}",
+            ExitCode.USAGE,
+        ) from None
 
 
 def with_store(config: AgentConfig, store: Mapping[str, Any]) -> AgentConfig:

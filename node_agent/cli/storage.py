@@ -21,7 +21,7 @@ from node_agent.resources import (
     VolumeList,
     VolumeResize,
 )
-from storage.settings import BY_DRIVER
+from storage.settings import BY_DRIVER, OFFERED
 
 pools = typer.Typer(help="Pools.", no_args_is_help=True, rich_markup_mode=None)
 volumes = typer.Typer(help="Volumes.", no_args_is_help=True, rich_markup_mode=None)
@@ -29,7 +29,6 @@ volumes = typer.Typer(help="Volumes.", no_args_is_help=True, rich_markup_mode=No
 COPY_TIMEOUT_S = 3700
 """A little more than any driver takes for a copy."""
 
-_OFFERED = ", ".join(name for name in BY_DRIVER if name != "simulated")  # That's for tests.
 _PoolOption = Annotated[str, typer.Option("--pool", help="The pool.")]
 _PoolArgument = Annotated[str, typer.Argument(metavar="NAME", help="The pool.")]
 _VolumeArgument = Annotated[str, typer.Argument(metavar="NAME", help="The volume.")]
@@ -83,7 +82,7 @@ def show_pool(name: _PoolArgument) -> None:
 @pools.command("add")
 def add_pool(
     name: _PoolArgument,
-    driver: Annotated[str, typer.Argument(help=f"One of: {_OFFERED}.")],
+    driver: Annotated[str, typer.Argument(help=f"One of: {OFFERED}.")],
     options: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="The driver's settings: `ferry pool drivers`."),
@@ -100,7 +99,7 @@ def add_pool(
     """Add a pool to the cluster: `ferry pool add fast nfs server=10.0.0.5 export=/ferry`."""
     kind = BY_DRIVER.get(driver)
     if kind is None:
-        raise CliError(f"there is no driver {driver}; there are {_OFFERED}", ExitCode.USAGE)
+        raise CliError(f"there is no driver {driver}; there are {OFFERED}", ExitCode.USAGE)
     body: dict[str, Any] = {"name": name, "driver": driver}
     known = [field.name for field in msgspec.structs.fields(kind) if field.name != "name"]
     for option in options or ():

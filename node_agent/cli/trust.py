@@ -92,7 +92,9 @@ def init(
         return
     cluster = cluster or DEFAULT_CLUSTER
     try:
-        loaded, new = load_or_make(config, name, lambda: listen or main_address(), etcd or ())
+        loaded, new = load_or_make(
+            config, name, lambda: main_address() if listen is None else listen, etcd or ()
+        )
         identity = found_cluster(loaded, cluster)
         if new:
             write_config(config, loaded)
@@ -183,7 +185,9 @@ def join(
     try:
         parsed = parse_token(text)
         addresses = joining.find_members(parsed, address, interface or ())
-        loaded, new = load_or_make(config, name, lambda: listen or joining.own_host(addresses[0]))
+        loaded, new = load_or_make(
+            config, name, lambda: joining.own_host(addresses[0]) if listen is None else listen
+        )
         joining.check_free(loaded, again)
         answer = joining.join_any(loaded, parsed, addresses)
         if new:

@@ -28,6 +28,7 @@ PHASES: Final = (
     "final pass",
     "deactivate",
     "device state",
+    "load",
     "ownership record",
     "fence",
     "activate",

@@ -201,6 +201,18 @@ async def test_a_cluster_is_founded_with_one_command(
     assert (store.driver, store.endpoints) == ("etcd", ("192.0.2.1:2379", "192.0.2.2:2379"))
 
 
+@pytest.mark.parametrize("wrong", ["192.0.2.1:7780", "n7.example.org", "[::1]:7780", ""])
+async def test_an_address_to_listen_at_has_no_port(
+    wrong: str, ferry: Ferry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(new_config, "STATE_DIRECTORY", str(tmp_path / "state"))
+    config = tmp_path / "agent.toml"
+    own = ["--config", str(config), "--name", "n7", f"--listen={wrong}"]
+    refused = await ferry("cluster", "init", *own, code=ExitCode.USAGE)
+    assert f'--listen is "{wrong}"; must be an IP address' in refused.err
+    assert not config.exists() and not (tmp_path / "state").exists()
+
+
 def test_durations() -> None:
     assert [parse_duration(text) for text in ("90", "90s", "15m", "1.5h", "2d")] == [
         90,

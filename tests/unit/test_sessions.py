@@ -78,7 +78,7 @@ def test_the_timeline_has_the_phases_and_the_blackout_is_paused_to_resumed() -> 
     names = [phase.name for phase in view.timeline]
     for name in ("created", "setup", "precopy", "stop", "final pass", "device state", "handoff"):
         assert name in names
-    assert "ownership record" in names
+    assert names.index("load") + 1 == names.index("ownership record")
     assert names.index("fence") + 1 == names.index("activate")
     assert all(phase.seconds >= 0.0 for phase in view.timeline)
     paused = pair.source._paused_at_s
@@ -108,6 +108,30 @@ def test_what_the_disks_took_is_a_part_of_the_device_state_however_late_it_is_he
     parts = {phase.name: phase for phase in pair.source.view().timeline}
     part, whole = parts["deactivate"], parts["device state"]
     assert (part.started_at_s, part.seconds) == (whole.started_at_s, whole.seconds)
+
+
+@pytest.mark.parametrize(("loaded_ms", "took_ms"), [(6.0, 6.0), (-1.0, 0.0)])
+def test_what_loading_takes_is_not_told_of_the_record(loaded_ms: float, took_ms: float) -> None:
+    """Or nothing, where it had loaded before its source had heard that all is sent."""
+    pair = SessionPair()
+    pair.silence(m.Running)
+    pair.run_until_state(_S.HANDOFF)
+    pair.run()
+    sent_at_s = pair.source._sent_at_s
+    assert sent_at_s is not None
+    word = m.Running(
+        token=pair.source.next_token,
+        loaded_at_s=sent_at_s + loaded_ms / 1000.0,
+        won_at_s=sent_at_s + 0.008,
+        fenced_at_s=sent_at_s + 0.009,
+        resumed_at_s=sent_at_s + 0.011,
+    )
+    pair.now_s = sent_at_s + 0.012
+    pair.push(pair.source, v.Received(message=word))
+    pair.run()
+    took = {phase.name: 1000.0 * phase.seconds for phase in pair.source.view().timeline}
+    assert took["load"] == pytest.approx(took_ms, abs=0.01)
+    assert took["ownership record"] == pytest.approx(8.0 - took_ms, abs=0.01)
 
 
 def test_a_blackout_over_two_clocks_stays_within_the_bounds_of_one() -> None:
