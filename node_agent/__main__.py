@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 from migrator.errors import FerryError, RemovedError
-from node_agent.agent import run
-from node_agent.cli.errors import ExitCode
-from node_agent.config import load_config
+from migrator.imports import without_collections
+
+with without_collections():
+    from node_agent.agent import run
+    from node_agent.cli.errors import ExitCode
+    from node_agent.config import load_config
 
 
 def main() -> int:

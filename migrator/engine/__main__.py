@@ -5,90 +5,14 @@ Exit status: 0 after `Stop`, the agent's death or SIGTERM; 1 after `EngineFailed
 
 from __future__ import annotations
 
-import contextlib
-import encodings.idna  # noqa: F401 -- a socket's first address needs it: 3 ms of a migration.
 import os
-import signal
-import socket
 import sys
-import traceback
-from pathlib import Path
-from types import FrameType
-from typing import Final
 
-from migrator import cores, shortage
-from migrator.engine.control import AgentGoneError, Control, StoppedError
-from migrator.engine.destination import DestinationEngine
-from migrator.engine.source import SourceEngine
-from migrator.engine_messages import EngineFailed
-from migrator.errors import FerryError
-from migrator.model import Role
-
-_SWITCH_INTERVAL_S: Final = 0.0002
-"""A thread that wakes from a system call waits so long for Python's lock at most, not 5 ms."""
-
-
-def main(arguments: list[str]) -> int:
-    """Runs one engine to its end. Returns the exit status."""
-    if len(arguments) != 2 or arguments[0] != "--fd" or not arguments[1].isdigit():
-        sys.stderr.write("usage: python -m migrator.engine --fd N\n")
-        return 2
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    shortage.set_adjustment("self", shortage.NEXT)
-    control = Control(socket.socket(fileno=int(arguments[1])))
-    control.at_switchover = _go_first
-    engine: SourceEngine | DestinationEngine | None = None
-    try:
-        configure, descriptors = control.receive_configure()
-        Path("/proc/self/comm").write_text(f"ferry-{configure.role}"[:15])
-        kind = SourceEngine if configure.role is Role.SOURCE else DestinationEngine
-        engine = kind(configure, descriptors, control)
-        engine.run()
-    except StoppedError:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if engine is not None:
-            engine.close()
-            with contextlib.suppress(AgentGoneError):
-                control.send(engine.stopped())
-        return 0
-    except AgentGoneError as error:
-        _close(engine)
-        sys.stderr.write(f"the agent is gone: {error}\n")
-        return 0
-    except BaseException as error:
-        _close(engine)
-        traceback.print_exc()
-        with contextlib.suppress(AgentGoneError):
-            control.send(EngineFailed(reason=reason_of(error)))
-        return 1
-    return 0
-
-
-def reason_of(error: BaseException) -> str:
-    """For an operator. Of what nobody expected the name of its class; the log has the rest."""
-    if isinstance(error, ProcessLookupError):
-        return "the process that has the guest's memory is gone"
-    return str(error) if isinstance(error, FerryError) else f"{type(error).__name__}: {error}"
-
-
-def _close(engine: SourceEngine | DestinationEngine | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if engine is not None:
-        engine.close()
-
-
-def _go_first() -> None:
-    cores.set_niceness(os.getpid(), cores.URGENT)  # Refused: the blackout may be longer.
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise StoppedError("SIGTERM")
-
+from migrator.imports import without_collections
 
 if __name__ == "__main__":
+    with without_collections():
+        from migrator.engine.process import main
     status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

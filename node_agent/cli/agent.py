@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from migrator.errors import FerryError, RemovedError
+from migrator.imports import without_collections
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.config import load_config
 
@@ -21,7 +22,8 @@ def agent(
     """Run the agent of this node, until SIGTERM."""
     try:
         loaded = load_config(config)
-        run = importlib.import_module("node_agent.agent").run
+        with without_collections():
+            run = importlib.import_module("node_agent.agent").run
         code = run(loaded)
     except RemovedError as error:
         raise CliError(str(error), ExitCode.REMOVED) from error

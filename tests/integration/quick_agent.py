@@ -15,9 +15,12 @@ from typing import Final
 
 import msgspec
 
-from migrator.engine import spares
-from node_agent.agent import run
-from node_agent.config import load_config
+from migrator.imports import without_collections
+
+with without_collections():
+    from migrator.engine import spares
+    from node_agent.agent import run
+    from node_agent.config import load_config
 
 GRACE_S: Final = 0.7
 """The verification is over by then; forwarding is a matter of the blackout's milliseconds."""

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from migrator.engine.__main__ import reason_of
+from migrator.engine.process import reason_of
 from migrator.errors import EngineError
 from migrator.model import MigrationState, NodeState, Phase
 from node_agent.cli import __main__ as entry
