@@ -43,6 +43,7 @@ from node_agent.drain.world import DrainWorld
 from node_agent.events import EventKind
 from node_agent.fabrics import make_tracker
 from node_agent.foundations import Foundations, open_foundations
+from node_agent.host_shutdown import HostShutdown
 from node_agent.log_lines import LogLines
 from node_agent.machines import MachinePinner
 from node_agent.memory_room import MemoryRoom
@@ -119,7 +120,14 @@ async def running_agent(
         drains = _make_drains(on, world)
         await drains.open()
         stack.push_async_callback(drains.close)
-        api = _make_api(on, cluster, migrations, drains, world)
+        shutdown = HostShutdown(
+            on.node,
+            hypervisor=on.hypervisor,
+            domains=domains,
+            cancel=cluster.cancel_migration,
+            events=on.events,
+        )
+        api = _make_api(on, cluster, migrations, drains, world, shutdown)
         await api.start()
         stack.push_async_callback(api.close)
         if trust is not None:
@@ -204,6 +212,7 @@ def _make_api(
     migrations: MigrationManager,
     drains: DrainService,
     world: DrainWorld,
+    shutdown: HostShutdown,
 ) -> ApiServer:
     removal = NodeRemoval(
         on.node,
@@ -221,6 +230,7 @@ def _make_api(
             trust=on.trust,
             removal=removal,
             pressure=PressureService(on.typed, world, on.events),
+            shutdown=shutdown,
         ),
         listen=on.config.api.listen_address,
         socket_path=Path(on.config.api.socket),
@@ -239,7 +249,7 @@ def _make_migrations(on: Foundations, domains: DomainService, link: LinkProbe) -
         fabric=on.fabric,
         tls=tls,
         state=on.state,
-        cordon=on.cordon,
+        cordon=domains.closed,
     )
     moments = MigrationMoments(on.hooks)
     spares = EngineSpares(on.state / "logs" / "engines.log")

@@ -58,7 +58,12 @@ class NodeTable(Table, frozen=True, kw_only=True):
     `default_memory_bytes`."""
     restart_crashed: Annotated[bool, msgspec.Meta(description="true or false")] = True
     """Start a domain again, here and from its disk, when its hypervisor died under it, or when the
-    node was rebooted or lost power while it ran."""
+    node was rebooted, shut down or lost power while it ran."""
+    guest_shutdown_s: Annotated[
+        float, msgspec.Meta(ge=0, le=1500, description="seconds, from 0 to 1500")
+    ] = 120.0
+    """How long its guests may take, all together, to shut down before the host does; then they are
+    ended by force. 0: they aren't asked (`host_shutdown`)."""
 
 
 class ApiTable(Table, frozen=True, kw_only=True):

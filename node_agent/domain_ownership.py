@@ -281,11 +281,9 @@ class DomainOwnership:
         why = await self.restarts.lost(domain, owned)  # Its end has been reported by now.
         await self.give_back(owned, spec)
         then = f"it is to be started again: {why}" if why else "it is stopped now"
-        self._events.emit(
-            EventKind.DOMAIN_LOST,
-            f"domain {domain} doesn't run on {self.node} any more; {then}",
-            domain=domain,
-        )
+        kind = EventKind.DOMAIN_STOPPED if self.restarts.host_ends else EventKind.DOMAIN_LOST
+        text = f"domain {domain} doesn't run on {self.node} any more; {then}"
+        self._events.emit(kind, text, domain=domain)
 
     async def may_start_again(self, domain: DomainName) -> bool:
         """Under the domain's lock: whether it is stopped, and still to be started again."""

@@ -2,8 +2,8 @@
 
     its hypervisor died, seen or not ───────────┐
     the node was rebooted, or lost power ──────┼─► wanted, on the disk ─► record STOPPED ─► start
-    an agent died between here and there ──────┘        ▲                     │ failed
-                                                        └──── a longer pause ─┘
+    it was shut down, with its guests ─────────┤        ▲                     │ failed
+    an agent died between here and there ──────┘        └──── a longer pause ─┘
 
 Only where nobody asked for the end: a guest that powered itself off, a stop and a SIGTERM don't
 count, nor does what becomes of the host while a domain is being stopped. A crash is known to the
@@ -16,6 +16,9 @@ goes on whenever this one dies. Whether a domain may still be started is the rec
 must be this node's, with the token under which the domain was lost, or the next one, which only a
 start of this node's own can have won from it. So a domain that was taken over, or started, or moved
 elsewhere meanwhile is left alone. What a migration has hold of is left to it first.
+
+From `host_ends` on every end counts as the host's, and nothing is started: the next agent does,
+which is the next boot's, or this one's where the host didn't go down after all.
 
 A start that fails (the storage may be on its way up, too) is tried again, for 12 hours. A domain
 that is started and lost again three times within ten minutes stays stopped, over agents' ends and
@@ -137,20 +140,27 @@ class DomainRestarts:
             left = (ours | set(claimed)) - set(here)
             wanted = {name: each for name, each in notes.wanted.items() if name in left}
             wall_s, now = self._policy.clock(), self._policy.monotonic()
+            if notes.host_ends:  # For as long as the host was off nobody could start them.
+                wanted = {
+                    name: msgspec.structs.replace(each, since_s=wall_s)
+                    for name, each in wanted.items()
+                }
             self._known_at = {
                 name: now - max(wall_s - each.since_s, 0.0) for name, each in wanted.items()
             }
             left -= set(ending)
             why = "its hypervisor died before this agent began"
             wanted |= self._lost(why, left & set(crashed), records, claimed)
-            if notes.boot_id not in ("", self._policy.boot_id):
+            if notes.host_ends:
+                wanted |= self._lost(self._ended, left, records, claimed)
+            elif notes.boot_id not in ("", self._policy.boot_id):
                 why = f"{self._node} was rebooted, or lost power"
                 wanted |= self._lost(why, left, records, claimed)
         self._crashed |= {domain for domain in crashed if domain in records} - set(wanted)
         self._notes = RestartNotes(
             boot_id=self._policy.boot_id,
             wanted=wanted,
-            tries=self._recent(notes.tries),
+            tries={} if notes.host_ends else self._recent(notes.tries),
             ending=ending,
         )
         if self._notes != notes:
@@ -175,6 +185,21 @@ class DomainRestarts:
         self._known_at |= dict.fromkeys(lost, self._policy.monotonic())
         return lost
 
+    @property
+    def _ended(self) -> str:
+        return f"{self._node} was shut down"
+
+    @property
+    def host_ends(self) -> bool:
+        """Whether this host goes down: nothing may be started here."""
+        return self._notes.host_ends
+
+    async def end_host(self) -> None:
+        """Its guests are shut down from now on, and started again by the next agent. Idempotent."""
+        if not self._notes.host_ends:
+            self._notes = msgspec.structs.replace(self._notes, host_ends=True)
+            await self._save()
+
     def go_on(self, domains: Sequence[DomainName]) -> None:
         """Start them again, in this order, where they are wanted."""
         for domain in domains:
@@ -189,10 +214,12 @@ class DomainRestarts:
 
         Returns why the domain is to be started again; "" if it isn't.
         """
-        crashed = domain in self._crashed
+        why = "its hypervisor died" if domain in self._crashed else ""
         self._crashed.discard(domain)
-        if crashed and self._policy.enabled:
-            why, since_s = "its hypervisor died", self._policy.clock()
+        if self.host_ends:
+            why = self._ended
+        if why and self._policy.enabled:
+            since_s = self._policy.clock()
             self._known_at[domain] = self._policy.monotonic()
             await self._want(domain, Wanted(token=owned.token, why=why, since_s=since_s))
         return await self.stands(owned)
@@ -287,14 +314,15 @@ class DomainRestarts:
 
     def start_soon(self, domain: DomainName) -> None:
         """Start it in the background, if it is wanted. Idempotent."""
-        if domain in self._notes.wanted and domain not in self._running:
+        due = domain in self._notes.wanted and not self.host_ends
+        if due and domain not in self._running:
             self._running.add(domain)
             self._own(self._until_started(domain), f"start-again-{domain}")
 
     async def _until_started(self, domain: DomainName) -> None:
         pause_s, told = PAUSE_S, False
         try:
-            while domain in self._notes.wanted:  # Bounded by GIVE_UP_S.
+            while domain in self._notes.wanted and not self.host_ends:  # Bounded by GIVE_UP_S.
                 async with self._slots:
                     error = await self._try(domain)
                 if error is None:
@@ -311,7 +339,7 @@ class DomainRestarts:
     async def _try(self, domain: DomainName) -> FerryError | None:
         """One start, if it is still wanted; afterwards it isn't, or the error says why it is."""
         wanted, now_s = self._notes.wanted.get(domain), self._policy.clock()
-        if wanted is None:
+        if wanted is None or self.host_ends:
             return None
         reason = ""
         if len(self._recent(self._notes.tries).get(domain, ())) >= TRIES:

@@ -236,7 +236,7 @@ class DomainService:
         ConflictError says who runs it, where it runs already; RefusedError: the node is kept free,
         or has no memory left for it.
         """
-        await self._refuse_cordoned(domain)
+        await self._refuse_closed(domain)
         async with self.locks.hold(domain, "start"), self.room.held(domain):
             owned = await self._take_and_launch(domain)
         self._emit_started(owned, f"domain {domain} was started on {self.node}")
@@ -244,7 +244,7 @@ class DomainService:
 
     async def _start_again(self, domain: DomainName) -> bool:
         """Start it if it is still to be (`domain_restart`). Whether it was; errors as `start`."""
-        await self._refuse_cordoned(domain)
+        await self._refuse_closed(domain)
         async with self.locks.hold(domain, "start"):
             wanted = self.ownership.restarts.wanted(domain)
             if wanted is None or not await self.ownership.may_start_again(domain):
@@ -253,8 +253,14 @@ class DomainService:
         self._emit_started(owned, f"domain {domain} was started again on {self.node}: {wanted.why}")
         return True
 
-    async def _refuse_cordoned(self, domain: DomainName) -> None:
-        if self._cordon is not None and (reasons := await self._cordon()):
+    async def closed(self) -> list[str]:
+        """Why nothing may start here, or come here, now: the host goes down, or is kept free."""
+        if self.ownership.restarts.host_ends:
+            return [f"{self.node} is going down, and its guests with it"]
+        return [] if self._cordon is None else await self._cordon()
+
+    async def _refuse_closed(self, domain: DomainName) -> None:
+        if reasons := await self.closed():
             raise RefusedError(f"domain {domain} was not started: {reasons[0]}", reasons)
 
     async def _take_and_launch(self, domain: DomainName) -> OwnershipRecord:

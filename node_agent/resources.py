@@ -273,6 +273,28 @@ class NodeRemoved(Value, frozen=True, kw_only=True):
     """Those that are recorded there still: nobody else may run them before a takeover."""
 
 
+class GuestsShutdown(Value, frozen=True, kw_only=True):
+    """Body of a shutdown of all guests of a node."""
+
+    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=1500)]
+    """How long they may take to power off by themselves; then they are ended by force."""
+
+
+class GuestLeft(Value, frozen=True, kw_only=True):
+    """A guest that is still there, or may be."""
+
+    name: str
+    why: str
+
+
+class GuestsEnded(Value, frozen=True, kw_only=True):
+    """What came of that. They are started again by the node's next agent."""
+
+    powered_off: tuple[str, ...] = ()
+    forced: tuple[str, ...] = ()
+    left: tuple[GuestLeft, ...] = ()
+
+
 class NodeList(Value, frozen=True, kw_only=True):
     nodes: tuple[Node, ...]
 

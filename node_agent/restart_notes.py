@@ -39,6 +39,8 @@ class RestartNotes(msgspec.Struct, frozen=True, kw_only=True):
     """Wall clock, oldest first, of the latest starts of each domain."""
     ending: dict[str, int] = {}
     """Those whose end somebody asked for, with the token that they run under."""
+    host_ends: bool = False
+    """The host's guests are being shut down, for the boot of `boot_id` ends."""
 
 
 class RestartStore(abc.ABC):

@@ -32,7 +32,7 @@ BESIDE: Final = [
     for group in (
         ("kill_matrix",),
         ("storage_pools", "clocks"),
-        ("lab", "adoption"),
+        ("lab", "adoption", "host_shutdown"),
         ("etcd_lab", "takeover", "demo"),
     )
 ]

@@ -33,9 +33,10 @@ from node_agent.api.requests import BODY_CAP_BYTES, CLUSTER, check_query
 from node_agent.api.route import Handler, Route
 from node_agent.api.routes import ROUTES
 from node_agent.api.streams import HEARTBEAT_S, STREAMS, Streams
-from node_agent.api.trust_handlers import REMOVAL, TRUST
+from node_agent.api.trust_handlers import HOST_SHUTDOWN, REMOVAL, TRUST
 from node_agent.cluster import ClusterService
 from node_agent.drain.service import DrainService
+from node_agent.host_shutdown import HostShutdown
 from node_agent.pressure.service import PressureService
 from node_agent.trust.removal import NodeRemoval
 from node_agent.trust.service import Trust
@@ -54,6 +55,7 @@ def create_app(
     trust: Trust | None = None,
     removal: NodeRemoval | None = None,
     pressure: PressureService | None = None,
+    shutdown: HostShutdown | None = None,
 ) -> web.Application:
     """The application. `middlewares` come after `problems`: what they raise is answered as such.
 
@@ -72,6 +74,8 @@ def create_app(
         app[TRUST] = trust
     if removal is not None:
         app[REMOVAL] = removal
+    if shutdown is not None:
+        app[HOST_SHUTDOWN] = shutdown
     for route in ROUTES:
         app.router.add_route(route.method, route.path, _checked(route))
 

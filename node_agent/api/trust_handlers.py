@@ -13,8 +13,9 @@ from migrator.model import Name, NodeName
 from node_agent.api.auth import caller_of
 from node_agent.api.requests import CLUSTER, find_node, flag, read_body, reply
 from node_agent.events import EventKind
+from node_agent.host_shutdown import HostShutdown
 from node_agent.metrics import CONTENT_TYPE, Seen, render
-from node_agent.resources import NodeRemoved
+from node_agent.resources import GuestsShutdown, NodeRemoved
 from node_agent.trust.records import (
     ApiTokenCreate,
     JoinRequest,
@@ -29,6 +30,7 @@ from node_agent.trust.service import Trust
 
 TRUST: Final = web.AppKey("trust", Trust)
 REMOVAL: Final = web.AppKey("removal", NodeRemoval)
+HOST_SHUTDOWN: Final = web.AppKey("host-shutdown", HostShutdown)
 
 
 def trust_of(request: web.Request) -> Trust:
@@ -96,6 +98,15 @@ async def remove_node(request: web.Request) -> web.StreamResponse:
         EventKind.NODE_REMOVED, f"{caller_of(request).name} removed node {name}"
     )
     return reply(NodeRemoved(name=name, domains=tuple(domains)))
+
+
+async def shut_guests_down(request: web.Request) -> web.StreamResponse:
+    """When none is left, or the time is over. It is this node's own, or none."""
+    name, body = _name(request, "node"), await read_body(request, GuestsShutdown)
+    shutdown = request.app.get(HOST_SHUTDOWN)
+    if shutdown is None or shutdown.node != name:
+        raise ConflictError(f"only the agent of {name} itself shuts its guests down")
+    return reply(await shutdown.run(body.timeout_s))
 
 
 async def who_am_i(request: web.Request) -> web.StreamResponse:

@@ -6,7 +6,7 @@ from typing import Final
 
 from node_agent.api import trust_handlers as handlers
 from node_agent.api.route import Query, Route
-from node_agent.resources import Node, NodeRemoved
+from node_agent.resources import GuestsEnded, GuestsShutdown, Node, NodeRemoved
 from node_agent.trust.records import (
     ApiTokenCreate,
     ApiTokenMade,
@@ -96,6 +96,15 @@ TRUST_ROUTES: Final = (
         ),
         errors=(404, 409),
         role=Role.ADMIN,
+    ),
+    Route(
+        method="POST",
+        path="/v1/nodes/{name}/shutdown-guests",
+        handler=handlers.shut_guests_down,
+        summary="Shut down the asked node's guests, as it goes down: its next agent starts them",
+        body=GuestsShutdown,
+        result=GuestsEnded,
+        errors=(404, 409),
     ),
     Route(
         method="GET",

@@ -9,6 +9,7 @@ from typing import Annotated, Final
 import msgspec
 import typer
 
+from node_agent.cli.guests import shutdown_guests
 from node_agent.cli.nodes import remove_node, round_trip, show_node
 from node_agent.cli.output import moment, note, settings, show, size, table
 from node_agent.clock_words import DIFFERS_S, offset_text, span_text
@@ -24,6 +25,7 @@ nodes = typer.Typer(help="Nodes.", no_args_is_help=True, rich_markup_mode=None)
 
 nodes.command("show")(show_node)
 nodes.command("rm")(remove_node)
+nodes.command("shutdown-guests")(shutdown_guests)
 
 
 @nodes.command("ls")

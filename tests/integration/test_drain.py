@@ -23,7 +23,6 @@ import pytest
 
 from deploy import lab
 from deploy.guest.protocol import READY
-from deploy.lab.processes import spawn_in
 from migrator.model import DomainState, MaintenancePolicy, MigrationState, NodeState
 from node_agent.cli.errors import ApiProblem, ExitCode
 from node_agent.drain.resources import (
@@ -37,6 +36,7 @@ from node_agent.drain.resources import (
 )
 from node_agent.resources import Domain, Node, StartRequest
 from tests.integration.cluster.drains import END_S, ended, node, open_all, seen, told
+from tests.integration.cluster.reboots import after_reboot
 from tests.integration.cluster.world import Cluster, Guest, Load, describe, eventually
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
@@ -277,17 +277,7 @@ def test_after_its_reboot_a_node_gets_its_domains_back_by_itself(
     assert run.returncode == ExitCode.OK, run.stderr
     lab.restart_agent(cluster.name, "n1")
     assert node(cluster, "n1", via="n2").state is NodeState.DRAINED, "a restart is no reboot"
-    lab.stop_agent(cluster.name, "n1")
-    boot_id = tmp_path / "boot_id"
-    boot_id.write_text("another-boot\n")
-    plan = cluster.plan.node("n1")
-    rebooted = (
-        "import sys; from pathlib import Path; from node_agent import __main__, foundations; "
-        f"foundations.BOOT_ID_PATH = Path({str(boot_id)!r}); sys.exit(__main__.main())"
-    )
-    command = [sys.executable, "-c", rebooted, "--config", str(plan.config_path)]
-    try:
-        spawn_in(plan.namespace, command, plan.log_path)
+    with after_reboot(cluster, "n1", tmp_path):
         names = [guest.name for guest in home]
         eventually(
             "its domains are back",
@@ -295,8 +285,6 @@ def test_after_its_reboot_a_node_gets_its_domains_back_by_itself(
             END_S,
         )
         eventually("n1 is open", lambda: node(cluster, "n1", "n2").state is NodeState.READY)
-    finally:
-        lab.restart_agent(cluster.name, "n1")
     for guest in home:
         guest.verify()
 

@@ -62,3 +62,20 @@ def test_systemd_starts_no_agent_of_a_removed_node_again() -> None:
     unit = configparser.ConfigParser(interpolation=None)
     unit.read(DEPLOY / "systemd" / "ferry-agent.service", encoding="utf-8")
     assert int(unit["Service"]["RestartPreventExitStatus"]) == ExitCode.REMOVED
+
+
+def test_systemd_stops_guests_with_the_host_and_with_nothing_else() -> None:
+    """Before the agent, the network and mounts; a restart of the agent must not reach them."""
+    units = {name: configparser.ConfigParser(interpolation=None) for name in ("agent", "guests")}
+    for name, unit in units.items():
+        unit.read(DEPLOY / "systemd" / f"ferry-{name}.service", encoding="utf-8")
+    guests = units["guests"]
+    after = set(guests["Unit"]["After"].split())
+    assert {"ferry-agent.service", "network-online.target", "remote-fs.target"} <= after
+    bound = {"requires", "bindsto", "partof", "requisite", "stopwhenunneeded", "conflicts"}
+    assert not bound & set(guests["Unit"])
+    assert not (bound | {"propagatesstopto"}) & set(units["agent"]["Unit"])
+    assert guests["Unit"]["RefuseManualStop"] == "yes"
+    assert "ferry-guests.service" in units["agent"]["Unit"]["Wants"].split()
+    assert (guests["Service"]["Type"], guests["Service"]["RemainAfterExit"]) == ("oneshot", "yes")
+    assert " node shutdown-guests " in guests["Service"]["ExecStop"]
