@@ -5,8 +5,9 @@
 prints KERNEL= and INITRD=, for `eval` in a shell. The image is built once and kept in the cache
 ($FERRY_CACHE, or /var/cache/ferry):
 
-    kernel-VERSION-HASH/   vmlinuz and the modules, from the kernel's package
-    guest-HASH/            initrd.cpio.gz; the hash is of all that went into it
+    kernel-VERSION-HASH/       vmlinuz and the modules, from the kernel's package
+    elf-kernel-VERSION-HASH/   vmlinux, taken out of vmlinuz: guests have nothing to unpack
+    guest-HASH/                initrd.cpio.gz; the hash is of all that went into it
 
 A folder appears whole or not at all, so builders may run at the same time.
 """

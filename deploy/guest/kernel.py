@@ -18,9 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from deploy.guest.unpacked import unpacked
 from migrator.errors import FerryError
 
 _ORDER_FILE: Final = "order"
+_IMAGE_FILE: Final = "vmlinuz"
+_ELF_FILE: Final = "vmlinux"
 _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
 _QUERY_TIMEOUT_S: Final = 60.0
 _DOWNLOAD_TIMEOUT_S: Final = 300.0
@@ -74,10 +77,13 @@ class UnpackedKernel:
     """What the cache holds of a kernel."""
 
     directory: Path
+    elf_directory: Path
 
     @property
     def image(self) -> Path:
-        return self.directory / "vmlinuz"
+        """What a hypervisor boots: ELF where that could be had (see `unpacked`)."""
+        elf = self.elf_directory / _ELF_FILE
+        return elf if elf.is_file() else self.directory / _IMAGE_FILE
 
     def modules(self) -> Sequence[tuple[str, bytes]]:
         """File names and contents, in an order in which they can be loaded."""
@@ -120,7 +126,20 @@ def fetch_kernel(package: KernelPackage, cache_directory: Path) -> UnpackedKerne
     if not final.is_dir():
         with tempfile.TemporaryDirectory(dir=cache_directory, prefix=".kernel-") as work:
             _download_and_unpack(package, Path(work))
-    return UnpackedKernel(final)
+    kernel = UnpackedKernel(final, cache_directory / f"elf-{package.cache_name}")
+    if not kernel.elf_directory.is_dir():
+        with tempfile.TemporaryDirectory(dir=cache_directory, prefix=".elf-") as work:
+            _write_elf(kernel, Path(work) / "result")
+    return kernel
+
+
+def _write_elf(kernel: UnpackedKernel, result: Path) -> None:
+    """A folder without a file says that there is no such image, so that nobody looks again."""
+    result.mkdir()
+    elf = unpacked(kernel.image.read_bytes())
+    if elf is not None:
+        (result / _ELF_FILE).write_bytes(elf)
+    publish(result, kernel.elf_directory)
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -157,7 +176,7 @@ def _download_and_unpack(package: KernelPackage, work: Path) -> None:
     )
     result = work / "result"
     result.mkdir()
-    shutil.copyfile(_only(root / "boot", "vmlinuz-*"), result / "vmlinuz")
+    shutil.copyfile(_only(root / "boot", "vmlinuz-*"), result / _IMAGE_FILE)
     files = {
         module_name(path): path for path in (root / "lib/modules").rglob("*.ko*") if path.is_file()
     }

@@ -141,7 +141,7 @@ def _qemu(kernel: UnpackedKernel, initrd: Path, lines: Sequence[Path]) -> list[s
         *("-machine", "pc,accel=tcg", "-cpu", "max", "-smp", "1", "-m", _MEMORY),
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-kernel", str(kernel.image), "-initrd", str(initrd)),
-        *("-append", "console=ttyS0 quiet panic=-1 mitigations=off init_on_alloc=0"),
+        *("-append", "console=ttyS0 quiet panic=-1 mitigations=off init_on_alloc=0 noreplace-smp"),
         *(word for line in lines for word in ("-serial", f"file:{line}")),
         *("-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap"),
         *("-device", "virtio-9p-pci,fsdev=host,mount_tag=host"),
