@@ -256,7 +256,8 @@ class DomainService:
     async def closed(self) -> list[str]:
         """Why nothing may start here, or come here, now: the host goes down, or is kept free."""
         if self.ownership.restarts.host_ends:
-            return [f"{self.node} is going down, and its guests with it"]
+            mend = "if it stays up, `systemctl restart ferry-agent` there starts them"
+            return [f"{self.node} is going down, and its guests with it ({mend})"]
         return [] if self._cordon is None else await self._cordon()
 
     async def _refuse_closed(self, domain: DomainName) -> None:

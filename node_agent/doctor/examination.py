@@ -26,6 +26,7 @@ from node_agent.doctor import links, paths
 from node_agent.doctor.certificates import check_certificates, check_store_certificates
 from node_agent.doctor.findings import Diagnosis, Finding, failure, fine, warning
 from node_agent.doctor.frr import check_frr
+from node_agent.doctor.units import check_units
 from node_agent.doctor.user_tokens import check_user_tokens
 from node_agent.migrations.room import STATE_ROOM_BYTES, free_bytes
 from node_agent.resources import DomainList, Node, NodeList, PoolList
@@ -55,6 +56,7 @@ def examine(
         *check_certificates(config, time.time()),
         *check_store_certificates(config, time.time()),
         _agent(config, running),
+        *check_units(config.node.guest_shutdown_s),
         *_ports(config, running),
         *_pools(client, running),
         *_user_tokens(client, running),

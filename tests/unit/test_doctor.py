@@ -10,6 +10,7 @@ from node_agent.doctor import examination, paths
 from node_agent.doctor.certificates import check_certificates
 from node_agent.doctor.examination import version_of
 from node_agent.doctor.findings import Diagnosis, Level, failure, fine, warning
+from node_agent.doctor.units import check_units
 from node_agent.trust.founding import found_cluster
 from tests.unit.trust_world import node_config
 
@@ -109,3 +110,21 @@ def test_what_is_wrong_with_certificates_is_told_with_its_mend(tmp_path: Path) -
     (tmp_path / "n1" / "tls" / "key.pem").write_text("nonsense")
     (broken,) = check_certificates(config, now_s)
     assert broken.level is Level.FAILURE
+
+
+@pytest.mark.parametrize(
+    ("active", "limit_s", "levels"),
+    [
+        ({"ferry-agent.service", "ferry-guests.service"}, 120.0, [Level.OK]),
+        ({"ferry-agent.service"}, 120.0, [Level.WARNING]),
+        ({"ferry-agent.service"}, 0.0, []),
+        (set(), 120.0, []),
+    ],
+    ids=["both", "an older installation's", "switched off", "a lab, or no systemd"],
+)
+def test_a_host_whose_shutdown_would_cut_guests_off_is_told_of(
+    active: set[str], limit_s: float, levels: list[Level]
+) -> None:
+    found = list(check_units(limit_s, active.__contains__))
+    assert [each.level for each in found] == levels
+    assert all("ferry-guests.service" in each.mend for each in found if each.mend)
