@@ -34,6 +34,7 @@ from storage.settings import PoolSettings
 
 DOMAINS: Final = "domains/"
 NODES: Final = "nodes/"
+BEATS: Final = "beats/"
 MIGRATIONS: Final = "migrations/"
 EVENTS: Final = "events/"
 POOLS: Final = "pools/"

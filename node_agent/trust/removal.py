@@ -12,8 +12,8 @@ from migrator.errors import ConflictError, NotFoundError, RefusedError
 from migrator.model import NodeInfo, NodeName, NodeState, OwnershipState
 from node_agent.domain_records import DomainRecords
 from node_agent.migrations.service import MigrationService
-from node_agent.nodes import NodeRegistry, NodeView
-from node_agent.resources import NODES
+from node_agent.nodes import Heartbeat, NodeRegistry, NodeView
+from node_agent.resources import BEATS, NODES
 from node_agent.state.typed import TypedStore
 from node_agent.trust.records import MEMBERS, MemberRecord
 
@@ -61,9 +61,10 @@ class NodeRemoval:
             raise RefusedError(f"node {node} can't be removed: {reasons[0]}", reasons)
         if member is not None:
             await self._revoke(node)
-        entry = await self._store.get(f"{NODES}{node}", NodeInfo)
-        if entry is not None:
-            await self._store.delete_if(entry.key, entry.revision)
+        for key, kind in ((f"{NODES}{node}", NodeInfo), (f"{BEATS}{node}", Heartbeat)):
+            entry = await self._store.get(key, kind)
+            if entry is not None:
+                await self._store.delete_if(entry.key, entry.revision)
         return sorted(domains)
 
     async def _reasons(

@@ -7,10 +7,20 @@ from typing import Final
 import msgspec
 
 from migrator.model import HypervisorCapabilities, NodeInfo
+from node_agent.nodes import Heartbeat, checksum
+from node_agent.resources import BEATS, NODES
+from node_agent.state.typed import TypedStore
 
 _CAPABILITIES: Final = HypervisorCapabilities(
     driver="simulated", version="1", accelerator="tcg", machine_types=(), cpu_models=()
 )
+
+
+async def speak(store: TypedStore, info: NodeInfo) -> None:
+    """As that node's agent does, at its `heartbeat_at_s`."""
+    await store.put(f"{NODES}{info.name}", info)
+    beat = Heartbeat(node=info.name, at_s=info.heartbeat_at_s, described=checksum(info))
+    await store.put(f"{BEATS}{info.name}", beat)
 
 
 def heartbeat(name: str, at_s: float = 0.0, **changes: object) -> NodeInfo:

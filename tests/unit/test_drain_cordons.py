@@ -27,10 +27,9 @@ from node_agent.drain.resources import (
 from node_agent.drain.service import DrainService
 from node_agent.migrations.checks import cordon_reasons
 from node_agent.nodes import NodeRegistry, NodeView
-from node_agent.resources import NODES
 from node_agent.state.memory import SimulatedData, SimulatedStore
 from node_agent.state.typed import TypedStore
-from tests.unit.heartbeats import heartbeat
+from tests.unit.heartbeats import heartbeat, speak
 
 N1 = NodeName("n1")
 S = NodeState
@@ -192,7 +191,7 @@ async def test_a_list_of_nodes_tells_who_keeps_one_free_and_why() -> None:
     cordon = Cordon(node="n1", state=S.CORDONED, since_s=1.0, by="user ann", reason="new disk")
     store, rest = await store_of(cordon), cast(Any, None)
     for name in ("n1", "n2"):
-        await store.put_if(f"{NODES}{name}", heartbeat(name, at_s=time.time()), None)
+        await speak(store, heartbeat(name, at_s=time.time()))
     views = await NodeRegistry(store, rest).read()
     told = {
         str(name): list(troubles(node_view(view, {}, {}, None), 0.0))

@@ -29,7 +29,6 @@ from migrator.model import (
     NodeState,
 )
 from node_agent.events import EventKind
-from node_agent.resources import NODES
 from node_agent.trust import certificates, discovery
 from node_agent.trust.certificates import NodeCertificate
 from node_agent.trust.discovery import announcing_addresses
@@ -41,6 +40,7 @@ from node_agent.trust.records import MEMBERS, MemberRecord, RenewRequest
 from node_agent.trust.removal import NodeRemoval
 from node_agent.trust.renewal import Renewer, due_at_s
 from tests.unit.agent_world import SimulatedNode, World, open_world, spec_of
+from tests.unit.heartbeats import speak
 from tests.unit.peers_world import N1, N2, N3, until
 from tests.unit.trust_world import node_config, trust_world
 
@@ -74,10 +74,8 @@ async def member(world: World, name: str, *, authority: bool = False) -> None:
 async def fall_silent(world: World) -> None:
     """b's last heartbeat is of long ago, and a has never seen it."""
     await world.b.registry.close()
-    entry = await world.a.typed.get(f"{NODES}b", type(await world.b._describe()))
-    assert entry is not None
-    old = msgspec.structs.replace(entry.value, heartbeat_at_s=time.time() - 60)
-    await world.a.typed.put(f"{NODES}b", old)
+    info = await world.b._describe()
+    await speak(world.a.typed, msgspec.structs.replace(info, heartbeat_at_s=time.time() - 60))
     world.a.registry._seen.clear()
     assert (await world.a.registry.read())[NodeName("b")].state is NodeState.UNREACHABLE
 

@@ -12,14 +12,13 @@ from node_agent.cli import joining
 from node_agent.cli.errors import Unreachable
 from node_agent.events import EventLog
 from node_agent.namesake import LOOK_S, refuse_namesake
-from node_agent.resources import NODES
 from node_agent.state.memory import SimulatedStore
 from node_agent.state.typed import TypedStore
 from node_agent.trust.discovery import SERVICE, Found, is_of
 from node_agent.trust.join_token import make_token
 from node_agent.trust.members import Membership
 from node_agent.trust.opening import open_trust
-from tests.unit.heartbeats import heartbeat
+from tests.unit.heartbeats import heartbeat, speak
 from tests.unit.trust_world import node_config, trust_world
 
 pytestmark = pytest.mark.allow_blocking("what the command line does runs in a thread")
@@ -37,15 +36,15 @@ async def test_a_second_agent_of_a_node_s_name_is_refused() -> None:
 
     async def beating(seconds: float) -> None:
         slept.append(seconds)
-        await typed.put(f"{NODES}{N1}", heartbeat(N1, sum(slept), boot_id="theirs"))
+        await speak(typed, heartbeat(N1, sum(slept), boot_id="theirs"))
 
     await refuse_namesake(typed, N1, "ours", beating)  # The first of its name.
-    await typed.put(f"{NODES}{N1}", heartbeat(N1, 1.0, boot_id="ours"))
+    await speak(typed, heartbeat(N1, 1.0, boot_id="ours"))
     await refuse_namesake(typed, N1, "ours", beating)  # A restart of the agent.
-    await typed.put(f"{NODES}{N1}", heartbeat(N1, 1.0, boot_id=""))
+    await speak(typed, heartbeat(N1, 1.0, boot_id=""))
     await refuse_namesake(typed, N1, "ours", beating)  # An older agent's.
     assert slept == []
-    await typed.put(f"{NODES}{N1}", heartbeat(N1, 1.0, boot_id="before"))
+    await speak(typed, heartbeat(N1, 1.0, boot_id="before"))
     await refuse_namesake(typed, N1, "ours", still)  # A reboot of the host.
     assert sum(slept) == pytest.approx(LOOK_S)
     with pytest.raises(ConfigError, match=r"speaks as n1 in this store, from 192\.0\.2\.1:7781"):

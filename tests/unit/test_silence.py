@@ -10,8 +10,8 @@ import pytest
 
 from migrator.model import NodeInfo, NodeName
 from node_agent.events import ClusterEvent, EventKind, EventLog
-from node_agent.nodes import NodeRegistry
-from node_agent.resources import NODES
+from node_agent.nodes import Heartbeat, NodeRegistry
+from node_agent.resources import BEATS
 from node_agent.silence import SILENCES, Silence, SilenceWatch
 from node_agent.state.memory import SimulatedData, SimulatedStore
 from node_agent.state.port import Swap
@@ -285,7 +285,7 @@ async def test_a_removed_node_leaves_no_record_and_is_not_back() -> None:
         await world.seconds(15)
         await world.seconds(10, without=["b"])
         typed = world.agents["a"].typed
-        heartbeat = await typed.get(f"{NODES}b", NodeInfo)
+        heartbeat = await typed.get(f"{BEATS}b", Heartbeat)
         assert heartbeat is not None
         await typed.delete_if(heartbeat.key, heartbeat.revision)
         await world.seconds(2, without=["b"])

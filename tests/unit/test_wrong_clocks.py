@@ -19,13 +19,12 @@ from node_agent.drain.survey import make_survey
 from node_agent.events import EventKind
 from node_agent.migrations.checks import node_reasons
 from node_agent.nodes import NodeRegistry, NodeView
-from node_agent.resources import NODES
 from node_agent.state.memory import SimulatedStore
 from node_agent.state.typed import TypedStore
 from node_agent.trust import certificates
 from node_agent.trust.certificates import NodeCertificate, Span
 from node_agent.trust.renewal import REMIND_S, Renewer
-from tests.unit.heartbeats import heartbeat
+from tests.unit.heartbeats import heartbeat, speak
 from tests.unit.peers_world import until
 from tests.unit.trust_world import TrustWorld, trust_world
 
@@ -234,7 +233,7 @@ async def test_heartbeats_tell_how_far_clocks_are_apart() -> None:
     registry = NodeRegistry(typed, describe, clock=lambda: now[0], monotonic=lambda: now[0])
 
     async def offset_s(ahead_s: float, late_s: float) -> float | None:
-        await typed.put(f"{NODES}n2", heartbeat("n2", now[0] + ahead_s))
+        await speak(typed, heartbeat("n2", now[0] + ahead_s))
         now[0] += late_s
         return (await registry.read())[NodeName("n2")].clock_offset_s
 
@@ -343,7 +342,7 @@ async def test_a_node_whose_certificate_has_ended_is_no_place_to_go() -> None:
 
     registry = NodeRegistry(typed, describe, clock=lambda: 1e9, monotonic=lambda: 1.0)
     for name, until_s in (("n1", 1e9 + 60), ("n2", 1e9), ("n3", None)):
-        await typed.put(f"{NODES}{name}", heartbeat(name, 1e9, certificate_until_s=until_s))
+        await speak(typed, heartbeat(name, 1e9, certificate_until_s=until_s))
     views = await registry.read()
     ended = "its certificate has ended, on 2001-09-09 01:46 UTC (`ferry doctor` there says what"
     n1, n2, n3 = map(NodeName, ("n1", "n2", "n3"))
