@@ -43,9 +43,10 @@ async def cut_short(node: SimulatedNode, volume: VolumeName, work: Work) -> Volu
 async def remove_b(world: World) -> None:
     """As `ferry node rm` does, of a node whose agent has ended."""
     await world.b.registry.close()
-    found = await world.a.store.get("nodes/b")
-    assert found is not None
-    assert await world.a.store.delete_if("nodes/b", found.revision)
+    for key in ("nodes/b", "beats/b"):
+        found = await world.a.store.get(key)
+        assert found is not None
+        assert await world.a.store.delete_if(key, found.revision)
 
 
 async def test_a_start_on_another_node_sees_a_resize(
