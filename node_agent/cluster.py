@@ -76,6 +76,7 @@ from node_agent.homes import (
 from node_agent.hooks.service import HookService
 from node_agent.migrations.checks import one_way
 from node_agent.migrations.endings import too_late
+from node_agent.migrations.outline import MigrationOutline
 from node_agent.migrations.service import MigrationService
 from node_agent.nodes import NodeRegistry
 from node_agent.peers.hub import PeerHub
@@ -357,6 +358,14 @@ class ClusterService:
         """Newest first, as the store has them."""
         return await self._migrations.list_migrations()
 
+    async def list_outlines(self) -> Sequence[MigrationOutline]:
+        """The same, of each what tells whether it is under way, and how it ended."""
+        return await self._migrations.list_outlines()
+
+    async def list_own_migrations(self) -> Sequence[MigrationOutline]:
+        """See `MigrationService.list_own`."""
+        return await self._migrations.list_own()
+
     async def cancel_migration(self, id: str, by: str = "") -> Migration:
         """Ask its source to give up, for `by`. WrongStateError: too late."""
         stored = await self._migrations.get(id)
@@ -403,8 +412,8 @@ class ClusterService:
         return choose_destination(source, await self.list_nodes())
 
     async def _migrating(self) -> Mapping[DomainName, str]:
-        migrations = await self._migrations.list_migrations()
-        return {DomainName(each.domain): each.id for each in migrations if not each.ended}
+        outlines = await self._migrations.list_outlines()
+        return {DomainName(each.domain): each.id for each in outlines if not each.ended}
 
     async def _ask_owners(self, owned: set[OwnershipRecord]) -> Snapshot:
         """Each owner of a running domain once, all at the same time."""

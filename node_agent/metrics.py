@@ -16,8 +16,9 @@ from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from migrator.model import Migration, MigrationState, NodeState
+from migrator.model import MigrationState, NodeState
 from migrator.ports import Struct
+from node_agent.migrations.outline import MigrationOutline
 from node_agent.resources import Health, Node
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -30,8 +31,8 @@ class Seen(Struct, frozen=True, kw_only=True):
 
     health: Health
     nodes: Sequence[Node]
-    migrations: Sequence[Migration]
-    """Those that the store still has."""
+    migrations: Sequence[MigrationOutline]
+    """Of this node: those that the store had when the agent began, and all since."""
     certificate_not_after_s: float | None
     """None without TLS."""
     authority_not_after_s: float | None = None
@@ -51,8 +52,7 @@ class _Once(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from _of_the_agent(self._seen)
         yield from _of_nodes(self._seen)
-        own = [each for each in self._seen.migrations if each.source == self._seen.health.node]
-        yield from _of_migrations(own)
+        yield from _of_migrations(self._seen.migrations)
 
 
 def _of_the_agent(seen: Seen) -> Iterator[Metric]:
@@ -119,7 +119,7 @@ def _of_nodes(seen: Seen) -> Iterator[Metric]:
             )
 
 
-def _of_migrations(own: Sequence[Migration]) -> Iterator[Metric]:
+def _of_migrations(own: Sequence[MigrationOutline]) -> Iterator[Metric]:
     counts = Counter(each.state for each in own)
     states = GaugeMetricFamily(
         "ferry_migrations", "Migrations from this node, by state.", labels=("state",)

@@ -74,7 +74,7 @@ async def get_metrics(request: web.Request) -> web.StreamResponse:
     seen = Seen(
         health=await cluster.health(),
         nodes=await cluster.list_nodes(),
-        migrations=await cluster.list_migrations(),
+        migrations=await cluster.list_own_migrations(),
         certificate_not_after_s=None if trust is None else trust.certificate.not_after_s,
         authority_not_after_s=None if trust is None else trust.authority_span.not_after_s,
     )

@@ -44,7 +44,7 @@ async def plan_balance(
     now = clock()
     resting = frozenset(
         each.domain
-        for each in await world.cluster.list_migrations()
+        for each in await world.cluster.list_outlines()
         if not each.ended
         or (each.state is MigrationState.COMPLETED and abs(now - (each.ended_at_s or now)) < REST_S)
     )

@@ -117,27 +117,27 @@ class DrainWorld:
 
     async def incoming(self, node: str) -> tuple[str, ...]:
         """The domains of migrations that are under way to it."""
-        migrations = await self.cluster.list_migrations()
+        outlines = await self.cluster.list_outlines()
         return tuple(
-            sorted(
-                each.domain for each in migrations if each.destination == node and not each.ended
-            )
+            sorted(each.domain for each in outlines if each.destination == node and not each.ended)
         )
 
     async def leaving(self, node: str) -> dict[str, Migration]:
         """By domain, the migrations from it that are under way, as it says itself."""
-        migrations = await self.cluster.list_migrations()
-        mine = [each.id for each in migrations if each.source == node and not each.ended]
+        outlines = await self.cluster.list_outlines()
+        mine = [each.id for each in outlines if each.source == node and not each.ended]
         found = await asyncio.gather(*map(self.cluster.get_migration, mine))
         return {each.domain: each for each in found if not each.ended}
 
     async def migration_of(self, domain: str, known: str | None) -> Migration | None:
         """The one that has hold of the domain now; else the known one; else None."""
-        migrations = await self.cluster.list_migrations()
-        for each in migrations:
+        outlines = await self.cluster.list_outlines()
+        for each in outlines:
             if each.domain == domain and not each.ended:
                 return await self.cluster.get_migration(each.id)
-        return next((each for each in migrations if each.id == known), None)
+        if known is None or all(each.id != known for each in outlines):
+            return None
+        return await self.cluster.get_migration(known)
 
     # --- planning ----------------------------------------------------------------------------
 

@@ -55,6 +55,7 @@ from node_agent.migrations.endings import too_late
 from node_agent.migrations.engine_choice import EngineChoice, EngineChooser
 from node_agent.migrations.forecast import Forecaster
 from node_agent.migrations.moments import MigrationMoments
+from node_agent.migrations.outline import MigrationOutline
 from node_agent.migrations.post_copy_stop import stop_in_post_copy
 from node_agent.migrations.publisher import Publisher
 from node_agent.migrations.redials import Redials
@@ -319,6 +320,12 @@ class MigrationManager(MigrationService):
 
     async def list_migrations(self) -> Sequence[Migration]:
         return await self._publisher.read_all()
+
+    async def list_outlines(self) -> Sequence[MigrationOutline]:
+        return await self._publisher.read_outlines()
+
+    async def list_own(self) -> Sequence[MigrationOutline]:
+        return await self._publisher.read_own(self.node)
 
     async def limit(self, id: str, bandwidth_bytes_per_s: int | None) -> Migration:
         runner = self._runners.get(id)

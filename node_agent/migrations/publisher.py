@@ -21,6 +21,7 @@ from migrator.model import Migration, MigrationState
 from migrator.session.source import SourceSession
 from node_agent.background import Background
 from node_agent.events import EventKind, EventLog
+from node_agent.migrations.outline import MigrationOutline, outline_of
 from node_agent.resources import MIGRATIONS
 from node_agent.state.typed import TypedStore
 
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 INTERVAL_S: Final = 1.0
 KEEP: Final = 1_000
+"""That have ended, in the store."""
+OWN_MAX: Final = 10_000
 _TRIES: Final = 5
 _QUIET: Final = frozenset({MigrationState.SWITCHOVER, MigrationState.HANDOFF})
 _WAITING: Final = frozenset({MigrationState.RECOVERING, MigrationState.POSTCOPY})
@@ -60,6 +63,9 @@ class Publisher:
         """Told by migration, without their numbers: they count seconds."""
         self._dirty: dict[str, SourceSession] = {}
         self._written_at: dict[str, float] = {}
+        self._own: dict[str, MigrationOutline] = {}
+        """Of what this agent has published, and once read, of what its predecessors have."""
+        self._own_read = False
         self._writing = asyncio.Lock()
         """One after the other, each as of its turn: an older view never comes last."""
         self._wakeup = asyncio.Event()
@@ -84,6 +90,24 @@ class Publisher:
         migrations = [entry.value for entry in entries]
         return sorted(migrations, key=lambda migration: migration.created_at_s, reverse=True)
 
+    async def read_outlines(self) -> Sequence[MigrationOutline]:
+        """The same, of each what tells whether it is under way."""
+        entries = await self._store.list_parts(MIGRATIONS, MigrationOutline)
+        outlines = [entry.value for entry in entries]
+        return sorted(outlines, key=lambda outline: outline.created_at_s, reverse=True)
+
+    async def read_own(self, node: str) -> Sequence[MigrationOutline]:
+        """Of those whose source this node, `node`, is: what the store had at the first call, and
+        all since, though the store may have dropped them; the newest `OWN_MAX`. Only the first call
+        reads the store.
+        """
+        if not self._own_read:
+            stored = {each.id: each for each in reversed(await self.read_outlines())}
+            ours = {name: each for name, each in stored.items() if each.source == node}
+            self._own = {**ours, **self._own}
+            self._own_read = True
+        return list(self._own.values())
+
     async def write(self, migration: Migration) -> None:
         """Publish now."""
         await self._put(lambda: migration)
@@ -107,6 +131,9 @@ class Publisher:
         async with self._writing:
             migration = view()
             await self._store.put(f"{MIGRATIONS}{migration.id}", migration)
+            self._own[migration.id] = outline_of(migration)
+            while len(self._own) > OWN_MAX:
+                del self._own[next(iter(self._own))]
 
     def changed(self, session: SourceSession) -> None:
         """From the runner, after each event. Never waits."""
@@ -180,7 +207,7 @@ class Publisher:
         )
 
     async def _prune(self) -> None:
-        entries = await self._store.list_prefix(MIGRATIONS, Migration)
+        entries = await self._store.list_parts(MIGRATIONS, MigrationOutline)
         ended = sorted(
             (entry for entry in entries if entry.value.ended),
             key=lambda entry: entry.revision,  # Nodes' clocks differ.

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from migrator.figures import DirtyRate, Prediction
 from migrator.model import Migration, MigrationRequest
 from node_agent.migrations.engine_choice import EngineChoice
+from node_agent.migrations.outline import MigrationOutline
 
 
 class MigrationService(abc.ABC):
@@ -53,6 +54,15 @@ class MigrationService(abc.ABC):
     @abc.abstractmethod
     async def list_migrations(self) -> Sequence[Migration]:
         """Newest first."""
+
+    @abc.abstractmethod
+    async def list_outlines(self) -> Sequence[MigrationOutline]:
+        """The same, of each what tells whether it is under way, and how it ended."""
+
+    @abc.abstractmethod
+    async def list_own(self) -> Sequence[MigrationOutline]:
+        """Of those whose source this node is, from the oldest on. For metrics: nothing that was
+        told once is missing later."""
 
     @abc.abstractmethod
     async def limit(self, id: str, bandwidth_bytes_per_s: int | None) -> Migration:

@@ -28,13 +28,13 @@ async def end_the_unpublished(
     """Publish each as the journal has it, and run its hooks. StoreError: some are left as they
     were. `runs`: whether the migration of that id is under way here.
     """
-    for published in await publisher.read_all():
-        if published.ended or published.source != node or runs(published.id):
+    for outline in await publisher.read_outlines():
+        if outline.ended or outline.source != node or runs(outline.id):
             continue
-        await _end(published, publisher, journal)
         with contextlib.suppress(NotFoundError):
-            spec = (await records.get(DomainName(published.domain))).spec
-            await moments.at_unseen_end(await publisher.read(published.id), spec)
+            await _end(await publisher.read(outline.id), publisher, journal)
+            spec = (await records.get(DomainName(outline.domain))).spec
+            await moments.at_unseen_end(await publisher.read(outline.id), spec)
 
 
 async def _end(migration: Migration, publisher: Publisher, journal: MigrationJournal) -> None:

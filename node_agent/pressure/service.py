@@ -190,8 +190,8 @@ class PressureService:
         busy = sorted(name for name, view in views.items() if view.state in _BUSY)
         if busy:
             return f"node {busy[0]} is being drained or restored: nothing else is moved meanwhile"
-        migrations = await self._world.cluster.list_migrations()
-        under_way = [each.id for each in migrations if not each.ended]
+        outlines = await self._world.cluster.list_outlines()
+        under_way = [each.id for each in outlines if not each.ended]
         return f"migration {under_way[0]} is under way: one at a time" if under_way else ""
 
 

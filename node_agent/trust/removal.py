@@ -85,7 +85,7 @@ class NodeRemoval:
             reasons.append(f"domains run there ({names}): {how}")
         under_way = [
             each.id
-            for each in await self._migrations.list_migrations()
+            for each in await self._migrations.list_outlines()
             if not each.ended and node in (each.source, each.destination)
         ]
         if under_way and not (force and silent):

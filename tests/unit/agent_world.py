@@ -42,6 +42,7 @@ from node_agent.machines import MachinePinner
 from node_agent.memory_room import MemoryRoom
 from node_agent.migrations.endings import too_late
 from node_agent.migrations.engine_choice import EngineChoice
+from node_agent.migrations.outline import MigrationOutline, outline_of
 from node_agent.migrations.service import MigrationService
 from node_agent.nodes import NodeRegistry
 from node_agent.older_store import OtherNodes
@@ -142,6 +143,12 @@ class FakeMigrations(MigrationService):
 
     async def list_migrations(self) -> Sequence[Migration]:
         return list(reversed(self.known.values()))
+
+    async def list_outlines(self) -> Sequence[MigrationOutline]:
+        return [outline_of(each) for each in await self.list_migrations()]
+
+    async def list_own(self) -> Sequence[MigrationOutline]:
+        return [each for each in await self.list_outlines() if each.source == self.node]
 
     async def limit(self, id: str, bandwidth_bytes_per_s: int | None) -> Migration:
         migration = await self.get(id)

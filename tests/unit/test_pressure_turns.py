@@ -37,7 +37,7 @@ class Cluster:
         self.asked = asyncio.Event()
         self.error: FerryError | None = None
 
-    async def list_migrations(self) -> Sequence[Any]:
+    async def list_outlines(self) -> Sequence[Any]:
         seen = list(self.migrations)
         await asyncio.sleep(0)
         return seen

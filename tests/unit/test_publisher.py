@@ -29,7 +29,7 @@ class SlowStore:
             self.done.set()
         self.kept = migration
 
-    async def list_prefix(self, *_: object) -> list[Any]:
+    async def list_parts(self, *_: object) -> list[Any]:
         return []
 
 
