@@ -63,7 +63,7 @@ from node_agent.cluster_calls import (
     TakeoverParams,
     Verdict,
 )
-from node_agent.cluster_views import Snapshot, domain_view, node_view
+from node_agent.cluster_views import Snapshot, domain_view, node_views, running_by_node
 from node_agent.domain_records import DomainRecords, asking, not_running
 from node_agent.domains import ConsoleChunk, DomainService
 from node_agent.events import EventLog
@@ -127,17 +127,14 @@ class ClusterService:
         """Every node, by name, with what runs on it."""
         views = await self._nodes.read()
         records = await self._records.list_records()
-        owned = await self._records.list_ownership()
-        return [
-            node_view(
-                view,
-                records,
-                owned,
-                self._hub.round_trip_ms(name),
-                self._nodes.trouble if name == self.node else "",
-            )
-            for name, view in sorted(views.items())
-        ]
+        running = running_by_node(records, await self._records.list_ownership())
+        return node_views(views, running, self._hub.round_trip_ms, {self.node: self._nodes.trouble})
+
+    async def list_neighbours(self) -> Sequence[Node]:
+        """The same, of what runs only this node's: quicker, where there are many domains."""
+        views = await self._nodes.read()
+        running = {self.node: await self._records.running_on(self.node)}
+        return node_views(views, running, self._hub.round_trip_ms, {self.node: self._nodes.trouble})
 
     async def health(self) -> Health:
         """StoreError if the store doesn't answer, or didn't take this node's last heartbeat."""

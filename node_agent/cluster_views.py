@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 
 from migrator.model import (
     DomainName,
@@ -56,20 +57,38 @@ def domain_view(
     )
 
 
+def running_by_node(
+    records: Mapping[DomainName, DomainRecord], owned: Mapping[DomainName, OwnershipRecord]
+) -> Mapping[NodeName, Mapping[DomainName, DomainRecord]]:
+    """Of all that are defined and run, by the node that owns them."""
+    found: defaultdict[NodeName, dict[DomainName, DomainRecord]] = defaultdict(dict)
+    for name, record in owned.items():
+        if record.state is OwnershipState.RUNNING and name in records:
+            found[NodeName(record.owner)][name] = records[name]
+    return found
+
+
+def node_views(
+    views: Mapping[NodeName, NodeView],
+    running: Mapping[NodeName, Mapping[DomainName, DomainRecord]],
+    round_trip_ms: Callable[[NodeName], float | None],
+    troubles: Mapping[NodeName, str],
+) -> Sequence[Node]:
+    """Every node's, by name."""
+    return [
+        node_view(view, running.get(name, {}), round_trip_ms(name), troubles.get(name, ""))
+        for name, view in sorted(views.items())
+    ]
+
+
 def node_view(
     view: NodeView,
-    records: Mapping[DomainName, DomainRecord],
-    owned: Mapping[DomainName, OwnershipRecord],
+    running: Mapping[DomainName, DomainRecord],
     round_trip_ms: float | None,
     trouble: str = "",
 ) -> Node:
     """The node resource, with the domains that run on it."""
     info = view.info
-    running = sorted(
-        name
-        for name, record in owned.items()
-        if record.owner == info.name and record.state is OwnershipState.RUNNING and name in records
-    )
     return Node(
         name=info.name,
         state=view.state,
@@ -79,8 +98,8 @@ def node_view(
         migration_address=info.migration_address,
         cpus=info.cpus,
         memory_bytes=info.memory_bytes,
-        memory_committed_bytes=sum(records[name].spec.memory_bytes for name in running),
-        domains=tuple(running),
+        memory_committed_bytes=sum(record.spec.memory_bytes for record in running.values()),
+        domains=tuple(sorted(running)),
         capabilities=info.capabilities,
         agent_version=info.agent_version,
         round_trip_ms=round_trip_ms,

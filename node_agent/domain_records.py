@@ -7,6 +7,7 @@ again afterwards: of two that clash, the one with the later revision takes itsel
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from migrator.model import (
     KernelBoot,
     NodeName,
     OwnershipRecord,
+    OwnershipState,
     PoolName,
 )
 from node_agent.mac_addresses import Roll, made, with_macs
@@ -88,6 +90,21 @@ class DomainRecords:
         """Every ownership record; those of deleted domains are not among them."""
         entries = await self._store.list_prefix(OWNERSHIP, OwnershipRecord)
         return {DomainName(entry.value.domain): entry.value for entry in entries}
+
+    async def running_on(self, node: NodeName) -> Mapping[DomainName, DomainRecord]:
+        """By their ownership records; without those that aren't defined any more.
+
+        Reads the definitions of these alone: of all domains they are many times as much.
+        """
+        ours = [
+            name
+            for name, owned in (await self.list_ownership()).items()
+            if owned.owner == node and owned.state is OwnershipState.RUNNING
+        ]
+        found = await asyncio.gather(*map(self.find, ours))
+        return {
+            name: record for name, record in zip(ours, found, strict=True) if record is not None
+        }
 
     async def add(self, record: DomainRecord) -> None:
         """Define. ConflictError names everything that another domain already has."""

@@ -73,7 +73,7 @@ async def get_metrics(request: web.Request) -> web.StreamResponse:
     cluster, trust = request.app[CLUSTER], request.app.get(TRUST)
     seen = Seen(
         health=await cluster.health(),
-        nodes=await cluster.list_nodes(),
+        nodes=await cluster.list_neighbours(),
         migrations=await cluster.list_own_migrations(),
         certificate_not_after_s=None if trust is None else trust.certificate.not_after_s,
         authority_not_after_s=None if trust is None else trust.authority_span.not_after_s,

@@ -96,17 +96,7 @@ class DrainWorld:
 
     async def owned_by(self, node: str) -> tuple[str, ...]:
         """The domains whose record says that they run there."""
-        records = await self._records.list_records()
-        owned = await self._records.list_ownership()
-        return tuple(
-            sorted(
-                name
-                for name, record in owned.items()
-                if record.owner == node
-                and record.state is OwnershipState.RUNNING
-                and name in records
-            )
-        )
+        return tuple(sorted(await self._records.running_on(NodeName(node))))
 
     async def processes(self, node: str) -> tuple[str, ...]:
         """The domains that have a process there, whoever owns them. PeerError: it is silent."""

@@ -194,8 +194,7 @@ async def test_a_list_of_nodes_tells_who_keeps_one_free_and_why() -> None:
         await speak(store, heartbeat(name, at_s=time.time()))
     views = await NodeRegistry(store, rest).read()
     told = {
-        str(name): list(troubles(node_view(view, {}, {}, None), 0.0))
-        for name, view in views.items()
+        str(name): list(troubles(node_view(view, {}, None), 0.0)) for name, view in views.items()
     }
     assert told == {"n1": ["it is cordoned by user ann: new disk"], "n2": []}
 

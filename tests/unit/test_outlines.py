@@ -1,4 +1,4 @@
-"""Many migrations that have ended don't hold an agent up, nor are they missing from its metrics."""
+"""Many domains, and migrations that have ended, don't hold an agent up; its metrics have them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,24 @@ from typing import Any, Final, cast
 import msgspec
 import pytest
 
-from migrator.model import Migration, MigrationState
+from migrator.model import (
+    Migration,
+    MigrationState,
+    NodeName,
+    OwnershipRecord,
+    OwnershipState,
+)
+from node_agent.cluster_views import running_by_node
+from node_agent.domain_records import DomainRecords
 from node_agent.migrations import publisher as publisher_module
 from node_agent.migrations.outline import MigrationOutline, outline_of
 from node_agent.migrations.publisher import Publisher
-from node_agent.resources import MIGRATIONS
+from node_agent.resources import DOMAINS, MIGRATIONS, DomainRecord
 from node_agent.state import typed as typed_module
 from node_agent.state.memory import SimulatedStore
+from node_agent.state.ownership import PREFIX as OWNERSHIP
 from node_agent.state.typed import TypedStore
+from tests.unit.agent_world import spec_of
 from tests.unit.session_pair import SessionPair
 from tests.unit.test_publisher import NoEvents
 
@@ -129,6 +139,20 @@ async def test_what_was_left_out_of_an_older_value_is_not_remembered_for_a_newer
     assert entry is not None
     kept = msgspec.msgpack.decode(entry.value)
     assert (kept["unknown"], kept["domain"]) == ("b", "again")
+
+
+async def test_what_runs_on_one_node_is_known_without_reading_all(typed: TypedStore) -> None:
+    records = DomainRecords(typed)
+    states = (("web", "a", True), ("off", "a", False), ("gone", "a", True), ("far", "b", True))
+    for name, owner, runs in states:
+        state = OwnershipState.RUNNING if runs else OwnershipState.STOPPED
+        owned = OwnershipRecord(domain=name, token=1, owner=owner, state=state)
+        await typed.put(f"{OWNERSHIP}{name}", owned)
+        if name != "gone":
+            await typed.put(f"{DOMAINS}{name}", DomainRecord(spec=spec_of(name), defined_at_s=0.0))
+    assert list(await records.running_on(NodeName("a"))) == ["web"]
+    everywhere = running_by_node(await records.list_records(), await records.list_ownership())
+    assert {node: list(found) for node, found in everywhere.items()} == {"a": ["web"], "b": ["far"]}
 
 
 class _Strict(MigrationOutline, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -317,7 +317,7 @@ def test_spans_in_words(seconds: float, text: str) -> None:
 
 def test_what_an_operator_sees_of_a_node_beside_its_state() -> None:
     def told(**changes: float | None) -> list[str]:
-        shown = node_view(view("n2", None), {}, {}, None)
+        shown = node_view(view("n2", None), {}, None)
         return list(troubles(msgspec.structs.replace(shown, **changes), 1e9))
 
     assert told() == told(clock_offset_s=-1.4, certificate_until_s=1e9 + 5 * DAY_S) == []
