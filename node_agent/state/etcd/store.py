@@ -29,6 +29,7 @@ from node_agent.state.watches import KEPT_CHANGES, StoreClosed, Watch, check_key
 
 MARK_BYTES: Final = 16
 _COMPACT_EVERY: Final = 256
+"""Revisions of the whole etcd: who makes the last of so many forgets old ones."""
 _TRIES: Final = 64
 """Others may write in between so often."""
 
@@ -49,7 +50,6 @@ class EtcdStore(StateStore):
         self._seen: dict[str, int] = {}
         """The revision at which a key was last written by `put`."""
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        self._compacted = 0
         self._compaction: asyncio.Task[None] | None = None
 
     # --- life --------------------------------------------------------------------------------
@@ -257,14 +257,18 @@ class EtcdStore(StateStore):
             "txn", rpc.TxnRequest(compare=compare, success=success, failure=failure)
         )
         revision = int(answer.response.header.revision)
-        if revision >= max(self._compacted, KEPT_CHANGES) + _COMPACT_EVERY:
-            self._compacted = revision
-            if self._compaction is None or self._compaction.done():
-                self._compaction = asyncio.create_task(self._compact(revision - KEPT_CHANGES))
+        due = answer.response.succeeded and revision % _COMPACT_EVERY == 0
+        at_it = self._compaction is not None and not self._compaction.done()
+        if due and revision > KEPT_CHANGES and not at_it:
+            self._compaction = asyncio.create_task(self._compact(revision - KEPT_CHANGES))
         return answer
 
     async def _compact(self, revision: int) -> None:
-        """Forget old revisions, or etcd's database fills up. Another agent may be faster."""
+        """Forget old revisions, or etcd's database fills up.
+
+        By whoever made a revision that is due: one agent, however many there are. If that dies,
+        or etcd is away, the next one forgets more.
+        """
         with contextlib.suppress(StoreError):
             await self._client.call("compact", rpc.CompactionRequest(revision=revision))
 
