@@ -91,10 +91,22 @@ def netlink_socket(name: str) -> int:
 
     Raises OSError.
     """
+    return _netlink_socket_after(lambda: enter(name))
+
+
+def nameless_netlink_socket() -> int:
+    """The same in a new namespace without a name, which ends when the descriptor is closed.
+
+    Raises OSError.
+    """
+    return _netlink_socket_after(lambda: _check(_libc().unshare(CLONE_NEWNET)))
+
+
+def _netlink_socket_after(enter_it: Callable[[], None]) -> int:
     descriptors: list[int] = []
 
     def work() -> None:
-        enter(name)
+        enter_it()
         kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
         descriptors.append(socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE).detach())
 

@@ -1,25 +1,20 @@
 """What a machine must have before a lab can be made, checked together, one sentence each.
 
-The kernel's part is tried for real, in a nameless network namespace that ends with the child
-process that tries it: `python -m deploy.lab.preconditions`.
+The kernel's part is tried for real, in a nameless network namespace that ends with the socket in
+it by which it is tried.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import Final
 
 from pyroute2 import IPRoute, NetlinkError
 
-from deploy.lab.enter import CLONE_NEWNET
-from migrator.errors import RefusedError
+from deploy.lab.namespaces import nameless_netlink_socket
+from migrator.errors import RefusedError, words
 
-_PROBE_TIMEOUT_S: Final = 20.0
 _PAGED_ENGINE_KERNEL: Final = (6, 7)
 """PAGEMAP_SCAN, which the page engine's dirty tracking stands on, came with Linux 6.7."""
 
@@ -59,27 +54,13 @@ def remarks() -> list[str]:
 
 
 def _kernel_faults() -> list[str]:
-    command = [sys.executable, "-m", "deploy.lab.preconditions"]
-    root = Path(__file__).resolve().parents[2]
-    try:
-        done = subprocess.run(
-            command, cwd=root, capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return [f"the kernel's network features can't be tried out within {_PROBE_TIMEOUT_S:g} s"]
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return [f"the kernel's network features can't be tried out: {last}"]
-    return list(filter(None, done.stdout.splitlines()))
-
-
-def _probe() -> list[str]:
     """Try every kind of interface and qdisc a lab uses, in a namespace of our own."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(CLONE_NEWNET) != 0:
-        return [f"network namespaces don't work here: {os.strerror(ctypes.get_errno())}"]
+    try:
+        route = IPRoute(fileno=nameless_netlink_socket())
+    except OSError as error:
+        return [f"network namespaces don't work here: {words(error)}"]
     faults: list[str] = []
-    with IPRoute() as route:
+    with route:
         for kind, extra in (("bridge", {}), ("veth", {"peer": "probe-peer"})):
             try:
                 route.link("add", ifname=f"probe-{kind}", kind=kind, **extra)
@@ -90,7 +71,3 @@ def _probe() -> list[str]:
         except NetlinkError as error:
             faults.append(f"the kernel has no tbf shaping ({error}): modprobe sch_tbf")
     return faults
-
-
-if __name__ == "__main__":
-    print("\n".join(_probe()))
