@@ -26,6 +26,7 @@ from deploy.lab.namespaces import namespace_key
 from migrator.errors import FerryError
 
 ENTER_SCRIPT: Final = str(Path(enter.__file__).resolve())
+_ENTER_BYTES: Final = os.fsencode(ENTER_SCRIPT)
 _POLL_S: Final = 0.02
 _KILL_TIMEOUT_S: Final = 20.0
 """A killed QEMU gives back its memory first; at a few GiB/s that's seconds at most."""
@@ -61,11 +62,15 @@ def alive(process: Process) -> bool:
 
 def command_of(pid: int) -> list[str]:
     """The process's argument vector; empty once it has ended."""
+    return [os.fsdecode(part) for part in _command_bytes(pid).split(b"\0")[:-1]]
+
+
+def _command_bytes(pid: int) -> bytes:
     try:
-        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+        with open(f"/proc/{pid}/cmdline", "rb", buffering=0) as file:  # noqa: PTH123 - as below
+            return file.read()
     except OSError:
-        return []
-    return [os.fsdecode(part) for part in raw.split(b"\0")[:-1]]
+        return b""
 
 
 def processes_in(
@@ -79,11 +84,11 @@ def processes_in(
     by_key = dict.fromkeys(keys, "")
     by_key.update({key: name for name in names if (key := namespace_key(name)) is not None})
     found: dict[str, list[Process]] = {name: [] for name in (*names, "")}
-    for entry in Path("/proc").iterdir():
+    for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
             continue
         try:
-            status = (entry / "ns" / "net").stat()
+            status = os.stat(f"/proc/{entry.name}/ns/net")  # noqa: PTH116 - a Path takes twice as long
         except OSError:
             continue
         pid = int(entry.name)
@@ -96,6 +101,8 @@ def processes_in(
 
 
 def _entering(pid: int, names: Mapping[str, object]) -> str | None:
+    if _ENTER_BYTES not in _command_bytes(pid):
+        return None
     command = command_of(pid)
     if ENTER_SCRIPT not in command:
         return None
