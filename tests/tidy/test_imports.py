@@ -141,6 +141,8 @@ def test_modules_are_short(path: str) -> None:
 @pytest.mark.parametrize("path", modules(*PACKAGES))
 def test_suppressions_name_what_they_suppress(path: str) -> None:
     source = (ROOT / path).read_text(encoding="utf-8")
+    if not any(map(BARE_SUPPRESSION.search, source.split("\n"))):
+        return  # Telling comments from strings takes fifty times as long.
     comments = (
         token
         for token in tokenize.generate_tokens(io.StringIO(source).readline)

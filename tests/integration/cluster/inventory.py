@@ -15,7 +15,7 @@ from deploy.lab.namespaces import lab_namespaces, netlink_socket
 from deploy.lab.processes import command_of
 from migrator.engine.spares import SPARES
 from netfabric.taps import TUNNEL_NAME
-from tests.integration.cluster.world import Cluster, eventually
+from tests.integration.cluster.world import SLOW_POLL_S, Cluster, eventually
 
 SETTLE_S = 20.0
 
@@ -56,7 +56,7 @@ def take_settled(cluster: Cluster) -> Counter[str]:
         return before == last and spares and not last["tunnels"]
 
     try:
-        eventually("the lab settles", settled, SETTLE_S)
+        eventually("the lab settles", settled, SETTLE_S, SLOW_POLL_S)
     except AssertionError as error:
         raise AssertionError(f"{error}: {_changes(before, last)}") from None
     return last
@@ -81,7 +81,7 @@ def assert_nothing_left(
         return last == before
 
     try:
-        eventually("nothing is left behind", same, SETTLE_S)
+        eventually("nothing is left behind", same, SETTLE_S, SLOW_POLL_S)
     except AssertionError as error:
         raise AssertionError(f"{error}: {_changes(before, last)}") from None
 

@@ -61,12 +61,16 @@ MIB: Final = 1024**2
 GUEST_MEMORY_BYTES: Final = 96 * MIB
 UDP_PORT_FIRST: Final = 9000
 POLL_S: Final = 0.02
+SLOW_POLL_S: Final = 0.1
+"""For what takes seconds, or is much to look at: what is awaited needs the cores itself."""
 READY_S: Final = 90.0
 END_S: Final = 60.0
 """Within which every migration ends, however many of its processes were killed."""
 
 
-def eventually(what: str, find: Callable[[], T | None], timeout_s: float = 30.0) -> T:
+def eventually(
+    what: str, find: Callable[[], T | None], timeout_s: float = 30.0, poll_s: float = POLL_S
+) -> T:
     """The first result of `find` that is true. AssertionError: not in time."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -74,7 +78,7 @@ def eventually(what: str, find: Callable[[], T | None], timeout_s: float = 30.0)
         if found:
             return found
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
-        time.sleep(POLL_S)
+        time.sleep(poll_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +314,12 @@ class Guest:
             api.post(f"/v1/pools/{self.load.pool}/volumes", VolumeInfo, volume)
         api.post("/v1/domains", Domain, self.spec)
         api.post(f"/v1/domains/{self.name}/start", Domain, StartRequest(node=node))
-        eventually(f"guest {self.name} is ready", lambda: READY in self.console(node), READY_S)
+        eventually(
+            f"guest {self.name} is ready",
+            lambda: READY in self.console(node),
+            READY_S,
+            SLOW_POLL_S,
+        )
 
     def console(self, via: str = "n1") -> str:
         chunks = self.cluster.api(via).chunks(f"/v1/domains/{self.name}/console")
