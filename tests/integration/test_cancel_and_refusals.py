@@ -39,10 +39,20 @@ from node_agent.resources import (
     VolumeCreate,
 )
 from tests.integration.cluster import inventory, lesser_qemu
-from tests.integration.cluster.world import MIB, Cluster, Guest, Load, describe, eventually
+from tests.integration.cluster.world import (
+    MIB,
+    UNHEARD_UDP_PER_S,
+    Cluster,
+    Guest,
+    Load,
+    describe,
+    eventually,
+)
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
+LOAD = Load(dirty_pages_per_s=300, udp_per_s=UNHEARD_UDP_PER_S)
+OTHER_LOAD = Load(udp_per_s=UNHEARD_UDP_PER_S)
 SLOW_BYTES_PER_S = 20_000_000
 """A pre-copy that lasts some seconds."""
 CANCELLED_WITHIN_S = 1.0
@@ -59,7 +69,7 @@ LARGE_BYTES = 600 * MIB
 
 @pytest.fixture(scope="module")
 def guest(cluster: Cluster) -> Iterator[Guest]:
-    with cluster.guest("mover", load=Load(dirty_pages_per_s=300)) as guest:
+    with cluster.guest("mover", load=LOAD) as guest:
         for node in ("n2", "n1"):  # What is made once and kept, connections between agents, is.
             cluster.move("mover", node)
         yield guest
@@ -191,7 +201,7 @@ def test_a_link_that_is_cut_for_a_while_costs_only_time(
 
 def test_two_domains_migrate_at_once(cluster: Cluster, guest: Guest) -> None:
     """Towards each other, so that each node is a source and a destination."""
-    with cluster.guest("other", node=guest.other_node()) as other:
+    with cluster.guest("other", guest.other_node(), OTHER_LOAD) as other:
         pairs = [(guest, guest.other_node()), (other, other.other_node())]
         migrations = [cluster.migrate(each.name, to) for each, to in pairs]
         for migration, (each, to) in zip(migrations, pairs, strict=True):

@@ -21,10 +21,17 @@ from migrator.model import Migration, MigrationMode, MigrationState
 from node_agent.cli.errors import ApiProblem
 from node_agent.events import EventKind
 from node_agent.resources import MigrationChange, Node
-from tests.integration.cluster.world import Cluster, Load, describe, eventually
+from tests.integration.cluster.world import (
+    UNHEARD_UDP_PER_S,
+    Cluster,
+    Load,
+    describe,
+    eventually,
+)
 
 pytestmark = pytest.mark.lab
 
+LOAD = Load(dirty_pages_per_s=500, udp_per_s=UNHEARD_UDP_PER_S)
 DAY_S = 86_400
 YEAR_S = 365 * DAY_S
 SANE_MS = 30_000.0
@@ -99,7 +106,7 @@ def test_a_node_whose_clock_is_a_year_off_is_told_and_nothing_moves_until_it_is_
 ) -> None:
     certificate = cluster.plan.node("n2").state_path / "tls" / "certificate.pem"
     before = certificate.read_bytes()
-    with cluster.guest("web") as guest:
+    with cluster.guest("web", load=Load(udp_per_s=UNHEARD_UDP_PER_S)) as guest:
         clocks["n2"].set(YEAR_S)
         eventually("n2 tells it", lambda: told(cluster, EventKind.CLOCK_DIFFERS, "n2"))
         eventually("n1 sees it", lambda: abs((offset_s(cluster) or 0.0) - YEAR_S) < 5.0)
@@ -120,7 +127,7 @@ def test_a_node_whose_clock_is_a_year_off_is_told_and_nothing_moves_until_it_is_
 def test_a_clock_that_is_set_in_the_midst_of_a_migration_changes_nothing(
     cluster: Cluster, clocks: dict[str, WallClock], node: str, step_s: int
 ) -> None:
-    with cluster.guest("web", load=Load(dirty_pages_per_s=500)) as guest:
+    with cluster.guest("web", load=LOAD) as guest:
         began = cluster.migrate(
             "web", "n2", mode=MigrationMode.PRECOPY, bandwidth_bytes_per_s=8 * 1024**2
         )
@@ -138,7 +145,7 @@ def test_post_copy_waits_for_a_certificate_that_has_ended_and_says_so(
     cluster: Cluster, clocks: dict[str, WallClock]
 ) -> None:
     """n2 takes n1's for one of the past, just when n1's engine has to connect once more."""
-    with cluster.guest("late", load=Load(dirty_pages_per_s=500)) as guest:
+    with cluster.guest("late", load=LOAD) as guest:
         began = cluster.migrate(
             "late", "n2", mode=MigrationMode.POSTCOPY, bandwidth_bytes_per_s=4 * 1024**2
         )

@@ -21,7 +21,13 @@ from node_agent.cli.errors import ApiProblem
 from node_agent.drain.resources import Drain, DrainState, MoveState
 from node_agent.events import ClusterEvent, EventKind
 from node_agent.resources import Domain, Node, NodeList, StartRequest
-from tests.integration.cluster.world import Cluster, Guest, Load, eventually
+from tests.integration.cluster.world import (
+    UNHEARD_UDP_PER_S,
+    Cluster,
+    Guest,
+    Load,
+    eventually,
+)
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
@@ -42,7 +48,8 @@ def etcd_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def guest(etcd_cluster: Cluster) -> Iterator[Guest]:
-    with etcd_cluster.guest("web", load=Load(dirty_pages_per_s=500)) as guest:
+    load = Load(dirty_pages_per_s=500, udp_per_s=UNHEARD_UDP_PER_S)
+    with etcd_cluster.guest("web", load=load) as guest:
         yield guest
 
 

@@ -22,7 +22,7 @@ from migrator.model import Migration, MigrationState
 from node_agent.events import EventKind
 from tests.integration.cluster import inventory
 from tests.integration.cluster.client import PacketWatch
-from tests.integration.cluster.world import Cluster, Guest, describe, eventually
+from tests.integration.cluster.world import Cluster, Guest, Load, describe, eventually
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
@@ -51,7 +51,7 @@ HOLDS = {
 
 @pytest.fixture(scope="module")
 def guest(cluster: Cluster) -> Iterator[Guest]:
-    with cluster.guest("victim") as guest:
+    with cluster.guest("victim", load=Load(udp_per_s=500)) as guest:
         for node in ("n2", "n1"):  # What is made once and kept, connections between agents, is.
             cluster.move("victim", node)
         yield guest

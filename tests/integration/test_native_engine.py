@@ -15,7 +15,14 @@ from deploy.lab.processes import command_of, send_signal
 from migrator.model import EngineKind, Migration, MigrationMode, MigrationState, PassKind
 from node_agent.cli.errors import ApiProblem
 from node_agent.resources import DryRun, MigrationCreate
-from tests.integration.cluster.world import Cluster, Guest, Load, describe, eventually
+from tests.integration.cluster.world import (
+    UNHEARD_UDP_PER_S,
+    Cluster,
+    Guest,
+    Load,
+    describe,
+    eventually,
+)
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
@@ -24,7 +31,7 @@ SLOW_BYTES_PER_S = 4_000_000
 """A first pass then takes much longer than what is done to it."""
 
 
-LOAD = Load(dirty_pages_per_s=500, memory_mib=16, disk=True)
+LOAD = Load(dirty_pages_per_s=500, memory_mib=16, disk=True, udp_per_s=UNHEARD_UDP_PER_S)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,13 @@ from migrator.model import MigrationState, NodeState
 from node_agent.cli.errors import ApiProblem, ExitCode
 from node_agent.resources import Node, NodeList
 from node_agent.trust.records import ApiTokenMade, ClusterView, Role, User, UserCreate
-from tests.integration.cluster.world import Cluster, describe, eventually
+from tests.integration.cluster.world import (
+    UNHEARD_UDP_PER_S,
+    Cluster,
+    Load,
+    describe,
+    eventually,
+)
 
 pytestmark = pytest.mark.lab
 
@@ -68,7 +74,7 @@ def client(cluster: Cluster, home: Path, *arguments: str) -> subprocess.Complete
 
 def test_a_guest_migrates_between_nodes_that_joined(secured: Cluster) -> None:
     assert ready(secured) == {"n1", "n2", "n3"}
-    with secured.guest("web") as guest:
+    with secured.guest("web", load=Load(udp_per_s=UNHEARD_UDP_PER_S)) as guest:
         migration = secured.move("web", "n2", via="n3")
         assert migration.state is MigrationState.COMPLETED, describe(migration)
         eventually("one copy is left", lambda: guest.copies() == ["n2"])

@@ -89,9 +89,15 @@ class Load:
     memory_mib: int = 24
     disk: bool = False
     udp: bool = True
+    udp_per_s: int = 1000
+    """So many show gaps to the millisecond, and each thousand is a sixth of an emulating core."""
     ipv6: bool = False
     guest_memory_bytes: int = GUEST_MEMORY_BYTES
     pool: str = "default"
+
+
+UNHEARD_UDP_PER_S: Final = 100
+"""Where nobody counts a guest's packets: it has something to send at any moment all the same."""
 
 
 class HoldPoint:
@@ -300,6 +306,7 @@ class Guest:
                     gateway=plan.guest_gateway,
                     gateway6="fe80::1" if load.ipv6 and plan.is_routed else None,
                     udp=udp,
+                    udp_per_s=load.udp_per_s,
                     memory_mib=load.memory_mib,
                     dirty_pages_per_s=load.dirty_pages_per_s,
                     disk=load.disk,
