@@ -51,7 +51,7 @@ LADDER: Final = (
     Codec("zstd-1", ZSTD, 1, FrameKind.ZSTD, 0.66e9, 0.37),
     Codec("zstd-3", ZSTD, 3, FrameKind.ZSTD, 0.42e9, 0.35),
 )
-"""Cheapest first. The figures are those of a Linux guest's memory (docs/benchmarks.md). Higher
+"""Cheapest first. The figures are those of a Linux guest's memory (docs/measurements.md). Higher
 levels take many times as long and save a hundredth more of it."""
 
 FAMILIES: Final = (LZ4, ZSTD)

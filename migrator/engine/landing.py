@@ -8,7 +8,7 @@
 By the file, and not through a mapping of it: a page that nobody has mapped costs no page fault,
 and one that is written as a whole needn't be cleared first. Cold memory, 768 MiB over loopback on
 two cores: 2.1 GB/s by splice; into a mapping 1.6 with a thread that populates it ahead, and 2.1
-where it was populated beforehand (docs/benchmarks.md, case 7). Allocating ahead by fallocate(2)
+where it was populated beforehand (docs/measurements.md). Allocating ahead by fallocate(2)
 doesn't help: that and whoever writes take turns at the file's lock.
 
 A frame may end within: what came of it lies in the file then, also a part of a page, as it would in
