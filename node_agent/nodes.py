@@ -210,7 +210,8 @@ class NodeRegistry:
 
     async def names(self) -> Collection[NodeName]:
         """All that have ever spoken here and were not removed, silent or not. StoreError."""
-        return [NodeName(e.value.node) for e in await self._store.list_prefix(BEATS, Heartbeat)]
+        # Not by heartbeats: a removed node's last one may come late.
+        return [NodeName(e.value.name) for e in await self._store.list_prefix(NODES, NodeInfo)]
 
     async def get(self, node: NodeName) -> NodeView:
         """NotFoundError if no node of this name was ever seen."""

@@ -139,6 +139,7 @@ async def test_a_late_heartbeat_of_a_removed_node_is_of_no_node(world: World) ->
     late = Heartbeat(node=N2, at_s=world.now_s, described=1)
     await world.typed.put(f"{BEATS}n2", late)
     assert set(await world.second()) == {N1}
+    assert await world.registry.names() == [N1]
 
 
 async def test_a_heartbeat_is_small() -> None:
