@@ -59,12 +59,12 @@ class Heartbeat(Value, frozen=True, kw_only=True):
 
 
 def checksum(info: NodeInfo) -> int:
-    """Of what a node is like, without what is another each second: whether it has measured any
-    round trip counts, for the first ones shall be seen at once, but not which, or a node's end
-    would have all others described anew.
+    """Of what a node is like, without what is another each second: to whom it has measured the
+    round trip counts, but not how long it took.
     """
-    lasting = msgspec.structs.replace(info, heartbeat_at_s=0.0, round_trips_ms={})
-    return zlib.crc32(_encoder.encode((lasting, bool(info.round_trips_ms))))
+    measured = dict.fromkeys(info.round_trips_ms, 0.0)
+    lasting = msgspec.structs.replace(info, heartbeat_at_s=0.0, round_trips_ms=measured)
+    return zlib.crc32(_encoder.encode(lasting))
 
 
 class NodeView(Struct, frozen=True, kw_only=True):

@@ -43,7 +43,9 @@ def guest(cluster: Cluster) -> Iterator[Guest]:
         yield guest
 
 
-def begin(guest: Guest, mode: MigrationMode, timeout_s: float = END_S) -> Migration:
+def begin(
+    guest: Guest, mode: MigrationMode, timeout_s: float = END_S, cap: int = CAP_BYTES_PER_S
+) -> Migration:
     cluster = guest.cluster
     source, destination = guest.node, guest.other_node()
     return cluster.migrate(
@@ -51,7 +53,7 @@ def begin(guest: Guest, mode: MigrationMode, timeout_s: float = END_S) -> Migrat
         destination,
         via=source,
         mode=mode,
-        bandwidth_bytes_per_s=CAP_BYTES_PER_S,
+        bandwidth_bytes_per_s=cap,
         timeout_s=timeout_s,
     )
 
@@ -83,7 +85,8 @@ def test_hybrid_ends_where_pre_copy_would_not(cluster: Cluster, guest: Guest) ->
 def test_hybrids_timeout_ends_the_iteration_under_way(cluster: Cluster, guest: Guest) -> None:
     """The first alone would take some ten seconds."""
     before = inventory.take_settled(cluster)
-    ended = finish(guest, begin(guest, MigrationMode.HYBRID, timeout_s=2.0))
+    slow = CAP_BYTES_PER_S // 2
+    ended = finish(guest, begin(guest, MigrationMode.HYBRID, timeout_s=2.0, cap=slow))
     first, *_ = ended.iterations
     assert first.cut_pages > first.pages, describe(ended)
     (entered,) = [phase for phase in ended.timeline if phase.name == "post-copy"]
