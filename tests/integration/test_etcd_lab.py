@@ -55,11 +55,12 @@ def guest(etcd_cluster: Cluster) -> Iterator[Guest]:
 
 @pytest.fixture
 def members(etcd_cluster: Cluster) -> Iterator[None]:
-    """All members run before and after."""
+    """All members run before and after. Elections in a row may have silenced a node for 5 s."""
     yield
     for member in MEMBERS:
         etcd_member(etcd_cluster.name, member, run=True)
     eventually("the agents have a store again", lambda: _answers(etcd_cluster))
+    eventually("all nodes are seen again", lambda: _all_ready(etcd_cluster))
 
 
 def _answers(cluster: Cluster) -> bool:
@@ -218,5 +219,8 @@ def ferry(cluster: Cluster, *arguments: str, given: str = "") -> None:
 
 
 def _all_ready(cluster: Cluster) -> bool:
-    nodes = cluster.api().get("/v1/nodes", NodeList).nodes
+    try:
+        nodes = cluster.api().get("/v1/nodes", NodeList).nodes
+    except ApiProblem:
+        return False
     return all(node.state is NodeState.READY for node in nodes)
