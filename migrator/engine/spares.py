@@ -98,6 +98,8 @@ class EngineSpares:
 
     def _fill_to(self, number: int) -> None:
         self._wanted = number if self._task is None else max(number, self._wanted)
+        # One that was killed, for want of memory say, is none.
+        self._waiting = deque(each for each in self._waiting if each.running)
         if len(self._waiting) < number and self._task is None and not self._closed:
             self._task = asyncio.create_task(self._start(), name="engine-spare")
 

@@ -105,6 +105,7 @@ TRUST_ROUTES: Final = (
         body=GuestsShutdown,
         result=GuestsEnded,
         errors=(404, 409),
+        role=Role.ADMIN,
     ),
     Route(
         method="GET",

@@ -100,6 +100,21 @@ async def test_none_is_started_while_a_guest_recovers_from_its_move(tmp_path: Pa
         spares.refill_later()
 
 
+async def test_one_that_was_killed_is_replaced(tmp_path: Path) -> None:
+    """The kernel takes engines first where memory runs out."""
+    async with spares_in(tmp_path) as spares:
+        spares.refill()
+        await quiet(spares)
+        killed, other = spares._waiting
+        killed.kill()
+        async with asyncio.timeout(30.0):
+            while killed.running:  # noqa: ASYNC110 - nobody hears of a spare's end
+                await asyncio.sleep(0.01)
+        spares.refill()
+        assert await quiet(spares) == SPARES
+        assert killed.pid not in spares.waiting and other.pid in spares.waiting
+
+
 async def test_more_are_wanted_while_one_starts(tmp_path: Path) -> None:
     async with spares_in(tmp_path) as spares:
         assert await spares.take() is None

@@ -108,7 +108,8 @@ def test_who_may_what() -> None:
     assert needed["POST", "/v1/domains/{name}/migrations"] is Role.OPERATOR
     for method, path in needed:
         about_trust = path.startswith(("/v1/users", "/v1/cluster/tokens"))
-        if about_trust or (method, path) == ("DELETE", "/v1/nodes/{name}"):
+        of_a_node = {("DELETE", "/v1/nodes/{name}"), ("POST", "/v1/nodes/{name}/shutdown-guests")}
+        if about_trust or (method, path) in of_a_node:
             assert needed[method, path] is Role.ADMIN
     public = {route.path for route in ROUTES if route.public}
     assert public == {"/healthz", "/v1/cluster/authority", "/v1/cluster/join"}
