@@ -34,9 +34,26 @@ LOG {{ Default_Log_Level = EVENT; }}
 """
 
 
+_SERVES: Final = "NFS SERVER INITIALIZED"
+"""What ganesha logs once rpcbind knows its programs: some 2 ms after it listens."""
+
+
 def export_path(folder: Path) -> Path:
     """What is exported, under its own path."""
     return folder / "export"
+
+
+def log_path(folder: Path) -> Path:
+    """ganesha's log. Remove it before each start: see `serves`."""
+    return folder / "ganesha.log"
+
+
+def serves(folder: Path) -> bool:
+    """Whether the ganesha that this log is of can be mounted by now."""
+    try:
+        return _SERVES in log_path(folder).read_text(errors="replace")
+    except FileNotFoundError:
+        return False
 
 
 def prepare(folder: Path) -> Mapping[str, list[str]]:
@@ -55,7 +72,7 @@ def prepare(folder: Path) -> Mapping[str, list[str]]:
             *wrapped,
             _program(ganesha[0]),
             *ganesha[1:],
-            *("-L", f"{folder}/ganesha.log", "-p", f"{folder}/ganesha.pid"),
+            *("-L", str(log_path(folder)), "-p", f"{folder}/ganesha.pid"),
         ],
     }
 

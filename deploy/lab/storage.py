@@ -38,6 +38,10 @@ class ServerProcess(msgspec.Struct, frozen=True, kw_only=True):
     """An argument that only this process has."""
     port: int
     """It listens there when it is ready."""
+    own_log: Path | None = None
+    """Removed before each start, for `serves`."""
+    serves: Callable[[], bool] = lambda: True
+    """Whether one that listens is ready."""
 
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,7 +60,14 @@ def _prepare_nfs(folder: Path, _address: str) -> list[ServerProcess]:
     rpcbind, nfs = tuple(commands["rpcbind"]), tuple(commands["nfs"])
     return [
         ServerProcess(name="rpcbind", command=rpcbind, mark=rpcbind[-2], port=111),
-        ServerProcess(name="nfs", command=nfs, mark=f"{folder}/ganesha.conf", port=nfs_server.PORT),
+        ServerProcess(
+            name="nfs",
+            command=nfs,
+            mark=f"{folder}/ganesha.conf",
+            port=nfs_server.PORT,
+            own_log=nfs_server.log_path(folder),
+            serves=lambda: nfs_server.serves(folder),
+        ),
     ]
 
 
@@ -141,9 +152,11 @@ def start(plan: LabPlan, kind: str) -> bool:
         log = folder / f"{server.name}.log"
         process = _find(plan, server)
         if process is None:
+            if server.own_log is not None:
+                server.own_log.unlink(missing_ok=True)
             process = processes.spawn_in(_namespace(plan), server.command, log)
             started = True
-        _wait_listening(server, process, log)
+        _wait_ready(server, process, log)
     if started:
         _KINDS[kind].after_start(folder, plan.storage_address)
     return started
@@ -184,12 +197,12 @@ def _find(plan: LabPlan, server: ServerProcess) -> Process | None:
     return processes.find_by_argument(running, server.mark)
 
 
-def _wait_listening(server: ServerProcess, process: Process, log: Path) -> None:
+def _wait_ready(server: ServerProcess, process: Process, log: Path) -> None:
     deadline_s = time.monotonic() + READY_TIMEOUT_S
-    while not _listens(process.pid, server.port):
+    while not (_listens(process.pid, server.port) and server.serves()):
         if not processes.alive(process) or time.monotonic() > deadline_s:
             raise FerryError(
-                f"the lab's {server.name} doesn't listen on port {server.port}; the end of "
+                f"the lab's {server.name} doesn't serve on port {server.port}; the end of "
                 f"{log}:\n{processes.tail(log)}"
             )
         time.sleep(_POLL_S)

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -31,19 +31,30 @@ READY_S: Final = 60.0
 
 
 class Server:
-    """One process, whose port is awaited."""
+    """One process, whose port is awaited, and what it says in `own_log` if that isn't enough."""
 
-    def __init__(self, command: Sequence[str], port: int, log: Path) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        port: int,
+        log: Path,
+        *,
+        own_log: Path | None = None,
+        serves: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._command, self._port, self._log = command, port, log
+        self._own_log, self._serves = own_log, serves
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        if self._own_log is not None:
+            self._own_log.unlink(missing_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         deadline_s = time.monotonic() + READY_S
-        while not listens(self._port):
+        while not (listens(self._port) and self._serves()):
             assert self._process.poll() is None, self._log.read_text()
             assert time.monotonic() < deadline_s, self._log.read_text()
             time.sleep(0.02)
@@ -112,7 +123,13 @@ class NfsServer:
         commands = nfs_server.prepare(folder)
         self.export = str(nfs_server.export_path(folder))
         self.rpcbind = Server(commands["rpcbind"], 111, folder / "rpcbind.log")
-        self.nfs = Server(commands["nfs"], nfs_server.PORT, folder / "nfs.log")
+        self.nfs = Server(
+            commands["nfs"],
+            nfs_server.PORT,
+            folder / "nfs.log",
+            own_log=nfs_server.log_path(folder),
+            serves=lambda: nfs_server.serves(folder),
+        )
 
     def __enter__(self) -> NfsServer:
         self.rpcbind.start()
