@@ -242,6 +242,8 @@ class NodeState(enum.StrEnum):
     """Cordoned, and empty."""
     RESTORING = "restoring"
     """Open again; the domains that a drain took away are coming back."""
+    GOING_DOWN = "going-down"
+    """Its host shuts down, and its domains with it: none starts or moves there."""
     UNREACHABLE = "unreachable"
 
     @property
@@ -275,6 +277,8 @@ class NodeInfo(Value, frozen=True, kw_only=True):
     """The last measured round trip to each node that it keeps a connection to."""
     certificate_until_s: float | None = None
     """Until when its certificate holds; None: it has none, or an older agent."""
+    going_down: bool = False
+    """Its host shuts down: see `NodeState.GOING_DOWN`."""
 
 
 # --- migrations ------------------------------------------------------------------------------

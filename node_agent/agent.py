@@ -140,7 +140,7 @@ async def running_agent(
 
 
 def _make_domains(on: Foundations, works: VolumeWorks, storage: StorageWatch) -> DomainService:
-    return DomainService(
+    domains = DomainService(
         on.node,
         hypervisor=on.hypervisor,
         pools=on.pools,
@@ -163,6 +163,9 @@ def _make_domains(on: Foundations, works: VolumeWorks, storage: StorageWatch) ->
             enabled=on.config.node.restart_crashed,
         ),
     )
+    restarts = domains.ownership.restarts
+    on.nodes.goes_down = lambda: restarts.host_ends
+    return domains
 
 
 def _make_takeover(on: Foundations, domains: DomainService) -> DomainTakeover:

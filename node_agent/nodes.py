@@ -30,7 +30,7 @@ from migrator.errors import FerryError, NotFoundError
 from migrator.model import NodeInfo, NodeName, NodeState, Value
 from migrator.ports import Struct
 from node_agent.background import Background
-from node_agent.drain.cordons import read_cordons
+from node_agent.drain.cordons import Cordon, read_cordons
 from node_agent.resources import BEATS, NODES
 from node_agent.state.typed import TypedStore
 from node_agent.trust.certificates import moment
@@ -43,6 +43,7 @@ DESCRIBED_AGAIN_S: Final = 60.0
 """After that a node describes itself once more, and is read once more, though nothing has changed:
 so a record that was lost is back, and round trips, which always change, are no older than two."""
 UNREACHABLE_AFTER_S: Final = 5.0
+GOING_DOWN: Final = "going down, and its guests with it"
 _ONE_BY_ONE_MAX: Final = 3
 """From there on what all nodes are like is read in one go."""
 OFFSETS_KEPT: Final = 5
@@ -78,7 +79,7 @@ class NodeView(Struct, frozen=True, kw_only=True):
     clock_offset_s: float | None = None
     """The node's wall clock less ours, to about a second; None: no heartbeat was seen coming."""
     kept_free: str = ""
-    """Who cordoned or drains it, and why; "": nobody, or that isn't known."""
+    """Who cordoned or drains it, and why, or that it goes down; "": nobody, or that isn't known."""
     barred: str = ""
     """Why nothing can be connected to it anew, and so nothing can move there or from it."""
 
@@ -92,6 +93,15 @@ class _Seen(Struct, frozen=True, kw_only=True):
 
 def _over(since_s: float | None, now_s: float) -> bool:
     return since_s is None or now_s - since_s >= DESCRIBED_AGAIN_S
+
+
+def _kept(info: NodeInfo, cordon: Cordon | None) -> tuple[NodeState, str]:
+    """What a node that speaks may be used for, and why no more. A cordon says more than an end:
+    who drained it before, and that it stays so in its next boot.
+    """
+    if cordon is not None and not (info.going_down and cordon.state.admits):
+        return cordon.state, cordon.told
+    return (NodeState.GOING_DOWN, GOING_DOWN) if info.going_down else (NodeState.READY, "")
 
 
 def _barred(info: NodeInfo, now_s: float) -> str:
@@ -141,6 +151,8 @@ class NodeRegistry:
         self.counts: Callable[[str], bool] = lambda name: True
         """Whether a node of this name belongs here: a removed one's last heartbeat may come late.
         """
+        self.goes_down: Callable[[], bool] = lambda: False
+        """Whether this node's host shuts down."""
 
     async def open(self) -> None:
         """Write the first heartbeat and go on in the background. StoreError: nothing runs."""
@@ -157,6 +169,7 @@ class NodeRegistry:
     async def beat(self) -> None:
         """Write one heartbeat, and before it what this node is like, where that is due."""
         info = await self._describe()
+        info = msgspec.structs.replace(info, going_down=self.goes_down())
         described, now = checksum(info), self._monotonic()
         if described != self._told or _over(self._told_at_s, now):
             info = msgspec.structs.replace(info, heartbeat_at_s=self._clock())
@@ -196,14 +209,14 @@ class NodeRegistry:
             age_s = now - seen.at_monotonic_s
             silent = age_s > self._unreachable_after_s
             cordon = cordons.get(NodeName(info.name))
-            intended = NodeState.READY if cordon is None else cordon.state
+            state, kept_free = _kept(info, cordon)
             views[NodeName(info.name)] = NodeView(
                 info=info,
-                state=NodeState.UNREACHABLE if silent else intended,
+                state=NodeState.UNREACHABLE if silent else state,
                 heartbeat_age_s=round(age_s, 3),
                 revision=entry.revision,
                 clock_offset_s=max(seen.offsets_s, default=None),
-                kept_free="" if cordon is None else cordon.told,
+                kept_free=kept_free,
                 barred=_barred(info, self._clock()),
             )
         return views

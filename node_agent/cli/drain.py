@@ -112,7 +112,7 @@ def drain(
         answer = client.delete(f"{_path(node)}/drain{query}")
         asked = client.decoded(answer, Drain)
         if no_wait:
-            show(asked, f"{asked.operation} {asked.id} of node {node} is being cancelled")
+            show(asked, _cancelling(asked))
             return
         code = watch_drain(asked)
         raise typer.Exit(ExitCode.OK if code is ExitCode.DRAIN_CANCELLED else code)
@@ -242,7 +242,11 @@ def cancel_drain(
     query = "?abort_moves=true" if abort_moves else ""
     client = settings.client()
     found = client.decoded(client.delete(f"{_drain_path(id)}{query}"), Drain)
-    show(found, f"{found.operation} {id} is being cancelled")
+    show(found, _cancelling(found))
+
+
+def _cancelling(asked: Drain) -> str:
+    return f"{asked.operation} {asked.id} of node {asked.node} is being cancelled"
 
 
 def _path(node: str) -> str:

@@ -84,10 +84,12 @@ def cordon_reasons(node: NodeName, state: NodeState, told: str = "") -> list[str
     """Why nothing may start or move there while it is kept free."""
     if state.admits:
         return []
-    how = "undrain" if state in (NodeState.DRAINING, NodeState.DRAINED) else "uncordon"
-    return [
-        f"node {node} is {told or state}; nothing may come there (`ferry {how} {node}` opens it)"
-    ]
+    if state is NodeState.GOING_DOWN:
+        opens = "if it stays up, `systemctl restart ferry-agent` there"
+    else:
+        how = "undrain" if state in (NodeState.DRAINING, NodeState.DRAINED) else "uncordon"
+        opens = f"`ferry {how} {node}`"
+    return [f"node {node} is {told or state}; nothing may come there ({opens} opens it)"]
 
 
 def one_way(model: str, source: NodeView | None, destination: NodeView | None) -> str:

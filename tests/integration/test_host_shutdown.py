@@ -12,9 +12,9 @@ import pytest
 
 from deploy import lab
 from deploy.guest.protocol import READY
-from migrator.model import DomainState, MigrationState
+from migrator.model import DomainState, MigrationState, NodeState
 from node_agent.cli.errors import ApiProblem, ExitCode
-from node_agent.resources import Domain, StartRequest
+from node_agent.resources import Domain, Node, StartRequest
 from tests.integration.cluster.reboots import after_reboot
 from tests.integration.cluster.world import Cluster, Guest, Load, eventually
 
@@ -63,6 +63,11 @@ def shut_down(cluster: Cluster, timeout_s: float) -> str:
         return end()
 
 
+def state_of_n1(cluster: Cluster) -> NodeState:
+    """As n2 has it."""
+    return cluster.api("n2").get("/v1/nodes/n1", Node).state
+
+
 def runs_again(cluster: Cluster, guest: Guest) -> None:
     """On n1, started from its disk."""
 
@@ -87,8 +92,10 @@ def test_guests_are_shut_down_before_their_host_and_start_with_it(
     with pytest.raises(ApiProblem, match="n1 is going down"):
         cluster.api().post(f"/v1/domains/{guest.name}/start", Domain, StartRequest(node="n1"))
     assert not guest.copies()
+    eventually("n2 knows", lambda: state_of_n1(cluster) is NodeState.GOING_DOWN)
     with after_reboot(cluster, "n1", tmp_path):
         runs_again(cluster, guest)
+        eventually("n1 is open again", lambda: state_of_n1(cluster) is NodeState.READY)
         assert cluster.domain(guest.name, "n2").token == token + 1
 
 

@@ -156,6 +156,13 @@ async def test_a_wrong_pool_names_the_field(
     assert problem["fields"][field]
 
 
+async def test_a_wrong_driver_names_those_that_a_user_can_have(client: Client) -> None:
+    wrong = {"name": "x", "driver": "floppy"}
+    problem = await ask(client, "POST", "/v1/pools", wrong, status=400)
+    assert "directory" in problem["fields"]["driver"]
+    assert "simulated" not in problem["fields"]["driver"]
+
+
 async def test_a_pool_that_cant_be_used_is_not_added(
     client: Client, world: World, tmp_path: Path
 ) -> None:

@@ -26,7 +26,7 @@ from node_agent.drain.resources import (
 )
 from node_agent.drain.service import DrainService
 from node_agent.migrations.checks import cordon_reasons
-from node_agent.nodes import NodeRegistry, NodeView
+from node_agent.nodes import GOING_DOWN, NodeRegistry, NodeView
 from node_agent.state.memory import SimulatedData, SimulatedStore
 from node_agent.state.typed import TypedStore
 from tests.unit.heartbeats import heartbeat, speak
@@ -197,6 +197,31 @@ async def test_a_list_of_nodes_tells_who_keeps_one_free_and_why() -> None:
         str(name): list(troubles(node_view(view, {}, None), 0.0)) for name, view in views.items()
     }
     assert told == {"n1": ["it is cordoned by user ann: new disk"], "n2": []}
+
+
+@pytest.mark.parametrize(
+    ("before", "meanwhile"),
+    [
+        (S.READY, S.GOING_DOWN),
+        (S.RESTORING, S.GOING_DOWN),
+        (S.CORDONED, S.CORDONED),
+        (S.DRAINED, S.DRAINED),
+    ],
+)
+async def test_a_node_whose_host_goes_down_takes_nothing(before: S, meanwhile: S) -> None:
+    store, rest = await store_of(Cordon(node="n1", state=before, since_s=1.0)), cast(Any, None)
+    await speak(store, heartbeat("n1", at_s=time.time(), going_down=True))
+    view = (await NodeRegistry(store, rest).read())[N1]
+    assert view.state is meanwhile
+    assert not view.state.admits
+    assert ("going down" in view.kept_free) == (meanwhile is S.GOING_DOWN)
+
+
+def test_what_opens_a_node_that_goes_down_is_named() -> None:
+    assert cordon_reasons(N1, S.GOING_DOWN, GOING_DOWN) == [
+        "node n1 is going down, and its guests with it; nothing may come there (if it stays up, "
+        "`systemctl restart ferry-agent` there opens it)"
+    ]
 
 
 async def test_who_cancels_a_drain_that_is_over_hears_how_it_is_undone() -> None:

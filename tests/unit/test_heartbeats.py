@@ -147,3 +147,11 @@ async def test_a_heartbeat_is_small() -> None:
     """Two hundred agents read those of two hundred nodes each second."""
     beat = Heartbeat(node="a-host-with-a-longer-name", at_s=1.79e9, described=0xFFFFFFFF)
     assert len(msgspec.msgpack.encode(beat)) < 80
+
+
+async def test_that_its_host_goes_down_is_heard_with_the_next_heartbeat(world: World) -> None:
+    ends = False
+    world.registry.goes_down = lambda: ends
+    assert not (await world.second())[N1].going_down
+    ends = True
+    assert (await world.second())[N1].going_down
