@@ -28,6 +28,7 @@ from migrator.model import (
 )
 from node_agent.mac_addresses import Roll, made, with_macs
 from node_agent.resources import DOMAINS, DomainNote, DomainRecord
+from node_agent.state.known import KnownPrefix
 from node_agent.state.ownership import PREFIX as OWNERSHIP
 from node_agent.state.typed import TypedStore, Versioned
 
@@ -69,6 +70,7 @@ class DomainRecords:
         """`first_name`: of the names of a pool that has several (`PoolSet`)."""
         self._store = store
         self._first_name = first_name
+        self._ownership = KnownPrefix(store, OWNERSHIP, OwnershipRecord)
 
     async def get(self, domain: DomainName) -> DomainRecord:
         """NotFoundError if it isn't defined."""
@@ -88,8 +90,8 @@ class DomainRecords:
 
     async def list_ownership(self) -> Mapping[DomainName, OwnershipRecord]:
         """Every ownership record; those of deleted domains are not among them."""
-        entries = await self._store.list_prefix(OWNERSHIP, OwnershipRecord)
-        return {DomainName(entry.value.domain): entry.value for entry in entries}
+        found = await self._ownership.read()
+        return {DomainName(owned.domain): owned for owned in found.values()}
 
     async def running_on(self, node: NodeName) -> Mapping[DomainName, DomainRecord]:
         """By their ownership records; without those that aren't defined any more.

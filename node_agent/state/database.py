@@ -25,7 +25,7 @@ from typing import Final
 
 from migrator import durable
 from migrator.errors import StoreError
-from node_agent.state.port import Change, Entry, Swap
+from node_agent.state.port import Change, Entry, Swap, Written
 from node_agent.state.watches import KEPT_CHANGES, check_key, sequence_key
 
 log = logging.getLogger(__name__)
@@ -148,6 +148,24 @@ class Database:
             ).fetchall()
         return [Entry(key=key, value=value, revision=revision) for key, value, revision in rows]
 
+    def list_written(self, prefix: str, since_revision: int) -> Written:
+        execute, bounds = self._connection.execute, (prefix, prefix + _AFTER_PREFIX)
+        with self._errors(), self._snapshot():
+            rows = execute(
+                "SELECT key, value, revision FROM entries WHERE key >= ? AND key < ? "
+                "AND revision > ? ORDER BY key",
+                (*bounds, since_revision),
+            ).fetchall()
+            count = execute(
+                "SELECT count(*) FROM entries WHERE key >= ? AND key < ?", bounds
+            ).fetchone()[0]
+            revision = execute("SELECT revision FROM meta").fetchone()[0]
+        return Written(
+            entries=[Entry(key=key, value=value, revision=at) for key, value, at in rows],
+            count=count,
+            revision=revision,
+        )
+
     def revision(self) -> int:
         """The newest revision."""
         with self._errors():
@@ -161,16 +179,12 @@ class Database:
     def changes_since(self, revision: int) -> Sequence[Change]:
         """All changes after `revision`, in order. Compacted if some are no longer known."""
         execute = self._connection.execute
-        with self._errors():
-            execute("BEGIN")
-            try:
-                newest, trimmed = execute("SELECT revision, trimmed FROM meta").fetchone()
-                rows = execute(
-                    "SELECT key, value, revision FROM changes WHERE revision > ? ORDER BY revision",
-                    (revision,),
-                ).fetchall()
-            finally:
-                execute("COMMIT")
+        with self._errors(), self._snapshot():
+            newest, trimmed = execute("SELECT revision, trimmed FROM meta").fetchone()
+            rows = execute(
+                "SELECT key, value, revision FROM changes WHERE revision > ? ORDER BY revision",
+                (revision,),
+            ).fetchall()
         if not trimmed <= revision <= newest:
             raise Compacted(
                 f"changes after revision {revision} are not known (only those after {trimmed} up "
@@ -299,6 +313,15 @@ class Database:
                     self._connection.execute("ROLLBACK")
             self._commits_since_checkpoint += 1
             self._last_commit_at_s = time.monotonic()
+
+    @contextlib.contextmanager
+    def _snapshot(self) -> Iterator[None]:
+        """What is read in it is of one revision."""
+        self._connection.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._connection.execute("COMMIT")
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

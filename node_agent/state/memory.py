@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
 from migrator.errors import StoreError
-from node_agent.state.port import Change, Entry, StateStore, Swap
+from node_agent.state.port import Change, Entry, StateStore, Swap, Written
 from node_agent.state.watches import KEPT_CHANGES, StoreClosed, Watch, check_key, sequence_key
 
 T = TypeVar("T")
@@ -105,6 +105,14 @@ class SimulatedStore(StateStore):
         await self._reach_open("list_prefix")
         entries = self.data.entries
         return [entries[key] for key in sorted(entries) if key.startswith(prefix)]
+
+    async def list_written(self, prefix: str, since_revision: int) -> Written:
+        entries = await self.list_prefix(prefix)
+        return Written(
+            entries=[entry for entry in entries if entry.revision > since_revision],
+            count=len(entries),
+            revision=self.data.revision,
+        )
 
     async def put_if(self, key: str, value: bytes, expected_revision: int | None) -> int | None:
         check_key(key)

@@ -40,6 +40,20 @@ class Change(Struct, frozen=True, kw_only=True):
     revision: int
 
 
+class Written(Struct, frozen=True, kw_only=True):
+    """What was written below a prefix after a revision, all as of one revision of the store."""
+
+    entries: Sequence[Entry]
+    """Those that are still there, by key."""
+    count: int
+    """How many entries there are below the prefix in all: so who keeps a copy knows of deletions.
+    """
+    revision: int
+    """The store's, of this answer."""
+    era: int = 0
+    """Another one: the store may have been restored. Then nothing that is known holds any more."""
+
+
 class Swap(Struct, frozen=True, kw_only=True):
     """A `put_if` that is done together with another write, or not at all."""
 
@@ -65,6 +79,10 @@ class StateStore(abc.ABC):
     @abc.abstractmethod
     async def list_prefix(self, prefix: str) -> Sequence[Entry]:
         """All entries whose key begins with `prefix`, by key, as of one revision."""
+
+    @abc.abstractmethod
+    async def list_written(self, prefix: str, since_revision: int) -> Written:
+        """The entries whose key begins with `prefix` that were written after `since_revision`."""
 
     @abc.abstractmethod
     async def put_if(self, key: str, value: bytes, expected_revision: int | None) -> int | None:

@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Final, TypeVar
 
 from migrator.errors import StoreError
 from node_agent.state.database import Database
-from node_agent.state.port import Change, Entry, StateStore, Swap
+from node_agent.state.port import Change, Entry, StateStore, Swap, Written
 from node_agent.state.watches import StoreClosed, Watch
 
 T = TypeVar("T")
@@ -101,6 +101,9 @@ class SqliteStore(StateStore):
 
     async def list_prefix(self, prefix: str) -> Sequence[Entry]:
         return await self._perform(lambda database: database.list_prefix(prefix))
+
+    async def list_written(self, prefix: str, since_revision: int) -> Written:
+        return await self._perform(lambda database: database.list_written(prefix, since_revision))
 
     async def put_if(self, key: str, value: bytes, expected_revision: int | None) -> int | None:
         return await self._perform(lambda database: database.put_if(key, value, expected_revision))

@@ -17,7 +17,7 @@ import msgspec
 
 from migrator.errors import StoreError
 from migrator.unknown_fields import LeftOut, decode_keeping, merged
-from node_agent.state.port import Change, Entry, StateStore, Swap
+from node_agent.state.port import Change, Entry, StateStore, Swap, Written
 from node_agent.state.watches import StoreClosed
 
 T = TypeVar("T")
@@ -68,13 +68,24 @@ class TypedStore:
 
     async def list_prefix(self, prefix: str, kind: type[T]) -> Sequence[Versioned[T]]:
         """All below `prefix`, by key, as of one revision."""
-        entries = await self.store.list_prefix(prefix)
+        return await self._all_versioned(await self.store.list_prefix(prefix), kind)
+
+    async def _all_versioned(
+        self, entries: Sequence[Entry], kind: type[T]
+    ) -> Sequence[Versioned[T]]:
         found: list[Versioned[T]] = []
         for entry in entries:
             if len(found) % _AT_A_TIME == _AT_A_TIME - 1:
                 await asyncio.sleep(0)  # Others have their turn: a thousand large ones take long.
             found.append(self._versioned(entry, kind))
         return found
+
+    async def list_written(
+        self, prefix: str, kind: type[T], since_revision: int
+    ) -> tuple[Sequence[Versioned[T]], Written]:
+        """Those below `prefix` that were written after that revision; see `StateStore`."""
+        written = await self.store.list_written(prefix, since_revision)
+        return await self._all_versioned(written.entries, kind), written
 
     async def list_parts(self, prefix: str, kind: type[T]) -> Sequence[Versioned[T]]:
         """As `list_prefix`, of a `kind` that has only some of the values' fields, and lets the

@@ -102,6 +102,34 @@ async def test_listing_is_by_key_and_below_the_prefix_only(make: MakeStore) -> N
         assert await store.list_prefix("c/") == []
 
 
+async def test_what_was_written_since_is_told_and_how_many_there_are(make: MakeStore) -> None:
+    store, other = make(), make()
+    async with opened(store, other):
+        for key in ("b/1", "b/2", "bb/1", "b/3"):
+            await store.put(key, b"old")
+        whole = await store.list_written("b/", 0)
+        assert list(whole.entries) == list(await store.list_prefix("b/"))
+        assert whole.count == 3
+        nothing = await store.list_written("b/", whole.revision)
+        assert (list(nothing.entries), nothing.count) == ([], 3)
+        assert nothing.revision >= whole.revision
+        await other.put("b/2", b"new")
+        await other.put("bb/1", b"new")
+        gone = await other.get("b/1")
+        assert gone is not None
+        assert await other.delete_if("b/1", gone.revision)
+        last = await other.put("b/10", b"new")
+        since = await store.list_written("b/", whole.revision)
+        assert [(entry.key, entry.value) for entry in since.entries] == [
+            ("b/10", b"new"),
+            ("b/2", b"new"),
+        ]
+        assert since.count == 3
+        assert since.revision >= last
+        assert since.era == whole.era
+        assert list((await store.list_written("b/", last)).entries) == []
+
+
 @pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "a b", "a/\u00fc", "x" * 600])
 async def test_odd_keys_are_refused(make: MakeStore, key: str) -> None:
     store = make()

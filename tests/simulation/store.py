@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, ClassVar
 
 from migrator.errors import StoreError
-from node_agent.state.port import Change, Entry, StateStore, Swap
+from node_agent.state.port import Change, Entry, StateStore, Swap, Written
 from tests.simulation.world import STORE_LATE_S, STORE_SLOW_S, World
 
 if TYPE_CHECKING:
@@ -98,6 +98,9 @@ class SimulatedStore(StateStore):
         found = [entries[key] for key in sorted(entries) if key.startswith(prefix)]
         await self._answer()
         return found
+
+    async def list_written(self, prefix: str, since_revision: int) -> Written:
+        raise NotImplementedError
 
     async def put_if(self, key: str, value: bytes, expected_revision: int | None) -> int | None:
         return await self._write(key, value, expected_revision)

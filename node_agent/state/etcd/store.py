@@ -24,7 +24,7 @@ from aetcd import rpc
 from migrator.errors import StoreError
 from node_agent.state.etcd.client import Answer, EtcdClient, EtcdSettings
 from node_agent.state.etcd.watch import WatchStream
-from node_agent.state.port import Change, Entry, StateStore, Swap
+from node_agent.state.port import Change, Entry, StateStore, Swap, Written
 from node_agent.state.watches import KEPT_CHANGES, StoreClosed, Watch, check_key, sequence_key
 
 MARK_BYTES: Final = 16
@@ -88,6 +88,20 @@ class EtcdStore(StateStore):
         first = self._key(prefix)
         answer = await self._ask("range", rpc.RangeRequest(key=first, range_end=_after(first)))
         return [self._entry(kv) for kv in answer.response.kvs]
+
+    async def list_written(self, prefix: str, since_revision: int) -> Written:
+        """`era` is the term of the members' leader: a restored etcd begins anew."""
+        first = self._key(prefix)
+        request = rpc.RangeRequest(
+            key=first, range_end=_after(first), min_mod_revision=since_revision + 1
+        )
+        response = (await self._ask("range", request)).response
+        return Written(
+            entries=[self._entry(kv) for kv in response.kvs],
+            count=int(response.count),
+            revision=int(response.header.revision),
+            era=int(response.header.raft_term),
+        )
 
     def watch(self, prefix: str, since_revision: int | None = None) -> AsyncIterator[Change]:
         """As SqliteStore.watch. A member that is lost is replaced by the next, without a gap."""
