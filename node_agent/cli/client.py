@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 from urllib.parse import quote, urlsplit
 
 import msgspec
@@ -173,6 +173,9 @@ class ApiClient:
     Errors: ApiProblem (the agent refused), Unreachable (it can't be asked, or doesn't answer).
     """
 
+    asked_for_change: ClassVar[bool] = False
+    """Whether any of this process's did, and was answered: a Ctrl-C after that undoes nothing."""
+
     def __init__(self, address: str, access: Access | None = None) -> None:
         self.address = address
         self._access = access or Access()
@@ -273,6 +276,8 @@ class ApiClient:
                 ) from None
         if response.status >= 300:
             self._raise_problem(response.status, answer)
+        if method != "GET":
+            ApiClient.asked_for_change = True
         return answer
 
     def _wait(

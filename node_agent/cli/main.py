@@ -20,6 +20,7 @@ import typer
 
 from migrator.errors import words
 from node_agent.cli import completion
+from node_agent.cli.client import ApiClient
 from node_agent.cli.errors import EXIT_CODES_HELP, ApiProblem, CliError, ExitCode
 from node_agent.cli.output import settings
 
@@ -198,6 +199,9 @@ def _run(arguments: Sequence[str]) -> int:
     except SystemExit as ended:
         if isinstance(ended.__context__, BrokenPipeError):
             raise ended.__context__ from None  # Typer makes a failure of it.
+        told = ended.__context__  # Typer makes an exit of an interrupt.
+        if told is not None and isinstance(told.__cause__, KeyboardInterrupt):
+            return _interrupted()
         return ended.code if isinstance(ended.code, int) else ExitCode.OK
     except ModuleNotFoundError as error:
         print(f"ferry: this installation has no {error.name}", file=sys.stderr)
@@ -206,8 +210,15 @@ def _run(arguments: Sequence[str]) -> int:
         _report(error)
         return error.code
     except KeyboardInterrupt:
-        return ExitCode.INTERRUPTED
+        return _interrupted()
     return ExitCode.OK
+
+
+def _interrupted() -> int:
+    """Where nobody has said yet what that means: who watches something tells that it goes on."""
+    if ApiClient.asked_for_change:
+        print("ferry: interrupted; what was asked for is done, or goes on", file=sys.stderr)
+    return ExitCode.INTERRUPTED
 
 
 def _drop_output() -> None:

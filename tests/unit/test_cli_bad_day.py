@@ -254,6 +254,23 @@ async def test_a_migration_that_nobody_reads_of_any_more_goes_on(
     assert next(iter(world.migrations.values())).state is MigrationState.PRECOPY
 
 
+@pytest.mark.parametrize("began", [True, False])
+async def test_interrupted_before_it_watches_it_says_that_it_was_begun(
+    ferry: Ferry, monkeypatch: pytest.MonkeyPatch, began: bool
+) -> None:
+    """Ctrl-C between the agent's answer and the first look at it ended without a word."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    await define(ferry, "--start")
+    monkeypatch.setattr(ApiClient, "asked_for_change", False)
+    where = "node_agent.cli.migrations"
+    monkeypatch.setattr(f"{where}.watch_migration" if began else f"{where}.path_of", interrupt)
+    result = await ferry("migrate", "web", code=ExitCode.INTERRUPTED)
+    assert ("goes on" in result.err) == began
+
+
 def test_interrupted_while_it_is_still_loading_it_just_ends(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
