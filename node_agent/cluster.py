@@ -64,7 +64,7 @@ from node_agent.cluster_calls import (
     Verdict,
 )
 from node_agent.cluster_views import Snapshot, domain_view, node_views, running_by_node
-from node_agent.domain_records import DomainRecords, asking, not_running
+from node_agent.domain_records import DomainRecords, asking, asking_for_console, not_running
 from node_agent.domains import ConsoleChunk, DomainService
 from node_agent.events import EventLog
 from node_agent.homes import (
@@ -268,10 +268,10 @@ class ClusterService:
             return self.node, ConsoleChunk(offset=0, data=b"")
         node = NodeName(owned.owner)
         params = ConsoleParams(domain=domain, offset=offset, limit_bytes=limit_bytes)
-        chunk = await self._hub.call(
-            node, CONSOLE, params, ConsoleChunk, timeout_s=OPERATION_TIMEOUT_S
-        )
-        return node, chunk
+        with asking_for_console(owned):
+            return node, await self._hub.call(
+                node, CONSOLE, params, ConsoleChunk, timeout_s=OPERATION_TIMEOUT_S
+            )
 
     async def dirty_rate(self, domain: DomainName, seconds: float) -> DirtyRate:
         """Sample, where it runs, how fast it dirties its memory."""

@@ -61,6 +61,22 @@ def asking(owner: NodeName, domain: DomainName) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def asking_for_console(owned: OwnershipRecord) -> Iterator[None]:
+    """As `asking`, also of the node that it ran on last: its console is there."""
+    domain, owner = DomainName(owned.domain), NodeName(owned.owner)
+    if owned.state is OwnershipState.RUNNING:
+        with asking(owner, domain):
+            yield
+        return
+    try:
+        yield
+    except PeerError as error:
+        raise PeerError(
+            f"the console of domain {domain} is on {owner}, where it ran last: {error}"
+        ) from error
+
+
 class DomainRecords:
     """Reads and writes definitions. StoreError: the outcome of a write is unknown."""
 

@@ -127,7 +127,10 @@ class DrainWorld:
                 return await self.cluster.get_migration(each.id)
         if known is None or all(each.id != known for each in outlines):
             return None
-        return await self.cluster.get_migration(known)
+        try:
+            return await self.cluster.get_migration(known)
+        except NotFoundError:
+            return None  # The store keeps the newest ones, and has dropped it just now.
 
     # --- planning ----------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from migrator.errors import PeerError
 from migrator.model import DomainName, FencingToken
 from node_agent.consoles import Consoles
 from tests.unit.agent_world import SimulatedNode, World, open_world, spec_of
@@ -64,6 +65,25 @@ async def test_so_it_does_where_it_arrives_by_migration(world: World) -> None:
     _, undo = await world.b.domains.build_launch(spec_of(), FencingToken(7))
     await undo()
     assert (await world.b.domains.console(WEB)).data == b""
+
+
+@pytest.mark.parametrize(
+    ("runs", "told"),
+    [
+        (True, r"domain web runs on a: .* If a stays away: `ferry domain takeover web --to NODE`"),
+        (False, "the console of domain web is on a, where it ran last: "),
+    ],
+)
+async def test_that_of_a_node_that_is_away_is_told_to_be_there(
+    world: World, runs: bool, told: str
+) -> None:
+    await world.a.domains.define(spec_of())
+    await world.a.domains.start(WEB)
+    if not runs:
+        await world.a.domains.stop(WEB)
+    await world.a.hub.close()
+    with pytest.raises(PeerError, match=told):
+        await world.b.cluster.console(WEB, offset=None, limit_bytes=1000)
 
 
 @pytest.mark.parametrize(("before_s", "left"), [(3600.0, b""), (-1.0, b"text\n")])
