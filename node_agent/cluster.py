@@ -286,12 +286,13 @@ class ClusterService:
     async def migrate(self, domain: DomainName, body: MigrationCreate) -> Migration:
         """Begin to migrate it. RefusedError with every reason; then nothing was changed."""
         source = await self._owner(domain)
-        destination = await self._destination(source, body)
+        destination = await self._destination(domain, source, body)
         params = MigrationParams(domain=domain, request=body.towards(destination))
         try:
-            return await self._hub.call(
-                source, MIGRATION_CREATE, params, Migration, timeout_s=OPERATION_TIMEOUT_S
-            )
+            with asking(source, domain):
+                return await self._hub.call(
+                    source, MIGRATION_CREATE, params, Migration, timeout_s=OPERATION_TIMEOUT_S
+                )
         except RefusedError as error:
             if destination in await self._nodes.read():
                 raise
@@ -303,7 +304,7 @@ class ClusterService:
         """What `migrate` would be refused for, and how it would go: samples for that long."""
         try:
             source = await self._owner(domain)
-            destination = await self._destination(source, body)
+            destination = await self._destination(domain, source, body)
         except RefusedError as error:
             return DryRun(destination=body.destination or "", refused=error.reasons)
         except WrongStateError as error:
@@ -403,10 +404,12 @@ class ClusterService:
             raise not_running(domain)
         return NodeName(owned.owner)
 
-    async def _destination(self, source: NodeName, body: MigrationCreate) -> NodeName:
+    async def _destination(
+        self, domain: DomainName, source: NodeName, body: MigrationCreate
+    ) -> NodeName:
         if body.destination is not None:
             return NodeName(body.destination)
-        return choose_destination(source, await self.list_nodes())
+        return await choose_destination(domain, source, await self._nodes.read(), self.list_domains)
 
     async def _migrating(self) -> Mapping[DomainName, str]:
         outlines = await self._migrations.list_outlines()

@@ -7,11 +7,18 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import msgspec
 
 from migrator.errors import ConflictError, NoSuchNodeError, NotFoundError, RefusedError
-from migrator.model import DomainName, NodeName, NodeState, OwnershipRecord, OwnershipState
+from migrator.model import (
+    DomainName,
+    MaintenancePolicy,
+    NodeName,
+    NodeState,
+    OwnershipRecord,
+    OwnershipState,
+)
 from node_agent.drain.survey import make_survey
 from node_agent.nodes import NodeView
 from node_agent.planner.placement import place
-from node_agent.resources import Domain, Node
+from node_agent.resources import Domain
 
 
 async def where_to_start(
@@ -99,13 +106,25 @@ def refuse_unknown_voucher(
     raise NotFoundError(f"powered_off: there is no node {powered_off}; known: {known}")
 
 
-def choose_destination(source: NodeName, nodes: Sequence[Node]) -> NodeName:
-    """The open node with the most free memory. RefusedError: none but the source is open."""
-    ready = [node for node in nodes if node.state.admits and node.name != source]
-    if not ready:
-        reason = f"no node but {source} is ready"
+async def choose_destination(
+    domain: DomainName,
+    source: NodeName,
+    views: Mapping[NodeName, NodeView],
+    list_domains: Callable[[], Awaitable[Sequence[Domain]]],
+) -> NodeName:
+    """The node that a drain of `source` would choose: the domain's rules hold where nobody chose.
+
+    RefusedError: none can take it, each for its own reason.
+    """
+    known = {str(name): each for name, each in views.items()}
+    survey = make_survey(known, await list_domains(), {}, places={domain: str(source)})
+    (wanted,) = (each for each in survey.domains if each.name == domain)
+    wanted = msgspec.structs.replace(wanted, policy=MaintenancePolicy.LIVE)  # No maintenance.
+    found = place(survey.nodes, survey.domains, [wanted], survey.options())
+    if found.blockers:
+        reason = found.blockers[0].reason
         raise RefusedError(f"there is no destination: {reason}", [reason])
-    return NodeName(max(ready, key=lambda node: node.memory_free_bytes).name)
+    return NodeName(found.destinations[domain])
 
 
 def no_such_destination(

@@ -147,7 +147,7 @@ class MigrationCreate(Value, frozen=True, kw_only=True):
     """Body of a new migration: `MigrationRequest`, whose destination may be left open."""
 
     destination: Name | None = None
-    """By default the ready node with the most free memory, other than the source."""
+    """By default the node that a drain would choose, by the domain's rules, and memory."""
     downtime_limit_ms: Annotated[int, msgspec.Meta(ge=1, le=60_000)] = 50
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 600.0
     mode: MigrationMode = MigrationMode.HYBRID

@@ -40,8 +40,8 @@ def migrate(
         str | None,
         typer.Option(
             "--to",
-            help="Destination; by default (the agent chooses) the ready node "
-            "with the most free memory.",
+            help="Destination; by default the node that a drain would choose, "
+            "by the domain's rules, and memory.",
         ),
     ] = None,
     downtime_limit_ms: Annotated[

@@ -9,7 +9,7 @@ then has no place is a blocker, with every node's reason.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -21,6 +21,7 @@ from node_agent.planner.rules import Rules, contradiction, groups_of
 
 _MIB: Final = 2**20
 _NODES_TOLD_MAX: Final = 6
+_REASONS_TOLD_MAX: Final = 6
 Mask = NDArray[np.bool_]
 
 
@@ -165,13 +166,14 @@ class _Placer:
             if not closed and (lacks := sorted(domain.needs - node.kinds)):
                 ways.lacking.append((len(lacks), node.name, _words(lacks)))
             reasons[node.name] = closed or reason
-        told = [f"{name}: {why}" for name, why in list(reasons.items())[:_NODES_TOLD_MAX]]
-        if len(reasons) > _NODES_TOLD_MAX:
-            told.append(f"and {len(reasons) - _NODES_TOLD_MAX} more nodes")
-        why = "; ".join(told) or "there is no other node"
+        wanted = self._wanted.get(domain.name)
         return Blocker(
             domain=domain.name,
-            reason=f"no node can take it: {why}",
+            reason=(
+                f"{wanted} can't take it: {reasons[wanted]}"
+                if wanted in reasons
+                else f"no node can take it: {_told(reasons) or 'there is no other node'}"
+            ),
             remedy=ways.told(domain, _memory(group), len(self._nodes)),
         )
 
@@ -232,6 +234,26 @@ class _Ways:
             ways.append(f"add a node with {memory_bytes / _MIB:.0f} MiB")
         ways.append(f"leave it there (--exclude {domain.name})")
         return ", or ".join(ways)
+
+
+def _told(reasons: Mapping[str, str]) -> str:
+    """Nodes with the same reason together: in a large cluster one rule keeps most of them away, and
+    would hide why the few others can't take it either."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name, why in reasons.items():
+        alike[why].append(name)
+    told = [f"{_names(names)}: {why}" for why, names in list(alike.items())[:_REASONS_TOLD_MAX]]
+    if rest := sum(map(len, list(alike.values())[_REASONS_TOLD_MAX:])):
+        told.append(f"and {rest} more nodes")
+    return "; ".join(told)
+
+
+def _names(nodes: Sequence[str]) -> str:
+    """Two of them at least are left out, where any are."""
+    if len(nodes) <= _NODES_TOLD_MAX:
+        return ", ".join(nodes)
+    shown = nodes[: _NODES_TOLD_MAX - 2]
+    return f"{', '.join(shown)} and {len(nodes) - len(shown)} more"
 
 
 def _words(kinds: Sequence[str]) -> str:

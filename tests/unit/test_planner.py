@@ -357,3 +357,31 @@ def test_a_node_s_own_words_and_what_would_open_it_are_told() -> None:
     (blocker,) = plan.blockers
     assert "n2: its disk is full" in blocker.reason
     assert blocker.remedy.startswith("open n3, or start the agent of n4, or mend that on n2, or ")
+
+
+def test_in_a_large_cluster_one_rule_doesn_t_hide_why_the_others_can_t() -> None:
+    """The first six nodes were told with their reasons, and of the rest how many they are."""
+    nodes = [node("n1", admits=False), *(node(f"n{number}") for number in range(2, 12))]
+    plan = plan_of(
+        nodes, [domain("g", pinned=("n11",), anti_affinity=("other",)), domain("other", "n11")]
+    )
+    assert [each.reason for each in plan.blockers] == [
+        "no node can take it: n2, n3, n4, n5 and 5 more: the domain is pinned to n11; "
+        "n11: its anti-affinity to other, which runs there"
+    ]
+    different = [
+        node(f"n{number}", admits=False, why_not=f"it is drained by {number}")
+        for number in range(2, 12)
+    ]
+    (blocker,) = plan_of([nodes[0], *different], [domain("g")]).blockers
+    assert blocker.reason.endswith("n7: it is drained by 7; and 4 more nodes")
+
+
+def test_what_is_to_go_to_one_node_only_is_told_that_one_s_reason() -> None:
+    """An undrain's: those that aren't meant told that, and hid it."""
+    nodes = [node(f"n{number}") for number in range(1, 12)]
+    guests = [domain("g", anti_affinity=("other",)), domain("other", "n9")]
+    plan = plan_of(nodes, guests, wanted=(("g", "n9"),))
+    assert [each.reason for each in plan.blockers] == [
+        "n9 can't take it: its anti-affinity to other, which runs there"
+    ]

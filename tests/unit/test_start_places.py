@@ -11,6 +11,7 @@ import pytest
 from migrator.errors import ConflictError, NotFoundError, RefusedError
 from migrator.model import DomainName, NodeName, NodeState, OwnershipState
 from node_agent.drain.cordons import Cordon, Cordons
+from node_agent.resources import MigrationCreate
 from tests.unit.agent_world import World, open_world, spec_of
 from tests.unit.api_client import Client, ask
 
@@ -114,3 +115,25 @@ async def test_a_removed_owner_may_be_vouched_for(world: World) -> None:
     await world.a.hub.close()
     world.b.registry.counts = lambda name: name != "a"
     assert (await world.b.cluster.take_over(WEB, B, A)).node == "b"
+
+
+async def test_rules_hold_where_nobody_chose_a_destination(world: World) -> None:
+    """It was the node with the most free memory, be the domain never to run there."""
+    near = spec_of("near", disks=[], nics=[], placement={"anti_affinity": ["web"]})
+    await world.b.domains.define(near)
+    await world.b.domains.start(DomainName("near"))
+    with pytest.raises(RefusedError, match="b: a domain there doesn't want to be with web"):
+        await world.b.cluster.migrate(WEB, MigrationCreate())
+    assert not world.migrations
+    tried = await world.b.cluster.check_migration(WEB, MigrationCreate(), 1.0)
+    assert tried.refused[0].endswith("b: a domain there doesn't want to be with web"), tried
+    await world.b.domains.stop(DomainName("near"))
+    assert (await world.b.cluster.migrate(WEB, MigrationCreate())).destination == "b"
+
+
+async def test_who_names_a_destination_means_it(world: World) -> None:
+    near = spec_of("near", disks=[], nics=[], placement={"anti_affinity": ["web"]})
+    await world.b.domains.define(near)
+    await world.b.domains.start(DomainName("near"))
+    begun = await world.b.cluster.migrate(WEB, MigrationCreate(destination="b"))
+    assert begun.destination == "b"
