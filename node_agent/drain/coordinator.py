@@ -29,7 +29,7 @@ from node_agent.drain import vocabulary as v
 from node_agent.drain.hooks import NodeHooks
 from node_agent.drain.machine import DrainMachine
 from node_agent.drain.records import DrainRecords, LostError
-from node_agent.drain.resources import CancelMode, Drain
+from node_agent.drain.resources import STOP_S, CancelMode, Drain
 from node_agent.drain.world import DrainWorld
 from node_agent.events import EventKind, EventLog
 from node_agent.hooks.model import HookPoint
@@ -44,7 +44,6 @@ POLL_S: Final = 0.15
 LOOK_S: Final = 5.0
 """How often a migration that doesn't change is held against the ownership record."""
 RETRY_S: Final = 1.0
-STOP_S: Final = 60.0
 HOOK_S: Final = 3600.0
 MOVE_S: Final = 600.0
 MOVE_S_MIN: Final = 30.0

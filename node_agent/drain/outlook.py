@@ -8,16 +8,19 @@ hook, a new coordinator) is in no move, and prolongs nothing.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Final
 
-from node_agent.drain.resources import Drain, DrainState, Move, MoveState
+from node_agent.drain.resources import STOP_S, Drain, DrainState, Move, MoveState
 
 _TIMED: Final = frozenset({DrainState.RUNNING, DrainState.CANCELLING})
 _OVER: Final = frozenset({MoveState.MOVED, MoveState.STOPPED})
 _NEARLY: Final = 0.95
 """Of a move whose pages are across: the rest is its end."""
+_BOOT_S: Final = 3.0
+"""What a start elsewhere takes, roughly: its QEMU's; nobody waits for the guest's own."""
 
 
 def left_s(drain: Drain, now_s: float) -> float | None:
@@ -39,7 +42,7 @@ def _left_of(moves: Sequence[Move], now_s: float) -> float | None:
     at_once = sum(planned) / max(move.planned_start_s + move.planned_s for move in moves)
     late = lateness(moves, usual_s, now_s)
     rest = [
-        (move.planned_s or usual_s) * late * (1.0 - done(move))
+        min((move.planned_s or usual_s) * late * (1.0 - done(move)), _at_most_s(move, now_s))
         for move in moves
         if not move.state.ended
     ]
@@ -58,6 +61,14 @@ def lateness(moves: Sequence[Move], usual_s: float, now_s: float) -> float:
             actual_s += took_s
             planned_s += move.planned_s
     return actual_s / planned_s
+
+
+def _at_most_s(move: Move, now_s: float) -> float:
+    """A guest that doesn't power itself off makes nothing later than its end by force."""
+    if move.state is MoveState.STOPPING and move.started_at_s is not None:
+        boots_s = _BOOT_S if move.destination is not None else 0.0
+        return max(move.started_at_s + STOP_S - now_s, 0.0) + boots_s
+    return _BOOT_S if move.state is MoveState.BOOTING else math.inf
 
 
 def done(move: Move) -> float:

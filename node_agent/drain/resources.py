@@ -17,6 +17,8 @@ Reason = Annotated[str, msgspec.Meta(max_length=200)]
 HISTORY_MAX: Final = 500
 TIMEOUT_S: Final = 3600.0
 """By default, where a plan isn't long."""
+STOP_S: Final = 60.0
+"""Within which a guest powers itself off; then it is ended by force."""
 
 
 class DrainPolicy(enum.StrEnum):

@@ -98,6 +98,28 @@ def test_half_a_transfer_is_half_a_move_and_a_powered_off_one_is_timed_by_its_li
     assert left_s(drain(half, stopped), 102.0) == pytest.approx(0.75), "it is overdue by now"
 
 
+def test_a_guest_that_doesn_t_power_itself_off_is_ended_by_force_and_no_later() -> None:
+    """What was told grew by the second: 48 s left, one second before the end by force."""
+    moves = [
+        planned(
+            number,
+            planned_start_s=0.0,
+            planned_s=20.0,
+            policy=MaintenancePolicy.STOP,
+            state=MoveState.STOPPING,
+            attempts=1,
+            started_at_s=100.0,
+        )
+        for number in range(2)
+    ]
+    told = [left_s(drain(*moves), now_s) for now_s in (100.0, 150.0, 159.0, 161.0)]
+    assert told == pytest.approx([20.0, 13.0, 4.0, 3.0])
+    booting = [msgspec.structs.replace(each, state=MoveState.BOOTING) for each in moves]
+    assert left_s(drain(*booting), 161.0) == pytest.approx(3.0)
+    for_good = [msgspec.structs.replace(each, destination=None) for each in moves]
+    assert left_s(drain(*for_good), 161.0) == pytest.approx(0.0)
+
+
 @pytest.mark.parametrize("state", [DrainState.CHECKING, DrainState.DONE])
 def test_only_moves_are_timed(state: DrainState) -> None:
     assert left_s(drain(over(0, 1.0), state=state), 101.0) is None
