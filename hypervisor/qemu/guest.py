@@ -209,7 +209,7 @@ class Guest:
             try:
                 await self.connect()
             except HypervisorError as error:
-                if not self.process.exited and attempt == 1:
+                if attempt == 1 and not self.process.exited and self.end_reason is None:
                     log.warning("%s: lost the connection to its monitor: %s", self.name, error)
             else:
                 return

@@ -61,6 +61,35 @@ async def test_nothing_connects_to_what_listens_in_its_place(tmp_path: Path) -> 
             successor.accept()
 
 
+@pytest.mark.parametrize(("end_reason", "told"), [(None, 1), ("powered off by force", 0)])
+async def test_a_monitor_that_goes_as_its_guest_is_ended_alarms_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, end_reason: str | None, told: int
+) -> None:
+    """Each end by force was logged as a connection that was lost."""
+    guest = Guest(
+        tmp_path,
+        cast(ProcessRecord, Record()),
+        cast(QemuProcess, Running()),
+        emit=lambda _: None,
+        on_gone=lambda _: None,
+    )
+    tried = asyncio.Event()
+
+    async def connect(timeout_s: float = 1.0) -> None:
+        if tried.is_set():  # The second time: the first one's line, if there is any, is written.
+            again.set()
+        tried.set()
+        raise HypervisorError("can't connect to the monitor")
+
+    again = asyncio.Event()
+    guest.connect = connect  # type: ignore[method-assign, assignment]
+    guest.end_reason = end_reason
+    guest.reconnect_later()
+    await again.wait()
+    await guest.let_go()
+    assert len([each for each in caplog.records if "lost the connection" in each.message]) == told
+
+
 async def test_that_it_has_run_is_recorded_once_the_disk_has_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
