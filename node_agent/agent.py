@@ -44,7 +44,7 @@ from node_agent.events import EventKind
 from node_agent.fabrics import make_tracker
 from node_agent.foundations import Foundations, open_foundations
 from node_agent.host_shutdown import HostShutdown
-from node_agent.log_lines import LogLines
+from node_agent.log_lines import FewerRepeats, LogLines
 from node_agent.machines import MachinePinner
 from node_agent.memory_room import MemoryRoom
 from node_agent.migrations import link_speed
@@ -352,6 +352,7 @@ def run(config: AgentConfig) -> None:
     """Blocking: the whole life of an agent process."""
     lines = logging.StreamHandler()
     lines.setFormatter(LogLines("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    lines.addFilter(FewerRepeats())
     logging.basicConfig(level=logging.INFO, handlers=[lines])
     cores.favour_ourselves()
     with asyncio.Runner(loop_factory=loop_monitor.monitored_loop) as runner:

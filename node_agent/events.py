@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 KEEP_EVENTS: Final = 10_000
 QUEUE_EVENTS: Final = 1_000
 RETRY_S: Final = 1.0
+AWAY: Final = ": away: "
+"""Begins the comment that ends the API's stream of events where no more can be read now."""
 
 
 class EventKind(enum.StrEnum):

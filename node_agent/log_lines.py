@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
+from typing import Final
+
+from migrator.errors import StoreError
+
+TOLD_AGAIN_S: Final = 60.0
 
 
 class LogLines(logging.Formatter):
@@ -10,6 +17,33 @@ class LogLines(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         return one_line(super().formatMessage(record))
+
+
+class FewerRepeats(logging.Filter):
+    """A store that is away is told of by each part that needs it once a minute.
+
+    Each of them tries again every few seconds, and says why not. What differs by more than the
+    reason, another domain say, is told all the same.
+    """
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._monotonic = monotonic
+        self._told_at_s: dict[tuple[object, ...], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        args = record.args if isinstance(record.args, tuple) else ()
+        if not any(isinstance(each, StoreError) for each in args):
+            return True
+        now_s = self._monotonic()
+        self._told_at_s = {
+            what: at_s for what, at_s in self._told_at_s.items() if now_s - at_s < TOLD_AGAIN_S
+        }
+        what = (record.name, record.msg, *(each for each in args if isinstance(each, str)))
+        new = what not in self._told_at_s
+        if new:
+            self._told_at_s[what] = now_s
+        return new
 
 
 def one_line(text: str) -> str:

@@ -16,7 +16,7 @@ from aiohttp import hdrs, web
 
 from migrator.errors import FerryError, NotFoundError
 from node_agent.api.requests import CLUSTER, domain_of, flag, invalid_query, number, reply
-from node_agent.events import ClusterEvent, EventList
+from node_agent.events import AWAY, ClusterEvent, EventList
 
 STREAMS_LIMIT: Final = 64
 HEARTBEAT_S: Final = 10.0
@@ -86,8 +86,10 @@ async def read_events(request: web.Request) -> web.StreamResponse:
     async with streams.one():
         await response.prepare(request)
         await response.write(f"retry: {RETRY_MS}\n\n".encode())
-        with contextlib.suppress(FerryError):  # The store is gone: the client comes again.
+        try:
             await _pump(response, events.tail(after), streams.heartbeat_s)
+        except FerryError as error:  # The store is gone: the client comes again.
+            await response.write(f"{AWAY}{' '.join(str(error).split())}\n\n".encode())
     return response
 
 

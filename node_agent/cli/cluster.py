@@ -9,9 +9,10 @@ from typing import Annotated, Final
 import msgspec
 import typer
 
+from node_agent.cli.following import Follower
 from node_agent.cli.guests import shutdown_guests
 from node_agent.cli.nodes import remove_node, round_trip, show_node
-from node_agent.cli.output import moment, note, settings, show, size, table
+from node_agent.cli.output import by_number, moment, note, settings, show, size, table
 from node_agent.clock_words import DIFFERS_S, offset_text, span_text
 from node_agent.events import ClusterEvent, EventList
 from node_agent.resources import Node, NodeList
@@ -44,7 +45,7 @@ def list_nodes() -> None:
             f"{node.heartbeat_age_s:.1f} s ago",
             round_trip(node.round_trip_ms),
         )
-        for node in found
+        for node in sorted(found, key=lambda node: by_number(node.name))
     ]
     headings = (
         "NAME",
@@ -86,7 +87,10 @@ def events(
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with new ones.")] = False,
     limit: Annotated[int, typer.Option("-n", min=1, max=10_000, help="At most so many.")] = 50,
 ) -> None:
-    """What happened in the cluster. With --json one object a line."""
+    """What happened in the cluster. With --json one object a line.
+
+    With -f until Ctrl-C, also where the agent or the store goes and comes back; none is left out.
+    """
     client = settings.client()
     last = 0
     for event in client.get(f"/v1/events?limit={limit}", EventList).events:
@@ -94,11 +98,7 @@ def events(
         last = event.seq
     if not follow:
         return
-    headers = {"Accept": "text/event-stream", "Last-Event-ID": str(last)}
-    for line in client.lines("/v1/events", headers):
-        if line.startswith(b"data: "):
-            event = client.decoded(line.removeprefix(b"data: "), ClusterEvent)
-            _print_event(event)
+    Follower(settings.client, _print_event, last).run()
 
 
 def _print_event(event: ClusterEvent) -> None:

@@ -13,7 +13,17 @@ from migrator.figures import SAMPLE_S_MAX, SAMPLE_S_MIN, DirtyRate
 from migrator.model import Boot, KernelBoot, Migration, NicSpec
 from node_agent.cli.client import PATIENCE_S, READ_TIMEOUT_S, migration_path, path_of
 from node_agent.cli.errors import CliError, ExitCode
-from node_agent.cli.output import aside, facts, moment, note, settings, show, size, table
+from node_agent.cli.output import (
+    aside,
+    by_number,
+    facts,
+    moment,
+    note,
+    settings,
+    show,
+    size,
+    table,
+)
 from node_agent.cli.prediction import dirty_rate_text
 from node_agent.cli.spec import load_spec, merge_spec
 from node_agent.resources import Domain, DomainList, StartRequest, StopRequest, TakeoverRequest
@@ -200,7 +210,7 @@ def list_domains() -> None:
             size(domain.spec.memory_bytes),
             domain.migration or "-",
         )
-        for domain in domains
+        for domain in sorted(domains, key=lambda domain: by_number(domain.name))
     ]
     headings = ("NAME", "STATE", "NODE", "VCPUS", "MEMORY", "MIGRATION")
     show(domains, table(headings, rows))

@@ -46,6 +46,8 @@ class Settings:
         return ApiClient(find_address(self.api, self.lab))
 
 
+_PARTS: Final = re.compile(r"([^0-9]*)([0-9]*)", re.ASCII)
+
 settings: Final = Settings()
 
 
@@ -76,6 +78,11 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def by_number(name: str) -> tuple[tuple[str, int], ...]:
+    """A key to sort names by, for people: n2 before n10."""
+    return tuple((text, int(digits or -1)) for text, digits in _PARTS.findall(name))
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> str:

@@ -97,7 +97,7 @@ async def test_a_frozen_member_is_left_for_the_next(
 
 
 async def test_without_a_majority_nothing_passes_and_it_says_why(
-    members: list[EtcdMember], store: EtcdStore
+    members: list[EtcdMember], store: EtcdStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     ownership = StoreOwnership(store)
     before = OwnershipRecord(domain="web", token=1, owner="n1", state=OwnershipState.RUNNING)
@@ -113,6 +113,9 @@ async def test_without_a_majority_nothing_passes_and_it_says_why(
     record = await patiently(lambda: ownership.read(DomainName("web")))
     # The write that found no majority may have been carried out now: it said so.
     assert record in (before, before.passed_to(NodeName("n2")))
+    await store.get("ownership/web")
+    told = [each.message for each in caplog.records if "answers again, after" in each.message]
+    assert len(told) == 1, told
 
 
 async def test_no_write_is_lost_or_doubled_while_members_die(

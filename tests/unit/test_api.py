@@ -12,9 +12,9 @@ import pytest
 from migrator.errors import StoreError
 from migrator.model import DomainName, DomainState, MigrationState
 from node_agent.api.streams import STREAMS
-from node_agent.events import EventKind
+from node_agent.events import AWAY, EventKind
 from node_agent.nodes import NodeView
-from tests.unit.agent_world import MAC, World
+from tests.unit.agent_world import MAC, World, spec_of
 from tests.unit.api_client import SPEC, Client, ask, running
 
 # --- domains -------------------------------------------------------------------------------------
@@ -277,6 +277,19 @@ async def test_events_are_streamed_and_resumed(client: Client, world: World) -> 
     async with client.get("/v1/events", headers={"Last-Event-ID": "x"}) as response:
         assert response.status == 400
     assert "limit" in (await ask(client, "GET", "/v1/events?limit=5", status=400))["fields"]
+
+
+async def test_a_stream_whose_store_goes_away_ends_with_the_reason(
+    client: Client, world: World
+) -> None:
+    await running(client)
+    headers = {"Accept": "text/event-stream"}
+    async with asyncio.timeout(30), client.get("/v1/events", headers=headers) as response:
+        await response.content.readline()
+        world.a.store.faults.unavailable = True
+        await world.b.domains.define(spec_of("other", disks=[], nics=[]))
+        lines = [line.decode().rstrip() async for line in response.content]
+    assert lines[-2:] == [f"{AWAY}the simulated store is unavailable", ""]
 
 
 async def test_a_mistyped_parameter_begins_nothing(client: Client, world: World) -> None:

@@ -6,8 +6,9 @@ import logging
 
 import pytest
 
+from migrator.errors import PeerError, StoreError
 from node_agent.events import EventKind, EventLog
-from node_agent.log_lines import LogLines, one_line
+from node_agent.log_lines import FewerRepeats, LogLines, one_line
 from node_agent.state.memory import SimulatedData, SimulatedStore
 from node_agent.state.typed import TypedStore
 
@@ -56,3 +57,31 @@ async def test_an_event_is_one_line() -> None:
     await events.close()
     (event,) = await events.read()
     assert event.message == one_line(f"asked by {FORGED}")
+
+
+def of_the_store(text: str, *names: str, why: str = "away") -> logging.LogRecord:
+    args = (*names, StoreError(why), 1.0)
+    return logging.LogRecord("node_agent.nodes", logging.WARNING, "", 1, text, args, None)
+
+
+def test_a_store_that_is_away_is_told_of_by_each_part_once_a_minute() -> None:
+    now_s = 0.0
+    fewer = FewerRepeats(lambda: now_s)
+    heartbeat, following = "heartbeat failed: %s; %g", "following %s: %s; %g"
+    assert fewer.filter(of_the_store(heartbeat))
+    assert fewer.filter(of_the_store(following, "drains/"))
+    assert fewer.filter(of_the_store(following, "pools/"))
+    now_s = 5.0
+    assert not fewer.filter(of_the_store(heartbeat, why="no member answers"))
+    assert not fewer.filter(of_the_store(following, "drains/"))
+    now_s = 61.0
+    assert fewer.filter(of_the_store(heartbeat))
+
+
+def test_whatever_else_goes_wrong_is_told_each_time() -> None:
+    fewer = FewerRepeats(lambda: 0.0)
+    other = logging.LogRecord(
+        "x", logging.WARNING, "", 1, "it failed: %s", (PeerError("gone"),), None
+    )
+    plain = logging.LogRecord("x", logging.INFO, "", 1, "it is done", None, None)
+    assert [fewer.filter(each) for each in (other, other, plain, plain)] == [True] * 4

@@ -110,6 +110,8 @@ class EtcdClient:
         self._keys: _Keys | None = None
         self._first = 0
         """The member that answered last."""
+        self._silent_since_s: float | None = None
+        """No member has answered since; None: one has."""
 
     async def open(self) -> None:
         """Read the keys. StoreError if they can't be read; nothing is connected yet."""
@@ -169,6 +171,7 @@ class EtcdClient:
             for member in self.in_order():
                 left_s = deadline_s - loop.time()
                 if left_s <= 0:
+                    self._silent_since_s = self._silent_since_s or deadline_s - self._timeout_s
                     raise self._silent(uncertain, reasons)
                 try:
                     response = await member.calls[method](
@@ -185,9 +188,16 @@ class EtcdClient:
                     if member is not self._members[self._first]:
                         log.warning("etcd: %s answers instead of %s", member.name, _told(reasons))
                         self.prefer(member)
+                    self._answered()
                     return Answer(response, uncertain)
             await self._connect_anew()
             await asyncio.sleep(_ROUND_PAUSE_S)
+
+    def _answered(self) -> None:
+        if self._silent_since_s is not None:
+            silent_s = asyncio.get_running_loop().time() - self._silent_since_s
+            self._silent_since_s = None
+            log.warning("%s answers again, after %.0f s", self.name, silent_s)
 
     def _silent(self, uncertain: bool, reasons: dict[str, str]) -> StoreError:
         outcome = "whether a write was carried out is unknown" if uncertain else "nothing was done"
