@@ -4,13 +4,15 @@
                        └───────────────► sent, and its hash kept
 
 A guest rewrites pages with what they held already, and an emulator touches them without changing
-them. Telling costs 5 us a page, so it is done only where pages are copied anyway because the link
+them. Telling costs 1.7 us a page, so it is done only where pages are copied anyway because the link
 is slow (`packing`), and mostly not while it finds nothing.
 
-The hash is BLAKE2b with 128 bits and a random key an engine: a page is compared with one earlier
-content of the same page, so chance errs once in 2^128, and a guest that wants to corrupt its own
-copy can't search for a collision beforehand, as it could with a fast hash (xxh128 isn't made
-against malice) or an unkeyed one. 64 bits less would be a birthday away over a long life.
+The hash is GMAC's, with a random key an engine and one nonce for all pages: 128 bits of GHASH, for
+which processors have instructions (BLAKE2b takes 6 to 10 us a page). A page is compared with one
+earlier content of the same page. Whatever two contents these are, they have the same hash with one
+key in 2^119, by the blocks of a page over 2^128: as long as nobody knows the key, and no hash ever
+leaves the engine. So a guest that wants to corrupt its own copy can't search for a collision, as it
+could with a fast hash that isn't keyed (xxh128), and the one nonce tells nobody anything.
 
 What is known is what was *sent* over a stream and is acknowledged, or on its way in order: a page
 that is sent again, goes another way, or was under way when its stream broke is forgotten.
@@ -18,13 +20,13 @@ that is sent again, goes another way, or was under way when its stream broke is 
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from migrator import ranges
 from migrator.engine.memory import MappedRegion
@@ -32,7 +34,7 @@ from migrator.model import PAGE_SIZE_BYTES
 from migrator.ranges import Ranges
 
 _DIGEST_WORDS: Final = 2
-_DIGEST_BYTES: Final = 8 * _DIGEST_WORDS
+_NONCE: Final = bytes(12)
 _COMPARED_MIN: Final = 4096
 """Pages after which it is judged whether comparing pays."""
 _WORTH_IT: Final = 0.02
@@ -46,7 +48,7 @@ class KnownPages:
     """One engine's. A page belongs to one stream, so threads never meet at one."""
 
     def __init__(self, regions: Sequence[MappedRegion]) -> None:
-        self._key = secrets.token_bytes(32)
+        self._tag = AESGCM(secrets.token_bytes(16)).encrypt
         # Untouched until written to: a guest that is never packed pays for none of it.
         self._digests: list[Digests] = [
             np.zeros((region.size_bytes // PAGE_SIZE_BYTES, _DIGEST_WORDS), dtype=np.uint64)
@@ -68,12 +70,13 @@ class KnownPages:
         return False
 
     def hash(self, pages: memoryview) -> Digests:
-        """One row a page. Most of it runs without Python's lock."""
-        found = bytearray()
-        for at in range(0, len(pages), PAGE_SIZE_BYTES):
-            page = pages[at : at + PAGE_SIZE_BYTES]
-            found += hashlib.blake2b(page, digest_size=_DIGEST_BYTES, key=self._key).digest()
-        return np.frombuffer(bytes(found), dtype=np.uint64).reshape(-1, _DIGEST_WORDS)
+        """One row a page. It keeps Python's lock: 0.2 ms for a frame of 512 KiB."""
+        tag = self._tag  # Of nothing, with the page as what is authenticated beside it.
+        found = b"".join(
+            tag(_NONCE, b"", pages[at : at + PAGE_SIZE_BYTES])
+            for at in range(0, len(pages), PAGE_SIZE_BYTES)
+        )
+        return np.frombuffer(found, dtype=np.uint64).reshape(-1, _DIGEST_WORDS)
 
     def same(self, region: int, content: Ranges, digests: Digests) -> npt.NDArray[np.bool_]:
         """Which of the pages are, by their hashes, as they were sent last."""

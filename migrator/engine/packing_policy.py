@@ -43,7 +43,7 @@ WORTH_MORE: Final = 1.03
 
 _COPY_S_ASSUMED: Final = 0.25e-9
 """Of a core, for each byte: copied and looked at for zeros."""
-_HASH_S_ASSUMED: Final = 1.2e-9
+_HASH_S_ASSUMED: Final = 0.4e-9
 """Likewise: hashed."""
 _PRIOR_BYTES: Final = 512 * 1024
 _FADING: Final = 0.9
