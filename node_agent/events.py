@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 KEEP_EVENTS: Final = 10_000
 QUEUE_EVENTS: Final = 1_000
 RETRY_S: Final = 1.0
+HEARTBEAT: Final = ": heartbeat"
+"""The comment of the API's stream of events that says that there are no new ones."""
 AWAY: Final = ": away: "
 """Begins the comment that ends the API's stream of events where no more can be read now."""
 
@@ -217,8 +219,12 @@ class EventLog:
         events = [_decode(entry.key, entry.value) for entry in entries]
         return [event for event in events if event.seq > after_seq][-limit:]
 
-    async def tail(self, after_seq: int | None = None) -> AsyncIterator[ClusterEvent]:
+    async def tail(
+        self, after_seq: int | None = None, begun: asyncio.Event | None = None
+    ) -> AsyncIterator[ClusterEvent]:
         """Events after `after_seq` (None: from now on), in order, as they are written.
+
+        Sets `begun` once the store has answered.
 
         Ends when the store is closed; StoreError when it can't be read. An `after_seq` from the
         future counts as None.
@@ -227,6 +233,8 @@ class EventLog:
             EVENTS
         )  # Begins now: nothing falls between it and the listing.
         entries = await self._store.store.list_prefix(EVENTS)
+        if begun is not None:
+            begun.set()
         last = _seq(entries[-1].key) if entries else 0
         if after_seq is not None and after_seq < last:
             for entry in entries:

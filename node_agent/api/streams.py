@@ -16,7 +16,7 @@ from aiohttp import hdrs, web
 
 from migrator.errors import FerryError, NotFoundError
 from node_agent.api.requests import CLUSTER, domain_of, flag, invalid_query, number, reply
-from node_agent.events import AWAY, ClusterEvent, EventList
+from node_agent.events import AWAY, HEARTBEAT, ClusterEvent, EventList
 
 STREAMS_LIMIT: Final = 64
 HEARTBEAT_S: Final = 10.0
@@ -87,14 +87,18 @@ async def read_events(request: web.Request) -> web.StreamResponse:
         await response.prepare(request)
         await response.write(f"retry: {RETRY_MS}\n\n".encode())
         try:
-            await _pump(response, events.tail(after), streams.heartbeat_s)
+            begun = asyncio.Event()
+            await _pump(response, events.tail(after, begun), begun, streams.heartbeat_s)
         except FerryError as error:  # The store is gone: the client comes again.
             await response.write(f"{AWAY}{' '.join(str(error).split())}\n\n".encode())
     return response
 
 
 async def _pump(
-    response: web.StreamResponse, events: AsyncIterator[ClusterEvent], heartbeat_s: float
+    response: web.StreamResponse,
+    events: AsyncIterator[ClusterEvent],
+    begun: asyncio.Event,
+    heartbeat_s: float,
 ) -> None:
     """Events as they come, and a comment in every pause, which finds clients that are gone."""
     pending = asyncio.ensure_future(_next(events))
@@ -102,7 +106,8 @@ async def _pump(
         while True:
             await asyncio.wait({pending}, timeout=heartbeat_s)
             if not pending.done():
-                await response.write(b": heartbeat\n\n")
+                comment = HEARTBEAT if begun.is_set() else ": waiting for the store"
+                await response.write(f"{comment}\n\n".encode())
                 continue
             event = pending.result()
             if event is None:

@@ -14,10 +14,9 @@ from typing import Final
 from node_agent.cli.client import ApiClient
 from node_agent.cli.errors import ApiProblem, CliError, ExitCode
 from node_agent.cli.output import aside
-from node_agent.events import AWAY, ClusterEvent
+from node_agent.events import AWAY, HEARTBEAT, ClusterEvent
 
 AGAIN_S: Final = 2.0
-_COMMENT: Final = b":"
 _DATA: Final = b"data: "
 
 
@@ -55,7 +54,7 @@ class Follower:
                 self._last = event.seq
             elif line.startswith(AWAY.encode()):
                 self._trouble(line.removeprefix(AWAY.encode()).decode(errors="replace"))
-            elif line.startswith(_COMMENT):  # Nothing happens, and it would be told.
+            elif line == HEARTBEAT.encode():  # Nothing happens, and it would be told.
                 self._is_back()
 
     def _trouble(self, why: str) -> None:

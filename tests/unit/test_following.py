@@ -89,7 +89,8 @@ def test_an_outage_is_told_once_and_that_it_is_over(
     capfd: pytest.CaptureFixture[str], trouble: bytes | CliError, told: str, sign: bytes | int
 ) -> None:
     began = b"retry: 2000"
-    shown, agent = follow([began, 4, trouble], [began, trouble], [trouble], [began, sign, 6])
+    waits = b": waiting for the store"
+    shown, agent = follow([began, 4, trouble], [began, waits, trouble], [trouble], [began, sign, 6])
     assert shown == ([4, 6] if sign == BEAT else [4, 5, 6])
     assert agent.asked_after == ["3", "4", "4", "4"]
     out, err = capfd.readouterr()
