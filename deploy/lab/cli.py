@@ -263,7 +263,11 @@ def etcd_member(
     with _errors_as_sentences():
         changed = labs.etcd_member(name, member, run=action is MemberAction.START)
     if action is MemberAction.START:
-        print(f"{member} serves." if changed else f"{member} was running.")
+        print(
+            f"{member} runs; etcd serves where two of its members do."
+            if changed
+            else f"{member} was running."
+        )
     else:
         print(f"{member} is killed." if changed else f"{member} wasn't running.")
 

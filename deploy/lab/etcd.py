@@ -65,6 +65,12 @@ def start_member(plan: LabPlan, member: EtcdMemberPlan) -> Process:
     return processes.spawn_in(member.namespace, command, member.log_path)
 
 
+def majority_runs(plan: LabPlan) -> bool:
+    """Whether so many of the members run that they can serve."""
+    running = [member for member in plan.etcd_members if find_member(member) is not None]
+    return 2 * len(running) > len(plan.etcd_members)
+
+
 def wait_serving(member: EtcdMemberPlan, process: Process) -> None:
     """Until it serves clients: a majority of the members runs. FerryError with its log's end."""
     deadline_s = time.monotonic() + READY_TIMEOUT_S

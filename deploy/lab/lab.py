@@ -256,6 +256,7 @@ def kill_agent(lab: str, node: str) -> bool:
 def etcd_member(lab: str, member: str, *, run: bool) -> bool:
     """Start one member of the lab's etcd with what it has on its disk, or SIGKILL it.
 
+    One that is started serves when this returns, if a majority of the members runs.
     False: it was so already. NotFoundError: there is no such member.
     """
     require_root()
@@ -271,7 +272,9 @@ def etcd_member(lab: str, member: str, *, run: bool) -> bool:
         if (process is not None) is run:
             return False
         if process is None:
-            etcd.wait_serving(found, etcd.start_member(plan, found))
+            process = etcd.start_member(plan, found)
+            if etcd.majority_runs(plan):
+                etcd.wait_serving(found, process)
         else:
             processes.send_signal(process, signal.SIGKILL)
             processes.wait_ended([process], STOP_TIMEOUT_S)
