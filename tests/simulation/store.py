@@ -100,7 +100,18 @@ class SimulatedStore(StateStore):
         return found
 
     async def list_written(self, prefix: str, since_revision: int) -> Written:
-        raise NotImplementedError
+        """Who restores an older copy starts all members anew, and so a leader's term."""
+        await self._read()
+        entries = self._data.readable
+        found = [entries[key] for key in sorted(entries) if key.startswith(prefix)]
+        written = Written(
+            entries=[entry for entry in found if entry.revision > since_revision],
+            count=len(found),
+            revision=self._data.revision,
+            era=self._data.flips + self._data.restored,
+        )
+        await self._answer()
+        return written
 
     async def put_if(self, key: str, value: bytes, expected_revision: int | None) -> int | None:
         return await self._write(key, value, expected_revision)
