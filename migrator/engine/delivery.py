@@ -28,6 +28,7 @@ from migrator.engine.known import KnownPages
 from migrator.engine.memory import MappedRegion
 from migrator.engine.packing import PACK_BYTES_MAX, Packer
 from migrator.engine.packing_policy import PackingPolicy, Plan
+from migrator.engine.precedence import Precedence
 from migrator.engine.sorting import PieceQueue, Sorted
 from migrator.engine.stream import PageStream, Piece, StreamBrokenError
 from migrator.engine.zeroes import ZeroFilter
@@ -161,6 +162,7 @@ class Delivery:
         self._known = known
         self._written = written
         self._packer = Packer(policy, known)
+        self._precedence = Precedence()
         self._may_pack = self.left_bytes >= _PACKING_BYTES_MIN
 
     def run(self, health: ChannelHealth, reconnect_s: float, waiter: Waiter) -> None:
@@ -168,6 +170,7 @@ class Delivery:
         try:
             self._run(health, reconnect_s, waiter)
         finally:
+            self._precedence.end()
             self._packer.close()
 
     def _run(self, health: ChannelHealth, reconnect_s: float, waiter: Waiter) -> None:
@@ -231,6 +234,7 @@ class Delivery:
         if self._may_pack:
             plan = self._policy.plan(link_bytes_per_s, self._stream.codecs)
         sorting = self._may_pack and self._is_slow(plan, link_bytes_per_s)
+        self._precedence.keep(sorting)
         while (
             self._todo
             and self._ready.content_bytes < (_LOOKAHEAD_BYTES if self._todo.head.cold else 1)

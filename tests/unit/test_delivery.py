@@ -30,6 +30,7 @@ from migrator.engine.frames import FrameKind, StreamHello, StreamKind
 from migrator.engine.known import KnownPages
 from migrator.engine.memory import MappedRegion
 from migrator.engine.packing_policy import Order, PackingPolicy, Plan
+from migrator.engine.precedence import Precedence
 from migrator.engine.stream import Endpoint, PageStream, Piece, Sent, StreamBrokenError
 from migrator.engine_messages import RegionLayout
 from migrator.ranges import Ranges
@@ -323,3 +324,21 @@ def test_a_pass_goes_on_where_all_that_was_prepared_has_been_written_meanwhile()
     assert _numbers(looks[0]) == set(range(8))
     assert {page for _, each in made.deferred for page in _numbers(each)} == set(range(8))
     assert world.wrong() & set(range(USED)) == set(range(8))
+
+
+@pytest.mark.parametrize(("packs", "expected"), [(1.0, [True, False]), (0.0, [])])
+def test_the_sending_thread_goes_first_on_slow_links_and_in_no_case_after_the_pass(
+    packs: float, expected: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def give(wanted: bool) -> bool:
+        asked.append(wanted)
+        return True
+
+    monkeypatch.setattr(delivery, "Precedence", lambda: Precedence(give, lambda: 0.0))
+    world = _World(random.Random(1))
+    policy = _Policy(world.chance, packs)
+    with _small(world.chance):
+        _deliver(world, _Stream(world), [Piece(0, _pages(range(USED)))], policy)
+    assert asked == expected
