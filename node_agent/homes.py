@@ -17,7 +17,7 @@ from migrator.model import (
 )
 from node_agent.drain.survey import make_survey
 from node_agent.nodes import NodeView
-from node_agent.planner.placement import place
+from node_agent.planner.placement import Placement, place
 from node_agent.resources import Domain
 
 
@@ -63,14 +63,7 @@ async def choose_home(
     view = views.get(last)
     if view is not None and view.state.admits:
         return last
-    known = {str(name): each for name, each in views.items()}
-    survey = make_survey(known, await list_domains(), {}, places={domain: ""})
-    survey = survey.to_be_started(domain)
-    (wanted,) = (each for each in survey.domains if each.name == domain)
-    # It boots there: it has seen no features of the processor that it ran on last.
-    needs = frozenset(each for each in wanted.needs if not each.startswith("feature:"))
-    wanted = msgspec.structs.replace(wanted, needs=needs)
-    found = place(survey.nodes, survey.domains, [wanted], survey.options())
+    found = _place(domain, None, views, await list_domains())
     if domain in found.destinations:
         return NodeName(found.destinations[domain])
     if view is not None and view.state is not NodeState.UNREACHABLE:
@@ -116,15 +109,32 @@ async def choose_destination(
 
     RefusedError: none can take it, each for its own reason.
     """
-    known = {str(name): each for name, each in views.items()}
-    survey = make_survey(known, await list_domains(), {}, places={domain: str(source)})
-    (wanted,) = (each for each in survey.domains if each.name == domain)
-    wanted = msgspec.structs.replace(wanted, policy=MaintenancePolicy.LIVE)  # No maintenance.
-    found = place(survey.nodes, survey.domains, [wanted], survey.options())
+    found = _place(domain, source, views, await list_domains())
     if found.blockers:
         reason = found.blockers[0].reason
         raise RefusedError(f"there is no destination: {reason}", [reason])
     return NodeName(found.destinations[domain])
+
+
+def _place(
+    domain: DomainName,
+    source: NodeName | None,
+    views: Mapping[NodeName, NodeView],
+    domains: Sequence[Domain],
+) -> Placement:
+    """Where a drain would put it, whatever its policy says of maintenance, which this isn't.
+
+    `source`: the node that it leaves. None: it is off, and boots, so it has seen no features of the
+    processor that it ran on last.
+    """
+    known = {str(name): view for name, view in views.items()}
+    survey = make_survey(known, domains, {}, places={domain: source or ""})
+    (wanted,) = (each for each in survey.domains if each.name == domain)
+    wanted = msgspec.structs.replace(wanted, policy=MaintenancePolicy.LIVE)
+    if source is None:
+        needs = frozenset(each for each in wanted.needs if not each.startswith("feature:"))
+        wanted = msgspec.structs.replace(wanted, needs=needs)
+    return place(survey.nodes, survey.domains, [wanted], survey.options())
 
 
 def no_such_destination(

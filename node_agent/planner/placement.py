@@ -79,8 +79,7 @@ class _Placer:
         for domain in movable:
             self._rules.remove(domain)
         groups = groups_of(movable)
-        groups.sort(key=lambda group: (-max(each.priority for each in group), -_memory(group)))
-        groups.sort(key=lambda group: -_memory(group))
+        groups.sort(key=lambda group: (-_memory(group), -max(each.priority for each in group)))
         for group in groups:
             mask, memory = self._allowed(group), _memory(group)
             open_to = mask & (self._free >= memory)
