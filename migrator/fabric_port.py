@@ -33,8 +33,6 @@ class ProbeReport(Struct, frozen=True, kw_only=True):
     """Kinds of frames (arp, rarp, ipv4, ipv6, other) of the NIC that arrived meanwhile."""
     learnt_at: str = ""
     """The port at which this node's bridge has the MAC; "" if it has none."""
-    large: bool | None = None
-    """Whether a question as long as the NIC's MTU was answered; None: not asked."""
     routed: bool = False
     """It asked the routers, by ICMP, and not the switches."""
     detail: str = ""

@@ -113,10 +113,6 @@ class Node(Value, frozen=True, kw_only=True):
     kept_free: str = ""
     """That it is cordoned or drained, who wanted that, and why; "": it is open."""
 
-    @property
-    def memory_free_bytes(self) -> int:
-        return self.memory_bytes - self.memory_committed_bytes
-
 
 class StartRequest(Value, frozen=True, kw_only=True):
     """Body of a start; may be left out."""

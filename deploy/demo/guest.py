@@ -13,7 +13,7 @@ from typing import Final
 from deploy.guest.build import GuestImage
 from deploy.guest.cmdline import guest_cmdline
 from deploy.guest.disk_check import check_disk
-from deploy.guest.protocol import READY, ConsoleReport, read_console
+from deploy.guest.protocol import READY, read_console
 from deploy.guest.records import DiskReport
 from deploy.lab.plan import GUEST_BRIDGE, LabPlan
 from migrator.errors import FerryError
@@ -95,10 +95,6 @@ class WebServer:
             if time.monotonic() > deadline_s or read_console(text).errors:
                 raise FerryError(f"the guest doesn't become ready; its console:\n{text[-1500:]}")
             time.sleep(_POLL_S)
-
-    def console_report(self) -> ConsoleReport:
-        """What it printed on the node that it runs on now."""
-        return read_console(self._console())
 
     def migrate(self, destination: str) -> Migration:
         """Migrate it and wait for the end, which may be a failure.

@@ -230,12 +230,6 @@ class SimulatedHost:
         self.emit(domain, DomainEventKind.IO_ERROR, cause)
         self.emit(domain, DomainEventKind.PAUSED)
 
-    def panic(self, domain: str) -> None:
-        """The guest's kernel panics."""
-        self.guests[domain].halt(DomainState.CRASHED, self.clock(), "the guest panicked")
-        self.emit(domain, DomainEventKind.PANICKED, "the guest panicked")
-        self.emit(domain, DomainEventKind.PAUSED)
-
     def emit(
         self, domain: str, kind: DomainEventKind, detail: str = "", *, crashed: bool = False
     ) -> None:

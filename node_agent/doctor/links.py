@@ -25,7 +25,6 @@ from node_agent.doctor.findings import Finding, failure, fine, warning
 
 _CLONE_NEWNET: Final = 0x40000000
 _FLAG_UP: Final = 0x1
-_FLAG_MULTICAST: Final = 0x1000
 _MTU_USUAL: Final = 1500
 """What a NIC needs whose definition says nothing else."""
 _FORWARDING: Final = {4: "ipv4/ip_forward", 6: "ipv6/conf/all/forwarding"}

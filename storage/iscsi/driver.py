@@ -61,7 +61,6 @@ from storage.names import (
 
 HEALTH_TIMEOUT_S: Final = 4.0
 FENCE_TIMEOUT_S: Final = 10.0
-_LISTED_AT_ONCE: Final = 16
 
 _log = logging.getLogger(__name__)
 

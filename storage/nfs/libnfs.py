@@ -78,10 +78,6 @@ class FileStatus:
     def is_file(self) -> bool:
         return stat.S_ISREG(self.mode)
 
-    @property
-    def is_folder(self) -> bool:
-        return stat.S_ISDIR(self.mode)
-
 
 @functools.cache
 def _library() -> ctypes.CDLL:

@@ -25,7 +25,6 @@ from migrator.ports import Struct
 
 SKEW_S: Final = 30.0
 """By which the clocks of two nodes may differ."""
-DATAGRAM_BYTES_MAX: Final = 8192
 KEY_BYTES_MIN: Final = 16
 _SIGNATURE_BYTES: Final = 32
 _CLAIMS_MAX: Final = 64
