@@ -122,18 +122,15 @@ def _place(
     views: Mapping[NodeName, NodeView],
     domains: Sequence[Domain],
 ) -> Placement:
-    """Where a drain would put it, whatever its policy says of maintenance, which this isn't.
+    """Where a drain would put it, whatever its own policy says of maintenance, which this isn't.
 
-    `source`: the node that it leaves. None: it is off, and boots, so it has seen no features of the
-    processor that it ran on last.
+    `source`: the node that it leaves, running; None: it is off, and boots.
     """
     known = {str(name): view for name, view in views.items()}
     survey = make_survey(known, domains, {}, places={domain: source or ""})
     (wanted,) = (each for each in survey.domains if each.name == domain)
-    wanted = msgspec.structs.replace(wanted, policy=MaintenancePolicy.LIVE)
-    if source is None:
-        needs = frozenset(each for each in wanted.needs if not each.startswith("feature:"))
-        wanted = msgspec.structs.replace(wanted, needs=needs)
+    policy = MaintenancePolicy.STOP if source is None else MaintenancePolicy.LIVE
+    wanted = msgspec.structs.replace(wanted, policy=policy, restart=True)
     return place(survey.nodes, survey.domains, [wanted], survey.options())
 
 

@@ -207,11 +207,12 @@ def _domain(
     node = domain.node or ""
     model = spec.cpu_model.partition(",")[0]
     needs = {f"machine:{spec.machine}", f"cpu:{model}", *(f"pool:{d.pool}" for d in spec.disks)}
+    features: set[str] = set()
     if (view := views.get(node)) is not None:
         has = view.info.capabilities
         needs.add(f"hypervisor:{has.driver}/{has.accelerator}")
         if model in WHOLE_PROCESSOR:
-            needs |= {f"feature:{each}" for each in has.cpu_features}
+            features = {f"feature:{each}" for each in has.cpu_features}
     obstacle = ""
     switching = domain.migration is not None and domain.state in _SWITCHING
     if domain.state not in _MOVABLE and not switching:
@@ -234,6 +235,7 @@ def _domain(
         anti_affinity=rules.anti_affinity,
         pinned=rules.pinned,
         needs=frozenset(needs),
+        features=frozenset(features),
         obstacle=obstacle,
         cure=_CURES.get(domain.state, "").format(domain.name),
     )

@@ -155,7 +155,7 @@ class _Evener:
         allowed[source] = False
         for name, at in self._index.items():
             pinned = domain.pinned and name not in domain.pinned
-            if pinned or not domain.needs <= self._nodes[at].kinds:
+            if pinned or not domain.required <= self._nodes[at].kinds:
                 allowed[at] = False
         usable = self._capacity[:, 1] * (1 - self._options.reserve_share)
         allowed &= self._used[:, 1] + need[1] <= usable

@@ -31,7 +31,8 @@ class NodeFacts(Struct, frozen=True, kw_only=True):
     link_bytes_per_s: float = DEFAULT_LINK_BYTES_PER_S
     """Of its migration interface, each way."""
     kinds: frozenset[str] = frozenset()
-    """What its hypervisor has: `machine:q35`, `cpu:qemu64`, `pool:default`, `driver:qemu/tcg`."""
+    """What it has: `machine:q35`, `cpu:qemu64`, `feature:avx2`, `pool:default`, `hypervisor:qemu/tcg`.
+    """
 
 
 class DomainFacts(Struct, frozen=True, kw_only=True):
@@ -56,11 +57,19 @@ class DomainFacts(Struct, frozen=True, kw_only=True):
     anti_affinity: tuple[str, ...] = ()
     pinned: tuple[str, ...] = ()
     needs: frozenset[str] = frozenset()
-    """Of `NodeFacts.kinds`."""
+    """Of `NodeFacts.kinds`, wherever it runs."""
+    features: frozenset[str] = frozenset()
+    """Likewise, of the processor that it runs on: it has seen them, until it boots elsewhere."""
     obstacle: str = ""
     """Why it can't be migrated now: paused, crashed, migrating already."""
     cure: str = ""
     """What would end that."""
+
+    @property
+    def required(self) -> frozenset[str]:
+        """Of `NodeFacts.kinds`, by what is done to it."""
+        migrates = self.policy is MaintenancePolicy.LIVE
+        return self.needs | self.features if migrates and self.features else self.needs
 
     @property
     def selectors(self) -> frozenset[str]:

@@ -132,10 +132,11 @@ class _Placer:
         return excluded
 
     def _compatible(self, domain: DomainFacts) -> Mask:
-        mask = self._fits.get(domain.needs)
+        required = domain.required
+        mask = self._fits.get(required)
         if mask is None:
-            mask = np.array([domain.needs <= node.kinds for node in self._nodes], dtype=np.bool_)
-            self._fits[domain.needs] = mask
+            mask = np.array([required <= node.kinds for node in self._nodes], dtype=np.bool_)
+            self._fits[required] = mask
         return mask
 
     # --- why not -----------------------------------------------------------------------------
@@ -162,7 +163,7 @@ class _Placer:
                 (ways.silent if node.silent else ways.closed).append(node.name)
             elif not closed and (domain.name, node.name) in self._options.refusals:
                 ways.refusing.append(node.name)
-            if not closed and (lacks := sorted(domain.needs - node.kinds)):
+            if not closed and (lacks := sorted(domain.required - node.kinds)):
                 ways.lacking.append((len(lacks), node.name, _words(lacks)))
             reasons[node.name] = closed or reason
         wanted = self._wanted.get(domain.name)
@@ -188,7 +189,7 @@ class _Placer:
             return said or "it was refused there, or failed"
         if contradiction(group):
             return f"its rules contradict those of {_others(domain, group)}"
-        missing = sorted(domain.needs - node.kinds)
+        missing = sorted(domain.required - node.kinds)
         if missing:
             return f"it has no {_words(missing)}"
         for each in group:

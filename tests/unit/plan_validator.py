@@ -68,8 +68,9 @@ def _destinations(
             yield f"{move.domain} goes to {host.name}, which takes nothing"
         if domain.pinned and host.name not in domain.pinned:
             yield f"{move.domain} leaves the nodes that it is pinned to"
-        if domain.needs - host.kinds:
-            yield f"{host.name} lacks {sorted(domain.needs - host.kinds)} for {move.domain}"
+        boots = domain.policy is MaintenancePolicy.STOP
+        if lacks := (domain.needs if boots else domain.needs | domain.features) - host.kinds:
+            yield f"{host.name} lacks {sorted(lacks)} for {move.domain}"
         if (move.domain, host.name) in options.forbidden:
             yield f"{move.domain} goes to {host.name}, which was forbidden"
         if domain.obstacle and domain.policy is MaintenancePolicy.LIVE:

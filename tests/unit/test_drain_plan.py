@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import msgspec
+import pytest
 
 from migrator.model import (
     DomainSpec,
@@ -188,25 +189,49 @@ async def test_a_dry_run_names_the_nodes_that_it_left_out() -> None:
     assert plan.left_out == LEFT_OUT, "the node itself needn't be named"
 
 
-async def test_moves_that_no_undrain_can_undo_are_told() -> None:
-    """The undrain left the guest, and only then was it said why."""
+def old_and_new() -> dict[str, NodeView]:
+    """Two nodes, of which the new one's processor can do more."""
     views = {name: view(name, NodeState.READY) for name in ("old", "new")}
     flags = {"old": ("avx2",), "new": ("avx2", "avx512f")}
     for name, each in views.items():
         capable = msgspec.structs.replace(
-            each.info.capabilities, cpu_models=("host", "qemu64"), cpu_features=flags[name]
+            each.info.capabilities,
+            machine_types=("q35",),
+            cpu_models=("host", "qemu64"),
+            cpu_features=flags[name],
         )
         info = msgspec.structs.replace(each.info, capabilities=capable)
         views[name] = msgspec.structs.replace(each, info=info)
+    return views
+
+
+@pytest.mark.parametrize("policy", [MaintenancePolicy.LIVE, MaintenancePolicy.STOP])
+def test_a_guest_that_boots_there_may_lose_features_of_its_processor(
+    policy: MaintenancePolicy,
+) -> None:
+    """A whole processor's guest of policy stop was said to have no place on an older one."""
+    spec = DomainSpec(
+        name="whole", memory_bytes=2**28, cpu_model="host", machine="q35", maintenance=policy
+    )
+    whole = Domain(name="whole", spec=spec, state=DomainState.RUNNING, node="new")
+    survey = make_survey(old_and_new(), [whole], {}, closed=("new",))
+    plan = plan_moves(survey.nodes, survey.domains, ("whole",), PlanOptions())
+    blocked = [each.reason for each in plan.blockers]
+    if policy is MaintenancePolicy.STOP:
+        assert [each.destination for each in plan.moves] == ["old"], blocked
+    else:
+        assert blocked == ["no node can take it: old: it has no feature avx512f"]
+
+
+async def test_moves_that_no_undrain_can_undo_are_told() -> None:
+    """The undrain left the guest, and only then was it said why."""
+    views = old_and_new()
     domains = [running(name, "old") for name in ("whole", "model")]
     for index, model in enumerate(("host", "qemu64")):
         spec = msgspec.structs.replace(domains[index].spec, cpu_model=model, machine="q35")
         domains[index] = msgspec.structs.replace(domains[index], spec=spec)
     survey = make_survey(views, domains, {}, closed=("old",))
-    facts = [
-        msgspec.structs.replace(each, needs=each.needs - {"machine:q35"}) for each in survey.domains
-    ]
-    plan = plan_moves(survey.nodes, facts, ("whole", "model"), PlanOptions())
+    plan = plan_moves(survey.nodes, survey.domains, ("whole", "model"), PlanOptions())
     told = tuple(one_way_moves(survey, plan, views))
     assert told == (
         "whole: no way back to old but by stop and start: with CPU model host it gets avx512f on "

@@ -162,6 +162,20 @@ def test_a_stopped_domain_needs_a_place_only_if_it_starts_again() -> None:
     assert where(plan_of(nodes, guests)) == {"again": "n2", "off": None}
 
 
+def test_what_boots_elsewhere_needs_nothing_of_the_processor_that_it_ran_on() -> None:
+    avx = frozenset({"feature:avx512f"})
+    nodes = [node("n1", admits=False, kinds=KINDS | avx), node("n2")]
+    guests = [
+        domain("boots", features=avx, policy=MaintenancePolicy.STOP),
+        domain("migrates", features=avx),
+    ]
+    plan = plan_of(nodes, guests)
+    assert where(plan) == {"boots": "n2"}
+    (blocker,) = plan.blockers
+    assert blocker.domain == "migrates"
+    assert "feature avx512f" in blocker.reason
+
+
 def test_tight_memory_is_packed() -> None:
     """The fastest arrival would put the small ones where the large one must go."""
     nodes = [
@@ -204,7 +218,9 @@ def clusters(draw: st.DrawFn) -> tuple[list[NodeFacts], list[DomainFacts], list[
             memory_bytes=draw(st.sampled_from([4, 8, 16])) * GIB,
             admits=n >= closed,
             link_bytes_per_s=draw(st.sampled_from([1e7, 1e8, 1e9])),
-            kinds=KINDS | draw(st.sampled_from([frozenset(), frozenset({"pool:fast"})])),
+            kinds=KINDS
+            | draw(st.sampled_from([frozenset(), frozenset({"pool:fast"})]))
+            | draw(st.sampled_from([frozenset(), frozenset({"feature:avx2"})])),
         )
         for n in range(count)
     ]
@@ -226,6 +242,7 @@ def clusters(draw: st.DrawFn) -> tuple[list[NodeFacts], list[DomainFacts], list[
             anti_affinity=draw(selectors),
             pinned=draw(st.sampled_from([(), (), ("n1", "n2")])),
             needs=KINDS | draw(st.sampled_from([frozenset(), frozenset({"pool:fast"})])),
+            features=draw(st.sampled_from([frozenset(), frozenset({"feature:avx2"})])),
         )
         for name in names
     ]
