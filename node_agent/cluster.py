@@ -11,7 +11,6 @@ agent was asked.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -22,7 +21,6 @@ from migrator.figures import DirtyRate, Prediction
 from migrator.model import (
     DomainDefinition,
     DomainName,
-    DomainStatus,
     Migration,
     NodeName,
     NodeState,
@@ -45,7 +43,6 @@ from node_agent.cluster_calls import (
     RESUME,
     START,
     STATUS_TIMEOUT_S,
-    STATUSES,
     STOP,
     TAKE_OVER,
     ConsoleParams,
@@ -56,14 +53,12 @@ from node_agent.cluster_calls import (
     MigrationLimit,
     MigrationParams,
     MigrationRef,
-    Nothing,
     PredictParams,
-    Statuses,
     StopParams,
     TakeoverParams,
     Verdict,
 )
-from node_agent.cluster_views import Snapshot, domain_view, node_views, running_by_node
+from node_agent.cluster_views import domain_view, node_views, running_by_node
 from node_agent.domain_records import DomainRecords, asking, asking_for_console, not_running
 from node_agent.domains import ConsoleChunk, DomainService
 from node_agent.events import EventLog
@@ -79,6 +74,7 @@ from node_agent.migrations.endings import too_late
 from node_agent.migrations.outline import MigrationOutline
 from node_agent.migrations.service import MigrationService
 from node_agent.nodes import NodeRegistry
+from node_agent.owners import ask_owners
 from node_agent.peers.hub import PeerHub
 from node_agent.resources import (
     Domain,
@@ -169,9 +165,8 @@ class ClusterService:
         records = await self._records.list_records()
         owned = await self._records.list_ownership()
         migrating = await self._migrating()
-        snapshot = await self._ask_owners(
-            {record for name, record in owned.items() if name in records}
-        )
+        defined = [record for name, record in owned.items() if name in records]
+        snapshot = await ask_owners(self._hub, self._nodes, defined)
         return [
             domain_view(record, owned.get(name), snapshot, migrating.get(name))
             for name, record in sorted(records.items())
@@ -181,7 +176,7 @@ class ClusterService:
         """NotFoundError if it isn't defined."""
         record = await self._records.get(domain)
         owned = await self._ownership.read(domain)
-        snapshot = await self._ask_owners({owned} if owned else set())
+        snapshot = await ask_owners(self._hub, self._nodes, [owned] if owned else [])
         return domain_view(record, owned, snapshot, (await self._migrating()).get(domain))
 
     async def start(self, domain: DomainName, node: NodeName | None = None) -> Domain:
@@ -414,37 +409,3 @@ class ClusterService:
     async def _migrating(self) -> Mapping[DomainName, str]:
         outlines = await self._migrations.list_outlines()
         return {DomainName(each.domain): each.id for each in outlines if not each.ended}
-
-    async def _ask_owners(self, owned: set[OwnershipRecord]) -> Snapshot:
-        """Each owner of a running domain once, all at the same time."""
-        owners = {
-            NodeName(record.owner) for record in owned if record.state is OwnershipState.RUNNING
-        }
-        views = await self._nodes.read() if owners else {}
-        silent = {
-            name: f"node {name} has been silent for {views[name].heartbeat_age_s:.0f} s"
-            for name in owners
-            if name in views and views[name].state is NodeState.UNREACHABLE
-        }
-        asked = sorted(owners - silent.keys())
-        answers = await asyncio.gather(*(self._ask(node) for node in asked))
-        statuses: dict[DomainName, DomainStatus] = {}
-        for node, answer in zip(asked, answers, strict=True):
-            if isinstance(answer, FerryError):
-                silent[node] = f"node {node} doesn't answer: {answer}"
-                continue
-            owned_here = {record.domain for record in owned if record.owner == node}
-            statuses |= {
-                DomainName(status.name): status
-                for status in answer.statuses
-                if status.name in owned_here
-            }
-        return Snapshot(statuses=statuses, silent=silent)
-
-    async def _ask(self, node: NodeName) -> Statuses | FerryError:
-        try:
-            return await self._hub.call(
-                node, STATUSES, Nothing(), Statuses, timeout_s=STATUS_TIMEOUT_S
-            )
-        except FerryError as error:
-            return error

@@ -31,8 +31,8 @@ class NodeFacts(Struct, frozen=True, kw_only=True):
     link_bytes_per_s: float = DEFAULT_LINK_BYTES_PER_S
     """Of its migration interface, each way."""
     kinds: frozenset[str] = frozenset()
-    """What it has: `machine:q35`, `cpu:qemu64`, `feature:avx2`, `pool:default`, `hypervisor:qemu/tcg`.
-    """
+    """What it has: `machine:q35`, `cpu:qemu64`, `feature:avx2`, `pool:default`,
+    `hypervisor:qemu/tcg`."""
 
 
 class DomainFacts(Struct, frozen=True, kw_only=True):
