@@ -55,6 +55,7 @@ from node_agent.cluster_calls import (
     MigrationRef,
     PredictParams,
     StopParams,
+    Stopped,
     TakeoverParams,
     Verdict,
 )
@@ -211,6 +212,13 @@ class ClusterService:
     async def stop(
         self, domain: DomainName, timeout_s: float, *, in_post_copy: bool = False
     ) -> Domain:
+        """As `power_off`; and what it is then."""
+        await self.power_off(domain, timeout_s, in_post_copy=in_post_copy)
+        return await self.get_domain(domain)
+
+    async def power_off(
+        self, domain: DomainName, timeout_s: float, *, in_post_copy: bool = False
+    ) -> Stopped:
         """Power it off where it runs; by force after `timeout_s`. Or don't start it again there.
 
         `in_post_copy`: so end a guest, too, that waits for pages of another node.
@@ -221,10 +229,9 @@ class ClusterService:
             owner = await self._owner(domain)
         except WrongStateError as error:  # It may wait there to be started again.
             await self._call_off(params, error)
-        else:
-            with asking(owner, domain):
-                await self._hub.call(owner, STOP, params, Done, timeout_s=wait_s)
-        return await self.get_domain(domain)
+            return Stopped()
+        with asking(owner, domain):
+            return await self._hub.call(owner, STOP, params, Stopped, timeout_s=wait_s)
 
     async def _call_off(self, params: StopParams, stopped: WrongStateError) -> None:
         """By the node that had the domain last. `stopped` if that isn't to start it again."""
@@ -234,7 +241,7 @@ class ClusterService:
             raise stopped
         node, wait_s = NodeName(owned.owner), OPERATION_TIMEOUT_S
         try:
-            await self._hub.call(node, STOP, params, Done, timeout_s=wait_s)
+            await self._hub.call(node, STOP, params, Stopped, timeout_s=wait_s)
         except ConflictError:
             raise stopped from None
 

@@ -57,6 +57,13 @@ class Done(Struct, frozen=True, kw_only=True):
     """No result but that it was done."""
 
 
+class Stopped(Done, frozen=True, kw_only=True):
+    """Of a stop."""
+
+    forced: bool = False
+    """The guest didn't power itself off in time. An older agent doesn't say so."""
+
+
 class DomainParams(Struct, frozen=True, kw_only=True):
     domain: DomainName
 
@@ -167,16 +174,15 @@ class ClusterCalls:
     async def _take_over(self, _: NodeName, params: TakeoverParams) -> OwnershipRecord:
         return await self._takeover.take_over(params.domain, params.powered_off, user=params.user)
 
-    async def _stop(self, _: NodeName, params: StopParams) -> Done:
+    async def _stop(self, _: NodeName, params: StopParams) -> Stopped:
         clock, timeout_s = asyncio.get_running_loop().time, params.timeout_s
         began_s = clock()
         if params.in_post_copy and await self._migrations.stop_in_post_copy(
             params.domain, timeout_s
         ):
-            return Done()
+            return Stopped(forced=True)
         left_s = max(0.0, timeout_s - (clock() - began_s))
-        await self._domains.stop(params.domain, timeout_s=left_s)
-        return Done()
+        return Stopped(forced=not await self._domains.stop(params.domain, timeout_s=left_s))
 
     async def _pause(self, _: NodeName, params: DomainParams) -> Done:
         await self._domains.pause(params.domain)

@@ -325,13 +325,13 @@ class Coordinator:
             self._hear(v.PoweredOff(domain=domain))
             return
         try:
-            await self._world.cluster.stop(DomainName(domain), STOP_S)
+            stopped = await self._world.cluster.power_off(DomainName(domain), STOP_S)
         except PeerError:
             raise
         except FerryError as error:
             self._hear(v.Failed(domain=domain, error=str(error)))
             return
-        self._hear(v.PoweredOff(domain=domain))
+        self._hear(v.PoweredOff(domain=domain, forced=stopped.forced))
 
     async def _boot(self, command: v.Boot) -> None:
         try:

@@ -74,6 +74,9 @@ class MoveCourse(Ledger):
                 if event.migration.ended:
                     self._migration_ended(move, event, now)
             case v.PoweredOff():
+                if event.forced:
+                    text = f"{move.domain} was ended by force: it didn't power itself off in time"
+                    self._note(text, now, move.domain)
                 self._powered_off(move, now)
             case v.Booted(node=node):
                 self._end(move, MoveState.MOVED, now, destination=node)

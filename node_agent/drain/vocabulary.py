@@ -73,6 +73,8 @@ class Seen(Event, frozen=True, kw_only=True):
 
 class PoweredOff(Event, frozen=True, kw_only=True):
     domain: str
+    forced: bool = False
+    """It was ended, as it didn't power itself off in time."""
 
 
 class Booted(Event, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 
 from migrator.model import (
     MaintenancePolicy,
@@ -243,12 +244,29 @@ def test_after_its_time_nothing_begins() -> None:
 
 def stopping() -> DrainMachine:
     """A machine whose one domain has been powered off, to be started on n2."""
-    move = Move(domain="a", source="n1", destination="n2", policy=MaintenancePolicy.STOP)
-    machine = DrainMachine(drain(moves=(move,)))
-    machine.handle(v.Took(), 0.0)
+    machine = about_to_stop("n2")
     commands = machine.handle(v.PoweredOff(domain="a"), 1.0)
     assert commands == [v.Boot(domain="a", node="n2")]
     return machine
+
+
+def about_to_stop(destination: str | None) -> DrainMachine:
+    move = Move(domain="a", source="n1", destination=destination, policy=MaintenancePolicy.STOP)
+    machine = DrainMachine(drain(moves=(move,)))
+    machine.handle(v.Took(), 0.0)
+    return machine
+
+
+@pytest.mark.parametrize("destination", ["n2", None])
+@pytest.mark.parametrize("forced", [True, False])
+def test_the_history_says_that_a_guest_was_ended_by_force(
+    destination: str | None, forced: bool
+) -> None:
+    machine = about_to_stop(destination)
+    machine.handle(v.PoweredOff(domain="a", forced=forced), 61.0)
+    noted = {(note.at_s, note.domain, note.text) for note in machine.drain.history}
+    by_force = (61.0, "a", "a was ended by force: it didn't power itself off in time")
+    assert (by_force in noted) is forced
 
 
 def test_what_was_powered_off_is_started_on_whichever_node_takes_it() -> None:

@@ -54,8 +54,8 @@ async def test_a_guest_whose_source_is_gone_for_good_can_be_stopped(
     monkeypatch.setattr(node.migrations, "stop_in_post_copy", world.b.manager.stop_in_post_copy)
     with pytest.raises(ConflictError, match="is being migrated"):
         await node.cluster.stop(WEB, 0.02)  # As a drain does.
-    stopped = await node.cluster.stop(WEB, 0.02, in_post_copy=True)
-    assert stopped.state is DomainState.STOPPED
+    assert (await node.cluster.power_off(WEB, 0.02, in_post_copy=True)).forced
+    assert (await node.cluster.get_domain(WEB)).state is DomainState.STOPPED
     assert runner.session.state is MigrationState.FAILED
     assert runner.session.error == "the domain was stopped before its guest had all of its pages"
     assert world.running() == []

@@ -1,4 +1,4 @@
-"""A domain that is being stopped while its agent or its host ends."""
+"""A domain that is being stopped, also while its agent or its host ends."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ async def being_stopped(node: SimulatedNode) -> asyncio.Task[bool]:
 
     await eventually(asked)
     return stopping
+
+
+@pytest.mark.parametrize("heeds", [True, False])
+async def test_who_stops_a_domain_hears_whether_it_was_by_force(world: World, heeds: bool) -> None:
+    await started(world.a)
+    world.a.host.faults.ignores_power_button = not heeds
+    assert (await world.b.cluster.power_off(WEB, 0.01)).forced is not heeds
 
 
 async def test_what_is_being_stopped_as_the_host_dies_stays_stopped(world: World) -> None:
