@@ -48,7 +48,7 @@ def watch_drain(drain: Drain) -> ExitCode:
     except KeyboardInterrupt:
         note(
             f"{drain.operation} {drain.id} goes on; `ferry drains watch {drain.id}` looks at it "
-            f"again, `ferry drains cancel {drain.id}` cancels it"
+            f"again, `ferry drains cancel {drain.id}` stops it"
         )
         return ExitCode.INTERRUPTED
     show(drain, outcome(drain))

@@ -85,9 +85,8 @@ class Cordons:
             state = NodeState.READY if entry is None else entry.value.state
             if state not in allowed:
                 because = "" if entry is None else _because(entry.value)
-                how = f" (`ferry drain {new.node} --cancel` ends that)" if state in PASSING else ""
                 right = " or ".join(sorted(allowed))
-                raise ConflictError(f"node {new.node} is {state}{because}; it must be {right}{how}")
+                raise ConflictError(f"node {new.node} is {state}{because}; it must be {right}")
             revision = None if entry is None else entry.revision
             if new.planned_by and entry is not None:
                 before = msgspec.structs.replace(entry.value, before=None)
@@ -103,4 +102,9 @@ class Cordons:
 def _because(cordon: Cordon) -> str:
     if cordon.drain is None:
         return ""
-    return f" (drain {cordon.drain}{f', by {cordon.planned_by}' if cordon.planned_by else ''})"
+    known = ""
+    if cordon.planned_by:
+        known = f", which {cordon.planned_by} plans now"
+    elif cordon.state in PASSING:
+        known = f"; `ferry drains cancel {cordon.drain}` stops it"
+    return f" (drain {cordon.drain}{known})"

@@ -390,7 +390,8 @@ class DrainService:
             if drain.node == node and not drain.ended:
                 raise ConflictError(
                     f"{drain.operation} {drain.id} of node {node} is under way: wait for it "
-                    f"(`ferry drains watch {drain.id}`), or `ferry drain {node} --cancel`"
+                    f"(`ferry drains watch {drain.id}`), or stop it (`ferry drains cancel "
+                    f"{drain.id}`)"
                 )
 
     @contextlib.contextmanager
