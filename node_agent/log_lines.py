@@ -10,6 +10,9 @@ from typing import Final
 from migrator.errors import StoreError
 
 TOLD_AGAIN_S: Final = 60.0
+_NOT_ACCEPTED: Final = "socket.accept() out of system resource"
+"""What asyncio's record of it begins with."""
+_TOLD_OF_THAT: Final = "connections to this process wait, as none can be accepted now"
 
 
 class LogLines(logging.Formatter):
@@ -20,10 +23,13 @@ class LogLines(logging.Formatter):
 
 
 class FewerRepeats(logging.Filter):
-    """A store that is away is told of by each part that needs it once a minute.
+    """What goes wrong again and again is told once a minute.
 
-    Each of them tries again every few seconds, and says why not. What differs by more than the
-    reason, another domain say, is told all the same.
+    A store that is away: each part that needs it tries again every few seconds, and says why not.
+    What differs by more than the reason, another domain say, is told all the same.
+
+    A process without a descriptor, or memory, for one more connection: asyncio tries again each
+    second, and says so with a traceback, some versions of it a hundred times.
     """
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -33,7 +39,11 @@ class FewerRepeats(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         args = record.args if isinstance(record.args, tuple) else ()
-        if not any(isinstance(each, StoreError) for each in args):
+        if record.name == "asyncio" and str(record.msg).startswith(_NOT_ACCEPTED):
+            error = record.exc_info[1] if record.exc_info else None
+            record.msg, record.args, args = "%s: %s", (_TOLD_OF_THAT, error), ()
+            record.exc_info = record.exc_text = None
+        elif not any(isinstance(each, StoreError) for each in args):
             return True
         now_s = self._monotonic()
         self._told_at_s = {

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import errno
 import logging
+import os
+import socket
+from unittest.mock import Mock
 
 import pytest
 
@@ -76,6 +82,32 @@ def test_a_store_that_is_away_is_told_of_by_each_part_once_a_minute() -> None:
     assert not fewer.filter(of_the_store(following, "drains/"))
     now_s = 61.0
     assert fewer.filter(of_the_store(heartbeat))
+
+
+def test_that_no_connection_can_be_accepted_is_told_in_one_line_a_minute(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It was a traceback for each place in the backlog, each second."""
+    now_s = 0.0
+    fewer, lines = FewerRepeats(lambda: now_s), LogLines("%(levelname)s %(name)s: %(message)s")
+    listening = Mock(spec=socket.socket)
+    listening.fileno.return_value = 0
+    listening.accept.side_effect = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def told() -> list[str]:
+        caplog.clear()
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            loop._accept_connection(  # type: ignore[attr-defined]
+                asyncio.Protocol, listening, backlog=3
+            )
+        return [lines.format(each) for each in caplog.records if fewer.filter(each)]
+
+    line = "ERROR asyncio: connections to this process wait, as none can be accepted now"
+    assert told() == [f"{line}: [Errno 24] Too many open files"]
+    now_s = 59.0
+    assert told() == []
+    now_s = 61.0
+    assert len(told()) == 1
 
 
 def test_whatever_else_goes_wrong_is_told_each_time() -> None:
