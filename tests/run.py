@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from tests import interrupts
+
 _FOLDER: Final = "tests/integration"
 BESIDE: Final = [
     [f"{_FOLDER}/test_{name}.py" for name in group]
@@ -89,13 +91,9 @@ def _end(started: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> int:
     """0: every test passed. Otherwise pytest's status, or 130 after Ctrl-C or SIGTERM."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupts.end_as_by_ctrl_c()
     started: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in (BEHIND, *BESIDE)]
@@ -112,7 +110,7 @@ def main() -> int:
                 running.append(started[-1])
             statuses = [process.wait() for process in started]
         except KeyboardInterrupt:
-            statuses = [130]
+            statuses = [interrupts.EXIT_STATUS]
         finally:
             _end(started)
             for output in outputs:

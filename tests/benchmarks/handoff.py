@@ -23,6 +23,7 @@ from migrator.model import Migration
 from tests.chaos.cells import DRIVERS, pool_of
 from tests.chaos.run import chaos_lab
 from tests.integration.cluster.world import Cluster, Guest, Load
+from tests.interrupts import interruptible
 
 PHASES: Final = (
     "final pass",
@@ -109,7 +110,11 @@ def main() -> int:
     parser.add_argument("--moves", type=int, default=10, help="a driver; one more warms up")
     options = parser.parse_args()
     drivers = options.drivers.split(",")
-    with tempfile.TemporaryDirectory() as holds, chaos_lab(drivers, Path(holds)) as cluster:
+    with (
+        interruptible("handoff"),
+        tempfile.TemporaryDirectory() as holds,
+        chaos_lab(drivers, Path(holds)) as cluster,
+    ):
         return show(measure(cluster, drivers, options.moves))
 
 

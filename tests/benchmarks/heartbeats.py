@@ -30,6 +30,7 @@ from node_agent.state.etcd import EtcdSettings, EtcdStore
 from node_agent.state.ownership import StoreOwnership
 from node_agent.state.typed import TypedStore
 from tests.contract.etcd_members import EtcdMember, running_members
+from tests.interrupts import interruptible
 from tests.unit.heartbeats import heartbeat
 
 _METRIC: Final = re.compile(r"^(\w+)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--domains", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=20.0)
     options = parser.parse_args()
-    with running_members(1) as (member,):
+    with interruptible("heartbeats"), running_members(1) as (member,):
         asyncio.run(measure(member, options.nodes, options.domains, options.seconds))
 
 

@@ -38,6 +38,7 @@ from tests.integration.cluster.client import Download
 from tests.integration.cluster.pings import PingWatch
 from tests.integration.cluster.world import Cluster, Guest, Load, eventually
 from tests.integration.test_routed_network import RouteWatch
+from tests.interrupts import interruptible
 
 TCP_BYTES_PER_S = 1 << 30
 TCP_BEFORE_S = 2.0
@@ -99,9 +100,10 @@ def main() -> None:
     given = parser.parse_args()
     parts = frozenset(map(Part, given.parts.split(",")))
     rows = Rows(given.output)
-    for fabric in map(FabricKind, given.fabrics.split(",")):
-        rows.begin(fabric)
-        _fabric(fabric, given.moves, parts, rows)
+    with interruptible("network"):
+        for fabric in map(FabricKind, given.fabrics.split(",")):
+            rows.begin(fabric)
+            _fabric(fabric, given.moves, parts, rows)
     print(f"written: {rows.path}")
 
 

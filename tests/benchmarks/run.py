@@ -13,13 +13,11 @@ import argparse
 import contextlib
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 import msgspec
@@ -27,6 +25,7 @@ import msgspec
 from deploy.guest.build import build_guest, default_cache_directory
 from migrator.errors import FerryError
 from node_agent.cli.errors import CliError
+from tests import interrupts
 from tests.benchmarks import (
     bars,
     cases,
@@ -172,10 +171,6 @@ def _select(options: argparse.Namespace) -> list[str]:
     return [*(case.name for case in migrations), *(name for name in names if name in _OTHERS)]
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def _use_qemu(suite: str | None, cache_directory: Path) -> str:
     """Put that QEMU first in everybody's PATH; its version. NewerQemuError."""
     if suite is not None:
@@ -199,7 +194,7 @@ def main() -> int:
         print("bench: root is needed, for namespaces and taps", file=sys.stderr)
         return 2
     repeats = options.repeats or (QUICK_REPEATS if options.quick else REPEATS)
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupts.end_as_by_ctrl_c()
     options.output.mkdir(parents=True, exist_ok=True)
     runs: Runs = output.read(options.output) if options.add else {}
     status = 0
@@ -211,7 +206,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         print("bench: interrupted; what was measured is kept", file=sys.stderr)
-        status = 130
+        status = interrupts.EXIT_STATUS
     output.write(options.output, runs, bars.judge(runs))
     output.show(runs, bars.judge(runs), options.output)
     for path in plots.draw(options.output, runs):

@@ -33,6 +33,7 @@ from tests.chaos import cells, judge
 from tests.chaos.cells import DRIVERS, STEPS, Cell, Result, run_cell
 from tests.chaos.faults import FAULTS
 from tests.integration.cluster.world import Cluster
+from tests.interrupts import interruptible
 
 NODE_MEMORY_BYTES: Final = 1024**3
 REMOVAL_S: Final = 60.0
@@ -191,7 +192,9 @@ def main() -> int:
             print("\n".join(cell.name for cell in chosen))
             return 0
         began = time.monotonic()
-        return summarise(run(chosen, options.repeats), time.monotonic() - began)
+        with interruptible("chaos"):
+            results = run(chosen, options.repeats)
+        return summarise(results, time.monotonic() - began)
     except FerryError as error:
         print(f"chaos: {error}", file=sys.stderr)
         return 2
