@@ -155,7 +155,7 @@ def details(drain: Drain) -> str:
     rows = [
         (
             move.domain,
-            f"{move.source or '-'} -> {move.destination or 'off'}",
+            f"{move.source or '-'} -> {goal(move)}",
             move.state.value,
             f"{move.planned_start_s:.1f} + {move.planned_s:.1f} s",
             _actual(drain, move),
@@ -181,11 +181,16 @@ def _actual(drain: Drain, move: Move) -> str:
     return f"{start:.1f} + {move.ended_at_s - move.started_at_s:.1f} s"
 
 
+def goal(move: Move) -> str:
+    """Where it leads: a node, off, or "?" while none is found for what isn't powered off."""
+    return move.destination or ("?" if move.live and not move.powered_off else "off")
+
+
 def sentence(move: Move) -> str:
     """One move that has changed."""
     if move.state in (MoveState.LEFT, MoveState.GONE) and not move.source:  # From nowhere.
         return f"{move.domain}: {move.state.value}: {move.error}"
-    where = f"{move.source or 'off'} -> {move.destination or 'off'}"
+    where = f"{move.source or 'off'} -> {goal(move)}"
     text = f"{move.domain}: {where}: {move.state.value}"
     if move.state is MoveState.MOVED and move.blackout_ms is not None:
         text += f", blackout {move.blackout_ms:.1f} ms"

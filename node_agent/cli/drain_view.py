@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 import msgspec
 
-from node_agent.cli.drain_text import outcome, sentence
-from node_agent.cli.errors import ApiProblem, CliError, ExitCode, Unreachable
+from node_agent.cli.drain_text import goal, outcome, sentence
+from node_agent.cli.errors import ApiProblem, CliError, ExitCode, Unreachable, goes_on_unseen
 from node_agent.cli.output import note, settings, show, size
 from node_agent.drain.resources import CancelMode, Drain, DrainState, Move, MoveState
 
@@ -77,7 +77,7 @@ def _until_ended(drain: Drain, saw: Callable[[Drain], None]) -> Drain:
             answered_at = time.monotonic()
         except (Unreachable, ApiProblem) as error:
             if isinstance(error, ApiProblem) and error.problem.status < 500:
-                raise
+                raise goes_on_unseen(error, f"{drain.operation} {drain.id}") from error
             silent_s = time.monotonic() - answered_at
             still_s = max(SILENCE_S - silent_s, 0.0)
             waits_for = f"an answer, for {still_s:.0f} s more: {error}; it may well go on"
@@ -138,7 +138,7 @@ def _picture(drain: Drain) -> RenderableType:
         eta = f"{move.eta_s:.0f} s" if move.eta_s is not None and not move.state.ended else ""
         rows.add_row(
             move.domain,
-            f"{move.source or '-'} -> {move.destination or 'off'}",
+            f"{move.source or '-'} -> {goal(move)}",
             move.state.value,
             ProgressBar(total=100, completed=100 * _done(move), width=_BAR),
             size(move.bytes_sent) if move.bytes_sent else "",

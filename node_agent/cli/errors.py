@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from typing import Final
 
+import msgspec
+
 from migrator.errors import PeerError
 from node_agent.resources import Problem
 
@@ -85,3 +87,11 @@ class ApiProblem(CliError):
             problem.detail, ExitCode.UNREACHABLE if away else exit_code(problem.status)
         )
         self.problem = problem
+
+
+def goes_on_unseen(refusal: ApiProblem, what: str) -> ApiProblem:
+    """For who watches what is under way, and may look at it no longer: it doesn't end with that."""
+    if refusal.code is not ExitCode.NOT_PERMITTED:
+        return refusal
+    detail = f"{refusal.problem.detail}; {what} goes on unseen"
+    return ApiProblem(msgspec.structs.replace(refusal.problem, detail=detail))

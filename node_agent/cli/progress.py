@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from migrator.model import Migration, MigrationState
 from node_agent.cli.client import ApiClient, migration_path, path_of
-from node_agent.cli.errors import ApiProblem, CliError, ExitCode, Unreachable
+from node_agent.cli.errors import ApiProblem, CliError, ExitCode, Unreachable, goes_on_unseen
 from node_agent.cli.output import note, settings, show, size
 from node_agent.cli.silence import silence_of, silences
 from node_agent.resources import Domain
@@ -153,7 +153,7 @@ class _Watcher:
                 answered_at, self._unanswered_s = time.monotonic(), 0.0
             except (Unreachable, ApiProblem) as error:
                 if isinstance(error, ApiProblem) and error.problem.status < 500:
-                    raise
+                    raise goes_on_unseen(error, f"migration {migration.id}") from error
                 self._unanswered_s = time.monotonic() - answered_at
                 if self._unanswered_s > SILENCE_S:
                     raise CliError(

@@ -108,11 +108,16 @@ class DrainRecords:
         return None if revision is None else Versioned(entry.key, taken, revision)
 
     async def ask_cancel(self, id: str, mode: CancelMode, by: str = "") -> Drain:
-        """Leave the wish in the record. WrongStateError: it has ended."""
+        """Leave the wish in the record, where none as strong is. WrongStateError: it has ended.
+
+        Who asks that moves are cancelled is heard, though somebody else asks for less right after.
+        """
         for _ in range(_TRIES):
             entry = await self.get(id)
             if entry.value.ended:
                 raise WrongStateError(f"drain {id}", entry.value.state, "under way")
+            if entry.value.cancel in (mode, CancelMode.ABORT):
+                return entry.value
             asked = msgspec.structs.replace(entry.value, cancel=mode, cancelled_by=by)
             if await self._store.put_if(entry.key, asked, entry.revision) is not None:
                 return asked

@@ -103,7 +103,7 @@ class Move(Value, frozen=True, kw_only=True):
     domain: str
     source: str
     destination: str | None
-    """None: it is powered off and stays off."""
+    """None: it is powered off and stays off, or, of a live one, no place is known yet."""
     policy: MaintenancePolicy = MaintenancePolicy.LIVE
     state: MoveState = MoveState.WAITING
     priority: int = 500

@@ -39,6 +39,10 @@ WHOLE_PROCESSOR: Final = ("host", "max")
 """CPU models that are all that the host has."""
 LOOK_S: Final = 3.0
 """For a look at a volume: less than `manager.INSPECT_S` by what drivers take to give up."""
+_OPENS: Final = {
+    NodeState.DRAINING: "drain NODE --cancel",  # An undrain is refused until it has ended.
+    NodeState.DRAINED: "undrain NODE",
+}
 
 
 class Inspection(Struct, frozen=True, kw_only=True):
@@ -87,8 +91,7 @@ def cordon_reasons(node: NodeName, state: NodeState, told: str = "") -> list[str
     if state is NodeState.GOING_DOWN:
         opens = "if it stays up, `systemctl restart ferry-agent` there"
     else:
-        how = "undrain" if state in (NodeState.DRAINING, NodeState.DRAINED) else "uncordon"
-        opens = f"`ferry {how} {node}`"
+        opens = f"`ferry {_OPENS.get(state, 'uncordon NODE').replace('NODE', node)}`"
     return [f"node {node} is {told or state}; nothing may come there ({opens} opens it)"]
 
 

@@ -14,14 +14,15 @@ import msgspec
 import pytest
 
 from migrator.engine.process import reason_of
-from migrator.errors import EngineError
+from migrator.errors import EngineError, UnauthenticatedError
 from migrator.model import MigrationState, NodeState, Phase
+from node_agent.api.problems import problem_of
 from node_agent.cli import __main__ as entry
 from node_agent.cli import domains, main, progress
 from node_agent.cli.client import ApiClient
 from node_agent.cli.cluster import shown_event
 from node_agent.cli.drain import _stands
-from node_agent.cli.errors import ExitCode, Unreachable
+from node_agent.cli.errors import ApiProblem, ExitCode, Unreachable
 from node_agent.events import ClusterEvent
 from node_agent.migrations.endings import too_late
 from node_agent.resources import Node
@@ -115,6 +116,25 @@ async def test_watching_says_that_no_agent_answers(
     result = await ferry("migrate", "web", code=ExitCode.UNREACHABLE)
     assert "no agent has answered for" in result.out
     assert "whether migration m-1 goes on is unknown" in result.err
+
+
+async def test_watching_with_a_token_that_ends_says_that_the_migration_doesnt(
+    ferry: Ferry, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await define(ferry, "--start")
+    monkeypatch.setattr(progress, "_pause", lambda _: None)
+    asked = ApiClient.get
+
+    def get(self: ApiClient, path: str, kind: type[object]) -> object:
+        if path.startswith("/v1/migrations/"):
+            raise ApiProblem(problem_of(UnauthenticatedError("token 1 has expired"), path))
+        return asked(self, path, kind)
+
+    monkeypatch.setattr(ApiClient, "get", get)
+    said = (await ferry("migrate", "web", "--json", code=ExitCode.NOT_PERMITTED)).err
+    told = json.loads(said.splitlines()[-1])
+    assert told["detail"] == "token 1 has expired; migration m-1 goes on unseen"
+    assert told["code"] == UnauthenticatedError.code
 
 
 @pytest.mark.parametrize(("last", "told"), [("channel broken", True), ("channel restored", False)])

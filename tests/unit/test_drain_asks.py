@@ -16,7 +16,7 @@ from node_agent.drain.survey import Survey
 from node_agent.drain.world import DrainWorld
 from node_agent.planner.model import DomainFacts, NodeFacts, Plan, PlanOptions
 from node_agent.state.memory import SimulatedData, SimulatedStore
-from node_agent.state.typed import TypedStore
+from node_agent.state.typed import TypedStore, Versioned
 
 GIB = 2**30
 
@@ -125,8 +125,7 @@ async def test_what_is_not_about_a_node_is_left_to_the_migration(answer: str) ->
     assert not plan.blockers
 
 
-async def test_a_wish_to_cancel_outlives_the_coordinator_s_next_write() -> None:
-    """With whose it is: the coordinator hears of both by its own write."""
+async def one_drain() -> tuple[DrainRecords, Versioned[Drain]]:
     store = SimulatedStore(SimulatedData())
     await store.open()
     records = DrainRecords(TypedStore(store))
@@ -138,7 +137,24 @@ async def test_a_wish_to_cancel_outlives_the_coordinator_s_next_write() -> None:
         created_at_s=0.0,
         started_at_s=0.0,
     )
-    entry = await records.add(drain)
+    return records, await records.add(drain)
+
+
+async def test_who_asks_that_moves_are_cancelled_is_heard_though_another_asks_for_less() -> None:
+    """Both before the coordinator looks: the second would have undone what the first was told."""
+    records, entry = await one_drain()
+    await records.ask_cancel("d", CancelMode.LET_END, "user ann")
+    await records.ask_cancel("d", CancelMode.ABORT, "user bob")
+    told = await records.ask_cancel("d", CancelMode.LET_END, "user eve")
+    assert (told.cancel, told.cancelled_by) == (CancelMode.ABORT, "user bob")
+    _, heard = await records.save(entry.value, entry.revision)
+    assert (heard.cancel, heard.cancelled_by) == (CancelMode.ABORT, "user bob")
+
+
+async def test_a_wish_to_cancel_outlives_the_coordinator_s_next_write() -> None:
+    """With whose it is: the coordinator hears of both by its own write."""
+    records, entry = await one_drain()
+    drain = entry.value
     await records.ask_cancel("d", CancelMode.ABORT, "user bob (operator, token 1)")
     _, written = await records.save(msgspec.structs.replace(drain, beat=2), entry.revision)
     kept = (await records.get("d")).value

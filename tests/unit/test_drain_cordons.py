@@ -217,6 +217,18 @@ async def test_a_node_whose_host_goes_down_takes_nothing(before: S, meanwhile: S
     assert ("going down" in view.kept_free) == (meanwhile is S.GOING_DOWN)
 
 
+def test_what_opens_a_node_is_what_its_state_allows() -> None:
+    """While a drain is under way an undrain is refused."""
+    why = "node n1 is {}; nothing may come there (`ferry {}` opens it)"
+    for state, how in {
+        S.DRAINING: "drain n1 --cancel",
+        S.DRAINED: "undrain n1",
+        S.CORDONED: "uncordon n1",
+    }.items():
+        assert cordon_reasons(N1, state) == [why.format(state, how)]
+    assert cordon_reasons(N1, S.RESTORING) == []
+
+
 def test_what_opens_a_node_that_goes_down_is_named() -> None:
     assert cordon_reasons(N1, S.GOING_DOWN, GOING_DOWN) == [
         "node n1 is going down, and its guests with it; nothing may come there (if it stays up, "

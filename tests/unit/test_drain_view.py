@@ -9,12 +9,14 @@ import msgspec
 import pytest
 from rich.console import Console
 
+from migrator.placement import MaintenancePolicy
 from node_agent.cli import drain_view
 from node_agent.cli.drain_text import moved, outcome, sentence
 from node_agent.cli.drain_view import _done_whole, _picture, _whole
-from node_agent.cli.errors import ExitCode, Unreachable
+from node_agent.cli.errors import ApiProblem, ExitCode, Unreachable
 from node_agent.cli.output import settings
 from node_agent.drain.resources import Drain, DrainState, Move, MoveState, Operation
+from node_agent.resources import Problem
 
 
 def drain(*moves: Move, state: DrainState = DrainState.RUNNING) -> Drain:
@@ -116,6 +118,13 @@ def test_a_domain_that_was_left_is_not_told_to_be_off() -> None:
     assert sentence(left) == "a: left: no node can take it"
 
 
+def test_what_a_place_is_looked_for_is_not_told_to_be_off() -> None:
+    seeking = move("a", MoveState.SEEKING, destination=None)
+    assert sentence(seeking) == "a: n1 -> ?: seeking"
+    stopped = move("a", MoveState.STOPPED, destination=None, policy=MaintenancePolicy.STOP)
+    assert sentence(stopped) == "a: n1 -> off: stopped"
+
+
 def test_an_empty_node_is_no_success_where_a_domain_was_started_nowhere() -> None:
     lost = move("a", MoveState.FAILED, error="it is powered off", powered_off=True)
     done = drain(move("b", MoveState.MOVED), lost, state=DrainState.DONE)
@@ -171,3 +180,24 @@ def test_a_watched_agent_that_gives_no_answer_is_told_of(
     seen: list[str] = []
     drain_view._until_ended(drain(), lambda now: seen.append(now.waits_for))
     assert seen == ["", "an answer, for 60 s more: refused; it may well go on", ""]
+
+
+def test_a_token_that_ends_while_a_drain_is_watched_doesnt_end_the_drain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expired, gone = (
+        ApiProblem(Problem(type="x", title="x", status=status, detail="no", code="x"))
+        for status in (401, 404)
+    )
+    answers = [expired, gone]
+
+    class Client:
+        def get(self, _path: str, _kind: type[Drain]) -> Drain:
+            raise answers.pop(0)
+
+    monkeypatch.setattr(type(settings), "client", lambda _: Client())
+    monkeypatch.setattr(drain_view, "POLL_S", 0.0)
+    with pytest.raises(ApiProblem, match=r"^no; drain d1 goes on unseen$"):
+        drain_view._until_ended(drain(), lambda _: None)
+    with pytest.raises(ApiProblem, match=r"^no$"):
+        drain_view._until_ended(drain(), lambda _: None)
