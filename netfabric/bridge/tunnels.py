@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import ipaddress
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -45,31 +45,39 @@ def network_identifier(name: str, index: int) -> int:
     return int.from_bytes(digest, "big") or 1
 
 
-def make_end(
-    kernel: Netlink, name: str, tunnel: Tunnel, index: int, *, only_for: Sequence[str] = ()
-) -> Link:
-    """The bare VXLAN link of one end, down. An older one of the name goes. FabricError.
+@contextlib.contextmanager
+def new_end(
+    name: str, tunnel: Tunnel, index: int, *, only_for: Sequence[str] = ()
+) -> Iterator[tuple[Netlink, Link]]:
+    """The VXLAN link of one end, down, for the body to fit out; up when that is through.
 
-    `only_for`: MACs, if it shall take frames for no others.
+    An older one of the name goes. `only_for`: MACs, if it shall take frames for no others.
+    FabricError, of the body, too: then none is left.
     """
     suffix = "" if ipaddress.ip_address(tunnel.local).version == 4 else "6"
     ends = {f"vxlan_local{suffix}": tunnel.local}
     if not only_for:
         ends[f"vxlan_group{suffix}"] = tunnel.remote
-    found = kernel.find(name)
-    if found is not None:
-        kernel.delete(found)
-    link = kernel.add(
-        name,
-        "vxlan",
-        vxlan_id=network_identifier(tunnel.name, index),
-        vxlan_port=tunnel.port,
-        vxlan_learning=0,
-        **ends,
-    )
-    for mac in only_for:
-        kernel.set_remote(link.index, mac, tunnel.remote)
-    return link
+    with netlink(f"can't make tunnel {name} to {tunnel.remote}") as kernel:
+        found = kernel.find(name)
+        if found is not None:
+            kernel.delete(found)
+        link = kernel.add(
+            name,
+            "vxlan",
+            vxlan_id=network_identifier(tunnel.name, index),
+            vxlan_port=tunnel.port,
+            vxlan_learning=0,
+            **ends,
+        )
+        try:
+            for mac in only_for:
+                kernel.set_remote(link.index, mac, tunnel.remote)
+            yield kernel, link
+            kernel.raise_up(link)
+        except BaseException:
+            kernel.delete(link)
+            raise
 
 
 def open_end(name: str, tunnel: Tunnel, index: int, nic: NicSpec) -> int:
@@ -77,26 +85,21 @@ def open_end(name: str, tunnel: Tunnel, index: int, nic: NicSpec) -> int:
 
     FabricError: no such bridge, or the kernel refuses; then none is left.
     """
-    with netlink(f"can't make tunnel {name} to {tunnel.remote}") as kernel:
-        # A bridge sends its own node's broadcasts out of every port, also of those that flood
-        # nothing (br_flood, net/bridge/br_forward.c).
-        link = make_end(kernel, name, tunnel, index, only_for=(nic.mac, GROUP.hex(":")))
-        try:
-            port = kernel.find(nic.bridge)
-            if port is None:
-                raise FabricError(f"there is no bridge {nic.bridge} here")
-            # Up only when it floods nothing and says nothing: a broadcast that came out at the
-            # other end would make every switch believe that its sender is there.
-            kernel.attach(link, port, _own_mac(name), open_now=False)
-            if nic.vlan is not None:
-                kernel.put_into_vlan(link.index, nic.vlan)
-            set_port(link.index, floods=False, learns=False)
-            with contextlib.suppress(OSError):  # a kernel without IPv6
-                (_IPV6_SETTINGS / name / "disable_ipv6").write_text("1")
-            kernel.raise_up(link)
-        except BaseException:
-            kernel.delete(link)
-            raise
+    # A bridge sends its own node's broadcasts out of every port, also of those that flood
+    # nothing (br_flood, net/bridge/br_forward.c).
+    macs = (nic.mac, GROUP.hex(":"))
+    with new_end(name, tunnel, index, only_for=macs) as (kernel, link):
+        bridge = kernel.find(nic.bridge)
+        if bridge is None:
+            raise FabricError(f"there is no bridge {nic.bridge} here")
+        # Up only when it floods nothing and says nothing: a broadcast that came out at the
+        # other end would make every switch believe that its sender is there.
+        kernel.attach(link, bridge, _own_mac(name), open_now=False)
+        if nic.vlan is not None:
+            kernel.put_into_vlan(link.index, nic.vlan)
+        set_port(link.index, floods=False, learns=False)
+        with contextlib.suppress(OSError):  # a kernel without IPv6
+            (_IPV6_SETTINGS / name / "disable_ipv6").write_text("1")
     return link.index
 
 

@@ -106,7 +106,7 @@ def prepare_arrival(
     failures: list[str] = []
     for index, nic in enumerate(nics):
         tap, name = tap_name(domain, index), tunnel_name(domain, index)
-        tap_index = index_of(tap_name(domain, index))
+        tap_index = index_of(tap)
         if tap_index is None:
             failures.append(f"NIC {nic.mac} has no macvtap here")
             continue
@@ -179,15 +179,9 @@ def _close(tunnel: str) -> None:
 
 def _open_end(name: str, tunnel: Tunnel, index: int, nic: NicSpec) -> None:
     _close(name)
-    with netlink(f"can't make tunnel {name} to {tunnel.remote}") as kernel:
-        link = tunnels.make_end(kernel, name, tunnel, index)
-        try:
-            kernel.set_mtu(link.index, nic.mtu_bytes)
-            be_mute(name)
-            kernel.raise_up(link)
-        except BaseException:
-            kernel.delete(link)
-            raise
+    with tunnels.new_end(name, tunnel, index) as (kernel, link):
+        kernel.set_mtu(link.index, nic.mtu_bytes)
+        be_mute(name)
 
 
 def _make_forwarder(network: MacvtapNetwork, tunnel: str) -> str:

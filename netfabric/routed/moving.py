@@ -100,7 +100,7 @@ def prepare_arrival(
     failures: list[str] = []
     for index, nic in enumerate(nics):
         tap, name = tap_name(domain, index), tunnel_name(domain, index)
-        tap_index = index_of(tap_name(domain, index))
+        tap_index = index_of(tap)
         if tap_index is None:
             failures.append(f"NIC {nic.mac} has no tap here")
             continue
@@ -123,19 +123,13 @@ def open_arrival(network: RoutedNetwork, arrivals: Sequence[Arrival]) -> None:
 
 def _open_end(name: str, tunnel: Tunnel, index: int, nic: NicSpec, role: str) -> int:
     """Make one end; its interface index. An older one goes. FabricError: none is left."""
-    with netlink(f"can't make tunnel {name} to {tunnel.remote}") as kernel:
-        link = tunnels.make_end(kernel, name, tunnel, index)
-        try:
-            kernel.set_mac(link.index, _mac(name, role))
-            kernel.set_mtu(link.index, nic.mtu_bytes)
-            be_router4(name, link.index)
-            with contextlib.suppress(FabricError):  # a kernel without IPv6
-                set_value(f"ipv6/conf/{name}/addr_gen_mode", "1")
-                set_value(f"ipv6/conf/{name}/forwarding", "1")
-            kernel.raise_up(link)
-        except BaseException:
-            kernel.delete(link)
-            raise
+    with tunnels.new_end(name, tunnel, index) as (kernel, link):
+        kernel.set_mac(link.index, _mac(name, role))
+        kernel.set_mtu(link.index, nic.mtu_bytes)
+        be_router4(name, link.index)
+        with contextlib.suppress(FabricError):  # a kernel without IPv6
+            set_value(f"ipv6/conf/{name}/addr_gen_mode", "1")
+            set_value(f"ipv6/conf/{name}/forwarding", "1")
     return link.index
 
 
