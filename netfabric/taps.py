@@ -13,12 +13,14 @@ Everything here is synchronous and belongs into a thread.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import os
 import re
 import struct
+from pathlib import Path
 from typing import Final
 
 from migrator.errors import FabricError
@@ -36,6 +38,8 @@ _TUNSETIFF: Final = 0x400454CA
 _IFF_TAP: Final = 0x0002
 _IFF_NO_PI: Final = 0x1000
 _IFF_VNET_HDR: Final = 0x4000
+_IPV6_SETTINGS: Final = Path("/proc/sys/net/ipv6/conf")
+"""Of the calling thread's network namespace, other than /sys."""
 
 
 def tap_name(domain: DomainName, index: int) -> str:
@@ -81,3 +85,17 @@ def host_side_mac(guest_mac: bytes) -> bytes:
     """
     first = 0xFE if guest_mac[0] != 0xFE else 0xFA
     return bytes([first]) + guest_mac[1:]
+
+
+def made_mac(name: str) -> bytes:
+    """The MAC address of an interface of ours that no guest has, from what makes it the only one.
+
+    It begins high, as that of `host_side_mac`.
+    """
+    return b"\xfe" + hashlib.blake2b(name.encode(), digest_size=5).digest()
+
+
+def be_mute(interface: str) -> None:
+    """The node itself says nothing by it: what IPv6 would say may bear a guest's MAC."""
+    with contextlib.suppress(OSError):  # a kernel without IPv6
+        (_IPV6_SETTINGS / interface / "disable_ipv6").write_text("1")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import ipaddress
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -84,6 +85,33 @@ class Netlink:
         if found is None:
             raise FabricError(f"{name} was removed by somebody else")
         return found
+
+    def add_vxlan(
+        self,
+        name: str,
+        identifier: int,
+        *,
+        local: str,
+        port: int,
+        learns: bool,
+        remote: str | None = None,
+    ) -> Link:
+        """Make a VXLAN between these addresses, down.
+
+        `remote`: to whom everything goes that no entry is about; None: to nobody yet.
+        """
+        suffix = "" if ipaddress.ip_address(local).version == 4 else "6"
+        ends = {f"vxlan_local{suffix}": local}
+        if remote is not None:
+            ends[f"vxlan_group{suffix}"] = remote
+        return self.add(
+            name,
+            "vxlan",
+            vxlan_id=identifier,
+            vxlan_port=port,
+            vxlan_learning=int(learns),
+            **ends,
+        )
 
     def counters(self, name: str) -> tuple[int, int]:
         """Frames received and sent by the link of that name; zeros if there is none."""

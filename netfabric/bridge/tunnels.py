@@ -17,11 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import ipaddress
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Final
 
 from migrator.errors import FabricError
 from migrator.model import NicSpec
@@ -30,13 +27,10 @@ from netfabric.bridge.links import Netlink, netlink
 from netfabric.link_table import Link
 from netfabric.moves import Arrival, Departure
 from netfabric.rtnetlink import set_port
-from netfabric.taps import TUNNEL_NAME
+from netfabric.taps import TUNNEL_NAME, be_mute, made_mac
 from netfabric.tunnel_tests import GROUP
 
 _log = logging.getLogger(__name__)
-
-_IPV6_SETTINGS: Final = Path("/proc/sys/net/ipv6/conf")
-"""Of the calling thread's network namespace, other than /sys."""
 
 
 def network_identifier(name: str, index: int) -> int:
@@ -54,21 +48,17 @@ def new_end(
     An older one of the name goes. `only_for`: MACs, if it shall take frames for no others.
     FabricError, of the body, too: then none is left.
     """
-    suffix = "" if ipaddress.ip_address(tunnel.local).version == 4 else "6"
-    ends = {f"vxlan_local{suffix}": tunnel.local}
-    if not only_for:
-        ends[f"vxlan_group{suffix}"] = tunnel.remote
     with netlink(f"can't make tunnel {name} to {tunnel.remote}") as kernel:
         found = kernel.find(name)
         if found is not None:
             kernel.delete(found)
-        link = kernel.add(
+        link = kernel.add_vxlan(
             name,
-            "vxlan",
-            vxlan_id=network_identifier(tunnel.name, index),
-            vxlan_port=tunnel.port,
-            vxlan_learning=0,
-            **ends,
+            network_identifier(tunnel.name, index),
+            local=tunnel.local,
+            port=tunnel.port,
+            learns=False,
+            remote=None if only_for else tunnel.remote,
         )
         try:
             for mac in only_for:
@@ -94,12 +84,11 @@ def open_end(name: str, tunnel: Tunnel, index: int, nic: NicSpec) -> int:
             raise FabricError(f"there is no bridge {nic.bridge} here")
         # Up only when it floods nothing and says nothing: a broadcast that came out at the
         # other end would make every switch believe that its sender is there.
-        kernel.attach(link, bridge, _own_mac(name), open_now=False)
+        kernel.attach(link, bridge, made_mac(name), open_now=False)
         if nic.vlan is not None:
             kernel.put_into_vlan(link.index, nic.vlan)
         set_port(link.index, floods=False, learns=False)
-        with contextlib.suppress(OSError):  # a kernel without IPv6
-            (_IPV6_SETTINGS / name / "disable_ipv6").write_text("1")
+        be_mute(name)
     return link.index
 
 
@@ -139,8 +128,3 @@ def frames(names: Sequence[str]) -> tuple[int, int]:
     with netlink("can't read the tunnels' counters") as kernel:
         counted = [kernel.counters(name) for name in names]
     return sum(received for received, _ in counted), sum(sent for _, sent in counted)
-
-
-def _own_mac(name: str) -> bytes:
-    """Begins high, so that no bridge takes it for its own (see `taps.host_side_mac`)."""
-    return b"\xfe" + hashlib.blake2b(name.encode(), digest_size=5).digest()

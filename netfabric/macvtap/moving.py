@@ -15,7 +15,6 @@ The rules are in a table of the tunnel's name at each end (`netfabric.leading`).
 
 from __future__ import annotations
 
-import hashlib
 import socket
 import struct
 from collections.abc import Sequence
@@ -32,9 +31,9 @@ from netfabric.bridge.moving import ARRIVAL_QUEUE_FRAMES, offer_filler
 from netfabric.frames import announcements, parse_mac
 from netfabric.host_routes import set_up
 from netfabric.leading import lead, tunnels_with_rules
-from netfabric.macvtap.network import FORWARDER_NAME, MacvtapNetwork, be_mute, uplink_of
+from netfabric.macvtap.network import FORWARDER_NAME, MacvtapNetwork, uplink_of
 from netfabric.moves import Arrival, Departure
-from netfabric.taps import TUNNEL_NAME, tap_name, tunnel_name
+from netfabric.taps import TUNNEL_NAME, be_mute, made_mac, tap_name, tunnel_name
 
 _SOL_PACKET: Final = 263
 _PACKET_ADD_MEMBERSHIP: Final = 1
@@ -189,8 +188,7 @@ def _make_forwarder(network: MacvtapNetwork, tunnel: str) -> str:
     with netlink(f"can't forward what comes by {tunnel}") as kernel:
         uplink = uplink_of(kernel, network)
         link = kernel.add(name, "macvlan", link=uplink.index, macvlan_mode="bridge")
-        digest = hashlib.blake2b(name.encode(), digest_size=5).digest()
-        kernel.set_mac(link.index, b"\xfe" + digest)
+        kernel.set_mac(link.index, made_mac(name))
         be_mute(name)
         kernel.raise_up(link)
     return name

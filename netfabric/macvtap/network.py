@@ -30,7 +30,7 @@ from netfabric.checks import nic_reasons
 from netfabric.filters import Side
 from netfabric.host_routes import take_all_multicast
 from netfabric.link_table import Link
-from netfabric.taps import TAP_NAME
+from netfabric.taps import TAP_NAME, be_mute
 
 NODES: Final = Path("/dev")
 """Where the devices' nodes are made: what else lies in memory forbids devices."""
@@ -41,7 +41,6 @@ _NETLINK_KOBJECT_UEVENT: Final = 15
 _UEVENT_S: Final = 5.0
 _TUNSETIFF: Final = 0x400454CA
 _TAP_NO_PI_VNET_HDR: Final = 0x0002 | 0x1000 | 0x4000
-_IPV6_SETTINGS: Final = Path("/proc/sys/net/ipv6/conf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +129,6 @@ def give_up(fd: int, tap: str) -> None:
     """For whoever doesn't want it any more."""
     os.close(fd)
     unplug(tap)
-
-
-def be_mute(interface: str) -> None:
-    """The node itself says nothing by it: what IPv6 would say bears the guest's MAC."""
-    with contextlib.suppress(OSError):  # a kernel without IPv6
-        (_IPV6_SETTINGS / interface / "disable_ipv6").write_text("1")
 
 
 def unplug(tap: str) -> None:

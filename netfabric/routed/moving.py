@@ -15,7 +15,6 @@ frame for a loop.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -31,7 +30,7 @@ from netfabric.host_routes import Hop, Metric, set_neighbour, set_route, set_up
 from netfabric.moves import Arrival, Departure
 from netfabric.routed import plugging
 from netfabric.routed.network import RoutedNetwork, addresses_of, be_router4, set_value
-from netfabric.taps import tap_name, tunnel_name
+from netfabric.taps import made_mac, tap_name, tunnel_name
 
 _AWAY: Final = "away"
 _HERE: Final = "here"
@@ -60,7 +59,7 @@ def prepare_departure(
         try:
             end = _open_end(name, tunnel, index, nic, _AWAY)
             for address in addresses_of(nic):
-                set_neighbour(address, end, _mac(name, _HERE))
+                set_neighbour(address, end, made_mac(f"{name}/{_HERE}"))
         except FabricError as error:
             failures.append(str(error))
         departures.append(
@@ -124,14 +123,10 @@ def open_arrival(network: RoutedNetwork, arrivals: Sequence[Arrival]) -> None:
 def _open_end(name: str, tunnel: Tunnel, index: int, nic: NicSpec, role: str) -> int:
     """Make one end; its interface index. An older one goes. FabricError: none is left."""
     with tunnels.new_end(name, tunnel, index) as (kernel, link):
-        kernel.set_mac(link.index, _mac(name, role))
+        kernel.set_mac(link.index, made_mac(f"{name}/{role}"))
         kernel.set_mtu(link.index, nic.mtu_bytes)
         be_router4(name, link.index)
         with contextlib.suppress(FabricError):  # a kernel without IPv6
             set_value(f"ipv6/conf/{name}/addr_gen_mode", "1")
             set_value(f"ipv6/conf/{name}/forwarding", "1")
     return link.index
-
-
-def _mac(name: str, role: str) -> bytes:
-    return b"\xfe" + hashlib.blake2b(f"{name}/{role}".encode(), digest_size=5).digest()

@@ -20,6 +20,7 @@ from typing import Final, Protocol
 from migrator.errors import FabricError
 from netfabric.bridge.links import Netlink, netlink
 from netfabric.rtnetlink import set_port
+from netfabric.taps import made_mac
 
 OVERHEAD_BYTES: Final = {4: 50, 6: 70}
 """Outer Ethernet, IP, UDP and VXLAN headers, by the version of the outer IP (RFC 7348)."""
@@ -172,14 +173,11 @@ def _ensure_device(kernel: Netlink, overlay: Overlay) -> None:
         kernel.delete(device)
         device = None
     if device is None:
-        suffix = "" if ipaddress.ip_address(overlay.local).version == 4 else "6"
-        device = kernel.add(
+        device = kernel.add_vxlan(
             overlay.device,
-            "vxlan",
-            vxlan_id=overlay.identifier,
-            vxlan_port=overlay.port,
-            vxlan_learning=int(not overlay.evpn),
-            **{f"vxlan_local{suffix}": overlay.local},
+            overlay.identifier,
+            local=overlay.local,
+            port=overlay.port,
+            learns=not overlay.evpn,
         )
-    mac = b"\xfe" + hashlib.blake2b(overlay.local.encode(), digest_size=5).digest()
-    kernel.attach(device, bridge, mac)
+    kernel.attach(device, bridge, made_mac(overlay.local))

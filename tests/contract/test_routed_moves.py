@@ -22,7 +22,7 @@ from netfabric.frames import ethernet, neighbour_solicitation, parse_mac
 from netfabric.host_routes import Hop, Metric, route_of, set_neighbour, set_route, way_to
 from netfabric.routed import RoutedFabric, RoutedNetwork, moving
 from netfabric.routes.nobody import NobodyRoutes
-from netfabric.taps import VNET_HEADER_BYTES, host_side_mac, tunnel_name
+from netfabric.taps import VNET_HEADER_BYTES, host_side_mac, made_mac, tunnel_name
 from node_agent.doctor.findings import Level
 from node_agent.doctor.links import check_routed
 from tests.contract.fabric_worlds import SOON_S, eventually
@@ -150,7 +150,7 @@ def make_other_end() -> None:
     name = tunnel_name(WEB, 0)
     back = Tunnel(name="m1", local=FAR, remote=NEAR, port=7782)
     index = moving._open_end(name, back, 0, NIC, moving._AWAY)
-    set_neighbour(ADDRESS, index, moving._mac(name, moving._HERE))
+    set_neighbour(ADDRESS, index, made_mac(f"{name}/{moving._HERE}"))
     set_route(ADDRESS, Hop(index), Metric.HERE)
 
 
