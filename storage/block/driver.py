@@ -47,6 +47,7 @@ from storage import raw_only
 from storage.block.identity import device_identity
 from storage.block.tokens import TokenFolder
 from storage.bounded import bounded, run_program
+from storage.half_made import made
 from storage.holder_keys import key_of
 from storage.hooks import call_hook
 from storage.names import (
@@ -151,11 +152,11 @@ class BlockPool(VolumeDriver):
         """A device with what `content` holds; gone again if that fails or is cancelled."""
         if await self._bounded(lambda: os.path.lexists(self._device(volume))):
             raise ConflictError(f"pool {self._pool} has a volume {volume} already")
-        making = asyncio.ensure_future(
-            self._ask("create", _Answer, volume=volume, capacity_bytes=capacity_bytes)
-        )
-        try:
-            await asyncio.shield(making)
+        async with made(
+            self._ask("create", _Answer, volume=volume, capacity_bytes=capacity_bytes),
+            lambda: self._ask("delete", _Answer, volume=volume),
+            f"pool {self._pool}: device {volume}",
+        ):
             await self._wait_for(volume)
             if content is not None:
                 await run_program(
@@ -163,14 +164,6 @@ class BlockPool(VolumeDriver):
                     [*_CONVERT, str(content), str(self._device(volume))],
                     timeout_s=COPY_TIMEOUT_S,
                 )
-        except BaseException:
-            await asyncio.shield(self._unmake(volume, making))
-            raise
-
-    async def _unmake(self, volume: VolumeName, making: asyncio.Future[Any]) -> None:
-        await asyncio.wait({making})
-        if not making.cancelled() and making.exception() is None:
-            await self._ask("delete", _Answer, volume=volume)
 
     async def _wait_for(self, volume: VolumeName) -> None:
         """Until the device node is there: udev makes it some time after the hook has ended."""

@@ -20,9 +20,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 from migrator.errors import (
     ConflictError,
@@ -46,6 +46,7 @@ from migrator.model import (
 )
 from migrator.ports import VolumeDriver
 from storage import raw_only
+from storage.half_made import made, to_its_end
 from storage.holder_keys import HolderKey, key_of, parse_key
 from storage.iscsi import portals
 from storage.iscsi.copying import LunEnd, copy_to_lun
@@ -175,25 +176,15 @@ class IscsiPool(VolumeDriver):
             )
             return await self.inspect(new)
 
-    @contextlib.asynccontextmanager
-    async def _made(self, volume: VolumeName, capacity_bytes: int) -> AsyncIterator[None]:
-        """A new LUN; gone again if the body, or the making itself, fails or is cancelled."""
-        making = asyncio.ensure_future(self._provisioner.create(volume, capacity_bytes))
-        try:
-            await asyncio.shield(making)
-            yield
-        except BaseException:
-            await _to_its_end(self._unmake(volume, making))
-            raise
-
-    async def _unmake(self, volume: VolumeName, making: asyncio.Future[Lun]) -> None:
-        await asyncio.wait({making})
-        if making.cancelled() or making.exception() is not None:
-            return
-        try:
-            await self._provisioner.delete(volume)
-        except FerryError as error:
-            _log.error("pool %s: LUN %s is left half made: %s", self._pool, volume, error)
+    def _made(
+        self, volume: VolumeName, capacity_bytes: int
+    ) -> contextlib.AbstractAsyncContextManager[None]:
+        """A new LUN for the body to fill; gone again if that, or the making itself, fails."""
+        return made(
+            self._provisioner.create(volume, capacity_bytes),
+            lambda: self._provisioner.delete(volume),
+            f"pool {self._pool}: LUN {volume}",
+        )
 
     async def inspect(self, volume: VolumeName) -> VolumeInfo:
         check_volume_name(volume)
@@ -392,7 +383,7 @@ class IscsiPool(VolumeDriver):
             else:
                 opened.held = Unknown.UNKNOWN
         except BaseException:
-            await _to_its_end(session.close())
+            await to_its_end(session.close())
             raise
         return opened
 
@@ -438,11 +429,3 @@ class IscsiPool(VolumeDriver):
             capacity_bytes=lun.capacity_bytes,
             allocated_bytes=allocated,
         )
-
-
-async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """Clean-up that a second cancellation doesn't cut short."""
-    task = asyncio.ensure_future(work)
-    while not task.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.shield(task)
