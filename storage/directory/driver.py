@@ -33,7 +33,7 @@ from migrator.model import (
 )
 from migrator.ports import VolumeDriver
 from storage.bounded import CALL_TIMEOUT_S, COPIES, bounded, run_program, tidy
-from storage.copying import CopyCancelled, copy_image
+from storage.copying import CopyCancelled, copy_file
 from storage.directory.files import PoolFolder
 from storage.images import image_capacity
 from storage.names import capacity_below_image, check_capacity, check_growth, check_volume_name
@@ -324,13 +324,5 @@ def _remove(temporary: Path) -> None:
 
 
 def _copy(image: Path, temporary: Path, cancelled: threading.Event) -> None:
-    source = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        destination = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            with contextlib.suppress(CopyCancelled):
-                copy_image(source, destination, cancelled)
-        finally:
-            os.close(destination)
-    finally:
-        os.close(source)
+    with contextlib.suppress(CopyCancelled):
+        copy_file(image, temporary, cancelled)

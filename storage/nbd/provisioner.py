@@ -73,9 +73,7 @@ class Provisioner:
         await self._do(self._folder.discard_all)
         for volume in await self._do(self._folder.names):
             try:
-                state = await self._do(lambda volume=volume: self._folder.read_state(volume))  # type: ignore[misc]
-                self._taken |= {each.port for each in state.exports}
-                await self._apply(volume, state)
+                await self._apply(volume, await self._state(volume))
             except FerryError as error:
                 self._mending.later(volume, str(error))
 

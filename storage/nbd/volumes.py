@@ -24,7 +24,7 @@ import msgspec
 from migrator import durable
 from migrator.errors import ConflictError, InvalidRequest, NotFoundError, StorageError
 from migrator.model import DiskFormat, PoolHealth, PoolOwner, VolumeInfo, VolumeName
-from storage.copying import copy_image
+from storage.copying import copy_file
 from storage.marks import folder_mark, folder_owner
 from storage.names import check_capacity, check_growth, check_volume_name
 
@@ -118,7 +118,7 @@ class VolumeFolder:
         check_volume_name(VolumeName(volume))
         check_capacity(VolumeName(volume), capacity_bytes)
         self._refuse_existing(volume)
-        draft = f".{volume}.{uuid.uuid4().hex}.draft"
+        draft = f".{volume}.{uuid.uuid4().hex}{_DRAFT}"
         fd = os.open(self.path / draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o660)
         try:
             os.truncate(fd, capacity_bytes)
@@ -132,7 +132,7 @@ class VolumeFolder:
     def draft_path(self, draft: str) -> Path:
         """NotFoundError: it isn't one."""
         path = self.path / draft
-        if "/" in draft or not draft.endswith(".draft") or not path.is_file():
+        if "/" in draft or not draft.endswith(_DRAFT) or not path.is_file():
             raise NotFoundError(f"there is no draft {draft}")
         return path
 
@@ -171,7 +171,7 @@ class VolumeFolder:
 
     def discard_all(self) -> None:
         """What the last provisioner had in the making."""
-        for left in self.path.glob(".*.draft"):
+        for left in self.path.glob(f".*{_DRAFT}"):
             left.unlink(missing_ok=True)
 
     def copy(self, volume: str, new: str, given_up: threading.Event) -> str:
@@ -182,16 +182,8 @@ class VolumeFolder:
         present = self.describe(volume)
         draft = self.make_draft(new, present.capacity_bytes)
         try:
-            source = os.open(self.disk(volume), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                target = os.open(self.path / draft, os.O_RDWR | os.O_CLOEXEC)
-                try:
-                    copy_image(source, target, given_up)
-                    os.fsync(target)
-                finally:
-                    os.close(target)
-            finally:
-                os.close(source)
+            copy_file(self.disk(volume), self.path / draft, given_up)
+            durable.sync(self.path / draft)
         except BaseException:
             self.discard(draft)
             raise

@@ -23,7 +23,7 @@ from migrator.errors import (
 from migrator.model import DiskFormat, FileSource, VolumeName
 from storage import copying
 from storage.copying import CopyCancelled, copy_image
-from storage.directory import DirectoryPool, driver, files
+from storage.directory import DirectoryPool, files
 from storage.directory.locks import pool_lock
 from tests.contract.volume_contract import (
     BOTH,
@@ -111,7 +111,7 @@ async def test_a_full_pool_says_so_and_is_left_clean(
         os.pwrite(destination, b"half", 0)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(driver, "copy_image", full)
+    monkeypatch.setattr("storage.copying.copy_image", full)
     image = tmp_path / "image"
     image.write_bytes(bytes(4096))
     pool = DirectoryPool(POOL, folder)
@@ -171,7 +171,7 @@ async def test_a_cancelled_create_leaves_nothing(
         if cancelled.wait(10):
             raise CopyCancelled
 
-    monkeypatch.setattr(driver, "copy_image", slow)
+    monkeypatch.setattr("storage.copying.copy_image", slow)
     image = tmp_path / "image"
     image.write_bytes(bytes(4096))
     pool = DirectoryPool(POOL, folder)

@@ -72,7 +72,7 @@ async def test_what_is_written_to_while_it_is_copied_is_not_cloned(
         image.write_bytes(b"x" * MIB)
 
     with monkeypatch.context() as patch:
-        patch.setattr(driver, "copy_image", copy_then_write)
+        patch.setattr("storage.copying.copy_image", copy_then_write)
         with pytest.raises(ConflictError, match="written to while it was copied"):
             await pool.clone(DISK, VolumeName("copy"))
     assert leftovers(folder) == [image.name]

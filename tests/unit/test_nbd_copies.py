@@ -66,7 +66,7 @@ class SlowCopies:
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowCopies]:
     slow = SlowCopies()
-    monkeypatch.setattr("storage.nbd.volumes.copy_image", slow.copy)
+    monkeypatch.setattr("storage.copying.copy_image", slow.copy)
     yield slow
     slow.go_on.set()
 
