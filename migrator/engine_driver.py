@@ -126,6 +126,16 @@ class EngineDriver:
         if self._early:
             await asyncio.wait([self._turns.put("start", self._attach())])
 
+    @property
+    def ending(self) -> bool:
+        """Its process has hung up, unasked, and `EngineLost` is still to come."""
+        return not self._stopping and self._process is not None and self._process.hung_up
+
+    async def end_told(self) -> None:
+        """Return when it has come; bounded."""
+        if self._process is not None:
+            await self._process.end_told()
+
     async def drained(self) -> None:
         """Wait until every command begun has ended; bounded by the commands' own bounds."""
         await self._turns.drained()

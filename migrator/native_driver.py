@@ -163,6 +163,14 @@ class NativeDriver:
         if self._target is not None and not self._stopped:
             self._turns.put("limit", self._limit(bandwidth_bytes_per_s))
 
+    @property
+    def ending(self) -> bool:
+        """There is no process of its own."""
+        return False
+
+    async def end_told(self) -> None:
+        """At once."""
+
     async def drained(self) -> None:
         """Wait until every command begun has ended; bounded by the hypervisor's own bounds."""
         await self._turns.drained()

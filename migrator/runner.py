@@ -41,7 +41,13 @@ from migrator.lane import Lane
 from migrator.model import ENDED, DomainName, DomainState, FencingToken, MigrationState, Role
 from migrator.native_driver import NativeDriver
 from migrator.own_threads import STATE_DIRECTORY, in_own_thread
-from migrator.ports import AbortOutcome, DomainEvent, HypervisorDriver, OwnershipStore
+from migrator.ports import (
+    AbortOutcome,
+    DomainEvent,
+    DomainEventKind,
+    HypervisorDriver,
+    OwnershipStore,
+)
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.messages import SessionMessage
@@ -165,8 +171,19 @@ class Runner:
         self._pump()
 
     def _on_domain_event(self, event: DomainEvent) -> None:
-        if event.domain == self.domain:
-            self.feed(v.GuestReported(kind=event.kind, at_s=event.at_s, detail=event.detail))
+        if event.domain != self.domain:
+            return
+        report = v.GuestReported(kind=event.kind, at_s=event.at_s, detail=event.detail)
+        failure = event.kind in (DomainEventKind.EXITED, DomainEventKind.MIGRATION_FAILED)
+        if failure and self._engine.ending:
+            self._do_aside(self._after_engine(report))
+        else:
+            self.feed(report)
+
+    async def _after_engine(self, report: v.GuestReported) -> None:
+        """A hypervisor fails when its engine ends, and may say so first: the cause comes first."""
+        await self._engine.end_told()
+        self.feed(report)
 
     async def close(self) -> None:
         """End everything that is the runner's own; guest, record and journal stay as they are."""

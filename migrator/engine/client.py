@@ -17,6 +17,7 @@ import collections
 import contextlib
 import logging
 import os
+import select
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -109,6 +110,19 @@ class EngineProcess:
     @property
     def running(self) -> bool:
         return self._process.returncode is None
+
+    @property
+    def hung_up(self) -> bool:
+        """It has ended, or is about to, and `on_exit` hasn't told so yet."""
+        if self._sock.fileno() < 0:
+            return False
+        poll = select.poll()
+        poll.register(self._sock, 0)
+        return any(events & select.POLLHUP for _, events in poll.poll(0))
+
+    async def end_told(self) -> None:
+        """Return when `on_exit` has told, or after KILLED_S: see `stop`."""
+        await asyncio.wait([self._watch], timeout=KILLED_S)
 
     def attach(
         self, on_message: Callable[[FromEngine], None], on_exit: Callable[[int], None]

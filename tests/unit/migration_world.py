@@ -97,6 +97,7 @@ class FakeEngine:
     ) -> None:
         self.session = session
         self.feed = feed
+        self.ending = False
         self._key = (session.migration_id, session.role)
         self.script.channel_paths[self._key] = device_channel
         self.script.running.append(self)
@@ -137,6 +138,14 @@ class FakeEngine:
     def stop(self) -> None:
         if self in self.script.running:
             self.script.running.remove(self)
+
+    def die_slowly(self) -> None:
+        """The kernel has closed what it had open, and its end isn't told yet."""
+        self.ending = True
+
+    async def end_told(self) -> None:
+        await asyncio.sleep(0)
+        self.die()
 
     def warm_up(self) -> None: ...
 
