@@ -17,9 +17,13 @@ from migrator.errors import FerryError
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 
 class Background:
-    """One task at a time. What it raises when it is ended, other than by that, its owner hears."""
+    """One task at a time, which goes on until it is closed. Should it fail before that, the log has
+    it at once: nobody else looks until then. Who closes it hears of it, too.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -32,9 +36,14 @@ class Background:
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
         self._task = asyncio.create_task(work, name=self._name)
+        self._task.add_done_callback(self._tell_failure)
+
+    def _tell_failure(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s has failed, and doesn't go on", self._name, exc_info=error)
 
     async def close(self) -> None:
-        """End it, and wait until it has. Idempotent."""
+        """End it, and wait until it has. Idempotent. What it failed with is raised."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()

@@ -22,6 +22,7 @@ from typing import Final
 from migrator.errors import ConflictError, FerryError, NotFoundError
 from migrator.model import PoolName, PoolOwner
 from migrator.ports import Struct, VolumeDriver
+from node_agent.background import Background
 from node_agent.pool_owners import PoolOwners
 from node_agent.resources import POOLS, PoolOrigin, PoolRecord
 from node_agent.state.typed import TypedStore, decode
@@ -60,7 +61,7 @@ class PoolSet(Mapping[PoolName, VolumeDriver]):
             )
             for settings in configured
         }
-        self._following: asyncio.Task[None] | None = None
+        self._following = Background("pools")
         self._ending: set[asyncio.Task[None]] = set()
         self._marks: dict[PoolName, str] = {}
         """What the places of pools that were used by this agent said of themselves."""
@@ -97,13 +98,11 @@ class PoolSet(Mapping[PoolName, VolumeDriver]):
                 self._take(name, decode(entry.key, entry.value, PoolRecord))
             except FerryError as error:
                 log.error("pool %s can't be used here: %s", name, error)
-        self._following = asyncio.create_task(self._follow(), name="pools")
+        self._following.start(self._follow())
 
     async def close(self) -> None:
         """Let go of every driver. Idempotent."""
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
+        await self._following.close()
         for name in tuple(self._entries):
             self._drop(name)
         await asyncio.gather(*self._ending, return_exceptions=True)

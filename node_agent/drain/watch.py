@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from migrator.errors import ConflictError, FerryError
 from migrator.model import NodeName, NodeState
 from migrator.ports import Struct
+from node_agent.background import Background
 from node_agent.drain.cordons import Cordon, read_cordons
 from node_agent.drain.records import DrainRecords
 from node_agent.drain.resources import DRAINS, Drain, DrainState, Operation, UndrainRequest
@@ -67,22 +68,20 @@ class DrainWatch:
         self._look_s = look_s
         self._known: dict[str, _Known] = {}
         self._orphans: dict[str, float] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._following = Background("drains-follow")
+        self._watching = Background("drains-watch")
 
     def open(self) -> None:
-        self._tasks = [
-            asyncio.create_task(self._follow(), name="drains-follow"),
-            asyncio.create_task(self._watch(), name="drains-watch"),
-        ]
+        self._following.start(self._follow())
+        self._watching.start(self._watch())
 
     def drains(self) -> Sequence[Drain]:
         """As they were last heard of."""
         return [known.drain for known in self._known.values()]
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._watching.close()
+        await self._following.close()
 
     async def _follow(self) -> None:
         async for change in self._store.follow(DRAINS, Drain):

@@ -171,7 +171,7 @@ class Forecaster:
         """How a migration would go now. Errors as `dirty_rate`; PeerError: the link is unknown."""
         rate = await self.dirty_rate(domain, sample_seconds)
         destination = NodeName(request.destination)
-        self._history = list(await self._read_history())[:_HISTORY_MAX]
+        await self._learn_history()
         link = await self._known_link(destination) or await self._probe(destination)
         return predict(_figures_of(rate, link, f"sampled over {rate.seconds:.1f} s"), request)
 
@@ -182,6 +182,9 @@ class Forecaster:
                 return await self._from_what_is_known(domain, request)
         return None
 
+    async def _learn_history(self) -> None:
+        self._history = list(await self._read_history())[:_HISTORY_MAX]
+
     def ended(self, migration: Migration) -> None:
         """Learn from a migration of this node."""
         if self._history is not None:
@@ -191,7 +194,7 @@ class Forecaster:
         self, domain: DomainName, request: MigrationRequest
     ) -> Prediction | None:
         if self._history is None:
-            self._history = list(await self._read_history())[:_HISTORY_MAX]
+            await self._learn_history()
         link = await self._known_link(NodeName(request.destination))
         figures = None if link is None else await self.known_figures(domain, link)
         return None if figures is None else predict(figures, request)
@@ -199,7 +202,7 @@ class Forecaster:
     async def known_figures(self, domain: DomainName, link: LinkSpeed) -> Figures | None:
         """What is known of a domain that runs here, without looking; None: too little, too old."""
         if self._history is None:
-            self._history = list(await self._read_history())[:_HISTORY_MAX]
+            await self._learn_history()
         in_use = (await self._hypervisor.inspect(domain)).memory_in_use_bytes
         if not in_use:
             return None
@@ -233,7 +236,7 @@ class Forecaster:
     async def known_link(self, destination: NodeName) -> LinkSpeed | None:
         """How fast the way to another node is, without measuring it; None: not known."""
         if self._history is None:
-            self._history = list(await self._read_history())[:_HISTORY_MAX]
+            await self._learn_history()
         return await self._known_link(destination)
 
     async def _known_link(self, destination: NodeName) -> LinkSpeed | None:

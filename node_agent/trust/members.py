@@ -17,13 +17,13 @@ trips before anybody needs one.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Final
 
 from migrator.errors import ConfigError, FerryError
 from migrator.model import NodeName, NodeState
+from node_agent.background import Background
 from node_agent.config import parse_endpoint
 from node_agent.nodes import NodeView
 from node_agent.peers.hub import Address, PeerHub
@@ -77,7 +77,8 @@ class Membership:
         self._heard: dict[NodeName, tuple[Address, bool]] = {}
         """The address in each node's heartbeat, and whether the node still speaks."""
         self._hub: PeerHub | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._following = Background("members")
+        self._reaching = Background("neighbours")
 
     async def read(self) -> None:
         """Know the members before the first connection. StoreError."""
@@ -90,17 +91,13 @@ class Membership:
         self._hub = hub
         self._apply()
         if self.secured:
-            self._tasks.append(asyncio.create_task(self._follow(), name="members"))
-        self._tasks.append(asyncio.create_task(self._reach(), name="neighbours"))
+            self._following.start(self._follow())
+        self._reaching.start(self._reach())
 
     async def close(self) -> None:
         """End both tasks."""
-        for task in self._tasks:
-            task.cancel()
-        for task in self._tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        self._tasks.clear()
+        await self._reaching.close()
+        await self._following.close()
 
     def admit(self, node: str, serial: str) -> str | None:
         """Why a peer with a certificate of this serial number isn't served; None if it is."""
