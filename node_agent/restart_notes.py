@@ -10,6 +10,7 @@ in between finds the old boot again, and with it the same domains.
 from __future__ import annotations
 
 import abc
+import logging
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +18,8 @@ import msgspec
 
 from migrator.unknown_fields import decode
 from node_agent.state_file import StateFile
+
+log = logging.getLogger(__name__)
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,13 +65,15 @@ class RestartFile(RestartStore):
     """See the module. A file that no release could have written counts as empty."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = StateFile(path)
 
     async def load(self) -> RestartNotes:
         try:
             content = await self._file.read()
             return RestartNotes() if content is None else decode(content, _decoder)
-        except msgspec.DecodeError:
+        except msgspec.DecodeError as error:
+            log.error("%s is unreadable, and counts as empty: %s", self._path, error)
             return RestartNotes()
 
     async def save(self, notes: RestartNotes) -> None:

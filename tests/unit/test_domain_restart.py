@@ -383,15 +383,17 @@ async def test_a_disk_that_takes_no_notes_costs_no_restart(
     assert (await record_of(world.a)).token == before.token + 1
 
 
-async def test_the_file(tmp_path: Path) -> None:
+async def test_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "restarts.json"
     assert await RestartFile(path).load() == RestartNotes()
     wanted = Wanted(token=7, why="its hypervisor died", since_s=1.5)
     notes = RestartNotes(boot_id="b", wanted={WEB: wanted}, tries={WEB: (1.0, 2.0)})
     await RestartFile(path).save(notes)
     assert await RestartFile(path).load() == notes
+    assert not caplog.records
     path.write_text("{")
     assert await RestartFile(path).load() == RestartNotes()
+    assert f"{path} is unreadable" in caplog.text
     with pytest.raises(StoreError, match="can't be written"):
         await RestartFile(tmp_path / "nowhere" / "restarts.json").save(notes)
     with pytest.raises(StoreError, match="can't be read"):
