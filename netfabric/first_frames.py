@@ -11,16 +11,12 @@ import contextlib
 import logging
 import socket
 from collections.abc import Sequence
-from typing import Final
 
 from migrator.errors import FabricError
 from migrator.model import DomainName
 from migrator.ports import FirstFrames
 from netfabric import capture
 from netfabric.threads import in_thread
-
-FRAMES_A_TURN: Final = 64
-"""That are read before others get their turn in the event loop."""
 
 log = logging.getLogger(__name__)
 
@@ -34,24 +30,19 @@ class _Watch:
         self.done = asyncio.Event()
 
     def take(self, ready: socket.socket) -> None:
-        for _ in range(FRAMES_A_TURN):
-            try:
-                received = capture.receive(ready)
-            except FabricError:  # The tap is gone.
-                self.done.set()
-                return
-            if received is None:
-                return
-            _, outgoing, at_s = received
-            if at_s < self._since_s:
-                continue
-            if outgoing is self._outgoing_to_guest:
-                self.to_guest_at_s = self.to_guest_at_s or at_s
-            else:
-                self.from_guest_at_s = self.from_guest_at_s or at_s
-            if self.to_guest_at_s is not None and self.from_guest_at_s is not None:
-                self.done.set()
-                return
+        try:
+            for _, outgoing, at_s in capture.received(ready):
+                if at_s < self._since_s:
+                    continue
+                if outgoing is self._outgoing_to_guest:
+                    self.to_guest_at_s = self.to_guest_at_s or at_s
+                else:
+                    self.from_guest_at_s = self.from_guest_at_s or at_s
+                if self.to_guest_at_s is not None and self.from_guest_at_s is not None:
+                    self.done.set()
+                    return
+        except FabricError:  # The tap is gone.
+            self.done.set()
 
 
 class FirstFrameWatches:
