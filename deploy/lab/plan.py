@@ -365,7 +365,7 @@ class LabPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def namespace_name(lab: str, role: str) -> str:
-    """`role` is a node's name, `switch`, `client`, `storage` or an etcd member's name."""
+    """`role`: a node's or an etcd member's name, `switch`, `router`, `client` or `storage`."""
     return f"fy-{lab}-{role}"
 
 

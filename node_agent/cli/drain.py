@@ -246,7 +246,8 @@ def cancel_drain(
 
 
 def _cancelling(asked: Drain) -> str:
-    return f"{asked.operation} {asked.id} of node {asked.node} is being cancelled"
+    node = f" of node {asked.node}" if asked.node else ""  # A balancing has none.
+    return f"{asked.operation} {asked.id}{node} is being cancelled"
 
 
 def _path(node: str) -> str:

@@ -164,7 +164,7 @@ class DrainMachine(MoveCourse):
             self._start_moves(now)
             self._seek_next()
         elif self._base.state is DrainState.CANCELLING:
-            self._leave_waiting("the drain was cancelled", now)
+            self._leave_waiting(f"the {self._base.operation} was cancelled", now)
             self._seek_next()  # For what is powered off by now.
         self._share()
         if any(not move.state.ended for move in self._moves.all()):

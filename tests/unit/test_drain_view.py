@@ -11,6 +11,7 @@ from rich.console import Console
 
 from migrator.placement import MaintenancePolicy
 from node_agent.cli import drain_view
+from node_agent.cli.drain import _cancelling
 from node_agent.cli.drain_text import moved, outcome, sentence
 from node_agent.cli.drain_view import _done_whole, _picture, _whole
 from node_agent.cli.errors import ApiProblem, ExitCode, Unreachable
@@ -109,6 +110,7 @@ def test_a_detached_balance_names_a_way_to_cancel_it(
     balance = msgspec.structs.replace(drain(), operation=Operation.BALANCE, node="")
     assert drain_view.watch_drain(balance) == ExitCode.INTERRUPTED
     assert "`ferry drains cancel d1`" in "".join(capsys.readouterr())
+    assert _cancelling(balance) == "balance d1 is being cancelled"
     ended = msgspec.structs.replace(balance, state=DrainState.DONE)
     assert outcome(ended) == "the nodes are even enough; nothing was moved"
 
