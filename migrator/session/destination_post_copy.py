@@ -151,6 +151,9 @@ class DestinationPostCopy(DestinationView):
                 self._answer_ready()
                 self._retry_later()
             case CommandFailed(command="Journal"):
+                if self.complete is not None:  # The source shows it to users.
+                    word = Pending(state=self.state.value, stuck=event.error, filled=True)
+                    self._send(word)
                 self._retry_later()
             case CancelRequested():
                 self._lost(event.reason)

@@ -101,7 +101,8 @@ class Pending(Message, frozen=True, kw_only=True):
     `cut_off`: the destination lost its engine, and why; unless its hypervisor has been given
     everything already it will never run the guest. It keeps its copy until the source says more.
     `stuck`: the destination has won the guest, but can't run it yet, and why; in post-copy, why its
-    engine ends again and again, so that pages don't come. `yielded`: the token
+    engine ends again and again, so that pages don't come, or, with `filled`, when it has all pages,
+    why it can't end the migration. `yielded`: the token
     that it had won, never ran under, and has passed on to the source; its copy is kept until the
     source ends.
     """
@@ -110,6 +111,7 @@ class Pending(Message, frozen=True, kw_only=True):
     cut_off: str = ""
     stuck: str = ""
     yielded: int = 0
+    filled: bool = False
 
 
 class Abort(Message, frozen=True, kw_only=True):

@@ -107,8 +107,16 @@ class SourcePostCopy(SourceRecovery):
             self.error = f"the guest waits for pages that don't come: {self._no_pages}"
 
     def _hear_of_its_engines(self, message: Pending) -> None:
-        """They end again and again, says the destination. Users see what is said on this side."""
-        if self._must_serve and self.state is _S.POSTCOPY:
+        """They end again and again, says the destination, or have done all, and it can't write
+        that down. Users see what is said on this side.
+        """
+        if self.state is _S.POSTCOPY and message.filled:
+            self._no_pages = ""
+            self.error = (
+                f"the guest has all its pages; {self.destination} can't end the migration: "
+                f"{message.stuck}"
+            )
+        elif self._must_serve and self.state is _S.POSTCOPY:
             self._its_engines_end = True
             self._pages_stop(
                 f"the engine of {self.destination} ends again and again: {message.stuck}"

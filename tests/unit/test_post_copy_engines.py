@@ -65,6 +65,22 @@ def test_the_source_tells_why_the_destination_s_engines_end() -> None:
     assert pair.source.view().error is None
 
 
+def test_a_full_disk_at_the_destination_is_not_told_as_pages_that_dont_come() -> None:
+    """It stood at its last page for as long as the disk was full, without a reason."""
+    pair = running_there()
+    pair.failing[v.Journal] = v.CommandFailed(command="Journal", error="the disk is full")
+    pair.push(pair.destination, v.PagesComplete())
+    pair.run()
+    del pair.timers[Role.DESTINATION, v.TimerName.FILLED]  # The runner drops what stands behind it.
+    assert pair.run() == (MigrationState.POSTCOPY, MigrationState.POSTCOPY)
+    told = "the guest has all its pages; n2 can't end the migration: the disk is full"
+    assert pair.source.view().error == told
+    pair.failing.clear()
+    pair.run(timers=8)
+    assert (pair.source.state, pair.destination.state) == COMPLETED
+    assert pair.source.view().error is None
+
+
 def test_what_a_lost_engine_had_sent_stays_sent() -> None:
     pair = running_there()
     for sent in (50_000_000, 1_000):
