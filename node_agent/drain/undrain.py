@@ -104,7 +104,7 @@ async def plan(
     places = promised(others, {move.domain for move in away})
     survey = await world.survey(coming, sample_s=sample_s, places=places)
     survey = survey.experienced(*learned)
-    survey = _as_it_left(survey, away, off, node, await _stopped(world, off, node))
+    survey = _as_it_left(survey, away, off, node, await _stopped(world, off))
     names = [name for each in coming.values() for name in each] + off
     if not names:
         return survey, _BLANK, tuple(left)
@@ -237,7 +237,7 @@ async def _changed(world: DrainWorld, node: str, move: Move, where: str) -> str:
     return ""
 
 
-async def _stopped(world: DrainWorld, off: list[str], node: str) -> tuple[DomainFacts, ...]:
+async def _stopped(world: DrainWorld, off: list[str]) -> tuple[DomainFacts, ...]:
     """The facts of domains that the drain powered off: they wait to be started again."""
     found = []
     for name in off:
