@@ -44,10 +44,12 @@ _OPTIONS: Final = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # etcd closes connections that ask more often than every 5 s.
+    # etcd closes connections that ask more often than every 5 s, and those that ask while nothing
+    # is under way on them (too_many_pings): a member that was asked once, in another's stead. One
+    # that is gone meanwhile costs the next call its _TRY_S.
     ("grpc.keepalive_time_ms", 6000),
     ("grpc.keepalive_timeout_ms", 3000),
-    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", _MESSAGE_BYTES_MAX),
