@@ -6,6 +6,7 @@ route is public. What isn't in the table is for admins only, but for the API's o
 
 from __future__ import annotations
 
+import functools
 import logging
 import socket
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 _CALLER: Final[Any] = (
     web.RequestKey("caller", Caller) if hasattr(web, "RequestKey") else "ferry.caller"
 )
+_IDENTIFY: Final[Any] = (
+    web.RequestKey("identify", object) if hasattr(web, "RequestKey") else "ferry.identify"
+)
 _PUBLIC_PATHS: Final = frozenset({"/openapi.json"})
 _BEARER: Final = "bearer "
 
@@ -47,6 +51,23 @@ def asker_of(request: web.Request) -> str:
     return f"somebody at {request.remote}"  # In plain mode nobody is asked who they are.
 
 
+async def may_still(request: web.Request) -> bool:
+    """Whether who began this request might begin it now: tokens end, and users lose their roles.
+
+    True where nobody is asked who they are, and while the store can't tell.
+    """
+    identify = request.get(_IDENTIFY)
+    if identify is None:
+        return True
+    try:
+        await identify()
+    except (UnauthenticatedError, ForbiddenError):
+        return False
+    except FerryError as error:
+        log.debug("whether %s %s may go on isn't known: %s", request.method, request.path, error)
+    return True
+
+
 def authentication(users: Users, node: str, routes: Sequence[Route]) -> Middleware:
     """The middleware. Raises UnauthenticatedError and ForbiddenError that say what is needed."""
     by_name: Mapping[tuple[str, str], Route] = {
@@ -63,8 +84,10 @@ def authentication(users: Users, node: str, routes: Sequence[Route]) -> Middlewa
         route = by_name.get((request.method, path))
         public = path in _PUBLIC_PATHS or (route is not None and route.public)
         needed = route.needed_role if route is not None else Role.ADMIN
+        identify = functools.partial(_identify, users, request, needed, public)
+        request[_IDENTIFY] = identify
         try:
-            caller = await _identify(users, request, needed, public)
+            caller = await identify()
         except (UnauthenticatedError, ForbiddenError) as error:
             refusals.note(request.remote or "somebody", f"{request.method} {path}: {error}")
             raise

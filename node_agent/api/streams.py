@@ -1,7 +1,8 @@
 """The two responses that don't end by themselves: the event log (SSE) and a followed console.
 
-Both end when the client goes, when the server closes (`Streams.close`) and at the latest after
-`LONGEST_S`: an SSE client reconnects by itself and resumes after its Last-Event-ID.
+Both end when the client goes, when the server closes (`Streams.close`), when the client's token has
+ended, or doesn't suffice any more, and at the latest after `LONGEST_S`: an SSE client reconnects by
+itself and resumes after its Last-Event-ID.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import msgspec
 from aiohttp import hdrs, web
 
 from migrator.errors import FerryError, NotFoundError
+from node_agent.api.auth import may_still
 from node_agent.api.requests import CLUSTER, domain_of, flag, invalid_query, number, reply
 from node_agent.events import AWAY, HEARTBEAT, ClusterEvent, EventList
 
@@ -36,8 +38,8 @@ class Streams:
         self._tasks: set[asyncio.Task[object]] = set()
 
     @contextlib.asynccontextmanager
-    async def one(self) -> AsyncIterator[None]:
-        """Around a stream. 503 when there are too many."""
+    async def one(self, request: web.Request) -> AsyncIterator[None]:
+        """Around a stream: it ends quietly, by what is told above. 503 when there are too many."""
         if len(self._tasks) >= STREAMS_LIMIT:
             raise web.HTTPServiceUnavailable(
                 text=f"{STREAMS_LIMIT} streams are open already; that is the most"
@@ -47,12 +49,25 @@ class Streams:
             raise RuntimeError("a stream runs in a task")
         self._tasks.add(task)
         try:
-            async with asyncio.timeout(LONGEST_S):
-                yield
+            async with asyncio.timeout(LONGEST_S) as bound:
+                ending = asyncio.create_task(self._end_unpermitted(request, bound))
+                try:
+                    yield
+                finally:
+                    ending.cancel()
+                    await asyncio.gather(ending, return_exceptions=True)
         except (TimeoutError, ConnectionError):
             pass
         finally:
             self._tasks.discard(task)
+
+    async def _end_unpermitted(self, request: web.Request, bound: asyncio.Timeout) -> None:
+        """Its next request, with which a client comes again, says why."""
+        while True:
+            await asyncio.sleep(self.heartbeat_s)
+            if not await may_still(request):
+                bound.reschedule(asyncio.get_running_loop().time())
+                return
 
     async def close(self) -> None:
         """End them all."""
@@ -83,7 +98,7 @@ async def read_events(request: web.Request) -> web.StreamResponse:
         headers={hdrs.CONTENT_TYPE: EVENT_STREAM, hdrs.CACHE_CONTROL: "no-store"}
     )
     streams = request.app[STREAMS]
-    async with streams.one():
+    async with streams.one(request):
         await response.prepare(request)
         await response.write(f"retry: {RETRY_MS}\n\n".encode())
         try:
@@ -139,7 +154,7 @@ async def read_console(request: web.Request) -> web.StreamResponse:
         )
     response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "text/plain; charset=utf-8"})
     loop = asyncio.get_running_loop()
-    async with request.app[STREAMS].one():
+    async with request.app[STREAMS].one(request):
         await response.prepare(request)
         answered_at = loop.time()
         while loop.time() - answered_at < CONSOLE_SILENCE_S:

@@ -10,12 +10,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from aiohttp import ClientSession, TCPConnector, UnixConnector
+from aiohttp import ClientResponse, ClientSession, TCPConnector, UnixConnector
 
-from migrator.errors import ConflictError, NotFoundError, UnauthenticatedError
+from migrator.errors import ConflictError, NotFoundError, StoreError, UnauthenticatedError
 from migrator.model import MigrationRequest
 from node_agent.api.routes import ROUTES
-from node_agent.events import EventKind
+from node_agent.events import HEARTBEAT, EventKind
 from node_agent.resources import Problem
 from node_agent.state.memory import SimulatedStore
 from node_agent.state.typed import TypedStore
@@ -28,7 +28,7 @@ from node_agent.trust.records import (
     UserCreate,
     UserRecord,
 )
-from node_agent.trust.users import TOKENS_MAX, Users
+from node_agent.trust.users import TOKENS_MAX, Caller, Users
 from tests.unit.trust_world import Clock, TrustWorld, trust_world
 
 pytestmark = pytest.mark.allow_blocking("what the command line does runs in a thread")
@@ -176,6 +176,58 @@ async def test_a_removed_token_and_a_removed_user_are_refused_at_once(
     assert (await ask(session, "GET", "/v1/nodes", second))[0] == 401
     await users.create(UserCreate(name="bob", role=Role.ADMIN))
     assert (await ask(session, "GET", "/v1/nodes", second))[0] == 401
+
+
+@pytest.mark.parametrize("ending", ["removed", "expired"])
+async def test_a_stream_ends_with_its_token_and_no_other_does(
+    world: TrustWorld, session: ClientSession, ending: str
+) -> None:
+    users = world.one.trust.users
+    first = await token_of(world, "bob", Role.VIEWER)
+    if ending == "expired":
+        first = (await users.issue("bob", ApiTokenCreate(ttl_s=60.0))).token
+    headers = {"Authorization": f"Bearer {await token_of(world, 'eve', Role.VIEWER)}"}
+    async with (
+        asyncio.timeout(30),
+        session.get("/v1/events", headers={"Authorization": f"Bearer {first}"}) as bobs,
+        session.get("/v1/events", headers=headers) as eves,
+    ):
+        await _heartbeat(bobs)
+        if ending == "removed":
+            await users.revoke("bob", first.split("-")[1])
+        else:
+            world.clock.ahead_s += 61.0
+        await bobs.content.read()
+        assert bobs.content.at_eof()
+        await _heartbeat(eves)
+        await _heartbeat(eves)
+    assert (await ask(session, "GET", "/v1/events", first))[0] == 401
+
+
+async def test_a_stream_goes_on_while_the_store_cannot_tell(
+    world: TrustWorld, session: ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who could follow what happens wants to most of all then."""
+    users = world.one.trust.users
+    headers = {"Authorization": f"Bearer {await token_of(world, 'bob', Role.VIEWER)}"}
+    asked = asyncio.Event()
+
+    async def away(token: str) -> Caller:
+        asked.set()
+        raise StoreError("the store is away")
+
+    async with asyncio.timeout(30), session.get("/v1/events", headers=headers) as bobs:
+        await _heartbeat(bobs)
+        monkeypatch.setattr(users, "authenticate", away)
+        await asked.wait()
+        for _ in range(3):
+            await _heartbeat(bobs)
+
+
+async def _heartbeat(stream: ClientResponse) -> None:
+    """Wait for the next one. AssertionError: the stream has ended."""
+    while (line := await stream.content.readline()) != f"{HEARTBEAT}\n".encode():
+        assert line
 
 
 async def test_a_changed_role_holds_for_the_tokens_that_are_there(

@@ -177,7 +177,7 @@ class TrustWorld:
             secured=True,
         )
         self.api = ApiServer(
-            create_app(self.agents.a.cluster, trust=trust, removal=removal),
+            create_app(self.agents.a.cluster, trust=trust, removal=removal, heartbeat_s=0.05),
             listen=("127.0.0.1", 0),
             socket_path=self.folder / "api.sock",
             ssl_context=trust.contexts.api,
