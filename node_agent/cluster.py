@@ -66,6 +66,7 @@ from node_agent.events import EventLog
 from node_agent.homes import (
     choose_destination,
     no_such_destination,
+    refusal_of,
     refuse_unknown_voucher,
     where_to_start,
 )
@@ -88,6 +89,8 @@ from node_agent.volumes import VolumeService
 
 OPERATION_TIMEOUT_S: Final = 30.0
 START_TIMEOUT_S: Final = 60.0
+DESTINATIONS_MAX: Final = 4
+"""That are asked, one after the other, where nobody named one: each may take some seconds."""
 
 
 class ClusterService:
@@ -286,36 +289,47 @@ class ClusterService:
     # --- migrations --------------------------------------------------------------------------
 
     async def migrate(self, domain: DomainName, body: MigrationCreate) -> Migration:
-        """Begin to migrate it. RefusedError with every reason; then nothing was changed."""
+        """Begin to migrate it. RefusedError with every reason; then nothing was changed.
+
+        Where no destination is named the next one is asked if one refuses, DESTINATIONS_MAX in all.
+        """
         source = await self._owner(domain)
-        destination = await self._destination(domain, source, body)
-        params = MigrationParams(domain=domain, request=body.towards(destination))
-        try:
-            with asking(source, domain):
-                return await self._hub.call(
-                    source, MIGRATION_CREATE, params, Migration, timeout_s=OPERATION_TIMEOUT_S
-                )
-        except RefusedError as error:
-            if destination in await self._nodes.read():
-                raise
-            raise no_such_destination(domain, destination, error.reasons) from error
+        refusals: dict[NodeName, str] = {}
+        while True:
+            destination = await self._destination(domain, source, body, refusals)
+            params = MigrationParams(domain=domain, request=body.towards(destination))
+            try:
+                with asking(source, domain):
+                    return await self._hub.call(
+                        source, MIGRATION_CREATE, params, Migration, timeout_s=OPERATION_TIMEOUT_S
+                    )
+            except RefusedError as error:
+                if self._ask_another(body, destination, error.reasons, refusals):
+                    continue
+                if destination in await self._nodes.read():
+                    raise
+                raise no_such_destination(domain, destination, error.reasons) from error
 
     async def check_migration(
         self, domain: DomainName, body: MigrationCreate, sample_seconds: float
     ) -> DryRun:
         """What `migrate` would be refused for, and how it would go: samples for that long."""
+        refusals: dict[NodeName, str] = {}
         try:
             source = await self._owner(domain)
-            destination = await self._destination(domain, source, body)
+            while True:
+                destination = await self._destination(domain, source, body, refusals)
+                request = body.towards(destination)
+                params = MigrationParams(domain=domain, request=request)
+                verdict = await self._hub.call(
+                    source, MIGRATION_CHECK, params, Verdict, timeout_s=OPERATION_TIMEOUT_S
+                )
+                if not self._ask_another(body, destination, verdict.reasons, refusals):
+                    break
         except RefusedError as error:
             return DryRun(destination=body.destination or "", refused=error.reasons)
         except WrongStateError as error:
             return DryRun(destination=body.destination or "", refused=(str(error),))
-        request = body.towards(destination)
-        params = MigrationParams(domain=domain, request=request)
-        verdict = await self._hub.call(
-            source, MIGRATION_CHECK, params, Verdict, timeout_s=OPERATION_TIMEOUT_S
-        )
         spec, views = (await self._records.get(domain)).spec, await self._nodes.read()
         known = destination in views
         result = DryRun(
@@ -407,11 +421,30 @@ class ClusterService:
         return NodeName(owned.owner)
 
     async def _destination(
-        self, domain: DomainName, source: NodeName, body: MigrationCreate
+        self,
+        domain: DomainName,
+        source: NodeName,
+        body: MigrationCreate,
+        refusals: Mapping[NodeName, str],
     ) -> NodeName:
         if body.destination is not None:
             return NodeName(body.destination)
-        return await choose_destination(domain, source, await self._nodes.read(), self.list_domains)
+        views = await self._nodes.read()
+        return await choose_destination(domain, source, views, self.list_domains, refusals)
+
+    @staticmethod
+    def _ask_another(
+        body: MigrationCreate,
+        destination: NodeName,
+        reasons: Sequence[str],
+        refusals: dict[NodeName, str],
+    ) -> bool:
+        """Whether nobody named this destination, and it alone is what speaks against: noted."""
+        said = refusal_of(destination, reasons)
+        if body.destination is not None or not said or len(refusals) + 1 >= DESTINATIONS_MAX:
+            return False
+        refusals[destination] = said
+        return True
 
     async def _migrating(self) -> Mapping[DomainName, str]:
         outlines = await self._migrations.list_outlines()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 
@@ -104,12 +106,14 @@ async def choose_destination(
     source: NodeName,
     views: Mapping[NodeName, NodeView],
     list_domains: Callable[[], Awaitable[Sequence[Domain]]],
+    refusals: Mapping[NodeName, str],
 ) -> NodeName:
     """The node that a drain of `source` would choose: the domain's rules hold where nobody chose.
 
-    RefusedError: none can take it, each for its own reason.
+    `refusals`: what nodes have said that were asked. RefusedError: none can take it, each for its
+    own reason.
     """
-    found = _place(domain, source, views, await list_domains())
+    found = _place(domain, source, views, await list_domains(), refusals)
     if found.blockers:
         reason = found.blockers[0].reason
         raise RefusedError(f"there is no destination: {reason}", [reason])
@@ -121,6 +125,7 @@ def _place(
     source: NodeName | None,
     views: Mapping[NodeName, NodeView],
     domains: Sequence[Domain],
+    refusals: Mapping[NodeName, str] = MappingProxyType({}),
 ) -> Placement:
     """Where a drain would put it, whatever its own policy says of maintenance, which this isn't.
 
@@ -131,7 +136,17 @@ def _place(
     (wanted,) = (each for each in survey.domains if each.name == domain)
     policy = MaintenancePolicy.STOP if source is None else MaintenancePolicy.LIVE
     wanted = msgspec.structs.replace(wanted, policy=policy, restart=True)
-    return place(survey.nodes, survey.domains, [wanted], survey.options())
+    said = {(str(domain), str(node)): reason for node, reason in refusals.items()}
+    options = msgspec.structs.replace(survey.options(), forbidden=frozenset(said), refusals=said)
+    return place(survey.nodes, survey.domains, [wanted], options)
+
+
+def refusal_of(node: NodeName, reasons: Sequence[str]) -> str:
+    """What speaks against a migration in its destination; "": it isn't that alone."""
+    its_own = re.compile(rf"node {re.escape(node)}(: | )")
+    if not all(its_own.match(reason) for reason in reasons):
+        return ""
+    return "; ".join(its_own.sub("", reason, count=1) for reason in reasons)
 
 
 def no_such_destination(

@@ -143,7 +143,8 @@ class MigrationCreate(Value, frozen=True, kw_only=True):
     """Body of a new migration: `MigrationRequest`, whose destination may be left open."""
 
     destination: Name | None = None
-    """By default the node that a drain would choose, by the domain's rules, and memory."""
+    """By default the node that a drain would choose, by the domain's rules, and memory; where it
+    refuses, the next."""
     downtime_limit_ms: Annotated[int, msgspec.Meta(ge=1, le=60_000)] = 50
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 600.0
     mode: MigrationMode = MigrationMode.HYBRID

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,11 +11,12 @@ import msgspec
 import pytest
 
 from migrator.errors import ConflictError, NotFoundError, RefusedError
-from migrator.model import DomainName, NodeName, NodeState, OwnershipState
+from migrator.model import DomainName, MigrationRequest, NodeName, NodeState, OwnershipState
 from node_agent.drain.cordons import Cordon, Cordons
 from node_agent.resources import MigrationCreate
 from tests.unit.agent_world import World, open_world, spec_of
 from tests.unit.api_client import Client, ask
+from tests.unit.heartbeats import speak
 
 WEB = DomainName("web")
 A, B = NodeName("a"), NodeName("b")
@@ -137,3 +140,79 @@ async def test_who_names_a_destination_means_it(world: World) -> None:
     await world.b.domains.start(DomainName("near"))
     begun = await world.b.cluster.migrate(WEB, MigrationCreate(destination="b"))
     assert begun.destination == "b"
+
+
+async def c_and_d_are_heard_of(world: World) -> None:
+    """With more memory, so they come first."""
+    for name in ("c", "d"):
+        told = msgspec.structs.replace(
+            await world.b._describe(), name=name, memory_bytes=1 << 40, heartbeat_at_s=time.time()
+        )
+        await speak(world.b.typed, told)
+
+
+def refuse(
+    world: World, monkeypatch: pytest.MonkeyPatch, reasons: dict[str, list[str]]
+) -> list[str]:
+    """Where `web` runs, `reasons` are what speaks against each destination. Who was asked."""
+    asked: list[str] = []
+
+    async def check(_: str, request: MigrationRequest) -> list[str]:
+        asked.append(request.destination)
+        return reasons.get(request.destination, [])
+
+    monkeypatch.setattr(world.a.migrations, "check", check)
+    return asked
+
+
+FULL = "its disk is full: 0 KiB free in /var/lib/ferry"
+
+
+async def test_where_nobody_chose_the_next_one_is_asked(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It chose a node whose disk was full each time, and was refused, though another was free."""
+    await c_and_d_are_heard_of(world)
+    refusing = {"c": [f"node c: {FULL}"], "d": ["node d doesn't answer: no route"]}
+    asked = refuse(world, monkeypatch, refusing)
+    tried = await world.b.cluster.check_migration(WEB, MigrationCreate(), 1.0)
+    assert (tried.destination, list(tried.refused)) == ("b", [])
+    assert asked == ["c", "d", "b"]
+    assert (await world.b.cluster.migrate(WEB, MigrationCreate())).destination == "b"
+
+
+async def test_where_all_refuse_each_says_why(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await c_and_d_are_heard_of(world)
+    refusing = {"c": [f"node c: {FULL}"], "d": [f"node d: {FULL}"], "b": ["node b: no pool x"]}
+    refuse(world, monkeypatch, refusing)
+    expected = f"no node can take it: b: no pool x; c, d: {FULL}"
+    with pytest.raises(RefusedError, match=re.escape(expected)):
+        await world.b.cluster.migrate(WEB, MigrationCreate())
+    tried = await world.b.cluster.check_migration(WEB, MigrationCreate(), 1.0)
+    assert tried.refused[0].endswith(expected)
+
+
+@pytest.mark.parametrize(
+    "reasons", [["domain web is paused, it must be running"], ["node c: x", "a: no pool y"]]
+)
+async def test_what_no_destination_would_change_is_told_at_once(
+    world: World, monkeypatch: pytest.MonkeyPatch, reasons: list[str]
+) -> None:
+    await c_and_d_are_heard_of(world)
+    asked = refuse(world, monkeypatch, {"c": reasons})
+    with pytest.raises(RefusedError) as refused:
+        await world.b.cluster.migrate(WEB, MigrationCreate())
+    assert refused.value.reasons == tuple(reasons)
+    assert asked == ["c"]
+
+
+async def test_a_destination_that_somebody_named_is_the_only_one_asked(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await c_and_d_are_heard_of(world)
+    asked = refuse(world, monkeypatch, {"c": [f"node c: {FULL}"]})
+    with pytest.raises(RefusedError, match=FULL):
+        await world.b.cluster.migrate(WEB, MigrationCreate(destination="c"))
+    assert asked == ["c"]
