@@ -89,7 +89,11 @@ class NodeRemoval:
             if not each.ended and node in (each.source, each.destination)
         ]
         if under_way and not (force and silent):
-            reasons.append(f"migrations from or to it are under way: {', '.join(under_way)}")
+            how = "if it is dead, use --force"
+            if not silent:
+                how = f"wait for their end, or `ferry migration cancel {under_way[0]}`"
+            named = ", ".join(under_way)
+            reasons.append(f"migrations from or to it are under way ({named}): {how}")
         if not self._secured and not silent:
             reasons.append(
                 "its agent runs, and without TLS it would be back with its next heartbeat: stop it"

@@ -103,7 +103,10 @@ async def test_a_node_with_domains_or_migrations_stays(tmp_path: Path) -> None:
                 await removal.remove(NodeName("b"), force=force)
             assert len(refused.value.reasons) == 2
             assert "domains run there (web): drain it first" in refused.value.reasons[0]
-            assert "m-1" in refused.value.reasons[1]
+            assert (
+                "(m-1): wait for their end, or `ferry migration cancel m-1`"
+                in refused.value.reasons[1]
+            )
         await fall_silent(world)
         with pytest.raises(RefusedError, match="if it is dead, use --force"):
             await removal.remove(NodeName("b"), force=False)
