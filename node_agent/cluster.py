@@ -66,7 +66,7 @@ from node_agent.events import EventLog
 from node_agent.homes import (
     choose_destination,
     no_such_destination,
-    refusal_of,
+    note_refusal,
     refuse_unknown_voucher,
     where_to_start,
 )
@@ -89,8 +89,6 @@ from node_agent.volumes import VolumeService
 
 OPERATION_TIMEOUT_S: Final = 30.0
 START_TIMEOUT_S: Final = 60.0
-DESTINATIONS_MAX: Final = 4
-"""That are asked, one after the other, where nobody named one: each may take some seconds."""
 
 
 class ClusterService:
@@ -291,7 +289,7 @@ class ClusterService:
     async def migrate(self, domain: DomainName, body: MigrationCreate) -> Migration:
         """Begin to migrate it. RefusedError with every reason; then nothing was changed.
 
-        Where no destination is named the next one is asked if one refuses, DESTINATIONS_MAX in all.
+        Where no destination is named the next one is asked if one refuses (`note_refusal`).
         """
         source = await self._owner(domain)
         refusals: dict[NodeName, str] = {}
@@ -304,7 +302,7 @@ class ClusterService:
                         source, MIGRATION_CREATE, params, Migration, timeout_s=OPERATION_TIMEOUT_S
                     )
             except RefusedError as error:
-                if self._ask_another(body, destination, error.reasons, refusals):
+                if body.destination is None and note_refusal(destination, error.reasons, refusals):
                     continue
                 if destination in await self._nodes.read():
                     raise
@@ -324,7 +322,8 @@ class ClusterService:
                 verdict = await self._hub.call(
                     source, MIGRATION_CHECK, params, Verdict, timeout_s=OPERATION_TIMEOUT_S
                 )
-                if not self._ask_another(body, destination, verdict.reasons, refusals):
+                named = body.destination is not None
+                if named or not note_refusal(destination, verdict.reasons, refusals):
                     break
         except RefusedError as error:
             return DryRun(destination=body.destination or "", refused=error.reasons)
@@ -431,20 +430,6 @@ class ClusterService:
             return NodeName(body.destination)
         views = await self._nodes.read()
         return await choose_destination(domain, source, views, self.list_domains, refusals)
-
-    @staticmethod
-    def _ask_another(
-        body: MigrationCreate,
-        destination: NodeName,
-        reasons: Sequence[str],
-        refusals: dict[NodeName, str],
-    ) -> bool:
-        """Whether nobody named this destination, and it alone is what speaks against: noted."""
-        said = refusal_of(destination, reasons)
-        if body.destination is not None or not said or len(refusals) + 1 >= DESTINATIONS_MAX:
-            return False
-        refusals[destination] = said
-        return True
 
     async def _migrating(self) -> Mapping[DomainName, str]:
         outlines = await self._migrations.list_outlines()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Final
 
 import msgspec
 
@@ -21,6 +22,9 @@ from node_agent.drain.survey import make_survey
 from node_agent.nodes import NodeView
 from node_agent.planner.placement import Placement, place
 from node_agent.resources import Domain
+
+DESTINATIONS_MAX: Final = 4
+"""That are asked, one after the other, where nobody named one: each may take some seconds."""
 
 
 async def where_to_start(
@@ -141,12 +145,16 @@ def _place(
     return place(survey.nodes, survey.domains, [wanted], options)
 
 
-def refusal_of(node: NodeName, reasons: Sequence[str]) -> str:
-    """What speaks against a migration in its destination; "": it isn't that alone."""
+def note_refusal(node: NodeName, reasons: Sequence[str], refusals: dict[NodeName, str]) -> bool:
+    """Whether another destination is to be asked: what speaks against this one, which is noted, is
+    its own alone, and there weren't DESTINATIONS_MAX yet.
+    """
     its_own = re.compile(rf"node {re.escape(node)}(: | )")
-    if not all(its_own.match(reason) for reason in reasons):
-        return ""
-    return "; ".join(its_own.sub("", reason, count=1) for reason in reasons)
+    of_it_alone = bool(reasons) and all(its_own.match(reason) for reason in reasons)
+    if not of_it_alone or len(refusals) + 1 >= DESTINATIONS_MAX:
+        return False
+    refusals[node] = "; ".join(its_own.sub("", reason, count=1) for reason in reasons)
+    return True
 
 
 def no_such_destination(
