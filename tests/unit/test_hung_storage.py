@@ -110,11 +110,11 @@ async def test_long_copies_hold_nothing_else_up(
     folder.mkdir()
     begun = threading.Event()
 
-    def copy_slowly(source: int, destination: int, cancelled: threading.Event) -> None:
+    def copy_slowly(source: Path, destination: Path, cancelled: threading.Event) -> None:
         begun.set()
         hung.wait()
 
-    monkeypatch.setattr(driver, "copy_image", copy_slowly)
+    monkeypatch.setattr(driver, "copy_file", copy_slowly)
     pool = DirectoryPool(PoolName("p"), folder)
 
     async def create(number: int) -> None:

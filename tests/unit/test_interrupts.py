@@ -16,6 +16,7 @@ _WORK = """
 import signal, sys, time
 from tests.interrupts import interruptible
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # These tests may run under nohup.
 for number in sys.argv[1:]:
     signal.signal(int(number), signal.SIG_IGN)
 with interruptible("work"):
