@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
@@ -19,6 +18,7 @@ from migrator.model import (
     OwnershipState,
 )
 from node_agent.drain.survey import make_survey
+from node_agent.migrations.checks import said_of_destination
 from node_agent.nodes import NodeView
 from node_agent.planner.placement import Placement, place
 from node_agent.resources import Domain
@@ -149,11 +149,10 @@ def note_refusal(node: NodeName, reasons: Sequence[str], refusals: dict[NodeName
     """Whether another destination is to be asked: what speaks against this one, which is noted, is
     its own alone, and there weren't DESTINATIONS_MAX yet.
     """
-    its_own = re.compile(rf"node {re.escape(node)}(: | )")
-    of_it_alone = bool(reasons) and all(its_own.match(reason) for reason in reasons)
-    if not of_it_alone or len(refusals) + 1 >= DESTINATIONS_MAX:
+    its_own = [said for reason in reasons if (said := said_of_destination(node, reason))]
+    if not its_own or len(its_own) < len(reasons) or len(refusals) + 1 >= DESTINATIONS_MAX:
         return False
-    refusals[node] = "; ".join(its_own.sub("", reason, count=1) for reason in reasons)
+    refusals[node] = "; ".join(its_own)
     return True
 
 

@@ -6,9 +6,9 @@ import contextlib
 import signal
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Final, NoReturn
 
-EXIT_STATUS = 130
+EXIT_STATUS: Final = 130
 
 
 def end_as_by_ctrl_c() -> None:

@@ -84,6 +84,19 @@ def node_reasons(
     ]
 
 
+def said_of_destination(destination: NodeName, reason: str) -> str:
+    """What a reason says against the destination; "": it is another's.
+
+    Whatever does begins with its name: what it says itself, what it doesn't answer, and
+    `node_reasons`.
+    """
+    name = f"node {destination}"
+    for begin in (f"{name}: ", f"{name} "):
+        if reason.startswith(begin):
+            return reason.removeprefix(begin)
+    return ""
+
+
 def cordon_reasons(node: NodeName, state: NodeState, told: str = "") -> list[str]:
     """Why nothing may start or move there while it is kept free."""
     if state.admits:
