@@ -7,6 +7,7 @@ a secret: a secret is a file on the node, and only its path travels.
 from __future__ import annotations
 
 import enum
+from typing import Final
 
 import msgspec
 
@@ -34,6 +35,24 @@ class VolumeInfo(DiskValue, frozen=True, kw_only=True):
     """The volume of the same pool that it leans on; None: it stands alone."""
 
 
+class PoolRoom(enum.StrEnum):
+    """How much a pool still takes."""
+
+    UNKNOWN = "unknown"
+    """It doesn't tell, or can't be reached."""
+    ENOUGH = "enough"
+    LITTLE = "little"
+    NONE = "none"
+    """It is full: a guest that writes where its volume has no space yet stands still."""
+
+
+POOL_FULL_BYTES: Final = 2**20
+"""Less is full: a qcow2 volume grows by 64 KiB, and those of some guests at once."""
+POOL_LITTLE_BYTES: Final = 20 * 2**30
+POOL_LITTLE_SHARE: Final = 0.05
+"""Little is less than both: 5 % of a large pool are weeks, and 20 GiB may be all of a small one."""
+
+
 class PoolHealth(DiskValue, frozen=True, kw_only=True):
     """What a pool's driver finds when it tries the storage. None: the storage doesn't tell."""
 
@@ -42,6 +61,18 @@ class PoolHealth(DiskValue, frozen=True, kw_only=True):
     """Why it can't be reached."""
     capacity_bytes: int | None = None
     free_bytes: int | None = None
+
+    @property
+    def room(self) -> PoolRoom:
+        """By what is free of it."""
+        if not self.reachable or self.free_bytes is None:
+            return PoolRoom.UNKNOWN
+        if self.free_bytes < POOL_FULL_BYTES:
+            return PoolRoom.NONE
+        share_bytes = POOL_LITTLE_SHARE * (self.capacity_bytes or 0)
+        if self.free_bytes < min(POOL_LITTLE_BYTES, share_bytes):
+            return PoolRoom.LITTLE
+        return PoolRoom.ENOUGH
 
 
 class PoolOwner(msgspec.Struct, frozen=True, kw_only=True):

@@ -28,6 +28,7 @@ from migrator.disks import NbdSource as NbdSource
 from migrator.disks import NfsSource as NfsSource
 from migrator.disks import PoolHealth as PoolHealth
 from migrator.disks import PoolOwner as PoolOwner
+from migrator.disks import PoolRoom as PoolRoom
 from migrator.disks import TlsPsk as TlsPsk
 from migrator.disks import VolumeInfo as VolumeInfo
 from migrator.figures import Prediction

@@ -27,6 +27,7 @@ from migrator.model import (
     NodeState,
     OnTimeout,
     PoolHealth,
+    PoolRoom,
     Value,
     VolumeInfo,
 )
@@ -215,6 +216,8 @@ class Pool(Value, frozen=True, kw_only=True):
     settings: PoolSettings
     fencing: Fencing
     health: PoolHealth
+    room: PoolRoom = PoolRoom.UNKNOWN
+    """What `health` means for guests that write to it: none: it is full; little: nearly."""
     refused: str = ""
     """Why nothing is done on it, though it can be reached: it is another cluster's."""
     same_as: str = ""

@@ -150,6 +150,7 @@ class VolumeService:
             settings=entry.settings,
             fencing=entry.driver.fencing,
             health=health,
+            room=health.room,
             refused=refused,
             same_as="" if first == entry.settings.name else first,
         )

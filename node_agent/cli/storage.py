@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 from urllib.parse import quote
 
 import msgspec
 import typer
 
-from migrator.model import DiskFormat, VolumeInfo
+from migrator.model import DiskFormat, PoolRoom, VolumeInfo
 from node_agent.cli.errors import CliError, ExitCode
 from node_agent.cli.output import facts, parse_size, settings, show, size, table
 from node_agent.resources import (
@@ -244,7 +244,15 @@ def remove_volume(name: _VolumeArgument, pool: _PoolOption = "default") -> None:
 def _health(pool: Pool) -> str:
     if pool.refused:
         return f"refused: {pool.refused}"
-    return "ok" if pool.health.reachable else f"unreachable: {pool.health.reason}"
+    if not pool.health.reachable:
+        return f"unreachable: {pool.health.reason}"
+    return _ROOM.get(pool.room, "ok")
+
+
+_ROOM: Final = {
+    PoolRoom.NONE: "full: guests that write to it stand still until there is room",
+    PoolRoom.LITTLE: "nearly full: guests that write to it stand still once it is",
+}
 
 
 def _typed(kind: type[msgspec.Struct], key: str, value: str) -> object:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from migrator.errors import ConfigError
-from migrator.model import HypervisorCapabilities, NodeState
+from migrator.model import HypervisorCapabilities, NodeState, PoolRoom
 from node_agent import fabrics
 from node_agent.cli.client import ApiClient
 from node_agent.cli.errors import ApiProblem, CliError
@@ -29,7 +29,7 @@ from node_agent.doctor.frr import check_frr
 from node_agent.doctor.units import check_units
 from node_agent.doctor.user_tokens import check_user_tokens
 from node_agent.migrations.room import STATE_ROOM_BYTES, free_bytes
-from node_agent.resources import DomainList, Node, NodeList, PoolList
+from node_agent.resources import DomainList, Node, NodeList, Pool, PoolList
 from node_agent.trust.records import UserList
 
 KERNEL_MIN: Final = (6, 7)
@@ -207,9 +207,20 @@ def _pools(client: ApiClient, running: bool) -> Iterator[Finding]:
                 "remove one of the two from agent.toml, once no domain has a disk on it",
             )
         elif pool.health.reachable:
-            yield fine(check, f"{pool.driver}, reachable")
+            yield _room(pool)
         else:
             yield failure(check, f"{pool.driver}: {pool.health.reason}", "mend its server or mount")
+
+
+def _room(pool: Pool) -> Finding:
+    """Of one that is well, whether there is room in it."""
+    check, told = f"pool {pool.name}", f"{pool.driver}, reachable"
+    free = f"{told}: {(pool.health.free_bytes or 0) / 2**20:.0f} MiB free"
+    if pool.room is PoolRoom.NONE:
+        return failure(check, free, "make room: guests that write to it stand still without")
+    if pool.room is PoolRoom.LITTLE:
+        return warning(check, free, "make room, before guests that write to it stand still")
+    return fine(check, told)
 
 
 def _user_tokens(client: ApiClient, running: bool) -> Iterator[Finding]:

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from migrator.model import Fencing, PoolHealth
+from node_agent.cli.client import ApiClient
 from node_agent.doctor import examination, paths
 from node_agent.doctor.certificates import check_certificates
 from node_agent.doctor.examination import version_of
 from node_agent.doctor.findings import Diagnosis, Level, failure, fine, warning
 from node_agent.doctor.units import check_units
+from node_agent.resources import Pool, PoolList, PoolOrigin
 from node_agent.trust.founding import found_cluster
+from storage.settings import NfsSettings
 from tests.unit.trust_world import node_config
 
 
@@ -46,6 +50,28 @@ def test_a_full_state_directory_is_found(
     assert found.level is level
     assert str(tmp_path) in found.detail
     assert bool(found.mend) is (level is not Level.OK)
+
+
+@pytest.mark.parametrize(
+    ("free", "level"),
+    [(2**35, Level.OK), (2**30, Level.WARNING), (0, Level.FAILURE)],
+)
+def test_a_full_pool_is_found(monkeypatch: pytest.MonkeyPatch, free: int, level: Level) -> None:
+    health = PoolHealth(reachable=True, capacity_bytes=2**40, free_bytes=free)
+    pool = Pool(
+        name="fast",
+        driver="nfs",
+        origin=PoolOrigin.CLUSTER,
+        settings=NfsSettings(name="fast", server="192.0.2.5", export="/srv"),
+        fencing=Fencing(remote_writers=True, method=""),
+        health=health,
+        room=health.room,
+    )
+    client = ApiClient("unix:/nowhere")
+    monkeypatch.setattr(client, "get", lambda path, kind: PoolList(pools=(pool,)))
+    (found,) = examination._pools(client, True)
+    assert (found.level, found.check) == (level, "pool fast")
+    assert ("MiB free" in found.detail) is (level is not Level.OK)
 
 
 def test_a_state_directory_that_isnt_there_is_named(tmp_path: Path) -> None:
