@@ -16,6 +16,7 @@ from node_agent.drain.resources import (
     MoveState,
     NodeLeftOut,
     Operation,
+    took_text,
 )
 
 _LEFT_OUT_TOLD_MAX: Final = 20
@@ -134,7 +135,6 @@ def _left_out(nodes: Sequence[NodeLeftOut]) -> list[str]:
 
 def details(drain: Drain) -> str:
     """Everything about one drain."""
-    took = drain.ended_at_s - drain.started_at_s if drain.ended_at_s else None
     pairs = [
         (drain.operation.value, drain.id),
         ("node", drain.node),
@@ -145,7 +145,7 @@ def details(drain: Drain) -> str:
         ("cancelled by", drain.cancelled_by),
         ("coordinator", drain.coordinator + (f" (term {drain.term})" if drain.term > 1 else "")),
         ("planned", f"{drain.planned_s:.1f} s, {drain.parallel} at once"),
-        ("took", f"{took:.1f} s" if took is not None else ""),
+        ("took", took_text(drain) if drain.ended_at_s is not None else ""),
         ("left", f"~{drain.left_s:.0f} s" if drain.left_s is not None else ""),
         ("waits for", drain.waits_for),
         ("created", moment(drain.created_at_s)),
@@ -201,10 +201,9 @@ def sentence(move: Move) -> str:
 
 def outcome(drain: Drain) -> str:
     """The end, in a sentence, and each domain that was left."""
-    took = (drain.ended_at_s or drain.started_at_s) - drain.started_at_s
     dark = [move.blackout_ms for move in drain.moves if move.blackout_ms is not None]
     text = (
-        f"{moved(drain)} of {counted(len(drain.moves), 'domain')} in {took:.1f} s "
+        f"{moved(drain)} of {counted(len(drain.moves), 'domain')} in {took_text(drain)} "
         f"(planned {drain.planned_s:.1f})"
     )
     if dark:

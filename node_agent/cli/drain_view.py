@@ -17,7 +17,14 @@ import msgspec
 from node_agent.cli.drain_text import goal, outcome, sentence
 from node_agent.cli.errors import ApiProblem, CliError, ExitCode, Unreachable, goes_on_unseen
 from node_agent.cli.output import note, settings, show, size
-from node_agent.drain.resources import CancelMode, Drain, DrainState, Move, MoveState
+from node_agent.drain.resources import (
+    CancelMode,
+    Drain,
+    DrainState,
+    Move,
+    MoveState,
+    unattended_text,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -197,12 +204,13 @@ def _ways_out(drain: Drain) -> str:
 def _whole(drain: Drain) -> str:
     """One line about the whole."""
     ended = sum(move.state.ended for move in drain.moves)
-    elapsed = (drain.at_s or time.time()) - drain.started_at_s
+    now_s = drain.at_s + drain.unattended_s if drain.at_s else time.time()
+    elapsed = now_s - drain.started_at_s
     node = f" {drain.node}" if drain.node else ""
     text = f"{drain.operation.value}{node}: {drain.state.value}, {ended} of {len(drain.moves)} over"
     if drain.state is DrainState.CHECKING:
         return f"{text}; looking whether the node is empty"
-    text += f", {elapsed:.0f} s gone"
+    text += f", {elapsed:.0f} s gone{unattended_text(drain)}"
     if drain.left_s is not None:
         text += f", ~{drain.left_s:.0f} s left"
     if drain.state is DrainState.CANCELLING:

@@ -8,7 +8,8 @@ The record is written at least once a second, which is the coordinator's heartbe
 that isn't in the record first; so whoever takes over knows what may have been done.
 
 A drain's time is its own (`Drain.at_s`): a clock that is set, or another coordinator's that
-differs, neither ends its time nor prolongs a wait. While nobody coordinates it, it stands still.
+differs, neither ends its time nor prolongs a wait. While nobody coordinates it, it stands still;
+how long that was is kept beside it (`Drain.unattended_s`), to be told with how long the whole took.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Coordinator:
         self._events = events
         self._hooks = hooks
         self._settle = settle
+        self._clock = clock
         self._began_s = entry.value.at_s or clock()
         self._began_at: float | None = None
         """By the event loop's monotonic clock."""
@@ -151,7 +153,7 @@ class Coordinator:
             return
         while True:
             self._beat += 1
-            drain = msgspec.structs.replace(self.shown, beat=self._beat)
+            drain = msgspec.structs.replace(self.shown, beat=self._beat, written_at_s=self._clock())
             try:
                 self._revision, written = await self._records.save(drain, self._revision)
                 self._unsaved = ""

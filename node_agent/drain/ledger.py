@@ -36,6 +36,7 @@ class Ledger:
         self._base = msgspec.structs.replace(self._base, **changes)
 
     def _note(self, text: str, now: float, domain: str | None = None) -> None:
-        history = (*self._base.history, Note(at_s=now, text=text, domain=domain))
+        note = Note(at_s=now + self._base.unattended_s, text=text, domain=domain)
+        history = (*self._base.history, note)
         self._set(history=history[-HISTORY_MAX:])
         self._out.append(v.Tell(text=text, domain=domain))

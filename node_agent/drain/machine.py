@@ -27,6 +27,7 @@ from node_agent.drain.resources import (
     Move,
     MoveState,
     Operation,
+    took_text,
 )
 from node_agent.hooks.model import HookPoint
 
@@ -310,10 +311,10 @@ class DrainMachine(MoveCourse):
             self._cancel(CancelMode.LET_END, now)
 
     def _finish(self, state: DrainState, node_state: NodeState, now: float) -> None:
-        self._set(state=state, ended_at_s=now)
+        self._set(state=state, ended_at_s=now + self._base.unattended_s)
         if self._base.node:
             self._out.append(v.SetCordon(state=node_state))
-        took = f"{now - self._base.started_at_s:.1f} s"
+        took = took_text(self._base)
         why = f": {self._base.error}" if self._base.error else ""
         self._note(f"{self._base.operation}{self._of_node} is {state} after {took}{why}", now)
 

@@ -100,10 +100,20 @@ class DrainRecords:
             raise ConflictError(f"drain {drain.id} keeps changing; it was not written")
         return written, wish
 
-    async def take(self, entry: Versioned[Drain], node: str) -> Versioned[Drain] | None:
-        """Coordinate it from now on. None: somebody else was faster, or it goes on."""
+    async def take(
+        self, entry: Versioned[Drain], node: str, unattended_s: float = 0.0
+    ) -> Versioned[Drain] | None:
+        """Coordinate it from now on. None: somebody else was faster, or it goes on.
+
+        `unattended_s`: how long nobody did.
+        """
         drain = entry.value
-        taken = msgspec.structs.replace(drain, coordinator=node, term=drain.term + 1)
+        taken = msgspec.structs.replace(
+            drain,
+            coordinator=node,
+            term=drain.term + 1,
+            unattended_s=drain.unattended_s + unattended_s,
+        )
         revision = await self._store.put_if(entry.key, taken, entry.revision)
         return None if revision is None else Versioned(entry.key, taken, revision)
 

@@ -98,7 +98,8 @@ _ACTIVE: Final = frozenset(
 
 
 class Move(Value, frozen=True, kw_only=True):
-    """One domain of a drain. Planned times are seconds after `Drain.started_at_s`."""
+    """One domain of a drain. Planned times are seconds after `Drain.started_at_s`; when it began
+    and ended is told by the drain's own time (`Drain.at_s`)."""
 
     domain: str
     source: str
@@ -156,6 +157,7 @@ class Note(Value, frozen=True, kw_only=True):
     """One entry of a drain's history."""
 
     at_s: float
+    """As `Drain.ended_at_s`."""
     text: str
     domain: str | None = None
 
@@ -171,6 +173,7 @@ class Drain(Value, frozen=True, kw_only=True):
     created_at_s: float
     started_at_s: float
     ended_at_s: float | None = None
+    """With the time in which nobody coordinated it."""
     coordinator: str = ""
     term: int = 0
     """Grows with each coordinator: who writes under an older one has lost it."""
@@ -179,6 +182,10 @@ class Drain(Value, frozen=True, kw_only=True):
     at_s: float = 0.0
     """The drain's own time at that: its first coordinator's wall clock when it began, which goes on
     by monotonic clocks, whoever coordinates it and whichever clock is set. 0: not known."""
+    unattended_s: float = 0.0
+    """How long nobody coordinated it: its own time, which its moves are told in, stood still."""
+    written_at_s: float = 0.0
+    """The wall clock of who coordinates it when that wrote last. 0: not known."""
     cancel: CancelMode = CancelMode.NO
     cancelled_by: str = ""
     """Who asked for that."""
@@ -258,6 +265,22 @@ class UndrainRequest(Value, frozen=True, kw_only=True):
 
     restore: bool = True
     """Whether the domains that the drain took away are brought back."""
+
+
+def took_text(drain: Drain) -> str:
+    """How long one took that has ended."""
+    took_s = (drain.ended_at_s or drain.started_at_s) - drain.started_at_s
+    return f"{took_s:.1f} s{unattended_text(drain)}"
+
+
+def unattended_text(drain: Drain) -> str:
+    """To stand behind how long it took, or has gone on; "": somebody coordinated it all the time.
+
+    Less than a second passes with each change of coordinator, and is nobody's affair.
+    """
+    if drain.unattended_s < 1.0:
+        return ""
+    return f", {drain.unattended_s:.0f} s of it without a coordinator"
 
 
 def timeout_of(planned_s: float, asked_s: float | None = None) -> float:

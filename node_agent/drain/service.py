@@ -101,7 +101,9 @@ class DrainService:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._planning: set[str] = set()
         self._coordinators: dict[str, Coordinator] = {}
-        self._watch = DrainWatch(self, store, self._records, monotonic, silent_s, look_s)
+        self._watch = DrainWatch(
+            self, store, self._records, silent_s, look_s, clock=clock, monotonic=monotonic
+        )
 
     async def open(self) -> None:
         self._watch.open()
@@ -246,6 +248,7 @@ class DrainService:
             created_at_s=now,
             started_at_s=now,
             at_s=now,
+            written_at_s=now,
             coordinator=self.node,
             term=1,
             moves=moves_of_balance(found),
@@ -358,6 +361,7 @@ class DrainService:
             created_at_s=now,
             started_at_s=now,
             at_s=now,
+            written_at_s=now,
             coordinator=self.node,
             term=1,
             moves=moves_of(plan, {each.name: each.priority for each in survey.domains}),

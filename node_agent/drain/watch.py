@@ -10,17 +10,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from migrator.errors import ConflictError, FerryError
 from migrator.model import NodeName, NodeState
 from migrator.ports import Struct
 from node_agent.background import Background
+from node_agent.clocks import own_offset_s
 from node_agent.drain.cordons import Cordon, read_cordons
 from node_agent.drain.records import DrainRecords
 from node_agent.drain.resources import DRAINS, Drain, DrainState, Operation, UndrainRequest
 from node_agent.events import EventKind
+from node_agent.nodes import NodeView
 from node_agent.state.typed import TypedStore, Versioned
 
 if TYPE_CHECKING:
@@ -46,6 +48,10 @@ class _Known(Struct, frozen=True, kw_only=True):
     revision: int
     changed_at: float
     """This agent's monotonic clock."""
+    beat_at: float
+    """The same, of when its coordinator wrote last: others may write its cancel, too."""
+    beat_age_s: float
+    """How old that was then, by two wall clocks: this agent may have begun to follow it later."""
 
 
 class DrainWatch:
@@ -56,13 +62,16 @@ class DrainWatch:
         service: DrainService,
         store: TypedStore,
         records: DrainRecords,
-        monotonic: Callable[[], float],
         silent_s: float,
         look_s: float,
+        *,
+        clock: Callable[[], float],
+        monotonic: Callable[[], float],
     ) -> None:
         self._service = service
         self._store = store
         self._records = records
+        self._clock = clock
         self._monotonic = monotonic
         self._silent_s = silent_s
         self._look_s = look_s
@@ -89,12 +98,25 @@ class DrainWatch:
             if change.value is None:
                 self._known.pop(name, None)
                 continue
-            self._known[name] = _Known(
-                drain=change.value,
-                key=change.key,
-                revision=change.revision,
-                changed_at=self._monotonic(),
-            )
+            self._known[name] = self._heard(Versioned(change.key, change.value, change.revision))
+
+    def _heard(self, entry: Versioned[Drain]) -> _Known:
+        """A record as it was just read."""
+        drain, now = entry.value, self._monotonic()
+        beat_at, age_s = now, 0.0
+        before = self._known.get(drain.id)
+        if before is None:
+            age_s = self._clock() - drain.written_at_s if drain.written_at_s else 0.0
+        elif (before.drain.term, before.drain.beat) == (drain.term, drain.beat):
+            beat_at, age_s = before.beat_at, before.beat_age_s
+        return _Known(
+            drain=drain,
+            key=entry.key,
+            revision=entry.revision,
+            changed_at=now,
+            beat_at=beat_at,
+            beat_age_s=age_s,
+        )
 
     async def _watch(self) -> None:
         while True:
@@ -118,12 +140,26 @@ class DrainWatch:
             if silent_s <= (self._look_s if own else self._silent_s):
                 continue
             entry = Versioned(known.key, drain, known.revision)
-            taken = await self._records.take(entry, own_name)
+            unattended_s = await self._unattended_s(known)
+            taken = await self._records.take(entry, own_name, unattended_s)
             if taken is not None:
                 why = "was restarted" if own else f"has been silent for {silent_s:.0f} s"
                 text = f"drain {name}: {drain.coordinator} {why}; {own_name} goes on"
                 self._service.events.emit(EventKind.DRAIN, text, drain=name)
                 self._service.begin(taken)
+
+    async def _unattended_s(self, known: _Known) -> float:
+        """For how long its coordinator has written nothing.
+
+        By this agent's monotonic clock since it follows the record. What was before is the
+        difference of two wall clocks, less what they are known to be apart.
+        """
+        since_s = self._monotonic() - known.beat_at
+        coordinator, ahead_s = NodeName(known.drain.coordinator), 0.0
+        if known.beat_age_s and coordinator != self._service.node:
+            views = await self._service.world.views()
+            ahead_s = _ahead_s(coordinator, self._service.node, views)
+        return since_s + max(known.beat_age_s + ahead_s, 0.0)
 
     async def _set_right(self) -> None:
         for node, cordon in (await read_cordons(self._store)).items():
@@ -178,3 +214,13 @@ class DrainWatch:
                 await self._service.undrain(node, UndrainRequest())
                 text = f"node {node} was rebooted; its domains come back"
                 self._service.events.emit(EventKind.DRAIN, text, drain=drain.id)
+
+
+def _ahead_s(of: NodeName, node: NodeName, views: Mapping[str, NodeView]) -> float:
+    """How far that node's clock is ahead of ours, as heartbeats tell. One that isn't heard has the
+    clock of most nodes, which ours may be apart from."""
+    view = views.get(of)
+    if view is not None and view.clock_offset_s is not None:
+        return view.clock_offset_s
+    own_s = own_offset_s(node, {NodeName(name): each for name, each in views.items()})
+    return -(own_s or 0.0)

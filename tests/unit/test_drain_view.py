@@ -58,6 +58,9 @@ def test_half_is_half_and_the_end_is_never_told_early() -> None:
     assert "1 of 2 over, 10 s gone, ~10 s left (plan: 20.0 s)" in _whole(told)
     late = _whole(msgspec.structs.replace(halves, left_s=20.0))
     assert "~20 s left (plan: 20.0 s, expected by now: 30 s)" in late
+    now_s = halves.started_at_s + 20.0
+    alone = msgspec.structs.replace(told, at_s=now_s, unattended_s=76.0)
+    assert "96 s gone, 76 s of it without a coordinator, ~10 s left" in _whole(alone)
     checking = drain(move("a", MoveState.MOVED), state=DrainState.CHECKING)
     assert "looking whether the node is empty" in _whole(checking)
     assert _done_whole(checking) < 1.0
