@@ -96,6 +96,7 @@ class EngineDriver:
             case v.RunPass():
                 if command.kind is PassKind.MISSING:
                     self._watch.begin()
+                self._watch.pass_runs(True)
                 self._send(m.RunPass(number=command.number, kind=command.kind))
             case v.EndPass():
                 self._send(m.EndPass(number=command.number))
@@ -135,6 +136,11 @@ class EngineDriver:
         """Return when it has come; bounded."""
         if self._process is not None:
             await self._process.end_told()
+
+    @property
+    def unheard_s(self) -> float | None:
+        """See `MigrationProgress.unheard_s`."""
+        return self._watch.unheard_s
 
     async def drained(self) -> None:
         """Wait until every command begun has ended; bounded by the commands' own bounds."""
@@ -180,6 +186,7 @@ class EngineDriver:
 
     async def _start(self, post_copy: bool) -> None:
         self._post_copy = post_copy
+        self._watch.pass_runs(False)  # Its predecessor's is over.
         if post_copy:
             self._watch.begin()
         if post_copy and self._process is not None:
@@ -384,6 +391,7 @@ class EngineDriver:
                     )
                 )
             case m.PassDone():
+                self._watch.pass_runs(False)
                 self._feed(v.PassFinished(report=message.report))
             case m.DisksDeactivated():
                 self._feed(v.DisksDeactivated(seconds=message.seconds, at_s=message.at_s))

@@ -9,12 +9,16 @@ cores are taken, has engines that say nothing for a moment.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
 PING_S: Final = 5.0
 UNANSWERED_MAX: Final = 3
 """In a row; then it hangs. A guest has waited for its pages for that long."""
+UNHEARD_S: Final = 3.0
+"""After which its silence is told. In a pass it reports five times a second; in a post-copy it has
+nothing to say, perhaps, but an answer."""
 
 
 class EngineWatch:
@@ -27,16 +31,34 @@ class EngineWatch:
         self._ask = ask
         self._hangs = hangs
         self._answered = False
+        self._in_pass = False
+        self._heard_at = time.monotonic()
         self._task: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
         """Idempotent."""
+        self._heard_at = time.monotonic()
         if self._task is None:
             self._task = asyncio.create_task(self._watch(), name="engine-watch")
 
     def heard(self) -> None:
         """The engine has said something, whatever it was."""
         self._answered = True
+        self._heard_at = time.monotonic()
+
+    def pass_runs(self, runs: bool) -> None:
+        """One was begun, or it is over."""
+        self._in_pass = runs
+        self._heard_at = time.monotonic()
+
+    @property
+    def unheard_s(self) -> float | None:
+        """For how long the engine has said nothing; None: it speaks, or needn't."""
+        if not self._in_pass and self._task is None:
+            return None
+        silent_s = time.monotonic() - self._heard_at
+        most_s = UNHEARD_S if self._in_pass else PING_S + UNHEARD_S
+        return silent_s if silent_s > most_s else None
 
     async def close(self) -> None:
         """Idempotent."""

@@ -410,6 +410,9 @@ class MigrationProgress(Value, frozen=True, kw_only=True):
     """Of a switchover after that iteration. None also where none like it will follow: in hybrid
     mode what the downtime limit doesn't allow is sent before it, or follows the guest."""
     eta_s: float | None = None
+    unheard_s: float | None = None
+    """For how long the engine, which tells all this, has said nothing; None: it speaks, or needn't.
+    No rate is told then. The source's agent knows it, and no record has it."""
 
 
 class Migration(Value, frozen=True, kw_only=True):

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Final
 
 from migrator.engine_driver import EngineSettings
+from migrator.engine_watch import UNHEARD_S
 from migrator.errors import FerryError, HypervisorError
 from migrator.model import PAGE_SIZE_BYTES, DomainName, EngineKind, PassKind, PassReport, Role
 from migrator.native_port import NativeFigures, NativeMigration, NativeSettings
@@ -87,6 +88,8 @@ class NativeDriver:
         self._switching: list[DomainEvent] = []
         """What the hypervisor said of a switchover, to be told again once one was begun."""
         self._stopped = False
+        self._told_at: float | None = None
+        """When the hypervisor said last how far it is."""
         self._reporter: asyncio.Task[None] | None = None
         self._turns = Turns(f"migration-{session.migration_id}-native", self._lost, STOP_S)
         self._unsubscribe = hypervisor.subscribe(self._on_domain_event)
@@ -170,6 +173,14 @@ class NativeDriver:
 
     async def end_told(self) -> None:
         """At once."""
+
+    @property
+    def unheard_s(self) -> float | None:
+        """See `MigrationProgress.unheard_s`."""
+        if self._told_at is None or self._stopped:
+            return None
+        silent_s = time.monotonic() - self._told_at
+        return silent_s if silent_s > UNHEARD_S else None
 
     async def drained(self) -> None:
         """Wait until every command begun has ended; bounded by the hypervisor's own bounds."""
@@ -300,6 +311,7 @@ class NativeDriver:
         self._tell_figures(figures, 0.0)
 
     def _tell_figures(self, figures: NativeFigures, rate: float) -> None:
+        self._told_at = time.monotonic()
         self._feed(
             v.EngineReported(
                 bytes_sent=figures.bytes_sent,

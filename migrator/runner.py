@@ -164,6 +164,11 @@ class Runner:
             self._note()
         self._on_change(self)
 
+    @property
+    def unheard_s(self) -> float | None:
+        """See `MigrationProgress.unheard_s`."""
+        return self._engine.unheard_s
+
     def _note(self) -> None:
         """Journal what no event has told the session: the next agent's engine goes by it."""
         self._batch += 1

@@ -24,7 +24,7 @@ class SourcePasses(SourceLeave):
     """See the module."""
 
     def _run_pass(self, kind: PassKind) -> None:
-        self._pass_running = True
+        self._pass_running, self._moved_at_s = True, self._now
         self._do(RunPass(number=len(self.passes) + 1, kind=kind))
 
     def _note_pass(self, report: PassReport) -> None:

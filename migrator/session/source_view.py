@@ -40,6 +40,9 @@ from migrator.session.vocabulary import (
 
 _S = MigrationState
 _WAY: Final = (_S.CREATED, _S.SETUP, _S.PRECOPY, _S.SWITCHOVER, _S.HANDOFF, _S.POSTCOPY)
+_TRAVELLING: Final = frozenset({_S.PRECOPY, _S.SWITCHOVER, _S.POSTCOPY})
+_STANDS_S: Final = 2.0
+"""An engine that has sent nothing of a pass for so long is at a standstill."""
 _CLEAN_UP: Final = "clean-up"
 _RESTART: Final = "agent restart"
 """From the last heartbeat of the agent that ended to the next one's beginning, in the timeline."""
@@ -96,6 +99,8 @@ class SourceView(Session):
         """By engines that are gone: of the agent that was restarted, and in post-copy."""
         self._forced = False
         self._pass_running = False
+        self._moved_at_s = 0.0
+        """When a pass began, or its engine last said that it had sent, or found, something."""
         self._leaving: tuple[str, bool] | None = None
         """Leave to switch over was asked for: why, and whether to post-copy."""
         self._leave_asked_at_s = 0.0
@@ -201,9 +206,13 @@ class SourceView(Session):
         return None if self.prediction is None else self.prediction.link.uncapped_bytes_per_s
 
     def _note_progress(self, event: EngineReported) -> None:
+        sent_bytes = self._sent_before_bytes + event.bytes_sent
+        before = (self._live.bytes_sent, self._live.remaining_bytes)
+        if (sent_bytes, event.remaining_bytes) != before:
+            self._moved_at_s = self._now
         self._live = MigrationProgress(
             state=self.state,
-            bytes_sent=self._sent_before_bytes + event.bytes_sent,
+            bytes_sent=sent_bytes,
             remaining_bytes=event.remaining_bytes,
             throughput_bytes_per_s=(
                 self._live.throughput_bytes_per_s
@@ -294,8 +303,15 @@ class SourceView(Session):
         """The destination has said that the guest runs there."""
         return self._destination_runs
 
-    def view(self) -> Migration:
-        """The migration resource as of now."""
+    def view(self, unheard_s: float | None = None) -> Migration:
+        """The migration resource as of now. `unheard_s`: for how long the engine, whose word it is
+        how pages travel, hasn't been heard though it should be.
+        """
+        progress = self._progress()
+        if unheard_s is not None and self.shown_state in _TRAVELLING:
+            progress = msgspec.structs.replace(
+                progress, throughput_bytes_per_s=0.0, eta_s=None, unheard_s=unheard_s
+            )
         ended_at_s = self.ended_at_s
         if ended_at_s is None and self.over:
             ended_at_s = self._handed_over_at_s
@@ -306,7 +322,7 @@ class SourceView(Session):
             destination=self.destination,
             request=self.request,
             state=self.shown_state,
-            progress=self._progress(),
+            progress=progress,
             created_at_s=self.created_at_s,
             ended_at_s=ended_at_s,
             token=self.token,
@@ -359,6 +375,8 @@ class SourceView(Session):
         sending = [each for each in self.passes if each.kind not in TOLD]
         in_post_copy = self.state is _S.POSTCOPY
         rate = live.throughput_bytes_per_s if in_post_copy else self._measured_bytes_per_s()
+        if self._pass_running and self._now - self._moved_at_s >= _STANDS_S:
+            rate = 0.0
         return MigrationProgress(
             state=self.shown_state,
             iteration=last.number + (1 if self._pass_running else 0),

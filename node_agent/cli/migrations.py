@@ -11,6 +11,7 @@ from migrator.model import (
     EngineKind,
     Migration,
     MigrationMode,
+    MigrationProgress,
     MigrationRequest,
     MigrationState,
     OnTimeout,
@@ -175,7 +176,7 @@ def show_migration(id: _IdArgument) -> None:
         ("total", f"{each.total_s:.2f} s" if each.total_s is not None else ""),
         ("sent", _sent(each)),
         ("to go", "" if each.ended else size(progress.remaining_bytes)),
-        ("speed", "" if each.ended or speed is None else f"{size(speed)}/s"),
+        ("speed", "" if each.ended or speed is None else f"{size(speed)}/s{_unheard(progress)}"),
         ("engine", request.engine.value),
         ("mode", request.mode.value),
         ("bandwidth", "" if cap is None else f"{size(cap)}/s at most"),
@@ -207,6 +208,11 @@ def show_migration(id: _IdArgument) -> None:
         headings = ("ITERATION", "KIND", "PAGES", "SENT", "RATIO", "TIME", "DIRTIED MEANWHILE")
         text += "\n\n" + table(headings, passes)
     show(each, text)
+
+
+def _unheard(progress: MigrationProgress) -> str:
+    unheard_s = progress.unheard_s
+    return "" if unheard_s is None else f" (its engine hasn't been heard for {unheard_s:.0f} s)"
 
 
 def _sent(migration: Migration) -> str:

@@ -11,6 +11,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from migrator.model import Migration, MigrationState
 from node_agent.cli.client import ApiClient, migration_path, path_of
 from node_agent.cli.errors import ApiProblem, CliError, ExitCode, Unreachable, goes_on_unseen
@@ -98,9 +100,13 @@ def outcome(migration: Migration) -> str:
     return f"{told} {migration.state.value}{why}"
 
 
-def describe(migration: Migration) -> str:
-    """One line about a migration that goes on."""
+def describe(migration: Migration, *, heard: bool = True) -> str:
+    """One line about a migration that goes on. `heard`: its source speaks, so its rates are new."""
     progress = migration.progress
+    if not heard:
+        progress = msgspec.structs.replace(
+            progress, throughput_bytes_per_s=None, dirty_rate_bytes_per_s=None, eta_s=None
+        )
     parts = [f"{migration.domain}: {migration.source} -> {migration.destination}"]
     parts.append(progress.state.value)
     if progress.iteration:
@@ -116,6 +122,8 @@ def describe(migration: Migration) -> str:
         parts.append(f"blackout ~{progress.predicted_blackout_ms:.0f} ms")
     if trouble := _trouble(migration):
         parts.append(trouble)
+    elif progress.unheard_s is not None:
+        parts.append(f"its engine hasn't been heard for {progress.unheard_s:.0f} s")
     elif progress.eta_s is not None:
         parts.append(f"~{progress.eta_s:.0f} s left")
     return ", ".join(parts)
@@ -178,7 +186,7 @@ class _Watcher:
         said = self._silence
         if self._unanswered_s >= 1.0:
             said = f"no agent has answered for {self._unanswered_s:.0f} s"
-        return describe(migration) + (f"; {said}" if said else "")
+        return describe(migration, heard=not said) + (f"; {said}" if said else "")
 
 
 class _LineWatcher(_Watcher):

@@ -99,6 +99,7 @@ class DrainMachine(MoveCourse):
         found += [_on_its_way(move) for move in already[:_ALREADY_TOLD_MAX]]
         if len(already) > _ALREADY_TOLD_MAX:
             found.append(f"{len(already) - _ALREADY_TOLD_MAX} more that were leaving already")
+        found += self._moves.unheard()
         found += self._silences(now)
         if base.cancel is CancelMode.LET_END and any(m.state.active for m in self._moves.all()):
             found.append(f"moves under way (`ferry drains cancel {base.id} --abort-moves` ends it)")

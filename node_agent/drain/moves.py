@@ -29,6 +29,8 @@ class Moves:
         self._phases: dict[str, MigrationState] = {}
         self._senders: dict[str, None] = {}
         """In the order in which they began to send."""
+        self._unheard_s: dict[str, float] = {}
+        """By domain, for how long its migration's engine has said nothing, that should."""
         self.others: tuple[Move, ...] = ()
         """Live moves that other drains make now."""
 
@@ -49,6 +51,7 @@ class Moves:
         if not move.state.active:
             self._phases.pop(move.domain, None)
             self._senders.pop(move.domain, None)
+            self._unheard_s.pop(move.domain, None)
         self._moves[move.domain] = move
 
     def add(self, move: Move) -> None:
@@ -67,6 +70,9 @@ class Moves:
         if migration.state not in _SETUP:
             self._senders.setdefault(move.domain)
         seen = migration.progress
+        self._unheard_s.pop(move.domain, None)
+        if seen.unheard_s is not None:
+            self._unheard_s[move.domain] = seen.unheard_s
         self._moves[move.domain] = msgspec.structs.replace(
             self._moves[move.domain],
             bytes_sent=seen.bytes_sent,
@@ -74,6 +80,10 @@ class Moves:
             eta_s=seen.eta_s,
             blackout_ms=migration.blackout_ms,
         )
+
+    def unheard(self) -> list[str]:
+        """The engines that say nothing, in words."""
+        return [f"{name}'s engine, not heard for {s:.0f} s" for name, s in self._unheard_s.items()]
 
     # --- which is next -----------------------------------------------------------------------
 

@@ -315,7 +315,7 @@ class MigrationManager(MigrationService):
     async def get(self, id: str) -> Migration:
         runner = self._runners.get(id)
         if runner is not None and isinstance(runner.session, SourceSession):
-            return runner.session.view()
+            return runner.session.view(runner.unheard_s)
         return await self._publisher.read(id)
 
     async def list_migrations(self) -> Sequence[Migration]:

@@ -55,6 +55,17 @@ async def test_an_engine_answers(serving: SourceDriver, monkeypatch: pytest.Monk
     await until(lambda: len(answers) > 5)
 
 
+async def test_one_that_is_stopped_is_told_of_as_long_as_it_is(
+    serving: SourceDriver, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last rate stood on the screen, as if pages travelled."""
+    monkeypatch.setattr(engine_watch, "UNHEARD_S", 0.5)
+    signalled(guest, signal.SIGSTOP)
+    await until(lambda: serving.driver.unheard_s is not None)
+    signalled(guest, signal.SIGCONT)
+    await until(lambda: serving.driver.unheard_s is None)
+
+
 async def test_one_that_hangs_is_lost(
     serving: SourceDriver, guest: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

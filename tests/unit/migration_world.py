@@ -85,6 +85,7 @@ class FakeEngine:
     """In the place of `migrator.engine_driver.EngineDriver`."""
 
     script: Script
+    unheard_s: float | None = None
 
     def __init__(
         self,

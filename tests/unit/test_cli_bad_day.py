@@ -172,6 +172,26 @@ async def test_what_a_guest_in_post_copy_waits_for_is_told_in_the_place_of_a_gue
     assert progress.describe(there).endswith("~20 s left")
 
 
+async def test_no_old_rate_is_told_of_what_is_not_heard(ferry: Ferry, world: World) -> None:
+    await define(ferry, "--start")
+    await ferry("migrate", "web", "--no-wait")
+    migration = world.migrations["m-1"]
+    rates = msgspec.structs.replace(
+        migration.progress, throughput_bytes_per_s=5e6, dirty_rate_bytes_per_s=1e6, eta_s=20.0
+    )
+    goes_on = msgspec.structs.replace(migration, progress=rates)
+    assert "4.8 MiB/s, dirtied 976.6 KiB/s" in progress.describe(goes_on)
+    silent = progress.describe(goes_on, heard=False)  # Its node, that is.
+    assert "/s" not in silent and "left" not in silent
+    rates = msgspec.structs.replace(rates, throughput_bytes_per_s=0.0, eta_s=None, unheard_s=12.3)
+    stopped = msgspec.structs.replace(migration, progress=rates)
+    assert "0 B/s" in progress.describe(stopped)
+    assert progress.describe(stopped).endswith("its engine hasn't been heard for 12 s")
+    world.migrations["m-1"] = stopped
+    shown = (await ferry("migration", "show", "m-1")).out
+    assert "0 B/s (its engine hasn't been heard for 12 s)" in shown
+
+
 async def test_a_blackout_that_is_over_is_told_as_it_was(ferry: Ferry, world: World) -> None:
     """In post-copy; what was predicted of it, and of a guest that has left, is of no interest."""
     await define(ferry, "--start")

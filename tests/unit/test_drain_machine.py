@@ -348,6 +348,12 @@ def test_what_is_waited_for_is_told() -> None:
     machine.handle(v.Took(), 0.0)
     moving(machine, "a")
     assert machine.waits_for(1.0) == ""
+    silent = migration("a", MigrationState.PRECOPY)
+    progress = msgspec.structs.replace(silent.progress, unheard_s=9.2)
+    quiet = msgspec.structs.replace(silent, progress=progress)
+    machine.handle(v.Seen(domain="a", migration=quiet), 1.5)
+    assert machine.waits_for(1.5) == "a's engine, not heard for 9 s"
+    machine.handle(v.Seen(domain="a", migration=silent), 1.6)
     machine.handle(v.Tick(unreachable=frozenset({"n2"})), 2.0)
     assert machine.waits_for(6.0) == "n2, which is silent (given up in 6 s)"
     machine.handle(v.Tick(), 7.0)

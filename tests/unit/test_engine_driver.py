@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
@@ -18,7 +19,7 @@ from migrator.engine import client
 from migrator.engine.client import EngineProcess
 from migrator.engine.spares import EngineSpares
 from migrator.engine_driver import EngineDriver, EngineSettings
-from migrator.model import DomainName
+from migrator.model import DomainName, PassKind, PassReport
 from migrator.ports import GuestMemory, HypervisorDriver
 from migrator.session import vocabulary as v
 from tests.unit.session_pair import SessionPair
@@ -120,6 +121,24 @@ async def test_a_successor_is_told_nothing_before_its_configuration(world: _Worl
     world.limit(6 * MIB)
     assert successor.told[2:] == [m.SetBandwidth(bandwidth_bytes_per_s=6 * MIB)]
     await world.driver.close()
+
+
+async def test_an_engine_has_to_be_heard_in_a_pass(
+    world: _World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.perform(v.StartEngine())
+    driver, now = world.driver, time.monotonic()
+    report = PassReport(number=1, kind=PassKind.FIRST, seconds=1.0, pages=1, bytes_sent=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: now)
+        assert driver.unheard_s is None
+        driver.perform(v.RunPass(number=1, kind=PassKind.FIRST))
+        now += 9.0
+        assert driver.unheard_s == pytest.approx(9.0)
+        driver._on_message(m.PassDone(report=report), 0)
+        now += 9.0
+        assert driver.unheard_s is None
+    await driver.close()
 
 
 async def test_a_cap_that_is_set_while_the_engine_is_configured_holds(world: _World) -> None:

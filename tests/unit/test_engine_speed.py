@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 
 from migrator.engine.speed import WINDOW_S, Speed
-from migrator.model import MigrationMode, PassKind
+from migrator.model import (
+    MigrationMode,
+    MigrationRequest,
+    MigrationState,
+    PassKind,
+    PassReport,
+)
 from migrator.session import vocabulary as v
+from tests.unit.session_pair import SessionPair
 from tests.unit.test_post_copy import running_there
 
 
@@ -55,3 +62,39 @@ def test_in_hybrid_the_passes_speed_is_what_the_rest_is_reckoned_with() -> None:
     expected = sum(each.bytes_sent for each in sending) / sum(each.seconds for each in sending)
     assert progress.throughput_bytes_per_s == pytest.approx(expected)
     assert progress.eta_s == pytest.approx(progress.remaining_bytes / expected)
+
+
+def test_the_rate_of_a_pass_that_stands_still_is_none() -> None:
+    """A stopped engine at the destination: the source's speaks, and sends nothing."""
+    pair = SessionPair(MigrationRequest(destination="n2", mode=MigrationMode.PRECOPY))
+    pair.run_until_state(MigrationState.PRECOPY)
+    pair.source.handle(v.PassFinished(report=pass_report(1)), pair.now_s)
+    assert pair.source.view().progress.throughput_bytes_per_s == 4e6
+    for number, (sent, rate) in enumerate(((9, 4e6), (9, 4e6), (9, 0.0), (10, 4e6))):
+        told = v.EngineReported(bytes_sent=sent, remaining_bytes=8, throughput_bytes_per_s=1.0)
+        pair.source.handle(told, pair.now_s + 1.1 * (number + 1))
+        assert pair.source.view().progress.throughput_bytes_per_s == rate
+
+
+def test_an_engine_that_is_not_heard_has_no_rate_while_pages_should_travel() -> None:
+    pair = SessionPair(pending=lambda number: 900_000)
+    assert pair.source.view(7.0).progress.unheard_s is None
+    pair.run_until_state(MigrationState.PRECOPY)
+    told = v.EngineReported(bytes_sent=9, remaining_bytes=8, throughput_bytes_per_s=2.0)
+    pair.source.handle(told, pair.now_s)
+    progress = pair.source.view().progress
+    assert (progress.throughput_bytes_per_s, progress.eta_s) == (2.0, 4.0)
+    progress = pair.source.view(7.0).progress
+    assert (progress.throughput_bytes_per_s, progress.eta_s) == (0.0, None)
+    assert progress.unheard_s == 7.0
+
+
+def pass_report(number: int) -> PassReport:
+    return PassReport(
+        number=number,
+        kind=PassKind.FIRST,
+        seconds=1.0,
+        pages=1000,
+        bytes_sent=4_000_000,
+        pending_pages=900_000,
+    )

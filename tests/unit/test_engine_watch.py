@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -57,6 +58,37 @@ async def test_it_hangs_that_misses_some_answers_in_a_row(
 
 def test_a_guest_waits_no_longer_for_it_than_for_a_silent_link() -> None:
     assert UNANSWERED_MAX * PING_S <= 30.0
+
+
+@pytest.mark.parametrize(
+    ("does", "silent_s", "told"),
+    [
+        ("nothing", 99.0, False),
+        ("pass", 2.0, False),
+        ("pass", 4.0, True),
+        ("pass that is over", 99.0, False),
+        ("post-copy", 7.0, False),  # It has nothing to say between two questions.
+        ("post-copy", 9.0, True),
+    ],
+)
+async def test_a_silence_is_told_while_it_should_speak(
+    does: str, silent_s: float, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hangs(seconds: float) -> None: ...
+
+    now = time.monotonic()
+    watch = EngineWatch(lambda: True, hangs)
+    if does == "post-copy":
+        watch.begin()
+    elif does != "nothing":
+        watch.pass_runs(does == "pass")
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: now + silent_s)
+        unheard_s = watch.unheard_s
+        assert unheard_s is None if not told else unheard_s == pytest.approx(silent_s, abs=0.5)
+        watch.heard()
+        assert watch.unheard_s is None
+    await watch.close()
 
 
 async def test_what_never_began_is_closed() -> None:
