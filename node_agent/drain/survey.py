@@ -241,6 +241,19 @@ def _domain(
     )
 
 
+def facts_when_off(domain: Domain) -> DomainFacts:
+    """Of one that is powered off, to be started again: it is nowhere, and has nothing to send."""
+    return msgspec.structs.replace(
+        _domain(domain, None, {}, {}),
+        node="",
+        content_bytes=0,
+        policy=MaintenancePolicy.STOP,
+        restart=True,
+        obstacle="",
+        cure="",
+    )
+
+
 def with_policy(
     domains: Iterable[DomainFacts], node: str, policy: DrainPolicy
 ) -> tuple[DomainFacts, ...]:

@@ -24,7 +24,7 @@ from node_agent.drain.resources import (
     Operation,
     PlanBlocker,
 )
-from node_agent.drain.survey import Survey
+from node_agent.drain.survey import Survey, facts_when_off
 from node_agent.drain.world import DrainWorld
 from node_agent.planner.model import Blocker, DomainFacts, Plan
 
@@ -239,24 +239,7 @@ async def _changed(world: DrainWorld, node: str, move: Move, where: str) -> str:
 
 async def _stopped(world: DrainWorld, off: list[str]) -> tuple[DomainFacts, ...]:
     """The facts of domains that the drain powered off: they wait to be started again."""
-    found = []
-    for name in off:
-        spec = (await world.cluster.get_domain(DomainName(name))).spec
-        found.append(
-            DomainFacts(
-                name=name,
-                node="",
-                memory_bytes=spec.memory_bytes,
-                content_bytes=0,
-                priority=spec.priority,
-                policy=MaintenancePolicy.STOP,
-                pinned=spec.placement.pinned,
-                affinity=spec.placement.affinity,
-                anti_affinity=spec.placement.anti_affinity,
-                labels=frozenset(f"{key}={value}" for key, value in spec.labels.items()),
-            )
-        )
-    return tuple(found)
+    return tuple([facts_when_off(await world.cluster.get_domain(DomainName(name))) for name in off])
 
 
 def _as_it_left(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+import pytest
 
+from migrator.model import DiskSpec, DomainSpec, DomainState, NodeState
 from node_agent.cli.drain_text import outcome, plan_text, sentence
 from node_agent.drain.resources import (
     Drain,
@@ -16,14 +18,21 @@ from node_agent.drain.resources import (
     Operation,
     PlanBlocker,
 )
+from node_agent.drain.survey import Survey, make_survey
 from node_agent.drain.undrain import (
     HOME,
     carried_to,
     complete,
     continued,
     in_other_hands,
+    plan,
     to_undo,
 )
+from node_agent.nodes import NodeView
+from node_agent.planner.model import Plan, PlanOptions
+from node_agent.planner.plan import plan_moves
+from node_agent.resources import Domain
+from tests.unit.heartbeats import heartbeat
 
 S = DrainState
 M = MoveState
@@ -168,3 +177,55 @@ def test_an_undrain_is_no_less_done_for_what_was_deleted() -> None:
     back = drain("d1", move("a"), move("b"), restored_by="u1")
     done = undrain("u1", *made.moves, state=S.PARTIAL)
     assert names([done, back]) == [["b"]], "and no later one asks after it"
+
+
+class Off:
+    """A world in which n1 comes back, and `web`, which the drain powered off, is to start there."""
+
+    def __init__(self, spec: DomainSpec) -> None:
+        self._web = Domain(name="web", spec=spec, state=DomainState.STOPPED, node=None)
+        self.cluster = self
+
+    async def get_domain(self, name: str) -> Domain:
+        return self._web
+
+    async def survey(self, *_: object, **__: object) -> Survey:
+        info = heartbeat("n1", memory_bytes=2**32, cpus=2, pools=("default",))
+        capabilities = msgspec.structs.replace(
+            info.capabilities, machine_types=("pc-q35-7.2",), cpu_models=("host",)
+        )
+        info = msgspec.structs.replace(info, capabilities=capabilities)
+        view = NodeView(info=info, state=NodeState.READY, heartbeat_age_s=0.5)
+        return make_survey({"n1": view}, [self._web], {})
+
+    async def plan(self, survey: Survey, names: list[str], options: PlanOptions, **_: bool) -> Plan:
+        return plan_moves(survey.nodes, survey.domains, names, options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, ""),
+        ({"disks": (DiskSpec(volume="web", pool="gone"),)}, "pool gone"),
+        ({"machine": "pc-q35-9.9"}, "pc-q35-9.9"),
+        ({"memory_bytes": 2**40}, "1048576 MiB needed"),
+    ],
+)
+async def test_a_dry_run_names_what_a_powered_off_domain_lacks(
+    changes: dict[str, object], reason: str
+) -> None:
+    """Else its start is tried, in vain, once the node is open."""
+    spec = DomainSpec(name="web", memory_bytes=2**28, machine="pc-q35-7.2", cpu_model="host")
+    stopped = Move(domain="web", source="n1", destination=None, state=M.STOPPED)
+    world = Off(msgspec.structs.replace(spec, **changes))
+    _, found, left = await plan(
+        world,  # type: ignore[arg-type]
+        "n1",
+        [drain("d", stopped)],
+        0.0,
+    )
+    if not reason:
+        assert ([each.destination for each in found.moves], left) == (["n1"], ())
+        return
+    assert found.moves == ()
+    assert [each.domain for each in left] == ["web"] and reason in left[0].reason
