@@ -214,8 +214,8 @@ class ClusterService:
         self, domain: DomainName, timeout_s: float, *, in_post_copy: bool = False
     ) -> Domain:
         """As `power_off`; and what it is then."""
-        await self.power_off(domain, timeout_s, in_post_copy=in_post_copy)
-        return await self.get_domain(domain)
+        stopped = await self.power_off(domain, timeout_s, in_post_copy=in_post_copy)
+        return msgspec.structs.replace(await self.get_domain(domain), forced=stopped.forced)
 
     async def power_off(
         self, domain: DomainName, timeout_s: float, *, in_post_copy: bool = False

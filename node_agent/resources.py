@@ -82,6 +82,8 @@ class Domain(Value, frozen=True, kw_only=True):
     """Takeovers, oldest first."""
     warnings: tuple[str, ...] = ()
     """In the answer to its definition: what the node that was asked lacks to start it now."""
+    forced: bool = False
+    """In the answer to a stop: it was ended by force. An older agent doesn't say so."""
 
 
 class Node(Value, frozen=True, kw_only=True):

@@ -159,7 +159,8 @@ def stop(
         timeout_s=timeout + END_S,
         meanwhile=stop_progress(name, timeout),
     )
-    show(domain, f"domain {name} is {domain.state}")
+    how = ": it was ended by force" if domain.forced else ""
+    show(domain, f"domain {name} is {domain.state}{how}")
 
 
 def stop_progress(name: str, timeout_s: float) -> list[tuple[float, str]]:

@@ -326,3 +326,12 @@ def test_interrupted_while_it_is_still_loading_it_just_ends(
     monkeypatch.undo()
     assert ended.value.code == ExitCode.INTERRUPTED
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("heeds", [True, False])
+async def test_a_stop_says_that_it_was_by_force(ferry: Ferry, world: World, heeds: bool) -> None:
+    world.a.host.faults.ignores_power_button = not heeds
+    await define(ferry, "--start")
+    stopped = (await ferry("domain", "stop", "web", "--timeout", "0.01")).out
+    assert stopped.strip() == "domain web is stopped" + ("" if heeds else ": it was ended by force")
+    assert json.loads((await ferry("domain", "show", "web", "--json")).out)["forced"] is False
