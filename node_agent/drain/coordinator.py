@@ -88,6 +88,8 @@ class Coordinator:
         self._beat = entry.value.beat
         self._unsaved = ""
         """Why what it has decided can't be written down now."""
+        self._blind = ""
+        """Why it doesn't know which nodes are silent, and what other drains do: a bug."""
 
     @property
     def drain(self) -> Drain:
@@ -98,9 +100,9 @@ class Coordinator:
     def shown(self) -> Drain:
         """The same, with what is left, and what it waits for."""
         drain = self.drain
-        waits_for = "; ".join(
-            each for each in (self._machine.waits_for(drain.at_s), self._unsaved) if each
-        )
+        blind = "" if drain.ended else self._blind
+        found = (self._machine.waits_for(drain.at_s), self._unsaved, blind)
+        waits_for = "; ".join(each for each in found if each)
         left_s = outlook.left_s(drain, drain.at_s)
         return msgspec.structs.replace(drain, left_s=left_s, waits_for=waits_for)
 
@@ -137,13 +139,29 @@ class Coordinator:
             self._heard.put_nowait(event)
 
     async def _tick(self) -> None:
+        """Without it the drain would stand still: what fails in it is told, and it goes on."""
         while True:
-            unreachable: frozenset[str] = frozenset()
-            with contextlib.suppress(FerryError):
-                unreachable = await self._world.unreachable()
-            others = neighbours.under_way(self._drains(), self.drain.id)
-            self._hear(v.Tick(unreachable=unreachable, others=others))
+            try:
+                tick, self._blind = await self._look_around(), ""
+            except Exception as error:
+                tick = v.Tick()
+                self._tell_blind(error)
+            self._hear(tick)
             await asyncio.sleep(TICK_S)
+
+    async def _look_around(self) -> v.Tick:
+        unreachable: frozenset[str] = frozenset()
+        with contextlib.suppress(FerryError):
+            unreachable = await self._world.unreachable()
+        others = neighbours.under_way(self._drains(), self.drain.id)
+        return v.Tick(unreachable=unreachable, others=others)
+
+    def _tell_blind(self, error: Exception) -> None:
+        """The log has it once, however often it fails so."""
+        blind = f"word of the nodes (an error inside the agent {self.drain.coordinator}: {error!r})"
+        if blind != self._blind:
+            log.error("drain %s: the nodes can't be looked at", self.drain.id, exc_info=error)
+        self._blind = blind
 
     # --- the record --------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import pytest
 
 from migrator.errors import NotFoundError
 from migrator.model import NodeState
+from node_agent.drain import coordinator as coordinator_module
 from node_agent.drain import outlook, undrain
 from node_agent.drain import vocabulary as v
 from node_agent.drain.coordinator import Coordinator
@@ -108,6 +109,32 @@ async def test_a_clock_that_is_set_ends_no_drain(step_s: float) -> None:
     now = await coordinated(records, "d", 2, work)
     assert [each.state for each in now.moves] == [MoveState.MOVING, MoveState.WAITING]
     assert 1000.0 <= now.at_s < 1060.0
+
+
+async def test_a_bug_in_the_look_at_the_nodes_is_logged_and_told_and_the_drain_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ended the ticker unseen, and the drain stood still until another agent took it over."""
+
+    async def fails(_: Nobody) -> frozenset[str]:
+        raise KeyError("n4")
+
+    monkeypatch.setattr(coordinator_module, "TICK_S", 0.01)
+    monkeypatch.setattr(coordinator_module, "SAVE_S", 0.05)
+    records = await records_of()
+    going = Move(
+        domain="web", source="n1", destination="n2", state=MoveState.MOVING, migration="m-1"
+    )
+    made = drain("d", 1000.0, moves=(going,), hooked=True)
+    await records.add(made)
+    work = await coordinator(records, made, lambda: 1000.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Nobody, "unreachable", fails)
+        now = await coordinated(records, "d", 3, work)
+    told = "word of the nodes (an error inside the agent n2: KeyError('n4'))"
+    assert now.waits_for == told
+    logged = [each for each in caplog.records if "can't be looked at" in each.getMessage()]
+    assert len(logged) == 1 and logged[0].exc_info is not None
 
 
 async def test_who_takes_over_goes_on_with_the_drains_time_not_with_its_own() -> None:
