@@ -81,8 +81,11 @@ class Provisioner:
         await self._mending.close()
         for export in self._exports.values():
             export.let_go()
-        for draft in tuple(self._drafts):
-            await self._discard(draft)
+        drafts = tuple(self._drafts)
+        ended = await asyncio.gather(*map(self._discard, drafts), return_exceptions=True)
+        for draft, error in zip(drafts, ended, strict=True):
+            if error is not None:
+                log.error("draft %s is left to the next provisioner: %r", draft, error)
 
     # --- requests ----------------------------------------------------------------------------
 
@@ -185,8 +188,7 @@ class Provisioner:
                 await self._fence(request)
             case p.Verify():
                 state = await self._state(volume)
-                down = self._down(volume, state)
-                if down:
+                if down := self._down(volume, state):
                     self._mending.later(volume)
                 writing = [each for each in state.exports if each.live and not each.read_only]
                 return p.Answer(

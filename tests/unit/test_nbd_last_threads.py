@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from migrator.errors import FenceError
+from migrator.model import VolumeName
 from storage.nbd import exports
 from storage.nbd.exports import Export, Serving
+from storage.nbd.provisioner import Provisioner
+from storage.nbd.volumes import VolumeFolder
 
 ENDS_ITS_FIRST_THREAD = """
 import ctypes, threading, time
@@ -74,3 +80,31 @@ async def test_who_has_its_number_by_now_is_left_alone(
     other = export_of(tmp_path / "pid", program="another")
     await other.end()
     assert ending.poll() is None
+
+
+async def test_a_draft_that_can_not_be_ended_keeps_no_other_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When their provisioner closes; those behind it kept their ports until the next one began."""
+    ended: list[str] = []
+    stuck: set[str] = set()
+
+    async def end(export: Export) -> None:
+        if export.name in stuck:
+            raise FenceError(f"export {export.name} is still there 5 s after SIGKILL")
+        ended.append(export.name)
+
+    monkeypatch.setattr(Export, "end", end)
+    folder = VolumeFolder(tmp_path)
+    provisioner = Provisioner(folder, Serving(address="127.0.0.1"), None)
+    make = partial(folder.make_draft, VolumeName("web"), 4096)
+    drafts = [await asyncio.to_thread(make) for _ in range(4)]
+    for draft in drafts:
+        provisioner._drafts[draft] = provisioner._draft_export(draft, 1)
+    stuck.update(drafts[::2])
+    await provisioner.close()
+    assert ended == drafts[1::2]
+    left = await asyncio.to_thread(os.listdir, tmp_path)
+    assert sorted(left) == sorted(stuck)
+    for draft in stuck:
+        assert f"export {draft} is still there" in caplog.text
