@@ -348,15 +348,24 @@ class EngineDriver:
     def _on_message(self, message: m.FromEngine, generation: int) -> None:
         if generation != self._generation:
             return
+        self._note_life()
+        if isinstance(message, m.Stopped) and self._session.role is Role.SOURCE:
+            self._feed(v.EngineStopped(bytes_sent=message.bytes_sent))
+        if self._stopping:
+            return
+        self._go_on(message)
+        if (event := _told_by(message)) is not None:
+            self._feed(event)
+
+    def _note_life(self) -> None:
         self._has_spoken = self._process
         self._watch.heard()
         if self._hangs_noted:
             self._hangs_noted = False
             self._feed(v.ChannelNoted(broken=False, detail="the engine answers again"))
-        if isinstance(message, m.Stopped) and self._session.role is Role.SOURCE:
-            self._feed(v.EngineStopped(bytes_sent=message.bytes_sent))
-        if self._stopping:
-            return
+
+    def _go_on(self, message: m.FromEngine) -> None:
+        """What this driver does by it, or adds to it: its next step with the engine."""
         match message:
             case m.Listening():
                 if not (self._post_copy or self._early):
@@ -372,53 +381,23 @@ class EngineDriver:
             case m.Configured():
                 self._pages_in_use = message.pages_in_use
             case m.Connected() if message.streams == 0:  # For the pages of a post-copy alone.
-                self._feed(v.EngineConnected(pages_in_use=self._pages_in_use, round_trip_ms=0.0))
+                self._connected(round_trip_ms=0.0)
             case m.Connected():
                 self._round_trip_ms = message.round_trip_ms
                 self._send(m.OpenDeviceChannel(path=str(self._device_channel)))
             case m.DeviceChannelOpen() if self._session.role is Role.SOURCE:
-                self._feed(
-                    v.EngineConnected(
-                        pages_in_use=self._pages_in_use, round_trip_ms=self._round_trip_ms
-                    )
-                )
-            case m.Report():
-                self._feed(
-                    v.EngineReported(
-                        bytes_sent=message.bytes_sent,
-                        remaining_bytes=message.remaining_bytes,
-                        throughput_bytes_per_s=message.throughput_bytes_per_s,
-                    )
-                )
+                self._connected(round_trip_ms=self._round_trip_ms)
             case m.PassDone():
                 self._watch.pass_runs(False)
-                self._feed(v.PassFinished(report=message.report))
-            case m.DisksDeactivated():
-                self._feed(v.DisksDeactivated(seconds=message.seconds, at_s=message.at_s))
-            case m.ChannelBroken():
-                self._feed(v.ChannelNoted(broken=True, detail=message.reason))
-            case m.ChannelRestored():
-                detail = f"after {message.broken_s:.2f} s"
-                self._feed(v.ChannelNoted(broken=False, detail=detail))
             case m.PostCopyArmed():
                 self._watch.begin()
-                self._feed(v.PagesMissing())
-            case m.PostCopyDone():
-                self._feed(
-                    v.PagesComplete(
-                        seconds=message.seconds,
-                        pages=message.pages,
-                        faults=message.faults,
-                        fault_ms_median=message.fault_ms_median,
-                        fault_ms_max=message.fault_ms_max,
-                        packed_ratio=message.packed_ratio,
-                    )
-                )
             case m.EngineFailed():
                 self._stopping = True  # Its exit follows and says nothing new.
-                self._feed(v.EngineLost(reason=message.reason))
             case _:
                 pass
+
+    def _connected(self, round_trip_ms: float) -> None:
+        self._feed(v.EngineConnected(pages_in_use=self._pages_in_use, round_trip_ms=round_trip_ms))
 
     def _on_exit(self, status: int, generation: int) -> None:
         if status < 0:
@@ -427,3 +406,37 @@ class EngineDriver:
             self._stopping = True
             how = shortage.killed_by(-status) if status < 0 else f"ended with status {status}"
             self._feed(v.EngineLost(reason=f"it {how}"))
+
+
+def _told_by(message: m.FromEngine) -> v.Event | None:
+    """The same in the session's words; None: it tells the session nothing, or needs more. Pure."""
+    match message:
+        case m.Report():
+            return v.EngineReported(
+                bytes_sent=message.bytes_sent,
+                remaining_bytes=message.remaining_bytes,
+                throughput_bytes_per_s=message.throughput_bytes_per_s,
+            )
+        case m.PassDone():
+            return v.PassFinished(report=message.report)
+        case m.DisksDeactivated():
+            return v.DisksDeactivated(seconds=message.seconds, at_s=message.at_s)
+        case m.ChannelBroken():
+            return v.ChannelNoted(broken=True, detail=message.reason)
+        case m.ChannelRestored():
+            return v.ChannelNoted(broken=False, detail=f"after {message.broken_s:.2f} s")
+        case m.PostCopyArmed():
+            return v.PagesMissing()
+        case m.PostCopyDone():
+            return v.PagesComplete(
+                seconds=message.seconds,
+                pages=message.pages,
+                faults=message.faults,
+                fault_ms_median=message.fault_ms_median,
+                fault_ms_max=message.fault_ms_max,
+                packed_ratio=message.packed_ratio,
+            )
+        case m.EngineFailed():
+            return v.EngineLost(reason=message.reason)
+        case _:
+            return None
