@@ -121,41 +121,15 @@ class DomainRestarts:
         `here` have a process, `claimed` ones a migration that decides about them first; of the
         `crashed` it is certain that nobody asked for their end.
         """
-        try:
-            notes = await self._policy.store.load()
-        except StoreError as error:
-            log.error("which domains were to be started again is not known: %s", error)
-            notes = RestartNotes()
+        notes = await self._load()
+        ending = _still_ending(notes, records, here)
         wanted: dict[str, Wanted] = {}
-        # What still runs here was stopped by nobody in the end.
-        ending = {
-            name: token
-            for name, token in notes.ending.items()
-            if (owned := records.get(DomainName(name))) is not None
-            and name not in here
-            and owned.token == token
-        }
         if self._policy.enabled:
             ours = {domain for domain, each in records.items() if each.owner == self._node}
             left = (ours | set(claimed)) - set(here)
-            wanted = {name: each for name, each in notes.wanted.items() if name in left}
-            wall_s, now = self._policy.clock(), self._policy.monotonic()
-            if notes.host_ends:  # For as long as the host was off nobody could start them.
-                wanted = {
-                    name: msgspec.structs.replace(each, since_s=wall_s)
-                    for name, each in wanted.items()
-                }
-            self._known_at = {
-                name: now - max(wall_s - each.since_s, 0.0) for name, each in wanted.items()
-            }
+            wanted = self._carried_on(notes, left)
             left -= set(ending)
-            why = "its hypervisor died before this agent began"
-            wanted |= self._lost(why, left & set(crashed), records, claimed)
-            if notes.host_ends:
-                wanted |= self._lost(self._ended, left, records, claimed)
-            elif notes.boot_id not in ("", self._policy.boot_id):
-                why = f"{self._node} was rebooted, or lost power"
-                wanted |= self._lost(why, left, records, claimed)
+            wanted |= self._lost_before(notes, left, records, claimed, crashed)
         self._crashed |= {domain for domain in crashed if domain in records} - set(wanted)
         self._notes = RestartNotes(
             boot_id=self._policy.boot_id,
@@ -167,13 +141,52 @@ class DomainRestarts:
             await self._save()
         return [DomainName(name) for name in wanted]
 
+    async def _load(self) -> RestartNotes:
+        """What the last agent left."""
+        try:
+            return await self._policy.store.load()
+        except StoreError as error:
+            log.error("which domains were to be started again is not known: %s", error)
+            return RestartNotes()
+
+    def _carried_on(self, notes: RestartNotes, left: Collection[DomainName]) -> dict[str, Wanted]:
+        """What the last agent wanted, of what is `left` without a process; since when it did."""
+        wanted = {name: each for name, each in notes.wanted.items() if name in left}
+        wall_s, now = self._policy.clock(), self._policy.monotonic()
+        if notes.host_ends:  # For as long as the host was off nobody could start them.
+            wanted = {
+                name: msgspec.structs.replace(each, since_s=wall_s) for name, each in wanted.items()
+            }
+        self._known_at = {
+            name: now - max(wall_s - each.since_s, 0.0) for name, each in wanted.items()
+        }
+        return wanted
+
+    def _lost_before(
+        self,
+        notes: RestartNotes,
+        left: Collection[DomainName],
+        records: Mapping[DomainName, OwnershipRecord],
+        claimed: Collection[DomainName],
+        crashed: Collection[DomainName],
+    ) -> dict[str, Wanted]:
+        """What was lost since: each that crashed, and all, if the host has been off."""
+        why = "its hypervisor died before this agent began"
+        lost = self._lost(why, set(left) & set(crashed), records, claimed)
+        if notes.host_ends:
+            lost |= self._lost(self._ended, left, records, claimed)
+        elif notes.boot_id not in ("", self._policy.boot_id):
+            why = f"{self._node} was rebooted, or lost power"
+            lost |= self._lost(why, left, records, claimed)
+        return lost
+
     def _lost(
         self,
         why: str,
         left: Collection[DomainName],
         records: Mapping[DomainName, OwnershipRecord],
         claimed: Collection[DomainName],
-    ) -> Mapping[str, Wanted]:
+    ) -> dict[str, Wanted]:
         now_s = self._policy.clock()
         lost: dict[str, Wanted] = {}
         for domain in left:
@@ -401,3 +414,18 @@ class DomainRestarts:
             for name, each in tries.items()
         }
         return {name: each for name, each in recent.items() if each}
+
+
+def _still_ending(
+    notes: RestartNotes,
+    records: Mapping[DomainName, OwnershipRecord],
+    here: Collection[DomainName],
+) -> dict[str, int]:
+    """Whose end was asked for. What still runs here was stopped by nobody in the end."""
+    return {
+        name: token
+        for name, token in notes.ending.items()
+        if (owned := records.get(DomainName(name))) is not None
+        and name not in here
+        and owned.token == token
+    }
