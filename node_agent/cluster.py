@@ -11,8 +11,8 @@ agent was asked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final, TypeAlias, TypeVar
 
 import msgspec
 
@@ -89,6 +89,9 @@ from node_agent.volumes import VolumeService
 
 OPERATION_TIMEOUT_S: Final = 30.0
 START_TIMEOUT_S: Final = 60.0
+T = TypeVar("T")
+_Answer: TypeAlias = tuple[T, Sequence[str]]
+"""And what speaks against that destination."""
 
 
 class ClusterService:
@@ -287,44 +290,40 @@ class ClusterService:
     # --- migrations --------------------------------------------------------------------------
 
     async def migrate(self, domain: DomainName, body: MigrationCreate) -> Migration:
-        """Begin to migrate it. RefusedError with every reason; then nothing was changed.
-
-        Where no destination is named the next one is asked if one refuses (`note_refusal`).
-        """
+        """Begin to migrate it. RefusedError with every reason; then nothing was changed."""
         source = await self._owner(domain)
-        refusals: dict[NodeName, str] = {}
-        while True:
-            destination = await self._destination(domain, source, body, refusals)
-            params = MigrationParams(domain=domain, request=body.towards(destination))
+
+        async def begin(params: MigrationParams) -> _Answer[Migration | RefusedError]:
             try:
                 with asking(source, domain):
-                    return await self._hub.call(
+                    began = await self._hub.call(
                         source, MIGRATION_CREATE, params, Migration, timeout_s=OPERATION_TIMEOUT_S
                     )
             except RefusedError as error:
-                if body.destination is None and note_refusal(destination, error.reasons, refusals):
-                    continue
-                if destination in await self._nodes.read():
-                    raise
-                raise no_such_destination(domain, destination, error.reasons) from error
+                return error, error.reasons
+            return began, ()
+
+        destination, found = await self._until_accepted(domain, source, body, begin)
+        if isinstance(found, Migration):
+            return found
+        if destination in await self._nodes.read():
+            raise found
+        raise no_such_destination(domain, destination, found.reasons) from found
 
     async def check_migration(
         self, domain: DomainName, body: MigrationCreate, sample_seconds: float
     ) -> DryRun:
         """What `migrate` would be refused for, and how it would go: samples for that long."""
-        refusals: dict[NodeName, str] = {}
+
+        async def look(params: MigrationParams) -> _Answer[Verdict]:
+            found = await self._hub.call(
+                source, MIGRATION_CHECK, params, Verdict, timeout_s=OPERATION_TIMEOUT_S
+            )
+            return found, found.reasons
+
         try:
             source = await self._owner(domain)
-            while True:
-                destination = await self._destination(domain, source, body, refusals)
-                request = body.towards(destination)
-                params = MigrationParams(domain=domain, request=request)
-                verdict = await self._hub.call(
-                    source, MIGRATION_CHECK, params, Verdict, timeout_s=OPERATION_TIMEOUT_S
-                )
-                named = body.destination is not None
-                if named or not note_refusal(destination, verdict.reasons, refusals):
-                    break
+            destination, verdict = await self._until_accepted(domain, source, body, look)
         except RefusedError as error:
             return DryRun(destination=body.destination or "", refused=error.reasons)
         except WrongStateError as error:
@@ -341,7 +340,9 @@ class ClusterService:
         )
         if destination == source or not known:  # Its link to itself says nothing.
             return msgspec.structs.replace(result, prediction_unknown="nothing would move")
-        wanted = PredictParams(domain=domain, request=request, sample_seconds=sample_seconds)
+        wanted = PredictParams(
+            domain=domain, request=body.towards(destination), sample_seconds=sample_seconds
+        )
         wait_s = sample_seconds + OPERATION_TIMEOUT_S
         try:
             prediction = await self._hub.call(
@@ -419,17 +420,29 @@ class ClusterService:
             raise not_running(domain)
         return NodeName(owned.owner)
 
-    async def _destination(
+    async def _until_accepted(
         self,
         domain: DomainName,
         source: NodeName,
         body: MigrationCreate,
-        refusals: Mapping[NodeName, str],
-    ) -> NodeName:
-        if body.destination is not None:
-            return NodeName(body.destination)
-        views = await self._nodes.read()
-        return await choose_destination(domain, source, views, self.list_domains, refusals)
+        ask: Callable[[MigrationParams], Awaitable[_Answer[T]]],
+    ) -> tuple[NodeName, T]:
+        """The destination, and what the source said when it was asked about it.
+
+        Where none is named, and one refuses, the next one is asked about (`note_refusal`).
+        RefusedError: no node can take it.
+        """
+        refusals: dict[NodeName, str] = {}
+        while True:
+            destination = NodeName(body.destination or "")
+            if body.destination is None:
+                destination = await choose_destination(
+                    domain, source, await self._nodes.read(), self.list_domains, refusals
+                )
+            params = MigrationParams(domain=domain, request=body.towards(destination))
+            answer, reasons = await ask(params)
+            if body.destination is not None or not note_refusal(destination, reasons, refusals):
+                return destination, answer
 
     async def _migrating(self) -> Mapping[DomainName, str]:
         outlines = await self._migrations.list_outlines()
