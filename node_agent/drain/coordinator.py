@@ -34,6 +34,7 @@ from node_agent.drain.resources import STOP_S, CancelMode, Drain
 from node_agent.drain.world import DrainWorld
 from node_agent.events import EventKind, EventLog
 from node_agent.hooks.model import HookPoint
+from node_agent.migrations.checks import said_of_destination
 from node_agent.resources import MigrationCreate
 from node_agent.state.typed import Versioned
 
@@ -270,8 +271,8 @@ class Coordinator:
                 await asyncio.sleep(RETRY_S)  # Which has ended: it lets go in a moment.
                 self._hear(v.Unclear(domain=domain, reason=str(error)))
                 return
-            mark = f"node {command.destination}"
-            elsewhere = all(reason.startswith(mark) for reason in error.reasons)
+            place = NodeName(command.destination)
+            elsewhere = all(said_of_destination(place, reason) for reason in error.reasons)
             self._hear(v.Refused(domain=domain, reason=str(error), elsewhere=elsewhere))
             return
         self._hear(v.Accepted(domain=domain, migration=migration))

@@ -30,6 +30,7 @@ from node_agent.cluster_calls import (
 from node_agent.domain_records import DomainRecords
 from node_agent.drain.figures import FIGURES, FIGURES_S, FiguresParams, NodeFigures
 from node_agent.drain.survey import Survey, make_survey
+from node_agent.migrations.checks import said_of_destination
 from node_agent.migrations.room import at_source
 from node_agent.nodes import NodeRegistry, NodeView
 from node_agent.peers.hub import PeerHub
@@ -230,10 +231,10 @@ class DrainWorld:
             if here:
                 remedy = f"mend that on {source}"
                 held[domain] = Blocker(domain=domain, reason="; ".join(here), remedy=remedy)
-            mark = f"node {destination}"
-            theirs = [each for each in answer.reasons if each.startswith(mark)]
+            place, mark = NodeName(destination), f"node {destination}: "
+            theirs = [each for each in answer.reasons if said_of_destination(place, each)]
             if theirs:
-                said = "; ".join(each.removeprefix(f"{mark}: ") for each in theirs)
+                said = "; ".join(each.removeprefix(mark) for each in theirs)
                 refused[domain, destination] = said
 
         await asyncio.gather(*(ask(*move) for move in moves))

@@ -8,10 +8,12 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from migrator.errors import PeerError
+from migrator.errors import PeerError, RefusedError
 from node_agent.cluster_calls import MIGRATION_CHECK, MigrationParams, Reasons
+from node_agent.drain import vocabulary as v
+from node_agent.drain.coordinator import Coordinator
 from node_agent.drain.records import DrainRecords
-from node_agent.drain.resources import CancelMode, Drain, DrainState, Operation
+from node_agent.drain.resources import CancelMode, Drain, DrainState, Move, Operation
 from node_agent.drain.survey import Survey
 from node_agent.drain.world import DrainWorld
 from node_agent.planner.model import DomainFacts, NodeFacts, Plan, PlanOptions
@@ -123,6 +125,42 @@ async def test_what_is_not_about_a_node_is_left_to_the_migration(answer: str) ->
     plan, _ = await planned({("web", "*"): answer})
     assert set(places(plan)) == {"db", "web"}
     assert not plan.blockers
+
+
+BARRED = "node n10: its certificate has ended"
+"""Said of the source; the destination is n1."""
+
+
+@pytest.mark.parametrize(
+    ("reason", "elsewhere"),
+    [(BARRED, False), ("node n1: full", True), ("node n1 is cordoned", True)],
+)
+async def test_what_is_said_of_n10_is_not_taken_for_a_word_of_n1(
+    reason: str, elsewhere: bool
+) -> None:
+    """No other destination helps, and each that is sought for costs a try."""
+    rest: Any = None
+    nodes = Nodes({("web", "n1"): reason})
+    world = DrainWorld(rest, hub=cast(Any, nodes), nodes=rest, records=rest, ownership=rest)
+    refused, _ = await world._refused([("web", "n10", "n1")])
+    assert bool(refused) is elsewhere
+
+    class Refuses:
+        async def owner(self, domain: str) -> str:
+            return "n10"
+
+        async def migrate(self, *_: object) -> None:
+            raise RefusedError(f"domain web was not migrated: {reason}", [reason])
+
+    refuses: Any = Refuses()
+    refuses.cluster = refuses
+    records, entry = await one_drain()
+    web = Move(domain="web", source="n10", destination="n1")
+    entry = Versioned(entry.key, msgspec.structs.replace(entry.value, moves=(web,)), entry.revision)
+    work = Coordinator(entry, records=records, world=refuses, events=rest, hooks=rest, settle=rest)
+    await work._begin(v.Begin(domain="web", destination="n1", bandwidth_bytes_per_s=None))
+    heard = work._heard.get_nowait()
+    assert isinstance(heard, v.Refused) and heard.elsewhere is elsewhere
 
 
 async def one_drain() -> tuple[DrainRecords, Versioned[Drain]]:
