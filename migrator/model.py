@@ -365,7 +365,7 @@ class PassKind(enum.StrEnum):
 
 
 class PassReport(Value, frozen=True, kw_only=True):
-    """What one iteration did. `pending_pages` are those dirtied meanwhile, by a scan at its end."""
+    """What one iteration did. `pending_pages` were dirtied meanwhile, and not told as missing."""
 
     number: int
     kind: PassKind

@@ -39,6 +39,12 @@ DEFAULT_THROUGHPUT_BYTES_PER_S: Final = 100e6
 """Assumed until a pass was measured: a 1 Gbit/s link less its overhead."""
 TOLD: Final = frozenset({PassKind.STALE, PassKind.MISSING})
 """What these passes count isn't sent by them, but told as missing."""
+TELL_FLOOR_PAGES: Final = 128
+"""So few pages that the destination wasn't told of yet can be told in the blackout: each costs it
+7 to 14 us, for it has to make a hole (docs/measurements.md)."""
+TELL_SHARE: Final = 0.5
+"""A telling that leaves more than this share of what it told won't be followed by a shorter one."""
+TELLINGS_MAX: Final = 6
 
 
 def page_streams(cores: int, link_bytes_per_s: float | None, *, tls: bool) -> int:
@@ -163,6 +169,18 @@ def decide(
         f"{rate / 1e6:.1f} MB/s; the blackout would be {blackout_ms:.0f} ms, "
         f"the limit is {downtime_limit_ms} ms",
     )
+
+
+def tells_again(passes: Sequence[PassReport]) -> bool:
+    """Post-copy, after a pass that told what is missing: whether to tell again before the pause.
+
+    What the guest writes for the first time while it is told of the rest would be told in the
+    blackout. It is little where telling took little, so another round has far less to tell.
+    """
+    last = passes[-1]
+    rounds = sum(each.kind is PassKind.STALE for each in passes)
+    few = last.pending_pages <= TELL_FLOOR_PAGES
+    return rounds < TELLINGS_MAX and not few and last.pending_pages <= TELL_SHARE * last.pages
 
 
 def _pays(last: PassReport) -> bool:

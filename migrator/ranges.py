@@ -21,7 +21,7 @@ from migrator.model import STRIPE_BYTES
 
 Ranges = npt.NDArray[np.int64]
 
-_UNION, _SUBTRACT, _INTERSECT = range(3)
+_LEFT, _RIGHT = 1, 2
 
 
 def empty() -> Ranges:
@@ -64,29 +64,29 @@ def union(*sets: Ranges) -> Ranges:
 
 def subtract(left: Ranges, right: Ranges) -> Ranges:
     """What is in `left` but not in `right`."""
-    return _combine(left, right, _SUBTRACT) if len(left) and len(right) else left
+    return _combine(left, right, _LEFT) if len(left) and len(right) else left
 
 
 def intersect(left: Ranges, right: Ranges) -> Ranges:
     """What is in both."""
-    return _combine(left, right, _INTERSECT) if len(left) and len(right) else empty()
+    return _combine(left, right, _LEFT + _RIGHT) if len(left) and len(right) else empty()
 
 
-def _combine(left: Ranges, right: Ranges, how: int) -> Ranges:
-    """Sweep over all borders, counting which set covers the piece after each."""
+def _combine(left: Ranges, right: Ranges, by: int) -> Ranges:
+    """Sweep over all borders: the pieces that are covered by just those sets.
+
+    Where borders coincide the sum between them means nothing, and the piece is empty.
+    """
     borders = np.concatenate((left[:, 0], left[:, 1], right[:, 0], right[:, 1]))
-    in_left = np.zeros(len(borders), dtype=np.int8)
-    in_left[: len(left)] = 1
-    in_left[len(left) : 2 * len(left)] = -1
-    in_right = np.zeros(len(borders), dtype=np.int8)
-    in_right[2 * len(left) : 2 * len(left) + len(right)] = 1
-    in_right[2 * len(left) + len(right) :] = -1
-    order = np.argsort(borders, kind="stable")
+    steps = np.repeat(
+        np.array((_LEFT, -_LEFT, _RIGHT, -_RIGHT), dtype=np.int8),
+        (len(left), len(left), len(right), len(right)),
+    )
+    order = np.argsort(borders, kind="stable")  # Four sorted runs: a merge.
     borders = borders[order]
-    left_covers = np.cumsum(in_left[order], dtype=np.int64)[:-1] > 0
-    right_covers = np.cumsum(in_right[order], dtype=np.int64)[:-1] > 0
-    keep = left_covers & (right_covers if how == _INTERSECT else ~right_covers)
-    return canonical(np.column_stack((borders[:-1][keep], borders[1:][keep])))
+    covered_by = np.cumsum(steps[order], dtype=np.int8)[:-1]
+    pieces = np.flatnonzero(covered_by == by)
+    return canonical(np.column_stack((borders[pieces], borders[pieces + 1])))
 
 
 def byte_count(ranges: Ranges) -> int:

@@ -135,6 +135,10 @@ class DirtyLog:
         self._pending = [ranges.empty() for _ in self._regions]
         return taken
 
+    def pending(self) -> Sequence[Ranges]:
+        """By region."""
+        return tuple(self._pending)
+
     def written_pages(self) -> WrittenPages:
         """For one thread: what the next scan will find, of some pages."""
         return WrittenPages(self._pagemap_fd, self._regions)

@@ -78,23 +78,32 @@ class PassPlanner:
             self._sent_ever[index] = ranges.union(known, fresh)
         return pieces
 
-    def missing(self) -> tuple[list[Ranges], list[Ranges]]:
+    def missing(self, *, last: bool) -> tuple[list[Ranges], list[Ranges]]:
         """By region, after a scan: what the destination lacks, and what is to be a hole there.
 
         The first is no longer pending, and is told once: nothing is sent after it was. The second
-        is empty unless nothing was ever sent.
+        is empty unless nothing was ever sent. `last`: nothing will be told after it.
         """
         if self._begun:
             self._log.scan()
             found = self._log.take()
             news = list(map(ranges.subtract, found, self._told_missing))
-            self._told_missing = list(map(ranges.union, self._told_missing, news))
+            if not last:
+                self._told_missing = list(map(ranges.union, self._told_missing, news))
             return news, [ranges.empty() for _ in self._regions]
         self._begun = True
         self._log.arm()
         extents = self._told_missing = self.extents()
         wholes = [ranges.from_pairs([(0, region.size_bytes)]) for region in self._regions]
         return extents, list(map(ranges.subtract, wholes, extents))
+
+    def untold_pages(self) -> int:
+        """What of the pending pages `missing` has yet to tell."""
+        found = map(ranges.subtract, self._log.pending(), self._told_missing)
+        return sum(
+            ranges.page_count(content, region.page_size_bytes)
+            for region, content in zip(self._regions, found, strict=True)
+        )
 
     def not_sent(self, deferred: Iterable[tuple[int, Ranges]]) -> None:
         """What a pass left out: the destination may have no memory there yet."""

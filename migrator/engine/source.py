@@ -338,7 +338,7 @@ class SourceEngine:
             delivery.end()
 
     def _tell_missing(self, message: RunPass) -> None:
-        """STALE: drop what is pending. MISSING: the last of it, and the destination is armed.
+        """STALE: drop what is pending, maybe again. MISSING: the last of it, and it is armed.
 
         Each is acknowledged: then the pages are holes there, and whoever touches them waits.
         """
@@ -347,7 +347,7 @@ class SourceEngine:
         if not final:
             self._server.connect(self)
         began = time.monotonic()
-        found, holes = self._planner.missing()
+        found, holes = self._planner.missing(last=final)
         scanned = time.monotonic()
         pages = sum(
             ranges.page_count(content, region.page_size_bytes)
@@ -368,7 +368,7 @@ class SourceEngine:
                     seconds=time.monotonic() - scanned,
                     pages=pages,
                     bytes_sent=stream.bytes_sent - before,
-                    pending_pages=pages if final else self._log.pending_pages(),
+                    pending_pages=pages if final else self._planner.untold_pages(),
                     scan_seconds=scanned - began,
                 )
             )

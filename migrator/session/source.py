@@ -12,6 +12,7 @@ The rules that keep the guest alive and single (ARCHITECTURE: "What keeps it to 
 from __future__ import annotations
 
 from migrator.model import MigrationMode, MigrationState, PassKind
+from migrator.policy import tells_again
 from migrator.ports import AbortOutcome, DomainEventKind
 from migrator.session.messages import (
     Abort,
@@ -247,7 +248,10 @@ class SourceSession(SourcePasses):
                 self._note_progress(event)
             case PassFinished() if self.post_copy:
                 self._note_pass(event.report)
-                self._switch_over("post-copy")
+                if tells_again(self.passes):
+                    self._run_pass(PassKind.STALE)
+                else:
+                    self._switch_over("post-copy")
             case PassFinished():
                 self._note_pass(event.report)
                 self._decide()

@@ -32,13 +32,19 @@ def port_of(engine: int) -> int:
 
 
 def tell_missing(side: Side, command: v.RunPass) -> None:
-    """STALE and MISSING: the destination drops what is pending. Nothing is copied."""
+    """STALE and MISSING: the destination drops what is pending. Nothing is copied.
+
+    A page stands for a thousand: what is dirtied while it is told may be told once more.
+    """
     world = side.world
     source, destination = side.guest, side.other.guest
     engines = (side.engine, side.other.engine)
     if not all(engines) or source is None or destination is None:
         return
     final = command.kind is PassKind.MISSING
+    told = side.pending | source.dirty
+    source.dirty.clear()
+    side.pending = set()
 
     def finish() -> None:
         if (side.engine, side.other.engine) != engines:
@@ -46,11 +52,7 @@ def tell_missing(side: Side, command: v.RunPass) -> None:
         if not side.pages_flow:
             world.after(0.2, finish)
             return
-        if not final:
-            side.pending |= source.dirty
-        told = set(side.pending) | (source.dirty if final else set())
-        source.dirty.clear()
-        side.pending = set()
+        news = told - destination.missing
         for page in told:
             destination.missing.add(page)
             destination.memory[page] = -1
@@ -61,9 +63,9 @@ def tell_missing(side: Side, command: v.RunPass) -> None:
             number=command.number,
             kind=command.kind,
             seconds=0.001,
-            pages=len(told),
+            pages=1000 * len(news),
             bytes_sent=100,
-            pending_pages=len(told),
+            pending_pages=1000 * len(news if final else source.dirty - destination.missing),
         )
         side.soon(v.PassFinished(report=report))
 

@@ -61,6 +61,8 @@ class SessionPair:
         )
         self.request = request or MigrationRequest(destination="n2")
         self.pending = pending
+        self.told: Callable[[int], int] = lambda number: 1000
+        """How many pages the pass of that number sends, or tells of."""
         self.now_s = 1000.0
         self.record = OwnershipRecord(
             domain="vm", token=token, owner="n1", state=OwnershipState.RUNNING
@@ -255,7 +257,7 @@ class SessionPair:
             number=command.number,
             kind=command.kind,
             seconds=0.01,
-            pages=1000,
-            bytes_sent=4096 * 1000,
+            pages=self.told(command.number),
+            bytes_sent=4096 * self.told(command.number),
             pending_pages=0 if final else self.pending(command.number),
         )

@@ -14,11 +14,13 @@ from migrator.policy import (
     FIXED_BLACKOUT_MS,
     FLOOR_PAGES,
     MAX_ITERATIONS,
+    TELLINGS_MAX,
     Decision,
     DecisionKind,
     decide,
     page_streams,
     predicted_blackout_ms,
+    tells_again,
     throughput,
 )
 
@@ -185,3 +187,19 @@ def test_a_pass_that_was_compressed_had_to_send_what_it_was_of_the_guests_memory
     assert decide([first], 50, MigrationMode.HYBRID).kind is DecisionKind.POST_COPY
     packed = msgspec.structs.replace(first, payload_bytes=50_000 * PAGE_SIZE_BYTES)
     assert decide([packed], 50, MigrationMode.HYBRID).kind is DecisionKind.ITERATE
+
+
+def test_telling_ends_though_the_guest_goes_on_writing() -> None:
+    passes: list[PassReport] = []
+    while not passes or tells_again(passes):
+        passes.append(
+            PassReport(
+                number=len(passes) + 1,
+                kind=PassKind.STALE,
+                seconds=0.1,
+                pages=1_000_000,
+                bytes_sent=1_000,
+                pending_pages=499_999,
+            )
+        )
+    assert len(passes) == TELLINGS_MAX

@@ -79,6 +79,25 @@ def test_the_source_is_kept_until_the_destination_holds_every_page(mode: Migrati
     assert not pair.timers
 
 
+@pytest.mark.parametrize(
+    ("left_behind", "tellings"),
+    [
+        ((40,), 1),  # So few are told in the blackout as fast.
+        ((400, 40), 2),
+        ((400, 400), 2),  # The next telling would be no shorter than it pays for.
+    ],
+)
+def test_what_is_written_while_it_is_told_is_told_before_the_pause(
+    left_behind: tuple[int, ...], tellings: int
+) -> None:
+    """Each page that is first told in the blackout makes it longer."""
+    request = MigrationRequest(destination="n2", mode=MigrationMode.POSTCOPY)
+    pair = SessionPair(request, pending=lambda number: left_behind[number - 1])
+    pair.told = lambda number: (1_000, *left_behind)[number - 1]
+    assert pair.run() == POSTCOPY
+    assert kinds(pair) == [PassKind.STALE] * tellings + [PassKind.MISSING]
+
+
 def test_it_may_be_complete_before_the_guest_runs() -> None:
     request = MigrationRequest(destination="n2", mode=MigrationMode.POSTCOPY)
     pair = SessionPair(request)
