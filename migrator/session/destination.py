@@ -237,6 +237,8 @@ class DestinationSession(DestinationYield):
                 self._do(Journal(state=self.state, resuming=True, durable=False), ResumeGuest())
             case GuestResumed():
                 self._resumed(event.at_s)
+            case GuestReported(kind=DomainEventKind.RESUMED) if self._resume_came_late:
+                self._resumed(event.at_s)
             case GuestReported(kind=DomainEventKind.EXITED):
                 self._died()
             case CommandFailed(command="Journal"):
@@ -267,6 +269,12 @@ class DestinationSession(DestinationYield):
             self._died()
         else:
             self._do(Fence(token=self.next_token))
+
+    @property
+    def _resume_came_late(self) -> bool:
+        """One was issued, and its answer isn't waited for any more: its hypervisor, or the storage
+        under it, hung. What passes until the next look would count as the guest's blackout."""
+        return self._resume_issued and not self._resume_pending
 
     def _resume_answered(self) -> None:
         self._resume_pending = False

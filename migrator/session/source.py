@@ -325,7 +325,7 @@ class SourceSession(SourcePasses):
                 # The engine would connect again, but the guest stands still meanwhile.
                 self._give_up(f"the link broke in the switchover: {event.detail}")
             case TimerFired(name=TimerName.SWITCHOVER):
-                self._give_up("the switchover stalled")
+                self._give_up(f"the switchover stalled: {self._stalled_at}")
             case PeerLost():
                 self._give_up("the destination was lost during the switchover")
             case CommandFailed():
@@ -398,6 +398,7 @@ class SourceSession(SourcePasses):
             case SwitchoverAborted(outcome=AbortOutcome.GONE):
                 self._finish_gone()
             case CommandFailed(command="AbortSwitchover"):
+                self._not_back = event.error
                 self._retry_later()
             case TimerFired(name=TimerName.RETRY):
                 self._do(AbortSwitchover())

@@ -19,6 +19,7 @@ isn't written soon, the record says it, without which there is no rollback in an
 from __future__ import annotations
 
 from migrator.model import OwnershipRecord, OwnershipState
+from migrator.ports import DomainEventKind
 from migrator.session.messages import Commit
 from migrator.session.source_view import SourceView
 from migrator.session.vocabulary import (
@@ -26,6 +27,7 @@ from migrator.session.vocabulary import (
     Event,
     Fence,
     Fenced,
+    GuestReported,
     GuestResumed,
     InspectGuest,
     Journal,
@@ -81,6 +83,10 @@ class SourceRollback(SourceView):
             case Fenced() if event.token == self._rollback_token and not busy:
                 self._resume_here()
             case GuestResumed():
+                self._note_blackout(event.at_s)
+                self._finish_stopped()
+            case GuestReported(kind=DomainEventKind.RESUMED) if self._may_have_resumed and not busy:
+                # After its answer was given up: what passes until the next look is no blackout.
                 self._note_blackout(event.at_s)
                 self._finish_stopped()
             case CommandFailed(command="ResumeGuest"):

@@ -157,6 +157,8 @@ class SourceView(Session):
         """The token that the destination had won, couldn't run the guest under, and passed back."""
         self._gone = False
         self._swap_token = 0
+        self._not_back = ""
+        """It was given up, and why the guest doesn't run on here yet."""
         self._may_have_resumed = self._may_have_resumed_before = may_have_resumed
         self._discard_error = ""
         self._handed_over_at_s: float | None = None
@@ -326,7 +328,7 @@ class SourceView(Session):
             created_at_s=self.created_at_s,
             ended_at_s=ended_at_s,
             token=self.token,
-            error=None if self.shown_state is _S.COMPLETED else self.error,
+            error=self._shown_error,
             blackout_ms=self.blackout_ms,
             total_s=None if ended_at_s is None else ended_at_s - self.created_at_s,
             timeline=tuple(self.timeline),
@@ -334,6 +336,23 @@ class SourceView(Session):
             prediction=self.prediction,
             cancelled_by=self.cancelled_by,
         )
+
+    @property
+    def _shown_error(self) -> str | None:
+        if self.shown_state is _S.COMPLETED:
+            return None
+        if self.state is _S.CANCELLING and self._not_back:
+            return f"{self.error}; the guest doesn't run on yet: {self._not_back}"
+        return self.error
+
+    @property
+    def _stalled_at(self) -> str:
+        """What a switchover waits for."""
+        if not self._pre_switchover:
+            return "the hypervisor hasn't paused the guest"
+        if not self._continued:
+            return "the last pages aren't acknowledged"
+        return "the device state doesn't get through"
 
     def _measured_bytes_per_s(self) -> float | None:
         """The passes' throughput; None: none of them has sent pages."""

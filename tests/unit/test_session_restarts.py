@@ -280,6 +280,15 @@ def _held_up(pair: SessionPair) -> None:
     assert pair.source.state is _S.RECOVERING
 
 
+def test_a_rollback_whose_guest_runs_late_ends_at_once() -> None:
+    pair = _rolling_back()
+    _held_up(pair)
+    pair.push(pair.source, v.GuestReported(kind=DomainEventKind.RESUMED, at_s=pair.now_s))
+    pair.run()
+    assert pair.source.state is _S.FAILED
+    assert "DestroyGuest" not in pair.commands(SOURCE)
+
+
 def _try_again(pair: SessionPair) -> None:
     pair.push(pair.source, v.TimerFired(name=v.TimerName.RETRY))
     pair.run()
