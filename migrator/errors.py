@@ -21,6 +21,7 @@
     ├── FabricError             a tap, bridge or announcement failed
     ├── EngineError             the page engine failed
     ├── StoreError              the cluster's state store can't be used now
+    ├── NoThreadError           no thread is left to do it in; nothing was begun
     └── ConfigError             the configuration is wrong; names the key
 
 Each error says in its message whose fault it is and what was left as it was. `code` is the
@@ -176,6 +177,16 @@ class EngineError(FerryError):
 
 class StoreError(FerryError):
     code = "store-unavailable"
+    http_status = 503
+
+
+class NoThreadError(FerryError, OSError):
+    """The host, or the limit of the agent's control group, has none left. Nothing was begun.
+
+    An OSError as well: what a full process table, or memory that is gone, else raises.
+    """
+
+    code = "no-thread"
     http_status = 503
 
 

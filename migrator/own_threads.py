@@ -19,6 +19,9 @@ import threading
 from collections.abc import Callable
 from typing import Final, TypeVar
 
+from migrator.errors import NoThreadError
+from migrator.shortage import OF_TASKS
+
 THREADS_MAX: Final = 16
 """For one `where`, at once."""
 STATE_DIRECTORY: Final = "the state directory"
@@ -40,7 +43,7 @@ _calls: Final[dict[str, _Calls]] = {}
 
 
 def in_own_thread(where: str, work: Callable[[], _T]) -> asyncio.Future[_T]:
-    """Begin `work` in a thread for `where`, in its turn. OSError: the host has no thread left.
+    """Begin `work` in a thread for `where`, in its turn. NoThreadError: there is none left.
 
     Whoever cancels the future gives up waiting, and no more: what has begun goes on. What has not
     begun by then never does.
@@ -85,7 +88,7 @@ def _begin(where: str, run: Callable[[], None]) -> None:
             calls.threads -= 1
             with contextlib.suppress(ValueError):  # Another thread may have taken it.
                 calls.waiting.remove(run)
-        raise OSError(f"no thread can be started: {error}") from error
+        raise NoThreadError(OF_TASKS) from error  # Who asks says for what.
 
 
 def _serve(where: str, calls: _Calls) -> None:

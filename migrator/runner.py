@@ -132,10 +132,11 @@ class Runner:
             event = msgspec.structs.replace(event, at_s=self._clock.of(event.at_s))
         commands = self.session.handle(event, self._clock.now_s)
         if self.session.state is not before:
+            why = f": {self.session.error}" if self.session.error else ""
             log.info(
-                "migration %s of %s: %s: %s -> %s (%s)",
+                "migration %s of %s: %s: %s -> %s (%s)%s",
                 *(self.session.migration_id, self.domain, self.session.role),
-                *(before, self.session.state, type(event).__name__),
+                *(before, self.session.state, type(event).__name__, why),
             )
         self._batch += 1
         self._commands.extend((self._batch, command) for command in commands)

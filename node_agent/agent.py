@@ -62,6 +62,7 @@ from node_agent.older_store import OtherNodes
 from node_agent.pressure.service import PressureService
 from node_agent.restart_notes import RestartFile
 from node_agent.storage_watch import StorageWatch
+from node_agent.threads_ahead import begin_threads, watch_programs
 from node_agent.trust.members import Membership, was_removed
 from node_agent.trust.opening import wait_for_membership
 from node_agent.trust.removal import NodeRemoval
@@ -356,4 +357,6 @@ def run(config: AgentConfig) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[lines])
     cores.favour_ourselves()
     with asyncio.Runner(loop_factory=loop_monitor.monitored_loop) as runner:
+        begin_threads(runner.get_loop())
+        watch_programs(runner.get_loop())
         runner.run(serve(config))

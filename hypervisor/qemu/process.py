@@ -106,7 +106,8 @@ def spawn(request: Spawn) -> int:
             setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGCHLD],
         )
     except OSError as error:
-        raise HypervisorError(f"can't start {request.arguments[0]}: {error}") from error
+        why = shortage.unstarted(error)
+        raise HypervisorError(f"can't start {request.arguments[0]}: {why}") from error
     finally:
         for descriptor in moved:
             os.close(descriptor)

@@ -30,6 +30,7 @@ from migrator import wire
 from migrator.engine_messages import FromEngine, Stop, ToEngine
 from migrator.errors import EngineError, RemoteProtocolError
 from migrator.own_threads import STATE_DIRECTORY, in_own_thread
+from migrator.shortage import unstarted
 
 log = logging.getLogger(__name__)
 KILLED_S: Final = 10.0
@@ -93,7 +94,7 @@ class EngineProcess:
             )
         except OSError as error:
             ours.close()
-            raise EngineError(f"the engine can't be started: {error}") from error
+            raise EngineError(f"the engine can't be started: {unstarted(error)}") from error
         except BaseException:
             ours.close()
             raise

@@ -323,7 +323,8 @@ class SourceSession(SourcePasses):
                 self._give_up(f"device state: {event.detail or 'the hypervisor gave up'}")
             case ChannelNoted(broken=True) if not self._forced:
                 # The engine would connect again, but the guest stands still meanwhile.
-                self._give_up(f"the link broke in the switchover: {event.detail}")
+                where = self.destination
+                self._give_up(f"the stream to {where} broke in the switchover: {event.detail}")
             case TimerFired(name=TimerName.SWITCHOVER):
                 self._give_up(f"the switchover stalled: {self._stalled_at}")
             case PeerLost():
