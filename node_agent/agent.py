@@ -134,6 +134,7 @@ async def running_agent(
         if trust is not None:
             await trust.start()
             stack.push_async_callback(trust.close)
+        stack.push_async_callback(migrations.standstill.over)
         silent = f" after {nodes.silent_s:.0f} s of silence" if nodes.silent_s is not None else ""
         up = f"the agent of {on.node} is up{silent}"
         on.events.emit(EventKind.AGENT_STARTED, up, adopted=len(on.adopted))

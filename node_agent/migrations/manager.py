@@ -62,6 +62,7 @@ from node_agent.migrations.redials import Redials
 from node_agent.migrations.room import at_source, in_state_directory, room_reasons
 from node_agent.migrations.service import MigrationService
 from node_agent.migrations.site import MESSAGE, Envelope, NodeSite
+from node_agent.migrations.standstill import Standstill
 from node_agent.migrations.unpublished import end_the_unpublished
 from node_agent.nodes import NodeRegistry
 from node_agent.peers.hub import PeerHub
@@ -119,15 +120,13 @@ class MigrationManager(MigrationService):
         self._admissions = Admissions(domains, hypervisor, ownership)
         self._restored: list[Runner] = []
         self._asides = Asides(log)
+        self.standstill = Standstill(lambda: (r.session.state for r in self._runners.values()))
         self._redials = Redials(hub, lambda node: bool(self.active_with(node)))
 
     def incoming(self) -> Iterable[DomainSpec]:
         """The domains that are on their way here."""
-        return [
-            runner.session.spec
-            for runner in self._runners.values()
-            if runner.session.role is Role.DESTINATION
-        ]
+        sessions = (runner.session for runner in self._runners.values())
+        return [each.spec for each in sessions if each.role is Role.DESTINATION]
 
     # --- life --------------------------------------------------------------------------------
 
@@ -369,6 +368,7 @@ class MigrationManager(MigrationService):
 
     def _on_change(self, runner: Runner) -> None:
         session = runner.session
+        self.standstill.changed()
         if session.over:
             self._domains.locks.end_migration(
                 DomainName(session.domain), MigrationId(session.migration_id)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import time
 
 import pytest
 
 from deploy import lab
+from deploy.lab.processes import alive, send_signal
 from migrator.model import DomainState, MigrationState
 from tests.integration.cluster import inventory
 from tests.integration.cluster.client import Download, PacketWatch
@@ -105,3 +107,30 @@ def test_a_source_s_agent_that_is_away_is_told_of_and_its_migration_s_record_goe
         assert ended.progress.bytes_sent > 1_000_000
         away = ended.timeline[3]
         assert away.seconds > 4.0, describe(ended)
+
+
+@pytest.mark.parametrize(
+    ("role", "step"), [("source", "ContinueSwitchover"), ("destination", "Fence")]
+)
+def test_an_agent_that_is_stopped_lets_a_switchover_end_first(
+    cluster: Cluster, role: str, step: str
+) -> None:
+    """Its guest would stand still until the next agent: for as long as it takes to start one."""
+    node = "n1" if role == "source" else "n2"
+    with cluster.guest("parting", "n1", Load(udp=False)) as guest:
+        with cluster.held(role, step) as point:
+            migration = cluster.migrate("parting", "n2", via="n3")
+            point.wait_reached()
+            agent, log = cluster.agent(node), cluster.plan.node(node).log_path
+            send_signal(agent, signal.SIGTERM)
+            eventually("it is ending", lambda: "is ending; its guests go on" in log.read_text())
+            point.release()
+            eventually("it has ended", lambda: not alive(agent))
+        try:
+            assert guest.status("/verify").corruptions == 0
+            assert guest.copies() == ["n2"]
+        finally:
+            cluster.restart_missing_agents()
+        ended = cluster.ended(migration.id, "n3")
+        assert ended.state is MigrationState.COMPLETED, describe(ended)
+        guest.verify()
