@@ -55,8 +55,11 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"the agent is gone: {error}\n")
         return 0
     except BaseException as error:
-        _close(engine)
         traceback.print_exc()
+        try:
+            _close(engine)
+        except Exception:  # It may be half made. Why it failed is what has to be told.
+            traceback.print_exc()
         with contextlib.suppress(AgentGoneError):
             control.send(EngineFailed(reason=reason_of(error)))
         return 1
@@ -67,6 +70,8 @@ def reason_of(error: BaseException) -> str:
     """For an operator. Of what nobody expected the name of its class; the log has the rest."""
     if isinstance(error, ProcessLookupError):
         return "the process that has the guest's memory is gone"
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):  # threading's own.
+        return shortage.OF_TASKS
     return str(error) if isinstance(error, FerryError) else f"{type(error).__name__}: {error}"
 
 

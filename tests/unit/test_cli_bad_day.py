@@ -212,6 +212,7 @@ def test_an_engine_says_in_words_that_its_guest_is_gone() -> None:
     assert reason_of(ProcessLookupError(3, "No such process")).endswith("memory is gone")
     assert reason_of(EngineError("the link is gone")) == "the link is gone"
     assert reason_of(KeyError("x")) == "KeyError: 'x'"
+    assert reason_of(RuntimeError("can't start new thread")).startswith("no process or thread is")
 
 
 async def test_to_cancel_and_only_to_look_contradict_each_other(ferry: Ferry) -> None:

@@ -23,7 +23,7 @@ def in_loop() -> Iterator[asyncio.Runner]:
         watch_programs(runner.get_loop())
         yield runner
     if sys.version_info < (3, 12):
-        asyncio.set_child_watcher(None)
+        asyncio.set_child_watcher(None)  # type: ignore[arg-type]  # The default again.
 
 
 @pytest.fixture
