@@ -70,6 +70,7 @@ PROBE_S: Final = 0.1
 PROBE_LONGEST_S: Final = 0.4
 FIRST_FRAMES_S: Final = 0.1
 """Longer than the verification, a quiet guest's first frames aren't waited for."""
+STANDS_STILL: Final = "the guest stands still, and answers nobody: `ferry domain show` says why"
 _CALL_S: Final = 2.0
 _CLOSE_S: Final = 3.0
 
@@ -279,6 +280,8 @@ class CutoverService:
         leaving, arriving = self._leaving.get(event.domain), self._arriving.get(event.domain)
         if event.kind is DomainEventKind.PAUSED and leaving is not None:
             leaving.paused()
+        if arriving is not None and event.kind in (DomainEventKind.PAUSED, DomainEventKind.RESUMED):
+            arriving.stands_still = event.kind is DomainEventKind.PAUSED
         match event.kind:
             case DomainEventKind.RESUMED if arriving is not None and not arriving.resumed_at_s:
                 arriving.announced_at_s = self._fabric.announce_now(event.domain)
@@ -369,7 +372,8 @@ class CutoverService:
                 return msgspec.structs.replace(cutover, verified_ms=verified_ms)
         if arriving.left_early:
             return msgspec.structs.replace(cutover, left_early=arriving.left_early)
-        return msgspec.structs.replace(cutover, suspect=suspects(nics, cutover.witnesses))
+        suspect = STANDS_STILL if arriving.stands_still else suspects(nics, cutover.witnesses)
+        return msgspec.structs.replace(cutover, suspect=suspect)
 
     async def _complain(self, move: Move, cutover: Cutover) -> None:
         """An event, and the announcements once more."""

@@ -24,6 +24,8 @@ class Arriving:
     followed: bool = False
     left_early: str = ""
     """How it went from here again: what the network does from then on says nothing of this move."""
+    stands_still: bool = False
+    """It was paused here, by a disk's error, say. That it answers nobody isn't the network's."""
 
 
 @dataclass(slots=True)

@@ -97,6 +97,18 @@ async def test_a_network_that_does_not_follow_is_told_of(
     await eventually(told)
 
 
+async def test_of_a_guest_that_stands_still_the_network_is_not_suspected(
+    world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk's error has paused it: that was told as a switch's port security."""
+    give_up_soon(world, monkeypatch)
+    world.b.node.fabric.faults.frames_lost = 10_000
+    migration = await world.ended(await world.migrate())
+    world.b.node.host.emit(WEB, DomainEventKind.PAUSED)
+    cutover = await recorded(world, migration.id)
+    assert cutover.suspect.startswith("the guest stands still, and answers nobody")
+
+
 @pytest.mark.parametrize("how", ["moved on to a", "ended"])
 async def test_a_guest_that_is_gone_before_it_was_found_is_not_complained_of(
     world: MigrationWorld, monkeypatch: pytest.MonkeyPatch, how: str
