@@ -45,7 +45,7 @@ from node_agent.background import Asides
 from node_agent.cluster_calls import Done
 from node_agent.events import EventKind, EventLog
 from node_agent.migrations.connections import ConnectionMover
-from node_agent.migrations.cutover_moves import Arriving, Leaving
+from node_agent.migrations.cutover_moves import Arriving, Leaving, Since
 from node_agent.migrations.cutover_records import CutoverRecords, seen_by, with_first
 from node_agent.migrations.cutover_settings import CutoverSettings
 from node_agent.migrations.judgement import is_verified, suspects, to_prove, with_learnt
@@ -312,8 +312,9 @@ class CutoverService:
         if arriving.resumed_at_s is None:  # Not heard: the agent restarted in the handoff.
             arriving.resumed_at_s = self._clock()
         watching = arriving.watching or self._watch(arriving)
+        since = Since(arriving.resumed_at_s, self._clock)
         try:
-            cutover = await self._ask_until_verified(arriving)
+            cutover = await self._ask_until_verified(arriving, since)
             if cutover.verified_ms is not None:
                 await self._fabric.announce(move.domain, ())  # It is known: no more of them.
             elif not cutover.left_early:
@@ -332,8 +333,7 @@ class CutoverService:
                 nics = to_prove(move.nics, arriving.learnt)
                 found = await self._late.seek(move, nics)
                 if found:
-                    late_ms = (self._clock() - cutover.resumed_at_s) * 1e3
-                    change = {"verified_ms": late_ms, "witnesses": found}
+                    change = {"verified_ms": since.seconds * 1e3, "witnesses": found}
                     late = msgspec.structs.replace(cutover, **change)
                     await self._report(move, late, late=True)
 
@@ -343,7 +343,7 @@ class CutoverService:
         arriving.watching = asyncio.create_task(work)
         return arriving.watching
 
-    async def _ask_until_verified(self, arriving: Arriving) -> Cutover:
+    async def _ask_until_verified(self, arriving: Arriving, since: Since) -> Cutover:
         move, resumed_at_s = arriving.move, arriving.resumed_at_s or self._clock()
         announced = arriving.announced_at_s
         cutover = Cutover(
@@ -355,11 +355,11 @@ class CutoverService:
         if not nics:
             return msgspec.structs.replace(cutover, verified_ms=0.0)
         others = await self._witnesses.choose(move)
-        deadline = resumed_at_s + self._settings.verify_limit_s
+        limit_s = self._settings.verify_limit_s
         for number, gap_s in enumerate(PROBE_GAPS_S):
-            last_s = deadline - self._clock() - PROBE_LONGEST_S
+            last_s = limit_s - since.seconds - PROBE_LONGEST_S
             await asyncio.sleep(min(gap_s, max(last_s, 0.0)))
-            left_s = max(deadline - self._clock(), 0.0)
+            left_s = max(limit_s - since.seconds, 0.0)
             if arriving.left_early or (number and left_s < PROBE_S):
                 break  # Nobody would answer in time, and that would look like evidence.
             timeout_s = min(PROBE_S * 2**number, PROBE_LONGEST_S, left_s)
@@ -368,8 +368,7 @@ class CutoverService:
                 break  # It may be its next place that was found, or none.
             cutover = msgspec.structs.replace(cutover, rounds=number + 1, witnesses=witnesses)
             if is_verified(nics, witnesses):
-                verified_ms = (self._clock() - resumed_at_s) * 1e3
-                return msgspec.structs.replace(cutover, verified_ms=verified_ms)
+                return msgspec.structs.replace(cutover, verified_ms=since.seconds * 1e3)
         if arriving.left_early:
             return msgspec.structs.replace(cutover, left_early=arriving.left_early)
         suspect = STANDS_STILL if arriving.stands_still else suspects(nics, cutover.witnesses)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from migrator.ports import FirstFrames, Tunnel
+from migrator.steady_clock import SteadyClock
 from node_agent.migrations.tunnel_trial import Trial
 from node_agent.migrations.witnesses import Move
 
@@ -49,3 +51,16 @@ class Leaving:
         """It runs here again."""
         if self.arrived is not None:
             self.arrived.left_early = ""
+
+
+class Since:
+    """How long ago a moment was. The wall clock may be set meanwhile, by an hour maybe."""
+
+    def __init__(self, at_s: float, wall: Callable[[], float]) -> None:
+        """`at_s`: just now, by a wall clock that may be another one than `wall` by now."""
+        self._clock = SteadyClock(wall)
+        self._at_s = self._clock.heard(at_s)
+
+    @property
+    def seconds(self) -> float:
+        return self._clock.now_s - self._at_s

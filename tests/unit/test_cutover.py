@@ -79,6 +79,20 @@ async def test_announcements_that_are_lost_are_repeated_until_one_is_heard(
     assert [one.lost for one in network.announcements].count(True) == 5
 
 
+@pytest.mark.parametrize("step_s", [3600.0, -3600.0])
+async def test_a_clock_that_is_set_meanwhile_makes_nothing_of_it_wrong(
+    world: MigrationWorld, monkeypatch: pytest.MonkeyPatch, step_s: float
+) -> None:
+    """It was an hour late, and told of as a network that doesn't follow; or an hour early."""
+    world.b.node.fabric.faults.frames_lost = 5  # It takes more than one round.
+    service = world.b.manager._site._cutover
+    monkeypatch.setattr(service, "_clock", lambda: time.time() + step_s)
+    migration = await world.ended(await world.migrate())
+    cutover = await recorded(world, migration.id)
+    assert cutover.rounds > 1
+    assert cutover.verified_ms is not None and 0.0 <= cutover.verified_ms < 60_000.0
+
+
 async def test_a_network_that_does_not_follow_is_told_of(
     world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
