@@ -9,11 +9,11 @@ after-migration, on-failure    at its end, also one that only the next agent saw
 from __future__ import annotations
 
 import logging
-import time
 
 from migrator.errors import FerryError
 from migrator.model import DomainSpec, Migration, MigrationState, Phase
 from migrator.session.source import SourceSession
+from migrator.steady_clock import SteadyClock
 from node_agent.hooks.model import HookCall, HookPoint, HookReport
 from node_agent.hooks.service import HookService
 
@@ -76,14 +76,15 @@ class MigrationMoments:
             return False
 
     async def _run(self, session: SourceSession, point: HookPoint) -> HookReport:
-        started_s = time.time()
+        clock = SteadyClock()
+        started_s = clock.now_s
         report = await self._hooks.run(call_of(session.view(), session.spec, point), session.spec)
         if report.results:
             session.timeline.append(
                 Phase(
                     name=f"hooks {point}",
                     started_at_s=started_s,
-                    seconds=max(time.time() - started_s, 0.0),
+                    seconds=clock.now_s - started_s,
                     detail=report.sentence,
                 )
             )
