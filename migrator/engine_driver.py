@@ -26,7 +26,7 @@ from migrator.left_tracking import clear_tracking
 from migrator.model import DomainName, PassKind, Role
 from migrator.own_threads import STATE_DIRECTORY, in_own_thread
 from migrator.policy import page_streams
-from migrator.ports import HypervisorDriver, Struct, close_regions
+from migrator.ports import HypervisorDriver, MemoryRegion, Struct, close_regions
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
@@ -78,6 +78,7 @@ class EngineDriver:
         self._post_copy = False
         self._early = False
         """The destination's engine gets the memory before the hypervisor is up, then the rest."""
+        self._early_files: list[tuple[int, int]] = []  # Of that memory: device, inode.
         self._configured_process: EngineProcess | None = None
         self._pages_in_use = 0
         self._round_trip_ms = 0.0
@@ -217,11 +218,12 @@ class EngineDriver:
         settings = await self._configuration(self._secret)
         try:
             regions = await self._hypervisor.arriving_memory(self._domain)
-        except HypervisorError as error:  # It has died: whoever started it tells why.
+        except FerryError as error:  # It isn't there any more: whoever started it tells why.
             log.info("migration %s: %s", self._session.migration_id, error)
             return
         try:
             layout = m.layout_of(regions)
+            self._early_files = _files_of(regions)
             early = msgspec.structs.replace(settings, regions=layout, attached=False)
             self._send_configuration(early, [region.fd for region in regions])
         finally:
@@ -236,6 +238,8 @@ class EngineDriver:
             return
         memory = await self._hypervisor.memory(self._domain)
         try:
+            if _files_of(memory.regions) != self._early_files:  # It would run without its pages.
+                raise HypervisorError(f"{self._domain} has other memory than its pages went to")
             self._process.send(m.Attach(regions=m.layout_of(memory.regions)), fds=[memory.uffd])
         finally:
             memory.close()
@@ -406,6 +410,10 @@ class EngineDriver:
             self._stopping = True
             how = shortage.killed_by(-status) if status < 0 else f"ended with status {status}"
             self._feed(v.EngineLost(reason=f"it {how}"))
+
+
+def _files_of(regions: Sequence[MemoryRegion]) -> list[tuple[int, int]]:
+    return [(each.st_dev, each.st_ino) for each in (os.fstat(region.fd) for region in regions)]
 
 
 def _told_by(message: m.FromEngine) -> v.Event | None:

@@ -76,10 +76,6 @@ class MemoryRegion(Struct, frozen=True, kw_only=True):
     mappings: tuple[RegionMapping, ...]
 
 
-OnMemory = Callable[[], None] | None
-"""See `HypervisorDriver.start_incoming`."""
-
-
 def close_regions(regions: Sequence[MemoryRegion]) -> None:
     import os
 
@@ -199,11 +195,10 @@ class HypervisorDriver(abc.ABC):
         """Start a domain; when this returns its vCPUs run. On failure nothing is left."""
 
     @abc.abstractmethod
-    async def start_incoming(self, launch: Launch, on_memory: OnMemory = None) -> None:
+    async def start_incoming(self, launch: Launch) -> None:
         """Start a destination: paused, its devices made, waiting for device state.
 
-        `on_memory` is called on the way there, if the driver can, once `arriving_memory` may be
-        written to: the hypervisor touches none of it until it is given device state.
+        It takes the memory that was made ahead, if there is some, whether it succeeds or fails.
         """
 
     @abc.abstractmethod
@@ -268,8 +263,23 @@ class HypervisorDriver(abc.ABC):
     async def memory(self, domain: DomainName) -> GuestMemory:
         """Open the guest's memory, at any time, also after the agent's restart."""
 
+    async def make_memory_ahead(self, spec: DomainSpec) -> bool:
+        """Make a destination's memory before `start_incoming`. False: the driver can't.
+
+        `arriving_memory` may be written to from then on: the hypervisor that takes it touches none
+        of it until it is given device state. HypervisorError: there is none.
+        """
+        return False
+
+    async def drop_memory_ahead(self, domain: DomainName) -> None:
+        """Give it back, if no hypervisor has taken it. Idempotent."""
+        return
+
     async def arriving_memory(self, domain: DomainName) -> Sequence[MemoryRegion]:
-        """A destination's, from `on_memory` on: not mapped anywhere yet. The caller closes it."""
+        """A destination's, from `make_memory_ahead` on: maybe not mapped yet. The caller closes it.
+
+        NotFoundError, HypervisorError: there is none, or none any more.
+        """
         raise HypervisorError(f"{self.name} has no memory of {domain} before it is up")
 
     @abc.abstractmethod

@@ -37,7 +37,7 @@ from hypervisor.qemu.early_pages import EarlyPages
 from hypervisor.qemu.guest import Guest
 from hypervisor.qemu.host import HostProbe
 from hypervisor.qemu.launcher import Launched
-from hypervisor.qemu.memory import memory_in_use_bytes, open_arriving, open_memory
+from hypervisor.qemu.memory import memory_in_use_bytes, open_memory
 from hypervisor.qemu.native import QemuNative
 from hypervisor.qemu.offload import offload, offload_or_undone, offload_to_disk
 from hypervisor.qemu.process import QemuProcess
@@ -59,8 +59,6 @@ from migrator.ports import (
     HypervisorDriver,
     Launch,
     MemoryRegion,
-    OnMemory,
-    close_regions,
 )
 
 log = logging.getLogger(__name__)
@@ -138,6 +136,7 @@ class QemuDriver(HypervisorDriver):
         self._unreadable.clear()
         for guest in guests:
             await guest.let_go()
+        self._early_pages.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -218,11 +217,10 @@ class QemuDriver(HypervisorDriver):
     async def start(self, launch: Launch) -> None:
         await self._launch(launch, incoming=False)
 
-    async def start_incoming(self, launch: Launch, on_memory: OnMemory = None) -> None:
-        early = on_memory if self._early_pages.possible else None
-        await self._launch(launch, incoming=True, on_memory=early)
+    async def start_incoming(self, launch: Launch) -> None:
+        await self._launch(launch, incoming=True)
 
-    async def _launch(self, launch: Launch, *, incoming: bool, on_memory: OnMemory = None) -> None:
+    async def _launch(self, launch: Launch, *, incoming: bool) -> None:
         name = launch.spec.name
         if self._lock is None:
             raise HypervisorError("the QEMU driver is not open")
@@ -232,11 +230,12 @@ class QemuDriver(HypervisorDriver):
         self._launching.add(name)
         self._crashed.pop(DomainName(name), None)  # Its folder is made anew.
         try:
-            await self._launch_and_run(launch, incoming=incoming, on_memory=on_memory)
+            await self._launch_and_run(launch, incoming=incoming)
         finally:
             self._launching.discard(name)
+            self._early_pages.drop(name)
 
-    async def _launch_and_run(self, launch: Launch, *, incoming: bool, on_memory: OnMemory) -> None:
+    async def _launch_and_run(self, launch: Launch, *, incoming: bool) -> None:
         name, config = launch.spec.name, self.config
         if (removal := self._removals.get(DomainName(name))) is not None:
             await leftovers.see_removed(name, removal, timeout_s=LAUNCH_TIMEOUT_S)
@@ -255,19 +254,18 @@ class QemuDriver(HypervisorDriver):
             ),
         )
         directory = config.domain_directory(name)
+        memory = self._early_pages.of(name)
         launched = await offload_or_undone(
-            lambda: launcher.launch_process(request, directory, qemu_log),
+            lambda: launcher.launch_process(request, directory, qemu_log, memory),
             Launched.kill,
             f"the start of {name}",
         )
         guest = self._take(launched)
         guest.said = lambda: logs.since(qemu_log, said)
         try:
-            if on_memory is not None:
-                on_memory()
             await guest.connect(timeout_s=LAUNCH_TIMEOUT_S)
             guest.said = None
-            if on_memory is not None:
+            if memory is not None:
                 await self._early_pages.see_untouched(guest)
             if not incoming:
                 await resuming.cont(guest)
@@ -415,11 +413,15 @@ class QemuDriver(HypervisorDriver):
             undo=GuestMemory.close,
         )
 
+    async def make_memory_ahead(self, spec: DomainSpec) -> bool:
+        return self._early_pages.make(spec)
+
+    async def drop_memory_ahead(self, domain: DomainName) -> None:
+        if domain not in self._launching:
+            self._early_pages.drop(domain)
+
     async def arriving_memory(self, domain: DomainName) -> Sequence[MemoryRegion]:
-        guest = self._guest(domain)
-        return await offload(
-            lambda: open_arriving(guest.process, guest.record.ram_fd), undo=close_regions
-        )
+        return await self._early_pages.regions(domain, self._guest)
 
     async def prepare_switchover(self, domain: DomainName) -> None:
         await switchover.prepare(self._guest(domain))

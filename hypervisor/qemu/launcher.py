@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from hypervisor.qemu import records
@@ -59,8 +60,13 @@ class Launched:
         records.remove_directory(self.directory)
 
 
-def launch_process(request: QemuLaunch, directory: Path, log: Path) -> Launched:
-    """Start QEMU, paused, and record it. HypervisorError leaves nothing behind."""
+def launch_process(
+    request: QemuLaunch, directory: Path, log: Path, memory: Callable[[], int] | None = None
+) -> Launched:
+    """Start QEMU, paused, and record it. HypervisorError leaves nothing behind.
+
+    `memory`: a new descriptor of the memory file that was made for it ahead; HypervisorError.
+    """
     arguments = build_command(request)
     spec = request.launch.spec
     records.remove_directory(directory)
@@ -68,7 +74,7 @@ def launch_process(request: QemuLaunch, directory: Path, log: Path) -> Launched:
         descriptors: dict[int, int] = {}
         try:
             directory.mkdir(mode=0o700)
-            ram = create_memfd(f"ferry-{spec.name}", spec.memory_bytes)
+            ram = create_memfd(spec) if memory is None else memory()
             ours.callback(os.close, ram)
             descriptors[RAM_FD] = ram
             descriptors[END_FD] = records.make_end(directory)

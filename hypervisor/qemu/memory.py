@@ -15,7 +15,7 @@ from pathlib import Path
 from hypervisor.qemu import kernel
 from hypervisor.qemu.process import QemuProcess
 from migrator.errors import HypervisorError
-from migrator.model import PAGE_SIZE_BYTES
+from migrator.model import PAGE_SIZE_BYTES, DomainSpec
 from migrator.ports import GuestMemory, MemoryRegion, RegionMapping
 
 SYS_PIDFD_GETFD = 438
@@ -24,11 +24,11 @@ SYS_PIDFD_GETFD = 438
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def create_memfd(name: str, size_bytes: int) -> int:
-    """A new, empty memfd of that size. The caller closes it."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+def create_memfd(spec: DomainSpec) -> int:
+    """A new, empty file for a domain's memory. The caller closes it. OSError."""
+    fd = os.memfd_create(f"ferry-{spec.name}", os.MFD_CLOEXEC)
     try:
-        os.ftruncate(fd, size_bytes)
+        os.ftruncate(fd, spec.memory_bytes)
     except BaseException:
         os.close(fd)
         raise
@@ -71,21 +71,20 @@ def _adjoins(last: RegionMapping, address: int, offset: int) -> bool:
     return last.address + length == address and last.region_offset_bytes + length == offset
 
 
-def open_arriving(process: QemuProcess, ram_fd: int) -> tuple[MemoryRegion, ...]:
+def open_arriving(process: QemuProcess, ram_fd: int) -> int:
     """The memory of a process that may not have come to map it. HypervisorError: it is gone."""
     try:
-        ram = duplicate_from(process.pidfd, ram_fd)
+        return duplicate_from(process.pidfd, ram_fd)
     except OSError as error:
         raise HypervisorError(f"can't open the memory of process {process.pid}: {error}") from error
-    size_bytes = os.fstat(ram).st_size
-    return (_region(ram, size_bytes, ()),)
 
 
-def _region(ram: int, size_bytes: int, mappings: tuple[RegionMapping, ...]) -> MemoryRegion:
+def region_of(ram: int, mappings: tuple[RegionMapping, ...] = ()) -> MemoryRegion:
+    """Of a guest's memory, whose descriptor it takes over."""
     return MemoryRegion(
         name="ram0",
         fd=ram,
-        size_bytes=size_bytes,
+        size_bytes=os.fstat(ram).st_size,
         page_size_bytes=PAGE_SIZE_BYTES,
         mappings=mappings,
     )
@@ -112,7 +111,7 @@ def open_memory(pid: int, pidfd: int, *, ram_fd: int, uffd_fd: int) -> GuestMemo
             raise HypervisorError(
                 f"process {pid} maps {covered} of its {status.st_size} bytes of guest memory"
             )
-        region = _region(ram, status.st_size, mappings)
+        region = region_of(ram, mappings)
         return GuestMemory(pid=pid, regions=(region,), uffd=uffd, pagemap_fd=pagemap)
     except BaseException as error:
         for fd in opened:

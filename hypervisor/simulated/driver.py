@@ -34,12 +34,11 @@ from migrator.ports import (
     HypervisorDriver,
     Launch,
     MemoryRegion,
-    OnMemory,
     RegionMapping,
 )
 
 COME_UP = "come_up"
-"""As an operation of `SimulatedFaults`: a destination's start, after `on_memory`."""
+"""As an operation of `SimulatedFaults`: a destination's start, where pages came before it."""
 MACHINE_TYPES = ("pc", "pc-i440fx-7.2", "pc-q35-7.2", "q35")
 CPU_MODELS = ("max", "qemu64")
 STANDING = frozenset({DomainState.PAUSED, DomainState.IO_ERROR, DomainState.POSTMIGRATE})
@@ -119,11 +118,14 @@ class SimulatedHypervisor(HypervisorDriver):
         guest = await self._spawn("start", launch, incoming=False)
         self._run(guest)
 
-    async def start_incoming(self, launch: Launch, on_memory: OnMemory = None) -> None:
-        guest = await self._spawn("start_incoming", launch, incoming=True)
-        if on_memory is None:
+    async def start_incoming(self, launch: Launch) -> None:
+        early = launch.spec.name in self.host.memory_ahead
+        try:
+            guest = await self._spawn("start_incoming", launch, incoming=True)
+        finally:
+            self.host.drop_memory_ahead(launch.spec.name)
+        if not early:
             return
-        on_memory()
         try:
             await self.host.faults.strike(COME_UP)
         except BaseException:
@@ -225,7 +227,17 @@ class SimulatedHypervisor(HypervisorDriver):
 
     # --- what the page engine needs --------------------------------------------------------
 
+    async def make_memory_ahead(self, spec: DomainSpec) -> bool:
+        await self.host.faults.strike("make_memory_ahead")
+        self.host.make_memory_ahead(spec)
+        return True
+
+    async def drop_memory_ahead(self, domain: DomainName) -> None:
+        self.host.drop_memory_ahead(domain)
+
     async def arriving_memory(self, domain: DomainName) -> Sequence[MemoryRegion]:
+        if (made := self.host.memory_ahead.get(domain)) is not None:
+            return (_region(made, ()),)
         memory = await self.memory(domain)
         os.close(memory.uffd)
         os.close(memory.pagemap_fd)
@@ -236,13 +248,8 @@ class SimulatedHypervisor(HypervisorDriver):
         guest = self._guest(domain)
         await self.host.faults.strike("memory")
         size = guest.launch.spec.memory_bytes
-        region = MemoryRegion(
-            name="ram0",
-            fd=os.dup(guest.memory_fd),
-            size_bytes=size,
-            page_size_bytes=PAGE_SIZE_BYTES,
-            mappings=(RegionMapping(address=0, length_bytes=size, region_offset_bytes=0),),
-        )
+        mapping = RegionMapping(address=0, length_bytes=size, region_offset_bytes=0)
+        region = _region(guest.memory_fd, (mapping,))
         return GuestMemory(
             pid=guest.pid,
             regions=(region,),
@@ -342,3 +349,13 @@ class SimulatedHypervisor(HypervisorDriver):
             host.emit(domain, DomainEventKind.DEVICE_STATE_LOADED)
 
         host.channels.listen(device_channel, deliver)
+
+
+def _region(memory_fd: int, mappings: tuple[RegionMapping, ...]) -> MemoryRegion:
+    return MemoryRegion(
+        name="ram0",
+        fd=os.dup(memory_fd),
+        size_bytes=os.fstat(memory_fd).st_size,
+        page_size_bytes=PAGE_SIZE_BYTES,
+        mappings=mappings,
+    )

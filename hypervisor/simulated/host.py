@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from migrator.errors import HypervisorError
-from migrator.model import DomainName, DomainState
+from migrator.model import DomainName, DomainSpec, DomainState
 from migrator.ports import DomainEvent, DomainEventKind, Launch
 
 Deliver = Callable[[bytes | None], None]
@@ -101,7 +101,10 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
 class SimulatedGuest:
     """One simulated process: a state, a memfd as memory, and how long its vCPUs have run."""
 
-    def __init__(self, launch: Launch, pid: int, *, incoming: bool) -> None:
+    def __init__(
+        self, launch: Launch, pid: int, *, incoming: bool, memory_fd: int | None = None
+    ) -> None:
+        """`memory_fd`: its memory, which it takes over."""
         self.launch = launch
         self.pid = pid
         self.incoming = incoming
@@ -110,8 +113,7 @@ class SimulatedGuest:
         self.reason: str | None = None
         self.state_before_switchover = DomainState.RUNNING
         self.device_channel: Path | None = None
-        self.memory_fd = os.memfd_create(f"simulated-{launch.spec.name}", os.MFD_CLOEXEC)
-        os.ftruncate(self.memory_fd, launch.spec.memory_bytes)
+        self.memory_fd = _make_memory(launch.spec) if memory_fd is None else memory_fd
         self._ran_s = 0.0
         self._runs_since_s: float | None = None
 
@@ -165,6 +167,12 @@ class SimulatedGuest:
         return os.fstat(self.memory_fd).st_blocks * 512
 
 
+def _make_memory(spec: DomainSpec) -> int:
+    made = os.memfd_create(f"simulated-{spec.name}", os.MFD_CLOEXEC)
+    os.ftruncate(made, spec.memory_bytes)
+    return made
+
+
 class SimulatedHost:
     """One machine: its guests by name. `emit` goes to the driver that is open on it, if any."""
 
@@ -173,6 +181,8 @@ class SimulatedHost:
         self.clock = clock
         self.faults = SimulatedFaults()
         self.guests: dict[str, SimulatedGuest] = {}
+        self.memory_ahead: dict[str, int] = {}
+        """Made before the destination that will take it."""
         self.native_pending: deque[int] = deque()
         """Pages that are dirty again at the end of each pass of the hypervisor's own migration."""
         self.listener: Callable[[DomainEvent], None] | None = None
@@ -184,10 +194,21 @@ class SimulatedHost:
 
     def spawn(self, launch: Launch, *, incoming: bool) -> SimulatedGuest:
         self._next_pid += 1
-        guest = SimulatedGuest(launch, self._next_pid, incoming=incoming)
+        made = self.memory_ahead.pop(launch.spec.name, None)
+        guest = SimulatedGuest(launch, self._next_pid, incoming=incoming, memory_fd=made)
         self.guests[launch.spec.name] = guest
         self.crashed.discard(launch.spec.name)
         return guest
+
+    def make_memory_ahead(self, spec: DomainSpec) -> None:
+        self.drop_memory_ahead(spec.name)
+        self.memory_ahead[spec.name] = _make_memory(spec)
+
+    def drop_memory_ahead(self, domain: str) -> None:
+        """Idempotent."""
+        made = self.memory_ahead.pop(domain, None)
+        if made is not None:
+            os.close(made)
 
     def kill(
         self, domain: str, reason: str = "QEMU was killed by signal 9", *, crashed: bool = False

@@ -121,28 +121,40 @@ class NodeSite(Site):
         on_memory: Callable[[], None],
     ) -> None:
         spec, domain = session.spec, DomainName(session.domain)  # Claimed when it was admitted.
-        own = await self._hypervisor.capabilities()
-        # The source compared its hypervisor when it asked; memory and bridges change by the second.
-        reasons = await self._check.reasons(
-            Inspection(spec=spec, source=own, engine=session.request.engine)
-        )
-        if reasons:
-            raise RefusedError(f"{session.destination} can't take domain {domain}", reasons)
         paged = session.request.engine is not EngineKind.NATIVE
-        early = on_memory if paged and session.pages_first else None
-        launch, undo = await self._domains.build_launch(spec, FencingToken(session.next_token))
+        try:
+            if paged and session.pages_first and await self._hypervisor.make_memory_ahead(spec):
+                on_memory()  # Its volumes, taps and hypervisor take longer than the first pages.
+            await self._refuse_unless_fit(session)
+            launch, undo = await self._domains.build_launch(spec, FencingToken(session.next_token))
+        except BaseException:
+            await self._hypervisor.drop_memory_ahead(domain)
+            raise
         try:
             async with _beside(self._cutover.prepare_arrival(_move(session))):
-                await self._hypervisor.start_incoming(launch, early)
+                await self._hypervisor.start_incoming(launch)
             await hold(session.role, "arrive")
             undo.release()
             if paged:
                 await self._hypervisor.receive_device_state(domain, device_channel)
         except BaseException:
             undo.release()  # Also where the hypervisor can't be ended now: that is tried again.
+            await self._hypervisor.drop_memory_ahead(domain)
             await self._hypervisor.destroy(domain)
             await undo()
             raise
+
+    async def _refuse_unless_fit(self, session: DestinationSession) -> None:
+        """The source compared its hypervisor when it asked; memory and bridges change by the
+        second. RefusedError.
+        """
+        asked = Inspection(
+            spec=session.spec,
+            source=await self._hypervisor.capabilities(),
+            engine=session.request.engine,
+        )
+        if reasons := await self._check.reasons(asked):
+            raise RefusedError(f"{session.destination} can't take domain {session.domain}", reasons)
 
     async def leave(self, session: SourceSession) -> str:
         await self._arrivals.wait(session.destination, session.migration_id)

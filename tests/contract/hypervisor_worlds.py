@@ -17,6 +17,9 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Final
+
+import pytest
 
 from hypervisor.qemu.driver import QemuDriver
 from hypervisor.simulated.driver import SimulatedHypervisor
@@ -268,12 +271,24 @@ async def _close(server: asyncio.Server) -> None:
     await server.wait_closed()
 
 
+KINDS: Final = ("simulated", pytest.param("qemu", marks=pytest.mark.lab))
+"""As a fixture's parameters: each names a world for `open_world`."""
+
+
 @asynccontextmanager
-async def open_qemus(folder: Path) -> AsyncIterator[QemuWorld]:
-    """A world of real QEMUs, which are gone afterwards."""
-    world = QemuWorld(folder)
+async def open_world(kind: str, folder: Path) -> AsyncIterator[World]:
+    """A world of such drivers, whose guests are gone afterwards."""
+    world: World = QemuWorld(folder) if kind == "qemu" else SimulatedWorld(folder)
     await world.open()
     try:
         yield world
     finally:
         await world.close()
+
+
+@asynccontextmanager
+async def open_qemus(folder: Path) -> AsyncIterator[QemuWorld]:
+    """A world of real QEMUs, which are gone afterwards."""
+    async with open_world("qemu", folder) as world:
+        assert isinstance(world, QemuWorld)
+        yield world

@@ -13,25 +13,21 @@ import pytest
 
 from migrator.errors import HypervisorError, NotFoundError, NotResumedError
 from migrator.model import PAGE_SIZE_BYTES, DomainState
-from migrator.ports import AbortOutcome, DomainEventKind, close_regions
+from migrator.ports import AbortOutcome, DomainEventKind
 from tests.contract.hypervisor_worlds import (
+    KINDS,
     MEMORY_BYTES,
     SOON_S,
     VM,
-    QemuWorld,
-    SimulatedWorld,
     World,
+    open_world,
 )
 
 
-@pytest.fixture(params=["simulated", pytest.param("qemu", marks=pytest.mark.lab)])
+@pytest.fixture(params=KINDS)
 async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
-    made = {"simulated": SimulatedWorld, "qemu": QemuWorld}[request.param](tmp_path)
-    await made.open()
-    try:
+    async with open_world(request.param, tmp_path) as made:
         yield made
-    finally:
-        await made.close()
 
 
 async def test_capabilities(world: World) -> None:
@@ -190,34 +186,6 @@ async def test_who_hears_that_it_is_stopped_has_heard_how_it_ended(world: World,
         while not await stopped():
             pass  # As often as can be: it is about a moment.
     assert world.a.kinds()[-1] is DomainEventKind.EXITED
-
-
-async def test_what_is_written_to_a_destinations_memory_while_it_starts_stays(world: World) -> None:
-    """Its page engine writes there then."""
-    driver, came = world.a.driver, b"early" * 1000
-    writing: list[asyncio.Task[None]] = []
-
-    async def write() -> None:
-        (region,) = await driver.arriving_memory(VM)
-        try:
-            for at in (0, 0xF0000, region.size_bytes - len(came)):  # Where firmware lives, too.
-                assert os.pwrite(region.fd, came, at) == len(came)
-        finally:
-            close_regions([region])
-
-    await driver.start_incoming(
-        world.launch(), lambda: writing.append(asyncio.create_task(write()))
-    )
-    assert len(writing) == 1
-    await writing[0]
-    memory = await driver.memory(VM)
-    try:
-        (region,) = memory.regions
-        for at in (0, 0xF0000, region.size_bytes - len(came)):
-            assert os.pread(region.fd, len(came), at) == came
-    finally:
-        memory.close()
-    assert await world.a.state() is DomainState.INCOMING
 
 
 @pytest.mark.parametrize("state", [DomainState.RUNNING, DomainState.PAUSED, DomainState.INCOMING])

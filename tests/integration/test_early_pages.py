@@ -13,7 +13,7 @@ import pytest
 from hypervisor.qemu import early_pages
 from hypervisor.qemu.command_line import RAM_FD
 from hypervisor.qemu.memory import touched
-from migrator.errors import HypervisorError
+from migrator.errors import HypervisorError, NotFoundError
 from migrator.model import DiskFormat, DiskSpec, DomainState, FileSource
 from migrator.ports import DomainEventKind
 from tests.contract.hypervisor_worlds import VM, QemuWorld, open_qemus
@@ -35,10 +35,11 @@ async def test_a_destination_that_fails_to_start_says_why_and_leaves_nothing(
     launch = world.launch()
     spec = msgspec.structs.replace(launch.spec, disks=(DiskSpec(pool="p", volume="v"),))
     broken = msgspec.structs.replace(launch, spec=spec, disks=(missing,))
-    told: list[bool] = []
+    assert await world.a.driver.make_memory_ahead(spec)
     with pytest.raises(HypervisorError, match=r"missing\.raw.*No such file"):
-        await world.a.driver.start_incoming(broken, lambda: told.append(True))
-    assert told == [True]
+        await world.a.driver.start_incoming(broken)
+    with pytest.raises(NotFoundError):
+        await world.a.driver.arriving_memory(VM)
     assert "No such file" in (await world.a.wait(DomainEventKind.EXITED)).detail
     assert list((world.folder / "a" / "run").iterdir()) == []
     assert await world.a.state() is DomainState.STOPPED
@@ -46,24 +47,28 @@ async def test_a_destination_that_fails_to_start_says_why_and_leaves_nothing(
 
 
 async def test_a_destination_is_one_while_it_starts(world: QemuWorld) -> None:
-    found: list[asyncio.Task[DomainState]] = []
-    await world.a.driver.start_incoming(
-        world.launch(), lambda: found.append(asyncio.create_task(world.a.state()))
-    )
-    assert await found[0] is DomainState.INCOMING
+    starting = asyncio.create_task(world.a.driver.start_incoming(world.launch()))
+    found: list[DomainState] = []
+    while not starting.done():
+        await asyncio.wait([starting], timeout=0.002)
+        found.append(await world.a.state())
+    first = next(each for each in found if each is not DomainState.STOPPED)
+    assert first is DomainState.INCOMING
+    await starting
 
 
 async def test_a_qemu_that_touched_its_memory_at_its_start_is_given_none_so_early_again(
     world: QemuWorld,
 ) -> None:
     """No version does that is known; what came is lost then."""
-    told: list[bool] = []
+    driver, launch = world.a.driver, world.launch()
     with unittest.mock.patch.object(early_pages, "touched", return_value=True):
+        assert await driver.make_memory_ahead(launch.spec)
         with pytest.raises(HypervisorError, match="touched its guest's memory"):
-            await world.a.driver.start_incoming(world.launch(), lambda: told.append(True))
+            await driver.start_incoming(launch)
         assert list((world.folder / "a" / "run").iterdir()) == []
-        await world.a.driver.start_incoming(world.launch(), lambda: told.append(True))
-    assert told == [True]
+        assert not await driver.make_memory_ahead(launch.spec)
+        await driver.start_incoming(launch)
 
 
 async def test_that_a_qemu_touched_its_memory_is_seen(world: QemuWorld) -> None:

@@ -235,6 +235,8 @@ class SimulatedHypervisor(HypervisorDriver):
         self.subscribers: list[Callable[[DomainEvent], None]] = []
         self.unheard: set[DomainName] = set()
         """Their processes are gone, and the event that says so is on its way."""
+        self.memory_ahead: dict[DomainName, list[int]] = {}
+        """Made before the destination that will take it."""
 
     def _domain(self, name: str) -> Domain:
         return self._agent.node.cluster.domains[DomainName(name)]
@@ -296,11 +298,25 @@ class SimulatedHypervisor(HypervisorDriver):
         guest = await self._call(effect)
         guest.doomed = False
 
-    async def start_incoming(
-        self, launch: Launch, on_memory: Callable[[], None] | None = None
-    ) -> None:
-        await self._call(lambda: self._spawn(launch, G.INCOMING, [-1] * PAGES))
-        await stand_ins.come_up(self._agent, launch.spec.name, on_memory)
+    async def make_memory_ahead(self, spec: DomainSpec) -> bool:
+        name = DomainName(spec.name)
+        self.memory_ahead.pop(name, None)
+        if not stand_ins.takes_pages_early(self._agent):
+            return False
+        self.memory_ahead[name] = [-1] * PAGES
+        return True
+
+    async def drop_memory_ahead(self, domain: DomainName) -> None:
+        self.memory_ahead.pop(domain, None)
+
+    async def start_incoming(self, launch: Launch) -> None:
+        name = DomainName(launch.spec.name)
+        early = self.memory_ahead.get(name)
+        memory = [-1] * PAGES if early is None else early
+        await self._call(lambda: self._spawn(launch, G.INCOMING, memory))
+        self.memory_ahead.pop(name, None)
+        if early is not None:
+            await stand_ins.come_up(self._agent, launch.spec.name)
 
     def _spawn(self, launch: Launch, state: G, memory: list[int]) -> Guest:
         domain, node = self._domain(launch.spec.name), self._agent.node.name

@@ -21,7 +21,7 @@ from migrator.ports import AbortOutcome, DomainEventKind
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
-from tests.simulation import post_copy
+from tests.simulation import post_copy, stand_ins
 from tests.simulation.checkers import memory, writes
 from tests.simulation.guests import CONDITIONS, PAGES, G, Guest
 from tests.simulation.world import HANG_S, STALL_S
@@ -262,9 +262,9 @@ def _run_pass(side: Side, command: v.RunPass) -> list[v.Event]:
         post_copy.tell_missing(side, command)
         return []
     world = side.world
-    source, destination = side.guest, side.other.guest
+    source, there = side.guest, stand_ins.memory_of(side.other)
     engines = (side.engine, side.other.engine)
-    if not all(engines) or source is None or destination is None:
+    if not all(engines) or source is None or there is None:
         return []
     if command.kind is PassKind.FINAL:
         side.pending |= source.dirty
@@ -275,7 +275,7 @@ def _run_pass(side: Side, command: v.RunPass) -> list[v.Event]:
 
     def copy(pages: list[int]) -> None:
         for page in pages:
-            destination.memory[page] = source.memory[page]
+            there[page] = source.memory[page]
 
     def finish(*, whole: bool = True) -> None:
         if (side.engine, side.other.engine) != engines or side.running_pass is not running:

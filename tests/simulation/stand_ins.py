@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from migrator.errors import HypervisorError, StoreError
@@ -19,6 +18,7 @@ from node_agent.restart_notes import RestartNotes, RestartStore
 
 if TYPE_CHECKING:
     from tests.simulation.agent import Agent
+    from tests.simulation.side import Side
 
 WRITE_S = 0.005
 ASK_S = 0.01
@@ -92,13 +92,25 @@ class SimulatedArrivals(Arrivals):
             await self._agent.call(_nothing, ASK_S)
 
 
-async def come_up(agent: Agent, name: str, on_memory: Callable[[], None] | None) -> None:
-    """A destination whose process was just made: some can take pages before they are up."""
+def takes_pages_early(agent: Agent) -> bool:
+    """Some destinations can, before they are up, or have so much as a process."""
+    world = agent.world
+    dice = random.Random(f"memory {world.seed} {agent.node.name} {world.now_s}")
+    return world.seed % EARLY_IN_EACH == 0 and dice.random() < EARLY
+
+
+def memory_of(side: Side) -> list[int] | None:
+    """Its guest's here, or what was made for it ahead."""
+    if side.guest is not None:
+        return side.guest.memory
+    agent = side.node.agent
+    return None if agent is None else agent.hypervisor.memory_ahead.get(side.domain.name)
+
+
+async def come_up(agent: Agent, name: str) -> None:
+    """A destination whose process was just made, and whose memory was there before."""
     world, node = agent.world, agent.node
     dice = random.Random(f"early {world.seed} {node.name} {world.now_s}")
-    if on_memory is None or world.seed % EARLY_IN_EACH or dice.random() >= EARLY:
-        return
-    on_memory()
     fails = dice.random() < world.faults.command_failure
     domain = node.cluster.domains[DomainName(name)]
 

@@ -19,8 +19,8 @@ from migrator.engine import client
 from migrator.engine.client import EngineProcess
 from migrator.engine.spares import EngineSpares
 from migrator.engine_driver import EngineDriver, EngineSettings
-from migrator.model import DomainName, PassKind, PassReport
-from migrator.ports import GuestMemory, HypervisorDriver
+from migrator.model import DomainName, PassKind, PassReport, Role
+from migrator.ports import GuestMemory, HypervisorDriver, MemoryRegion
 from migrator.session import vocabulary as v
 from tests.unit.session_pair import SessionPair
 
@@ -66,15 +66,32 @@ class _Hypervisor:
 
     def __init__(self) -> None:
         self.meanwhile: Callable[[], None] = lambda: None
+        self.files: list[Path] = []
+        """The first is the guest's memory; none: it has none."""
 
     async def memory(self, domain: DomainName) -> GuestMemory:
         self.meanwhile()
-        return GuestMemory(pid=1, regions=(), uffd=os.eventfd(0), pagemap_fd=os.eventfd(0))
+        regions = tuple(await self.arriving_memory(domain))
+        return GuestMemory(pid=1, regions=regions, uffd=os.eventfd(0), pagemap_fd=os.eventfd(0))
+
+    async def arriving_memory(self, domain: DomainName) -> Sequence[MemoryRegion]:
+        return [
+            MemoryRegion(
+                name="ram0",
+                fd=os.open(each, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600),
+                size_bytes=MIB,
+                page_size_bytes=4096,
+                mappings=(),
+            )
+            for each in self.files[:1]
+        ]
 
 
 class _World:
-    def __init__(self, folder: Path) -> None:
-        self.session = SessionPair().source
+    def __init__(self, folder: Path, role: Role = Role.SOURCE) -> None:
+        self.heard: list[v.Event] = []
+        pair = SessionPair()
+        self.session = pair.source if role is Role.SOURCE else pair.destination
         self.spares = _Spares()
         self.hypervisor = _Hypervisor()
         self.driver = EngineDriver(
@@ -84,7 +101,7 @@ class _World:
             ),
             hypervisor=cast(HypervisorDriver, self.hypervisor),
             device_channel=folder / "device",
-            feed=lambda event: None,
+            feed=self.heard.append,
         )
 
     async def perform(self, command: v.EngineCommand) -> None:
@@ -120,6 +137,27 @@ async def test_a_successor_is_told_nothing_before_its_configuration(world: _Worl
     assert isinstance(connect, m.Connect)
     world.limit(6 * MIB)
     assert successor.told[2:] == [m.SetBandwidth(bandwidth_bytes_per_s=6 * MIB)]
+    await world.driver.close()
+
+
+@pytest.mark.parametrize("same", [True, False])
+async def test_a_guest_whose_memory_isnt_what_its_pages_went_to_is_never_attached(
+    tmp_path: Path, same: bool
+) -> None:
+    """It would run with zeros."""
+    world = _World(tmp_path, Role.DESTINATION)
+    world.hypervisor.files = [tmp_path / "made ahead"]
+    world.driver.begin_early()
+    await world.perform(v.StartEngine())
+    if not same:
+        world.hypervisor.files = [tmp_path / "another"]
+    await world.driver.arrived()
+    (engine,) = world.spares.taken
+    kinds = [type(each) for each in engine.told]
+    attached = [m.Attach, m.OpenDeviceChannel]
+    assert kinds == [m.Configure, *(attached if same else [])]
+    lost = [each.reason for each in world.heard if isinstance(each, v.EngineLost)]
+    assert lost == ([] if same else ["start: vm has other memory than its pages went to"])
     await world.driver.close()
 
 

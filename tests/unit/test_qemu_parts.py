@@ -16,7 +16,7 @@ import pytest
 from hypervisor.machine_types import pin_machine
 from hypervisor.qemu import logs, process, records
 from hypervisor.qemu.host import machine_names
-from hypervisor.qemu.memory import create_memfd, parse_maps
+from hypervisor.qemu.memory import parse_maps
 from hypervisor.qemu.offload import offload
 from hypervisor.qemu.process import (
     ProcessIdentity,
@@ -182,7 +182,8 @@ def test_a_reused_pid_is_another_process() -> None:
 
 
 async def test_a_process_inherits_what_it_is_given_and_its_end_is_noticed(tmp_path: Path) -> None:
-    fd = create_memfd("t", 4096)
+    fd = os.memfd_create("t", os.MFD_CLOEXEC)
+    os.ftruncate(fd, 4096)
     log = tmp_path / "log"
     script = "import os,time;print(os.fstat(100).st_size,os.getsid(0)==os.getpid(),flush=True);"
     request = Spawn(
