@@ -124,7 +124,7 @@ async def test_long_copies_hold_nothing_else_up(
     creating = [asyncio.create_task(create(number)) for number in range(MORE_THAN_A_LOOP_HAS)]
     try:
         async with asyncio.timeout(5):
-            await asyncio.to_thread(begun.wait)
+            assert await asyncio.to_thread(begun.wait, 5)
             await asyncio.sleep(0.2)  # The others, too.
             assert await asyncio.to_thread(lambda: "the heartbeat") == "the heartbeat"
             assert await pool.list_volumes() == []

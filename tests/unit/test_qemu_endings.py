@@ -121,7 +121,7 @@ async def test_a_start_that_is_cancelled_is_over_when_its_process_is(
     begun, go = threading.Event(), threading.Event()
     made: list[Launched] = []
 
-    def launch_slowly(_request: object, directory: Path, _log: Path) -> Launched:
+    def launch_slowly(_request: object, directory: Path, *_: object) -> Launched:
         begun.set()
         go.wait(10)
         made.append(launched(directory))
@@ -130,7 +130,7 @@ async def test_a_start_that_is_cancelled_is_over_when_its_process_is(
     monkeypatch.setattr(launcher, "launch_process", launch_slowly)
     starting = asyncio.create_task(driver.start(LAUNCH))
     try:
-        await asyncio.to_thread(begun.wait)
+        assert await asyncio.to_thread(begun.wait, 10)
         starting.cancel()
         await asyncio.sleep(0)
         starting.cancel()  # Whoever is impatient waits all the same.

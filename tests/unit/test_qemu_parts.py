@@ -288,7 +288,7 @@ async def test_a_cancelled_offload_undoes_its_result() -> None:
         undone.set()
 
     task = asyncio.create_task(offload(work, undo=undo))
-    await asyncio.to_thread(begun.wait)
+    assert await asyncio.to_thread(begun.wait, 10)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
