@@ -14,10 +14,13 @@ KERNEL_TIMEOUT_S: Final = 10.0
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_undoings: Final[set[asyncio.Task[None]]] = set()
 
 
 async def in_thread(call: Callable[[], _T], undo: Callable[[_T], None] | None = None) -> _T:
-    """Run `call` in a thread, bounded. Whoever gives up waiting gets its result undone."""
+    """Run `call` in a thread, bounded. Whoever gives up waiting gets its result undone, in a thread
+    as well: what talks to the kernel runs an event loop of its own, which it can't in ours.
+    """
     task = asyncio.ensure_future(asyncio.to_thread(call))
     try:
         async with asyncio.timeout(KERNEL_TIMEOUT_S):
@@ -35,4 +38,13 @@ def _abandoned(task: asyncio.Future[_T], undo: Callable[[_T], None] | None) -> N
     if (error := task.exception()) is not None:
         _log.info("a network call that was given up failed: %s", error)
     elif undo is not None:
-        undo(task.result())
+        result = task.result()
+        undoing = asyncio.ensure_future(asyncio.to_thread(undo, result))
+        undoing.add_done_callback(_undone)
+        _undoings.add(undoing)
+
+
+def _undone(undoing: asyncio.Task[None]) -> None:
+    _undoings.discard(undoing)
+    if not undoing.cancelled() and (error := undoing.exception()) is not None:
+        _log.error("a network call that was given up can't be undone: %s", error)
