@@ -40,6 +40,7 @@ from migrator.model import (
 from migrator.ports import HypervisorDriver
 from migrator.runner import Session
 from migrator.session import vocabulary as v
+from migrator.session.destination import DestinationSession
 from netfabric.simulated.connections import SimulatedConnections
 from node_agent.cluster_calls import ClusterCalls
 from node_agent.hooks.service import HookService
@@ -376,10 +377,41 @@ async def check_back_home(
     return ended
 
 
-async def held_in_precopy(world: MigrationWorld) -> tuple[Migration, Session]:
-    """A migration whose first pass doesn't end, and the source's session of it."""
+async def held_in_first_pass(world: MigrationWorld) -> tuple[Migration, Session]:
+    """A migration whose first pass doesn't end, and the source's session of it.
+
+    The destination may still be at its volumes and its hypervisor: pages go there first.
+    """
     world.script.hold_at_pass = PassKind.FIRST
     began = await world.migrate()
     live = world.a.manager._runners[began.id].session
     await world.until(lambda: live.state is MigrationState.PRECOPY)
     return began, live
+
+
+async def held_in_precopy(world: MigrationWorld) -> tuple[Migration, Session]:
+    """As `held_in_first_pass`, and the destination has all that it needs."""
+    began, live = await held_in_first_pass(world)
+
+    def is_up() -> bool:
+        arriving = world.b.manager._runners.get(began.id)
+        assert arriving is not None, "the destination has given up"
+        session = arriving.session
+        return isinstance(session, DestinationSession) and session._up
+
+    await world.until(is_up)
+    return began, live
+
+
+def end_first_pass(world: MigrationWorld, *, pending_pages: int = 0) -> None:
+    """Of a migration that is held in it; the next one isn't."""
+    world.script.hold_at_pass = None
+    report = PassReport(
+        number=1,
+        kind=PassKind.FIRST,
+        seconds=0.01,
+        pages=100,
+        bytes_sent=409_600,
+        pending_pages=pending_pages,
+    )
+    world.script.engine(Role.SOURCE).feed(v.PassFinished(report=report))

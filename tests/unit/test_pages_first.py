@@ -11,7 +11,7 @@ import pytest
 from migrator.model import MigrationState
 from node_agent.migrations.checks import Inspection
 from node_agent.migrations.site import NodeSite
-from tests.unit.migration_world import check_back_home, held_in_precopy, migration_world
+from tests.unit.migration_world import check_back_home, held_in_first_pass, migration_world
 
 TOLD = "its memory is taken"
 
@@ -34,7 +34,7 @@ async def test_a_node_that_refuses_after_pages_went_there_says_why_and_keeps_not
             return [TOLD]
 
         monkeypatch.setattr(check, "reasons", reasons)
-        began, live = await held_in_precopy(world)
+        began, live = await held_in_first_pass(world)
         assert world.b.node.host.memory_ahead.keys() == {live.domain}
         go_on.set()
         ended = await check_back_home(world, began, MigrationState.FAILED)

@@ -12,30 +12,20 @@ from migrator.model import (
     Migration,
     MigrationRequest,
     MigrationState,
-    PassKind,
-    PassReport,
-    Role,
     VolumeName,
 )
-from migrator.session import vocabulary as v
 from node_agent.migrations import storage_check
 from storage.simulated import SharedVolumes
 from tests.unit.migration_world import (
     WEB,
     MigrationWorld,
     check_back_home,
+    end_first_pass,
     held_in_precopy,
     migration_world,
 )
 
 _S = MigrationState
-
-
-def end_first_pass(world: MigrationWorld) -> None:
-    report = PassReport(
-        number=1, kind=PassKind.FIRST, seconds=0.01, pages=100, bytes_sent=409_600, pending_pages=0
-    )
-    world.script.engine(Role.SOURCE).feed(v.PassFinished(report=report))
 
 
 def quick(monkeypatch: pytest.MonkeyPatch, wait_s: float) -> None:
