@@ -23,9 +23,9 @@ from migrator.engine.spares import EngineSpares
 from migrator.engine_watch import EngineWatch
 from migrator.errors import FerryError, HypervisorError
 from migrator.left_tracking import clear_tracking
-from migrator.model import DomainName, PassKind, Role
+from migrator.model import DomainName, Role
 from migrator.own_threads import STATE_DIRECTORY, in_own_thread
-from migrator.policy import page_streams
+from migrator.policy import TOLD, page_streams
 from migrator.ports import HypervisorDriver, MemoryRegion, Struct, close_regions
 from migrator.session import vocabulary as v
 from migrator.session.destination import DestinationSession
@@ -85,7 +85,7 @@ class EngineDriver:
         self._may_be_tracked = isinstance(session, SourceSession) and session.restored
         """By what a killed engine has left registered; the last agent's may have been killed."""
         self._watch = EngineWatch(self._ask, self._hangs)
-        """From the moment that the guest may need the engine: for its missing pages."""
+        """From the moment that the guest's pages are told as missing: it will need the engine."""
         self._hangs_noted = False
         self._has_spoken: EngineProcess | None = None
         """Before that its imports may take as long as a busy host lets them."""
@@ -95,9 +95,9 @@ class EngineDriver:
         """Begin a command. A pass begins at once; the others in order, in the background."""
         match command:
             case v.RunPass():
-                if command.kind is PassKind.MISSING:
+                if command.kind in TOLD:  # No report of it comes meanwhile: it is asked instead.
                     self._watch.begin()
-                self._watch.pass_runs(True)
+                self._watch.pass_runs(command.kind not in TOLD)
                 self._send(m.RunPass(number=command.number, kind=command.kind))
             case v.EndPass():
                 self._send(m.EndPass(number=command.number))

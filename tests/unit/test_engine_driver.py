@@ -19,7 +19,9 @@ from migrator.engine import client
 from migrator.engine.client import EngineProcess
 from migrator.engine.spares import EngineSpares
 from migrator.engine_driver import EngineDriver, EngineSettings
+from migrator.engine_watch import PING_S, UNHEARD_S
 from migrator.model import DomainName, PassKind, PassReport, Role
+from migrator.policy import TOLD
 from migrator.ports import GuestMemory, HypervisorDriver, MemoryRegion
 from migrator.session import vocabulary as v
 from tests.unit.session_pair import SessionPair
@@ -176,6 +178,26 @@ async def test_an_engine_has_to_be_heard_in_a_pass(
         driver._on_message(m.PassDone(report=report), 0)
         now += 9.0
         assert driver.unheard_s is None
+    await driver.close()
+
+
+@pytest.mark.parametrize("kind", sorted(TOLD))
+async def test_an_engine_that_tells_what_is_missing_reports_nothing_and_is_asked(
+    world: _World, monkeypatch: pytest.MonkeyPatch, kind: PassKind
+) -> None:
+    """A GiB of small ranges takes seconds, and a link that breaks meanwhile more of them."""
+    await world.perform(v.StartEngine())
+    driver, now = world.driver, time.monotonic()
+    driver._note_life()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: now)
+        driver.perform(v.RunPass(number=2, kind=kind))
+        now += PING_S
+        assert driver.unheard_s is None
+        now += UNHEARD_S + 1.0
+        assert driver.unheard_s == pytest.approx(PING_S + UNHEARD_S + 1.0)
+    await asyncio.sleep(0)
+    assert m.Ping() in world.spares.taken[0].told
     await driver.close()
 
 
