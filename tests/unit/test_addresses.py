@@ -9,6 +9,8 @@ import logging
 import random
 import socket
 import struct
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from scapy.layers.dhcp import BOOTP, DHCP
@@ -125,19 +127,25 @@ async def test_a_guest_that_floods_is_neither_logged_nor_listened_to_without_end
             opened.recv(100)
         return None
 
+    pauses: asyncio.Queue[Callable[[], None]] = asyncio.Queue()
+    go_on = AddressWatcher._go_on
+
+    def has_paused(watcher: AddressWatcher, *watched: Any) -> None:
+        pauses.put_nowait(lambda: go_on(watcher, *watched))
+
     monkeypatch.setattr(capture, "open_capture", lambda *_: watched)
     monkeypatch.setattr(capture, "receive", receive)
+    monkeypatch.setattr(AddressWatcher, "_go_on", has_paused)
     caplog.set_level(logging.INFO, "netfabric.addresses")
     watcher = AddressWatcher(outgoing_to_guest=True)
     with guest, watched:
         watcher.watch("fy", RAW)
-        for _ in range(10):
-            await asyncio.sleep(0)
-        assert len(waiting) == 2 * FRAMES_A_TURN
-
-        async with asyncio.timeout(10):
-            while waiting:  # noqa: ASYNC110 - a socket's reader empties it, and tells nobody
-                await asyncio.sleep(0.01)
+        async with asyncio.timeout(30):
+            for turns in (1, 2, 3):
+                ends = await pauses.get()
+                assert len(waiting) == (3 - turns) * FRAMES_A_TURN, "it isn't read in a pause"
+                ends()
+        assert not waiting
         assert len(watcher.learnt("fy")) == ADDRESSES_MAX
         assert len(caplog.records) == ADDRESSES_MAX
         await watcher.close()
