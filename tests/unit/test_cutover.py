@@ -19,7 +19,7 @@ from migrator.model import (
     NicSpec,
     NodeName,
 )
-from migrator.ports import Connection, DomainEventKind, ProbeReport, WidthReport
+from migrator.ports import Connection, DomainEvent, DomainEventKind, ProbeReport, WidthReport
 from netfabric.frames import gratuitous_arp_request, parse_mac
 from node_agent.cli.cutover import cutover_text
 from node_agent.migrations import cutover as cutover_module
@@ -116,8 +116,13 @@ async def test_of_a_guest_that_stands_still_the_network_is_not_suspected(
     """A disk's error has paused it: that was told as a switch's port security."""
     give_up_soon(world, monkeypatch)
     world.b.node.fabric.faults.frames_lost = 10_000
+
+    def pause(event: DomainEvent) -> None:
+        if event.kind is DomainEventKind.RESUMED:
+            world.b.node.host.emit(WEB, DomainEventKind.PAUSED)
+
+    world.b.node.hypervisor.subscribe(pause)
     migration = await world.ended(await world.migrate())
-    world.b.node.host.emit(WEB, DomainEventKind.PAUSED)
     cutover = await recorded(world, migration.id)
     assert cutover.suspect.startswith("the guest stands still, and answers nobody")
 

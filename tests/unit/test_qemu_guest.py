@@ -121,10 +121,9 @@ async def test_that_it_has_run_is_recorded_once_the_disk_has_room(
         await guest.pause()
     full = False
     async with asyncio.timeout(10):
-        while not written:  # noqa: ASYNC110
+        while guest._unsaved:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert written[0].has_run
-    await asyncio.sleep(0)
     with pytest.raises(HypervisorError, match="monitor"):  # Nothing else speaks against it now.
         await guest.pause()
     await guest.let_go()
