@@ -16,8 +16,8 @@
 
 A hypervisor doesn't wait for the session between two passes; one that ends before the session has
 asked for it is told when it does. Where next to nothing is left, the hypervisor may stop the guest
-before it was told to: the pass under way is over then, and the switchover's events are told
-again once the session has begun one.
+before it was told to: the pass under way is over then, and so is each that is asked for later, as
+leave to switch over took its time. The switchover's events are told again once it was begun.
 
 It has no post-copy: see `NO_POST_COPY`.
 """
@@ -140,6 +140,8 @@ class NativeDriver:
                 self._turns.put("begin", self._begin())
             case v.RunPass(kind=PassKind.DIRTY):
                 self._pass = command
+                if self._switching:  # The guest stands still: there won't be another one.
+                    self._ended_at_s.append(self._clock.now_s)
                 self._tell_later()
             case v.RunPass(kind=PassKind.FINAL):
                 report = PassReport(

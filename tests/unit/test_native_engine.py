@@ -23,6 +23,7 @@ from migrator.model import (
     MigrationState,
     PassKind,
 )
+from migrator.session import source_leave
 from node_agent.migrations.engine_choice import EngineChoice, choose
 from tests.unit.migration_world import WEB, MigrationWorld, eventually, migration_world
 
@@ -149,6 +150,16 @@ async def test_a_guest_that_is_idle_is_stopped_by_the_hypervisor_itself(
     assert [phase.name for phase in ended.timeline].count("stop") == 1
 
 
+async def test_one_that_was_stopped_doesnt_wait_for_another_pass_when_leave_comes_late(
+    world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stood still until the migration's time was over: no pass of a paused guest ends."""
+    monkeypatch.setattr(source_leave, "_FRESH_S", 0.0)  # Whatever it takes, it is late.
+    ended = await world.ended(await world.migrate(engine=EngineKind.NATIVE))
+    assert ended.state is MigrationState.COMPLETED, ended.error
+    assert world.running() == ["b"]
+
+
 async def test_a_guest_that_never_converges_stays_where_it_is(world: MigrationWorld) -> None:
     ended = await world.ended(await never_converging(world))
     assert ended.state is MigrationState.FAILED
@@ -177,7 +188,7 @@ async def test_a_cancelled_one_leaves_the_guest_running(world: MigrationWorld) -
 async def test_what_fails_at_the_source_leaves_the_guest_there(
     world: MigrationWorld, operation: str
 ) -> None:
-    world.a.node.host.native_pending.extend([500] * 1000)
+    world.a.node.host.native_pending.extend([5] * 1000)  # Little, however slow its passes look.
     world.a.node.host.faults.failing[operation] = 1
     ended = await world.ended(await world.migrate(engine=EngineKind.NATIVE))
     assert ended.state is MigrationState.FAILED
