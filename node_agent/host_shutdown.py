@@ -86,7 +86,7 @@ class HostShutdown:
                 ]
                 if not new:
                     break
-                if _now() >= until:
+                if round_.asked and _now() >= until:
                     round_.leave(new)
                     break
                 await round_.play(new, until)
