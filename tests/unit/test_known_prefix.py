@@ -202,15 +202,16 @@ async def test_it_is_read_anew_once_in_a_while(
 async def test_one_that_reads_slowly_undoes_nothing_that_another_has_read(world: World) -> None:
     await world.put("a", 1)
     await world.is_what_is_listed()
-    let_go = asyncio.Event()
+    asked, let_go = asyncio.Event(), asyncio.Event()
 
     async def slow(call: str) -> None:
         world.store.faults.delay = None
+        asked.set()
         await let_go.wait()
 
     world.store.faults.delay = slow
     late = asyncio.create_task(world.known.read())
-    await asyncio.sleep(0)
+    await asked.wait()
     await world.put("a", 2)
     newer = await world.known.read()
     assert newer[PREFIX + "a"].token == 2

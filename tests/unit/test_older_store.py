@@ -61,7 +61,7 @@ async def silence(node: SimulatedNode, world: World) -> None:
     """It is up, and doesn't answer."""
     await node.registry.close()
     await node.hub.close()
-    world.a.registry._unreachable_after_s = 0.0
+    world.a.registry._unreachable_after_s = -1.0  # However young its last word is.
 
 
 @pytest.mark.parametrize("enforces", [False, True])
@@ -254,7 +254,7 @@ async def test_a_stale_copy_that_the_store_takes_for_the_guest_is_stopped_first(
 ) -> None:
     """`b` was silent, and was taken over; then came the restore, and then `b` came back."""
     await world.b.domains.close()
-    timeout_s, world.a.registry._unreachable_after_s = world.a.registry._unreachable_after_s, 0.0
+    timeout_s, world.a.registry._unreachable_after_s = world.a.registry._unreachable_after_s, -1.0
     await world.a.takeover.take_over(WEB)
     world.a.registry._unreachable_after_s = timeout_s
     older = OwnershipRecord(domain=WEB, token=2, owner="b", state=RUNNING)

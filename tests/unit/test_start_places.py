@@ -35,8 +35,9 @@ async def a_falls_silent(world: World) -> None:
     """For b, which hears of no heartbeat of it any more."""
     await world.a.registry.close()
     await world.b.registry.read()
-    seen = world.b.registry._seen
-    seen["a"] = msgspec.structs.replace(seen["a"], at_monotonic_s=seen["a"].at_monotonic_s - 60.0)
+    now, seen = time.monotonic(), world.b.registry._seen
+    world.b.registry._monotonic = lambda: now  # It is told in seconds.
+    seen["a"] = msgspec.structs.replace(seen["a"], at_monotonic_s=now - 60.0)
     assert (await world.b.registry.get(A)).state is NodeState.UNREACHABLE
 
 

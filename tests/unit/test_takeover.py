@@ -56,7 +56,7 @@ async def silence(world: World) -> None:
     await world.a.domains.close()
     await world.a.registry.close()
     world.a.store.faults.unavailable = True
-    world.b.registry._unreachable_after_s = 0.0
+    world.b.registry._unreachable_after_s = -1.0  # However young its last word is.
 
 
 async def owner(node: SimulatedNode) -> tuple[int, str, OwnershipState]:
