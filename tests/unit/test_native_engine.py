@@ -188,12 +188,13 @@ async def test_a_cancelled_one_leaves_the_guest_running(world: MigrationWorld) -
 async def test_what_fails_at_the_source_leaves_the_guest_there(
     world: MigrationWorld, operation: str
 ) -> None:
-    world.a.node.host.native_pending.extend([5] * 1000)  # Little, however slow its passes look.
+    world.a.node.host.native_pending.extend([500] * 1000)
     world.a.node.host.faults.failing[operation] = 1
-    ended = await world.ended(await world.migrate(engine=EngineKind.NATIVE))
+    request = {"engine": EngineKind.NATIVE, "downtime_limit_ms": 10_000}  # However slow its passes.
+    ended = await world.ended(await world.migrate(**request))
     assert ended.state is MigrationState.FAILED
     assert world.running() == ["a"]
-    again = await world.ended(await world.migrate(engine=EngineKind.NATIVE))
+    again = await world.ended(await world.migrate(**request))
     assert again.state is MigrationState.COMPLETED, again.error
     assert world.running() == ["b"]
 
