@@ -93,6 +93,7 @@ def node_view(
         name=info.name,
         state=view.state,
         heartbeat_age_s=view.heartbeat_age_s,
+        judged_in_s=view.judged_in_s,
         api_address=info.api_address,
         peer_address=info.peer_address,
         migration_address=info.migration_address,

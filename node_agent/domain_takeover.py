@@ -12,6 +12,9 @@ the node's heartbeat isn't older than its timeout, it answers when it is called,
 could shut it out after all. The word is written into the domain's history, with the name of who
 gave it, before anything else is done.
 
+After this agent's start, and after an outage of the store, nodes look silent that aren't. So until
+it has listened for some seconds (`NodeView.judged_in_s`), no takeover begins.
+
 A node may be given a domain, too, that it runs already, which a restored store doesn't know
 (`older_store`): nothing is started then, the record is made to say what is.
 
@@ -43,7 +46,7 @@ from migrator.ports import OwnershipStore, VolumeDriver
 from node_agent.domain_records import DomainRecords
 from node_agent.domains import DomainService
 from node_agent.events import EventKind, EventLog
-from node_agent.nodes import NodeView
+from node_agent.nodes import NodeView, not_yet
 from node_agent.older_store import RAN
 from node_agent.start_needs import boot_troubles
 
@@ -159,6 +162,8 @@ class DomainTakeover:
                 f"its node {owned.owner} is {view.state}: stop or migrate it (its last heartbeat "
                 f"is {view.heartbeat_age_s:.0f} s old)"
             )
+        elif said := not_yet(view):
+            reasons.append(f"whether its node {owned.owner} is silent isn't known yet{said}")
         lacking = await boot_troubles(spec)
         reasons += (f"{self.node} can't boot it: {why}" for why in lacking.values())
         full = await self._domains.room.troubles(spec)

@@ -19,7 +19,7 @@ from migrator.model import (
 )
 from node_agent.drain.survey import make_survey
 from node_agent.migrations.checks import said_of_destination
-from node_agent.nodes import NodeView
+from node_agent.nodes import NodeView, not_yet
 from node_agent.planner.placement import Placement, place
 from node_agent.resources import Domain
 
@@ -89,7 +89,7 @@ def _refuse_silent(owned: OwnershipRecord, asked: NodeName | None, view: NodeVie
     there = asked if asked is not None and asked != owner else "NODE"
     raise ConflictError(
         f"domain {domain} was not started: {owner}, which ran it last, has been {how} and may run "
-        f"it still. `ferry domain takeover {domain} --to {there}` starts it "
+        f"it still{not_yet(view)}. `ferry domain takeover {domain} --to {there}` starts it "
         f"elsewhere, once its storage has shut {owner} out (docs/bad-day.md)"
     )
 

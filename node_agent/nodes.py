@@ -11,6 +11,10 @@ the first time, whose age is taken from its own timestamp so that a fresh agent 
 nodes that died yesterday. How far the clocks are apart is looked at all the same, to be told
 (`clocks`).
 
+Who was away itself finds every heartbeat old: right after an agent's start, and after an outage of
+the store, a silence is the listener's own as likely as the node's. Such a node is unreachable all
+the same, but for `NodeView.judged_in_s` nothing may come of it that can't be undone.
+
 Unreachable means silent, never dead: it entitles nobody to take a domain over
 (ARCHITECTURE: "What keeps it to one writer").
 """
@@ -43,6 +47,12 @@ DESCRIBED_AGAIN_S: Final = 60.0
 """After that a node describes itself once more, and is read once more, though nothing has changed:
 so a record that was lost is back, and round trips, which always change, are no older than two."""
 UNREACHABLE_AFTER_S: Final = 5.0
+SETTLE_S: Final = 2 * UNREACHABLE_AFTER_S
+"""For so long a node is listened for before its silence says something of it: others find the store
+again within one of their calls' time and a heartbeat more."""
+GAP_S: Final = 3.0
+"""Between two looks: this agent was away, or the store."""
+LISTENS_ANEW: Final = "has just begun to listen"
 GOING_DOWN: Final = "going down, and its guests with it"
 _ONE_BY_ONE_MAX: Final = 3
 """From there on what all nodes are like is read in one go."""
@@ -78,10 +88,25 @@ class NodeView(Struct, frozen=True, kw_only=True):
     """The store's, of that heartbeat."""
     clock_offset_s: float | None = None
     """The node's wall clock less ours, to about a second; None: no heartbeat was seen coming."""
+    judged_in_s: float = 0.0
+    """An unreachable node's: for so long it may well be heard yet, and nothing is to be concluded.
+    """
     kept_free: str = ""
     """Who cordoned or drains it, and why, or that it goes down; "": nobody, or that isn't known."""
     barred: str = ""
     """Why nothing can be connected to it anew, and so nothing can move there or from it."""
+
+    @property
+    def silence(self) -> str:
+        """Of an unreachable node, in words."""
+        return f"no heartbeat for {self.heartbeat_age_s:.0f} s{not_yet(self)}"
+
+
+def not_yet(view: NodeView | None) -> str:
+    """That a node's silence says nothing yet, to be put behind it; "": it does, or it speaks."""
+    if view is None or not view.judged_in_s:
+        return ""
+    return f" (the agent that says so {LISTENS_ANEW}: ask again in {view.judged_in_s:.0f} s)"
 
 
 class _Seen(Struct, frozen=True, kw_only=True):
@@ -125,6 +150,7 @@ class NodeRegistry:
         *,
         interval_s: float = HEARTBEAT_S,
         unreachable_after_s: float = UNREACHABLE_AFTER_S,
+        settle_s: float = SETTLE_S,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -132,9 +158,13 @@ class NodeRegistry:
         self._describe = describe
         self._interval_s = interval_s
         self._unreachable_after_s = unreachable_after_s
+        self._settle_s = settle_s
         self._clock = clock
         self._monotonic = monotonic
         self._seen: dict[str, _Seen] = {}
+        self._read_at: float | None = None
+        """By our monotonic clock, as since when it has been read without a gap."""
+        self._listens_since = 0.0
         self._told = 0
         """The checksum that this node was last described with, and when that was."""
         self._told_at_s: float | None = None
@@ -187,9 +217,11 @@ class NodeRegistry:
     async def read(self) -> Mapping[NodeName, NodeView]:
         """Every node ever seen, by name."""
         views: dict[NodeName, NodeView] = {}
+        begun = self._monotonic()
         cordons = await read_cordons(self._store)
         now = self._monotonic()
         beats = await self._store.list_prefix(BEATS, Heartbeat)
+        judged_in_s = self._judged_in_s(begun)
         beats = [entry for entry in beats if self.counts(entry.value.node)]
         infos = await self._described([entry.value for entry in beats])
         for entry in beats:
@@ -214,12 +246,32 @@ class NodeRegistry:
                 info=info,
                 state=NodeState.UNREACHABLE if silent else state,
                 heartbeat_age_s=round(age_s, 3),
+                judged_in_s=judged_in_s if silent else 0.0,
                 revision=entry.revision,
                 clock_offset_s=max(seen.offsets_s, default=None),
                 kept_free=kept_free,
                 barred=_barred(info, self._clock()),
             )
         return views
+
+    def _judged_in_s(self, begun: float) -> float:
+        """For how long it has to listen yet. Of a look that began then, and was answered.
+
+        A store that takes its time is not away: it is the time between two looks that counts.
+        """
+        now = self._monotonic()
+        if self._read_at is None or begun - self._read_at > GAP_S:
+            self._listens_since = begun
+        self._read_at = now
+        return max(0.0, self._listens_since + self._settle_s - now)
+
+    @property
+    def judges_in_s(self) -> float:
+        """For how long nothing that didn't happen meanwhile may be held against anybody."""
+        now = self._monotonic()
+        if self._read_at is None or now - self._read_at > GAP_S:
+            return self._settle_s
+        return max(0.0, self._listens_since + self._settle_s - now)
 
     async def names(self) -> Collection[NodeName]:
         """All that have ever spoken here and were not removed, silent or not. StoreError."""

@@ -20,7 +20,7 @@ from migrator.model import (
 )
 from node_agent.cluster_calls import guests_of
 from node_agent.cluster_views import Snapshot
-from node_agent.nodes import NodeRegistry
+from node_agent.nodes import NodeRegistry, not_yet
 from node_agent.peers.hub import PeerHub
 
 
@@ -36,6 +36,7 @@ async def ask_owners(
     views = await nodes.read() if owners else {}
     silent = {
         name: f"node {name} has been silent for {views[name].heartbeat_age_s:.0f} s"
+        f"{not_yet(views[name])}"
         for name in owners.values()
         if name in views and views[name].state is NodeState.UNREACHABLE
     }

@@ -115,6 +115,9 @@ class Node(Value, frozen=True, kw_only=True):
     """Until when its certificate holds; None: it has none, or isn't known."""
     kept_free: str = ""
     """That it is cordoned or drained, who wanted that, and why; "": it is open."""
+    judged_in_s: float = 0.0
+    """Unreachable, but for so long it may be heard yet: the agent that was asked, or the store, was
+    away itself."""
 
 
 class StartRequest(Value, frozen=True, kw_only=True):

@@ -29,16 +29,12 @@ from migrator.errors import FerryError
 from migrator.model import NodeName, NodeState, Value
 from node_agent.background import Background
 from node_agent.events import EventKind, EventLog
-from node_agent.nodes import UNREACHABLE_AFTER_S, NodeView
+from node_agent.nodes import GAP_S, SETTLE_S, UNREACHABLE_AFTER_S, NodeView
 from node_agent.state.typed import TypedStore
 
 log = logging.getLogger(__name__)
 
 SILENCES: Final = "silences/"
-SETTLE_S: Final = 2 * UNREACHABLE_AFTER_S
-"""The others find the store again within one of its calls' time and a heartbeat more."""
-GAP_S: Final = 3.0
-"""Between two looks: this agent was away, or the store."""
 
 
 class Silence(Value, frozen=True, kw_only=True):

@@ -67,6 +67,11 @@ def troubles(node: Node, now_s: float) -> Iterator[str]:
     """What an operator must know of a node beside its state."""
     if node.kept_free not in ("", node.state):
         yield f"it is {node.kept_free}"
+    if node.judged_in_s and not node.trouble:
+        yield (
+            "it may be heard yet: the agent that was asked has just begun to listen, or its store "
+            f"was away; certain in {node.judged_in_s:.0f} s"
+        )
     if node.trouble:
         yield f"its heartbeat isn't written: {node.trouble}"
     if abs(node.clock_offset_s or 0.0) > DIFFERS_S:

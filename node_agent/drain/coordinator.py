@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -29,12 +29,14 @@ from node_agent.drain import neighbours, outlook
 from node_agent.drain import vocabulary as v
 from node_agent.drain.hooks import NodeHooks
 from node_agent.drain.machine import DrainMachine
+from node_agent.drain.mishaps import after_error
 from node_agent.drain.records import DrainRecords, LostError
 from node_agent.drain.resources import STOP_S, CancelMode, Drain
 from node_agent.drain.world import DrainWorld
 from node_agent.events import EventKind, EventLog
 from node_agent.hooks.model import HookPoint
 from node_agent.migrations.checks import said_of_destination
+from node_agent.nodes import LISTENS_ANEW, NodeView
 from node_agent.resources import MigrationCreate
 from node_agent.state.typed import Versioned
 
@@ -87,6 +89,7 @@ class Coordinator:
         self._saved_changes = -1
         self._saved_at = 0.0
         self._beat = entry.value.beat
+        self._saved = entry.value
         self._unsaved = ""
         """Why what it has decided can't be written down now."""
         self._blind = ""
@@ -117,7 +120,28 @@ class Coordinator:
 
     async def run(self) -> None:
         """Until the drain has ended. LostError: another agent has taken it over."""
-        self._hear(v.Took())
+        while not self.drain.ended:
+            try:
+                await self._go_on()
+            except FerryError:
+                raise
+            except Exception as error:
+                await self._begin_anew(error)
+
+    async def _begin_anew(self, error: Exception) -> None:
+        """From what was written down, after an error of its own; or give up."""
+        log.error("drain %s: its coordinator failed", self._saved.id, exc_info=error)
+        drain, text = after_error(self._saved, error, self.now_s)
+        self._machine = DrainMachine(drain)
+        self._heard = asyncio.Queue(_EVENTS_MAX)
+        self._saved_changes = -1
+        await self._save_if_due()
+        self._events.emit(EventKind.DRAIN, text, drain=drain.id)
+        if not drain.ended:
+            await asyncio.sleep(RETRY_S)
+
+    async def _go_on(self) -> None:
+        self._hear(v.Took(unheard=(await self._looked_around()).unheard))
         if self.drain.cancel is not CancelMode.NO:
             self._hear(v.CancelAsked(mode=self.drain.cancel, by=self.drain.cancelled_by))
         ticker = asyncio.create_task(self._tick(), name=f"drain-{self.drain.id}-tick")
@@ -134,28 +158,38 @@ class Coordinator:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._tasks.clear()
+            self._followed.clear()
 
     def _hear(self, event: v.Event) -> None:
         with contextlib.suppress(asyncio.QueueFull):  # Then the next tick looks again.
             self._heard.put_nowait(event)
 
     async def _tick(self) -> None:
-        """Without it the drain would stand still: what fails in it is told, and it goes on."""
         while True:
-            try:
-                tick, self._blind = await self._look_around(), ""
-            except Exception as error:
-                tick = v.Tick()
-                self._tell_blind(error)
-            self._hear(tick)
+            self._hear(await self._looked_around())
             await asyncio.sleep(TICK_S)
 
+    async def _looked_around(self) -> v.Tick:
+        """Without it the drain would stand still: what fails in it is told, and it goes on."""
+        try:
+            tick, self._blind = await self._look_around(), ""
+        except Exception as error:
+            tick = v.Tick()
+            self._tell_blind(error)
+        return tick
+
     async def _look_around(self) -> v.Tick:
-        unreachable: frozenset[str] = frozenset()
+        views: Mapping[str, NodeView] = {}
         with contextlib.suppress(FerryError):
-            unreachable = await self._world.unreachable()
-        others = neighbours.under_way(self._drains(), self.drain.id)
-        return v.Tick(unreachable=unreachable, others=others)
+            views = await self._world.views()
+        silent = {n: each for n, each in views.items() if each.state is NodeState.UNREACHABLE}
+        unheard = {name: each.judged_in_s for name, each in silent.items() if each.judged_in_s}
+        return v.Tick(
+            unreachable=frozenset(silent.keys() - unheard.keys()),
+            unheard=unheard,
+            others=neighbours.under_way(self._drains(), self.drain.id),
+        )
 
     def _tell_blind(self, error: Exception) -> None:
         """The log has it once, however often it fails so."""
@@ -175,7 +209,7 @@ class Coordinator:
             drain = msgspec.structs.replace(self.shown, beat=self._beat, written_at_s=self._clock())
             try:
                 self._revision, written = await self._records.save(drain, self._revision)
-                self._unsaved = ""
+                self._unsaved, self._saved = "", drain
                 break
             except LostError:
                 raise
@@ -239,6 +273,7 @@ class Coordinator:
         task = asyncio.create_task(guarded(), name=f"drain-{self.drain.id}-{domain}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: work.close())  # It may have been cancelled unbegun.
 
     async def _settled(self, state: NodeState) -> None:
         try:
@@ -270,6 +305,10 @@ class Coordinator:
             if any("is still held by migration" in reason for reason in error.reasons):
                 await asyncio.sleep(RETRY_S)  # Which has ended: it lets go in a moment.
                 self._hear(v.Unclear(domain=domain, reason=str(error)))
+                return
+            if any(LISTENS_ANEW in reason for reason in error.reasons):
+                await asyncio.sleep(RETRY_S)
+                self._hear(v.NotYet(domain=domain, reason=str(error)))
                 return
             place = NodeName(command.destination)
             elsewhere = all(said_of_destination(place, reason) for reason in error.reasons)

@@ -60,9 +60,12 @@ class DrainMachine(MoveCourse):
 
     def _react(self, event: v.Event, now: float) -> None:
         match event:
-            case v.Took():
+            case v.Took(unheard=unheard):
+                self._unheard = unheard
                 self._took(now)
             case v.Tick():
+                self._unheard = event.unheard
+                self._boot_held()
                 self._moves.others = event.others
                 self._watch_destinations(event.unreachable, now)
             case v.HookDone():
@@ -101,6 +104,7 @@ class DrainMachine(MoveCourse):
             found.append(f"{len(already) - _ALREADY_TOLD_MAX} more that were leaving already")
         found += self._moves.unheard()
         found += self._silences(now)
+        found += self._to_be_heard()
         if base.cancel is CancelMode.LET_END and any(m.state.active for m in self._moves.all()):
             found.append(f"moves under way (`ferry drains cancel {base.id} --abort-moves` ends it)")
         return "; ".join(found)
@@ -147,6 +151,8 @@ class DrainMachine(MoveCourse):
                 self._cancel_if_asked(move.migration)
 
     def _seek_next(self) -> None:
+        if self._unheard:  # That no node can take it might be said too soon.
+            return
         for move in self._moves.all():
             if self._seeking is None and move.state is MoveState.SEEKING:
                 self._seeking = move.domain
@@ -190,7 +196,7 @@ class DrainMachine(MoveCourse):
             return
         while True:
             move = self._moves.next_to_start(
-                self._base.parallel, self._base.lanes, self._silent_since
+                self._base.parallel, self._base.lanes, self._silent_since, self._unheard
             )
             if move is None:
                 return

@@ -12,6 +12,7 @@ A part of the drain's machine (`machine.py`), which says when moves begin, and w
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Final
 
 from migrator.model import MigrationState
@@ -43,9 +44,13 @@ class MoveCourse(Ledger):
     def __init__(self, drain: Drain) -> None:
         super().__init__(drain)
         self._silent_since: dict[str, float] = {}
+        self._unheard: Mapping[str, float] = {}
+        """As in `vocabulary.Tick`: nothing is concluded from their silence."""
         self._given_up: set[str] = set()
         """Migrations that were cancelled because their destination fell silent."""
         self._looking: set[str] = set()
+        self._held: set[str] = set()
+        """Starts that wait for their destination to be heard."""
         self._boots: Counter[str] = Counter()
         """On the destination that each has now."""
         self._seeking: str | None = None
@@ -65,6 +70,9 @@ class MoveCourse(Ledger):
                 self._cancel_if_asked(migration.id)
             case v.Refused():
                 self._refused(move, event, now)
+            case v.NotYet(reason=reason) if move.state is MoveState.STARTING:
+                attempts = move.attempts - 1  # A node is listened for; that costs none.
+                self._put(move, state=MoveState.WAITING, attempts=attempts, error=reason)
             case v.Unclear(reason=reason):
                 self._put(move, error=reason)
                 self._looking.discard(move.domain)
@@ -252,9 +260,21 @@ class MoveCourse(Ledger):
             self._boot(self._moves.now(move))
 
     def _boot(self, move: Move) -> None:
-        self._boots[move.domain] += 1
         self._put(move, state=MoveState.BOOTING)
+        if move.destination in self._unheard:
+            self._held.add(move.domain)
+            return
+        self._boots[move.domain] += 1
         self._out.append(v.Boot(domain=move.domain, node=move.destination or ""))
+
+    def _boot_held(self) -> None:
+        """What waited for its destination to be heard, or called silent."""
+        for move in [self._moves.must(each) for each in sorted(self._held)]:
+            if move.state is MoveState.BOOTING and move.destination in self._unheard:
+                continue
+            self._held.discard(move.domain)
+            if move.state is MoveState.BOOTING:
+                self._boot(move)
 
     def _watch_destinations(self, unreachable: frozenset[str], now: float) -> None:
         for name in list(self._silent_since):
@@ -301,6 +321,13 @@ class MoveCourse(Ledger):
                     still_s = max(given_s - silent_s, 0.0)
                     found[node] = f"{node}, which is silent (given up in {still_s:.0f} s)"
         return list(found.values())
+
+    def _to_be_heard(self) -> list[str]:
+        """The same, of those whose silence says nothing yet."""
+        if not self._unheard:
+            return []
+        names, still_s = ", ".join(sorted(self._unheard)), max(self._unheard.values())
+        return [f"{names} to be heard after an outage (for at most {still_s:.0f} s more)"]
 
     def _cancel_if_asked(self, migration: str) -> None:
         if self._base.cancel is CancelMode.ABORT:

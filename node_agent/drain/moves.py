@@ -91,14 +91,23 @@ class Moves:
         return [move for move in self._moves.values() if move.state is MoveState.WAITING]
 
     def next_to_start(
-        self, parallel: int, lanes: Mapping[str, int], silent: Collection[str] = ()
+        self,
+        parallel: int,
+        lanes: Mapping[str, int],
+        silent: Collection[str] = (),
+        unheard: Collection[str] = (),
     ) -> Move | None:
         """The move that may begin now, as in `planner.schedule`; None: none may.
 
         `lanes`: how many may be on their way to a node at once; any number where it isn't named.
-        `silent`: nodes that can't be asked to send anything now.
+        `silent`: nodes that can't be asked to send anything now. `unheard`: nor, for a moment, be
+        sent anything.
         """
-        waiting = [move for move in self.waiting() if move.source not in silent]
+        waiting = [
+            move
+            for move in self.waiting()
+            if move.source not in {*silent, *unheard} and move.destination not in unheard
+        ]
         waiting.sort(key=lambda move: (-move.priority, move.planned_start_s))
         active = [move for move in self._moves.values() if move.state.active]
         live = [move for move in active if move.live]

@@ -225,6 +225,8 @@ class Drain(Value, frozen=True, kw_only=True):
     continues: str | None = None
     """Drain: an earlier one of the node, whose domains hadn't come back when this one began."""
     error: str | None = None
+    errors: int = 0
+    """How often its coordination was ended by an error inside an agent (`mishaps`)."""
     history: tuple[Note, ...] = ()
 
     @property

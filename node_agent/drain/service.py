@@ -46,6 +46,7 @@ from node_agent.drain.survey import Survey, moves_of, one_way_moves, shown_plan,
 from node_agent.drain.watch import LOOK_S, SILENT_S, DrainWatch
 from node_agent.drain.world import DrainWorld
 from node_agent.events import EventLog
+from node_agent.nodes import not_yet
 from node_agent.peers.hub import PeerHub
 from node_agent.planner.model import Plan, PlanOptions
 from node_agent.state.typed import TypedStore, Versioned
@@ -212,11 +213,10 @@ class DrainService:
     async def plan_undrain(self, node: NodeName) -> DrainPlan:
         """What `undrain` would bring back, and what it would leave. Changes nothing."""
         await self._must_exist(node)
-        drained = await self._to_undo(node)
         survey, plan, left = await undrain.plan(
             self.world,
             node,
-            drained,
+            await self._to_undo(node),
             0.0,
             learned=await self._experience(Operation.UNDRAIN),
             others=await self._records.list_drains(),
@@ -384,10 +384,11 @@ class DrainService:
 
     async def _must_speak(self, node: NodeName, because: str = _FROM_OUTSIDE) -> None:
         await self._must_exist(node)
-        if node in await self.world.unreachable():
+        view = (await self.world.views()).get(node)
+        if view is not None and view.state is NodeState.UNREACHABLE:
             if self.world.trouble:  # Of the agent that was asked: then all seem to be silent.
                 raise StoreError(f"{self.node} can't write to the store: {self.world.trouble}")
-            raise ConflictError(f"node {node} is unreachable: {because}")
+            raise ConflictError(f"node {node} is unreachable{not_yet(view)}: {because}")
 
     async def _refuse_second(self, node: NodeName) -> None:
         for drain in await self._records.list_drains():

@@ -167,7 +167,7 @@ def _node(view: NodeView, default: float, figures: NodeFigures | None, closed: b
     own = figures.link_bytes_per_s if figures is not None else None
     why_not = ""
     if view.state is NodeState.UNREACHABLE:
-        why_not = f"it is unreachable: no heartbeat for {view.heartbeat_age_s:.0f} s"
+        why_not = f"it is unreachable: {view.silence}"
     elif not view.state.admits or closed:
         why_not = f"it is {NodeState.DRAINING if closed else view.kept_free or view.state}"
     elif view.barred:

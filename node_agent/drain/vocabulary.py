@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from migrator.model import Migration, NodeState
 from migrator.ports import Struct
 from node_agent.drain.resources import CancelMode, Move
@@ -15,13 +17,23 @@ class Event(Struct, frozen=True, kw_only=True):
 
 
 class Took(Event, frozen=True, kw_only=True):
-    """This agent coordinates now: it made the drain, or took it over from a silent one."""
+    """This agent coordinates now: it made the drain, or took it over from a silent one.
+
+    `unheard`: as in `Tick`.
+    """
+
+    unheard: Mapping[str, float] = {}
 
 
 class Tick(Event, frozen=True, kw_only=True):
-    """Time has passed. `unreachable`: the nodes that are silent now."""
+    """Time has passed. `unreachable`: the nodes that are silent now.
+
+    `unheard`: those that haven't been listened for long enough to call them so, and for how many
+    seconds they will be yet.
+    """
 
     unreachable: frozenset[str] = frozenset()
+    unheard: Mapping[str, float] = {}
     others: tuple[Move, ...] = ()
     """Live moves that other drains make now, over the same links."""
 
@@ -55,6 +67,13 @@ class Refused(Event, frozen=True, kw_only=True):
     reason: str
     elsewhere: bool
     """Another destination might take it; else the domain itself is the reason."""
+
+
+class NotYet(Event, frozen=True, kw_only=True):
+    """It was not begun: its source doesn't know yet whether the destination is silent."""
+
+    domain: str
+    reason: str
 
 
 class Unclear(Event, frozen=True, kw_only=True):

@@ -139,6 +139,8 @@ class DrainWatch:
             silent_s = self._monotonic() - known.changed_at
             if silent_s <= (self._look_s if own else self._silent_s):
                 continue
+            if not own and self._service.world.judges_in_s:  # It couldn't be heard, perhaps.
+                continue
             entry = Versioned(known.key, drain, known.revision)
             unattended_s = await self._unattended_s(known)
             taken = await self._records.take(entry, own_name, unattended_s)
@@ -197,6 +199,7 @@ class DrainWatch:
         else:
             view = (await self._service.world.views()).get(by)
             dead = view is None or view.state is NodeState.UNREACHABLE
+            dead = dead and not self._service.world.judges_in_s
         if not dead:
             self._orphans.pop(name, None)
         elif orphan_s > self._silent_s:
@@ -206,9 +209,12 @@ class DrainWatch:
 
     async def _restore_rebooted(self, node: NodeName, drain: Drain) -> None:
         """The node was drained for a reboot: has it come back from it?"""
-        view = (await self._service.world.views()).get(node)
+        views = await self._service.world.views()
+        view = views.get(node)
         if view is None or view.state is NodeState.UNREACHABLE or drain.restored_by is not None:
             return
+        if any(each.judged_in_s for each in views.values()):
+            return  # After a power cut they come back one by one, and it is undone once.
         if drain.boot_id and view.info.boot_id and view.info.boot_id != drain.boot_id:
             with contextlib.suppress(ConflictError):  # Another agent was faster.
                 await self._service.undrain(node, UndrainRequest())

@@ -78,6 +78,11 @@ class DrainWorld:
         """Why this node's heartbeat can't be written, and so all seem to be silent; "": it can."""
         return self._nodes.trouble
 
+    @property
+    def judges_in_s(self) -> float:
+        """For so long this agent must listen yet, before it holds a silence against anybody."""
+        return self._nodes.judges_in_s
+
     async def unreachable(self) -> frozenset[str]:
         views = await self.views()
         return frozenset(

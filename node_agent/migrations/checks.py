@@ -73,9 +73,7 @@ def node_reasons(
         known = ", ".join(sorted(views)) or "none"
         return [f"there is no node {destination}; known: {known} (the domain runs on {source})"]
     if view.state is NodeState.UNREACHABLE:
-        return [
-            f"node {destination} is {view.state}: no heartbeat for {view.heartbeat_age_s:.0f} s"
-        ]
+        return [f"node {destination} is {view.state}: {view.silence}"]
     ours = views.get(source)
     barred = [(source, ours.barred if ours is not None else ""), (destination, view.barred)]
     return [

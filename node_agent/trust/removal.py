@@ -12,7 +12,7 @@ from migrator.errors import ConflictError, NotFoundError, RefusedError
 from migrator.model import NodeInfo, NodeName, NodeState, OwnershipState
 from node_agent.domain_records import DomainRecords
 from node_agent.migrations.service import MigrationService
-from node_agent.nodes import Heartbeat, NodeRegistry, NodeView
+from node_agent.nodes import Heartbeat, NodeRegistry, NodeView, not_yet
 from node_agent.resources import BEATS, NODES
 from node_agent.state.typed import TypedStore
 from node_agent.trust.records import MEMBERS, MemberRecord
@@ -76,6 +76,8 @@ class NodeRemoval:
         force: bool,
     ) -> list[str]:
         reasons: list[str] = []
+        if said := not_yet(view):
+            reasons.append(f"whether it is silent isn't known yet{said}")
         silent = view is None or view.state is NodeState.UNREACHABLE
         if node == self._node:
             reasons.append("it is the node that was asked; ask another one")

@@ -198,7 +198,7 @@ class SimulatedNode:
         self.ownership = StoreOwnership(self.store)
         self.records = DomainRecords(self.typed, self.pools.first_name)
         self.events = EventLog(self.typed, name)
-        self.registry = NodeRegistry(self.typed, self._describe, interval_s=0.05)
+        self.registry = NodeRegistry(self.typed, self._describe, interval_s=0.05, settle_s=0.0)
         self.works = VolumeWorks(self.typed, self.name, self.pools)
         self.restarts = VolatileRestarts()
         self.clock: Callable[[], float] = time.time

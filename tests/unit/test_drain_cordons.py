@@ -39,6 +39,7 @@ class Nodes:
     """In the place of the drains' world. Nothing can be moved in it."""
 
     trouble = ""
+    judges_in_s = 0.0
 
     def __init__(self, **states: NodeState) -> None:
         self._states = states

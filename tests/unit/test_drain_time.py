@@ -52,8 +52,8 @@ def drain(id: str, created_at_s: float, **changes: Any) -> Drain:
 class Nobody:
     """A world in which nothing can be asked, and nobody is silent."""
 
-    async def unreachable(self) -> frozenset[str]:
-        return frozenset()
+    async def views(self) -> dict[str, NodeView]:
+        return {}
 
     def __getattr__(self, name: str) -> Any:
         raise NotFoundError(name)
@@ -116,7 +116,7 @@ async def test_a_bug_in_the_look_at_the_nodes_is_logged_and_told_and_the_drain_g
 ) -> None:
     """It ended the ticker unseen, and the drain stood still until another agent took it over."""
 
-    async def fails(_: Nobody) -> frozenset[str]:
+    async def fails(_: Nobody) -> dict[str, NodeView]:
         raise KeyError("n4")
 
     monkeypatch.setattr(coordinator_module, "TICK_S", 0.01)
@@ -129,7 +129,7 @@ async def test_a_bug_in_the_look_at_the_nodes_is_logged_and_told_and_the_drain_g
     await records.add(made)
     work = await coordinator(records, made, lambda: 1000.0)
     with monkeypatch.context() as patch:
-        patch.setattr(Nobody, "unreachable", fails)
+        patch.setattr(Nobody, "views", fails)
         now = await coordinated(records, "d", 3, work)
     told = "word of the nodes (an error inside the agent n2: KeyError('n4'))"
     assert now.waits_for == told
@@ -156,6 +156,7 @@ class Clocks:
 
     def __init__(self, ahead_s: float | None) -> None:
         self.wall_s, self.monotonic_s, self.ahead_s = 5000.0, 70.0, ahead_s
+        self.judges_in_s = 0.0
 
     def wait(self, seconds: float) -> None:
         self.wall_s += seconds
@@ -304,3 +305,19 @@ async def test_the_drains_time_goes_on_where_it_was_whatever_the_machines_uptime
     with monkeypatch.context() as patch:
         patch.setattr(asyncio.get_running_loop(), "time", lambda: 3000.0000000000005)
         assert work.now_s == 1500.0
+
+
+async def test_after_an_outage_no_drain_is_taken_from_a_coordinator_that_could_not_write() -> None:
+    """All found its record old when the store was back, and took it over at once."""
+    records, clocks = await records_of(), Clocks(ahead_s=0.0)
+    await records.add(drain("d", 1000.0, at_s=1010.0))
+    clocks.judges_in_s = 10.0
+    async with watching(records, clocks) as (taker, watch):
+        await known(watch)
+        clocks.wait(60.0)
+        for _ in range(3):
+            await watch._take_over_silent()
+        assert taker.begun.empty()
+        clocks.judges_in_s = 0.0
+        async with asyncio.timeout(5):
+            assert (await taker.begun.get()).coordinator == "n3"

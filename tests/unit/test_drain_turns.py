@@ -10,6 +10,7 @@ import pytest
 from node_agent.drain.coordinator import Coordinator
 from node_agent.drain.records import DrainRecords
 from node_agent.drain.resources import Drain, DrainState, Move, MoveState, Operation
+from node_agent.nodes import NodeView
 from node_agent.state.memory import SimulatedData, SimulatedStore
 from node_agent.state.typed import TypedStore
 
@@ -21,8 +22,8 @@ class Moved:
         self._owner = owner
         self.cluster = self
 
-    async def unreachable(self) -> frozenset[str]:
-        return frozenset()
+    async def views(self) -> dict[str, NodeView]:
+        return {}
 
     async def owner(self, domain: str) -> str:
         return self._owner

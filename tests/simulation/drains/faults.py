@@ -17,5 +17,7 @@ class Faults:
     boot_fails: float = 0.15
     arrives_late: float = 0.2
     cancelled: float = 0.0
+    outage: float = 0.0
+    """All agents are away, the coordinator among them, and come back one by one."""
     leaving_already: float = 0.0
     """Guests that somebody migrates when the drain begins."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 
@@ -68,6 +69,34 @@ def test_drains_hold_their_promises_under_faults() -> None:
         "boot fails",
     ):
         assert seen[what] > 10, f"{what}: {seen}"
+
+
+class _Hasty(DrainMachine):
+    """Judges nodes by heartbeats from before the outage."""
+
+    def handle(self, event: v.Event, now: float) -> list[v.Command]:
+        if isinstance(event, (v.Tick, v.Took)):
+            event = msgspec.structs.replace(event, unheard={})
+        if isinstance(event, v.NotYet):
+            event = v.Refused(domain=event.domain, reason=event.reason, elsewhere=True)
+        return super().handle(event, now)
+
+
+def test_after_a_total_outage_every_node_is_heard_before_a_move_is_given_up() -> None:
+    faults = dataclasses.replace(NO_FAULTS, outage=0.2)
+    for operation in (Operation.DRAIN, Operation.UNDRAIN):
+        given_up: Counter[type[DrainMachine]] = Counter()
+        for machine in (DrainMachine, _Hasty):
+            outages = 0
+            for seed in range(100):
+                world = World(seed, faults, operation, make=machine)
+                world.run()
+                outages += world.seen["outage"]
+                ends = {MoveState.FAILED, MoveState.LEFT}
+                given_up[machine] += sum(move.state in ends for move in world.record.moves)
+            assert outages > 50
+        assert given_up[DrainMachine] == 0
+        assert given_up[_Hasty] > 0, "else this shows nothing"
 
 
 def test_guests_that_leave_already_are_waited_for_or_planned_again() -> None:

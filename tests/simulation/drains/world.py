@@ -15,6 +15,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 
@@ -35,6 +36,7 @@ from node_agent.drain.resources import (
     MoveState,
     Operation,
 )
+from node_agent.nodes import SETTLE_S
 from node_agent.planner.model import DomainFacts, NodeFacts, PlanOptions
 from node_agent.planner.plan import plan_moves
 from tests.simulation.drains import beginnings, checkers
@@ -65,6 +67,8 @@ class World:
     guests: dict[str, Guest] = field(default_factory=dict)
     dead: dict[str, float] = field(default_factory=dict)
     """Silent nodes, and since when."""
+    unheard: dict[str, float] = field(default_factory=dict)
+    """Nodes whose heartbeats are from before an outage, and until when that says nothing."""
     cordon: NodeState = NodeState.READY
     migrations: dict[str, Migration] = field(default_factory=dict)
     incoming: list[str] = field(default_factory=list)
@@ -98,7 +102,7 @@ class World:
 
     def _admits(self, name: str) -> bool:
         closed = self.operation is Operation.DRAIN and name == SOURCE
-        return not closed and name not in self.dead
+        return not closed and name not in self.dead and name not in self.unheard
 
     def _plan(self) -> Drain:
         already = beginnings.leave_already(self)
@@ -163,7 +167,22 @@ class World:
             mode = self.dice.choice([CancelMode.LET_END, CancelMode.ABORT])
             self.seen[f"cancel {mode}"] += 1
             self.tell(v.CancelAsked(mode=mode))
-        self.tell(v.Tick(unreachable=frozenset(self.dead)))
+        if self.faulty(self.faults.outage) and self.coordinator is not None:
+            self._outage()
+        self.tell(v.Tick(unreachable=frozenset(self.dead), unheard=self._still_unheard()))
+
+    def _outage(self) -> None:
+        self._crash()
+        self.seen["outage"] += 1
+        for name in self.nodes:
+            self.unheard[name] = self.now + SETTLE_S
+            self.later(self.dice.uniform(0.0, SETTLE_S), partial(self._is_heard, name))
+
+    def _is_heard(self, name: str) -> None:
+        self.unheard.pop(name, None)
+
+    def _still_unheard(self) -> dict[str, float]:
+        return {name: until - self.now for name, until in self.unheard.items()}
 
     def _arrive(self, name: str) -> None:
         """A migration that had begun before the cordon ends on the node that is drained."""
@@ -194,7 +213,7 @@ class World:
             self.record, term=self.record.term + 1, coordinator=f"c{self.record.term}"
         )
         self.coordinator = Coordinator(machine=self.make(self.record), term=self.record.term)
-        self.tell(v.Took())
+        self.tell(v.Took(unheard=self._still_unheard()))
         if self.record.cancel is not CancelMode.NO:
             self.tell(v.CancelAsked(mode=self.record.cancel))
 
@@ -297,6 +316,8 @@ class World:
             return v.Unclear(domain=command.domain, reason="it is stopped")
         if command.destination == guest.owner:
             return v.Unclear(domain=command.domain, reason="it runs there already")
+        if command.destination in self.unheard:  # The source's agent has just begun to listen, too.
+            return v.NotYet(domain=command.domain, reason="it isn't heard yet")
         if not self._admits(command.destination) or self.faulty(self.faults.refused):
             self.seen["refused"] += 1
             reason = f"node {command.destination} is no place"
@@ -399,7 +420,7 @@ class World:
         guest = self.guests[command.domain]
         if guest.running:
             return v.Failed(domain=command.domain, error=f"it runs on {guest.owner}")
-        if command.node in self.dead:
+        if command.node in self.dead or command.node in self.unheard:
             return v.Unclear(domain=command.domain, reason="the node is silent")
         if not self._admits(command.node) or self.faulty(self.faults.boot_fails):
             self.seen["boot fails"] += 1
