@@ -35,6 +35,7 @@ from migrator.turns import Turns
 
 log = logging.getLogger(__name__)
 STOP_S: Final = 2.0
+_Files = tuple[tuple[int, int], ...]  # Device and inode of each of a guest's regions.
 
 
 class EngineSettings(Struct, frozen=True, kw_only=True):
@@ -76,9 +77,8 @@ class EngineDriver:
         self._generation = 0
         """Counts engines: what a dead one had still to say is dropped."""
         self._post_copy = False
-        self._early = False
-        """The destination's engine gets the memory before the hypervisor is up, then the rest."""
-        self._early_files: list[tuple[int, int]] = []  # Of that memory: device, inode.
+        self._early: _Files | None = None
+        """What a destination's engine got before its hypervisor was up; None: it gets all at once."""
         self._configured_process: EngineProcess | None = None
         self._pages_in_use = 0
         self._round_trip_ms = 0.0
@@ -121,11 +121,11 @@ class EngineDriver:
 
     def begin_early(self) -> None:
         """Destination: `StartEngine` comes while the hypervisor starts; `arrived` will follow."""
-        self._early = True
+        self._early = ()
 
     async def arrived(self) -> None:
         """The hypervisor is up: returns when an engine that began early has been told the rest."""
-        if self._early:
+        if self._early is not None:
             await asyncio.wait([self._turns.put("start", self._attach())])
 
     @property
@@ -198,7 +198,7 @@ class EngineDriver:
         await self._spawn()
         if self._stopping:
             return
-        if self._session.role is Role.DESTINATION and self._early and not post_copy:
+        if self._session.role is Role.DESTINATION and self._early is not None and not post_copy:
             await self._configure_early()
         elif self._session.role is Role.DESTINATION:
             await self._configure(self._secret)
@@ -222,9 +222,8 @@ class EngineDriver:
             log.info("migration %s: %s", self._session.migration_id, error)
             return
         try:
-            layout = m.layout_of(regions)
-            self._early_files = _files_of(regions)
-            early = msgspec.structs.replace(settings, regions=layout, attached=False)
+            self._early = _files_of(regions)
+            early = msgspec.structs.replace(settings, regions=m.layout_of(regions))
             self._send_configuration(early, [region.fd for region in regions])
         finally:
             close_regions(regions)
@@ -233,12 +232,12 @@ class EngineDriver:
         if self._stopping or self._process is None:
             return
         if not self._configured:
-            self._early = False
+            self._early = None
             await self._configure(self._secret)
             return
         memory = await self._hypervisor.memory(self._domain)
         try:
-            if _files_of(memory.regions) != self._early_files:  # It would run without its pages.
+            if _files_of(memory.regions) != self._early:  # It would run without its pages.
                 raise HypervisorError(f"{self._domain} has other memory than its pages went to")
             self._process.send(m.Attach(regions=m.layout_of(memory.regions)), fds=[memory.uffd])
         finally:
@@ -372,7 +371,7 @@ class EngineDriver:
         """What this driver does by it, or adds to it: its next step with the engine."""
         match message:
             case m.Listening():
-                if not (self._post_copy or self._early):
+                if not self._post_copy and self._early is None:
                     self._send(m.OpenDeviceChannel(path=str(self._device_channel)))
                 self._feed(
                     v.EngineListening(
@@ -412,8 +411,9 @@ class EngineDriver:
             self._feed(v.EngineLost(reason=f"it {how}"))
 
 
-def _files_of(regions: Sequence[MemoryRegion]) -> list[tuple[int, int]]:
-    return [(each.st_dev, each.st_ino) for each in (os.fstat(region.fd) for region in regions)]
+def _files_of(regions: Sequence[MemoryRegion]) -> _Files:
+    found = (os.fstat(region.fd) for region in regions)
+    return tuple((each.st_dev, each.st_ino) for each in found)
 
 
 def _told_by(message: m.FromEngine) -> v.Event | None:

@@ -76,9 +76,8 @@ class Configure(Message, frozen=True, kw_only=True):
     secret: bytes
     """32 random bytes that both engines know; a page stream without them is refused."""
     pid: int
+    """Of the hypervisor; 0: it isn't up, see `attached`."""
     regions: tuple[RegionLayout, ...]
-    attached: bool = True
-    """False: a destination's, with no descriptors but the regions'; `Attach` follows."""
     streams: int = 1
     bind_address: str = ""
     """Destination: the address to listen at. Source: the address to connect from; "" for any."""
@@ -96,6 +95,11 @@ class Configure(Message, frozen=True, kw_only=True):
     """Every connection between the engines is TLS, by these files; None: plain."""
     peer: str = ""
     """The node at the other end, whose name its certificate must have."""
+
+    @property
+    def attached(self) -> bool:
+        """False: a destination's, with no descriptors but the regions'; `Attach` follows."""
+        return self.pid != 0
 
 
 class Attach(Message, frozen=True, kw_only=True):

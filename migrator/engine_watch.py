@@ -2,7 +2,7 @@
 
 That an engine has ended is told by the kernel. That it hangs (somebody's SIGSTOP, a deadlock, a
 page of its own that its disk doesn't give back) is told by nobody, and its guest waits for pages.
-So it is asked every few seconds. One answer alone may be late: a host that was suspended, or whose
+So it is asked every second. One answer alone may be late: a host that was suspended, or whose
 cores are taken, has engines that say nothing for a moment.
 """
 
@@ -13,12 +13,12 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-PING_S: Final = 5.0
-UNANSWERED_MAX: Final = 3
+PING_S: Final = 1.0
+UNANSWERED_MAX: Final = 15
 """In a row; then it hangs. A guest has waited for its pages for that long."""
 UNHEARD_S: Final = 3.0
 """After which its silence is told. In a pass it reports five times a second; in a post-copy it has
-nothing to say, perhaps, but an answer."""
+nothing to say, perhaps, but an answer each second."""
 
 
 class EngineWatch:
@@ -57,8 +57,7 @@ class EngineWatch:
         if not self._in_pass and self._task is None:
             return None
         silent_s = time.monotonic() - self._heard_at
-        most_s = UNHEARD_S if self._in_pass else PING_S + UNHEARD_S
-        return silent_s if silent_s > most_s else None
+        return silent_s if silent_s > UNHEARD_S else None
 
     async def close(self) -> None:
         """Idempotent."""

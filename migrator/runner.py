@@ -168,7 +168,10 @@ class Runner:
     @property
     def unheard_s(self) -> float | None:
         """See `MigrationProgress.unheard_s`."""
-        return self._engine.unheard_s
+        unheard_s = self._engine.unheard_s
+        if unheard_s is None and isinstance(self.session, SourceSession):
+            unheard_s = self.session.standing_s(self._clock.now_s)
+        return unheard_s
 
     def _note(self) -> None:
         """Journal what no event has told the session: the next agent's engine goes by it."""

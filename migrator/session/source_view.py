@@ -223,6 +223,15 @@ class SourceView(Session):
             ),
         )
 
+    def standing_s(self, now: float) -> float | None:
+        """In post-copy, for how long nothing has been sent, though the destination hasn't said that
+        it lacks no page: its engine may be stopped. None: it goes on.
+        """
+        if self.shown_state is not _S.POSTCOPY:
+            return None
+        still_s = now - max(self._moved_at_s, self._entered_at_s)
+        return still_s if still_s >= _STANDS_S else None
+
     def _note_last_sent(self, event: EngineStopped) -> None:
         """What its last report didn't know of yet. A pre-copy's passes have told all of it: nothing
         changes once it is shown as completed.

@@ -11,7 +11,6 @@ from migrator.model import (
     EngineKind,
     Migration,
     MigrationMode,
-    MigrationProgress,
     MigrationRequest,
     MigrationState,
     OnTimeout,
@@ -23,7 +22,7 @@ from node_agent.cli.cutover import cutover_text
 from node_agent.cli.errors import ExitCode
 from node_agent.cli.output import facts, moment, note, parse_size, settings, show, size, table
 from node_agent.cli.prediction import comparison, dry_run_text
-from node_agent.cli.progress import watch_migration, where_now
+from node_agent.cli.progress import unheard, watch_migration, where_now
 from node_agent.cli.silence import silence_of, silences
 from node_agent.resources import DryRun, MigrationChange, MigrationCreate, MigrationList
 
@@ -176,7 +175,7 @@ def show_migration(id: _IdArgument) -> None:
         ("total", f"{each.total_s:.2f} s" if each.total_s is not None else ""),
         ("sent", _sent(each)),
         ("to go", "" if each.ended else size(progress.remaining_bytes)),
-        ("speed", "" if each.ended or speed is None else f"{size(speed)}/s{_unheard(progress)}"),
+        ("speed", "" if each.ended or speed is None else f"{size(speed)}/s{_unheard(each)}"),
         ("engine", request.engine.value),
         ("mode", request.mode.value),
         ("bandwidth", "" if cap is None else f"{size(cap)}/s at most"),
@@ -210,9 +209,9 @@ def show_migration(id: _IdArgument) -> None:
     show(each, text)
 
 
-def _unheard(progress: MigrationProgress) -> str:
-    unheard_s = progress.unheard_s
-    return "" if unheard_s is None else f" (its engine hasn't been heard for {unheard_s:.0f} s)"
+def _unheard(migration: Migration) -> str:
+    said = unheard(migration)
+    return f" ({said})" if said else ""
 
 
 def _sent(migration: Migration) -> str:

@@ -123,10 +123,21 @@ def describe(migration: Migration, *, heard: bool = True) -> str:
     if trouble := _trouble(migration):
         parts.append(trouble)
     elif progress.unheard_s is not None:
-        parts.append(f"its engine hasn't been heard for {progress.unheard_s:.0f} s")
+        parts.append(unheard(migration))
     elif progress.eta_s is not None:
         parts.append(f"~{progress.eta_s:.0f} s left")
     return ", ".join(parts)
+
+
+def unheard(migration: Migration) -> str:
+    """Whose engine isn't heard, and for how long; "": it is."""
+    unheard_s = migration.progress.unheard_s
+    if unheard_s is None:
+        return ""
+    if migration.state is MigrationState.POSTCOPY:
+        ends = f"{migration.source} or {migration.destination}"
+        return f"an engine, of {ends}, hasn't been heard for {unheard_s:.0f} s"
+    return f"its engine hasn't been heard for {unheard_s:.0f} s"
 
 
 def _trouble(migration: Migration) -> str:

@@ -187,6 +187,8 @@ async def test_no_old_rate_is_told_of_what_is_not_heard(ferry: Ferry, world: Wor
     stopped = msgspec.structs.replace(migration, progress=rates)
     assert "0 B/s" in progress.describe(stopped)
     assert progress.describe(stopped).endswith("its engine hasn't been heard for 12 s")
+    there = msgspec.structs.replace(stopped, state=MigrationState.POSTCOPY, destination="b")
+    assert "an engine, of a or b, hasn't been heard for 12 s" in progress.describe(there)
     world.migrations["m-1"] = stopped
     shown = (await ferry("migration", "show", "m-1")).out
     assert "0 B/s (its engine hasn't been heard for 12 s)" in shown

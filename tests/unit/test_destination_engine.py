@@ -88,7 +88,6 @@ class _World:
             secret=SECRET,
             pid=0,
             regions=(layout,),
-            attached=False,
             bind_address="127.0.0.1",
             reconnect_s=LONG_S,
         )

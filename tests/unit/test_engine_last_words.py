@@ -37,7 +37,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, socket.socket]]
         role=Role.DESTINATION,
         migration_id="m1",
         secret=b"",
-        pid=0,
+        pid=1,
         regions=(),
         streams=1,
         bind_address="",

@@ -67,8 +67,8 @@ def test_a_guest_waits_no_longer_for_it_than_for_a_silent_link() -> None:
         ("pass", 2.0, False),
         ("pass", 4.0, True),
         ("pass that is over", 99.0, False),
-        ("post-copy", 7.0, False),  # It has nothing to say between two questions.
-        ("post-copy", 9.0, True),
+        ("post-copy", 2.0, False),  # It has nothing to say between two questions.
+        ("post-copy", 4.0, True),
     ],
 )
 async def test_a_silence_is_told_while_it_should_speak(

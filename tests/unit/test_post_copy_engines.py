@@ -136,3 +136,24 @@ def test_so_do_those_of_a_migration_that_is_cancelled_in_a_pass() -> None:
     pair.run()
     assert pair.source.state is MigrationState.CANCELLED
     assert pair.source.view().progress.bytes_sent == 700
+
+
+def test_a_destination_whose_engine_asks_for_nothing_is_told_of() -> None:
+    """Stopped, it has lost no connection, and for fifteen seconds nothing was told."""
+    pair = running_there()
+    source = pair.source
+    assert source.standing_s(pair.now_s) is None
+    pair.push(
+        source, v.EngineReported(bytes_sent=50, remaining_bytes=900, throughput_bytes_per_s=5.0)
+    )
+    assert source.standing_s(pair.now_s + 1.0) is None
+    assert source.standing_s(pair.now_s + 3.0) == pytest.approx(3.0, abs=0.1)
+    progress = source.view(source.standing_s(pair.now_s + 3.0)).progress
+    assert progress.unheard_s is not None and progress.throughput_bytes_per_s == 0.0
+    pair.push(
+        source, v.EngineReported(bytes_sent=60, remaining_bytes=890, throughput_bytes_per_s=5.0)
+    )
+    assert source.standing_s(pair.now_s) is None, "it goes on"
+    pair.push(pair.destination, v.PagesComplete(seconds=1.0, pages=10))
+    assert pair.run(timers=1) == COMPLETED
+    assert source.standing_s(pair.now_s + 9.0) is None
