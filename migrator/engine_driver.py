@@ -78,7 +78,7 @@ class EngineDriver:
         """Counts engines: what a dead one had still to say is dropped."""
         self._post_copy = False
         self._early: _Files | None = None
-        """What a destination's engine got before its hypervisor was up; None: it gets all at once."""
+        """What a destination's engine got before its hypervisor was up; None: it waits for that."""
         self._configured_process: EngineProcess | None = None
         self._pages_in_use = 0
         self._round_trip_ms = 0.0

@@ -411,8 +411,8 @@ class MigrationProgress(Value, frozen=True, kw_only=True):
     mode what the downtime limit doesn't allow is sent before it, or follows the guest."""
     eta_s: float | None = None
     unheard_s: float | None = None
-    """For how long the engine, which tells all this, has said nothing, or sent nothing in a post-copy;
-    None: it speaks, or needn't. No record has it, and no rate is told then."""
+    """For how long the engine, which tells all this, has said nothing, or in a post-copy has sent
+    nothing; None: it speaks, or needn't. No record has it, and no rate is told then."""
 
 
 class Migration(Value, frozen=True, kw_only=True):

@@ -400,7 +400,8 @@ class SourceSession(SourcePasses):
                 self._finish_gone()
             case CommandFailed(command="AbortSwitchover"):
                 self._not_back = event.error
-                self._retry_later()
+                # No growing gap: the guest may stand still, and a try takes its time itself.
+                self._do(StartTimer(name=TimerName.RETRY, seconds=self.timing.retry_s))
             case TimerFired(name=TimerName.RETRY):
                 self._do(AbortSwitchover())
             case _:

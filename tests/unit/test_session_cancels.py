@@ -81,3 +81,16 @@ def test_a_cancel_is_noted_last_and_holds_nothing_up() -> None:
     failed = v.CommandFailed(command="Journal", error="disk full")
     assert pair.source.handle(failed, pair.now_s) == []
     assert pair.source.state is _S.CANCELLING
+
+
+def test_a_hypervisor_that_answers_again_after_long_has_its_guest_back_at_once() -> None:
+    """It stood still for up to five seconds more, until it was asked again."""
+    pair = SessionPair()
+    pair.run_until_state(_S.SWITCHOVER)
+    pair.fail(v.AbortSwitchover)
+    pair.push(pair.source, v.CancelRequested(by="me"))
+    assert pair.run(timers=12)[0] == _S.CANCELLING
+    del pair.failing[v.AbortSwitchover]
+    answers_at_s = pair.now_s
+    assert pair.run(timers=1)[0] == _S.CANCELLED
+    assert pair.now_s - answers_at_s < 1.0
