@@ -83,12 +83,12 @@ class _Hasty(DrainMachine):
 
 
 def test_after_a_total_outage_every_node_is_heard_before_a_move_is_given_up() -> None:
-    faults = dataclasses.replace(NO_FAULTS, outage=0.2)
+    faults = dataclasses.replace(NO_FAULTS, outage=0.1)
     for operation in (Operation.DRAIN, Operation.UNDRAIN):
         given_up: Counter[type[DrainMachine]] = Counter()
         for machine in (DrainMachine, _Hasty):
             outages = 0
-            for seed in range(100):
+            for seed in range(60):
                 world = World(seed, faults, operation, make=machine)
                 world.run()
                 outages += world.seen["outage"]

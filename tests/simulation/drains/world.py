@@ -15,7 +15,6 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import msgspec
 
@@ -36,12 +35,12 @@ from node_agent.drain.resources import (
     MoveState,
     Operation,
 )
-from node_agent.nodes import SETTLE_S
 from node_agent.planner.model import DomainFacts, NodeFacts, PlanOptions
 from node_agent.planner.plan import plan_moves
 from tests.simulation.drains import beginnings, checkers
 from tests.simulation.drains.checkers import SOURCE, Guest
 from tests.simulation.drains.faults import Faults
+from tests.simulation.drains.outages import Outages
 
 MIB = 2**20
 HORIZON_S = 4000.0
@@ -67,8 +66,6 @@ class World:
     guests: dict[str, Guest] = field(default_factory=dict)
     dead: dict[str, float] = field(default_factory=dict)
     """Silent nodes, and since when."""
-    unheard: dict[str, float] = field(default_factory=dict)
-    """Nodes whose heartbeats are from before an outage, and until when that says nothing."""
     cordon: NodeState = NodeState.READY
     migrations: dict[str, Migration] = field(default_factory=dict)
     incoming: list[str] = field(default_factory=list)
@@ -80,6 +77,7 @@ class World:
         self.dice = random.Random(self.seed)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._number = 0
+        self.outages = Outages(self)
         self.nodes = [f"n{n}" for n in range(self.dice.randint(2, 5))]
         beginnings.make_guests(self)
         self.record = self._plan()
@@ -102,7 +100,7 @@ class World:
 
     def _admits(self, name: str) -> bool:
         closed = self.operation is Operation.DRAIN and name == SOURCE
-        return not closed and name not in self.dead and name not in self.unheard
+        return not closed and name not in self.dead and name not in self.outages
 
     def _plan(self) -> Drain:
         already = beginnings.leave_already(self)
@@ -168,21 +166,9 @@ class World:
             self.seen[f"cancel {mode}"] += 1
             self.tell(v.CancelAsked(mode=mode))
         if self.faulty(self.faults.outage) and self.coordinator is not None:
-            self._outage()
-        self.tell(v.Tick(unreachable=frozenset(self.dead), unheard=self._still_unheard()))
-
-    def _outage(self) -> None:
-        self._crash()
-        self.seen["outage"] += 1
-        for name in self.nodes:
-            self.unheard[name] = self.now + SETTLE_S
-            self.later(self.dice.uniform(0.0, SETTLE_S), partial(self._is_heard, name))
-
-    def _is_heard(self, name: str) -> None:
-        self.unheard.pop(name, None)
-
-    def _still_unheard(self) -> dict[str, float]:
-        return {name: until - self.now for name, until in self.unheard.items()}
+            self._crash()
+            self.outages.begin()
+        self.tell(v.Tick(unreachable=frozenset(self.dead), unheard=self.outages.unheard()))
 
     def _arrive(self, name: str) -> None:
         """A migration that had begun before the cordon ends on the node that is drained."""
@@ -213,7 +199,7 @@ class World:
             self.record, term=self.record.term + 1, coordinator=f"c{self.record.term}"
         )
         self.coordinator = Coordinator(machine=self.make(self.record), term=self.record.term)
-        self.tell(v.Took(unheard=self._still_unheard()))
+        self.tell(v.Took(unheard=self.outages.unheard()))
         if self.record.cancel is not CancelMode.NO:
             self.tell(v.CancelAsked(mode=self.record.cancel))
 
@@ -316,7 +302,7 @@ class World:
             return v.Unclear(domain=command.domain, reason="it is stopped")
         if command.destination == guest.owner:
             return v.Unclear(domain=command.domain, reason="it runs there already")
-        if command.destination in self.unheard:  # The source's agent has just begun to listen, too.
+        if command.destination in self.outages:  # The source's agent has just begun to listen, too.
             return v.NotYet(domain=command.domain, reason="it isn't heard yet")
         if not self._admits(command.destination) or self.faulty(self.faults.refused):
             self.seen["refused"] += 1
@@ -420,7 +406,7 @@ class World:
         guest = self.guests[command.domain]
         if guest.running:
             return v.Failed(domain=command.domain, error=f"it runs on {guest.owner}")
-        if command.node in self.dead or command.node in self.unheard:
+        if command.node in self.dead or command.node in self.outages:
             return v.Unclear(domain=command.domain, reason="the node is silent")
         if not self._admits(command.node) or self.faulty(self.faults.boot_fails):
             self.seen["boot fails"] += 1
