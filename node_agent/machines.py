@@ -19,15 +19,16 @@ class MachinePinner:
         self._nodes = nodes
 
     async def __call__(self, machine: str) -> str:
-        """Over the nodes that speak. InvalidRequest (field `machine`) if they have none in common.
+        """Over the nodes that speak, or may yet be heard (`NodeView.judged_in_s`).
 
+        InvalidRequest (field `machine`) if they have none in common.
         ConflictError if no node speaks: then nobody knows what they have.
         """
         views = (await self._nodes.read()).values()
         offers = [
             frozenset(view.info.capabilities.machine_types)
             for view in views
-            if view.state is not NodeState.UNREACHABLE
+            if view.state is not NodeState.UNREACHABLE or view.judged_in_s
         ]
         if not offers:
             raise ConflictError(

@@ -64,7 +64,8 @@ def take_over(cluster: Cluster, domain: str, powered_off: str | None = None) -> 
 
 def silent(cluster: Cluster) -> bool:
     nodes = cluster.api("n2").get("/v1/nodes", NodeList).nodes
-    return any(node.name == "n1" and node.state is NodeState.UNREACHABLE for node in nodes)
+    away = [node for node in nodes if node.name == "n1" and node.state is NodeState.UNREACHABLE]
+    return any(not node.judged_in_s for node in away)
 
 
 def told(cluster: Cluster, kind: EventKind, node: str) -> bool:

@@ -24,6 +24,7 @@ from node_agent.drain.resources import (
     MoveState,
     Operation,
 )
+from node_agent.machines import MachinePinner
 from node_agent.migrations.checks import node_reasons
 from node_agent.nodes import LISTENS_ANEW, SETTLE_S, NodeRegistry, NodeView
 from node_agent.state.memory import SimulatedData, SimulatedStore
@@ -42,6 +43,7 @@ class Listener:
         self.store = SimulatedStore(SimulatedData())
         self.typed = TypedStore(self.store)
         self.now_s = 1000.0
+        self.capabilities = heartbeat("n1").capabilities
         self.start()
 
     def start(self) -> None:
@@ -51,7 +53,7 @@ class Listener:
         )
 
     async def _describe(self) -> NodeInfo:
-        return heartbeat("n1")
+        return heartbeat("n1", capabilities=self.capabilities)
 
     async def seconds(self, count: int, *, heard: bool) -> NodeView:
         """n2 as it is seen after so many."""
@@ -120,6 +122,24 @@ async def test_a_store_that_takes_its_time_is_not_away(
     monkeypatch.setattr(listener.registry._store, "list_prefix", takes_its_time)
     view = await listener.seconds(4, heard=False)
     assert view.state is NodeState.UNREACHABLE and view.judged_in_s == 0.0
+
+
+async def test_a_machine_is_pinned_to_what_nodes_have_that_are_not_heard_yet(
+    listener: Listener,
+) -> None:
+    """Else a domain that is defined right after an outage can never move to them."""
+    old = msgspec.structs.replace(
+        heartbeat("n2", listener.now_s).capabilities, machine_types=("pc-q35-7.2",)
+    )
+    new = msgspec.structs.replace(old, machine_types=("pc-q35-10.0", "pc-q35-7.2"))
+    listener.capabilities = new
+    await speak(listener.typed, heartbeat("n2", listener.now_s, capabilities=old))
+    listener.now_s += 60.0
+    listener.start()
+    await listener.seconds(1, heard=False)
+    assert await MachinePinner(listener.registry)("q35") == "pc-q35-7.2"
+    await listener.seconds(12, heard=False)
+    assert await MachinePinner(listener.registry)("q35") == "pc-q35-10.0"
 
 
 async def test_nobody_takes_a_domain_over_or_removes_a_node_before_its_silence_counts(
