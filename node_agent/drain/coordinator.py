@@ -27,6 +27,7 @@ from migrator.errors import ConflictError, FerryError, PeerError, RefusedError, 
 from migrator.model import DomainName, NodeName, NodeState, OnTimeout
 from node_agent.drain import neighbours, outlook
 from node_agent.drain import vocabulary as v
+from node_agent.drain.hearing import Hearing
 from node_agent.drain.hooks import NodeHooks
 from node_agent.drain.machine import DrainMachine
 from node_agent.drain.mishaps import after_error
@@ -92,6 +93,7 @@ class Coordinator:
         self._saved = entry.value
         self._unsaved = ""
         """Why what it has decided can't be written down now."""
+        self._hearing = Hearing()
         self._blind = ""
         """Why it doesn't know which nodes are silent, and what other drains do: a bug."""
 
@@ -183,13 +185,9 @@ class Coordinator:
         views: Mapping[str, NodeView] = {}
         with contextlib.suppress(FerryError):
             views = await self._world.views()
-        silent = {n: each for n, each in views.items() if each.state is NodeState.UNREACHABLE}
-        unheard = {name: each.judged_in_s for name, each in silent.items() if each.judged_in_s}
-        return v.Tick(
-            unreachable=frozenset(silent.keys() - unheard.keys()),
-            unheard=unheard,
-            others=neighbours.under_way(self._drains(), self.drain.id),
-        )
+        silent, unheard = self._hearing.look(views, asyncio.get_running_loop().time())
+        others = neighbours.under_way(self._drains(), self.drain.id)
+        return v.Tick(unreachable=silent, unheard=unheard, others=others)
 
     def _tell_blind(self, error: Exception) -> None:
         """The log has it once, however often it fails so."""

@@ -13,6 +13,7 @@ from migrator.errors import RefusedError, StoreError
 from migrator.model import DomainName, MaintenancePolicy, NodeInfo, NodeName, NodeState
 from node_agent.drain import vocabulary as v
 from node_agent.drain.coordinator import Coordinator
+from node_agent.drain.hearing import OUTAGE_S, Hearing
 from node_agent.drain.machine import DrainMachine
 from node_agent.drain.mishaps import ERRORS_MAX
 from node_agent.drain.records import DrainRecords
@@ -231,6 +232,26 @@ def test_a_source_that_listens_anew_itself_costs_no_attempt() -> None:
     for at in range(20):
         assert begun(machine.handle(v.NotYet(domain="web", reason="listens"), 2.0 + at))
     assert machine.drain.moves[0].attempts == 1
+
+
+def test_a_drain_gives_nodes_the_time_to_boot_that_a_power_cut_takes() -> None:
+    """The first host's agent found the others silent after ten seconds, and gave up."""
+    hearing, silent = Hearing(), NodeState.UNREACHABLE
+    n2 = NodeView(info=heartbeat("n2"), state=silent, heartbeat_age_s=60.0, judged_in_s=9.0)
+    n3 = msgspec.structs.replace(n2, info=heartbeat("n3"), judged_in_s=0.0)
+    judged = msgspec.structs.replace(n2, judged_in_s=0.0)
+    heard = msgspec.structs.replace(judged, state=NodeState.READY)
+    assert hearing.look({"n2": n2, "n3": n3}, 100.0) == (frozenset({"n3"}), {"n2": OUTAGE_S})
+    later = hearing.look({"n2": judged, "n3": n3}, 120.0)
+    assert later == (frozenset({"n3"}), {"n2": OUTAGE_S - 20.0}), "n3 is known to be silent"
+    assert hearing.look({"n2": judged}, 100.0 + OUTAGE_S) == (frozenset({"n2"}), {})
+    assert hearing.look({"n2": n2}, 101.0 + OUTAGE_S) == (frozenset({"n2"}), {}), (
+        "it was waited for"
+    )
+    assert hearing.look({"n2": heard}, 200.0) == (frozenset(), {})
+    assert hearing.look({"n2": judged}, 300.0) == (frozenset({"n2"}), {}), (
+        "it fell silent before our eyes"
+    )
 
 
 # --- a coordinator with a bug --------------------------------------------------------------------
