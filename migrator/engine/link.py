@@ -48,6 +48,8 @@ class TcpFigures(msgspec.Struct, frozen=True):
     """Of that, held up by the other side's window."""
     round_trip_s: float = 0.0
     """The shortest of late; 0.0: not known."""
+    beside_bytes: int = 0
+    """What others have sent on the same link: who knows of it adds it."""
 
 
 class HasOptions(Protocol):
@@ -77,6 +79,18 @@ class Window(msgspec.Struct, frozen=True):
     acknowledged_bytes: int
     busy_s: float
     receiver_limited_s: float
+    beside_bytes: int = 0
+
+    @property
+    def throughput(self) -> float:
+        """Bytes a second, of all that were sent on the link."""
+        return (self.acknowledged_bytes + self.beside_bytes) / self.seconds
+
+    @property
+    def link_bytes_per_s(self) -> float:
+        """What the link carries: the connection's own bytes count for the time in which it had any
+        to send. That of others counts as spread over the window."""
+        return self.acknowledged_bytes / self.busy_s + self.beside_bytes / self.seconds
 
     @property
     def busy(self) -> bool:
@@ -115,6 +129,7 @@ class Windows:
             count,
             figures.busy_s - since.busy_s,
             figures.receiver_limited_s - since.receiver_limited_s,
+            figures.beside_bytes - since.beside_bytes,
         )
 
 
@@ -156,7 +171,7 @@ class LinkGauge:
         if window.receiver_limited_s > _RECEIVER_SHARE * window.busy_s:
             self.bytes_per_s = None
             return
-        rate = window.acknowledged_bytes / window.busy_s
+        rate = window.link_bytes_per_s
         if self.bytes_per_s is None:
             self.bytes_per_s = rate
         else:

@@ -16,7 +16,7 @@ from typing import Final
 
 import msgspec
 
-from migrator.engine.link import TcpFigures, Windows
+from migrator.engine.link import TcpFigures, Window, Windows
 from migrator.model import PAGE_SIZE_BYTES
 
 BYTES_MIN: Final = 2 * PAGE_SIZE_BYTES
@@ -48,7 +48,9 @@ class ShortQueue:
         """What may be under way."""
         self._slack_s = SLACK_FIRST_S
         self._bytes_per_s = 0.0
-        """Smoothed; 0.0: not known yet."""
+        """Of the link. Smoothed, as the next; 0.0: not known yet."""
+        self._usual = 0.0
+        """Bytes a second that went through."""
         self._windows = Windows(_WINDOW_S, _WINDOW_BYTES_MIN)
         self._judged = 0
         self._hold = 0
@@ -71,24 +73,28 @@ class ShortQueue:
         `beside_bytes`: what was sent so far by the stream that shares the link.
         """
         if figures is not None:
-            acknowledged = figures.acknowledged_bytes + beside_bytes
-            figures = msgspec.structs.replace(figures, acknowledged_bytes=acknowledged)
+            figures = msgspec.structs.replace(figures, beside_bytes=beside_bytes)
         window = self._windows.note(now, figures)
         if figures is None or window is None or not window.busy:
             return False  # Where little was asked for, the link's rate isn't what was seen.
         before = self.bytes
-        self._judge(window.acknowledged_bytes / window.seconds)
+        self._judge(window)
         fitting = self._bytes_per_s * (figures.round_trip_s + self._slack_s)
         if self._probing:
             fitting *= 2
         self.bytes = max(BYTES_MIN, min(int(fitting), BYTES_MAX))
         return self.bytes != before
 
-    def _judge(self, bytes_per_s: float) -> None:
-        """A window's rate is known: whether the buffer was too small for it."""
-        usual = self._bytes_per_s or bytes_per_s
-        self._low = self._low + 1 if bytes_per_s < _LOW_SHARE * usual else 0
-        gained = self._probing and bytes_per_s > _GAIN_SHARE * usual
+    def _judge(self, window: Window) -> None:
+        """Whether the buffer was too small in it; and what the link carries.
+
+        Both sides may have waited for a core meanwhile, with nothing to send: that makes what went
+        through less than the link's rate, which others rely on, and isn't the buffer's fault.
+        """
+        through = window.throughput
+        usual = self._usual or through
+        self._low = self._low + 1 if through < _LOW_SHARE * usual else 0
+        gained = self._probing and through > _GAIN_SHARE * usual
         if gained or self._low > 1:
             self._slack_s = min(2 * self._slack_s, SLACK_MAX_S)
             self._hold = _HOLD_WINDOWS
@@ -99,4 +105,7 @@ class ShortQueue:
         self._probing = gained or self._judged % _PROBE_WINDOWS == 0
         self._judged += 1
         share = 1.0 if gained else _SMOOTHING
-        self._bytes_per_s = usual + share * (bytes_per_s - usual)
+        self._usual = usual + share * (through - usual)
+        rate = window.link_bytes_per_s
+        before = self._bytes_per_s or rate
+        self._bytes_per_s = before + share * (rate - before)

@@ -156,3 +156,18 @@ def test_what_was_sent_while_bulk_held_back_is_not_the_links_rate() -> None:
         link.busy_share = 1.0
         link.run(queue, 0.15)
     assert queue.bytes_per_s == pytest.approx(200 * MBIT, rel=0.03)
+
+
+@pytest.mark.parametrize("busy_share", [0.55, 0.8])
+def test_bulk_that_waits_for_a_core_doesnt_make_its_link_slow(busy_share: float) -> None:
+    """The pages of faults come beside it, all the time."""
+    link, queue = Link(1_000 * MBIT, 0.0001, busy_share=busy_share), ShortQueue()
+    beside = 0.0
+    for _ in range(3_000):
+        link.now += STEP_S
+        link.busy_s += STEP_S * busy_share
+        link.acknowledged += 0.9 * link.bytes_per_s * STEP_S * busy_share
+        beside += 0.1 * link.bytes_per_s * STEP_S
+        figures = TcpFigures(int(link.acknowledged), 0, link.busy_s, 0.0, link.round_trip_s)
+        queue.note(link.now, figures, int(beside))
+    assert queue.bytes_per_s == pytest.approx(1_000 * MBIT, rel=0.03)
