@@ -147,6 +147,7 @@ def _run(case: Case, migration: Migration, total_s: float) -> Run:
         line_rate_share=share,
         stopped_at_s=stopped[0] if stopped else None,
         timeline=tuple(phases),
+        passes=tuple(passes),
         dirtied_bytes=sum(each.pending_pages for each in passes) * PAGE_BYTES,
         uncompressed_bytes=sum(max(each.bytes_sent, each.payload_bytes) for each in passes),
         compressors=() if first is None else first.compressors,

@@ -9,6 +9,8 @@ from typing import Final
 
 import msgspec
 
+from migrator.model import PassReport
+
 BEFORE_S: Final = 0.02
 AFTER_S: Final = 0.3
 """Around the blackout, where the client's longest silence is looked for."""
@@ -100,6 +102,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     corruptions: int | None = None
     timeline: tuple[tuple[str, float], ...] = ()
     """Where the blackout went: (part, ms)."""
+    passes: tuple[PassReport, ...] = ()
+    """Ferry's own, as the migration reports them."""
     in_use_bytes: int | None = None
     dirtied_bytes: int | None = None
     """What was found dirty by the scans between the passes."""
