@@ -83,10 +83,24 @@ class Domain:
         return (self.memory_lost or "").startswith("died")
 
     def restored(self, record: OwnershipRecord | None) -> None:
-        """The store was, from an older snapshot. What was to be started wasn't here by that."""
+        """The store was, from an older snapshot. What was to be started wasn't here by that.
+
+        Nor was a takeover of after the snapshot, where no fence tells of it either.
+        """
         self.record, self.store_restored = record, True
         self.must_start = self.seen_to_crash = False
         self.taken_over_under = 0
+        guest = self.running
+        if guest is None or not guest.deposed:
+            return
+        if record is None or record.token <= guest.token:
+            self._reinstate(guest)
+
+    def _reinstate(self, guest: Guest) -> None:
+        """Nobody has run since: who runs after it fences first, and its writes are let in."""
+        self.world.log("{}: the takeover of {} is forgotten", guest.node, self.name)
+        guest.deposed, guest.epoch = False, self.epoch
+        self.memory_lost = None
 
     def is_newer(self, guest: Guest) -> bool:
         """Its store was restored from before that guest's start here."""

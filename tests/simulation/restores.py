@@ -1,7 +1,9 @@
 """The store is restored from an older snapshot, for good; then operators say what is.
 
-Both while no migration is under way, as the documentation asks. Nobody stops the agents. What was
-on its way to the store before is lost.
+Both while no migration is under way, as the documentation asks. It also asks for agents that are
+stopped; these live on, but nothing else is under way either: of two starts, one of before the
+restore and one of after it, both could win the same token. What was on its way to the store is
+lost, and what was on its way to the storage has arrived, or never does.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class Restores(Story):
             return
         self._snapshot = dict(self.cluster.store.entries)
         self.world.log("store: a snapshot")
-        self.world.after(1.0 + self.world.delay(8.0), self._restore)
+        most_s = self.world.faults.restored_after_s_max
+        self.world.after(1.0 + self.world.delay(most_s), self._restore)
 
     def _restore(self) -> None:
         if self.world.elapsed_s > LAST_S:
@@ -64,14 +67,17 @@ class Restores(Story):
         self._restored = True
         self.cluster.store.restore(self._snapshot)
         for domain in self.cluster.domains.values():
+            domain.volume.settle()
             key = ownership_key(domain.name)
             entry = self._snapshot.get(key)
             domain.restored(None if entry is None else decode(key, entry.value, OwnershipRecord))
         self.world.after(self.world.delay(10.0), self._mend)
 
     def _busy(self) -> bool:
-        nodes = self.cluster.nodes.values()
-        return any(node.sides() or node.open_entries() for node in nodes)
+        return any(
+            node.sides() or node.open_entries() or _operates(node)
+            for node in self.cluster.nodes.values()
+        )
 
     def _newer(self, domain: Domain) -> Guest | None:
         """Its guest, where that is one that the store doesn't know."""
@@ -116,3 +122,8 @@ class Restores(Story):
     async def _keep(self, node: Node, domain: Domain, agent: Agent) -> None:
         self.world.log("{}: is said to run {}", node.name, domain.name)
         await agent.takeover.take_over(domain.name)
+
+
+def _operates(node: Node) -> bool:
+    """Its agent does something to a domain, or goes through them all as it starts."""
+    return node.agent is not None and (not node.up or bool(node.agent.locks._purpose))

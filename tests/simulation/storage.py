@@ -7,7 +7,7 @@ there the handoff alone must keep the old writer quiet, and takeovers are refuse
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NoReturn
 
@@ -55,6 +55,7 @@ class Volume:
         """The token under which the writer's node had opened it when it fenced."""
         self.opened: dict[NodeName, int] = {}
         self.last_writer_token = 0
+        self._late: list[Callable[[], None]] = []
 
     def fence(self, node: NodeName, token: FencingToken) -> None:
         if token < self.newest:
@@ -63,6 +64,25 @@ class Volume:
             self.newest = token
             self.writer = node
             self.identity = self.opened.get(node, 0)
+
+    def fence_late(self, node: NodeName, token: FencingToken, seconds: float) -> None:
+        """Who asked for it isn't told."""
+
+        def arrive() -> None:
+            if arrive in self._late:
+                self._late.remove(arrive)
+                if token >= self.newest:
+                    self.fence(node, token)
+
+        self._late.append(arrive)
+        self.world.after(seconds, arrive)
+
+    def settle(self) -> None:
+        """What is on its way arrives now, or never."""
+        for arrive in tuple(self._late):
+            if self.world.random.random() < 0.5:
+                arrive()
+        self._late.clear()
 
     def accepts(self, guest: Guest) -> bool:
         """Whether a write of that process reaches the volume."""
@@ -119,7 +139,7 @@ class SimulatedVolumes(VolumeDriver):
         world, found, node = self._agent.world, self._volumes[volume], self._agent.node.name
         if world.chance(world.faults.fence_failure):
             if token >= found.newest:
-                world.after(world.delay(STORE_LATE_S), lambda: _late_fence(found, node, token))
+                found.fence_late(node, token, world.delay(STORE_LATE_S))
             raise FenceError("unconfirmed")
         found.fence(node, token)
 
@@ -157,11 +177,6 @@ class SimulatedVolumes(VolumeDriver):
         self, volume: VolumeName, new: VolumeName, *, linked: bool = False
     ) -> VolumeInfo:
         _not_simulated()
-
-
-def _late_fence(volume: Volume, node: NodeName, token: FencingToken) -> None:
-    if token >= volume.newest:
-        volume.fence(node, token)
 
 
 def _not_simulated() -> NoReturn:

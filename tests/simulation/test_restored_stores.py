@@ -19,6 +19,7 @@ from tests.simulation.test_older_stores import EndsWhatTheStoreHasForgotten
 from tests.simulation.world import Faults
 
 SEEDS = 100
+TAKEOVER_SEEDS = 200
 FAULTS = Faults(
     store_restored=True,
     loss=0.3,
@@ -28,6 +29,19 @@ FAULTS = Faults(
     reboot_share=0.3,
     heal_at_s=40.0,
 )
+AMONG_TAKEOVERS = Faults(
+    store_restored=True,
+    restored_after_s_max=40.0,
+    takeover=True,
+    loss=0.2,
+    kill_mean_s=3.0,
+    hypervisor_share=0.1,
+    reboot_share=0.1,
+    long_down=0.9,
+    fence_failure=0.7,
+    heal_at_s=40.0,
+)
+"""Of nodes that are silent for long, whose guests are taken over behind fences that mostly fail."""
 
 
 class StartsBesideOthers(Node):
@@ -58,6 +72,19 @@ def test_every_invariant_holds() -> None:
         kept += ", knows now" in told
     assert kept > SEEDS / 10
     assert refused > SEEDS / 50
+
+
+@pytest.mark.timeout(600)
+def test_takeovers_that_the_store_has_forgotten() -> None:
+    """One whose fence never came about ended nothing: the guest that it meant to end is the domain
+    again. And no fence of before the restore comes after it."""
+    forgotten = 0
+    for seed in range(TAKEOVER_SEEDS):
+        scenario = Scenario(seed, faults=AMONG_TAKEOVERS)
+        scenario.play()
+        told = "\n".join(scenario.world.transcript())
+        forgotten += "is forgotten" in told
+    assert forgotten > 0
 
 
 @pytest.mark.timeout(600)

@@ -67,6 +67,8 @@ class Faults:
     """Mean length of times in which the store is an older copy, and takes no writes."""
     store_restored: bool = False
     """That it is restored from an older snapshot for good, while no migration is under way."""
+    restored_after_s_max: float = 8.0
+    """For how long that may have been taken before, and a second more."""
     storage_stall_mean_s: float = 0.0
     """Mean length of times in which the storage, or one node's way to it, answers nobody."""
     command_failure: float = 0.0
