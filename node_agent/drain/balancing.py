@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 from migrator.errors import FerryError
-from migrator.model import MaintenancePolicy, MigrationState, NodeName
+from migrator.model import MaintenancePolicy, MigrationState, NodeName, NodeState
 from node_agent.drain.resources import BalancePlan, Move, PlanMove
 from node_agent.drain.survey import Survey
 from node_agent.drain.usage import USAGE, NodeUsage, UsageParams
@@ -26,8 +26,7 @@ async def plan_balance(
 ) -> tuple[Survey, Balance]:
     """What would even the nodes out now. Nodes that don't answer count with no use."""
     views = await world.views()
-    silent = await world.unreachable()
-    asked = [name for name in views if name not in silent]
+    asked = [n for n, view in views.items() if view.state is not NodeState.UNREACHABLE]
 
     async def ask(node: str) -> NodeUsage:
         try:

@@ -14,7 +14,6 @@ from migrator.model import (
     DomainName,
     Migration,
     NodeName,
-    NodeState,
     OwnershipState,
 )
 from migrator.ports import OwnershipStore
@@ -82,12 +81,6 @@ class DrainWorld:
     def judges_in_s(self) -> float:
         """For so long this agent must listen yet, before it holds a silence against anybody."""
         return self._nodes.judges_in_s
-
-    async def unreachable(self) -> frozenset[str]:
-        views = await self.views()
-        return frozenset(
-            name for name, view in views.items() if view.state is NodeState.UNREACHABLE
-        )
 
     async def owner(self, domain: str) -> str | None:
         """The node that runs it; None: nobody does, or it isn't defined any more."""

@@ -52,9 +52,6 @@ class Nodes:
             for name, state in self._states.items()
         }
 
-    async def unreachable(self) -> frozenset[str]:
-        return frozenset(n for n, state in self._states.items() if state is S.UNREACHABLE)
-
 
 class Told:
     def __init__(self) -> None:

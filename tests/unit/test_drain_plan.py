@@ -79,9 +79,6 @@ class Nodes:
             "n4": view("n4", NodeState.CORDONED),
         }
 
-    async def unreachable(self) -> frozenset[str]:
-        return frozenset({"n3"})
-
     async def owned_by(self, _node: str) -> tuple[str, ...]:
         return ()
 
