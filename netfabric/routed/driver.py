@@ -63,6 +63,8 @@ class RoutedFabric(KernelFabric[RoutedDeparture, Arrival]):
         self.network = network
         self.routes = routes
         self._plugged: dict[DomainName, dict[int, NicSpec]] = {}
+        self._withdrawn: dict[DomainName, Sequence[RoutedDeparture]] = {}
+        """The departures whose addresses this node says nothing of any more."""
 
     async def open(self) -> None:
         """Also lets this node forward, and starts the route driver."""
@@ -83,12 +85,16 @@ class RoutedFabric(KernelFabric[RoutedDeparture, Arrival]):
         return fd
 
     async def unplug(self, domain: DomainName, index: int) -> None:
-        """Also withdraws the NIC's addresses, unless the guest has moved."""
+        """Also withdraws the NIC's addresses; of a guest that has moved, once that is seen."""
         nic = self._plugged.get(domain, {}).pop(index, None)
         if not self._plugged.get(domain):
             self._plugged.pop(domain, None)
         await super().unplug(domain, index)
-        if nic is not None and domain not in self._departures:
+        departures = self._departures.get(domain)
+        if departures is not None:
+            await self._announcer.repeat(domain, lambda: self._withdraw_seen(domain, departures))
+        elif nic is not None:
+            self._withdrawn.pop(domain, None)
             await self.routes.withdraw(nic.addresses)
 
     async def announce(self, domain: DomainName, nics: Sequence[NicSpec]) -> None:
@@ -130,7 +136,7 @@ class RoutedFabric(KernelFabric[RoutedDeparture, Arrival]):
     async def end_departure(self, domain: DomainName) -> int:
         """Forwards on for up to HOLD_S, until a newer route is seen from here."""
         departures = self._departures.get(domain, ())
-        addresses = [text for each in departures for text in each.nic.addresses]
+        addresses = _addresses(departures)
         if not addresses:
             return 0
         seen = await self._seen_elsewhere(domain, departures, addresses)
@@ -140,7 +146,8 @@ class RoutedFabric(KernelFabric[RoutedDeparture, Arrival]):
             if not seen:
                 log.warning("domain %s: no route elsewhere was seen for %s", domain, addresses)
             del self._departures[domain]
-            await self.routes.withdraw(addresses)
+            if self._withdrawn.pop(domain, None) is not departures:
+                await self.routes.withdraw(addresses)
             return await self._forwarded(domain, departures)
 
     def announce_now(self, domain: DomainName) -> float | None:
@@ -225,6 +232,24 @@ class RoutedFabric(KernelFabric[RoutedDeparture, Arrival]):
         known = self._plugged.get(domain, {})
         return [known.get(index, nic) for index, nic in enumerate(nics)]
 
+    async def _withdraw_seen(
+        self, domain: DomainName, departures: Sequence[RoutedDeparture]
+    ) -> None:
+        """As soon as the newer route is seen. Ours would count again when that one goes: for a
+        guest that ends, or whose node fails, just after its move.
+        """
+        if self._departures.get(domain) is not departures:
+            return
+        if self._withdrawn.get(domain) is departures:
+            return
+        addresses = _addresses(departures)
+        if not addresses or not await self.routes.leads_away(addresses):
+            return
+        async with self._turn(domain):  # As above: it may come back.
+            if self._departures.get(domain) is departures:
+                await self.routes.withdraw(addresses)
+                self._withdrawn[domain] = departures
+
     async def _seen_elsewhere(
         self,
         domain: DomainName,
@@ -234,11 +259,17 @@ class RoutedFabric(KernelFabric[RoutedDeparture, Arrival]):
         """False: not within HOLD_S, or this departure is over."""
         loop = asyncio.get_running_loop()
         until = loop.time() + HOLD_S
-        while not await self.routes.leads_away(addresses):
+        while self._withdrawn.get(domain) is not departures and not await self.routes.leads_away(
+            addresses
+        ):
             if loop.time() > until or self._departures.get(domain) is not departures:
                 return False
             await asyncio.sleep(_LOOK_S)
         return True
+
+
+def _addresses(departures: Sequence[RoutedDeparture]) -> list[str]:
+    return [text for each in departures for text in each.nic.addresses]
 
 
 def _lead(

@@ -138,7 +138,7 @@ def _questions(cluster: Cluster, guest: Guest, count: int, rows: Rows) -> None:
     with contextlib.ExitStack() as stack:
         routes = None
         if cluster.plan.is_routed:
-            routes = stack.enter_context(RouteWatch(cluster.plan.router))
+            routes = stack.enter_context(RouteWatch(cluster.plan.router, guest.address))
         pings, moves = _to_and_fro(cluster, guest, count)
         cutovers = [_cutover(cluster, move) for move in moves]
     rows.add("blackout, ms", [move.blackout_ms for move in moves])

@@ -139,6 +139,9 @@ class FrrRoutes(RouteDriver):
                     )
             except FabricError as error:
                 log.warning("%s is announced on: %s", prefix, error)
+            except asyncio.CancelledError:
+                self._announced.setdefault(prefix, preference)  # To be withdrawn yet.
+                raise
 
     async def close(self) -> None:
         """bgpd announces on: the guests go on."""
