@@ -16,7 +16,7 @@ from hypervisor.qemu.memory import touched
 from migrator.errors import HypervisorError, NotFoundError
 from migrator.model import DiskFormat, DiskSpec, DomainState, FileSource
 from migrator.ports import DomainEventKind
-from tests.contract.hypervisor_worlds import VM, QemuWorld, open_qemus
+from tests.contract.hypervisor_worlds import VM, QemuWorld, eventually, open_qemus
 
 pytestmark = pytest.mark.lab
 
@@ -80,4 +80,8 @@ async def test_that_a_qemu_touched_its_memory_is_seen(world: QemuWorld) -> None:
     await world.a.driver.start(world.launch())
     pid = (await world.a.driver.inspect(VM)).pid
     assert pid is not None
-    assert await asyncio.to_thread(touched, pid, RAM_FD)
+
+    async def has_touched() -> bool:
+        return await asyncio.to_thread(touched, pid, RAM_FD)
+
+    await eventually(has_touched)  # Its vCPU runs, and has got as far.

@@ -48,7 +48,7 @@ from tests.integration.engine_lab.lab import (
 
 SIZE = 128 * MIB
 A_PASS_S = 64.0
-"""What 64 MiB take at 1 MiB/s: an end that doesn't wait for the pass is far quicker."""
+"""What 64 MiB of noise take at 1 MiB/s: an end that doesn't wait for the pass is far quicker."""
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd needs root")
 
@@ -82,9 +82,11 @@ async def test_what_is_written_before_its_turn_waits_for_a_later_pass(
 ) -> None:
     guest, hot = pair.source_guest, 32 * MIB // PAGE
     guest.fill_with_noise(96 * MIB)
-    await pair.start(streams=streams, bandwidth_bytes_per_s=128 * MIB)
+    # So slowly that the guest, whenever it gets a core, is ahead of most of their turns.
+    await pair.start(streams=streams, bandwidth_bytes_per_s=16 * MIB)
     guest.tell(f"run 500000 {64 * MIB} {96 * MIB}")
     first = await pair.run_pass(PassKind.FIRST)
+    pair.source_says(SetBandwidth(bandwidth_bytes_per_s=None))
     assert first.deferred_pages > hot // 2
     assert first.bytes_sent < 97 * MIB - first.deferred_pages * PAGE
     assert first.pending_pages >= first.deferred_pages
@@ -165,8 +167,8 @@ async def test_a_cut_connection_is_restored_and_little_is_sent_again(
         await pair.source.expect(ChannelBroken)
         await pair.source.expect(ChannelRestored)
         dirty = await pair.run_pass(PassKind.DIRTY)
-        assert dirty.bytes_sent < 40 * MIB
-        guest.tell("pause")
+        written = guest.tell("pause")  # However long it all took: that, and nothing again.
+        assert dirty.bytes_sent < 1.05 * written * PAGE
         await pair.run_pass(PassKind.FINAL)
         assert pair.same_memory()
         assert any(isinstance(m, ChannelBroken) for m in pair.destination.heard)
@@ -207,20 +209,22 @@ async def test_a_silent_destination_is_noticed(pair: Pair) -> None:
 
 
 async def test_the_bandwidth_cap_is_exact_and_can_change(pair: Pair) -> None:
-    pair.source_guest.fill_with_noise(96 * MIB)  # A cap counts bytes on the wire, as packed.
+    pair.source_guest.fill_with_noise(24 * MIB)  # A cap counts bytes on the wire, as packed.
     reports: list[Report] = []
 
     async def one_pass() -> tuple[float, float]:
-        await pair.start(bandwidth_bytes_per_s=32 * MIB)
-        pair.source.process.send(RunPass(number=1, kind=PassKind.FIRST))
+        """By this clock, which the cap is changed by: the engine may begin a moment later."""
+        await pair.start(bandwidth_bytes_per_s=8 * MIB)
         began = time.monotonic()
+        pair.source.process.send(RunPass(number=1, kind=PassKind.FIRST))
         await asyncio.sleep(1.0)
-        pair.source.process.send(SetBandwidth(bandwidth_bytes_per_s=64 * MIB))
         slow_s = time.monotonic() - began
-        done = await pair.source.expect(PassDone)
+        pair.source.process.send(SetBandwidth(bandwidth_bytes_per_s=16 * MIB))
+        await pair.source.expect(PassDone)
+        took_s = time.monotonic() - began
         reports[:] = [m for m in pair.source.heard if isinstance(m, Report)]
         await pair.stop_engines()
-        return done.report.seconds, slow_s + (96 - 32 * slow_s) / 64
+        return took_s, slow_s + (24 - 8 * slow_s) / 16
 
     await as_fast_as_its_cap(one_pass)
     assert len(reports) >= 5
@@ -296,7 +300,7 @@ async def test_the_agents_death_ends_the_engine_and_its_tracking(pair: Pair) -> 
 
 
 async def test_agents_death_in_the_middle_of_a_pass(pair: Pair) -> None:
-    pair.source_guest.tell(f"fill 0 {64 * MIB}")
+    pair.source_guest.fill_with_noise(64 * MIB)
     await pair.start(bandwidth_bytes_per_s=MIB)
     pair.source.process.send(RunPass(number=1, kind=PassKind.FIRST))
     await pair.source.expect(Report)
@@ -310,7 +314,7 @@ async def test_agents_death_in_the_middle_of_a_pass(pair: Pair) -> None:
 @pytest.mark.parametrize("how", ["stop", "sigterm", "sigkill"])
 async def test_cancel_in_a_pass_and_migrate_again(pair: Pair, how: str) -> None:
     guest = pair.source_guest
-    guest.tell(f"fill 0 {64 * MIB}")
+    guest.fill_with_noise(64 * MIB)
     await pair.start(bandwidth_bytes_per_s=MIB)
     pair.source.process.send(RunPass(number=1, kind=PassKind.FIRST))
     await pair.source.expect(Report)

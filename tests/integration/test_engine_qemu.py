@@ -30,6 +30,8 @@ from tests.integration.engine_lab.lab import Engine, pattern_hash
 
 pytestmark = pytest.mark.lab
 
+CONNECTED = "03"
+
 
 class Move:
     """One migration from node a to node b of a world, driven step by step."""
@@ -105,6 +107,17 @@ class Move:
         await world.a.driver.begin_switchover(VM, paths[0])
         await world.a.wait(DomainEventKind.PRE_SWITCHOVER)
 
+    async def source_knows(self) -> None:
+        """That nobody is at the other end of the device channel: its engine has closed it."""
+        path = str(self.world.folder / "ds.sock")
+
+        async def closed() -> bool:
+            sockets = (await asyncio.to_thread(Path("/proc/net/unix").read_text)).splitlines()
+            # The state behind reference count, protocol, flags and type; then inode and path.
+            return [CONNECTED, path] not in [each.split()[5::2] for each in sockets]
+
+        await eventually(closed)
+
     def same_memory(self) -> bool:
         one, other = (
             [pattern_hash(region.fd, region.size_bytes) for region in memory.regions]
@@ -159,6 +172,7 @@ async def test_a_guest_moves(move: Move) -> None:
     await counts(a)
     await move.run_pass(PassKind.FIRST)
     await move.run_pass(PassKind.DIRTY)
+    await counts(a)
     began = time.monotonic()
     await move.pause()
     final = await move.run_pass(PassKind.FINAL)
@@ -192,7 +206,7 @@ async def test_a_death_in_the_switchover_leaves_the_source_running(move: Move, v
             await move.destination.exited()
         case _:
             await move.world.kill(move.world.b)
-    await asyncio.sleep(0.1)  # The time in which the news must reach the source's socket.
+    await move.source_knows()
     await a.driver.continue_switchover(VM)
     await a.wait(DomainEventKind.RESUMED)
     assert DomainEventKind.DEVICE_STATE_SENT not in a.kinds()

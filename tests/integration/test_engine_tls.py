@@ -88,8 +88,8 @@ async def test_memory_arrives_through_cuts_and_nothing_readable_is_on_the_wire(p
 
 async def test_the_bandwidth_cap_counts_what_is_on_the_wire(pair: Pair) -> None:
     """Records' headers and tags are a part of it: as exact as without TLS (test_engine.py)."""
-    cap = 32 * MIB
-    pair.source_guest.fill_with_noise(48 * MIB)
+    cap = 8 * MIB  # Of which a slow machine is capable, too.
+    pair.source_guest.fill_with_noise(12 * MIB)
 
     async def one_pass() -> tuple[float, float]:
         listening = await pair.configure(bandwidth_bytes_per_s=cap)
@@ -100,7 +100,7 @@ async def test_the_bandwidth_cap_counts_what_is_on_the_wire(pair: Pair) -> None:
             before = proxy.carried_bytes
             first = await pair.run_pass(PassKind.FIRST)
             carried = proxy.carried_bytes - before
-            assert first.bytes_sent >= 48 * MIB
+            assert first.bytes_sent >= 12 * MIB
             assert abs(carried / first.bytes_sent - 1) < 0.01
             return first.seconds, carried / cap
         finally:
@@ -176,13 +176,13 @@ async def test_a_pass_that_is_ended_leaves_the_rest_pending(pair: Pair, streams:
     """As without TLS (test_engine_passes.py); what OpenSSL had begun to send goes out whole."""
     guest, say, used = pair.source_guest, pair.source_says, 48 * MIB
     os.pwrite(guest.fd, os.urandom(used), 0)
-    await pair.start(streams=streams, bandwidth_bytes_per_s=8 * MIB)
+    await pair.start(streams=streams, bandwidth_bytes_per_s=2 * MIB)
     guest.tell(f"run 1000 0 {used}")
     say(RunPass(number=1, kind=PassKind.FIRST))
     await pair.source.expect(Report)
     say(EndPass(number=1))
     first = (await pair.source.expect(PassDone)).report
-    assert first.seconds < 3.0, "all of it would take 6 s"
+    assert first.seconds < 12.0, "all of it would take 24 s"
     assert used // PAGE // 3 < first.cut_pages <= first.pending_pages
     assert first.pages + first.cut_pages + first.deferred_pages == used // PAGE
     say(SetBandwidth(bandwidth_bytes_per_s=None))
