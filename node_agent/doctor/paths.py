@@ -8,6 +8,7 @@ unreachable" (RFC 1122, section 4.1.3.1). Synchronous.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import struct
@@ -129,7 +130,21 @@ def check_clock(node: str, address: str, heartbeats_s: float | None = None) -> F
 
 
 def clock_offset_ms(address: str) -> float | None:
-    """Theirs less ours, of the time of day, to about 1 ms; None without an answer. OSError."""
+    """Theirs less ours, of the time of day, to about 1 ms; None without an answer. OSError.
+
+    To half of what asking took. Where that is much, we may have waited for a core, and ask again.
+    """
+    found: list[tuple[float, float]] = []
+    while len(found) < TRIES and min(found, default=(math.inf, 0.0))[0] > CLOCK_OFFSET_MS_MAX:
+        measured = _measure(address)
+        if measured is None:
+            break
+        found.append(measured)
+    return min(found)[1] if found else None
+
+
+def _measure(address: str) -> tuple[float, float] | None:
+    """How long it took to ask, and what `clock_offset_ms` says of it; in ms."""
     sent_ms = _since_midnight_ms()
     answer = _ask(address, _TIMESTAMP, struct.pack("!III", int(sent_ms), 0, 0))
     received_ms = _since_midnight_ms()
@@ -139,7 +154,8 @@ def clock_offset_ms(address: str) -> float | None:
     if (theirs_in | theirs_out) & 0x8000_0000:  # Not in milliseconds since midnight, it says.
         return None
     offset: float = ((theirs_in - sent_ms) + (theirs_out - received_ms)) / 2 + 0.5
-    return (offset + _DAY_MS / 2) % _DAY_MS - _DAY_MS / 2
+    took_ms = (received_ms - sent_ms) % _DAY_MS
+    return took_ms, (offset + _DAY_MS / 2) % _DAY_MS - _DAY_MS / 2
 
 
 def _since_midnight_ms() -> float:

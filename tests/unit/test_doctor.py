@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,23 @@ def test_a_clock_that_is_whole_days_off_is_found(
     found = paths.check_clock("n2", "192.0.2.2", heartbeats_s)
     assert (found.level, found.check) == (level, "clock of n2")
     assert found.detail.startswith(detail)
+
+
+def test_who_waits_for_a_core_while_it_asks_for_the_time_asks_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A clock is 30 ms ahead. Its answer is looked at 600 ms late, and then at once."""
+    now_ms = [1_000.0, 1_601.0, 2_000.0, 2_002.0]
+    theirs_ms = [1_031, 2_031]
+    monkeypatch.setattr(paths, "_since_midnight_ms", lambda: now_ms.pop(0))
+
+    def answer(address: str, kinds: tuple[int, int], body: bytes) -> bytes:
+        at_ms = theirs_ms.pop(0)
+        return struct.pack("!III", 0, at_ms, at_ms)
+
+    monkeypatch.setattr(paths, "_ask", answer)
+    assert paths.clock_offset_ms("192.0.2.2") == pytest.approx(30.0, abs=1.0)
+    assert not now_ms
 
 
 @pytest.mark.allow_blocking("the command line is synchronous")
