@@ -229,7 +229,7 @@ def test_a_guest_reports_damage(image: GuestImage, tmp_path: Path) -> None:
         memory_noise_percent=33,
         disk=True,
         disk_mib=1,
-        disk_records_per_s=100,
+        disk_records_per_s=20,  # 13 s until a record is overwritten.
     )
     with booted(image, tmp_path, cmdline) as guest:
         guest.wait_for("ready", lambda: "FERRY-READY" in guest.console(), BOOT_TIMEOUT_S)
