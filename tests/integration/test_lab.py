@@ -22,11 +22,13 @@ from netfabric.macvtap.network import NODES
 pytestmark = pytest.mark.lab
 
 STUB = (sys.executable, "-S", str(Path(__file__).with_name("stub_agent.py")))
+SILENT = (sys.executable, "-S", "-c", "import time; time.sleep(600)")
+"""In the place of an agent that doesn't answer yet: an `up` waits for it."""
 COMMAND_TIMEOUT_S = 60.0
 UP_SCRIPT = f"from deploy import lab; lab.up({{!r}}, nodes=2, agent_command={STUB!r})"
 UP_COMMAND = f"""
 from deploy.lab import cli, lab
-lab.AGENT_COMMAND = {STUB!r}
+lab.AGENT_COMMAND = {SILENT!r}
 cli.app(["up", "--nodes", "2", "--name", {{!r}}])
 """
 TRANSFER_BYTES = 4 * 1024 * 1024
