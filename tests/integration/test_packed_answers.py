@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from migrator import ranges
-from migrator.engine import frames, receiver
+from migrator.engine import filler, frames, receiver
 from migrator.engine.bandwidth import TokenBucket
 from migrator.engine.codecs import LADDER, Codec
 from migrator.engine.delivery import ChannelHealth
@@ -95,7 +95,10 @@ class _World:
 
 
 @pytest.fixture(params=LADDER, ids=[codec.name for codec in LADDER])
-def world(request: pytest.FixtureRequest, binary: Path) -> Iterator[_World]:
+def world(
+    request: pytest.FixtureRequest, binary: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[_World]:
+    monkeypatch.setattr(filler, "_HANDOFF_S", END_S)  # What nobody waits for isn't pulled unasked.
     with contextlib.ExitStack() as stack:
         yield _World(binary, request.param, stack)
 
@@ -108,14 +111,13 @@ def fill_in(world: _World) -> float:
     world.filler.note(0, ranges.from_pairs([(0, 22 * MIB)]))
     world.filler.arm()
     world.server.start()
+    world.destination.tell(f"time {8 * MIB} {9 * MIB}")  # Each word waits for its page.
     world.filler.pull_all()
-    # Each word that is written waits for its page, unless that is there by then.
-    world.destination.tell(f"time {8 * MIB} {9 * MIB}")
-    world.destination.tell(f"time {18 * MIB} {19 * MIB}")
+    world.destination.tell(f"time {18 * MIB} {19 * MIB}")  # These may be there by then.
     assert world.done.wait(END_S)
     report = world.filler.finish()
     assert not world.faults
-    assert report.faults > 0
+    assert report.faults >= MIB // PAGE
     assert report.pages >= 22 * MIB // PAGE
     world.source.tell(f"time {8 * MIB} {9 * MIB}")  # The same change here.
     world.source.tell(f"time {18 * MIB} {19 * MIB}")
