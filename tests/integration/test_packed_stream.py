@@ -177,7 +177,7 @@ def test_pages_that_are_as_they_were_sent_stay_here(ends: Ends, cut_at: int) -> 
     content = ranges.from_pairs([(0, 8 * MIB)])
     bucket = TokenBucket(24 * MIB, time.monotonic())
     endpoint = Endpoint(host="127.0.0.1", port=ends.listener.getsockname()[1])
-    stream = PageStream(endpoint, hello(), bucket)
+    stream = _FullLink(endpoint, hello(), bucket)
     stop = Signal()
     waiter = AcceptingWaiter(stop, ends, 0)
     stream.connect(waiter)
