@@ -53,6 +53,11 @@ COUNT = bytes.fromhex(
 """Counts at COUNTER_OFFSET for as long as its vCPU runs."""
 
 
+def is_beyond(count: int, before: int) -> bool:
+    """Whether COUNT has gone on since. It has 32 bits, through which a fast core is in seconds."""
+    return 0 < (count - before) % 2**32 < 2**31
+
+
 def write_disk(path: Path, program: bytes, *, capacity_bytes: int = 1024**2) -> None:
     """A raw disk that boots `program`."""
     sector = program.ljust(SECTOR_BYTES - 2, b"\0") + b"\x55\xaa"

@@ -13,7 +13,7 @@ from hypervisor.qemu.guest import Guest
 from migrator.model import DomainState
 from migrator.ports import AbortOutcome, DomainEventKind
 from tests.contract.hypervisor_worlds import VM, Node, QemuWorld, eventually, open_qemus
-from tests.integration.bare_metal import COUNT, COUNTER_OFFSET, write_disk
+from tests.integration.bare_metal import COUNT, COUNTER_OFFSET, is_beyond, write_disk
 
 pytestmark = pytest.mark.lab
 _LAYOUT = {
@@ -57,7 +57,7 @@ async def counts(node: Node, beyond: int) -> None:
     """Wait until the guest has counted further than `beyond`."""
 
     async def further() -> bool:
-        return await counter(node) > beyond
+        return is_beyond(await counter(node), beyond)
 
     await eventually(further)
 
