@@ -124,8 +124,11 @@ def told(tmp_path: Path) -> Iterator[Cluster]:
 
 def test_a_controller_moves_a_guests_route_and_nothing_is_lost(told: Cluster) -> None:
     client = told.plan.namespace("client")
-    with Controller(told.plan) as controller, told.guest("told", load=QUIET) as guest:
-        with PingWatch(client, guest.address) as pings:
+    with Controller(told.plan) as controller:
+        with (
+            told.guest("told", load=QUIET) as guest,
+            PingWatch(client, guest.address) as pings,
+        ):
             pings.wait_answers(100)
             begun = len(controller.done)
             move = told.move("told", "n2")
@@ -135,11 +138,11 @@ def test_a_controller_moves_a_guests_route_and_nothing_is_lost(told: Cluster) ->
             assert not cutover.problems, cutover
             pings.wait_answers(100)
             eventually("n1 withdraws", lambda: ("withdraw", "n1") in controller.done[begun:])
-            # The old node withdraws only what it was told is elsewhere.
+            # The old node withdraws only what it was told is elsewhere; it may ask too soon, too.
             done = controller.done[begun:]
-            steps = [("prepare", "n2"), ("lead", "n2"), ("where", "n1"), ("withdraw", "n1")]
-            at = [done.index(step) for step in steps]
-            assert at == sorted(at), done
+            led, withdrawn = done.index(("lead", "n2")), done.index(("withdraw", "n1"))
+            assert done.index(("prepare", "n2")) < led < withdrawn, done
+            assert ("where", "n1") in done[led:withdrawn], done
 
             # It is away for a while: what arrives at the old node takes the tunnel meanwhile.
             controller.refuses_to_lead, begun = True, len(controller.done)
@@ -150,5 +153,9 @@ def test_a_controller_moves_a_guests_route_and_nothing_is_lost(told: Cluster) ->
             controller.refuses_to_lead = False
             wait_led(told, guest.address, "n1")
             pings.wait_answers(100)
+            eventually("n2 withdraws", lambda: ("withdraw", "n2") in controller.done[begun:])
+            begun = len(controller.done)
         assert (pings.lost, pings.duplicates, pings.reordered) == (0, 0, 0)
-    eventually("it is withdrawn with the guest", lambda: controller.done[-1][0] == "withdraw")
+        eventually(
+            "it is withdrawn with the guest", lambda: ("withdraw", "n1") in controller.done[begun:]
+        )
