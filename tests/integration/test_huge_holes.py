@@ -44,6 +44,7 @@ def region() -> Iterator[MappedRegion]:
     mapped = mmap.mmap(fd, HUGE)
     address = int(np.frombuffer(mapped, dtype=np.uint8).ctypes.data)
     assert address % HUGE == 0
+    _libc.madvise(address, HUGE, MADV_COLLAPSE)  # Where memory is fragmented it was small pages.
     mapping = RegionMapping(address=address, length_bytes=HUGE, region_offset_bytes=0)
     layout = RegionLayout(name="ram", size_bytes=HUGE, page_size_bytes=PAGE, mappings=(mapping,))
     yield MappedRegion(0, fd, layout)
