@@ -34,6 +34,8 @@ SECOND = "hasty"
 SECOND_PORT = 12_000
 IMAGE_MIB = 256
 """It takes some tenths of a second to copy."""
+CUTS_MAX = 10
+"""A fast machine may have copied it before its agent is killed; hardly that often."""
 HEAL_S = 60.0
 """A bound against hanging: clients of a server that came back try at growing gaps."""
 
@@ -199,7 +201,7 @@ def test_a_destination_that_stays_cut_off_from_its_storage_doesnt_keep_the_guest
         assert (ended.state, guest.node) == (MigrationState.FAILED, "n1"), describe(ended)
         assert ended.error is not None and ended.error.startswith(reason), ended.error
         wait_records(guest)
-        assert guest.copies() == ["n1"]
+        eventually("one copy is left", lambda: guest.copies() == ["n1"])
         ongoing.end()
         assert guest.verify().disk_errors == 0
         cluster.move(guest.name, "n2")
@@ -237,19 +239,32 @@ def test_nothing_is_left_of_a_volume_whose_agent_was_killed_while_it_made_it(
     body = VolumeCreate(name="cut", capacity_bytes=IMAGE_MIB * MIB, image=str(image))
     place = disk_of(cluster.plan, pool, "cut").parent
     folder = place.parent if pool == "nfs" else place
-    agent = cluster.agent("n1")
-    with ThreadPoolExecutor(1) as threads:
-        asked = threads.submit(cluster.api("n1").post, volumes, VolumeInfo, body)
-        eventually("it is begun", lambda: list(folder.glob(".cut.*")))
-        cluster.kill(agent)
-        assert isinstance(asked.exception(), (Unreachable, ApiProblem)), "it was made before"
-    assert "cut" not in names(cluster, volumes)
-    cluster.restart_missing_agents()
+
+    def whole() -> bool:
+        with disk_of(cluster.plan, pool, "cut").open("rb") as disk, image.open("rb") as original:
+            return disk.read() == original.read()
+
+    def cut() -> bool:
+        """Whether its agent was killed in the midst; else the volume is whole, and deleted."""
+        agent = cluster.agent("n1")
+        with ThreadPoolExecutor(1) as threads:
+            asked = threads.submit(cluster.api("n1").post, volumes, VolumeInfo, body)
+            eventually("it is begun", lambda: list(folder.glob(".cut.*")) or asked.done())
+            cluster.kill(agent)
+            assert isinstance(asked.exception(), (Unreachable, ApiProblem, type(None)))
+        made = "cut" in names(cluster, volumes)
+        assert made or asked.exception() is not None
+        cluster.restart_missing_agents()
+        if made:
+            assert whole()
+            cluster.api("n2").delete(f"{volumes}/cut")
+        return not made
+
+    assert any(cut() for _ in range(CUTS_MAX)), "it was made before, each time"
     made = cluster.api("n1").post(volumes, VolumeInfo, body)
     assert made.capacity_bytes == image.stat().st_size
     assert names(cluster, volumes).count("cut") == 1
-    with disk_of(cluster.plan, pool, "cut").open("rb") as disk, image.open("rb") as original:
-        assert disk.read() == original.read()
+    assert whole()
     cluster.api("n2").delete(f"{volumes}/cut")
     assert "cut" not in names(cluster, volumes)
 
