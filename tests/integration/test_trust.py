@@ -73,7 +73,7 @@ def client(cluster: Cluster, home: Path, *arguments: str) -> subprocess.Complete
 
 
 def test_a_guest_migrates_between_nodes_that_joined(secured: Cluster) -> None:
-    assert ready(secured) == {"n1", "n2", "n3"}
+    eventually("all are ready", lambda: ready(secured) == {"n1", "n2", "n3"})
     with secured.guest("web", load=Load(udp_per_s=UNHEARD_UDP_PER_S)) as guest:
         migration = secured.move("web", "n2", via="n3")
         assert migration.state is MigrationState.COMPLETED, describe(migration)
