@@ -12,6 +12,7 @@ from node_agent.resources import Node, NodeList
 from tests.integration.cluster.world import Cluster, eventually
 
 END_S: Final = 120.0
+PASSING: Final = (NodeState.DRAINING, NodeState.RESTORING)
 
 
 def open_all(cluster: Cluster) -> None:
@@ -41,7 +42,10 @@ def ended(cluster: Cluster, id: str, via: str = "n1") -> Drain:
         found = seen(cluster, id, via)
         return found if found.ended else None
 
-    return eventually(f"drain {id} ends", find, END_S)
+    over = eventually(f"drain {id} ends", find, END_S)
+    if over.node:  # Its record says so a moment before the node's.
+        eventually(f"{over.node} knows", lambda: node(cluster, over.node, via).state not in PASSING)
+    return over
 
 
 def told(drain: Drain) -> str:
