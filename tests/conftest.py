@@ -33,7 +33,7 @@ from deploy.lab.plan import lab_of_namespace
 
 _SESSION_VARIABLE: Final = "FERRY_TEST_SESSION"
 _SCANNED: Final = ["node_agent", "migrator", "hypervisor", "storage", "netfabric"]
-_GRACE_S: Final = 5.0
+_GRACE_S: Final = 20.0
 """A process that was told to end may need this long before it counts as left behind."""
 _OF_PYTHON: Final = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 """Helpers of the test process itself, which end with it."""
