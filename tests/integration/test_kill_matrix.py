@@ -130,6 +130,11 @@ def wait_loaded(scene: Scene) -> None:
             )
 
 
+def owned_by(scene: Scene, node: str) -> bool:
+    """By the record."""
+    return scene.cluster.domain(scene.guest.name, WITNESS).node == node
+
+
 def settle(scene: Scene, migration: Migration, at: str | None) -> Migration:
     """With every agent up again: the migration ends, the guest is sound, and runs `at` alone."""
     cluster, guest = scene.cluster, scene.guest
@@ -205,8 +210,8 @@ class Handoff:
 
     @property
     def keeps_source(self) -> bool:
-        """From taking the guest back a second later, before it is killed."""
-        return self.step == "SwapRecord" and "source agent" in self.victims
+        """From taking back, a second later, what the destination is still to take."""
+        return self.at == "destination" and self.step in ("Commit", "SwapRecord")
 
     @property
     def name(self) -> str:
@@ -255,15 +260,17 @@ def test_a_kill_in_the_handoff_leaves_one_copy(
     scene = scene_of(cluster, guest)
     before = inventory.take_settled(cluster)
     with ExitStack() as stack:
-        point = stack.enter_context(cluster.held(handoff.role, handoff.step))
         if handoff.keeps_source:
             stack.enter_context(cluster.held("source", "SwapRecord"))
-        begun = cluster.migrate(guest.name, scene.destination, via=scene.source)
-        point.wait_reached()
-        if handoff.step == "Commit":
-            wait_loaded(scene)
-        for victim in handoff.victims:
-            kill(scene, victim)
+        with cluster.held(handoff.role, handoff.step) as point:
+            begun = cluster.migrate(guest.name, scene.destination, via=scene.source)
+            point.wait_reached()
+            if handoff.step == "Commit":
+                wait_loaded(scene)
+            for victim in handoff.victims:
+                kill(scene, victim)
+        if handoff.keeps_source:
+            eventually("the destination has taken it", lambda: owned_by(scene, scene.destination))
     at = {"source": scene.source, "destination": scene.destination}.get(handoff.at)
     ended = settle(scene, begun, at)
     assert handoff.state in (ended.state, None), describe(ended)
