@@ -88,10 +88,10 @@ def test_hybrids_timeout_ends_the_iteration_under_way(cluster: Cluster, guest: G
     slow = CAP_BYTES_PER_S // 2
     ended = finish(guest, begin(guest, MigrationMode.HYBRID, timeout_s=2.0, cap=slow))
     first, *_ = ended.iterations
-    assert first.cut_pages > first.pages, describe(ended)
+    assert first.cut_pages > first.pages, describe(ended)  # So in less than half of that time.
     (entered,) = [phase for phase in ended.timeline if phase.name == "post-copy"]
     assert entered.detail == "its time for pre-copy is over"
-    assert entered.started_at_s - ended.created_at_s < 5.0, describe(ended)
+    assert entered.started_at_s - ended.created_at_s >= 2.0, describe(ended)
     inventory.assert_nothing_left(cluster, before)
 
 
