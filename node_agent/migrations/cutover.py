@@ -126,6 +126,8 @@ class CutoverService:
         self._settings = settings or CutoverSettings()
         self._clock = clock
         self._leaving: dict[DomainName, Leaving] = {}
+        self._left: dict[DomainName, Move] = {}
+        """The last that each has gone from here by."""
         self._arriving: dict[DomainName, Arriving] = {}
         self._asides = Asides(log)
         self._unsubscribe = hypervisor.subscribe(self._on_domain_event)
@@ -212,6 +214,7 @@ class CutoverService:
         leaving = self._leaving.pop(move.domain, None)
         if leaving is not None:
             leaving.paused()  # Where that wasn't heard.
+        self._left[move.domain] = move
         self._asides.add(self._forward(move, leaving))
 
     async def _forward(self, move: Move, leaving: Leaving | None) -> None:
@@ -222,19 +225,22 @@ class CutoverService:
         try:
             await self._records.amend(move.migration_id)
             await asyncio.sleep(self._settings.grace_s)
-            if not self._moves(move.domain):
+            if self._is_over(move):
                 record.forwarded = await self._fabric.end_departure(move.domain)
                 record.connections = self._connections.figures(move.domain)
-                if not self._moves(move.domain):  # That may have taken a while.
+                if self._is_over(move):  # That may have taken a while.
                     await self._connections.left(move.domain)
                 await self._records.amend(move.migration_id)
             await asyncio.sleep(self._settings.verify_limit_s + _CALL_S)  # It may yet be told.
         finally:
+            if self._left.get(move.domain) is move:
+                del self._left[move.domain]
             self._records.forget(move.migration_id)
 
-    def _moves(self, domain: DomainName) -> bool:
-        """It has begun to come, or to leave, and that isn't over."""
-        return domain in self._arriving or domain in self._leaving
+    def _is_over(self, move: Move) -> bool:
+        """The domain hasn't begun to come, or to leave, since; nor come, and left by another."""
+        busy = move.domain in self._arriving or move.domain in self._leaving
+        return not busy and self._left.get(move.domain) is move
 
     async def _on_outcome(self, _: NodeName, params: OutcomeParams) -> Done:
         if params.late:

@@ -206,6 +206,34 @@ async def test_a_guest_that_stays_has_its_ports_back(world: MigrationWorld) -> N
     assert not world.a.node.fabric.closed
 
 
+async def test_a_guest_that_leaves_again_within_the_grace_time_is_forwarded_to_for_another(
+    world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The earlier move's grace time ended the later one's forwarding, and had its count."""
+    service, ended = world.a.manager._site._cutover, list[DomainName]()
+
+    async def end_departure(domain: DomainName) -> int:
+        ended.append(domain)
+        return 3
+
+    monkeypatch.setattr(world.a.node.fabric, "end_departure", end_departure)
+    monkeypatch.setattr(service, "_settings", CutoverSettings(grace_s=0.05, verify_limit_s=0.0))
+    monkeypatch.setattr(cutover_module, "_CALL_S", 0.0)
+    spec = (await world.a.node.records.get(WEB)).spec
+    for number in (1, 2):
+        move = Move(
+            migration_id=f"m{number}",
+            domain=WEB,
+            source=NodeName("a"),
+            destination=NodeName("b"),
+            nics=spec.nics,
+        )
+        await service.prepare_departure(move)
+        service.left(move)
+    await world.until(lambda: not service._asides.tasks)
+    assert ended == [WEB]
+
+
 async def test_a_network_that_is_too_narrow_is_found_before_anything_moves(
     world: MigrationWorld,
 ) -> None:
