@@ -51,8 +51,13 @@ def configuration(
     return "\n".join([*lines, ""])
 
 
-def start_daemons(folder: Path, configuration: str) -> list[subprocess.Popen[bytes]]:
-    """zebra and bgpd; their sockets are in `folder`, which they make."""
+def start_daemons(
+    folder: Path, configuration: str, way_to_zebra: str = "zserv.api"
+) -> list[subprocess.Popen[bytes]]:
+    """zebra and bgpd; their sockets are in `folder`, which they make.
+
+    `way_to_zebra`: the socket there that bgpd takes for zebra's.
+    """
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.vty"):
         old.unlink()
@@ -61,10 +66,10 @@ def start_daemons(folder: Path, configuration: str) -> list[subprocess.Popen[byt
     for each in (folder, path):  # The daemons give up being root.
         shutil.chown(each, USER, USER)
     started = []
-    for daemon in ("zebra", "bgpd"):
+    for daemon, zebra in (("zebra", "zserv.api"), ("bgpd", way_to_zebra)):
         command = [
             *(str(PROGRAMS / daemon), "-f", str(path), "-i", str(folder / f"{daemon}.pid")),
-            *("-z", str(folder / "zserv.api"), "--vty_socket", str(folder), "-P", "0"),
+            *("-z", str(folder / zebra), "--vty_socket", str(folder), "-P", "0"),
             *("--log", f"file:{folder / daemon}.log"),
             *(ZEBRA_OPTIONS if daemon == "zebra" else ()),
         ]

@@ -116,10 +116,16 @@ class Node:
         self._executor.shutdown()
 
 
-def two_nodes(identifier: int | None, body: Callable[[Node, Node], Awaitable[None]]) -> None:
+def two_nodes(
+    identifier: int | None,
+    body: Callable[[Node, Node], Awaitable[None]],
+    kind: type[Node] = Node,
+) -> None:
+    """`kind`: the near one's."""
+
     async def inside() -> None:
         with a_folder() as folder:
-            near = Node(NEAR, folder / "near", identifier)
+            near = kind(NEAR, folder / "near", identifier)
             far = Node(FAR, folder / "far", identifier)
             namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
             try:
