@@ -12,13 +12,14 @@ from deploy.lab.processes import alive, send_signal
 from migrator.model import DomainState, MigrationState
 from tests.integration.cluster import inventory
 from tests.integration.cluster.client import Download, PacketWatch
-from tests.integration.cluster.world import Cluster, Load, describe, eventually
+from tests.integration.cluster.world import Cluster, Load, alone_at, describe, eventually
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
 GAP_SANE_MS = 5000.0
 """Twenty such processes on two cores wait for one another, so this isn't a bar. What shows that a
 guest lost nothing is that every number of it arrived: it stood still at no time."""
+ENDING = "is ending; its guests go on"
 
 
 def test_guests_outlive_their_agents(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,13 +123,15 @@ def test_an_agent_that_is_stopped_lets_a_switchover_end_first(
             migration = cluster.migrate("parting", "n2", via="n3")
             point.wait_reached()
             agent, log = cluster.agent(node), cluster.plan.node(node).log_path
+            ends = log.read_text().count(ENDING)
             send_signal(agent, signal.SIGTERM)
-            eventually("it is ending", lambda: "is ending; its guests go on" in log.read_text())
+            eventually("it is ending", lambda: log.read_text().count(ENDING) > ends)
             point.release()
             eventually("it has ended", lambda: not alive(agent))
         try:
             assert guest.status("/verify").corruptions == 0
-            assert guest.copies() == ["n2"]
+            # The destination's is free to end when its guest runs: the source hears of it then.
+            alone_at(guest, "n2")
         finally:
             cluster.restart_missing_agents()
         ended = cluster.ended(migration.id, "n3")

@@ -399,6 +399,11 @@ class Guest:
                 time.sleep(POLL_S)
 
 
+def alone_at(guest: Guest, node: str) -> None:
+    """Its one copy is there, soon: a move is over for its users when it has been handed over."""
+    eventually(f"{guest.name}'s only copy is on {node}", lambda: guest.copies() == [node])
+
+
 def describe(migration: Migration) -> str:
     """A migration for an assertion's message."""
     phases = "; ".join(
