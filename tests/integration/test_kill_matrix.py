@@ -67,20 +67,22 @@ class Scene:
     destination: str
 
     def victim(self, name: str) -> Process:
-        """The one process that is called so, once it is there."""
+        """The one process that is called so, once it is the only one: a fresh spare engine looks
+        for a moment like one that was taken.
+        """
         side, kind = name.split()
         node = self.source if side == "source" else self.destination
 
-        def find() -> list[Process]:
+        def find() -> Process | None:
             if kind == "agent":
-                return [self.cluster.agent(node)]
+                return self.cluster.agent(node)
             if kind == "engine":
-                return self.cluster.engines(node)
-            return self.cluster.qemus(node, self.guest.name)
+                found = self.cluster.engines(node)
+            else:
+                found = self.cluster.qemus(node, self.guest.name)
+            return found[0] if len(found) == 1 else None
 
-        found = eventually(f"there is a {name}", find)
-        assert len(found) == 1, f"{name}: {found}"
-        return found[0]
+        return eventually(f"there is one {name}", find)
 
 
 def scene_of(cluster: Cluster, guest: Guest) -> Scene:
@@ -148,7 +150,8 @@ def settle(scene: Scene, migration: Migration, at: str | None) -> Migration:
         packets.wait_packets(100)
     eventually("one copy is left", lambda: guest.copies() == [at])
     guest.verify()
-    assert not inventory.tracked(cluster, at), "its writes are slower"
+    # What a killed engine has left registered is undone a moment after the end is told.
+    eventually("its writes are as fast again", lambda: not inventory.tracked(cluster, at))
     return ended
 
 
