@@ -150,7 +150,7 @@ def settle(scene: Scene, migration: Migration, at: str | None) -> Migration:
         packets.wait_packets(100)
     eventually("one copy is left", lambda: guest.copies() == [at])
     guest.verify()
-    # What a killed engine has left registered is undone a moment after the end is told.
+    # A rollback's end is told before its engine's, and who gives up waits for that 3 s at most.
     eventually("its writes are as fast again", lambda: not inventory.tracked(cluster, at))
     return ended
 
