@@ -30,7 +30,7 @@ from tests.contract.test_frr_routes import GUEST, NETWORK, Node, can_tell, confi
 pytestmark = pytest.mark.lab
 
 GAP_S: Final = 0.02
-HOLD_MS: Final = 300
+HOLD_MS: Final = 1000
 """Four messages, of two addresses, come in it."""
 ROUTE_GROUPS: Final = 0x40 | 0x400
 RTM_DELROUTE: Final = 25
