@@ -248,7 +248,7 @@ def test_a_stop_says_what_it_waits_for(
 ) -> None:
     path = tmp_path / "api.sock"
     monkeypatch.setattr(domains, "PATIENCE_S", 0.01)
-    monkeypatch.setattr(domains, "END_S", 0.3)
+    monkeypatch.setattr(domains, "END_S", 1.0)
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(path))
         silent.listen()
