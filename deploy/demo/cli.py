@@ -80,7 +80,9 @@ def _errors_as_sentences() -> Iterator[None]:
         raise typer.Exit(ExitCode.FAILED) from None
     except (FerryError, CliError) as error:
         print(f"ferry demo: {error}", file=sys.stderr)
-        raise typer.Exit(ExitCode.FAILED) from None
+        # In a request Ctrl-C is an error of the client's, which says what may have been done.
+        ours = isinstance(error, CliError) and error.code is ExitCode.INTERRUPTED
+        raise typer.Exit(ExitCode.INTERRUPTED if ours else ExitCode.FAILED) from None
     except KeyboardInterrupt:
         print("ferry demo: interrupted", file=sys.stderr)
         raise typer.Exit(ExitCode.INTERRUPTED) from None

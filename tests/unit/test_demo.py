@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.demo import client, figure, report
+from deploy.demo import cli, client, figure, report
 from deploy.demo.observations import (
     SAMPLE_S,
     Duplicate,
@@ -36,6 +37,7 @@ from migrator.model import (
     MigrationState,
     Phase,
 )
+from node_agent.cli.errors import CliError, ExitCode
 
 BEGIN_S = 1000.0
 STATUS = GuestStatus(
@@ -314,3 +316,18 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(FerryError, match="nothing to draw"):
         figure.draw(plot, "a title", [], ClientSide())
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), ExitCode.INTERRUPTED),
+        (CliError("interrupted before it answered", ExitCode.INTERRUPTED), ExitCode.INTERRUPTED),
+        (CliError("no agent answers", ExitCode.UNREACHABLE), ExitCode.FAILED),
+        (FerryError("the lab can't be made"), ExitCode.FAILED),
+    ],
+)
+def test_an_interrupt_is_one_in_a_request_too(error: BaseException, code: ExitCode) -> None:
+    with pytest.raises(typer.Exit) as ended, cli._errors_as_sentences():
+        raise error
+    assert ended.value.exit_code == code
