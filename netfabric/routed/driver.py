@@ -91,7 +91,7 @@ class RoutedFabric(KernelFabric[RoutedDeparture, Arrival]):
             self._plugged.pop(domain, None)
         await super().unplug(domain, index)
         departures = self._departures.get(domain)
-        if departures is not None:
+        if departures is not None:  # Looked for in an announcement's gaps; then `end_departure`.
             await self._announcer.repeat(domain, lambda: self._withdraw_seen(domain, departures))
         elif nic is not None:
             self._withdrawn.pop(domain, None)
@@ -238,14 +238,13 @@ class RoutedFabric(KernelFabric[RoutedDeparture, Arrival]):
         """As soon as the newer route is seen. Ours would count again when that one goes: for a
         guest that ends, or whose node fails, just after its move.
         """
-        if self._departures.get(domain) is not departures:
-            return
-        if self._withdrawn.get(domain) is departures:
-            return
+        over = self._departures.get(domain) is not departures
         addresses = _addresses(departures)
-        if not addresses or not await self.routes.leads_away(addresses):
+        if over or self._withdrawn.get(domain) is departures or not addresses:
             return
-        async with self._turn(domain):  # As above: it may come back.
+        if not await self.routes.leads_away(addresses):
+            return
+        async with self._turn(domain):  # As in `end_departure`: it may come back.
             if self._departures.get(domain) is departures:
                 await self.routes.withdraw(addresses)
                 self._withdrawn[domain] = departures
