@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import ipaddress
 import os
 import socket
 import statistics
@@ -80,7 +81,7 @@ class RouteWatch:
     """What becomes of an address's route in the router's table."""
 
     def __init__(self, namespace: str, address: str) -> None:
-        self._address = address
+        self._address = str(ipaddress.ip_address(address))  # As pyroute2 spells it.
         self._socket = in_namespace(namespace, lambda: _route_socket(6 if ":" in address else 4))
         self._changes: list[RouteChange] = []
 
