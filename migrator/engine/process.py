@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Final
 
 from migrator import cores, shortage
+from migrator.engine.allocator import keep_freed_memory
 from migrator.engine.control import AgentGoneError, Control, StoppedError
 from migrator.engine.destination import DestinationEngine
 from migrator.engine.source import SourceEngine
@@ -31,6 +32,7 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write("usage: python -m migrator.engine --fd N\n")
         return 2
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     shortage.set_adjustment("self", shortage.NEXT)
