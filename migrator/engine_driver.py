@@ -20,9 +20,11 @@ from migrator import engine_messages as m
 from migrator import shortage
 from migrator.engine.client import EngineProcess
 from migrator.engine.spares import EngineSpares
+from migrator.engine_events import told_by
 from migrator.engine_watch import EngineWatch
 from migrator.errors import FerryError, HypervisorError
 from migrator.left_tracking import clear_tracking
+from migrator.link_rates import LinkRates
 from migrator.model import DomainName, Role
 from migrator.own_threads import STATE_DIRECTORY, in_own_thread
 from migrator.policy import TOLD, page_streams
@@ -49,6 +51,7 @@ class EngineSettings(Struct, frozen=True, kw_only=True):
     """0: as many as link and cores are good for."""
     link_bytes_per_s: Callable[[], float | None] = lambda: None
     """What the migration interface says of itself; None: nothing to go by. Asked in a thread."""
+    rates: LinkRates = msgspec.field(default_factory=LinkRates)
     tls: Callable[[], TlsFiles | None] = lambda: None
     """Asked for each engine, in a thread. ConfigError if the node's files are no good."""
 
@@ -272,6 +275,7 @@ class EngineDriver:
             post_copy=self._post_copy,
             tls=tls,
             peer=session.destination if source else session.source,
+            link_bytes_per_s=settings.rates.to(session.destination) if source else None,
         )
 
     def _send_configuration(self, message: m.Configure, fds: Sequence[int]) -> None:
@@ -357,7 +361,7 @@ class EngineDriver:
         if self._stopping:
             return
         self._go_on(message)
-        if (event := _told_by(message)) is not None:
+        if (event := told_by(message)) is not None:
             self._feed(event)
 
     def _note_life(self) -> None:
@@ -392,6 +396,8 @@ class EngineDriver:
                 self._connected(round_trip_ms=self._round_trip_ms)
             case m.PassDone():
                 self._watch.pass_runs(False)
+                node, sent = self._session.destination, message.report.bytes_sent
+                self._settings.rates.note(node, message.link_bytes_per_s, sent)
             case m.PostCopyArmed():
                 self._watch.begin()
             case m.EngineFailed():
@@ -414,37 +420,3 @@ class EngineDriver:
 def _files_of(regions: Sequence[MemoryRegion]) -> _Files:
     found = (os.fstat(region.fd) for region in regions)
     return tuple((each.st_dev, each.st_ino) for each in found)
-
-
-def _told_by(message: m.FromEngine) -> v.Event | None:
-    """The same in the session's words; None: it tells the session nothing, or needs more. Pure."""
-    match message:
-        case m.Report():
-            return v.EngineReported(
-                bytes_sent=message.bytes_sent,
-                remaining_bytes=message.remaining_bytes,
-                throughput_bytes_per_s=message.throughput_bytes_per_s,
-            )
-        case m.PassDone():
-            return v.PassFinished(report=message.report)
-        case m.DisksDeactivated():
-            return v.DisksDeactivated(seconds=message.seconds, at_s=message.at_s)
-        case m.ChannelBroken():
-            return v.ChannelNoted(broken=True, detail=message.reason)
-        case m.ChannelRestored():
-            return v.ChannelNoted(broken=False, detail=f"after {message.broken_s:.2f} s")
-        case m.PostCopyArmed():
-            return v.PagesMissing()
-        case m.PostCopyDone():
-            return v.PagesComplete(
-                seconds=message.seconds,
-                pages=message.pages,
-                faults=message.faults,
-                fault_ms_median=message.fault_ms_median,
-                fault_ms_max=message.fault_ms_max,
-                packed_ratio=message.packed_ratio,
-            )
-        case m.EngineFailed():
-            return v.EngineLost(reason=message.reason)
-        case _:
-            return None

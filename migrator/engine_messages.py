@@ -95,6 +95,8 @@ class Configure(Message, frozen=True, kw_only=True):
     """Every connection between the engines is TLS, by these files; None: plain."""
     peer: str = ""
     """The node at the other end, whose name its certificate must have."""
+    link_bytes_per_s: float | None = None
+    """Source: what the way to the destination carried of late, as far as is known."""
 
     @property
     def attached(self) -> bool:
@@ -205,6 +207,8 @@ class PassDone(Message, frozen=True, kw_only=True):
     """
 
     report: PassReport
+    link_bytes_per_s: float | None = None
+    """What the link carries, by all streams; None: not known, or not what held the pass up."""
 
 
 class PostCopyArmed(Message, frozen=True, kw_only=True):

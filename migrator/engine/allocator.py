@@ -13,7 +13,7 @@ from typing import Final
 MMAPPED_BYTES_MIN: Final = 4 * 1024 * 1024
 """What is larger goes back when it is freed. A frame, or what becomes of it, is 1 MiB at most."""
 KEPT_BYTES_MAX: Final = 32 * 1024 * 1024
-"""By each arena, of which each thread has one. Eight frames are packed ahead."""
+"""By each arena, of which each thread has one. Six frames are packed ahead."""
 _M_TRIM_THRESHOLD: Final = -1  # malloc.h
 _M_MMAP_THRESHOLD: Final = -3
 

@@ -9,6 +9,7 @@ the other one for faults.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Final, NamedTuple
 
 from migrator import ranges
@@ -53,7 +54,7 @@ class AnswerPacker:
         self.usable: tuple[Codec, ...] = ()
 
     def bulk(self, region: MappedRegion, content: Ranges, bytes_per_s: float | None) -> Answer:
-        """Of at most PACK_BYTES_MAX. `bytes_per_s`: the link's, or the cap's; None: not known."""
+        """Of at most PACK_BYTES_MIN. `bytes_per_s`: the link's, or the cap's; None: not known."""
         self._slow = bytes_per_s is not None and bytes_per_s < SLOW_BYTES_PER_S
         plan = self._policy.plan(bytes_per_s, self.usable) if self.usable else None
         # One thread packs and sends by turns, with little queued: it has to be much the faster.
@@ -61,9 +62,9 @@ class AnswerPacker:
             content, zeroes = split_zeroes(region.words, content)
             return Answer(content, FrameKind.PAGES, _plain(region, content), zeroes)
         size = ranges.byte_count(content)
-        order = self._policy.order(plan, size)
+        order = self._policy.order(dataclasses.replace(plan, hashing=False), size)
         packed = pack(region, content, order)
-        self._policy.note(order, size, packed.trials, copy_seconds=packed.copy_seconds)
+        self._policy.note(size, packed.trial, packed.compared, copy_seconds=packed.copy_seconds)
         kind = FrameKind.PAGES if packed.codec is None else packed.codec.kind
         return Answer(packed.content, kind, [packed.payload], packed.zeroes)
 

@@ -46,13 +46,14 @@ LZ4: Final = "lz4"
 ZSTD: Final = "zstd"
 
 LADDER: Final = (
-    Codec("lz4", LZ4, 0, FrameKind.PACKED, 0.91e9, 0.48),
-    Codec("zstd-fast-3", ZSTD, -3, FrameKind.ZSTD, 0.91e9, 0.45),
-    Codec("zstd-1", ZSTD, 1, FrameKind.ZSTD, 0.66e9, 0.37),
-    Codec("zstd-3", ZSTD, 3, FrameKind.ZSTD, 0.42e9, 0.35),
+    Codec("lz4", LZ4, 0, FrameKind.PACKED, 0.6e9, 0.48),
+    Codec("zstd-fast-3", ZSTD, -3, FrameKind.ZSTD, 0.5e9, 0.45),
+    Codec("zstd-1", ZSTD, 1, FrameKind.ZSTD, 0.35e9, 0.37),
+    Codec("zstd-3", ZSTD, 3, FrameKind.ZSTD, 0.25e9, 0.35),
 )
-"""Cheapest first. The figures are those of a Linux guest's memory (docs/measurements.md). Higher
-levels take many times as long and save a hundredth more of it."""
+"""Cheapest first. The figures are of a Linux guest's memory (docs/measurements.md): speeds are
+between a fast hour of its machine's and a slow one. Higher levels take many times as long and save
+a hundredth more of it."""
 
 FAMILIES: Final = (LZ4, ZSTD)
 """What this side can do, and undo."""

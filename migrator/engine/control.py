@@ -26,8 +26,8 @@ POLL_OUT: Final = select.POLLOUT
 
 _DESCRIPTORS_MAX: Final = 253  # linux/socket.h, SCM_MAX_FD
 _SEND_TIMEOUT_S: Final = 10.0
-_SPARE_WAIT_S: Final = 3600.0
-"""One wait of an engine that was started ahead; it waits again."""
+_SPARE_WAIT_S: Final = 1.0
+"""One wait of an engine that was started ahead; it looks at its host, and waits again."""
 _decoder: Final = msgspec.msgpack.Decoder(ToEngine)
 
 
@@ -86,13 +86,16 @@ class Control:
         self._descriptors += descriptors
         return [frame.decode(_decoder) for frame in self._frames.feed(data)]
 
-    def receive_configure(self) -> tuple[Configure, list[int]]:
+    def receive_configure(self, waiting: Callable[[], None]) -> tuple[Configure, list[int]]:
         """The first message, with its descriptors; what came with it is in `pipelined`.
 
-        An engine that was started ahead waits as long as its agent lives.
+        An engine that was started ahead waits as long as its agent lives, and calls `waiting` after
+        each second of it.
         """
         while True:
-            poll({self.fileno(): POLL_IN}, _SPARE_WAIT_S)
+            if not poll({self.fileno(): POLL_IN}, _SPARE_WAIT_S):
+                waiting()
+                continue
             messages = self.receive()
             if not messages:
                 continue

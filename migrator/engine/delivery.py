@@ -12,6 +12,7 @@ again (bounded by `reconnect_s`), and sends again only what wasn't acknowledged.
 from __future__ import annotations
 
 import collections
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,8 +27,8 @@ from migrator.engine.control import ChannelLostError, Waiter
 from migrator.engine.frames import FrameKind
 from migrator.engine.known import KnownPages
 from migrator.engine.memory import MappedRegion
-from migrator.engine.packing import PACK_BYTES_MAX, Packer
-from migrator.engine.packing_policy import PackingPolicy, Plan
+from migrator.engine.packing import Packer
+from migrator.engine.packing_policy import PACK_BYTES_MAX, PackingPolicy, Plan, StreamPlan
 from migrator.engine.precedence import Precedence
 from migrator.engine.sorting import PieceQueue, Sorted
 from migrator.engine.stream import PageStream, Piece, StreamBrokenError
@@ -45,6 +46,8 @@ _PACKING_BYTES_MIN: Final = 1024 * 1024
 """Less is sent before a packing thread is up; a usual final pass is."""
 _LOOKS_A_STEP: Final = 4
 """Pieces looked at beside each frame that is sent."""
+_WARY_BYTES: Final = 512 * 1024
+"""Sent plain at a time where packed frames may come meanwhile."""
 _PACKED_WAIT_S: Final = 0.005
 _BUDGET_WAIT_S: Final = 0.001
 _IN_HAND_S_MIN: Final = 0.005
@@ -161,6 +164,7 @@ class Delivery:
         self._policy = policy
         self._known = known
         self._written = written
+        self._plan = StreamPlan(policy)
         self._packer = Packer(policy, known)
         self._precedence = Precedence()
         self._may_pack = self.left_bytes >= _PACKING_BYTES_MIN
@@ -230,9 +234,7 @@ class Delivery:
         if self._ending:
             self._leave_rest()
         link_bytes_per_s = self._stream.gauge()
-        plan = None
-        if self._may_pack:
-            plan = self._policy.plan(link_bytes_per_s, self._stream.codecs)
+        plan = self._planned(link_bytes_per_s) if self._may_pack else None
         sorting = self._may_pack and self._is_slow(plan, link_bytes_per_s)
         self._precedence.keep(sorting)
         while (
@@ -251,12 +253,18 @@ class Delivery:
             return not self.empty  # The guest may have written all that was prepared meanwhile.
         if not self._packed_goes(plan, waiter) or self._runs_dry:
             # In small frames while it isn't known whether packing pays, or packed ones are awaited.
-            wary = self._may_pack and not (
-                plan is None and self._stream.link.judged and self._packer.empty
-            )
-            self._send_plain(PACK_BYTES_MAX if wary else frames.FRAME_BYTES_MAX, waiter)
+            sure = plan is None and self._stream.link.judged and self._packer.empty
+            wary = self._may_pack and not sure
+            self._send_plain(_WARY_BYTES if wary else frames.FRAME_BYTES_MAX, waiter)
         self._stream.collect_acks()
         return True
+
+    def _planned(self, link_bytes_per_s: float | None) -> Plan | None:
+        """By what earlier streams found, where that is less than is known, and packing is cheap."""
+        expected = self._stream.link.expected_bytes_per_s
+        guessed = expected is not None and expected < (link_bytes_per_s or math.inf)
+        plan = self._plan(expected if guessed else link_bytes_per_s, self._stream.codecs)
+        return None if guessed and plan is not None and not plan.cheap else plan
 
     def _is_slow(self, plan: Plan | None, link_bytes_per_s: float | None) -> bool:
         """Whether pages are packed, or would be on idle cores. True while nothing is known."""
@@ -347,7 +355,7 @@ class Delivery:
                 queue = self._sorted.hard
             if not queue:
                 return
-            piece = self._take(queue, PACK_BYTES_MAX)
+            piece = self._take(queue, plan.frame_bytes)
             if piece is not None:
                 self._packer.put(piece, self._regions[piece.region], plan)
 

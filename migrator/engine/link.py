@@ -137,6 +137,8 @@ class LinkGauge:
     """One stream's view of its link. Clockless: `now` is in seconds. Pure."""
 
     def __init__(self) -> None:
+        self.expected_bytes_per_s: float | None = None
+        """By earlier streams, until this one has windows of its own: a busy one, or two others."""
         self.bytes_per_s: float | None = None
         """None: not known, or not what holds the stream up."""
         self.queued_bytes = 0
@@ -161,6 +163,8 @@ class LinkGauge:
         if window is None:
             return
         self.judged = True
+        if window.busy or self._idle_windows:
+            self.expected_bytes_per_s = None
         if not window.busy:
             self._idle_windows += 1
             if self._idle_windows >= _IDLE_WINDOWS_MAX:

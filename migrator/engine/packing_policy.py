@@ -2,18 +2,18 @@
 
     link's rate, idle cores ──► plan: a codec, threads, hashing or not; or none at all
                                   │        (within the budget: cores that are idle, times seconds)
-    each frame ──────────────► order: which codecs are tried on it ──► note: what came of it
+    each frame ──────────────► order: what is tried on it ──► note: what came of it
 
 Of the codecs that one core can run faster than the link, and whose cores are idle, the one that
 gets the guest's memory through the soonest: the smallest on a slow link, the quickest on a faster
 one. None where a core is no faster than the link.
 
-A codec is measured only on frames that all of them were tried on (one in 32): otherwise one would
-be praised for the text that another had no chance to pack. Frames that none of them makes smaller
-tell nothing, and go as they are. How small pages become decides between codecs, and how many are
-packed, but never that none is: who doesn't pack learns nothing new. A policy that stopped when they
-had become so small that packing them fast enough took more than the idle cores stayed so for good.
-For the same reason a speed is believed ever less while it keeps packing from going on.
+A codec is measured only on what all of them were tried on, a part of one frame in 17: otherwise one
+would be praised for the text that another had no chance to pack. What none of them makes smaller
+tells nothing. How small pages become decides between codecs, and how many are packed, but never
+that none is: who doesn't pack learns nothing new. A policy that stopped when they had become so
+small that packing them fast enough took more than the idle cores stayed so for good. For the same
+reason a speed is believed ever less while it keeps packing from going on.
 """
 
 from __future__ import annotations
@@ -30,12 +30,20 @@ from migrator.engine import codecs
 from migrator.engine.codecs import Codec
 
 THREADS_MAX: Final = 2
-"""Of a stream, where as many cores are idle."""
+"""Of a stream, where half as many cores are idle."""
 SPEED_MARGIN: Final = 1.25
 """One core has to be so much faster than the link."""
-CORES_FACTOR: Final = 1.3
-"""Packing needs so much more than its own work. On a host without idle cores it isn't only rude:
-the sending thread then waits for the packing ones (a first pass took 1.3 times as long)."""
+IDLE_MIN: Final = 0.25
+"""Of a core. With less packing isn't begun; with more it takes no more than there is, and the rest
+goes plain. As usual pages take 0.8 at 1 Gbit/s, a host with 0.7 idle once packed nothing."""
+CORES_FACTOR: Final = 1.1
+"""Packing needs so much more than its own work: what wakes threads, and waits for Python's lock."""
+PACK_BYTES_MAX: Final = 1024 * 1024
+"""Of guest memory in one frame: `frames.PACKED_BYTES_MAX`. Each costs both ends half a millisecond
+of Python; larger ones don't compress better."""
+PACK_BYTES_MIN: Final = 512 * 1024
+_PACK_S: Final = 0.01
+"""What a frame holds, of the link's time: on a slow link a larger one would fill the pipe later."""
 RAW_SHARE: Final = 0.95
 """A frame that doesn't become smaller than this isn't worth unpacking."""
 WORTH_MORE: Final = 1.03
@@ -45,12 +53,16 @@ _COPY_S_ASSUMED: Final = 0.25e-9
 """Of a core, for each byte: copied and looked at for zeros."""
 _HASH_S_ASSUMED: Final = 0.4e-9
 """Likewise: hashed."""
-_PRIOR_BYTES: Final = 512 * 1024
+_PRIOR_BYTES: Final = 128 * 1024
 _FADING: Final = 0.9
 """What the figures of the frame before still count: the last ten or so matter."""
 _TRIAL_FADING: Final = 0.75
 """Likewise where each codec was tried: the last four."""
-_TRIALS_APART: Final = 32
+COMPARED_BYTES: Final = 256 * 1024
+"""Of a frame. On all of it a comparison takes as long as LZ4 does for seven frames."""
+_TRIALS_APART: Final = 16
+_FIRST_TRIAL: Final = 8
+"""The first frames are needed at once."""
 _TRIALS_APART_MIN: Final = 4
 """After a trial that nothing could be made smaller in."""
 _DOUBT: Final = 0.02
@@ -59,6 +71,8 @@ _CHEAP: Final = 2.0
 """Packing so many times faster than the link is always tried."""
 _BUDGET_S: Final = 0.05
 """For how long idle cores that weren't used may be used later."""
+PLAN_KEPT_S: Final = 0.02
+"""As often as a link's rate is known anew. To plan takes 45 us, which each frame needn't pay."""
 _LOOKS_APART: Final = 16
 """Where nothing is gained, one frame in so many is compressed to see whether it is now."""
 
@@ -111,6 +125,8 @@ class Plan:
     usable: tuple[Codec, ...]
     """What the other side can undo."""
     threads: int
+    frame_bytes: int
+    """Of guest memory, at most."""
     hashing: bool
     """Whether the cores suffice for telling which pages the destination has already."""
     cheap: bool
@@ -120,11 +136,11 @@ class Plan:
 class Order(msgspec.Struct, frozen=True):
     """What is to be done with one frame."""
 
-    codecs: tuple[Codec, ...]
-    """Each is tried, and the smallest result is sent. None: it goes as it is."""
+    codec: Codec | None
+    """None: it goes as it is."""
     hashing: bool = True
-    compared: bool = False
-    """All are tried that the other side can undo: what comes of it tells what each is like."""
+    compared: tuple[Codec, ...] = ()
+    """Tried on a part of it (COMPARED_BYTES): what comes of that tells what each is like."""
 
 
 class Trial(msgspec.Struct, frozen=True):
@@ -162,6 +178,13 @@ def cores_needed(seconds_a_byte: float, share: float, link_bytes_per_s: float) -
     return CORES_FACTOR * seconds_a_byte * link_bytes_per_s / share
 
 
+def frame_bytes(link_bytes_per_s: float) -> int:
+    """How much a packed frame holds; whole pages."""
+    if _PACK_S * link_bytes_per_s >= PACK_BYTES_MAX:
+        return PACK_BYTES_MAX
+    return PACK_BYTES_MIN
+
+
 def packed_rate(offer: Offer, link_bytes_per_s: float, cores: float) -> float:
     """Bytes of guest memory a second: what is packed, and plain pages on what the link has left."""
     at_most = cores / (CORES_FACTOR * offer.seconds_a_byte)
@@ -172,8 +195,8 @@ def packed_rate(offer: Offer, link_bytes_per_s: float, cores: float) -> float:
 def choose(offers: Sequence[Offer], link_bytes_per_s: float, idle_cores: float) -> Offer | None:
     """The codec that gets pages through a link of this rate soonest.
 
-    One core has to be faster than the link, and as many idle as usual pages take, or one. None:
-    pages should go as they are.
+    One core has to be faster than the link, and as many idle as usual pages take, or IDLE_MIN.
+    None: pages should go as they are.
     """
     cores = min(idle_cores, THREADS_MAX)
     chosen, best = None, 0.0
@@ -181,7 +204,7 @@ def choose(offers: Sequence[Offer], link_bytes_per_s: float, idle_cores: float) 
         if offer.seconds_a_byte * SPEED_MARGIN * link_bytes_per_s > 1.0:
             continue
         usually = cores_needed(offer.seconds_a_byte, offer.codec.share_assumed, link_bytes_per_s)
-        if min(usually, 1.0) > idle_cores:
+        if idle_cores < min(usually, IDLE_MIN):
             continue
         rate = packed_rate(offer, link_bytes_per_s, cores)
         if rate > WORTH_MORE * best:
@@ -198,9 +221,11 @@ class PackingPolicy:
         *,
         streams: int = 1,
         clock: Callable[[], float] = time.monotonic,
+        used: Callable[[float], None] = lambda core_seconds: None,
     ) -> None:
-        """`streams`: as many share the idle cores."""
+        """`streams`: as many share the idle cores. `used`: is told what packing took of a core."""
         self._idle_cores = idle_cores
+        self._used = used
         self._streams = max(1, streams)
         self._clock = clock
         self._budget = CoreBudget()
@@ -213,8 +238,12 @@ class PackingPolicy:
         self._of_late = Figures(0.0, 0.0)
         self._level = Figures(0.0)
         """What came out, of what the trials had let expect."""
-        self._trial_in = 0
+        self._trial_in = _FIRST_TRIAL
         self._look_in = 0
+        self._asked = False
+        """For a comparison."""
+        self._compared = False
+        """At least once. Until then the cheapest codec is taken."""
 
     @property
     def ratio(self) -> float:
@@ -238,20 +267,22 @@ class PackingPolicy:
         """
         if link_bytes_per_s is None:
             return None
-        all_idle = self._idle_cores()
-        self._budget.refill(self._clock(), all_idle)
+        all_idle = self._refill()
         idle = all_idle / self._streams
-        offer = choose(self.offers(usable), link_bytes_per_s, idle)
+        offers = self.offers(usable)
+        offer = choose(offers if self._compared else offers[:1], link_bytes_per_s, idle)
         if offer is None:
             for figures in (self._copying, *self._codecs.values()):
                 figures.doubt_speed()
-            self._trial_in = 0
+            if self._compared:
+                self._trial_in = 0
             return None
         with_hashing = offer.seconds_a_byte + self._hashing.seconds_a_byte
         return Plan(
             codec=offer.codec,
             usable=tuple(usable),
-            threads=max(1, min(THREADS_MAX, math.ceil(idle))),
+            threads=max(1, min(THREADS_MAX, math.ceil(2 * idle))),
+            frame_bytes=frame_bytes(link_bytes_per_s),
             hashing=cores_needed(with_hashing, offer.share, link_bytes_per_s) <= idle,
             cheap=offer.seconds_a_byte * _CHEAP * link_bytes_per_s <= 1.0,
         )
@@ -265,53 +296,92 @@ class PackingPolicy:
     @property
     def affordable(self) -> bool:
         """Whether the idle cores have time for another frame by now."""
+        self._refill()
         return not self._budget.empty
+
+    def _refill(self) -> float:
+        """The budget; returns how many cores are idle."""
+        idle = self._idle_cores()
+        self._budget.refill(self._clock(), idle)
+        return idle
 
     def order(self, plan: Plan, guest_bytes: int) -> Order:
         """For the next frame, of so many bytes of guest memory."""
         order = self._next(plan)
         seconds = self._copying.seconds_a_byte
-        seconds += sum(self._codecs[codec].seconds_a_byte for codec in order.codecs)
+        if order.codec is not None:
+            seconds += self._codecs[order.codec].seconds_a_byte
         if order.hashing:
             seconds += self._hashing.seconds_a_byte
-        self._budget.spend(CORES_FACTOR * seconds * guest_bytes)
+        comparing = sum(self._codecs[codec].seconds_a_byte for codec in order.compared)
+        comparing *= min(guest_bytes, COMPARED_BYTES)
+        self._budget.spend(CORES_FACTOR * (seconds * guest_bytes + comparing))
         return order
 
     def _next(self, plan: Plan) -> Order:
         self._trial_in -= 1
-        if self._trial_in < 0:
+        # Where it is doubtful whether it pays, that is found out first.
+        if self._trial_in < 0 or not (self._asked or plan.cheap):
+            self._asked = True
             self._trial_in = _TRIALS_APART
-            return Order(plan.usable, plan.hashing, compared=True)
+            return Order(plan.codec, plan.hashing, compared=plan.usable)
         if self._of_late.share < RAW_SHARE or plan.cheap:
-            return Order((plan.codec,), plan.hashing)
+            return Order(plan.codec, plan.hashing)
         self._look_in -= 1
         if self._look_in < 0:
             self._look_in = _LOOKS_APART
-            return Order((plan.codec,), plan.hashing)
-        return Order((), plan.hashing)
+            return Order(plan.codec, plan.hashing)
+        return Order(None, plan.hashing)
 
     def note(
         self,
-        order: Order,
         guest_bytes: int,
-        trials: Sequence[Trial],
+        trial: Trial | None,
+        compared: Sequence[Trial] = (),
         *,
         copy_seconds: float,
         hash_seconds: float | None = None,
     ) -> None:
-        """A frame was packed as ordered. `hash_seconds`: None, it wasn't hashed."""
+        """A frame was packed as ordered. `hash_seconds`: None, it wasn't hashed.
+
+        `trial`: of the order's codec; `compared`: likewise.
+        """
+        trials = compared if trial is None else (trial, *compared)
+        packing = sum(each.core_seconds for each in trials)
+        self._used(copy_seconds + (hash_seconds or 0.0) + packing)
         self._copying.note(guest_bytes, copy_seconds, 0)
         if hash_seconds is not None:
             self._hashing.note(guest_bytes, hash_seconds, 0)
-        if not trials:
+        if compared:
+            self._compare(compared)
+        if trial is not None:
+            self._of_late.note(trial.size, 0.0, trial.wire_bytes)
+            expected = trial.size * self._codecs[trial.codec].share
+            self._level.note(expected, 0.0, trial.wire_bytes)
+
+    def _compare(self, trials: Sequence[Trial]) -> None:
+        self._compared = True
+        if all(each.wire_bytes >= RAW_SHARE * each.size for each in trials):
+            self._trial_in = min(self._trial_in, _TRIALS_APART_MIN)
             return
-        best = min(trials, key=lambda each: each.wire_bytes)
-        self._of_late.note(best.size, 0.0, best.wire_bytes)
-        if order.compared:
-            if best.wire_bytes >= RAW_SHARE * best.size:
-                self._trial_in = min(self._trial_in, _TRIALS_APART_MIN)
-            else:
-                for each in trials:
-                    self._codecs[each.codec].note(each.size, each.core_seconds, each.wire_bytes)
-        expected = best.size * self._codecs[best.codec].share
-        self._level.note(expected, 0.0, best.wire_bytes)
+        for each in trials:
+            self._codecs[each.codec].note(each.size, each.core_seconds, each.wire_bytes)
+
+
+class StreamPlan:
+    """One stream's plan, made anew now and then. What isn't packed is looked at for each frame."""
+
+    def __init__(self, policy: PackingPolicy, clock: Callable[[], float] = time.monotonic) -> None:
+        self._policy = policy
+        self._clock = clock
+        self._plan: Plan | None = None
+        self._made_for: tuple[float | None, Sequence[Codec]] = None, ()
+        self._until_s = 0.0
+
+    def __call__(self, link_bytes_per_s: float | None, usable: Sequence[Codec]) -> Plan | None:
+        """As PackingPolicy.plan, of a moment ago at most."""
+        now, wanted = self._clock(), (link_bytes_per_s, usable)
+        if self._plan is None or now >= self._until_s or wanted != self._made_for:
+            self._plan = self._policy.plan(link_bytes_per_s, usable)
+            self._made_for, self._until_s = wanted, now + PLAN_KEPT_S
+        return self._plan

@@ -24,8 +24,7 @@ from migrator.engine.delivery import ChannelHealth
 from migrator.engine.fault_turns import FaultTurns
 from migrator.engine.frames import FrameKind, RegionShape, StreamHello, StreamKind
 from migrator.engine.memory import MappedRegion
-from migrator.engine.packing import PACK_BYTES_MAX
-from migrator.engine.packing_policy import PackingPolicy
+from migrator.engine.packing_policy import PACK_BYTES_MIN, PackingPolicy
 from migrator.engine.page_socket import PageSocket, StreamEndedError
 from migrator.engine.short_queue import ShortQueue
 from migrator.engine.stream import Endpoint, StreamBrokenError, open_welcomed
@@ -238,7 +237,7 @@ class PageServer:
             sock.limit_queue(self._queue.bytes)
         while (wait_s := self._bucket.wait_s(time.monotonic())) > 0:
             waiter.wait(None, 0, min(wait_s, 0.1))
-        piece_bytes = self._bucket.piece_bytes(PACK_BYTES_MAX)
+        piece_bytes = self._bucket.piece_bytes(PACK_BYTES_MIN)
         piece_bytes = max(PAGE_SIZE_BYTES, piece_bytes - piece_bytes % PAGE_SIZE_BYTES)
         head, left = ranges.take(content, piece_bytes, frames.FRAME_RANGES_MAX)
         rates = (self._queue.bytes_per_s, self._bucket.bytes_per_s)

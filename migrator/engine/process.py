@@ -17,6 +17,7 @@ from migrator import cores, shortage
 from migrator.engine.allocator import keep_freed_memory
 from migrator.engine.control import AgentGoneError, Control, StoppedError
 from migrator.engine.destination import DestinationEngine
+from migrator.engine.idle_cores import IdleCores
 from migrator.engine.source import SourceEngine
 from migrator.engine_messages import EngineFailed
 from migrator.errors import FerryError
@@ -40,10 +41,13 @@ def main(arguments: list[str]) -> int:
     control.at_switchover = _go_first
     engine: SourceEngine | DestinationEngine | None = None
     try:
-        configure, descriptors = control.receive_configure()
+        idle_cores = IdleCores()
+        configure, descriptors = control.receive_configure(idle_cores.look)
         Path("/proc/self/comm").write_text(f"ferry-{configure.role}"[:15])
-        kind = SourceEngine if configure.role is Role.SOURCE else DestinationEngine
-        engine = kind(configure, descriptors, control)
+        if configure.role is Role.SOURCE:
+            engine = SourceEngine(configure, descriptors, control, idle_cores)
+        else:
+            engine = DestinationEngine(configure, descriptors, control)
         engine.run()
     except StoppedError:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

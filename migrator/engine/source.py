@@ -66,7 +66,13 @@ from migrator.model import PAGE_SIZE_BYTES, PassKind, PassReport
 class SourceEngine:
     """Use: construct, `run`, and in any case `close`."""
 
-    def __init__(self, configure: Configure, descriptors: list[int], control: Control) -> None:
+    def __init__(
+        self,
+        configure: Configure,
+        descriptors: list[int],
+        control: Control,
+        idle_cores: IdleCores,
+    ) -> None:
         uffd, pagemap, *files = descriptors
         self._configure = configure
         self._secret = configure.secret
@@ -75,8 +81,8 @@ class SourceEngine:
         self._log = DirtyLog(uffd, pagemap, configure.regions, LogClaim(files[0]))
         self._planner = PassPlanner(self._regions, self._log, kernel.PagemapScanner(pagemap))
         self._bucket = TokenBucket(configure.bandwidth_bytes_per_s, time.monotonic())
-        self._idle_cores = IdleCores()
-        self._packing = PackingPolicy(self._idle_cores, streams=configure.streams)
+        self._idle_cores = idle_cores
+        self._packing = PackingPolicy(idle_cores, streams=configure.streams, used=idle_cores.used)
         self._known = KnownPages(self._regions)
         self._streams: list[PageStream] = []
         self._health = ChannelHealth(control.send)
@@ -234,6 +240,8 @@ class SourceEngine:
             stream = PageStream(
                 self._endpoint, self._hello(StreamKind.PAGES, index, streams), self._bucket
             )
+            if configure.link_bytes_per_s is not None:
+                stream.link.expected_bytes_per_s = configure.link_bytes_per_s / streams
             connect_patiently(stream, configure.reconnect_s, self)
             self._streams.append(stream)
         hello = self._hello(StreamKind.DEVICE)
@@ -282,8 +290,10 @@ class SourceEngine:
             self._tell_missing(message)
             return
         began = time.monotonic()
-        if message.kind is not PassKind.FINAL:
-            self._idle_cores.restart()
+        if message.kind is PassKind.FIRST:
+            self._idle_cores.begin()
+        elif message.kind is not PassKind.FINAL:
+            self._idle_cores.look()
         bytes_before = self._bytes_sent()
         pieces = self._planner.pieces(message.kind, len(self._streams))
         scan_seconds = time.monotonic() - began if message.kind is PassKind.FINAL else 0.0
@@ -327,7 +337,10 @@ class SourceEngine:
             pending_pages=self._log.pending_pages(),
             scan_seconds=scan_seconds,
         )
-        self._control.send(PassDone(report=report))
+        rates = [stream.link.bytes_per_s for stream in self._streams]
+        known = [rate for rate in rates if rate is not None]
+        link = sum(known) if len(known) == len(rates) else None
+        self._control.send(PassDone(report=report, link_bytes_per_s=link))
 
     def _end_pass(self) -> None:
         """If it is the one that shall end. A final pass has to send all."""

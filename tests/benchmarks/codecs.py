@@ -18,8 +18,7 @@ import numpy as np
 
 from migrator.engine import codecs
 from migrator.engine.kernel import populated_extents
-from migrator.engine.packing import PACK_BYTES_MAX
-from migrator.engine.packing_policy import RAW_SHARE
+from migrator.engine.packing_policy import PACK_BYTES_MAX, RAW_SHARE
 from migrator.model import PAGE_SIZE_BYTES
 
 _SIEVE: Final = codecs.LADDER[-1]

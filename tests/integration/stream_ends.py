@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from migrator.engine.codecs import LADDER, Codec
 from migrator.engine.control import HelperWaiter, Signal
 from migrator.engine.frames import StreamHello, StreamKind
 from migrator.engine.memory import MappedRegion
-from migrator.engine.packing_policy import Order, PackingPolicy, Plan
+from migrator.engine.packing_policy import PACK_BYTES_MIN, Order, PackingPolicy, Plan
 from migrator.engine.receiver import Connection, Memory
 from migrator.engine.transport import StreamSocket
 from migrator.engine_messages import RegionLayout
@@ -141,10 +142,11 @@ class AlwaysPacks(PackingPolicy):
     def __init__(self, tried: tuple[Codec, ...] = LADDER) -> None:
         super().__init__(lambda: 8.0)
         self._tried = tried
+        self._turns = itertools.cycle(tried)
 
     def plan(self, link_bytes_per_s: float | None, usable: Sequence[Codec]) -> Plan | None:
         tried = tuple(codec for codec in self._tried if codec in usable)
-        return Plan(codec=tried[0], usable=tried, threads=2, hashing=True, cheap=True)
+        return Plan(tried[0], tried, 2, PACK_BYTES_MIN, hashing=True, cheap=True)
 
     def order(self, plan: Plan, guest_bytes: int) -> Order:
-        return Order(plan.usable, compared=True)
+        return Order(next(self._turns), compared=plan.usable)

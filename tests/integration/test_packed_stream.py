@@ -92,12 +92,12 @@ def test_memory_arrives_compressed(ends: Ends, tried: tuple[Codec, ...], cut_at:
 class _Stingy(AlwaysPacks):
     """Has time for a frame now and then."""
 
-    _asked = 0
+    _frames = 0
 
     @property
     def affordable(self) -> bool:  # type: ignore[override]
-        self._asked += 1
-        return self._asked % 5 == 0
+        self._frames += 1
+        return self._frames % 5 == 0
 
 
 @pytest.mark.parametrize("full_link", [False, True])

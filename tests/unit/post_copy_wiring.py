@@ -129,7 +129,7 @@ def small(world: World) -> Iterator[None]:
         patch.setattr(missing, "_WINDOW_PAGES", 8)
         patch.setattr(page_server, "open_welcomed", open_welcomed)
         patch.setattr(page_server, "HelperWaiter", lambda stop: _Waiter(lockstep, stop))
-        patch.setattr(page_server, "PACK_BYTES_MAX", 2 * PAGE)
+        patch.setattr(page_server, "PACK_BYTES_MIN", 2 * PAGE)
         patch.setattr("migrator.engine.page_socket.tcp_figures", lambda sock: None)
         patch.setattr(frames, "FRAME_BYTES_MAX", 8 * PAGE)
         patch.setattr(frames, "FRAME_RANGES_MAX", 8)

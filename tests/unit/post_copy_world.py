@@ -23,7 +23,7 @@ from migrator.engine.codecs import LADDER, Codec
 from migrator.engine.delivery import ChannelHealth
 from migrator.engine.filler import Filler
 from migrator.engine.frames import StreamHello
-from migrator.engine.packing_policy import Order, PackingPolicy, Plan
+from migrator.engine.packing_policy import PACK_BYTES_MIN, Order, PackingPolicy, Plan
 from migrator.engine.page_server import PageServer
 from migrator.engine.stream import Endpoint
 from migrator.errors import EngineError
@@ -386,7 +386,7 @@ class Packs(PackingPolicy):
     def plan(self, link_bytes_per_s: float | None, usable: Sequence[Codec]) -> Plan | None:
         if self._chance.random() < 0.2:
             return None
-        return Plan(codec=LADDER[0], usable=LADDER, threads=2, hashing=False, cheap=True)
+        return Plan(LADDER[0], LADDER, 2, PACK_BYTES_MIN, hashing=False, cheap=True)
 
     def order(self, plan: Plan, guest_bytes: int) -> Order:
-        return Order((self._chance.choice(LADDER),))
+        return Order(self._chance.choice(LADDER))

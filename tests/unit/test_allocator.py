@@ -47,5 +47,6 @@ def _faults(how: str) -> int:
 
 
 def test_the_next_frame_costs_no_page_faults() -> None:
-    assert _faults("kept") < 500
-    assert _faults("given back") > 5_000  # Else there is nothing to gain by it here.
+    kept, given_back = _faults("kept"), _faults("given back")
+    assert kept < 500
+    assert kept < given_back / 5 or given_back < 500  # Huge pages leave nothing to gain.

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import queue
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from typing import TypeVar
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrator import ranges
-from migrator.engine import codecs, delivery, frames, packing, sorting
+from migrator.engine import codecs, delivery, frames, packing, packing_policy, sorting
 from migrator.engine.bandwidth import TokenBucket
 from migrator.engine.codecs import LADDER, Codec
 from migrator.engine.control import Pollable, Waiter
@@ -29,6 +29,7 @@ from migrator.engine.delivery import ChannelHealth, Delivery
 from migrator.engine.frames import FrameKind, StreamHello, StreamKind
 from migrator.engine.known import KnownPages
 from migrator.engine.memory import MappedRegion
+from migrator.engine.packing import Job, Outcome, Worker
 from migrator.engine.packing_policy import Order, PackingPolicy, Plan
 from migrator.engine.precedence import Precedence
 from migrator.engine.stream import Endpoint, PageStream, Piece, Sent, StreamBrokenError
@@ -41,7 +42,6 @@ USED = 40
 """The pages behind them are holes."""
 TEXT = [(b"line %9d of a guest's memory\n" % number * PAGE)[:PAGE] for number in range(6)]
 CONTENT = [bytes(PAGE), *TEXT, *(random.Random(number).randbytes(PAGE) for number in range(3))]
-T = TypeVar("T")
 
 
 def _pages(numbers: Iterable[int]) -> Ranges:
@@ -189,13 +189,13 @@ class _Policy(PackingPolicy):
     def plan(self, link_bytes_per_s: float | None, usable: Sequence[Codec]) -> Plan | None:
         if self._chance.random() > self._often:
             return None
-        return Plan(codec=LADDER[0], usable=LADDER, threads=2, hashing=True, cheap=True)
+        return Plan(LADDER[0], LADDER, 2, 2 * PAGE, hashing=True, cheap=True)
 
     def could_pay(self, link_bytes_per_s: float | None, usable: Sequence[Codec]) -> bool:
         return self._chance.random() < self._often
 
     def order(self, plan: Plan, guest_bytes: int) -> Order:
-        return Order(plan.usable, compared=True)
+        return Order(self._chance.choice((None, *LADDER)), compared=plan.usable)
 
 
 class _Waiter:
@@ -217,26 +217,33 @@ class _Waiter:
 def _small(chance: random.Random) -> Iterator[None]:
     """Batches of 8 pages, packed frames of 2, and no threads."""
 
-    class Work(Future[T]):
-        """Done by now, which is seen sooner or later."""
+    class Done(queue.SimpleQueue[Outcome]):
+        """What is done by now is seen sooner or later."""
 
-        def done(self) -> bool:
-            return chance.random() < 0.8
+        def get(self, block: bool = True, timeout: float | None = None) -> Outcome:
+            if chance.random() < 0.2:
+                raise queue.Empty
+            return super().get(False)
 
-    class AtOnce:
-        def __init__(self, threads: int, thread_name_prefix: str) -> None:
+    class AtOnce(Worker):
+        def __init__(self, done: queue.SimpleQueue[Outcome]) -> None:
+            self.waiting = 0
+            self._done = done
+
+        def put(self, job: Job) -> None:
+            self.waiting += 1
+            self._done.put((job, job.run()))
+
+        def end(self) -> None:
             return
 
-        def submit(self, work: Callable[..., T], *arguments: object) -> Future[T]:
-            future: Future[T] = Work()
-            future.set_result(work(*arguments))
-            return future
-
-        def shutdown(self, wait: bool = True, cancel_futures: bool = False) -> None:
+        def join(self) -> None:
             return
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "ThreadPoolExecutor", AtOnce)
+        patch.setattr(packing, "Worker", AtOnce)
+        patch.setattr(packing, "queue", SimpleNamespace(SimpleQueue=Done, Empty=queue.Empty))
+        patch.setattr(packing_policy, "PLAN_KEPT_S", 0.0)
         patch.setattr(delivery, "_PACKING_BYTES_MIN", 0)
         patch.setattr(delivery, "_BATCH_BYTES", 8 * PAGE)
         patch.setattr(delivery, "PACK_BYTES_MAX", 2 * PAGE)
@@ -342,3 +349,43 @@ def test_the_sending_thread_goes_first_on_slow_links_and_in_no_case_after_the_pa
     with _small(world.chance):
         _deliver(world, _Stream(world), [Piece(0, _pages(range(USED)))], policy)
     assert asked == expected
+
+
+class _Asked(PackingPolicy):
+    """Notes the rates that it makes plans by."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: 8.0)
+        self.rates: list[float | None] = []
+
+    def plan(self, link_bytes_per_s: float | None, usable: Sequence[Codec]) -> Plan | None:
+        self.rates.append(link_bytes_per_s)
+        return super().plan(link_bytes_per_s, usable)
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "by", "packs"),
+    [
+        (None, None, None, False),
+        (None, 100e6, 100e6, True),
+        (100e6, None, 100e6, True),
+        (350e6, None, 350e6, False),  # It might not pay.
+        (
+            100e6,
+            600e6,
+            100e6,
+            True,
+        ),  # That is a cap.
+        (100e6, 10e6, 10e6, True),
+    ],
+)
+def test_packing_begins_by_what_earlier_streams_found(
+    expected: float | None, found: float | None, by: float | None, packs: bool
+) -> None:
+    world, policy = _World(random.Random(1)), _Asked()
+    stream = _Stream(world)
+    stream.codecs = LADDER
+    stream.link.expected_bytes_per_s = expected
+    made = Delivery(stream, [], [world.region], TokenBucket(None, 0.0), policy, skip_zeroes=True)
+    assert (made._planned(found) is not None) is packs
+    assert policy.rates == [by]

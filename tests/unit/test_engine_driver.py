@@ -20,6 +20,7 @@ from migrator.engine.client import EngineProcess
 from migrator.engine.spares import EngineSpares
 from migrator.engine_driver import EngineDriver, EngineSettings
 from migrator.engine_watch import PING_S, UNHEARD_S
+from migrator.link_rates import BYTES_MIN, LinkRates
 from migrator.model import DomainName, PassKind, PassReport, Role
 from migrator.policy import TOLD
 from migrator.ports import GuestMemory, HypervisorDriver, MemoryRegion
@@ -208,6 +209,35 @@ async def test_a_cap_that_is_set_while_the_engine_is_configured_holds(world: _Wo
     assert isinstance(configure, m.Configure)
     assert configure.bandwidth_bytes_per_s == 7 * MIB
     await world.driver.close()
+
+
+async def test_what_the_link_carried_is_told_to_the_next_engine(tmp_path: Path) -> None:
+    first, second = _World(tmp_path), _World(tmp_path)
+    second.driver._settings = first.driver._settings
+    carried = PassReport(
+        number=1, kind=PassKind.FIRST, seconds=2.0, pages=1, bytes_sent=2 * BYTES_MIN
+    )
+    rates = []
+    for world in (first, second):
+        await world.perform(v.StartEngine())
+        (configure,) = first.spares.taken[-1].told
+        assert isinstance(configure, m.Configure)
+        rates.append(configure.link_bytes_per_s)
+        world.driver._on_message(m.PassDone(report=carried, link_bytes_per_s=117e6), 0)
+        await world.driver.close()
+    assert rates == [None, 117e6]
+
+
+def test_a_link_is_forgotten_once_it_holds_nothing_up() -> None:
+    rates = LinkRates()
+    rates.note("n2", None, BYTES_MIN)
+    assert rates.to("n2") is None
+    rates.note("n2", 117e6, 1)
+    rates.note("n3", 25e6, BYTES_MIN)
+    rates.note("n2", None, BYTES_MIN - 1)  # Too short to tell.
+    assert (rates.to("n2"), rates.to("n3")) == (117e6, 25e6)
+    rates.note("n2", None, BYTES_MIN)
+    assert (rates.to("n2"), rates.to("n3")) == (None, 25e6)
 
 
 async def test_descriptors_that_cant_all_be_duplicated_are_not_kept(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
@@ -44,7 +44,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, socket.socket]]
     )
     sockets: list[socket.socket] = []
 
-    def receive(control: Control) -> tuple[Configure, list[int]]:
+    def receive(control: Control, waiting: Callable[[], None]) -> tuple[Configure, list[int]]:
         sockets.append(control._sock)
         return configure, []
 

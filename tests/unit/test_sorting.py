@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from migrator import ranges
-from migrator.engine.sorting import AHEAD_BYTES, PieceQueue, Sorted, is_hard
+from migrator.engine.sorting import (
+    _ALIKE,
+    _GLANCES_APART,
+    AHEAD_BYTES,
+    PieceQueue,
+    Sorted,
+    is_hard,
+)
 from migrator.engine.stream import Piece
 
 PAGE = 4096
@@ -66,6 +73,21 @@ def test_pieces_are_sorted_by_kind_until_there_is_enough_of_one() -> None:
     assert pieces.soft.content_bytes == FRAME
     assert pieces.soft.head.content.tolist() == [[FRAME, 2 * FRAME]]
     assert pieces.hard.content_bytes == AHEAD_BYTES
+
+
+def test_where_all_were_soft_one_in_a_few_is_looked_at_until_one_is_hard() -> None:
+    noise, text = os.urandom(FRAME), (TEXT * FRAME)[:FRAME]
+    words = _words(noise + text)
+    pieces = Sorted()
+    for _ in range(_ALIKE):
+        pieces.put(Piece(0, ranges.from_pairs([(FRAME, 2 * FRAME)])), words)
+    for _ in range(_GLANCES_APART):
+        pieces.put(Piece(0, ranges.from_pairs([(0, FRAME)])), words)
+    missed = pieces.soft.content_bytes // FRAME - _ALIKE
+    assert missed < _GLANCES_APART
+    for _ in range(10):
+        pieces.put(Piece(0, ranges.from_pairs([(0, FRAME)])), words)
+    assert pieces.soft.content_bytes == (_ALIKE + missed) * FRAME
 
 
 @given(
