@@ -62,7 +62,7 @@ COMPARED_BYTES: Final = 256 * 1024
 """Of a frame. On all of it a comparison takes as long as LZ4 does for seven frames."""
 _TRIALS_APART: Final = 16
 _FIRST_TRIAL: Final = 8
-"""The first frames are needed at once."""
+"""The first frames are needed at once, but on a slow link."""
 _TRIALS_APART_MIN: Final = 4
 """After a trial that nothing could be made smaller in."""
 _DOUBT: Final = 0.02
@@ -243,7 +243,7 @@ class PackingPolicy:
         self._asked = False
         """For a comparison."""
         self._compared = False
-        """At least once. Until then the cheapest codec is taken."""
+        """At least once. Until then the cheapest codec is taken, but on a slow link."""
 
     @property
     def ratio(self) -> float:
@@ -269,8 +269,10 @@ class PackingPolicy:
             return None
         all_idle = self._refill()
         idle = all_idle / self._streams
+        size = frame_bytes(link_bytes_per_s)
+        hurried = size == PACK_BYTES_MAX and not self._compared
         offers = self.offers(usable)
-        offer = choose(offers if self._compared else offers[:1], link_bytes_per_s, idle)
+        offer = choose(offers[:1] if hurried else offers, link_bytes_per_s, idle)
         if offer is None:
             for figures in (self._copying, *self._codecs.values()):
                 figures.doubt_speed()
@@ -282,7 +284,7 @@ class PackingPolicy:
             codec=offer.codec,
             usable=tuple(usable),
             threads=max(1, min(THREADS_MAX, math.ceil(2 * idle))),
-            frame_bytes=frame_bytes(link_bytes_per_s),
+            frame_bytes=size,
             hashing=cores_needed(with_hashing, offer.share, link_bytes_per_s) <= idle,
             cheap=offer.seconds_a_byte * _CHEAP * link_bytes_per_s <= 1.0,
         )
@@ -320,8 +322,9 @@ class PackingPolicy:
 
     def _next(self, plan: Plan) -> Order:
         self._trial_in -= 1
-        # Where it is doubtful whether it pays, that is found out first.
-        if self._trial_in < 0 or not (self._asked or plan.cheap):
+        # Where it is doubtful whether it pays, or time doesn't press, that is found out first.
+        hurried = plan.cheap and plan.frame_bytes == PACK_BYTES_MAX
+        if self._trial_in < 0 or not (self._asked or hurried):
             self._asked = True
             self._trial_in = _TRIALS_APART
             return Order(plan.codec, plan.hashing, compared=plan.usable)

@@ -205,9 +205,17 @@ def test_each_codec_is_tried_on_the_same_frame_now_and_then() -> None:
 
 
 def test_until_something_was_compared_the_quickest_codec_is_taken() -> None:
+    source = _Source(idle=1.0)
+    assert source.codec(125e6, frames=8) == "lz4"
+    assert source.codec(125e6, frames=4) == "zstd-1"
+
+
+def test_on_a_slow_link_there_is_time_to_compare_first() -> None:
     source = _Source()
-    assert source.codec(SLOW, frames=8) == "lz4"
-    assert source.codec(SLOW, frames=4) == "zstd-3"
+    _, order = source.frame(SLOW)
+    assert order is not None
+    assert order.codec is LADDER[-1]
+    assert order.compared == LADDER
 
 
 def test_where_it_is_doubtful_whether_packing_pays_that_is_found_out_first() -> None:
