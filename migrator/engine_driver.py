@@ -52,6 +52,7 @@ class EngineSettings(Struct, frozen=True, kw_only=True):
     link_bytes_per_s: Callable[[], float | None] = lambda: None
     """What the migration interface says of itself; None: nothing to go by. Asked in a thread."""
     rates: LinkRates = msgspec.field(default_factory=LinkRates)
+    """What was seen of it since the agent's start, by destination."""
     tls: Callable[[], TlsFiles | None] = lambda: None
     """Asked for each engine, in a thread. ConfigError if the node's files are no good."""
 
@@ -275,7 +276,7 @@ class EngineDriver:
             post_copy=self._post_copy,
             tls=tls,
             peer=session.destination if source else session.source,
-            link_bytes_per_s=settings.rates.to(session.destination) if source else None,
+            expected_bytes_per_s=settings.rates.to(session.destination) if source else None,
         )
 
     def _send_configuration(self, message: m.Configure, fds: Sequence[int]) -> None:

@@ -95,7 +95,7 @@ class Configure(Message, frozen=True, kw_only=True):
     """Every connection between the engines is TLS, by these files; None: plain."""
     peer: str = ""
     """The node at the other end, whose name its certificate must have."""
-    link_bytes_per_s: float | None = None
+    expected_bytes_per_s: float | None = None
     """Source: what the way to the destination carried of late, as far as is known."""
 
     @property

@@ -240,8 +240,8 @@ class SourceEngine:
             stream = PageStream(
                 self._endpoint, self._hello(StreamKind.PAGES, index, streams), self._bucket
             )
-            if configure.link_bytes_per_s is not None:
-                stream.link.expected_bytes_per_s = configure.link_bytes_per_s / streams
+            if configure.expected_bytes_per_s is not None:
+                stream.link.expected_bytes_per_s = configure.expected_bytes_per_s / streams
             connect_patiently(stream, configure.reconnect_s, self)
             self._streams.append(stream)
         hello = self._hello(StreamKind.DEVICE)

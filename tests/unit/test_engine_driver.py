@@ -222,7 +222,7 @@ async def test_what_the_link_carried_is_told_to_the_next_engine(tmp_path: Path) 
         await world.perform(v.StartEngine())
         (configure,) = first.spares.taken[-1].told
         assert isinstance(configure, m.Configure)
-        rates.append(configure.link_bytes_per_s)
+        rates.append(configure.expected_bytes_per_s)
         world.driver._on_message(m.PassDone(report=carried, link_bytes_per_s=117e6), 0)
         await world.driver.close()
     assert rates == [None, 117e6]
