@@ -12,7 +12,6 @@ again (bounded by `reconnect_s`), and sends again only what wasn't acknowledged.
 from __future__ import annotations
 
 import collections
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -234,7 +233,10 @@ class Delivery:
         if self._ending:
             self._leave_rest()
         link_bytes_per_s = self._stream.gauge()
-        plan = self._planned(link_bytes_per_s) if self._may_pack else None
+        plan = None
+        if self._may_pack:
+            expected = self._stream.link.expected_bytes_per_s
+            plan = self._plan(link_bytes_per_s, self._stream.codecs, expected)
         sorting = self._may_pack and self._is_slow(plan, link_bytes_per_s)
         self._precedence.keep(sorting)
         while (
@@ -258,13 +260,6 @@ class Delivery:
             self._send_plain(_WARY_BYTES if wary else frames.FRAME_BYTES_MAX, waiter)
         self._stream.collect_acks()
         return True
-
-    def _planned(self, link_bytes_per_s: float | None) -> Plan | None:
-        """By what earlier streams found, where that is less than is known, and packing is cheap."""
-        expected = self._stream.link.expected_bytes_per_s
-        guessed = expected is not None and expected < (link_bytes_per_s or math.inf)
-        plan = self._plan(expected if guessed else link_bytes_per_s, self._stream.codecs)
-        return None if guessed and plan is not None and not plan.cheap else plan
 
     def _is_slow(self, plan: Plan | None, link_bytes_per_s: float | None) -> bool:
         """Whether pages are packed, or would be on idle cores. True while nothing is known."""

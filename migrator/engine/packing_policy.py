@@ -381,8 +381,24 @@ class StreamPlan:
         self._made_for: tuple[float | None, Sequence[Codec]] = None, ()
         self._until_s = 0.0
 
-    def __call__(self, link_bytes_per_s: float | None, usable: Sequence[Codec]) -> Plan | None:
-        """As PackingPolicy.plan, of a moment ago at most."""
+    def __call__(
+        self,
+        link_bytes_per_s: float | None,
+        usable: Sequence[Codec],
+        expected_bytes_per_s: float | None = None,
+    ) -> Plan | None:
+        """As PackingPolicy.plan, of a moment ago at most.
+
+        `expected_bytes_per_s`: what earlier streams found of the link. It counts where it is less
+        than what is known, and packing is cheap by it.
+        """
+        expected = expected_bytes_per_s
+        if expected is None or expected >= (link_bytes_per_s or math.inf):
+            return self._of_late(link_bytes_per_s, usable)
+        plan = self._of_late(expected, usable)
+        return plan if plan is not None and plan.cheap else None
+
+    def _of_late(self, link_bytes_per_s: float | None, usable: Sequence[Codec]) -> Plan | None:
         now, wanted = self._clock(), (link_bytes_per_s, usable)
         if self._plan is None or now >= self._until_s or wanted != self._made_for:
             self._plan = self._policy.plan(link_bytes_per_s, usable)

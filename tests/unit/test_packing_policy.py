@@ -248,9 +248,11 @@ def test_frames_are_small_where_the_link_is_slow() -> None:
 
 class _Counted(PackingPolicy):
     planned = 0
+    rates: tuple[float | None, ...] = ()
 
     def plan(self, link_bytes_per_s: float | None, usable: Sequence[Codec]) -> Plan | None:
         self.planned += 1
+        self.rates += (link_bytes_per_s,)
         return super().plan(link_bytes_per_s, usable)
 
 
@@ -271,6 +273,31 @@ def test_a_stream_plans_now_and_then_or_when_its_link_is_another() -> None:
     for planned in (4, 5):  # Who doesn't pack looks at each frame whether it pays by now.
         assert plan(None, LADDER) is None
         assert policy.planned == planned
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "by", "packs"),
+    [
+        (None, None, None, False),
+        (None, 100e6, 100e6, True),
+        (100e6, None, 100e6, True),
+        (350e6, None, 350e6, False),  # It might not pay.
+        (
+            100e6,
+            600e6,
+            100e6,
+            True,
+        ),  # That is a cap.
+        (100e6, 10e6, 10e6, True),
+    ],
+)
+def test_packing_begins_by_what_earlier_streams_found(
+    expected: float | None, found: float | None, by: float | None, packs: bool
+) -> None:
+    policy = _Counted(lambda: 8.0)
+    plan = StreamPlan(policy)(found, LADDER, expected)
+    assert (plan is not None) is packs
+    assert policy.rates == (by,)
 
 
 def test_telling_pages_apart_needs_idle_cores_of_its_own() -> None:
