@@ -102,7 +102,8 @@ class HookService:
     # --- moments -----------------------------------------------------------------------------
 
     async def run(self, call: HookCall, spec: DomainSpec | None = None) -> HookReport:
-        """Run all hooks of this moment. Never raises but StoreError, when they can't be known.
+        """Run all hooks of this moment. Never raises but StoreError, when they can't be known: none
+        was run then.
 
         `spec` is the domain's: its labels choose hooks, its `hook_deadline_s` goes before theirs.
         """

@@ -36,7 +36,7 @@ class MigrationMoments:
         return report.forbidden
 
     async def before_switchover(self, session: SourceSession) -> HookReport:
-        """StoreError: the hooks can't be known."""
+        """StoreError: the hooks can't be known; none was run."""
         call = call_of(session.view(), session.spec, HookPoint.BEFORE_SWITCHOVER)
         return await self._hooks.run(call, session.spec)  # The session notes it itself.
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from migrator.errors import RefusedError, StoreError
 from migrator.hold_points import hold
@@ -34,6 +34,8 @@ from node_agent.migrations.path_check import BEGIN_S, KNOWN_S, PathCheck
 from node_agent.migrations.storage_check import StorageCheck
 from node_agent.migrations.witnesses import Move
 from node_agent.peers.hub import PeerHub
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -162,33 +164,17 @@ class NodeSite(Site):
         narrow = await self._path.renewed(session.migration_id, session.spec, destination)
         if narrow:
             raise RefusedError(narrow[0], narrow)
-        report = await self._moments.before_switchover(session)
+        report = await _answered(session, lambda: self._moments.before_switchover(session))
         if report.forbidden is not None:
             raise RefusedError(report.forbidden, [report.forbidden])
         # Last, and as late as can be: what answers now does so in the next moment, too.
-        await self._record_readable(session)
+        domain = DomainName(session.domain)
+        record = await _answered(session, lambda: self._ownership.read(domain))
+        if record != session.record_before:
+            reason = f"domain {domain} is not {session.source}'s any more: {record}"
+            raise RefusedError(reason, [reason])
         await self._storage.wait(session.spec, destination, FencingToken(session.next_token))
         return report.sentence
-
-    async def _record_readable(self, session: SourceSession) -> None:
-        """The handoff is one write to the store: while it doesn't answer, the guest runs on here.
-
-        RefusedError: the record names somebody else.
-        """
-        said = False
-        while True:
-            try:
-                record = await self._ownership.read(DomainName(session.domain))
-            except StoreError as error:
-                if not said:
-                    log.warning("migration %s waits: %s", session.migration_id, error)
-                said = True
-                await asyncio.sleep(STORE_GAP_S)
-                continue
-            if record != session.record_before:
-                reason = f"domain {session.domain} is not {session.source}'s any more: {record}"
-                raise RefusedError(reason, [reason])
-            return
 
     async def destroy(self, session: Session) -> None:
         if not self._is_ours(session):
@@ -242,6 +228,22 @@ class NodeSite(Site):
     ) -> None:
         envelope = Envelope(migration_id=migration_id, to=to, message=message)
         await self._hub.notify(node, MESSAGE, envelope, timeout_s=SEND_S)
+
+
+async def _answered(session: SourceSession, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """What the store answers `ask`, which has done nothing where it raises StoreError.
+
+    The handoff is one write to the store: while it doesn't answer, the guest runs on here.
+    """
+    said = False
+    while True:
+        try:
+            return await ask()
+        except StoreError as error:
+            if not said:
+                log.warning("migration %s waits: %s", session.migration_id, error)
+            said = True
+            await asyncio.sleep(STORE_GAP_S)
 
 
 @contextlib.asynccontextmanager

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from migrator.errors import ConflictError, InvalidRequest, NotFoundError, WrongStateError
-from migrator.model import MigrationState
+from migrator.model import DomainName, DomainSpec, MigrationState, OwnershipRecord
 from node_agent.hooks import service as hooks_service
 from node_agent.hooks.model import (
     HIDDEN,
@@ -19,13 +19,21 @@ from node_agent.hooks.model import (
     HookCall,
     HookFailure,
     HookPoint,
+    HookReport,
     HookSpec,
     WebhookHook,
 )
 from node_agent.hooks.port import HookDriver, HookError
 from node_agent.hooks.service import HookService, applies, check_hook
+from node_agent.migrations import site
 from tests.unit.agent_world import open_world, spec_of
-from tests.unit.migration_world import WEB, eventually, migration_world
+from tests.unit.migration_world import (
+    WEB,
+    end_first_pass,
+    eventually,
+    held_in_precopy,
+    migration_world,
+)
 
 _P = HookPoint
 MOVE = (_P.BEFORE_MIGRATION, _P.BEFORE_SWITCHOVER, _P.AFTER_RESUME, _P.AFTER_MIGRATION)
@@ -231,3 +239,50 @@ async def test_it_can_be_cancelled_while_a_hook_takes_its_time(
         await eventually(asked)
         await world.a.manager.cancel(began.id)
         assert (await world.ended(began)).state is MigrationState.CANCELLED
+
+
+@pytest.mark.parametrize("away_during", [False, True])
+async def test_a_guest_runs_on_while_the_store_does_not_say_which_hooks_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away_during: bool
+) -> None:
+    """Or goes away while they run. They are run once, and the guest moves when it is back."""
+    noted, asked = NotedHooks(), 0
+    run = HookService.run
+
+    async def counted(service: HookService, call: HookCall, spec: DomainSpec | None) -> HookReport:
+        nonlocal asked
+        asked += call.point is _P.BEFORE_SWITCHOVER
+        return await run(service, call, spec)
+
+    monkeypatch.setattr(HookService, "run", counted)
+    monkeypatch.setattr(hooks_service, "DRIVERS", noted.drivers)
+    monkeypatch.setattr(site, "STORE_GAP_S", 0.02)
+    async with migration_world(tmp_path, monkeypatch) as world:
+        await HookService(world.a.node.typed, world.a.node.events).add(hook_of())
+        began, live = await held_in_precopy(world)
+        reads, read = 0, world.a.node.ownership.read
+
+        async def counted_read(domain: DomainName) -> OwnershipRecord | None:
+            nonlocal reads
+            reads += 1
+            return await read(domain)
+
+        monkeypatch.setattr(world.a.node.ownership, "read", counted_read)
+        faults = world.a.node.store.faults
+        if away_during:
+            noted.held[_P.BEFORE_SWITCHOVER] = asyncio.Event()
+            end_first_pass(world)
+            await world.until(lambda: _P.BEFORE_SWITCHOVER in noted.points)
+            faults.unavailable = True
+            noted.held[_P.BEFORE_SWITCHOVER].set()
+            await world.until(lambda: reads > 3)
+        else:
+            faults.unavailable = True
+            end_first_pass(world)
+            await world.until(lambda: asked > 3)
+        assert live.state is MigrationState.PRECOPY
+        assert world.running() == ["a"]
+        faults.unavailable = False
+        ended = await world.ended(began)
+        assert ended.state is MigrationState.COMPLETED, ended.error
+        assert noted.points.count(_P.BEFORE_SWITCHOVER) == 1
