@@ -223,19 +223,26 @@ class CutoverService:
         record.connections = self._connections.figures(move.domain)
         record.problems = tuple(leaving.problems) if leaving is not None else ()
         try:
-            await self._records.amend(move.migration_id)
+            await self._note(move)
             await asyncio.sleep(self._settings.grace_s)
             if self._is_over(move):
                 record.forwarded = await self._fabric.end_departure(move.domain)
                 record.connections = self._connections.figures(move.domain)
                 if self._is_over(move):  # That may have taken a while.
                     await self._connections.left(move.domain)
-                await self._records.amend(move.migration_id)
+                await self._note(move)
             await asyncio.sleep(self._settings.verify_limit_s + _CALL_S)  # It may yet be told.
         finally:
             if self._left.get(move.domain) is move:
                 del self._left[move.domain]
             self._records.forget(move.migration_id)
+
+    async def _note(self, move: Move) -> None:
+        """What the store doesn't take keeps no tunnel up."""
+        try:
+            await self._records.amend(move.migration_id)
+        except FerryError as error:
+            log.warning("migration %s: its cutover is not noted: %s", move.migration_id, error)
 
     def _is_over(self, move: Move) -> bool:
         """The domain hasn't begun to come, or to leave, since; nor come, and left by another."""

@@ -234,6 +234,30 @@ async def test_a_guest_that_leaves_again_within_the_grace_time_is_forwarded_to_f
     assert ended == [WEB]
 
 
+async def test_a_store_that_is_away_keeps_no_tunnel_up(
+    world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was to be noted of the move failed, and with it all that was to come."""
+    service, node = world.a.manager._site._cutover, world.a.node
+    monkeypatch.setattr(service, "_settings", CutoverSettings(grace_s=0.05, verify_limit_s=0.0))
+    monkeypatch.setattr(cutover_module, "_CALL_S", 0.0)
+    move = Move(
+        migration_id="m1",
+        domain=WEB,
+        source=NodeName("a"),
+        destination=NodeName("b"),
+        nics=(await node.records.get(WEB)).spec.nics,
+    )
+    await service.prepare_departure(move)
+    await node.fabric.divert(WEB)
+    service._records.of("m1").cutover = Cutover(resumed_at_s=1.0)
+    node.store.faults.unavailable = True
+    service.left(move)
+    await world.until(lambda: not service._asides.tasks)
+    node.store.faults.unavailable = False
+    assert not node.fabric.diverted
+
+
 async def test_a_network_that_is_too_narrow_is_found_before_anything_moves(
     world: MigrationWorld,
 ) -> None:
