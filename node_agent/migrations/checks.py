@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
-from migrator.errors import FerryError
+from migrator.errors import FerryError, RefusedError
 from migrator.model import (
     DiskSpec,
     DomainName,
@@ -126,6 +126,16 @@ def state_reasons(domain: DomainName, state: DomainState) -> list[str]:
         return []
     how = f" (`ferry domain resume {domain}`)" if state is DomainState.PAUSED else ""
     return [f"domain {domain} is {state}, it must be running{how}"]
+
+
+async def refuse_unless_running(hypervisor: HypervisorDriver, domain: DomainName) -> None:
+    """Once the domain is claimed. Asking the destination took time, in which it may have been
+    paused: a destination runs what it has loaded, and so would a guest that somebody wants to
+    stand. RefusedError.
+    """
+    found = state_reasons(domain, (await hypervisor.inspect(domain)).state)
+    if found:
+        raise RefusedError(f"domain {domain} was not migrated: {found[0]}", found)
 
 
 def claim_reasons(locks: DomainLocks, domain: DomainName) -> list[str]:

@@ -49,6 +49,7 @@ from node_agent.migrations.checks import (
     Inspection,
     claim_reasons,
     node_reasons,
+    refuse_unless_running,
     state_reasons,
 )
 from node_agent.migrations.endings import too_late
@@ -63,7 +64,7 @@ from node_agent.migrations.room import at_source, in_state_directory, room_reaso
 from node_agent.migrations.service import MigrationService
 from node_agent.migrations.site import MESSAGE, Envelope, NodeSite
 from node_agent.migrations.standstill import Standstill
-from node_agent.migrations.unpublished import end_the_unpublished
+from node_agent.migrations.unpublished import MigrationEnds
 from node_agent.nodes import NodeRegistry
 from node_agent.peers.hub import PeerHub
 
@@ -120,6 +121,15 @@ class MigrationManager(MigrationService):
         self._admissions = Admissions(domains, hypervisor, ownership)
         self._restored: list[Runner] = []
         self._asides = Asides(log)
+        self._ends = MigrationEnds(
+            node,
+            publisher=publisher,
+            journal=journal,
+            records=records,
+            moments=moments,
+            is_alive=self._is_alive,
+            aside=self._asides.add,
+        )
         self.standstill = Standstill(lambda: (r.session.state for r in self._runners.values()))
         self._redials = Redials(hub, lambda node: bool(self.active_with(node)))
 
@@ -169,16 +179,12 @@ class MigrationManager(MigrationService):
         for runner in restored:
             runner.feed(v.Recover())
         self._asides.add(self._clear_tracking(adopted))
-        self._asides.add(
-            end_the_unpublished(
-                self.node,
-                publisher=self._publisher,
-                journal=self._journal,
-                records=self._records,
-                moments=self._moments,
-                runs=lambda migration: migration in self._runners,
-            )
-        )
+        self._ends.open()
+
+    def _is_alive(self, outline: MigrationOutline) -> bool:
+        """Also one that begins, and is claimed but has no runner yet."""
+        claim = self._domains.locks.migration_of(DomainName(outline.domain))
+        return outline.id in self._runners or outline.id == claim
 
     async def _clear_tracking(self, domains: Sequence[DomainName]) -> None:
         if (await self._hypervisor.capabilities()).paged_engine:
@@ -192,6 +198,7 @@ class MigrationManager(MigrationService):
         self._redials.close()
         for runner in list(self._runners.values()):
             await runner.close()
+        await self._ends.close()
         if self._asides.tasks:
             _, late = await asyncio.wait(self._asides.tasks, timeout=_CLOSE_S)
             for task in late:  # Hooks that take longer: they come again with the next agent.
@@ -214,7 +221,7 @@ class MigrationManager(MigrationService):
         await self._domains.locks.claim_for_migration(name, migration)
         try:
             await self._forecaster.interrupt(name)
-            await self._refuse_unless_running(name)
+            await refuse_unless_running(self._hypervisor, name)
             owned = await self._domains.ownership.owned_here(name)
             await self._domains.ownership.older.refuse_move(name, owned)
             spec = (await self._records.get(name)).spec
@@ -229,7 +236,11 @@ class MigrationManager(MigrationService):
                 prediction=await self._forecaster.at_start(name, request),
             )
             choice.note_in(session)
-            await self._publisher.write(session.view())
+            try:
+                await self._publisher.write(session.view())
+            except BaseException:  # It may have been carried out.
+                self._ends.look_again()
+                raise
         except BaseException:
             self._domains.locks.release_from_migration(name, migration)
             raise
@@ -241,14 +252,6 @@ class MigrationManager(MigrationService):
         )
         self._asides.add(self._begin(self._make_runner(session), session))
         return session.view()
-
-    async def _refuse_unless_running(self, domain: DomainName) -> None:
-        """Asking the destination takes time, in which it may have been paused, and was not claimed:
-        a destination runs what it has loaded, and so would a guest that somebody wants to stand.
-        """
-        found = state_reasons(domain, (await self._hypervisor.inspect(domain)).state)
-        if found:
-            raise RefusedError(f"domain {domain} was not migrated: {found[0]}", found)
 
     async def _begin(self, runner: Runner, session: SourceSession) -> None:
         """Let it begin, unless a hook forbids it, or it was cancelled while they took time."""
@@ -315,7 +318,7 @@ class MigrationManager(MigrationService):
         runner = self._runners.get(id)
         if runner is not None and isinstance(runner.session, SourceSession):
             return runner.session.view(runner.unheard_s)
-        return await self._publisher.read(id)
+        return self._ends.get(id) or await self._publisher.read(id)
 
     async def list_migrations(self) -> Sequence[Migration]:
         return await self._publisher.read_all()
@@ -329,14 +332,14 @@ class MigrationManager(MigrationService):
     async def limit(self, id: str, bandwidth_bytes_per_s: int | None) -> Migration:
         runner = self._runners.get(id)
         if runner is None or not isinstance(runner.session, SourceSession):
-            raise too_late(await self._publisher.read(id), "change")
+            raise too_late(await self.get(id), "change")
         runner.limit_bandwidth(bandwidth_bytes_per_s)
         return runner.session.view()
 
     async def cancel(self, id: str, by: str = "") -> Migration:
         runner = self._runners.get(id)
         if runner is None or not isinstance(runner.session, SourceSession):
-            raise too_late(await self._publisher.read(id), "cancel")
+            raise too_late(await self.get(id), "cancel")
         session = runner.session
         if not session.cancellable and session.state is not MigrationState.CANCELLING:
             raise too_late(session.view(), "cancel")
@@ -387,10 +390,9 @@ class MigrationManager(MigrationService):
             await runner.close()
             self._runners.pop(session.migration_id, None)
             if isinstance(session, SourceSession):
-                await self._publisher.end(session)
+                await self._ends.end(session)
                 await self._site.settle(session)
                 self._forecaster.ended(session.view())
-                self._asides.add(self._after_end(session))
             if not self._runners:
                 self._engine.spares.refill_later()
         finally:
@@ -398,10 +400,6 @@ class MigrationManager(MigrationService):
             self._domains.locks.release_from_migration(
                 DomainName(session.domain), MigrationId(session.migration_id)
             )
-
-    async def _after_end(self, session: SourceSession) -> None:
-        if await self._moments.at_end(session):
-            await self._publisher.end_timeline(session)  # With what the hooks did.
 
     # --- what peers say ----------------------------------------------------------------------
 

@@ -129,11 +129,13 @@ class Publisher:
 
     async def _put(self, view: Callable[[], Migration]) -> None:
         async with self._writing:
-            migration = view()
-            await self._store.put(f"{MIGRATIONS}{migration.id}", migration)
-            self._own[migration.id] = outline_of(migration)
-            while len(self._own) > OWN_MAX:
-                del self._own[next(iter(self._own))]
+            await self._put_now(view())
+
+    async def _put_now(self, migration: Migration) -> None:
+        await self._store.put(f"{MIGRATIONS}{migration.id}", migration)
+        self._own[migration.id] = outline_of(migration)
+        while len(self._own) > OWN_MAX:
+            del self._own[next(iter(self._own))]
 
     def changed(self, session: SourceSession) -> None:
         """From the runner, after each event. Never waits."""
@@ -167,46 +169,66 @@ class Publisher:
         told.add(said)
         return True
 
-    async def end(self, session: SourceSession) -> None:
-        """Publish the end, with its event; tried a few times, then left to the log."""
+    async def end(self, session: SourceSession) -> bool:
+        """Tell the end, and publish it: whether that was done. It is tried a few times, for the
+        domain is kept meanwhile; after that it is for `end_late`.
+        """
         name = session.migration_id
         self._dirty.pop(name, None)
         self._states.pop(name, None)
         self._reasons.pop(name, None)
         self._written_at.pop(name, None)
-        await self._write_end(session.view())
+        view = session.view()
+        published = await self._write_end(view)
+        self._tell_end(view)
+        return published
 
-    async def end_without_session(
-        self, migration: Migration, state: MigrationState, error: str | None, ended_at_s: float
-    ) -> None:
-        """Publish the end of a migration whose session nobody has any more."""
-        progress = msgspec.structs.replace(migration.progress, state=state)
-        await self._write_end(
-            msgspec.structs.replace(
-                migration,
-                state=state,
-                progress=progress,
-                error=error,
-                ended_at_s=ended_at_s,
-                total_s=max(ended_at_s - migration.created_at_s, 0.0),
-            )
-        )
-
-    async def _write_end(self, view: Migration) -> None:
+    async def _write_end(self, view: Migration) -> bool:
         for attempt in range(_TRIES):
+            if attempt:
+                await asyncio.sleep(2.0 ** (attempt - 1))
             try:
                 await self.write(view)
-                await self._prune()
-                break
             except FerryError as error:
                 log.error("migration %s: its end was not published: %s", view.id, error)
-                await asyncio.sleep(2.0**attempt)
+            else:
+                await self._prune()
+                return True
+        return False
+
+    async def end_late(self, session: SourceSession) -> None:
+        """Publish what `end` couldn't, and has told. StoreError: it may be published, or not."""
+        name = session.migration_id
+        async with self._writing:
+            stored = await self._store.get(f"{MIGRATIONS}{name}", Migration)
+            # The network's part may have been noted before this.
+            cutover = None if stored is None else stored.value.cutover
+            await self._put_now(msgspec.structs.replace(session.view(), cutover=cutover))
+        await self._prune()
+
+    async def end_without_session(self, ended: Migration) -> None:
+        """Publish, and then tell, the end of a migration whose session nobody has any more.
+
+        StoreError: it may be published, or not, and isn't told.
+        """
+        await self.write(ended)
+        self._tell_end(ended)
+        await self._prune()
+
+    def _tell_end(self, view: Migration) -> None:
         by = {"by": view.cancelled_by} if view.cancelled_by else {}
         self._events.emit(
             _ENDS[view.state], _sentence(view), domain=view.domain, migration=view.id, **by
         )
 
     async def _prune(self) -> None:
+        """Never fails: the next end does it, too."""
+        try:
+            await self._drop_oldest()
+        except FerryError as error:
+            log.warning("migrations that ended long ago were not dropped: %s", error)
+
+    async def _drop_oldest(self) -> None:
         entries = await self._store.list_parts(MIGRATIONS, MigrationOutline)
         ended = sorted(
             (entry for entry in entries if entry.value.ended),
