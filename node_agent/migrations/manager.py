@@ -390,8 +390,9 @@ class MigrationManager(MigrationService):
             await runner.close()
             self._runners.pop(session.migration_id, None)
             if isinstance(session, SourceSession):
-                await self._ends.end(session)
                 await self._site.settle(session)
+                await self._ends.end(session)
+                self._site.left(session)
                 self._forecaster.ended(session.view())
             if not self._runners:
                 self._engine.spares.refill_later()

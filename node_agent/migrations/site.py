@@ -212,12 +212,17 @@ class NodeSite(Site):
         await self._cutover.depart(_move(session))
 
     async def settle(self, session: Session) -> None:
-        """After a source's end is published: the network's last part, here or towards there."""
+        """A source has ended. Before that is published, which may take a minute: frames for a guest
+        that stays may go the other way until then.
+        """
         await self._path.forget(session.migration_id)
+        if session.state is not MigrationState.COMPLETED:
+            await self._cutover.stays(_move(session))
+
+    def left(self, session: Session) -> None:
+        """After that: the network's last part towards there, which amends what is published."""
         if session.state is MigrationState.COMPLETED:
             self._cutover.left(_move(session))
-        else:
-            await self._cutover.stays(_move(session))
 
     async def silence(self, session: Session) -> None:
         """End a source's own announcements, so that none contradicts the destination's."""

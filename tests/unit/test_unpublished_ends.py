@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from migrator.errors import StoreError, WrongStateError
-from migrator.model import Migration, MigrationProgress, MigrationState
+from migrator.errors import HypervisorError, StoreError, WrongStateError
+from migrator.model import DomainName, Migration, MigrationProgress, MigrationState
 from migrator.session.source import SourceSession
 from node_agent.events import ClusterEvent, EventKind
 from node_agent.hooks import service as hooks_service
@@ -24,6 +24,7 @@ from node_agent.resources import MIGRATIONS
 from tests.unit.migration_world import (
     WEB,
     MigrationWorld,
+    check_back_home,
     end_first_pass,
     eventually,
     held_in_precopy,
@@ -243,3 +244,25 @@ async def test_what_is_alive_here_is_not_ended(
         end_first_pass(world)
         assert (await world.ended(began)).state is _S.COMPLETED
         assert not await told(world, began.id, EventKind.MIGRATION_FAILED)
+
+
+async def test_a_guest_that_stays_has_its_frames_back_before_its_end_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was never paused: nothing else tells that it stays. The store may be away long."""
+    async with migration_world(tmp_path, monkeypatch) as world:
+        began, _ = await held_in_precopy(world)
+        node = world.a.node
+
+        async def refused(domain: DomainName, _: Path) -> None:
+            assert domain in node.fabric.diverted
+            node.store.faults.unavailable = True
+            raise HypervisorError("it isn't a good time")
+
+        monkeypatch.setattr(node.hypervisor, "begin_switchover", refused)
+        end_first_pass(world)
+        await world.until(lambda: node.store.faults.unavailable and not node.fabric.diverted)
+        assert node.domains.locks.migration_of(WEB) == began.id, "that is told, or given up"
+        assert not (await world.b.manager._publisher.read(began.id)).ended
+        node.store.faults.unavailable = False
+        await check_back_home(world, began, _S.FAILED)
