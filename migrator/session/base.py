@@ -56,6 +56,8 @@ class Timing(Struct, frozen=True, kw_only=True):
     """Before a message that wasn't answered is sent again."""
     peer_s: float = 15.0
     """That pre-copy bears an unreachable peer."""
+    depart_s: float = 1.5
+    """That a switchover's network part may take before the pause: the guest runs on meanwhile."""
     switchover_s: float = 2.0
     """From the pause to the sent device state; then the source takes the guest back."""
     commit_s: float = 1.0

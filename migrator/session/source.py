@@ -278,17 +278,20 @@ class SourceSession(SourcePasses):
     def _switch_over(self, detail: str) -> None:
         self._enter(_S.SWITCHOVER, detail)
         self._switchover_begun = True
+        before_pause_s = self.timing.depart_s + self._switchover_s()
         self._journal()
         self._do(
             StopTimer(name=TimerName.TOTAL),
             StopTimer(name=TimerName.PEER),
             StopTimer(name=TimerName.RETRY),
-            StartTimer(name=TimerName.SWITCHOVER, seconds=self._switchover_s()),
+            StartTimer(name=TimerName.SWITCHOVER, seconds=before_pause_s),
             BeginSwitchover(),
         )
 
     def _switchover_s(self) -> float:
-        """A stalled switchover ends here. A forced one is given the time that it was predicted."""
+        """From the pause: a stalled switchover ends here. A forced one is given the time that it
+        was predicted.
+        """
         if self.post_copy or not self.decisions:
             return self.timing.switchover_s
         predicted_s = self.decisions[-1].predicted_blackout_ms / 1000.0
@@ -299,6 +302,7 @@ class SourceSession(SourcePasses):
             case GuestReported(kind=DomainEventKind.PAUSED) if self._paused_at_s is None:
                 self._paused_at_s = event.at_s
                 self._note("stop", self._entered_at_s, event.at_s)
+                self._do(StartTimer(name=TimerName.SWITCHOVER, seconds=self._switchover_s()))
             case GuestReported(kind=DomainEventKind.PRE_SWITCHOVER) if not self._pre_switchover:
                 self._pre_switchover = True
                 self._final_started_at_s = self._now

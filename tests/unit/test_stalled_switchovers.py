@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from migrator.model import MigrationState
+from migrator.model import MigrationMode, MigrationRequest, MigrationState, OnTimeout
 from migrator.ports import DomainEventKind
 from migrator.session import messages as m
 from migrator.session import vocabulary as v
-from tests.unit.session_pair import COMPLETED, DESTINATION, SessionPair
+from migrator.session.base import Timing
+from node_agent.migrations.connections import TELL_S
+from node_agent.migrations.cutover import EXPECT_S
+from tests.unit.session_pair import COMPLETED, DESTINATION, SOURCE, SessionPair
 
 _S = MigrationState
+TIMER = (SOURCE, v.TimerName.SWITCHOVER)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +29,54 @@ def test_a_switchover_that_stalls_says_what_it_waited_for(hangs: type[object], w
     pair.silence(hangs)
     assert pair.run(timers=1)[0] is _S.FAILED
     assert pair.source.error == f"the switchover stalled: {why}"
+
+
+def test_its_time_counts_from_the_pause() -> None:
+    """It counted from before the network's part, while the guest still ran."""
+    pair = SessionPair()
+    pair.silence(v.BeginSwitchover)
+    pair.run()
+    assert pair.timers[TIMER] - pair.now_s == pytest.approx(3.5, abs=0.1)
+    pair.now_s += 1.4
+    pair.push(pair.source, v.GuestReported(kind=DomainEventKind.PAUSED, at_s=pair.now_s))
+    pair.run()
+    assert pair.timers[TIMER] - pair.now_s == pytest.approx(2.0, abs=0.1)
+    again = v.GuestReported(kind=DomainEventKind.PAUSED, at_s=pair.now_s + 1.0)
+    due_s = pair.timers[TIMER]
+    pair.now_s += 1.0
+    pair.push(pair.source, again)
+    pair.run()
+    assert pair.timers[TIMER] == due_s
+    pair.push(pair.source, v.GuestReported(kind=DomainEventKind.PRE_SWITCHOVER, at_s=pair.now_s))
+    assert pair.run() == COMPLETED
+
+
+def test_a_forced_one_has_the_time_that_it_was_predicted_from_the_pause() -> None:
+    request = MigrationRequest(
+        destination="n2", mode=MigrationMode.PRECOPY, on_timeout=OnTimeout.FORCE
+    )
+    pair = SessionPair(request, pending=lambda number: 100_000)
+    pair.silence(v.BeginSwitchover)
+    pair.run()
+    predicted_s = pair.source.decisions[-1].predicted_blackout_ms / 1e3
+    assert predicted_s > 0.1
+    pair.push(pair.source, v.GuestReported(kind=DomainEventKind.PAUSED, at_s=pair.now_s))
+    pair.run()
+    left_s = pair.timers[TIMER] - pair.now_s
+    assert left_s == pytest.approx(2.0 + 3.0 * predicted_s, abs=0.01)
+
+
+def test_post_copys_has_the_same_time_from_the_pause() -> None:
+    pair = SessionPair(MigrationRequest(destination="n2", mode=MigrationMode.POSTCOPY))
+    pair.silence(v.BeginSwitchover)
+    pair.run()
+    pair.push(pair.source, v.GuestReported(kind=DomainEventKind.PAUSED, at_s=pair.now_s))
+    pair.run()
+    assert pair.timers[TIMER] - pair.now_s == pytest.approx(2.0, abs=0.1)
+
+
+def test_the_networks_part_has_its_time_before_the_pause() -> None:
+    assert Timing().depart_s >= TELL_S + EXPECT_S
 
 
 def test_while_the_guest_does_not_run_on_yet_it_is_said_why() -> None:
