@@ -17,7 +17,8 @@
 A hypervisor doesn't wait for the session between two passes; one that ends before the session has
 asked for it is told when it does. Where next to nothing is left, the hypervisor may stop the guest
 before it was told to: the pass under way is over then, and so is each that is asked for later, as
-leave to switch over took its time. The switchover's events are told again once it was begun.
+leave to switch over took its time. The switchover's events are told again once it was begun. That
+it is the switchover, PRE_SWITCHOVER alone says: a disk's error pauses a guest, too.
 
 It has no post-copy: see `NO_POST_COPY`.
 """
@@ -51,12 +52,6 @@ NO_POST_COPY: Final = (
 REPORT_S: Final = 0.5
 """Between two looks at how far a pass is: the hypervisor has no event for that."""
 STOP_S: Final = 2.0
-_SWITCHING: Final = (DomainEventKind.PAUSED, DomainEventKind.PRE_SWITCHOVER)
-_OVER: Final = (
-    DomainEventKind.DEVICE_STATE_SENT,
-    DomainEventKind.MIGRATION_FAILED,
-    DomainEventKind.EXITED,
-)
 
 
 class NativeDriver:
@@ -85,7 +80,8 @@ class NativeDriver:
         self._pass_began_at_s = 0.0
         self._ended_at_s: list[float] = []
         """The ends of passes that were not told yet."""
-        self._switching: list[DomainEvent] = []
+        self._paused: DomainEvent | None = None
+        self._switching: DomainEvent | None = None
         """What the hypervisor said of a switchover, to be told again once one was begun."""
         self._stopped = False
         self._told_at: float | None = None
@@ -140,7 +136,7 @@ class NativeDriver:
                 self._turns.put("begin", self._begin())
             case v.RunPass(kind=PassKind.DIRTY):
                 self._pass = command
-                if self._switching:  # The guest stands still: there won't be another one.
+                if self._switching is not None:  # The guest stands still: there won't be another.
                     self._ended_at_s.append(self._clock.now_s)
                 self._tell_later()
             case v.RunPass(kind=PassKind.FINAL):
@@ -199,10 +195,11 @@ class NativeDriver:
 
     async def begin_switchover(self, domain: DomainName, device_channel: Path) -> None:
         self._pass = None
-        if not self._switching:
+        if self._switching is None:
             await self._native.switch_over(domain)
-        for event in tuple(self._switching):
-            self._feed(v.GuestReported(kind=event.kind, at_s=event.at_s, detail=event.detail))
+        for event in (self._paused, self._switching):
+            if event is not None:
+                self._feed(v.GuestReported(kind=event.kind, at_s=event.at_s, detail=event.detail))
 
     # --- in order, in the background ---
 
@@ -213,8 +210,7 @@ class NativeDriver:
     def _stop(self) -> None:
         self._stopped = True
         self._unsubscribe()
-        if self._reporter is not None:
-            self._reporter.cancel()
+        self._stop_reporting()
 
     async def _receive(self) -> None:
         # Both ends must have as many connections: the secret's place, which is free, tells it.
@@ -245,19 +241,29 @@ class NativeDriver:
     def _on_domain_event(self, event: DomainEvent) -> None:
         if event.domain != self._domain or not self._begun:
             return
-        if event.kind is DomainEventKind.PASS_BEGAN and not self._switching:
-            if event.detail != "1":
-                self._ended_at_s.append(self._clock.heard(event.at_s))
-                self._tell_later()
-        elif event.kind in _SWITCHING:
-            self._switching.append(event)
-            self._ended_at_s.append(self._clock.heard(event.at_s))
-            self._tell_later()
-        elif event.kind in _OVER:
-            if self._reporter is not None:
-                self._reporter.cancel()
-            if event.kind is DomainEventKind.DEVICE_STATE_SENT:
+        match event.kind:
+            case DomainEventKind.PASS_BEGAN if event.detail != "1" and self._switching is None:
+                self._pass_ended(event)
+            case DomainEventKind.PAUSED:
+                self._paused = event
+            case DomainEventKind.RESUMED:
+                self._paused = self._switching = None
+            case DomainEventKind.PRE_SWITCHOVER:
+                self._switching = event
+                self._pass_ended(event)
+            case DomainEventKind.DEVICE_STATE_SENT:
+                self._stop_reporting()
                 self._turns.beside(self._tell_the_end())
+            case DomainEventKind.MIGRATION_FAILED:
+                self._stop_reporting()
+            case DomainEventKind.EXITED:
+                self._stop_reporting()
+            case _:
+                pass
+
+    def _pass_ended(self, event: DomainEvent) -> None:
+        self._ended_at_s.append(self._clock.heard(event.at_s))
+        self._tell_later()
 
     def _tell_later(self) -> None:
         """Tell the pass that the session waits for, if it is over."""
@@ -276,7 +282,7 @@ class NativeDriver:
         self._pass = None
         before, self._sent = self._sent, figures
         # A guest that stands still dirties nothing: what is left goes with its device state.
-        left = 0 if self._switching else figures.remaining_bytes
+        left = 0 if self._switching is not None else figures.remaining_bytes
         report = PassReport(
             number=command.number,
             kind=command.kind,
@@ -303,6 +309,10 @@ class NativeDriver:
             rate = max(figures.bytes_sent - last.bytes_sent, 0) / (now - last_at_s)
             last, last_at_s = figures, now
             self._tell_figures(figures, rate)
+
+    def _stop_reporting(self) -> None:
+        if self._reporter is not None:
+            self._reporter.cancel()
 
     async def _tell_the_end(self) -> None:
         """The last pages are known only now. The handoff doesn't wait for this."""

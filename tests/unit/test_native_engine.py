@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
@@ -23,6 +23,7 @@ from migrator.model import (
     MigrationState,
     PassKind,
 )
+from migrator.ports import DomainEvent, DomainEventKind
 from migrator.session import source_leave
 from node_agent.migrations.engine_choice import EngineChoice, choose
 from tests.unit.migration_world import WEB, MigrationWorld, eventually, migration_world
@@ -157,6 +158,33 @@ async def test_one_that_was_stopped_doesnt_wait_for_another_pass_when_leave_come
     monkeypatch.setattr(source_leave, "_FRESH_S", 0.0)  # Whatever it takes, it is late.
     ended = await world.ended(await world.migrate(engine=EngineKind.NATIVE))
     assert ended.state is MigrationState.COMPLETED, ended.error
+    assert world.running() == ["b"]
+
+
+def at_first_pass(world: MigrationWorld, do: Callable[[], None]) -> list[str]:
+    """Call `do` when the source's hypervisor begins it. Its passes, as they begin."""
+    passes: list[str] = []
+
+    def hear(event: DomainEvent) -> None:
+        if event.kind is DomainEventKind.PASS_BEGAN:
+            passes.append(event.detail)
+            if event.detail == "1":
+                do()
+
+    world.a.node.hypervisor.subscribe(hear)
+    return passes
+
+
+async def test_a_disks_error_isnt_the_hypervisors_switchover(world: MigrationWorld) -> None:
+    """It was taken for it, and the switchover stalled."""
+    host = world.a.node.host
+    host.native_pending.extend([500] * 1000)
+    at_first_pass(world, lambda: host.fail_disk(WEB))
+    ended = await world.ended(
+        await world.migrate(engine=EngineKind.NATIVE, downtime_limit_ms=10_000)
+    )
+    assert ended.state is MigrationState.COMPLETED, ended.error
+    assert ended.iterations[0].pending_pages == 500
     assert world.running() == ["b"]
 
 
