@@ -52,6 +52,9 @@ NO_POST_COPY: Final = (
 REPORT_S: Final = 0.5
 """Between two looks at how far a pass is: the hypervisor has no event for that."""
 STOP_S: Final = 2.0
+WORD_S: Final = 1.0
+"""That a pre-copy which has failed waits for the destination's word: it may know why, and the guest
+runs on meanwhile."""
 
 
 class NativeDriver:
@@ -256,6 +259,7 @@ class NativeDriver:
                 self._turns.beside(self._tell_the_end())
             case DomainEventKind.MIGRATION_FAILED:
                 self._stop_reporting()
+                self._turns.beside(self._tell_failure(event))
             case DomainEventKind.EXITED:
                 self._stop_reporting()
             case _:
@@ -313,6 +317,15 @@ class NativeDriver:
     def _stop_reporting(self) -> None:
         if self._reporter is not None:
             self._reporter.cancel()
+
+    async def _tell_failure(self, event: DomainEvent) -> None:
+        """Of a switchover the session hears itself; a failed pre-copy is an engine lost."""
+        try:
+            why = (await self._native.figures(self._domain)).error
+        except FerryError:
+            why = ""  # Its event says it all, then.
+        await asyncio.sleep(WORD_S)
+        self._lost(f"the hypervisor gave its migration up: {why or event.detail}")
 
     async def _tell_the_end(self) -> None:
         """The last pages are known only now. The handoff doesn't wait for this."""

@@ -18,6 +18,8 @@ from migrator.ports import DomainEventKind
 
 PASS_S = 0.005
 """How long a pass takes."""
+BROKEN = "simulated: nobody reads any more"
+"""Why one fails whose destination is gone."""
 
 
 class NativeRun:
@@ -28,6 +30,7 @@ class NativeRun:
         self.passes = 0
         self.bytes_sent = 0
         self.pending_pages = 0
+        self.error = ""
         self.switch_over = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
 
@@ -68,14 +71,12 @@ class SimulatedNative(NativeMigration):
             raise HypervisorError(f"{domain}: its migration was not prepared")
         if guest.state not in (DomainState.RUNNING, DomainState.PAUSED):
             raise HypervisorError(f"{domain}: can't be migrated: its state is {guest.state}")
-        run = NativeRun(_channel(port))
+        run = self._runs[domain] = NativeRun(_channel(port))
         guest.state_before_switchover = guest.state
         guest.device_channel = run.channel
         if not self._host.channels.reaches(run.channel):
-            guest.device_channel = None
-            self._host.emit(domain, DomainEventKind.MIGRATION_FAILED, "failed")
+            self._fail(domain, guest, run)
             return
-        self._runs[domain] = run
         run.task = asyncio.create_task(self._iterate(domain, guest, run))
 
     async def _iterate(self, domain: DomainName, guest: SimulatedGuest, run: NativeRun) -> None:
@@ -88,8 +89,7 @@ class SimulatedNative(NativeMigration):
             if guest.device_channel != run.channel or self._host.guests.get(domain) is not guest:
                 return  # Given up, or gone.
             if not self._host.channels.reaches(run.channel):
-                guest.device_channel = None
-                self._host.emit(domain, DomainEventKind.MIGRATION_FAILED, "failed")
+                self._fail(domain, guest, run)
                 return
             run.bytes_sent += run.pending_pages * PAGE_SIZE_BYTES
             pending = self._host.native_pending
@@ -101,6 +101,11 @@ class SimulatedNative(NativeMigration):
         guest.halt(DomainState.PRE_SWITCHOVER, self._host.clock())
         self._host.emit(domain, DomainEventKind.PAUSED)
         self._host.emit(domain, DomainEventKind.PRE_SWITCHOVER)
+
+    def _fail(self, domain: DomainName, guest: SimulatedGuest, run: NativeRun) -> None:
+        guest.device_channel = None
+        run.error = BROKEN
+        self._host.emit(domain, DomainEventKind.MIGRATION_FAILED, "failed")
 
     async def switch_over(self, domain: DomainName) -> None:
         self._guest(domain)
@@ -122,6 +127,7 @@ class SimulatedNative(NativeMigration):
             bytes_sent=run.bytes_sent,
             remaining_bytes=run.pending_pages * PAGE_SIZE_BYTES,
             pages=run.bytes_sent // PAGE_SIZE_BYTES,
+            error=run.error,
         )
 
     def under_way(self) -> list[str]:

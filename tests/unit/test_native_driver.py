@@ -149,9 +149,43 @@ class Driven:
 @pytest.fixture
 async def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Driven]:
     monkeypatch.setattr(native_driver, "REPORT_S", 0.01)
+    monkeypatch.setattr(native_driver, "WORD_S", 0.05)
     made = Driven(tmp_path)
     yield made
     await made.driver.close()
+
+
+# --- its end ---------------------------------------------------------------------------------
+
+
+async def test_a_pre_copy_that_has_failed_is_an_engine_lost_with_the_hypervisors_words(
+    driven: Driven,
+) -> None:
+    """Nobody heard of it: the session stayed in pre-copy until its time was over."""
+    await driven.begun()
+    driven.native.error = "Unable to write to socket: Broken pipe"
+    driven.say(_K.MIGRATION_FAILED, detail="failed")
+    await driven.until(lambda: bool(driven.lost))
+    assert driven.lost == [
+        "the hypervisor gave its migration up: Unable to write to socket: Broken pipe"
+    ]
+
+
+async def test_without_words_its_event_tells(driven: Driven) -> None:
+    await driven.begun()
+    driven.native.failing.add("figures")
+    driven.say(_K.MIGRATION_FAILED, detail="cancelled")
+    await driven.until(lambda: bool(driven.lost))
+    assert driven.lost == ["the hypervisor gave its migration up: cancelled"]
+
+
+async def test_who_has_stopped_it_is_told_nothing_of_that(driven: Driven) -> None:
+    """The session's own abort, or the destination's word, which came first."""
+    await driven.begun()
+    driven.say(_K.MIGRATION_FAILED, detail="failed")
+    driven.driver.perform(v.StopEngine())
+    await driven.driver.drained()
+    assert not driven.lost
 
 
 # --- its switchover --------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import pytest
 from hypervisor.qemu.host import native_hazard
 from hypervisor.qemu.native import parse_figures
 from hypervisor.simulated.driver import SimulatedHypervisor
+from hypervisor.simulated.native import BROKEN
+from migrator import native_driver
 from migrator.errors import RefusedError
 from migrator.model import (
     PAGE_SIZE_BYTES,
@@ -186,6 +188,26 @@ async def test_a_disks_error_isnt_the_hypervisors_switchover(world: MigrationWor
     assert ended.state is MigrationState.COMPLETED, ended.error
     assert ended.iterations[0].pending_pages == 500
     assert world.running() == ["b"]
+
+
+async def test_what_the_hypervisor_gives_up_in_pre_copy_fails_with_its_words(
+    world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the destination said nothing it stayed in pre-copy until its time was over."""
+    monkeypatch.setattr(native_driver, "WORD_S", 0.05)
+    host = world.a.node.host
+
+    def lose() -> None:
+        channel = host.guests[WEB].device_channel
+        assert channel is not None
+        world.world.channels.unlisten(channel)
+
+    passes = at_first_pass(world, lose)
+    ended = await world.ended(await never_converging(world))
+    assert ended.state is MigrationState.FAILED
+    assert ended.error == f"the source's engine: the hypervisor gave its migration up: {BROKEN}"
+    assert passes == ["1"]
+    assert world.running() == ["a"]
 
 
 async def test_a_guest_that_never_converges_stays_where_it_is(world: MigrationWorld) -> None:
