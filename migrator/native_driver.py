@@ -86,6 +86,7 @@ class NativeDriver:
         self._paused: DomainEvent | None = None
         self._switching: DomainEvent | None = None
         """What the hypervisor said of a switchover, to be told again once one was begun."""
+        self._beginning: asyncio.Task[None] | None = None
         self._stopped = False
         self._told_at: float | None = None
         """When the hypervisor said last how far it is."""
@@ -136,7 +137,7 @@ class NativeDriver:
                 self._turns.put("prepare", self._prepare(max(command.secret[:1], default=1)))
             case v.RunPass(kind=PassKind.FIRST):
                 self._pass = command
-                self._turns.put("begin", self._begin())
+                self._beginning = self._turns.put("begin", self._begin())
             case v.RunPass(kind=PassKind.DIRTY):
                 self._pass = command
                 if self._switching is not None:  # The guest stands still: there won't be another.
@@ -214,6 +215,8 @@ class NativeDriver:
         self._stopped = True
         self._unsubscribe()
         self._stop_reporting()
+        if self._beginning is not None:
+            self._beginning.cancel()  # What it has asked the hypervisor for, an abort ends.
 
     async def _receive(self) -> None:
         # Both ends must have as many connections: the secret's place, which is free, tells it.

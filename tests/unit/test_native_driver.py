@@ -155,6 +155,21 @@ async def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     await made.driver.close()
 
 
+# --- its beginning ---------------------------------------------------------------------------
+
+
+async def test_what_is_stopped_while_its_guard_starts_never_begins(driven: Driven) -> None:
+    """QEMU's migration went on without a session, and would have stopped the guest in the end."""
+    driven.native.guarded.clear()
+    await driven.connected()
+    await driven.until(lambda: "guard" in driven.native.asked)
+    driven.driver.perform(v.StopEngine())
+    driven.native.guarded.set()
+    await driven.driver.drained()
+    assert "migrate" not in driven.native.asked
+    assert not driven.lost
+
+
 # --- its end ---------------------------------------------------------------------------------
 
 

@@ -232,6 +232,22 @@ async def test_a_cancelled_one_leaves_the_guest_running(world: MigrationWorld) -
     await world.until(lambda: world.state(world.b) is None)
 
 
+async def test_one_that_is_cancelled_as_it_begins_never_begins(world: MigrationWorld) -> None:
+    """The hypervisor's migration ran on, without a session."""
+    faults = world.a.node.host.faults
+    faults.hanging.add("native_begin")
+    begun = await never_converging(world)
+    session = world.a.manager._runners[begun.id].session
+    await world.until(lambda: session.state is MigrationState.PRECOPY)
+    await world.a.manager.cancel(begun.id)
+    faults.hanging.clear()
+    faults.release()
+    ended = await world.ended(begun)
+    assert ended.state is MigrationState.CANCELLED
+    assert not world.a.node.hypervisor.native._runs
+    assert world.running() == ["a"]
+
+
 @pytest.mark.parametrize(
     "operation", ["native_prepare", "native_begin", "native_switch_over", "continue_switchover"]
 )
