@@ -26,6 +26,7 @@ It has no post-copy: see `NO_POST_COPY`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,8 @@ from migrator.session.destination import DestinationSession
 from migrator.session.source import SourceSession
 from migrator.steady_clock import SteadyClock
 from migrator.turns import Turns
+
+log = logging.getLogger(__name__)
 
 NO_POST_COPY: Final = (
     "the native engine has no post-copy: once the hypervisor's own has begun, a link or a process "
@@ -87,6 +90,8 @@ class NativeDriver:
         self._switching: DomainEvent | None = None
         """What the hypervisor said of a switchover, to be told again once one was begun."""
         self._beginning: asyncio.Task[None] | None = None
+        self._limit_due = False
+        """The hypervisor hasn't taken the cap that it was given last."""
         self._stopped = False
         self._told_at: float | None = None
         """When the hypervisor said last how far it is."""
@@ -165,8 +170,10 @@ class NativeDriver:
         """`StartEngine` follows."""
 
     def limit_bandwidth(self, bandwidth_bytes_per_s: int | None) -> None:
+        """The request has it already."""
         if self._target is not None and not self._stopped:
-            self._turns.put("limit", self._limit(bandwidth_bytes_per_s))
+            self._limit_due = False
+            self._turns.put("limit", self._limit())
 
     @property
     def ending(self) -> bool:
@@ -239,8 +246,19 @@ class NativeDriver:
         if not self._stopped:
             self._reporter = self._turns.beside(self._report())
 
-    async def _limit(self, bandwidth_bytes_per_s: int | None) -> None:
-        await self._native.limit_bandwidth(self._domain, bandwidth_bytes_per_s)
+    async def _limit(self) -> None:
+        """The newest cap. What the hypervisor doesn't take costs no migration."""
+        tried, self._limit_due = self._limit_due, False
+        cap = self._session.request.bandwidth_bytes_per_s
+        try:
+            await self._native.limit_bandwidth(self._domain, cap)
+        except FerryError as error:
+            self._limit_due = True
+            if not tried:
+                log.warning(
+                    "migration %s: its cap isn't changed yet, and is tried again: %s",
+                    *(self._session.migration_id, error),
+                )
 
     # --- what the hypervisor says ---
 
@@ -316,6 +334,8 @@ class NativeDriver:
             rate = max(figures.bytes_sent - last.bytes_sent, 0) / (now - last_at_s)
             last, last_at_s = figures, now
             self._tell_figures(figures, rate)
+            if self._limit_due:
+                await self._limit()
 
     def _stop_reporting(self) -> None:
         if self._reporter is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import cast
 
+import msgspec
 import pytest
 
 from migrator import native_driver
@@ -137,6 +139,13 @@ class Driven:
         await self.connected()
         await self.until(lambda: "figures" in self.native.asked)  # Its reporter is at work.
 
+    def limit(self, bytes_per_s: int | None) -> None:
+        """As `Runner.limit_bandwidth`."""
+        self.session.request = msgspec.structs.replace(
+            self.session.request, bandwidth_bytes_per_s=bytes_per_s
+        )
+        self.driver.limit_bandwidth(bytes_per_s)
+
     @property
     def lost(self) -> list[str]:
         return [each.reason for each in self.fed if isinstance(each, v.EngineLost)]
@@ -201,6 +210,40 @@ async def test_who_has_stopped_it_is_told_nothing_of_that(driven: Driven) -> Non
     driven.driver.perform(v.StopEngine())
     await driven.driver.drained()
     assert not driven.lost
+
+
+# --- its cap ---------------------------------------------------------------------------------
+
+
+async def test_a_cap_that_isnt_taken_is_tried_again_and_costs_no_migration(
+    driven: Driven, caplog: pytest.LogCaptureFixture
+) -> None:
+    await driven.begun()
+    driven.native.failing.add("limit")
+    with caplog.at_level(logging.WARNING):
+        driven.limit(1_000_000)
+        await driven.until(lambda: driven.native.asked.count("limit") >= 3)
+    assert [record.message for record in caplog.records] == [
+        "migration m1: its cap isn't changed yet, and is tried again: no answer to limit within 5 s"
+    ]
+    assert not driven.native.caps
+    driven.native.failing.clear()
+    await driven.until(lambda: bool(driven.native.caps))
+    reports = driven.native.asked.count("figures")
+    await driven.until(lambda: driven.native.asked.count("figures") >= reports + 2)
+    assert driven.native.caps == [1_000_000]
+    assert not driven.lost
+
+
+async def test_of_two_caps_the_newest_is_tried(driven: Driven) -> None:
+    await driven.begun()
+    driven.native.failing.add("limit")
+    driven.limit(1_000_000)
+    await driven.until(lambda: "limit" in driven.native.asked)
+    driven.limit(None)
+    driven.native.failing.clear()
+    await driven.until(lambda: bool(driven.native.caps))
+    assert set(driven.native.caps) == {None}
 
 
 # --- its switchover --------------------------------------------------------------------------
