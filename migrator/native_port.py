@@ -67,6 +67,7 @@ class NativeMigration(abc.ABC):
         """Source, prepared: send the memory, pass after pass, until `switch_over`.
 
         It may go to PRE_SWITCHOVER by itself where next to nothing is left, and stays there.
+        Cancelled, or failed, it may have begun: `abort_switchover` ends that.
         """
 
     @abc.abstractmethod

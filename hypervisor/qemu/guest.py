@@ -157,6 +157,7 @@ class Guest:
         self.loaded = self.incoming and run_state != "inmigrate"
         if run_state == "running":
             self._runs()
+        self._wake()
         return run_state
 
     async def run_state(self, *, timeout_s: float) -> str:

@@ -23,6 +23,7 @@ from hypervisor.qemu import switchover
 from hypervisor.qemu.config import MONITORS, monitor_path
 from hypervisor.qemu.guest import Guest
 from hypervisor.qemu.offload import offload_to_disk
+from hypervisor.qemu.qmp import QmpCommandError, QmpNotSent
 from hypervisor.qemu.status import IDLE
 from migrator.errors import HypervisorError
 from migrator.model import DomainName
@@ -80,12 +81,17 @@ class QemuNative(NativeMigration):
     async def begin(self, domain: DomainName, host: str, port: int) -> None:
         guest = self._find(domain)
         guard = await _Guard.start(guest.directory)
+        taken = True
         try:
             await switchover.start(guest, f"tcp:{_address(host)}:{port}")
-        except BaseException:
-            guard.release()
+        except (QmpCommandError, QmpNotSent):
+            taken = False
             raise
-        guest.spawn_task(_keep(guest, guard), "guard")
+        finally:  # Cancelled, or without an answer, it may be under way.
+            if taken:
+                guest.spawn_task(_keep(guest, guard), "guard")
+            else:
+                guard.release()
 
     async def switch_over(self, domain: DomainName) -> None:
         limit = {"downtime-limit": switchover.DOWNTIME_MS_MAX}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from hypervisor.qemu.guest import Guest
-from hypervisor.qemu.qmp import QmpCommandError, QmpDisconnected, QmpTimeout
+from hypervisor.qemu.qmp import QmpCommandError, QmpDisconnected, QmpNotSent, QmpTimeout
 from hypervisor.qemu.status import IDLE, MigrationStatus
 from migrator.errors import HypervisorError
 from migrator.model import DomainState
@@ -75,13 +75,15 @@ async def begin(guest: Guest, device_channel: Path) -> None:
 
 
 async def start(guest: Guest, uri: str) -> None:
-    """QEMU's `migrate`. HypervisorError if QEMU refuses; the guest then runs on."""
+    """QEMU's `migrate`. HypervisorError if QEMU refuses; the guest then runs on. Without an answer
+    it counts as under way, until `abort` or an event tells.
+    """
     before = guest.migration
     guest.migration = MigrationStatus.SETUP
     guest.awaits_pause = True
     try:
         await guest.execute("migrate", {"uri": uri})
-    except QmpCommandError:
+    except (QmpCommandError, QmpNotSent):
         guest.migration = before
         guest.awaits_pause = False
         raise

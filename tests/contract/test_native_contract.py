@@ -6,6 +6,7 @@ pages that are compared are written from outside before the migration, and nobod
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 from collections.abc import AsyncIterator
@@ -88,6 +89,13 @@ async def begin(
     world: World, source: NativeSettings | None = None, destination: NativeSettings | None = None
 ) -> None:
     """A guest with the pattern runs on `a`; its migration to `b` has begun."""
+    await native(world.a).begin(VM, *await prepare(world, source, destination))
+
+
+async def prepare(
+    world: World, source: NativeSettings | None = None, destination: NativeSettings | None = None
+) -> tuple[str, int]:
+    """A guest with the pattern runs on `a`; `b` listens there for it."""
     await world.a.driver.start(world.launch())
     await write_pattern(world.a)
     await world.b.driver.start_incoming(world.launch(2))
@@ -95,7 +103,7 @@ async def begin(
     await native(world.a).prepare(VM, source or settings())
     for node in (world.a, world.b):
         node.forget()
-    await native(world.a).begin(VM, host, port)
+    return host, port
 
 
 async def begin_slowly(world: World) -> None:
@@ -145,6 +153,24 @@ async def test_a_cancelled_pre_copy_leaves_the_guest_running(world: World) -> No
     assert await world.a.state() is DomainState.RUNNING
     assert DomainEventKind.PAUSED not in world.a.kinds()
     await eventually(lambda: DomainEventKind.EXITED in world.b.kinds())
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.03, 0.1])
+async def test_one_whose_beginning_is_cancelled_is_over_after_an_abort(
+    world: World, after_s: float
+) -> None:
+    """However far it had come: QEMU's guard starts first."""
+    never_end(world)
+    host, port = await prepare(world, settings(bandwidth=SLOW_BYTES_PER_S))
+    beginning = asyncio.create_task(native(world.a).begin(VM, host, port))
+    await asyncio.sleep(after_s)
+    beginning.cancel()
+    await asyncio.wait([beginning])
+    assert await world.a.driver.abort_switchover(VM) is AbortOutcome.RESUMED
+    world.a.forget()
+    await asyncio.sleep(0.1)
+    assert await world.a.state() is DomainState.RUNNING
+    assert not {DomainEventKind.PASS_BEGAN, DomainEventKind.PAUSED} & set(world.a.kinds())
 
 
 async def test_after_a_cancelled_one_the_page_engine_can_have_it(world: World) -> None:
