@@ -61,7 +61,8 @@ log = logging.getLogger(__name__)
 STEP_S: Final = 30.0
 """No single command takes longer; then it failed with an unknown outcome."""
 NOTE_S: Final = 1.0
-"""That a guest which stands still waits for a note that isn't durable, or precedes a resume."""
+"""That a guest which stands still waits for a note: one that isn't durable, precedes a resume, or
+says so (`standing`)."""
 FINISH_GAP_S: Final = 10.0
 """The longest pause between tries to journal a migration's end (a full disk, say)."""
 _CLOSE_S: Final = 3.0
@@ -233,7 +234,8 @@ class Runner:
 
     async def _write_journal(self, batch: int, command: v.Journal) -> None:
         entry = entry_of(self.session, boot_id=self._boot_id, resuming=command.resuming)
-        most_s = NOTE_S if command.resuming or not command.durable else STEP_S
+        hurried = command.resuming or command.standing or not command.durable
+        most_s = NOTE_S if hurried else STEP_S
         failure: str | None = None
         try:
             async with asyncio.timeout(most_s):

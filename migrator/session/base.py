@@ -59,7 +59,8 @@ class Timing(Struct, frozen=True, kw_only=True):
     depart_s: float = 1.5
     """That a switchover's network part may take before the pause: the guest runs on meanwhile."""
     switchover_s: float = 2.0
-    """From the pause to the sent device state; then the source takes the guest back."""
+    """From the pause to the sent device state; then the source takes the guest back. A guest that
+    its hypervisor has stopped by itself waits as long for leave."""
     commit_s: float = 1.0
     """That the source waits for Running before it asks the record."""
     retry_s: float = 0.5

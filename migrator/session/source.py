@@ -272,6 +272,8 @@ class SourceSession(SourcePasses):
                 self._time_is_over()
             case CommandFailed():
                 self._give_up(f"{event.command}: {event.error}")
+            case _ if self._heard_of_halt(event):
+                pass
             case _:
                 self._heard_of_leave(event)
 
@@ -279,8 +281,8 @@ class SourceSession(SourcePasses):
         self._enter(_S.SWITCHOVER, detail)
         self._switchover_begun = True
         before_pause_s = self.timing.depart_s + self._switchover_s()
-        self._journal()
         self._do(
+            Journal(state=self.state, standing=self._halted_at_s is not None),
             StopTimer(name=TimerName.TOTAL),
             StopTimer(name=TimerName.PEER),
             StopTimer(name=TimerName.RETRY),
@@ -296,6 +298,17 @@ class SourceSession(SourcePasses):
             return self.timing.switchover_s
         predicted_s = self.decisions[-1].predicted_blackout_ms / 1000.0
         return self.timing.switchover_s + 3.0 * predicted_s
+
+    @property
+    def _stalled_at(self) -> str:
+        """What a switchover waits for."""
+        if not self._pre_switchover and self._halted_at_s is not None:
+            return "the guest stands still, and the journal, or the network's part, isn't done"
+        if not self._pre_switchover:
+            return "the hypervisor hasn't paused the guest"
+        if not self._continued:
+            return "the last pages aren't acknowledged"
+        return "the device state doesn't get through"
 
     def _in_switchover(self, event: Event) -> None:
         match event:
@@ -379,6 +392,7 @@ class SourceSession(SourcePasses):
             return
         self._enter(_S.CANCELLING, reason)
         self._engine_up = False
+        self._paused_at_s = self._paused_at_s or self._halted_at_s
         self._do(
             *(StopTimer(name=name) for name in TimerName),
             StopEngine(),

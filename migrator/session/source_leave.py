@@ -3,6 +3,9 @@
 The node says whether the guest may be paused now: load balancers have been told and have agreed,
 and the ownership record can be read. That may take its time. The guest runs on and dirties pages
 meanwhile, so an answer that came late is followed by another pass before the pause.
+
+A hypervisor that moves the memory itself may stop the guest before that, where next to nothing is
+left. It waits for leave then, too, but not for long: what is asked may take minutes.
 """
 
 from __future__ import annotations
@@ -11,8 +14,20 @@ import abc
 from typing import Final
 
 from migrator.model import MigrationMode, MigrationState, OnTimeout, PassKind
+from migrator.ports import DomainEventKind
 from migrator.session.source_post_copy import SourcePostCopy
-from migrator.session.vocabulary import AskLeave, EndPass, Event, LeaveGiven, LeaveRefused
+from migrator.session.vocabulary import (
+    AskLeave,
+    EndPass,
+    Event,
+    GuestReported,
+    LeaveGiven,
+    LeaveRefused,
+    StartTimer,
+    StopTimer,
+    TimerFired,
+    TimerName,
+)
 
 _FRESH_S: Final = 0.1
 """An answer within so long is as good as none: next to nothing was dirtied."""
@@ -46,6 +61,25 @@ class SourceLeave(SourcePostCopy):
             case LeaveRefused():
                 self._note("leave", asked_at_s, self._now, event.reason)
                 self._give_up(event.reason)
+
+    def _heard_of_halt(self, event: Event) -> bool:
+        """Of a guest that its hypervisor has stopped by itself. Whether it was about that."""
+        most_s = self.timing.switchover_s
+        match event:
+            case GuestReported(kind=DomainEventKind.PRE_SWITCHOVER):
+                self._halted_at_s = event.at_s
+                self._do(StartTimer(name=TimerName.SWITCHOVER, seconds=most_s))
+            case GuestReported(kind=DomainEventKind.RESUMED) if self._halted_at_s is not None:
+                self._halted_at_s = None
+                self._do(StopTimer(name=TimerName.SWITCHOVER))
+            case TimerFired(name=TimerName.SWITCHOVER) if self._halted_at_s is not None:
+                self._give_up(
+                    "the hypervisor stopped the guest by itself, as next to nothing was left, and "
+                    f"leave to go on (hooks, the store, storage) didn't come within {most_s:g} s"
+                )
+            case _:
+                return False
+        return True
 
     def _time_is_over(self) -> None:
         """The request's `timeout_s`, in pre-copy."""

@@ -105,6 +105,8 @@ class SourceView(Session):
         """Leave to switch over was asked for: why, and whether to post-copy."""
         self._leave_asked_at_s = 0.0
         self._leave_given = False
+        self._halted_at_s: float | None = None
+        """Since when the guest stands still in pre-copy, as its hypervisor has stopped it."""
         self._paused_at_s: float | None = None
         self._pre_switchover = False
         self._final_started_at_s = 0.0
@@ -353,15 +355,6 @@ class SourceView(Session):
         if self.state is _S.CANCELLING and self._not_back:
             return f"{self.error}; the guest doesn't run on yet: {self._not_back}"
         return self.error
-
-    @property
-    def _stalled_at(self) -> str:
-        """What a switchover waits for."""
-        if not self._pre_switchover:
-            return "the hypervisor hasn't paused the guest"
-        if not self._continued:
-            return "the last pages aren't acknowledged"
-        return "the device state doesn't get through"
 
     def _measured_bytes_per_s(self) -> float | None:
         """The passes' throughput; None: none of them has sent pages."""

@@ -272,6 +272,8 @@ class Journal(Struct, frozen=True, kw_only=True):
     resuming: bool = False
     """From here on the vCPUs may run on this destination."""
     durable: bool = True
+    standing: bool = False
+    """The guest stands still until it is written, or has failed, which it does soon."""
 
 
 class Send(Struct, frozen=True, kw_only=True):

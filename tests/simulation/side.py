@@ -336,7 +336,7 @@ class Side:
                 self.feed(failed)
                 self._go_on(held)
 
-        brief = command.resuming or not command.durable
+        brief = command.resuming or command.standing or not command.durable
         seconds = NOTE_S if brief else STEP_S
         self.world.after(seconds, lambda: self.node.when_going(give_up))
 

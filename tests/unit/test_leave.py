@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from migrator.model import MigrationMode, MigrationState, OnTimeout, PassKind, PassReport
+from migrator.ports import AbortOutcome, DomainEventKind
 from migrator.session import vocabulary as v
 from tests.unit.session_pair import SOURCE, SessionPair
 
@@ -60,6 +61,90 @@ def test_a_refusal_ends_the_migration_and_the_guest_stays() -> None:
     assert pair.source.error == "hook lb: black friday"
     assert pair.record.owner == "n1"
     assert pair.resumed_on == []
+
+
+# --- a guest that its hypervisor has stopped by itself ---
+
+
+def halted() -> SessionPair:
+    """As `waiting`; next to nothing was left."""
+    pair = waiting()
+    for kind in (DomainEventKind.PAUSED, DomainEventKind.PRE_SWITCHOVER):
+        pair.push(pair.source, v.GuestReported(kind=kind, at_s=pair.now_s))
+    pair.run()
+    assert "BeginSwitchover" not in pair.commands(SOURCE)
+    return pair
+
+
+@pytest.mark.parametrize("on_timeout", OnTimeout)
+def test_a_guest_that_stands_still_doesnt_wait_for_long(on_timeout: OnTimeout) -> None:
+    """It stood for as long as hooks and stores took: by default ten minutes at most, and without
+    any bound where the pause is forced when the time is over."""
+    pair = halted()
+    pair.source.request = msgspec.structs.replace(pair.source.request, on_timeout=on_timeout)
+    began_s = pair.now_s
+    pair.silence(v.AbortSwitchover)
+    assert pair.run(timers=1)[0] is MigrationState.CANCELLING
+    assert pair.now_s - began_s == pytest.approx(2.0, abs=0.1)
+    assert pair.source.error == (
+        "the hypervisor stopped the guest by itself, as next to nothing was left, and leave to go "
+        "on (hooks, the store, storage) didn't come within 2 s"
+    )
+    resumed = v.GuestReported(kind=DomainEventKind.RESUMED, at_s=pair.now_s)
+    pair.push(pair.source, resumed)
+    pair.push(pair.source, v.SwitchoverAborted(outcome=AbortOutcome.RESUMED))
+    pair.push(pair.source, v.LeaveGiven())  # Late.
+    assert pair.run()[0] is MigrationState.FAILED
+    assert pair.source.blackout_ms == pytest.approx(2000.0, abs=100.0)
+    assert "BeginSwitchover" not in pair.commands(SOURCE)
+    assert pair.record.owner == "n1"
+
+
+def test_leave_that_comes_in_time_lets_it_go_and_its_journal_doesnt_take_long() -> None:
+    pair = halted()
+    pair.now_s += 1.5
+    pair.push(pair.source, v.LeaveGiven())
+    assert pair.run() == ENDED_AWAY
+    notes = [each for _, each in pair.given if isinstance(each, v.Journal)]
+    assert [each.state for each in notes if each.standing] == [MigrationState.SWITCHOVER]
+
+
+def test_a_guest_that_still_runs_waits_for_its_journal_as_long_as_that_takes() -> None:
+    pair = SessionPair()
+    assert pair.run() == ENDED_AWAY
+    assert not [each for _, each in pair.given if isinstance(each, v.Journal) and each.standing]
+
+
+def test_a_journal_that_takes_too_long_is_named() -> None:
+    pair = halted()
+    pair.silence(v.Journal)
+    pair.push(pair.source, v.LeaveGiven())
+    pair.run_until_state(MigrationState.SWITCHOVER)
+    pair.push(pair.source, v.TimerFired(name=v.TimerName.SWITCHOVER))
+    pair._events.rotate(1)
+    pair._step()
+    assert (pair.source.error or "").startswith("the switchover stalled: the guest stands still")
+
+
+def test_one_that_runs_on_after_all_may_wait_again() -> None:
+    pair = halted()
+    resumed = v.GuestReported(kind=DomainEventKind.RESUMED, at_s=pair.now_s)
+    pair.push(pair.source, resumed)
+    pair.run()
+    assert (SOURCE, v.TimerName.SWITCHOVER) not in pair.timers
+    pair.now_s += 20.0
+    pair.push(pair.source, v.LeaveGiven())
+    assert pair.run() == ENDED_AWAY
+
+
+def test_a_pause_by_something_else_isnt_the_hypervisors() -> None:
+    pair = waiting()
+    pair.push(pair.source, v.GuestReported(kind=DomainEventKind.PAUSED, at_s=pair.now_s))
+    pair.run()
+    assert (SOURCE, v.TimerName.SWITCHOVER) not in pair.timers
+
+
+# --- what ends the wait ---
 
 
 def test_it_can_be_cancelled_while_it_waits_and_late_leave_is_ignored() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -12,8 +15,10 @@ from hypervisor.qemu.host import native_hazard
 from hypervisor.qemu.native import parse_figures
 from hypervisor.simulated.driver import SimulatedHypervisor
 from hypervisor.simulated.native import BROKEN
-from migrator import native_driver
+from migrator import native_driver, runner
 from migrator.errors import RefusedError
+from migrator.journal import MigrationJournal
+from migrator.journal_entry import JournalEntry
 from migrator.model import (
     PAGE_SIZE_BYTES,
     DomainState,
@@ -26,7 +31,9 @@ from migrator.model import (
     PassKind,
 )
 from migrator.ports import DomainEvent, DomainEventKind
-from migrator.session import source_leave
+from migrator.session import source_leave, source_view
+from migrator.session.base import Timing
+from migrator.session.source import SourceSession
 from node_agent.migrations.engine_choice import EngineChoice, choose
 from tests.unit.migration_world import WEB, MigrationWorld, eventually, migration_world
 
@@ -161,6 +168,52 @@ async def test_one_that_was_stopped_doesnt_wait_for_another_pass_when_leave_come
     ended = await world.ended(await world.migrate(engine=EngineKind.NATIVE))
     assert ended.state is MigrationState.COMPLETED, ended.error
     assert world.running() == ["b"]
+
+
+async def test_one_that_was_stopped_runs_on_when_leave_doesnt_come(
+    world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stood still for as long as a hook, the store or storage took."""
+
+    async def never(session: SourceSession) -> str:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(source_view, "Timing", partial(Timing, switchover_s=0.3))
+    monkeypatch.setattr(world.a.manager._site, "leave", never)
+    ended = await world.ended(await world.migrate(engine=EngineKind.NATIVE))
+    assert ended.state is MigrationState.FAILED
+    assert "stopped the guest by itself" in (ended.error or "")
+    assert ended.blackout_ms is not None and ended.blackout_ms >= 250.0
+    assert world.running() == ["a"]
+
+
+async def test_one_that_was_stopped_doesnt_wait_for_a_disk(
+    world: MigrationWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stood still while its journal hung, for half a minute."""
+    back = threading.Event()
+    write = MigrationJournal._write
+
+    def hang(journal: MigrationJournal, entry: JournalEntry, packed: bytes, durable: bool) -> None:
+        if entry.state is MigrationState.SWITCHOVER:
+            back.wait(60.0)
+        write(journal, entry, packed, durable)
+
+    monkeypatch.setattr(MigrationJournal, "_write", hang)
+    monkeypatch.setattr(runner, "NOTE_S", 0.2)
+    begun = await world.migrate(engine=EngineKind.NATIVE)
+    try:
+        session = world.a.manager._runners[begun.id].session
+        assert isinstance(session, SourceSession)
+        await world.until(lambda: session.blackout_ms is not None)
+        assert world.running() == ["a"]
+        assert not back.is_set()
+    finally:
+        back.set()
+    ended = await world.ended(begun)
+    assert ended.state is MigrationState.FAILED
+    assert "hangs" in (ended.error or "")
 
 
 def at_first_pass(world: MigrationWorld, do: Callable[[], None]) -> list[str]:
