@@ -9,7 +9,6 @@ the other one for faults.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Final, NamedTuple
 
 from migrator import ranges
@@ -62,7 +61,7 @@ class AnswerPacker:
             content, zeroes = split_zeroes(region.words, content)
             return Answer(content, FrameKind.PAGES, _plain(region, content), zeroes)
         size = ranges.byte_count(content)
-        order = self._policy.order(dataclasses.replace(plan, hashing=False), size)
+        order = self._policy.order(plan, size)
         packed = pack(region, content, order)
         self._policy.note(size, packed.trial, packed.compared, copy_seconds=packed.copy_seconds)
         kind = FrameKind.PAGES if packed.codec is None else packed.codec.kind

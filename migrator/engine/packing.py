@@ -16,7 +16,6 @@ reference to bytes that it has already written out. If the guest changed those i
 
 from __future__ import annotations
 
-import dataclasses
 import queue
 import threading
 import time
@@ -240,9 +239,10 @@ class Packer:
         while len(self._workers) < plan.threads:
             self._workers.append(Worker(self._done))
         known = self._known if plan.hashing else None
-        if known is None or not known.should_hash():
-            known, plan = None, dataclasses.replace(plan, hashing=False)
-        order = self._policy.order(plan, ranges.byte_count(piece.content))
+        if known is not None and not known.should_hash():
+            known = None
+        size = ranges.byte_count(piece.content)
+        order = self._policy.order(plan, size, hashing=known is not None)
         worker = min(self._workers[: plan.threads], key=lambda each: each.waiting)
         job = Job(piece, region, order, known, worker)
         worker.put(job)

@@ -138,7 +138,6 @@ class Order(msgspec.Struct, frozen=True):
 
     codec: Codec | None
     """None: it goes as it is."""
-    hashing: bool = True
     compared: tuple[Codec, ...] = ()
     """Tried on a part of it (COMPARED_BYTES): what comes of that tells what each is like."""
 
@@ -183,6 +182,11 @@ def frame_bytes(link_bytes_per_s: float) -> int:
     if _PACK_S * link_bytes_per_s >= PACK_BYTES_MAX:
         return PACK_BYTES_MAX
     return PACK_BYTES_MIN
+
+
+def _presses(size: int) -> bool:
+    """Whether the link is so fast that its first frames are needed before codecs are compared."""
+    return size == PACK_BYTES_MAX
 
 
 def packed_rate(offer: Offer, link_bytes_per_s: float, cores: float) -> float:
@@ -270,9 +274,10 @@ class PackingPolicy:
         all_idle = self._refill()
         idle = all_idle / self._streams
         size = frame_bytes(link_bytes_per_s)
-        hurried = size == PACK_BYTES_MAX and not self._compared
         offers = self.offers(usable)
-        offer = choose(offers[:1] if hurried else offers, link_bytes_per_s, idle)
+        if _presses(size) and not self._compared:
+            offers = offers[:1]
+        offer = choose(offers, link_bytes_per_s, idle)
         if offer is None:
             for figures in (self._copying, *self._codecs.values()):
                 figures.doubt_speed()
@@ -307,13 +312,13 @@ class PackingPolicy:
         self._budget.refill(self._clock(), idle)
         return idle
 
-    def order(self, plan: Plan, guest_bytes: int) -> Order:
-        """For the next frame, of so many bytes of guest memory."""
+    def order(self, plan: Plan, guest_bytes: int, *, hashing: bool = False) -> Order:
+        """For the next frame, of so many bytes of guest memory. `hashing`: they are hashed, too."""
         order = self._next(plan)
         seconds = self._copying.seconds_a_byte
         if order.codec is not None:
             seconds += self._codecs[order.codec].seconds_a_byte
-        if order.hashing:
+        if hashing:
             seconds += self._hashing.seconds_a_byte
         comparing = sum(self._codecs[codec].seconds_a_byte for codec in order.compared)
         comparing *= min(guest_bytes, COMPARED_BYTES)
@@ -323,18 +328,18 @@ class PackingPolicy:
     def _next(self, plan: Plan) -> Order:
         self._trial_in -= 1
         # Where it is doubtful whether it pays, or time doesn't press, that is found out first.
-        hurried = plan.cheap and plan.frame_bytes == PACK_BYTES_MAX
-        if self._trial_in < 0 or not (self._asked or hurried):
+        at_once = not (plan.cheap and _presses(plan.frame_bytes))
+        if self._trial_in < 0 or (at_once and not self._asked):
             self._asked = True
             self._trial_in = _TRIALS_APART
-            return Order(plan.codec, plan.hashing, compared=plan.usable)
+            return Order(plan.codec, compared=plan.usable)
         if self._of_late.share < RAW_SHARE or plan.cheap:
-            return Order(plan.codec, plan.hashing)
+            return Order(plan.codec)
         self._look_in -= 1
         if self._look_in < 0:
             self._look_in = _LOOKS_APART
-            return Order(plan.codec, plan.hashing)
-        return Order(None, plan.hashing)
+            return Order(plan.codec)
+        return Order(None)
 
     def note(
         self,

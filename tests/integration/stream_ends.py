@@ -148,5 +148,5 @@ class AlwaysPacks(PackingPolicy):
         tried = tuple(codec for codec in self._tried if codec in usable)
         return Plan(tried[0], tried, 2, PACK_BYTES_MIN, hashing=True, cheap=True)
 
-    def order(self, plan: Plan, guest_bytes: int) -> Order:
+    def order(self, plan: Plan, guest_bytes: int, *, hashing: bool = False) -> Order:
         return Order(next(self._turns), compared=plan.usable)

@@ -388,5 +388,5 @@ class Packs(PackingPolicy):
             return None
         return Plan(LADDER[0], LADDER, 2, PACK_BYTES_MIN, hashing=False, cheap=True)
 
-    def order(self, plan: Plan, guest_bytes: int) -> Order:
+    def order(self, plan: Plan, guest_bytes: int, *, hashing: bool = False) -> Order:
         return Order(self._chance.choice(LADDER))

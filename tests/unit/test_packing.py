@@ -23,7 +23,7 @@ from migrator.errors import RemoteProtocolError
 
 PAGE = 4096
 PAGES = 64
-PLAIN = Order(None, hashing=False)
+PLAIN = Order(None)
 SMALL = Order(LADDER[-1], compared=LADDER)
 EACH_CODEC = pytest.mark.parametrize("codec", LADDER, ids=[codec.name for codec in LADDER])
 

@@ -66,7 +66,7 @@ class _Source:
         plan = self.policy.plan(link, known)
         if plan is None or not self.policy.affordable:
             return plan, None
-        order = self.policy.order(plan, FRAME)
+        order = self.policy.order(plan, FRAME, hashing=plan.hashing)
 
         def trial(codec: Codec) -> Trial:
             left = int(FRAME * (share or self.share)(codec, content))
@@ -314,7 +314,7 @@ def test_packing_takes_no_more_than_what_is_idle() -> None:
         plan = source.policy.plan(125e6, LADDER)
         assert plan is not None
         while source.policy.affordable:
-            order = source.policy.order(plan, FRAME)
+            order = source.policy.order(plan, FRAME, hashing=plan.hashing)
             assert order.codec is not None
             sent, *compared = [
                 Trial(codec, size, size // 9, size / codec.speed_assumed)
@@ -322,8 +322,8 @@ def test_packing_takes_no_more_than_what_is_idle() -> None:
                 for codec in tried
             ]
             spent += CORES_FACTOR * (1e-4 + sum(each.core_seconds for each in (sent, *compared)))
-            spent += CORES_FACTOR * 6e-4 * order.hashing
-            hashed = 6e-4 if order.hashing else None
+            spent += CORES_FACTOR * 6e-4 * plan.hashing
+            hashed = 6e-4 if plan.hashing else None
             source.policy.note(FRAME, sent, compared, copy_seconds=1e-4, hash_seconds=hashed)
     assert 0.9 * 0.7 * 2.0 < spent < 1.1 * 0.7 * 2.0
 
