@@ -324,6 +324,9 @@ class Delivery:
             limit = max(page, limit - limit % page)
         taken = queue.take(limit, frames.FRAME_RANGES_MAX)
         self._defer(taken)
+        if len(taken.content) > frames.FRAME_RANGES_MAX:  # What was written left holes.
+            taken.content, rest = ranges.take(taken.content, limit, frames.FRAME_RANGES_MAX)
+            queue.put_back(msgspec.structs.replace(taken, content=rest))
         return taken if len(taken.content) else None
 
     def _forget(self, piece: Piece) -> None:

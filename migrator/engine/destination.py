@@ -26,6 +26,7 @@ from migrator.engine.control import (
 from migrator.engine.delivery import ChannelHealth
 from migrator.engine.filler import Filler
 from migrator.engine.frames import StreamHello, StreamKind
+from migrator.engine.intake import ConnectionEndedError
 from migrator.engine.memory import map_regions
 from migrator.engine.missing import post_copy_refusal
 from migrator.engine.receiver import Connection, Memory
@@ -235,6 +236,8 @@ class DestinationEngine:
     def admit(self, connection: Connection) -> None:
         """See `receiver.Host`."""
         with self._admitting:
+            if not connection.alive:
+                raise ConnectionEndedError("it was given up before it was let in")
             earlier = self._streams.get(connection.index)
             if earlier is not None:
                 earlier.revoke()

@@ -12,6 +12,7 @@ uses more than a share of its time has none for a while, whatever it does.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -30,12 +31,13 @@ def go_first(first: bool) -> bool:
     What is started by it doesn't inherit that. The kernel refuses without CAP_SYS_NICE, and in
     control groups that have no real-time share (CONFIG_RT_GROUP_SCHED).
     """
-    policy = os.SCHED_RR | os.SCHED_RESET_ON_FORK if first else os.SCHED_OTHER
-    try:
-        os.sched_setscheduler(0, policy, os.sched_param(_LOWEST_REAL_TIME if first else 0))
-    except OSError:
-        return False
-    return True
+    # The flag stays where a limit (RLIMIT_RTPRIO) gave both: only CAP_SYS_NICE takes it back.
+    usual = (os.SCHED_OTHER, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK)
+    for policy in (os.SCHED_RR | os.SCHED_RESET_ON_FORK,) if first else usual:
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, policy, os.sched_param(_LOWEST_REAL_TIME if first else 0))
+            return True
+    return False
 
 
 class Precedence:

@@ -107,6 +107,11 @@ class Connection:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """While nothing was sent but its hello: whether its other end hasn't closed it."""
+        return is_alive(self._sock)
+
     def revoke(self) -> None:
         """Nothing is written to guest memory any more once the thread has ended."""
         self._revoked = True

@@ -327,7 +327,8 @@ class PageStream:
         if self._sock is not None:
             self.link.note(time.monotonic(), tcp_figures(self._sock))
         cap = self._bucket.bytes_per_s if self.capped else None
-        known = [rate for rate in (self.link.bytes_per_s, cap) if rate is not None]
+        mine = None if cap is None else cap / self._hello.streams
+        known = [rate for rate in (self.link.bytes_per_s, mine) if rate is not None]
         return min(known, default=None)
 
     @property
@@ -353,6 +354,7 @@ class PageStream:
             self._unacknowledged.append(Sent(self._sequence, None))
             data = frames.encode(kind, sequence=self._sequence, region=index, content=part)
             self._send_vector([data], waiter)
+            self.collect_acks()  # The destination waits where it can't acknowledge any more.
 
     def bye(self) -> None:
         """Say that the end is meant, unless a frame is half sent. Never fails."""

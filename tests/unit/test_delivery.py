@@ -137,6 +137,7 @@ class _Stream(PageStream):
 
     def _carry(self, piece: Piece, content: bytes) -> None:
         assert len(content) == ranges.byte_count(piece.content) > 0
+        assert len(piece.content) <= frames.FRAME_RANGES_MAX
         self._world.goes_on()
         self._sequence += 1
         self._unacknowledged.append(Sent(self._sequence, piece))
@@ -194,7 +195,7 @@ class _Policy(PackingPolicy):
     def could_pay(self, link_bytes_per_s: float | None, usable: Sequence[Codec]) -> bool:
         return self._chance.random() < self._often
 
-    def order(self, plan: Plan, guest_bytes: int) -> Order:
+    def order(self, plan: Plan, guest_bytes: int, *, hashing: bool = False) -> Order:
         return Order(self._chance.choice((None, *LADDER)), compared=plan.usable)
 
 
@@ -303,6 +304,35 @@ def test_whatever_the_guest_writes_and_wherever_the_stream_breaks_each_page_arri
             pieces = [Piece(0, _pages(pending))]
             world.ends = ends and number < 3
     assert world.wrong() == set()
+
+
+def test_what_is_written_in_between_leaves_no_frame_of_too_many_parts() -> None:
+    """A guest could end its own migration by that, and so a drain."""
+    chance = random.Random(1)
+    world = _World(chance)
+    world.runs = world.breaks = False
+    for page in range(USED):
+        world.region.view[page * PAGE : (page + 1) * PAGE] = TEXT[page % len(TEXT)]
+    every_other = _pages(range(1, USED, 2))
+    looks = itertools.count()
+
+    def written(region: int, content: Ranges) -> Ranges:
+        """Nothing when a batch is prepared, and every other page when it goes."""
+        return ranges.empty() if next(looks) < 1 else ranges.intersect(every_other, content)
+
+    with _small(chance), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(delivery, "_BATCH_BYTES", USED * PAGE)
+        patch.setattr(frames, "FRAME_BYTES_MAX", 16 * PAGE)
+        patch.setattr(delivery, "_WARY_BYTES", 16 * PAGE)
+        made = _deliver(
+            world,
+            _Stream(world),
+            [Piece(0, _pages(range(USED)))],
+            _Policy(chance, often=0.0),
+            written=written,
+        )
+    assert world.wrong() & set(range(0, USED, 2)) == set()
+    assert made.pages == USED // 2
 
 
 def test_a_pass_goes_on_where_all_that_was_prepared_has_been_written_meanwhile() -> None:

@@ -6,13 +6,17 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import msgspec
 import pytest
 
 from migrator import wire
+from migrator.engine.destination import DestinationEngine
 from migrator.engine.frames import StreamHello, StreamKind
-from migrator.engine.receiver import Connection
+from migrator.engine.intake import ConnectionEndedError
+from migrator.engine.receiver import Connection, Memory
 from migrator.engine.transport import StreamSocket
 from tests.integration.stream_ends import Ends, Host, hello
 
@@ -76,6 +80,24 @@ def test_one_that_was_given_up_takes_no_other_s_place(
     assert connection.join(30.0)
     assert host.taken == []
     assert _open_descriptors() == open_before
+
+
+def test_page_streams_too_are_let_in_only_while_they_live() -> None:
+    """The one that was dialled instead may have its place, and be in the midst of a pass."""
+    ours, theirs = socket.socketpair()
+    connection = Connection(ours, cast(Memory, None), Host(), 1.0)
+    assert connection.alive
+    theirs.close()
+    assert not connection.alive
+    ours.close()
+    engine = SimpleNamespace(
+        _admitting=threading.Lock(),
+        _streams={},
+        _health=SimpleNamespace(restored=lambda index: None),
+    )
+    with pytest.raises(ConnectionEndedError, match="given up"):
+        DestinationEngine.admit(cast(DestinationEngine, engine), connection)
+    assert engine._streams == {}
 
 
 def test_one_that_waited_is_taken(busy: Ends, host: _BusyHost) -> None:

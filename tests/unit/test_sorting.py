@@ -14,6 +14,7 @@ from migrator import ranges
 from migrator.engine.sorting import (
     _ALIKE,
     _GLANCES_APART,
+    _RANGES_MAX,
     AHEAD_BYTES,
     PieceQueue,
     Sorted,
@@ -57,6 +58,22 @@ def test_only_what_is_asked_for_is_looked_at() -> None:
     scattered = np.arange(0, FRAME, 3 * PAGE)
     assert is_hard(_words(content), ranges.from_page_starts(scattered, PAGE))
     assert not is_hard(_words(content), ranges.from_page_starts(scattered + FRAME, PAGE))
+
+
+def test_a_bit_off_a_large_piece_costs_no_more_than_off_a_small_one() -> None:
+    starts = np.arange(0, 4 * _RANGES_MAX + 3, dtype=np.int64) * 2 * PAGE
+    content = ranges.from_page_starts(starts, PAGE)
+    queue = PieceQueue()
+    queue.put(Piece(3, content, cold=True))
+    assert queue.content_bytes == len(starts) * PAGE
+    found = []
+    while queue:
+        assert len(queue.head.content) <= _RANGES_MAX
+        piece = queue.take(1000 * PAGE)
+        assert (piece.region, piece.cold) == (3, True)
+        found.append(piece.content)
+    assert np.concatenate(found).tolist() == content.tolist()
+    assert queue.content_bytes == 0
 
 
 def test_pieces_are_sorted_by_kind_until_there_is_enough_of_one() -> None:
