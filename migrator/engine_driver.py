@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -21,7 +22,7 @@ from migrator import shortage
 from migrator.engine.client import EngineProcess
 from migrator.engine.spares import EngineSpares
 from migrator.engine_events import told_by
-from migrator.engine_watch import EngineWatch
+from migrator.engine_watch import FIRST_WORD_S, EngineWatch
 from migrator.errors import FerryError, HypervisorError
 from migrator.left_tracking import clear_tracking
 from migrator.link_rates import LinkRates
@@ -92,7 +93,8 @@ class EngineDriver:
         """From the moment that the guest's pages are told as missing: it will need the engine."""
         self._hangs_noted = False
         self._has_spoken: EngineProcess | None = None
-        """Before that its imports may take as long as a busy host lets them."""
+        """Until then its imports may take as long as a host lets them, within FIRST_WORD_S."""
+        self._process_since = 0.0
         self._turns = Turns(f"migration-{session.migration_id}-engine", self._lost, STOP_S)
 
     def perform(self, command: v.EngineCommand) -> None:
@@ -188,6 +190,7 @@ class EngineDriver:
             self._process = await EngineProcess.spawn(
                 log_path=settings.spares.log_path, on_message=on_message, on_exit=on_exit
             )
+        self._process_since = time.monotonic()
 
     async def _start(self, post_copy: bool) -> None:
         self._post_copy = post_copy
@@ -322,9 +325,12 @@ class EngineDriver:
     # --- whether it answers ---
 
     def _ask(self) -> bool:
-        if self._stopping or self._process is None or self._process is not self._has_spoken:
+        if self._stopping or self._process is None:
             return False
-        self._send(m.Ping())
+        if self._process is not self._has_spoken:
+            return time.monotonic() - self._process_since > FIRST_WORD_S
+        if not self._hangs_noted:  # Which has enough to answer: its socket has an end.
+            self._send(m.Ping())
         return True
 
     async def _hangs(self, seconds: float) -> None:

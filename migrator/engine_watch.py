@@ -16,6 +16,8 @@ from typing import Final
 PING_S: Final = 1.0
 UNANSWERED_MAX: Final = 15
 """In a row; then it hangs. A guest has waited for its pages for that long."""
+FIRST_WORD_S: Final = 60.0
+"""That an engine's imports may take, on a host whose cores or disks are busy."""
 UNHEARD_S: Final = 3.0
 """After which its silence is told. In a pass it reports five times a second; in a post-copy it has
 nothing to say, perhaps, but an answer each second."""
@@ -25,7 +27,7 @@ class EngineWatch:
     """Whoever owns it tells it what the engine says, and closes it."""
 
     def __init__(self, ask: Callable[[], bool], hangs: Callable[[float], Awaitable[None]]) -> None:
-        """`ask`: False where there is no engine that could answer. `hangs`: told for how many
+        """`ask`: False where there is no engine that should answer. `hangs`: told for how many
         seconds it has said nothing, and again each time that it says nothing for as long again.
         """
         self._ask = ask

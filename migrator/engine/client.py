@@ -15,6 +15,7 @@ import array
 import asyncio
 import collections
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -28,7 +29,7 @@ import msgspec
 
 from migrator import wire
 from migrator.engine_messages import FromEngine, Stop, ToEngine
-from migrator.errors import EngineError, RemoteProtocolError
+from migrator.errors import EngineError, RemoteProtocolError, words
 from migrator.own_threads import STATE_DIRECTORY, in_own_thread
 from migrator.shortage import unstarted
 
@@ -196,8 +197,11 @@ class EngineProcess:
                 self._writing = True
                 self._loop.add_writer(self._sock, self._flush)
             return
-        except OSError:
+        except OSError as error:
             self._drop_outgoing()  # It has ended; `_watch_exit` tells.
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+                log.error("engine %d can't be told anything: %s", self.pid, words(error))
+                self.kill()
         if self._writing:
             self._writing = False
             self._loop.remove_writer(self._sock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import threading
@@ -10,16 +11,19 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
+from unittest.mock import Mock
 
 import msgspec
 import pytest
 
 from migrator import engine_messages as m
+from migrator import engine_watch
 from migrator.engine import client
 from migrator.engine.client import EngineProcess
 from migrator.engine.spares import EngineSpares
 from migrator.engine_driver import EngineDriver, EngineSettings
-from migrator.engine_watch import PING_S, UNHEARD_S
+from migrator.engine_watch import FIRST_WORD_S, PING_S, UNANSWERED_MAX, UNHEARD_S
+from migrator.errors import EngineError
 from migrator.link_rates import BYTES_MIN, LinkRates
 from migrator.model import DomainName, PassKind, PassReport, Role
 from migrator.policy import TOLD
@@ -92,6 +96,7 @@ class _Hypervisor:
 
 class _World:
     def __init__(self, folder: Path, role: Role = Role.SOURCE) -> None:
+        self.folder = folder
         self.heard: list[v.Event] = []
         pair = SessionPair()
         self.session = pair.source if role is Role.SOURCE else pair.destination
@@ -106,6 +111,14 @@ class _World:
             device_channel=folder / "device",
             feed=self.heard.append,
         )
+
+    async def hears_something(self) -> None:
+        """Not bounded by time, which may stand still."""
+        for _ in range(100 * UNANSWERED_MAX):
+            if self.heard:
+                return
+            await asyncio.sleep(0)
+        raise AssertionError("nothing was heard")
 
     async def perform(self, command: v.EngineCommand) -> None:
         self.driver.perform(command)
@@ -200,6 +213,79 @@ async def test_an_engine_that_tells_what_is_missing_reports_nothing_and_is_asked
     await asyncio.sleep(0)
     assert m.Ping() in world.spares.taken[0].told
     await driver.close()
+
+
+@pytest.mark.parametrize("spoke", [True, False])
+async def test_one_that_never_spoke_is_replaced_too_if_it_has_had_time_to(
+    world: _World, monkeypatch: pytest.MonkeyPatch, spoke: bool
+) -> None:
+    """A successor that hangs in its imports: the guest waits for its pages."""
+    monkeypatch.setattr(engine_watch, "PING_S", 0.0)
+    world.hypervisor.files = [world.folder / "memory"]
+    driver, now = world.driver, time.monotonic()
+    await world.perform(v.StartEngine(post_copy=True))
+    if spoke:
+        driver._note_life()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: now)
+        now += FIRST_WORD_S - 1.0
+        for _ in range(10 * UNANSWERED_MAX):
+            await asyncio.sleep(0)
+        lost = [each.reason for each in world.heard if isinstance(each, v.EngineLost)]
+        assert bool(lost) is spoke
+        now += 2.0
+        await world.hears_something()
+    (lost_event,) = (each for each in world.heard if isinstance(each, v.EngineLost))
+    assert "it has said nothing for" in lost_event.reason
+    await driver.close()
+
+
+async def test_what_hangs_with_the_only_pages_is_asked_no_more_than_it_can_be(
+    world: _World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its socket has an end: the agent took a full one for the engine's, and gave the guest up."""
+
+    async def gone(domain: DomainName) -> GuestMemory:
+        raise EngineError("no such process")
+
+    monkeypatch.setattr(engine_watch, "PING_S", 0.0)
+    await world.perform(v.StartEngine(post_copy=True))
+    await world.perform(CONNECT)
+    monkeypatch.setattr(world.hypervisor, "memory", gone)
+    world.driver._note_life()
+    await world.hears_something()
+    (engine,) = world.spares.taken
+    asked = len(engine.told)
+    for _ in range(10 * UNANSWERED_MAX):
+        await asyncio.sleep(0)
+    assert len(engine.told) == asked
+    assert not [each for each in world.heard if isinstance(each, v.EngineLost)]
+    world.driver._note_life()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert len(engine.told) > asked
+    await world.driver.close()
+
+
+async def test_one_that_cant_be_told_anything_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would wait for what was dropped, and its guest for its pages."""
+    ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    process = await EngineProcess.spawn(
+        log_path=tmp_path / "log", on_message=lambda message: None, on_exit=ended.set_result
+    )
+
+    class _Full:
+        def sendmsg(self, *what: object) -> int:
+            raise OSError(errno.ENOBUFS, "No buffer space available")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "_sock", Mock(wraps=process._sock, sendmsg=_Full().sendmsg))
+        process.send(m.PullAll())
+    async with asyncio.timeout(20.0):
+        assert await ended == -signal.SIGKILL
+    assert "can't be told anything: No buffer space available" in caplog.text
 
 
 async def test_a_cap_that_is_set_while_the_engine_is_configured_holds(world: _World) -> None:
