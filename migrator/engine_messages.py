@@ -82,8 +82,9 @@ class Configure(Message, frozen=True, kw_only=True):
     bind_address: str = ""
     """Destination: the address to listen at. Source: the address to connect from; "" for any."""
     bandwidth_bytes_per_s: int | None = None
-    reconnect_s: float = 30.0
-    """How long a broken page stream is tried again before `EngineFailed`."""
+    reconnect_s: float = 45.0
+    """How long a broken page stream is tried again before `EngineFailed`: for as long as the
+    sessions bear it that they can't reach one another (`Timing.peer_s`)."""
     silence_s: float = 5.0
     """A page stream on which the other engine does nothing for so long, while it is its turn, is
     broken."""

@@ -54,8 +54,11 @@ class Timing(Struct, frozen=True, kw_only=True):
     """For the destination to get ready."""
     resend_s: float = 1.0
     """Before a message that wasn't answered is sent again."""
-    peer_s: float = 15.0
-    """That pre-copy bears an unreachable peer."""
+    peer_s: float = 45.0
+    """That pre-copy bears an unreachable peer: half a minute's silence, and what it takes to find
+    one another again."""
+    inquire_s: float = 15.0
+    """Between questions whether the other side has given up: its word may be lost."""
     depart_s: float = 1.5
     """That a switchover's network part may take before the pause: the guest runs on meanwhile."""
     switchover_s: float = 2.0

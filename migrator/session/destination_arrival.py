@@ -70,7 +70,7 @@ class DestinationArrival(DestinationPostCopy):
             case EngineListening() if self.state is _S.SETUP:
                 self._listening = event
                 self._enter(_S.PRECOPY)
-                self._do(StartTimer(name=TimerName.RETRY, seconds=self.timing.peer_s))
+                self._do(StartTimer(name=TimerName.RETRY, seconds=self.timing.inquire_s))
                 self._answer_ready()
             case PeerBack():
                 self._send(Inquire())
@@ -83,7 +83,7 @@ class DestinationArrival(DestinationPostCopy):
             case TimerFired(name=TimerName.RETRY):
                 # The source may have forgotten us, or its Abort may be lost: ask now and then.
                 self._send(Inquire())
-                self._do(StartTimer(name=TimerName.RETRY, seconds=self.timing.peer_s))
+                self._do(StartTimer(name=TimerName.RETRY, seconds=self.timing.inquire_s))
             case TimerFired(name=TimerName.PEER) if self._loaded_at_s:
                 # The source may be dead, and this the only copy: the record decides, no timeout.
                 self._enter(_S.RECOVERING, "no word from the source")

@@ -221,7 +221,7 @@ class SourceSession(SourcePasses):
                 )
                 self._do(
                     StopTimer(name=TimerName.SETUP),
-                    StartTimer(name=TimerName.RETRY, seconds=self.timing.peer_s),
+                    StartTimer(name=TimerName.RETRY, seconds=self.timing.inquire_s),
                 )
                 self._note_mode()
                 if self.mode is not MigrationMode.POSTCOPY:
@@ -265,7 +265,7 @@ class SourceSession(SourcePasses):
             case TimerFired(name=TimerName.RETRY):
                 # The destination may have given up, and its Aborted be lost: ask now and then.
                 self._send(Inquire())
-                self._do(StartTimer(name=TimerName.RETRY, seconds=self.timing.peer_s))
+                self._do(StartTimer(name=TimerName.RETRY, seconds=self.timing.inquire_s))
             case TimerFired(name=TimerName.PEER):
                 self._give_up(f"the destination was unreachable for {self.timing.peer_s:g} s")
             case TimerFired(name=TimerName.TOTAL):
