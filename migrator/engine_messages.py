@@ -260,6 +260,7 @@ class DirtySampled(Message, frozen=True, kw_only=True):
     """Sum over the scans: what is written again after a scan counts again."""
     curve: tuple[DirtyPoint, ...]
     zero_share: float = 0.0
+    packed_share: float = 1.0
     memory_in_use_bytes: int = 0
 
 

@@ -49,6 +49,8 @@ class DirtyRate(Figure, frozen=True, kw_only=True):
     """Populated guest memory."""
     zero_share: float
     """The share of it that is pages of zeros, which aren't sent; from a sample of pages."""
+    packed_share: float = 1.0
+    """What LZ4 leaves of a byte of the others; from the same sample."""
     curve: tuple[DirtyPoint, ...]
 
 
@@ -102,5 +104,7 @@ class Prediction(Figure, frozen=True, kw_only=True):
     """As the first iteration meets it."""
     dirty_rate_origin: str
     link: LinkSpeed
+    packed_share: float = 1.0
+    """What is left on the wire of a byte that isn't of a page of zeros."""
     post_copy: bool = False
     """What pre-copy leaves follows after the switchover."""

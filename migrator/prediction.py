@@ -3,7 +3,9 @@
 The prediction plays the migration: each iteration sends what is pending at the speed of the link,
 and meanwhile the guest dirties as many pages as its dirty curve has for so many seconds. After
 each iteration `policy.decide` is asked, as the session asks it. So prediction and migration can
-differ in their figures, never in their reasoning.
+differ in their figures, never in their reasoning. Pages that are made smaller take less of the
+link: by how much is a figure, too (`packed_share`); what goes while the guest stands still is too
+little to be packed.
 
 What follows from that, and is tested: where the number of iterations stays the same, a faster link
 never takes longer and a guest that dirties more never needs fewer bytes. Where it changes that is
@@ -26,6 +28,7 @@ from typing import Final
 from migrator.figures import DirtyPoint, LinkOrigin, LinkSpeed, Prediction
 from migrator.model import (
     PAGE_SIZE_BYTES,
+    EngineKind,
     MigrationMode,
     MigrationRequest,
     OnTimeout,
@@ -40,6 +43,10 @@ OVERHEAD_S: Final = 0.5
 small guests on one machine (ARCHITECTURE: "Predictions")."""
 PASS_OVERHEAD_S: Final = 0.002
 """Of each iteration: scan, acknowledgement, decision."""
+PACKED_LINK_BYTES_PER_S: Final = 400e6
+"""On a faster link pages aren't packed: one core isn't so much faster (`packing_policy`)."""
+_PACKED_TOLD_BYTES: Final = 4 * 1024 * 1024
+"""Of pages in iterations: fewer don't tell how small a guest's become."""
 _PAGE_HEADER_BYTES: Final = 8
 """What the stream adds to a page, at most (a range's header, for a scattered page)."""
 
@@ -53,6 +60,8 @@ class Figures(Struct, frozen=True, kw_only=True):
     link: LinkSpeed
     zero_share: float = 0.0
     """Of the memory in use: pages of zeros, which cost next to nothing."""
+    packed_share: float = 1.0
+    """What is left of a byte of the others on the wire, where the page engine sends them."""
     dirty_rate_origin: str = ""
 
 
@@ -84,18 +93,20 @@ def predict(figures: Figures, request: MigrationRequest) -> Prediction:
     memory_bytes = figures.memory_in_use_bytes
     content_bytes = int(memory_bytes * (1.0 - figures.zero_share))
     rate = max(1.0, speed(figures.link, request.bandwidth_bytes_per_s))
+    packed = 1.0 if request.engine is EngineKind.NATIVE else figures.packed_share
 
     def dirtied(seconds: float) -> int:
         return dirtied_bytes(figures.curve, seconds, memory_bytes)
 
     link = figures.link
     uncapped = link.uncapped_bytes_per_s
-    passes, decision, in_time = _play(content_bytes, rate, dirtied, request, uncapped)
+    passes, decision, in_time = _play(content_bytes, rate, packed, dirtied, request, uncapped)
     overhead_s = OVERHEAD_S if link.overhead_s is None else link.overhead_s
     fixed_ms = FIXED_BLACKOUT_MS if link.fixed_blackout_ms is None else link.fixed_blackout_ms
     last_bytes = decision.pending_bytes
+    last_wire_bytes = _wire_bytes(last_bytes)
     # The last pages go without the cap: the guest stands still.
-    blackout_ms = fixed_ms + 1e3 * _wire_bytes(last_bytes) / max(1.0, link.bytes_per_s)
+    blackout_ms = fixed_ms + 1e3 * last_wire_bytes / max(1.0, link.bytes_per_s)
     converges = in_time and decision.kind is DecisionKind.SWITCH_OVER
     post_copy = not converges and request.mode is MigrationMode.HYBRID
     # A request that forces switches over all the same: once the iteration under way has ended.
@@ -104,7 +115,8 @@ def predict(figures: Figures, request: MigrationRequest) -> Prediction:
     seconds = sum(each.seconds for each in passes)
     if post_copy:  # Within the cap, but for what the guest waits for.
         blackout_ms = fixed_ms
-        seconds += _wire_bytes(last_bytes) / rate
+        last_wire_bytes = _wire_bytes(last_bytes, packed)
+        seconds += last_wire_bytes / rate
     elif not in_time and not switches:
         seconds = request.timeout_s
         sent = min(sent, int(rate * seconds))
@@ -112,11 +124,12 @@ def predict(figures: Figures, request: MigrationRequest) -> Prediction:
         converges=converges,
         reason=decision.reason if in_time else f"not done within {request.timeout_s:g} s",
         iterations=len(passes) + (1 if switches else 0),
-        bytes_sent=sent + (_wire_bytes(last_bytes) if switches else 0),
+        bytes_sent=sent + (last_wire_bytes if switches else 0),
         total_s=overhead_s + seconds + (blackout_ms / 1e3 if switches else 0.0),
         blackout_ms=blackout_ms,
         memory_in_use_bytes=memory_bytes,
         zero_share=figures.zero_share,
+        packed_share=packed,
         dirty_rate_bytes_per_s=dirtied(passes[0].seconds) / passes[0].seconds,
         dirty_rate_origin=figures.dirty_rate_origin,
         link=link,
@@ -127,6 +140,7 @@ def predict(figures: Figures, request: MigrationRequest) -> Prediction:
 def _play(
     content_bytes: int,
     rate: float,
+    packed_share: float,
     dirtied: Callable[[float], int],
     request: MigrationRequest,
     link_bytes_per_s: float | None,
@@ -138,15 +152,16 @@ def _play(
     passes: list[PassReport] = []
     pending_bytes = content_bytes
     for number in itertools.count(1):
-        wire_bytes, cut_bytes = _wire_bytes(pending_bytes), 0
+        wire_bytes, cut_bytes = _wire_bytes(pending_bytes, packed_share), 0
         seconds = wire_bytes / rate + PASS_OVERHEAD_S
         late_s = sum(each.seconds for each in passes) + seconds - request.timeout_s
         if late_s > 0.0 and request.mode is MigrationMode.HYBRID:
             # It is ended early, and what it has not sent follows the guest.
             seconds -= late_s
             wire_bytes = int(wire_bytes * seconds / (seconds + late_s))
-            cut_bytes = max(pending_bytes - wire_bytes, 0)
+            cut_bytes = max(pending_bytes - int(wire_bytes / packed_share), 0)
         most_bytes = max(content_bytes, pending_bytes)
+        payload_bytes = pending_bytes - cut_bytes
         pending_bytes = dirtied(seconds)
         if cut_bytes:
             pending_bytes = min(pending_bytes + cut_bytes, most_bytes)
@@ -155,8 +170,9 @@ def _play(
                 number=number,
                 kind=PassKind.FIRST if number == 1 else PassKind.DIRTY,
                 seconds=seconds,
-                pages=wire_bytes // PAGE_SIZE_BYTES,
+                pages=payload_bytes // PAGE_SIZE_BYTES,
                 bytes_sent=wire_bytes,
+                payload_bytes=payload_bytes,
                 pending_pages=pending_bytes // PAGE_SIZE_BYTES,
                 cut_pages=cut_bytes // PAGE_SIZE_BYTES,
             )
@@ -168,8 +184,9 @@ def _play(
     raise AssertionError("unreachable")
 
 
-def _wire_bytes(content_bytes: int) -> int:
-    return content_bytes + content_bytes // PAGE_SIZE_BYTES * _PAGE_HEADER_BYTES
+def _wire_bytes(content_bytes: int, packed_share: float = 1.0) -> int:
+    headers_bytes = content_bytes // PAGE_SIZE_BYTES * _PAGE_HEADER_BYTES
+    return int(packed_share * content_bytes) + headers_bytes
 
 
 def curve_of_passes(passes: Sequence[PassReport]) -> tuple[DirtyPoint, ...]:
@@ -196,6 +213,17 @@ def zero_share_of_passes(passes: Sequence[PassReport]) -> float:
     return 0.0
 
 
+def packed_share_of_passes(passes: Sequence[PassReport]) -> float | None:
+    """What a migration's iterations left of a byte; None: they sent too little to tell."""
+    sending = [each for each in passes if each.kind in (PassKind.FIRST, PassKind.DIRTY)]
+    payload_bytes = sum(each.payload_bytes for each in sending)
+    if payload_bytes < _PACKED_TOLD_BYTES:
+        return None
+    if not any(each.compressors for each in sending):
+        return 1.0
+    return min(max(sum(each.bytes_sent for each in sending) / payload_bytes, 0.01), 1.0)
+
+
 def after_first_pass(first: PassReport, request: MigrationRequest) -> Prediction:
     """The prediction of a migration of which nothing was known before its first iteration."""
     pages = first.pages + first.zero_pages + first.deferred_pages
@@ -205,6 +233,7 @@ def after_first_pass(first: PassReport, request: MigrationRequest) -> Prediction
         curve=curve_of_passes([first]),
         link=link,
         zero_share=zero_share_of_passes([first]),
+        packed_share=packed_share_of_passes([first]) or 1.0,
         dirty_rate_origin="this migration's first iteration",
     )
     return predict(figures, request)

@@ -216,7 +216,9 @@ class ClusterCalls:
         return await self._migrations.dirty_rate(params.domain, params.seconds)
 
     async def _predict(self, _: NodeName, params: PredictParams) -> Prediction:
-        return await self._migrations.predict(params.domain, params.request, params.sample_seconds)
+        choice = await self._migrations.choose_engine(params.domain, params.request)
+        request = choice.apply_to(params.request)
+        return await self._migrations.predict(params.domain, request, params.sample_seconds)
 
     async def _get(self, _: NodeName, params: MigrationRef) -> Migration:
         return await self._migrations.get(params.id)

@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 
 from migrator import ranges
+from migrator.engine import codecs
 from migrator.engine.control import Waiter
 from migrator.engine.dirty_log import DirtyLog
 from migrator.engine.memory import MappedRegion
@@ -29,7 +30,9 @@ _SCANS_PER_TICK: Final = 10
 """A tick lasts at least so many scans, so that looking takes no more than a tenth of the time."""
 _MARKS_S: Final = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 """About where the curve has its points; and at the end."""
-_ZERO_SAMPLES: Final = 2048
+_PAGES_LOOKED_AT: Final = 2048
+_FRAME_PAGES: Final = 256
+"""Pages that are packed together: a MiB, as in a migration."""
 _ZERO_PAGE: Final = bytes(PAGE_SIZE_BYTES)
 
 
@@ -63,20 +66,27 @@ def sample_dirty(
     return DirtySampled(seconds=elapsed, fresh_bytes=fresh_bytes, curve=tuple(curve))
 
 
-def zero_share(regions: Sequence[MappedRegion], extents: Sequence[Ranges]) -> float:
-    """The share of pages of zeros in the populated extents, by looking at some, evenly spaced.
+def content_shares(
+    regions: Sequence[MappedRegion], extents: Sequence[Ranges]
+) -> tuple[float, float]:
+    """Of the populated extents the share of pages of zeros, and what LZ4 leaves of a byte of the
+    others; by looking at some, evenly spaced.
 
     Reads by `pread`, which populates nothing: a page that was given back meanwhile reads as zeros.
     """
     pages = [
-        (region, start)
+        os.pread(region.fd, PAGE_SIZE_BYTES, start)
         for region, found in zip(regions, extents, strict=True)
         for start in _spread(found)
     ]
-    if not pages:
-        return 0.0
-    zero = sum(os.pread(region.fd, PAGE_SIZE_BYTES, at) == _ZERO_PAGE for region, at in pages)
-    return zero / len(pages)
+    filled = [page for page in pages if page != _ZERO_PAGE]
+    if not filled:
+        return (1.0 if pages else 0.0), 1.0
+    packed_bytes = 0
+    for at in range(0, len(filled), _FRAME_PAGES):
+        frame = b"".join(filled[at : at + _FRAME_PAGES])
+        packed_bytes += min(len(codecs.compress(codecs.LADDER[0], memoryview(frame))), len(frame))
+    return 1.0 - len(filled) / len(pages), packed_bytes / (len(filled) * PAGE_SIZE_BYTES)
 
 
 def _spread(extents: Ranges) -> list[int]:
@@ -84,7 +94,7 @@ def _spread(extents: Ranges) -> list[int]:
     filled = np.cumsum((extents[:, 1] - extents[:, 0]) // PAGE_SIZE_BYTES)
     if not len(filled) or not filled[-1]:
         return []
-    chosen = np.arange(0, filled[-1], max(1, filled[-1] // _ZERO_SAMPLES))
+    chosen = np.arange(0, filled[-1], max(1, filled[-1] // _PAGES_LOOKED_AT))
     row = np.searchsorted(filled, chosen, side="right")
     starts = extents[row, 1] - (filled[row] - chosen) * PAGE_SIZE_BYTES
     return [int(start) for start in starts]

@@ -37,7 +37,7 @@ from migrator.engine.page_server import PageServer
 from migrator.engine.passes import run_deliveries
 from migrator.engine.planner import PassPlanner
 from migrator.engine.relay import SourceRelay
-from migrator.engine.sampling import sample_dirty, zero_share
+from migrator.engine.sampling import content_shares, sample_dirty
 from migrator.engine.stream import Endpoint, PageStream
 from migrator.engine.transport import check_local_address, tls_peer
 from migrator.engine_messages import (
@@ -272,10 +272,12 @@ class SourceEngine:
             raise WrongStateError("SampleDirty", "connected", "configured")
         extents = self._planner.extents()
         sampled = sample_dirty(self._log, self._regions, message.seconds, self)
+        zero_share, packed_share = content_shares(self._regions, extents)
         self._control.send(
             msgspec.structs.replace(
                 sampled,
-                zero_share=zero_share(self._regions, extents),
+                zero_share=zero_share,
+                packed_share=packed_share,
                 memory_in_use_bytes=sum(ranges.byte_count(found) for found in extents),
             )
         )

@@ -14,15 +14,19 @@ _ORIGINS = {
     LinkOrigin.FIRST_PASS: "measured by its first iteration",
 }
 
+_TOLD_SHARE = 0.95
+"""What doesn't become smaller than this goes as it is."""
+
 
 def dirty_rate_text(rate: DirtyRate) -> str:
     """For people: the rate, the working set and its curve."""
+    memory = _memory(rate.memory_in_use_bytes, rate.zero_share, rate.packed_share)
     pairs = [
         ("domain", f"{rate.domain} on {rate.node}"),
         ("sampled", f"{rate.seconds:.1f} s"),
         ("dirty rate", f"{rate.pages_per_s:.0f} pages/s, {size(rate.bytes_per_s)}/s"),
         ("working set", f"{size(rate.working_set_bytes)} in {rate.seconds:.1f} s"),
-        ("memory in use", f"{size(rate.memory_in_use_bytes)}, {rate.zero_share:.0%} of it zeros"),
+        ("memory in use", memory),
     ]
     rows = [(f"{point.seconds:.1f} s", size(point.bytes)) for point in rate.curve]
     return facts(pairs) + "\n\n" + table(("WITHIN", "DIRTIED AT LEAST ONCE"), rows)
@@ -64,13 +68,18 @@ def prediction_text(prediction: Prediction) -> str:
 
 def made_from(prediction: Prediction) -> list[tuple[str, str]]:
     """The figures behind a prediction."""
-    memory = f"{size(prediction.memory_in_use_bytes)}, {prediction.zero_share:.0%} of it zeros"
+    memory = _memory(prediction.memory_in_use_bytes, prediction.zero_share, prediction.packed_share)
     dirty = f"{size(prediction.dirty_rate_bytes_per_s)}/s, {prediction.dirty_rate_origin}"
     return [
         ("memory in use", memory),
         ("dirty rate", dirty),
         ("link", _link(prediction.link)),
     ]
+
+
+def _memory(in_use_bytes: int, zero_share: float, packed_share: float) -> str:
+    text = f"{size(in_use_bytes)}, {zero_share:.0%} of it zeros"
+    return text if packed_share > _TOLD_SHARE else f"{text}; the rest packs to {packed_share:.0%}"
 
 
 def _link(link: LinkSpeed) -> str:

@@ -23,6 +23,7 @@ from migrator.model import (
     PAGE_SIZE_BYTES,
     DomainName,
     DomainState,
+    EngineKind,
     Migration,
     MigrationRequest,
     MigrationState,
@@ -30,7 +31,14 @@ from migrator.model import (
     PassKind,
 )
 from migrator.ports import HypervisorDriver
-from migrator.prediction import Figures, curve_of_passes, predict, zero_share_of_passes
+from migrator.prediction import (
+    PACKED_LINK_BYTES_PER_S,
+    Figures,
+    curve_of_passes,
+    packed_share_of_passes,
+    predict,
+    zero_share_of_passes,
+)
 from node_agent.domain_locks import DomainLocks
 from node_agent.migrations import link_speed
 
@@ -156,6 +164,7 @@ class Forecaster:
             working_set_bytes=sampled.curve[-1].bytes if sampled.curve else 0,
             memory_in_use_bytes=sampled.memory_in_use_bytes,
             zero_share=sampled.zero_share,
+            packed_share=sampled.packed_share,
             curve=sampled.curve,
         )
         while len(self._rates) >= KNOWN_MAX:
@@ -173,7 +182,9 @@ class Forecaster:
         destination = NodeName(request.destination)
         await self._learn_history()
         link = await self._known_link(destination) or await self._probe(destination)
-        return predict(_figures_of(rate, link, f"sampled over {rate.seconds:.1f} s"), request)
+        packed = self._packed_share(domain)
+        origin = f"sampled over {rate.seconds:.1f} s"
+        return predict(_figures_of(rate, link, origin, packed_share=packed), request)
 
     async def at_start(self, domain: DomainName, request: MigrationRequest) -> Prediction | None:
         """A prediction from what is known; None if that doesn't suffice. Never fails."""
@@ -210,13 +221,15 @@ class Forecaster:
         age_s = self._clock() - rate.sampled_at_s if rate is not None else 0.0
         last = self._last_migration(domain)
         if rate is not None and age_s <= KNOWN_FOR_S and not _newer(last, rate):
-            return _figures_of(rate, link, f"sampled {age_s:.0f} s before", in_use)
+            origin, packed = f"sampled {age_s:.0f} s before", self._packed_share(domain)
+            return _figures_of(rate, link, origin, in_use, packed_share=packed)
         if last is not None:
             return Figures(
                 memory_in_use_bytes=in_use,
                 curve=curve_of_passes(last.iterations),
                 link=link,
                 zero_share=_zero_share_after(last, in_use),
+                packed_share=self._packed_share(domain) or 1.0,
                 dirty_rate_origin=f"the iterations of migration {last.id}",
             )
         return None
@@ -232,6 +245,13 @@ class Forecaster:
             ):
                 return each
         return None
+
+    def _packed_share(self, domain: DomainName) -> float | None:
+        """What the page engine left of a byte in the domain's last migration; None: not known."""
+        last = self._last_migration(domain)
+        if last is None or last.request.engine is EngineKind.NATIVE:
+            return None
+        return packed_share_of_passes(last.iterations)
 
     async def known_link(self, destination: NodeName) -> LinkSpeed | None:
         """How fast the way to another node is, without measuring it; None: not known."""
@@ -260,12 +280,23 @@ def _newer(migration: Migration | None, rate: DirtyRate) -> bool:
 
 
 def _figures_of(
-    rate: DirtyRate, link: LinkSpeed, origin: str, in_use_bytes: int | None = None
+    rate: DirtyRate,
+    link: LinkSpeed,
+    origin: str,
+    in_use_bytes: int | None = None,
+    *,
+    packed_share: float | None,
 ) -> Figures:
+    """`packed_share`: as a migration has shown it, which knows the host's cores, too."""
+    if packed_share is None:
+        packed_share = 1.0
+        if link.bytes_per_s <= PACKED_LINK_BYTES_PER_S:
+            packed_share = rate.packed_share
     return Figures(
         memory_in_use_bytes=in_use_bytes or rate.memory_in_use_bytes,
         curve=rate.curve,
         link=link,
         zero_share=rate.zero_share,
+        packed_share=packed_share,
         dirty_rate_origin=origin,
     )

@@ -17,7 +17,6 @@ from migrator.model import (
     DiskFormat,
     DomainSpec,
     DomainStatus,
-    EngineKind,
     Migration,
     MigrationProgress,
     MigrationRequest,
@@ -41,7 +40,7 @@ from node_agent.hooks.service import HookService
 from node_agent.machines import MachinePinner
 from node_agent.memory_room import MemoryRoom
 from node_agent.migrations.endings import too_late
-from node_agent.migrations.engine_choice import EngineChoice
+from node_agent.migrations.engine_choice import EngineChoice, choose
 from node_agent.migrations.outline import MigrationOutline, outline_of
 from node_agent.migrations.service import MigrationService
 from node_agent.nodes import NodeRegistry
@@ -102,7 +101,7 @@ class FakeMigrations(MigrationService):
         return self.reasons
 
     async def choose_engine(self, domain: str, request: MigrationRequest) -> EngineChoice:
-        return EngineChoice(engine=EngineKind.PAGED, mode=request.mode)
+        return choose(request, not_paged=(), not_native=())
 
     async def dirty_rate(self, domain: str, seconds: float) -> DirtyRate:
         if self.unpredictable is not None:
@@ -117,6 +116,7 @@ class FakeMigrations(MigrationService):
             working_set_bytes=8 * 1024**2,
             memory_in_use_bytes=100 * 1024**2,
             zero_share=0.25,
+            packed_share=0.5,
             curve=(DirtyPoint(seconds=seconds, bytes=8 * 1024**2),),
         )
 
@@ -132,6 +132,7 @@ class FakeMigrations(MigrationService):
             curve=rate.curve,
             link=LinkSpeed(bytes_per_s=1e8, origin=LinkOrigin.PROBE, detail="1.0 MB in 10 ms"),
             zero_share=rate.zero_share,
+            packed_share=rate.packed_share,
             dirty_rate_origin=f"sampled over {rate.seconds:.1f} s",
         )
         return predict(figures, request)

@@ -142,6 +142,10 @@ async def test_a_refusal_has_every_reason_and_a_dry_run_has_them_too(
     assert (fine["destination"], fine["refused"]) == ("b", [])
     assert fine["prediction"]["converges"] is True
     assert fine["remark"] == "qemu64 a b"
+    native = {"destination": "b", "engine": "native", "mode": "hybrid"}
+    theirs = await ask(client, "POST", f"{path}?dry_run=true", native, status=200)
+    assert "pre-copy alone instead of hybrid" in theirs["engine_reason"]
+    assert theirs["prediction"]["packed_share"] == 1.0, "QEMU's own migration packs nothing"
     world.a.migrations.reasons = ["memory", "bridge"]
     result = await ask(client, "POST", f"{path}?dry_run=true", {"destination": "b"}, status=200)
     assert result["refused"] == ["memory", "bridge"]
@@ -164,6 +168,7 @@ async def test_the_dirty_rate_is_the_owners_word(client: Client, world: World, n
     path = "/v1/domains/web/migrations?dry_run=true&sample_seconds=2.5"
     dry = await ask(client, "POST", path, status=200)
     assert "sampled over 2.5 s" in dry["prediction"]["dirty_rate_origin"]
+    assert dry["prediction"]["packed_share"] == 0.5
     for wrong in ("0", "61", "soon", "nan", "-1", ""):
         problem = await ask(
             client, "GET", f"/v1/domains/web/dirty-rate?seconds={wrong}", status=400

@@ -20,6 +20,7 @@ async def test_a_dirty_rate_and_a_prediction(ferry: Ferry, world: World) -> None
     rate = (await ferry("domain", "dirty-rate", "web", "--seconds", "0.5")).out
     assert "2000 pages/s, 7.8 MiB/s" in rate
     assert "8.0 MiB in 0.5 s" in rate
+    assert "100.0 MiB, 25% of it zeros; the rest packs to 50%" in rate
     parsed = json.loads((await ferry("domain", "dirty-rate", "web", "--json")).out)
     assert parsed["memory_in_use_bytes"] == 100 * 1024**2
     await ferry("domain", "dirty-rate", "web", "--seconds", "100", code=ExitCode.USAGE)

@@ -17,6 +17,7 @@ from migrator.errors import ConflictError, EngineError, PeerError, WrongStateErr
 from migrator.figures import DirtyPoint, LinkOrigin, LinkSpeed
 from migrator.model import (
     DomainName,
+    EngineKind,
     FencingToken,
     Migration,
     MigrationId,
@@ -117,6 +118,7 @@ class Bench:
             fresh_bytes=int(seconds * 2000) * 4096,
             curve=(DirtyPoint(seconds=seconds, bytes=6 * MIB),),
             zero_share=0.5,
+            packed_share=0.4,
             memory_in_use_bytes=80 * MIB,
         )
 
@@ -236,6 +238,21 @@ async def test_the_links_speed_comes_from_migrations_then_the_interface_then_a_p
     assert link.bytes_per_s == pytest.approx(100 * MIB)
     assert link.overhead_s == pytest.approx(0.3)
     assert link.fixed_blackout_ms == pytest.approx(15.0)
+
+
+async def test_how_small_pages_become_is_the_last_migrations_word_then_the_samples(
+    bench: Bench,
+) -> None:
+    assert (await bench.forecaster.predict(WEB, REQUEST, 1.0)).packed_share == 0.4
+    bench.interface = LinkSpeed(bytes_per_s=1.2e9, origin=LinkOrigin.INTERFACE)
+    assert (await bench.forecaster.predict(WEB, REQUEST, 1.0)).packed_share == 1.0
+    first, last = migration_of().iterations
+    packed = msgspec.structs.replace(first, payload_bytes=200 * MIB, compressors=("lz4",))
+    bench.history = [migration_of(iterations=(packed, last))]
+    assert (await bench.forecaster.predict(WEB, REQUEST, 1.0)).packed_share == 0.5
+    native = msgspec.structs.replace(REQUEST, engine=EngineKind.NATIVE)
+    bench.history = [migration_of(iterations=(packed, last), request=native)]
+    assert (await bench.forecaster.predict(WEB, REQUEST, 1.0)).packed_share == 0.4
 
 
 async def test_a_prediction_at_the_start_costs_nothing_and_needs_knowledge(bench: Bench) -> None:

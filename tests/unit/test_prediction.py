@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from migrator.engine.codecs import LADDER
+from migrator.engine.packing_policy import PackingPolicy
 from migrator.figures import DirtyPoint, LinkOrigin, LinkSpeed, Prediction
 from migrator.model import (
     PAGE_SIZE_BYTES,
+    EngineKind,
     MigrationMode,
     MigrationRequest,
     OnTimeout,
@@ -17,11 +21,13 @@ from migrator.model import (
 )
 from migrator.policy import MAX_ITERATIONS, DecisionKind, decide
 from migrator.prediction import (
+    PACKED_LINK_BYTES_PER_S,
     PASS_OVERHEAD_S,
     Figures,
     after_first_pass,
     curve_of_passes,
     dirtied_bytes,
+    packed_share_of_passes,
     predict,
     zero_share_of_passes,
 )
@@ -237,6 +243,59 @@ def test_zero_pages_cost_nothing_and_figures_of_the_link_win_over_defaults() -> 
     assert found.bytes_sent == pytest.approx(10_000_000, rel=0.01)
     assert found.total_s == pytest.approx(0.1 + 0.1 + 0.02, abs=0.01)
     assert found.blackout_ms == 20.0
+
+
+def packing(share: float, dirty_rate: float = 0.0) -> Figures:
+    return msgspec.structs.replace(
+        figures(400 * 10**6, steady(dirty_rate), 1e8), packed_share=share
+    )
+
+
+def test_pages_that_are_packed_take_less_of_the_link() -> None:
+    plain, packed = predict(packing(1.0), request()), predict(packing(0.5), request())
+    assert packed.bytes_sent == pytest.approx(plain.bytes_sent / 2, rel=0.01)
+    assert packed.total_s == pytest.approx(0.5 + 2.0, abs=0.1)
+    assert (plain.packed_share, packed.packed_share) == (1.0, 0.5)
+    native = predict(packing(0.5), request(engine=EngineKind.NATIVE))
+    assert native == plain
+
+
+def test_what_writes_faster_than_plain_pages_travel_converges_if_they_are_packed() -> None:
+    hybrid = request(mode=MigrationMode.HYBRID)
+    assert predict(packing(1.0, 80e6), hybrid).post_copy
+    found = predict(packing(0.4, 80e6), hybrid)
+    assert found.converges
+    assert found.blackout_ms <= 8.0 + 50.0
+    left = predict(packing(0.4, 400e6), hybrid)
+    assert left.post_copy
+    assert left.bytes_sent == pytest.approx(0.4 * 800e6, rel=0.01), "what is left is packed, too"
+
+
+def test_a_link_too_fast_for_packing_is_the_policys() -> None:
+    policy = PackingPolicy(lambda: 2.0)
+    assert policy.could_pay(PACKED_LINK_BYTES_PER_S, LADDER)
+    assert not policy.could_pay(1.1 * PACKED_LINK_BYTES_PER_S, LADDER)
+
+
+def test_iterations_tell_how_small_pages_become() -> None:
+    first = PassReport(
+        number=1,
+        kind=PassKind.FIRST,
+        seconds=1.0,
+        pages=24_000,
+        bytes_sent=40_000_000,
+        payload_bytes=24_000 * PAGE_SIZE_BYTES,
+        compressors=("zstd-1",),
+    )
+    last = PassReport(number=2, kind=PassKind.FINAL, seconds=0.01, pages=9, bytes_sent=40_000)
+    share = packed_share_of_passes([first, last])
+    assert share == pytest.approx(0.407, abs=0.001)
+    plain = msgspec.structs.replace(first, compressors=(), bytes_sent=98_500_000)
+    assert packed_share_of_passes([plain, last]) == 1.0
+    assert packed_share_of_passes([last]) is None
+    found = after_first_pass(first, request())
+    assert found.packed_share == share
+    assert found.total_s == pytest.approx(0.5 + 1.0, abs=0.05), "as that pass has shown"
 
 
 @given(raw=CURVE, first=st.floats(0, 50), second=st.floats(0, 50), limit=MEMORY)

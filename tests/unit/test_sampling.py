@@ -1,0 +1,50 @@
+"""What a sample tells of a guest's contents."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from migrator import ranges
+from migrator.engine.memory import MappedRegion
+from migrator.engine.sampling import content_shares
+from migrator.engine_messages import RegionLayout
+
+PAGE = 4096
+PAGES = 8192
+"""More than are looked at."""
+
+
+@pytest.fixture
+def region() -> Iterator[MappedRegion]:
+    fd = os.memfd_create("region")
+    os.ftruncate(fd, PAGES * PAGE)
+    layout = RegionLayout(name="ram", size_bytes=PAGES * PAGE, page_size_bytes=PAGE)
+    yield MappedRegion(0, fd, layout)
+    os.close(fd)
+
+
+def all_of(pages: int) -> list[ranges.Ranges]:
+    return [np.array([[0, pages * PAGE]], dtype=np.int64)]
+
+
+def test_zeros_are_counted_and_the_rest_is_packed(region: MappedRegion) -> None:
+    quarter = PAGES // 4 * PAGE
+    region.view[:quarter] = os.urandom(quarter)
+    region.view[quarter : 2 * quarter] = b"an even text. \n\n" * (quarter // 16)
+    zero_share, packed_share = content_shares([region], all_of(PAGES))
+    assert zero_share == pytest.approx(0.5, abs=0.01)
+    assert packed_share == pytest.approx(0.5, abs=0.02)
+
+
+def test_what_cant_be_packed_is_left_at_that(region: MappedRegion) -> None:
+    region.view[: 300 * PAGE] = os.urandom(300 * PAGE)
+    assert content_shares([region], all_of(300)) == (0.0, 1.0)
+
+
+def test_nothing_but_zeros_and_nothing_at_all(region: MappedRegion) -> None:
+    assert content_shares([region], all_of(PAGES)) == (1.0, 1.0)
+    assert content_shares([region], [ranges.empty()]) == (0.0, 1.0)
