@@ -271,7 +271,7 @@ class Runner:
                 self._record_lane.put(self._look_at_record())
                 self._guest_lane.put(self._step(command, partial(self._on_guest, command)))
             case v.AskLeave() if isinstance(self.session, SourceSession):
-                self._leave = self._do_aside(self._ask_leave(self.session))
+                self._leave = self._do_aside(self._ask_leave(self.session, command.part))
             case v.AbortSwitchover() | v.DestroyGuest():
                 self._stop_asking()
                 self._guest_lane.clear()
@@ -289,11 +289,11 @@ class Runner:
         task.add_done_callback(self._aside.discard)
         return task
 
-    async def _ask_leave(self, session: SourceSession) -> None:
+    async def _ask_leave(self, session: SourceSession, part: v.LeavePart) -> None:
         """Not a step: hooks may take minutes. The session's own timers bound it."""
         try:
             await hold(session.role, "AskLeave")
-            self.feed(v.LeaveGiven(detail=await self._site.leave(session)))
+            self.feed(v.LeaveGiven(detail=await self._site.leave(session, part)))
         except FerryError as error:
             self.feed(v.LeaveRefused(reason=str(error)))
 

@@ -10,6 +10,7 @@ from migrator.model import FencingToken, NodeName, Role
 from migrator.session.destination import DestinationSession
 from migrator.session.messages import SessionMessage
 from migrator.session.source import SourceSession
+from migrator.session.vocabulary import LeavePart
 
 Session = SourceSession | DestinationSession
 
@@ -32,7 +33,7 @@ class Site(abc.ABC):
         """
 
     @abc.abstractmethod
-    async def leave(self, session: SourceSession) -> str:
+    async def leave(self, session: SourceSession, part: LeavePart = LeavePart.ALL) -> str:
         """Wait until the guest may be paused, for as long as it takes; says what was done for it.
 
         RefusedError: it must not be paused.

@@ -5,7 +5,8 @@ and the ownership record can be read. That may take its time. The guest runs on 
 meanwhile, so an answer that came late is followed by another pass before the pause.
 
 A hypervisor that moves the memory itself may stop the guest before that, where next to nothing is
-left. It waits for leave then, too, but not for long: what is asked may take minutes.
+left. So its hooks, which may take minutes, are asked before any memory travels, and the rest when
+it is across, as usual; a guest that stands still waits for that, too, but not for long.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from migrator.session.vocabulary import (
     Event,
     GuestReported,
     LeaveGiven,
+    LeavePart,
     LeaveRefused,
     StartTimer,
     StopTimer,
@@ -43,17 +45,26 @@ class SourceLeave(SourcePostCopy):
             return
         self._leaving = (detail, post_copy)
         self._leave_asked_at_s = self._now
-        self._do(AskLeave())
+        self._do(AskLeave(part=LeavePart.REST if self._hooks_agreed else LeavePart.ALL))
+
+    def _ask_hooks(self) -> None:
+        """Before the first pass."""
+        self._leaving = ("", False)
+        self._leave_asked_at_s = self._now
+        self._do(AskLeave(part=LeavePart.HOOKS))
 
     def _heard_of_leave(self, event: Event) -> None:
         if self._leaving is None or self.state is not MigrationState.PRECOPY:
             return
         (detail, post_copy), asked_at_s = self._leaving, self._leave_asked_at_s
+        if isinstance(event, LeaveGiven) and event.detail:
+            self._note("leave", asked_at_s, self._now, event.detail)
         match event:
+            case LeaveGiven() if not self.passes and not post_copy:
+                self._leaving, self._hooks_agreed = None, True
+                self._run_pass(PassKind.FIRST)
             case LeaveGiven():
                 self._leaving, self._leave_given = None, True
-                if event.detail:
-                    self._note("leave", asked_at_s, self._now, event.detail)
                 if post_copy or self._now - asked_at_s < _FRESH_S:
                     self._take_leave(detail, post_copy)
                 else:
@@ -75,7 +86,7 @@ class SourceLeave(SourcePostCopy):
             case TimerFired(name=TimerName.SWITCHOVER) if self._halted_at_s is not None:
                 self._give_up(
                     "the hypervisor stopped the guest by itself, as next to nothing was left, and "
-                    f"leave to go on (hooks, the store, storage) didn't come within {most_s:g} s"
+                    f"leave to go on (the store, storage) didn't come within {most_s:g} s"
                 )
             case _:
                 return False

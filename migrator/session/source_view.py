@@ -105,6 +105,8 @@ class SourceView(Session):
         """Leave to switch over was asked for: why, and whether to post-copy."""
         self._leave_asked_at_s = 0.0
         self._leave_given = False
+        self._hooks_agreed = False
+        """Ahead of the rest."""
         self._halted_at_s: float | None = None
         """Since when the guest stands still in pre-copy, as its hypervisor has stopped it."""
         self._paused_at_s: float | None = None

@@ -335,8 +335,19 @@ class EndPass(Struct, frozen=True, kw_only=True):
     number: int
 
 
+class LeavePart(enum.Enum):
+    """What is asked."""
+
+    ALL = 0
+    HOOKS = 1
+    """Alone: what may take minutes, ahead of the rest."""
+    REST = 2
+
+
 class AskLeave(Struct, frozen=True, kw_only=True):
     """Source: may the guest be paused now? LeaveGiven or LeaveRefused follows, in its own time."""
+
+    part: LeavePart = LeavePart.ALL
 
 
 class PrepareSwitchover(Struct, frozen=True, kw_only=True):

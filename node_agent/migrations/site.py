@@ -25,6 +25,7 @@ from migrator.runner import Session, Site
 from migrator.session.destination import DestinationSession
 from migrator.session.messages import SessionMessage
 from migrator.session.source import SourceSession
+from migrator.session.vocabulary import LeavePart
 from node_agent.domains import DomainService
 from node_agent.migrations.arrivals import Arrivals
 from node_agent.migrations.checks import DestinationCheck, Inspection
@@ -158,15 +159,20 @@ class NodeSite(Site):
         if reasons := await self._check.reasons(asked):
             raise RefusedError(f"{session.destination} can't take domain {session.domain}", reasons)
 
-    async def leave(self, session: SourceSession) -> str:
+    async def leave(self, session: SourceSession, part: LeavePart = LeavePart.ALL) -> str:
         await self._arrivals.wait(session.destination, session.migration_id)
         destination = NodeName(session.destination)
         narrow = await self._path.renewed(session.migration_id, session.spec, destination)
         if narrow:
             raise RefusedError(narrow[0], narrow)
-        report = await _answered(session, lambda: self._moments.before_switchover(session))
-        if report.forbidden is not None:
-            raise RefusedError(report.forbidden, [report.forbidden])
+        said = ""
+        if part is not LeavePart.REST:
+            report = await _answered(session, lambda: self._moments.before_switchover(session))
+            if report.forbidden is not None:
+                raise RefusedError(report.forbidden, [report.forbidden])
+            said = report.sentence
+        if part is LeavePart.HOOKS:
+            return said
         # Last, and as late as can be: what answers now does so in the next moment, too.
         domain = DomainName(session.domain)
         record = await _answered(session, lambda: self._ownership.read(domain))
@@ -174,7 +180,7 @@ class NodeSite(Site):
             reason = f"domain {domain} is not {session.source}'s any more: {record}"
             raise RefusedError(reason, [reason])
         await self._storage.wait(session.spec, destination, FencingToken(session.next_token))
-        return report.sentence
+        return said
 
     async def destroy(self, session: Session) -> None:
         if not self._is_ours(session):

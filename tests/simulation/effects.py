@@ -49,7 +49,7 @@ def begin(side: Side, command: v.Command) -> None:
         case v.SwapRecord() | v.ReadRecord():
             side.record_lane.put(_step(side, command, partial(_on_record, side, agent, command)))
         case v.AskLeave():
-            agent.spawn(_ask_leave(side, agent))
+            agent.spawn(_ask_leave(side, agent, command.part))
         case v.PrepareIncoming():
             side.guest_lane.put(
                 _step(side, command, partial(_prepare_incoming, side, session, agent))
@@ -108,7 +108,7 @@ async def _on_record(side: Side, agent: Agent, command: v.SwapRecord | v.ReadRec
         return v.RecordRead(known=False)
 
 
-async def _ask_leave(side: Side, agent: Agent) -> None:
+async def _ask_leave(side: Side, agent: Agent, part: v.LeavePart) -> None:
     """Hooks take their time, and it waits for the store; the session's timers bound it."""
     session = side.session
     assert isinstance(session, SourceSession)
@@ -116,7 +116,7 @@ async def _ask_leave(side: Side, agent: Agent) -> None:
         await agent.trip(SLOW_S)
     event: v.Event
     try:
-        event = v.LeaveGiven(detail=await agent.site.leave(session))
+        event = v.LeaveGiven(detail=await agent.site.leave(session, part))
     except FerryError as error:
         event = v.LeaveRefused(reason=str(error))
     if side.session is session:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from migrator.model import MigrationMode, MigrationState, OnTimeout, PassKind, PassReport
+from migrator.model import (
+    EngineKind,
+    MigrationMode,
+    MigrationState,
+    OnTimeout,
+    PassKind,
+    PassReport,
+)
 from migrator.ports import AbortOutcome, DomainEventKind
 from migrator.session import vocabulary as v
 from tests.unit.session_pair import SOURCE, SessionPair
@@ -63,6 +70,50 @@ def test_a_refusal_ends_the_migration_and_the_guest_stays() -> None:
     assert pair.resumed_on == []
 
 
+# --- a hypervisor that moves the memory itself: it may stop the guest any time ---
+
+
+def asking_hooks() -> SessionPair:
+    pair = SessionPair()
+    pair.source.request = msgspec.structs.replace(
+        pair.request, engine=EngineKind.NATIVE, mode=MigrationMode.PRECOPY
+    )
+    pair.silence(v.AskLeave)
+    pair.run()
+    return pair
+
+
+def parts(pair: SessionPair) -> list[v.LeavePart]:
+    return [each.part for _, each in pair.given if isinstance(each, v.AskLeave)]
+
+
+def test_its_hooks_are_asked_before_any_memory_travels_and_the_rest_when_it_is_across() -> None:
+    pair = asking_hooks()
+    assert parts(pair) == [v.LeavePart.HOOKS]
+    assert passes(pair) == []
+    pair.now_s += 20.0
+    pair.push(pair.source, v.LeaveGiven(detail="lb done"))
+    pair.run()
+    assert parts(pair) == [v.LeavePart.HOOKS, v.LeavePart.REST]
+    assert passes(pair) == [PassKind.FIRST]
+    pair.push(pair.source, v.LeaveGiven())
+    assert pair.run() == ENDED_AWAY
+    assert passes(pair) == [PassKind.FIRST, PassKind.FINAL], "the hooks' time costs no pass"
+    assert [each.detail for each in pair.source.timeline if each.name == "leave"] == ["lb done"]
+
+
+def test_hooks_that_forbid_it_end_it_before_any_memory_travels() -> None:
+    pair = asking_hooks()
+    pair.push(pair.source, v.LeaveRefused(reason="hook lb: black friday"))
+    assert pair.run() == (MigrationState.FAILED, MigrationState.CANCELLED)
+    assert passes(pair) == []
+    assert pair.source.error == "hook lb: black friday"
+
+
+def test_a_page_engine_asks_all_at_once() -> None:
+    assert parts(waiting()) == [v.LeavePart.ALL]
+
+
 # --- a guest that its hypervisor has stopped by itself ---
 
 
@@ -88,7 +139,7 @@ def test_a_guest_that_stands_still_doesnt_wait_for_long(on_timeout: OnTimeout) -
     assert pair.now_s - began_s == pytest.approx(2.0, abs=0.1)
     assert pair.source.error == (
         "the hypervisor stopped the guest by itself, as next to nothing was left, and leave to go "
-        "on (hooks, the store, storage) didn't come within 2 s"
+        "on (the store, storage) didn't come within 2 s"
     )
     resumed = v.GuestReported(kind=DomainEventKind.RESUMED, at_s=pair.now_s)
     pair.push(pair.source, resumed)
