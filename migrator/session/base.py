@@ -59,6 +59,9 @@ class Timing(Struct, frozen=True, kw_only=True):
     one another again."""
     inquire_s: float = 15.0
     """Between questions whether the other side has given up: its word may be lost."""
+    stands_s: float = 60.0
+    """That an iteration may stand still once the request's time is over: longer than a link may be
+    away. Its engine hangs then."""
     depart_s: float = 1.5
     """That a switchover's network part may take before the pause: the guest runs on meanwhile."""
     switchover_s: float = 2.0

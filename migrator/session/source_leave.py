@@ -98,7 +98,15 @@ class SourceLeave(SourcePostCopy):
         if self.mode is MigrationMode.PRECOPY and request.on_timeout is not OnTimeout.FORCE:
             self._give_up(f"not converged within {request.timeout_s:g} s")
             return
+        stands_s = self.timing.stands_s
+        if self._forced and self._pass_running and self._now - self._moved_at_s >= stands_s:
+            self._give_up(
+                f"not done within {request.timeout_s:g} s, and its iteration has stood still for "
+                f"{stands_s:g} s: its engine doesn't answer"
+            )
+            return
         self._forced = True
+        self._do(StartTimer(name=TimerName.TOTAL, seconds=stands_s))
         if self.mode is MigrationMode.HYBRID and self._pass_running and not self.post_copy:
             # What it doesn't send follows the guest. A forced pause waits for its end: there each
             # page that was not sent lengthens the blackout.

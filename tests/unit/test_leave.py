@@ -206,6 +206,36 @@ def test_it_can_be_cancelled_while_it_waits_and_late_leave_is_ignored() -> None:
     assert "BeginSwitchover" not in pair.commands(SOURCE)
 
 
+@pytest.mark.parametrize(
+    ("mode", "on_timeout"),
+    [(MigrationMode.HYBRID, OnTimeout.CANCEL), (MigrationMode.PRECOPY, OnTimeout.FORCE)],
+)
+def test_an_engine_that_hangs_when_the_time_is_over_ends_it(
+    mode: MigrationMode, on_timeout: OnTimeout
+) -> None:
+    """Nothing did: what is left was to follow the guest, or the pause to be forced."""
+    pair = SessionPair()
+    pair.source.request = msgspec.structs.replace(pair.request, mode=mode, on_timeout=on_timeout)
+    pair.silence(v.RunPass)
+    pair.run()
+    over = v.TimerFired(name=v.TimerName.TOTAL)
+    pair.push(pair.source, over)
+    assert pair.run()[0] is MigrationState.PRECOPY
+    assert (SOURCE, v.TimerName.TOTAL) in pair.timers
+    pair.now_s += 59.0
+    moved = v.EngineReported(bytes_sent=1, remaining_bytes=1, throughput_bytes_per_s=None)
+    pair.push(pair.source, moved)
+    pair.run()
+    pair.now_s += 59.0
+    pair.push(pair.source, over)
+    assert pair.run()[0] is MigrationState.PRECOPY, "it has moved"
+    pair.now_s += 61.0
+    pair.push(pair.source, over)
+    assert pair.run()[0] is MigrationState.FAILED
+    assert "its engine doesn't answer" in (pair.source.error or "")
+    assert pair.record.owner == "n1"
+
+
 def test_the_time_is_over_while_it_waits() -> None:
     pair = waiting()
     pair.push(pair.source, v.TimerFired(name=v.TimerName.TOTAL))
