@@ -93,7 +93,8 @@ def predict(figures: Figures, request: MigrationRequest) -> Prediction:
     memory_bytes = figures.memory_in_use_bytes
     content_bytes = int(memory_bytes * (1.0 - figures.zero_share))
     rate = max(1.0, speed(figures.link, request.bandwidth_bytes_per_s))
-    packed = 1.0 if request.engine is EngineKind.NATIVE else figures.packed_share
+    plain = request.engine is EngineKind.NATIVE or rate > PACKED_LINK_BYTES_PER_S
+    packed = 1.0 if plain else figures.packed_share
 
     def dirtied(seconds: float) -> int:
         return dirtied_bytes(figures.curve, seconds, memory_bytes)
@@ -214,10 +215,12 @@ def zero_share_of_passes(passes: Sequence[PassReport]) -> float:
 
 
 def packed_share_of_passes(passes: Sequence[PassReport]) -> float | None:
-    """What a migration's iterations left of a byte; None: they sent too little to tell."""
+    """What a migration's iterations left of a byte; None: they sent too little to tell, or so fast
+    that little would have been packed in any case.
+    """
     sending = [each for each in passes if each.kind in (PassKind.FIRST, PassKind.DIRTY)]
     payload_bytes = sum(each.payload_bytes for each in sending)
-    if payload_bytes < _PACKED_TOLD_BYTES:
+    if payload_bytes < _PACKED_TOLD_BYTES or throughput(sending) > PACKED_LINK_BYTES_PER_S:
         return None
     if not any(each.compressors for each in sending):
         return 1.0

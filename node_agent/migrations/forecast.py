@@ -32,7 +32,6 @@ from migrator.model import (
 )
 from migrator.ports import HypervisorDriver
 from migrator.prediction import (
-    PACKED_LINK_BYTES_PER_S,
     Figures,
     curve_of_passes,
     packed_share_of_passes,
@@ -288,15 +287,11 @@ def _figures_of(
     packed_share: float | None,
 ) -> Figures:
     """`packed_share`: as a migration has shown it, which knows the host's cores, too."""
-    if packed_share is None:
-        packed_share = 1.0
-        if link.bytes_per_s <= PACKED_LINK_BYTES_PER_S:
-            packed_share = rate.packed_share
     return Figures(
         memory_in_use_bytes=in_use_bytes or rate.memory_in_use_bytes,
         curve=rate.curve,
         link=link,
         zero_share=rate.zero_share,
-        packed_share=packed_share,
+        packed_share=rate.packed_share if packed_share is None else packed_share,
         dirty_rate_origin=origin,
     )

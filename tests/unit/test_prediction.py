@@ -258,6 +258,11 @@ def test_pages_that_are_packed_take_less_of_the_link() -> None:
     assert (plain.packed_share, packed.packed_share) == (1.0, 0.5)
     native = predict(packing(0.5), request(engine=EngineKind.NATIVE))
     assert native == plain
+    fast = msgspec.structs.replace(
+        packing(0.5), link=LinkSpeed(bytes_per_s=1e9, origin=LinkOrigin.PROBE)
+    )
+    assert predict(fast, request()).packed_share == 1.0
+    assert predict(fast, request(bandwidth_bytes_per_s=10**7)).packed_share == 0.5
 
 
 def test_what_writes_faster_than_plain_pages_travel_converges_if_they_are_packed() -> None:
@@ -292,6 +297,8 @@ def test_iterations_tell_how_small_pages_become() -> None:
     assert share == pytest.approx(0.407, abs=0.001)
     plain = msgspec.structs.replace(first, compressors=(), bytes_sent=98_500_000)
     assert packed_share_of_passes([plain, last]) == 1.0
+    fast = msgspec.structs.replace(plain, seconds=0.1)
+    assert packed_share_of_passes([fast, last]) is None, "nothing is packed that fast"
     assert packed_share_of_passes([last]) is None
     found = after_first_pass(first, request())
     assert found.packed_share == share
