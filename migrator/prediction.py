@@ -45,6 +45,8 @@ PASS_OVERHEAD_S: Final = 0.002
 """Of each iteration: scan, acknowledgement, decision."""
 PACKED_LINK_BYTES_PER_S: Final = 400e6
 """On a faster link pages aren't packed: one core isn't so much faster (`packing_policy`)."""
+_PACK_BYTES_PER_S: Final = 0.5e9
+"""Of guest memory: what one core packs by LZ4, copying included (`codecs.LADDER`)."""
 _PACKED_TOLD_BYTES: Final = 4 * 1024 * 1024
 """Of pages in iterations: fewer don't tell how small a guest's become."""
 _PAGE_HEADER_BYTES: Final = 8
@@ -154,7 +156,9 @@ def _play(
     pending_bytes = content_bytes
     for number in itertools.count(1):
         wire_bytes, cut_bytes = _wire_bytes(pending_bytes, packed_share), 0
-        seconds = wire_bytes / rate + PASS_OVERHEAD_S
+        # What one core can't pack goes plain.
+        most_bytes_per_s = rate + _PACK_BYTES_PER_S * (1.0 - packed_share)
+        seconds = max(wire_bytes / rate, pending_bytes / most_bytes_per_s) + PASS_OVERHEAD_S
         late_s = sum(each.seconds for each in passes) + seconds - request.timeout_s
         if late_s > 0.0 and request.mode is MigrationMode.HYBRID:
             # It is ended early, and what it has not sent follows the guest.

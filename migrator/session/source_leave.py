@@ -95,6 +95,9 @@ class SourceLeave(SourcePostCopy):
     def _time_is_over(self) -> None:
         """The request's `timeout_s`, in pre-copy."""
         request = self.request
+        if self._leaving is not None and not (self._leaving[1] or self.passes):
+            self._give_up(f"not done within {request.timeout_s:g} s: its hooks took all of it")
+            return
         if self.mode is MigrationMode.PRECOPY and request.on_timeout is not OnTimeout.FORCE:
             self._give_up(f"not converged within {request.timeout_s:g} s")
             return

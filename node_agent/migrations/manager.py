@@ -239,7 +239,7 @@ class MigrationManager(MigrationService):
             try:
                 await self._publisher.write(session.view())
             except BaseException:  # It may have been carried out.
-                self._ends.look_again()
+                self._ends.look_again(migration)
                 raise
         except BaseException:
             self._domains.locks.release_from_migration(name, migration)

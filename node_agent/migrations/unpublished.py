@@ -64,6 +64,10 @@ class MigrationEnds:
         """That have ended and aren't published."""
         self._unseen: dict[str, Migration] = {}
         """As they are to be published. A write that failed may be in the store all the same."""
+        self._late: set[str] = set()
+        """Of `_sessions` those that `Publisher.end` has given up."""
+        self._never_began: set[str] = set()
+        """No hook of theirs was run, and none is at their end: it may be another's turn by then."""
         self._asked = asyncio.Event()
         self._task = Background("migration-ends")
 
@@ -84,10 +88,12 @@ class MigrationEnds:
         if await self._publisher.end(session):
             self._published(session)
         else:
+            self._late.add(session.migration_id)
             self._asked.set()
 
-    def look_again(self) -> None:
-        """The store may have a migration of this node that never began."""
+    def look_again(self, never_began: str) -> None:
+        """The store may have that migration, whose `create` failed."""
+        self._never_began.add(never_began)
         self._asked.set()
 
     async def _run(self) -> None:
@@ -103,8 +109,10 @@ class MigrationEnds:
 
     async def _publish_all(self) -> None:
         """StoreError: some are left as they were."""
-        for session in list(self._sessions.values()):
+        never_began = set(self._never_began)
+        for session in [self._sessions[each] for each in self._late]:
             await self._publisher.end_late(session)
+            self._late.discard(session.migration_id)
             log.info("migration %s: its end is published", session.migration_id)
             self._published(session)
         for outline in await self._publisher.read_outlines():
@@ -116,7 +124,9 @@ class MigrationEnds:
         for ended in list(self._unseen.values()):
             await self._publisher.end_without_session(ended)
             del self._unseen[ended.id]
-            self._aside(self._after_unseen_end(ended))
+            if ended.id not in self._never_began:
+                self._aside(self._after_unseen_end(ended))
+        self._never_began -= never_began
 
     def _is_left(self, outline: MigrationOutline) -> bool:
         known = outline.id in self._sessions or outline.id in self._unseen

@@ -110,6 +110,17 @@ def test_hooks_that_forbid_it_end_it_before_any_memory_travels() -> None:
     assert pair.source.error == "hook lb: black friday"
 
 
+@pytest.mark.parametrize("on_timeout", OnTimeout)
+def test_hooks_that_take_all_of_its_time_end_it_too(on_timeout: OnTimeout) -> None:
+    """Forced after one pass the guest would stand still for all that it wrote meanwhile."""
+    pair = asking_hooks()
+    pair.source.request = msgspec.structs.replace(pair.source.request, on_timeout=on_timeout)
+    pair.push(pair.source, v.TimerFired(name=v.TimerName.TOTAL))
+    assert pair.run()[0] is MigrationState.FAILED
+    assert "its hooks took all of it" in (pair.source.error or "")
+    assert passes(pair) == []
+
+
 def test_a_page_engine_asks_all_at_once() -> None:
     assert parts(waiting()) == [v.LeavePart.ALL]
 

@@ -276,6 +276,12 @@ def test_what_writes_faster_than_plain_pages_travel_converges_if_they_are_packed
     assert left.bytes_sent == pytest.approx(0.4 * 800e6, rel=0.01), "what is left is packed, too"
 
 
+def test_what_packs_well_travels_no_faster_than_a_core_packs() -> None:
+    found = predict(packing(0.02, 700e6), request())
+    assert not found.converges, "575 MB/s, of which the link carries 100"
+    assert predict(packing(0.02), request()).total_s == pytest.approx(0.5 + 400 / 590, abs=0.05)
+
+
 def test_a_link_too_fast_for_packing_is_the_policys() -> None:
     policy = PackingPolicy(lambda: 2.0)
     assert policy.could_pay(PACKED_LINK_BYTES_PER_S, LADDER)

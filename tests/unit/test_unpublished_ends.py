@@ -180,16 +180,18 @@ async def test_an_end_is_told_though_the_answer_to_its_write_was_lost(
                 raise StoreError("whether it was written isn't known")
 
         monkeypatch.setattr(Publisher, "write", unheard)
-        world.a.manager._ends.look_again()
+        world.a.manager._ends.look_again("m-none")
         await world.until(lambda: HookPoint.ON_FAILURE in noted.points)
         assert (await published(world, "left")).state is _S.FAILED
         assert len(await told(world, "left", EventKind.MIGRATION_FAILED)) == 1
 
 
 async def test_a_beginning_that_was_written_though_it_failed_is_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: NotedHooks
 ) -> None:
+    """No hook of it was run; at its end one could put back what another migration has taken out."""
     async with migration_world(tmp_path, monkeypatch) as world:
+        await add_hook(world)
         write = Publisher.write
 
         async def unheard(publisher: Publisher, migration: Migration) -> None:
@@ -204,6 +206,8 @@ async def test_a_beginning_that_was_written_though_it_failed_is_ended(
         ended = await published(world, found.id)
         assert ended.state is _S.FAILED
         assert ended.error is not None and ended.error.startswith("it never began")
+        await world.until(lambda: not world.a.manager._asides.tasks)
+        assert HookPoint.ON_FAILURE not in noted.points
         assert world.running() == ["a"]
         assert (await world.ended(await world.migrate())).state is _S.COMPLETED
 
@@ -224,7 +228,7 @@ async def test_what_is_alive_here_is_not_ended(
 
         async def look() -> None:
             wanted = looked() + 1
-            world.a.manager._ends.look_again()
+            world.a.manager._ends.look_again("m-none")
             await world.until(lambda: looked() >= wanted)
 
         async def look_well() -> None:
