@@ -95,6 +95,8 @@ class EngineDriver:
         self._has_spoken: EngineProcess | None = None
         """Until then its imports may take as long as a host lets them, within FIRST_WORD_S."""
         self._process_since = 0.0
+        self._words = 0
+        """Of all engines."""
         self._turns = Turns(f"migration-{session.migration_id}-engine", self._lost, STOP_S)
 
     def perform(self, command: v.EngineCommand) -> None:
@@ -335,11 +337,11 @@ class EngineDriver:
 
     async def _hangs(self, seconds: float) -> None:
         """Another one takes its place, unless it may be all that has the guest's pages."""
-        generation = self._generation
+        generation, words = self._generation, self._words
         reason = f"it has said nothing for {seconds:g} s"
         alone = not await self._memory_is_there()
-        if self._stopping or generation != self._generation:
-            return
+        if self._stopping or (generation, words) != (self._generation, self._words):
+            return  # It has answered meanwhile, too: what stalled was the host.
         log.error("migration %s: its engine: %s", self._session.migration_id, reason)
         if not alone:
             self._stopping = True
@@ -373,6 +375,7 @@ class EngineDriver:
 
     def _note_life(self) -> None:
         self._has_spoken = self._process
+        self._words += 1
         self._watch.heard()
         if self._hangs_noted:
             self._hangs_noted = False

@@ -267,6 +267,27 @@ async def test_what_hangs_with_the_only_pages_is_asked_no_more_than_it_can_be(
     await world.driver.close()
 
 
+@pytest.mark.parametrize("alone", [True, False])
+async def test_one_that_answers_while_it_is_judged_doesnt_hang(
+    world: _World, monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    """It was noted as hanging then, asked no more, and replaced once QEMU went on, too."""
+    await world.perform(v.StartEngine(post_copy=True))
+    await world.perform(CONNECT)
+    world.driver._note_life()
+
+    async def answers() -> bool:
+        world.driver._note_life()
+        return not alone
+
+    monkeypatch.setattr(world.driver, "_memory_is_there", answers)
+    await world.driver._hangs(15.0)
+    assert world.heard == []
+    assert world.driver._ask()
+    assert world.spares.taken[0].told[-1] == m.Ping()
+    await world.driver.close()
+
+
 async def test_one_that_cant_be_told_anything_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
