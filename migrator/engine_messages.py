@@ -261,6 +261,7 @@ class DirtySampled(Message, frozen=True, kw_only=True):
     curve: tuple[DirtyPoint, ...]
     zero_share: float = 0.0
     packed_share: float = 1.0
+    dirtied_packed_share: float | None = None
     memory_in_use_bytes: int = 0
 
 

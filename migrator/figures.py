@@ -51,6 +51,8 @@ class DirtyRate(Figure, frozen=True, kw_only=True):
     """The share of it that is pages of zeros, which aren't sent; from a sample of pages."""
     packed_share: float = 1.0
     """What LZ4 leaves of a byte of the others; from the same sample."""
+    dirtied_packed_share: float | None = None
+    """What it leaves of a byte of the pages that were dirtied; None: none was."""
     curve: tuple[DirtyPoint, ...]
 
 
@@ -106,5 +108,7 @@ class Prediction(Figure, frozen=True, kw_only=True):
     link: LinkSpeed
     packed_share: float = 1.0
     """What is left on the wire of a byte that isn't of a page of zeros."""
+    dirtied_packed_share: float = 1.0
+    """The same, of the pages that the guest dirties meanwhile."""
     post_copy: bool = False
     """What pre-copy leaves follows after the switchover."""

@@ -32,6 +32,8 @@ from migrator.disks import PoolRoom as PoolRoom
 from migrator.disks import TlsPsk as TlsPsk
 from migrator.disks import VolumeInfo as VolumeInfo
 from migrator.figures import Prediction
+from migrator.iterations import PassKind as PassKind
+from migrator.iterations import PassReport as PassReport
 from migrator.names import END as END
 from migrator.names import FileName as FileName
 from migrator.names import MacAddress as MacAddress
@@ -347,45 +349,6 @@ class MigrationState(enum.StrEnum):
 class Role(enum.StrEnum):
     SOURCE = "source"
     DESTINATION = "destination"
-
-
-class PassKind(enum.StrEnum):
-    """Which pages an iteration sends."""
-
-    FIRST = "first"
-    """Every populated extent."""
-    DIRTY = "dirty"
-    """What is pending: dirtied since it was last sent."""
-    FINAL = "final"
-    """The guest is paused: pending plus a last scan. Done only when the destination holds all."""
-    STALE = "stale"
-    """Before post-copy, the guest still runs: what is pending is dropped at the destination."""
-    MISSING = "missing"
-    """Post-copy, the guest is paused: what is pending after a last scan is told, not sent."""
-
-
-class PassReport(Value, frozen=True, kw_only=True):
-    """What one iteration did. `pending_pages` were dirtied meanwhile, and not told as missing."""
-
-    number: int
-    kind: PassKind
-    seconds: float
-    pages: int
-    bytes_sent: int
-    """On the wire, headers included."""
-    zero_pages: int = 0
-    pending_pages: int = 0
-    scan_seconds: float = 0.0
-    payload_bytes: int = 0
-    """Of guest memory in `pages`: more than `bytes_sent` where pages were compressed."""
-    compressors: tuple[str, ...] = ()
-    """What compressed them, like zstd-1: that of the most pages first."""
-    same_pages: int = 0
-    """Dirtied and not sent: by a hash they are as they were sent before."""
-    deferred_pages: int = 0
-    """Not sent, because the guest had dirtied them by then: they are among `pending_pages`."""
-    cut_pages: int = 0
-    """Not sent, because the iteration was ended early: they are among `pending_pages`, too."""
 
 
 class Phase(Value, frozen=True, kw_only=True):

@@ -6,6 +6,9 @@ as p / r (r without a bandwidth cap, where it is known) plus a fixed cost for st
 state and handoff. Another pass is worth
 its time while it shrinks p; p shrinks geometrically by d / r, so it stops where d >= r.
 
+Hybrid ends pre-copy sooner: as soon as a pass doesn't leave far less than it sent. Where pages are
+packed it goes on for as long as the guest's memory would have taken unpacked (`_fits_saved_time`).
+
 A guest's dirty rate oscillates, so one pass that didn't shrink is no verdict (other systems kill
 migrations by such timers): the best of the last `WINDOW` passes is held against the best before.
 """
@@ -30,6 +33,9 @@ WINDOW: Final = 3
 MAX_ITERATIONS: Final = 30
 HYBRID_GAIN_SHARE: Final = 0.5
 """Hybrid: after a pass that leaves more than this share of what it sent the next doesn't pay."""
+SAVED_TIME_SHARE: Final = 0.75
+"""The same, where packing has saved time for it: three seconds for each that post-copy is shorter.
+"""
 STREAM_BYTES_PER_S: Final = 1.4e9
 """What one page stream carries into cold memory, plain (measured on a slow core)."""
 TLS_STREAM_BYTES_PER_S: Final = 0.7e9
@@ -145,18 +151,23 @@ def decide(
 
     if last.pending_pages <= FLOOR_PAGES and fits:
         return decision(DecisionKind.SWITCH_OVER, f"{last.pending_pages} pages left")
+    saved_time = ""
     if mode is MigrationMode.HYBRID and not fits and not _pays(last):
-        return decision(
-            DecisionKind.POST_COPY,
-            f"{pending_bytes / 1e6:.1f} MB are left of {last.bytes_sent / 1e6:.1f} MB sent: "
-            f"another iteration doesn't pay (the guest dirties {dirty_rate(last) / 1e6:.1f} MB/s, "
-            f"the link carries {rate / 1e6:.1f} MB/s)",
-        )
+        if not _fits_saved_time(passes, rate):
+            return decision(
+                DecisionKind.POST_COPY,
+                f"{pending_bytes / 1e6:.1f} MB are left of {_went_bytes(last) / 1e6:.1f} MB sent: "
+                "another iteration doesn't pay (the guest dirties "
+                f"{dirty_rate(last) / 1e6:.1f} MB/s, the link carries {rate / 1e6:.1f} MB/s)",
+            )
+        saved_time = ", in time that packing has saved"
     shrinks = _shrinks(passes, window=1 if fits else WINDOW)
     if len(passes) >= MAX_ITERATIONS:
         shrinks = False
     if shrinks:
-        return decision(DecisionKind.ITERATE, f"{last.pending_pages} pages left, and shrinking")
+        return decision(
+            DecisionKind.ITERATE, f"{last.pending_pages} pages left, and shrinking{saved_time}"
+        )
     if fits:
         return decision(
             DecisionKind.SWITCH_OVER,
@@ -190,8 +201,32 @@ def _pays(last: PassReport) -> bool:
     written it already, took none of its time: a guest that writes twice as fast as the link carries
     would seem to write slower the more is left out.
     """
-    went_bytes = max(last.bytes_sent, last.payload_bytes)  # Compressed, it is fewer on the wire.
-    return last.pending_pages * PAGE_SIZE_BYTES <= HYBRID_GAIN_SHARE * went_bytes
+    return last.pending_pages * PAGE_SIZE_BYTES <= HYBRID_GAIN_SHARE * _went_bytes(last)
+
+
+def _went_bytes(one: PassReport) -> int:
+    """Of guest memory. Packed, it is fewer on the wire; where nothing is known of that, as many."""
+    return max(one.bytes_sent, one.payload_bytes)
+
+
+def _fits_saved_time(passes: Sequence[PassReport], rate: float) -> bool:
+    """Whether another pass, and the post-copy after it, end before the guest's memory would have
+    crossed the link once without being packed; and whether it leaves less than is pending now.
+
+    So what packing saves is spent on the guest: what follows it is less, and it waits for less. Of
+    pages that can't be packed nothing was saved, and each further pass would only take longer.
+    """
+    last = passes[-1]
+    share = last.pending_packed_share
+    if share is None:
+        return False
+    pending_bytes = last.pending_pages * PAGE_SIZE_BYTES
+    pass_s = share * pending_bytes / rate
+    left_bytes = dirty_rate(last) * pass_s
+    spent_s = sum(each.seconds for each in passes)
+    plain_s = (_went_bytes(passes[0]) + passes[0].deferred_pages * PAGE_SIZE_BYTES) / rate
+    shrinks = left_bytes <= SAVED_TIME_SHARE * pending_bytes
+    return shrinks and spent_s + pass_s + share * left_bytes / rate <= plain_s
 
 
 def _shrinks(passes: Sequence[PassReport], window: int) -> bool:

@@ -4,7 +4,7 @@ The prediction plays the migration: each iteration sends what is pending at the 
 and meanwhile the guest dirties as many pages as its dirty curve has for so many seconds. After
 each iteration `policy.decide` is asked, as the session asks it. So prediction and migration can
 differ in their figures, never in their reasoning. Pages that are made smaller take less of the
-link: by how much is a figure, too (`packed_share`); what goes while the guest stands still is too
+link: by how much is a figure, too (`PackedShares`); what goes while the guest stands still is too
 little to be packed.
 
 What follows from that, and is tested: where the number of iterations stays the same, a faster link
@@ -53,6 +53,19 @@ _PAGE_HEADER_BYTES: Final = 8
 """What the stream adds to a page, at most (a range's header, for a scattered page)."""
 
 
+class PackedShares(Struct, frozen=True, kw_only=True):
+    """What is left on the wire of a byte that the page engine sends."""
+
+    memory: float = 1.0
+    """Of the memory in use but its pages of zeros."""
+    dirtied: float = 1.0
+    """Of what the guest dirties meanwhile."""
+
+
+PLAIN: Final = PackedShares()
+"""Nothing is packed."""
+
+
 class Figures(Struct, frozen=True, kw_only=True):
     """What a prediction is made from."""
 
@@ -62,8 +75,8 @@ class Figures(Struct, frozen=True, kw_only=True):
     link: LinkSpeed
     zero_share: float = 0.0
     """Of the memory in use: pages of zeros, which cost next to nothing."""
-    packed_share: float = 1.0
-    """What is left of a byte of the others on the wire, where the page engine sends them."""
+    packed: PackedShares = PLAIN
+    """Where the page engine packs at all."""
     dirty_rate_origin: str = ""
 
 
@@ -96,7 +109,7 @@ def predict(figures: Figures, request: MigrationRequest) -> Prediction:
     content_bytes = int(memory_bytes * (1.0 - figures.zero_share))
     rate = max(1.0, speed(figures.link, request.bandwidth_bytes_per_s))
     plain = request.engine is EngineKind.NATIVE or rate > PACKED_LINK_BYTES_PER_S
-    packed = 1.0 if plain else figures.packed_share
+    packed = PLAIN if plain else figures.packed
 
     def dirtied(seconds: float) -> int:
         return dirtied_bytes(figures.curve, seconds, memory_bytes)
@@ -118,7 +131,7 @@ def predict(figures: Figures, request: MigrationRequest) -> Prediction:
     seconds = sum(each.seconds for each in passes)
     if post_copy:  # Within the cap, but for what the guest waits for.
         blackout_ms = fixed_ms
-        last_wire_bytes = _wire_bytes(last_bytes, packed)
+        last_wire_bytes = _wire_bytes(last_bytes, packed.dirtied)
         seconds += last_wire_bytes / rate
     elif not in_time and not switches:
         seconds = request.timeout_s
@@ -132,7 +145,8 @@ def predict(figures: Figures, request: MigrationRequest) -> Prediction:
         blackout_ms=blackout_ms,
         memory_in_use_bytes=memory_bytes,
         zero_share=figures.zero_share,
-        packed_share=packed,
+        packed_share=packed.memory,
+        dirtied_packed_share=packed.dirtied,
         dirty_rate_bytes_per_s=dirtied(passes[0].seconds) / passes[0].seconds,
         dirty_rate_origin=figures.dirty_rate_origin,
         link=link,
@@ -143,7 +157,7 @@ def predict(figures: Figures, request: MigrationRequest) -> Prediction:
 def _play(
     content_bytes: int,
     rate: float,
-    packed_share: float,
+    packed: PackedShares,
     dirtied: Callable[[float], int],
     request: MigrationRequest,
     link_bytes_per_s: float | None,
@@ -155,16 +169,17 @@ def _play(
     passes: list[PassReport] = []
     pending_bytes = content_bytes
     for number in itertools.count(1):
-        wire_bytes, cut_bytes = _wire_bytes(pending_bytes, packed_share), 0
+        share = packed.memory if number == 1 else packed.dirtied
+        wire_bytes, cut_bytes = _wire_bytes(pending_bytes, share), 0
         # What one core can't pack goes plain.
-        most_bytes_per_s = rate + _PACK_BYTES_PER_S * (1.0 - packed_share)
+        most_bytes_per_s = rate + _PACK_BYTES_PER_S * (1.0 - share)
         seconds = max(wire_bytes / rate, pending_bytes / most_bytes_per_s) + PASS_OVERHEAD_S
         late_s = sum(each.seconds for each in passes) + seconds - request.timeout_s
         if late_s > 0.0 and request.mode is MigrationMode.HYBRID:
             # It is ended early, and what it has not sent follows the guest.
             seconds -= late_s
             wire_bytes = int(wire_bytes * seconds / (seconds + late_s))
-            cut_bytes = max(pending_bytes - int(wire_bytes / packed_share), 0)
+            cut_bytes = max(pending_bytes - int(wire_bytes / share), 0)
         most_bytes = max(content_bytes, pending_bytes)
         payload_bytes = pending_bytes - cut_bytes
         pending_bytes = dirtied(seconds)
@@ -180,6 +195,7 @@ def _play(
                 payload_bytes=payload_bytes,
                 pending_pages=pending_bytes // PAGE_SIZE_BYTES,
                 cut_pages=cut_bytes // PAGE_SIZE_BYTES,
+                pending_packed_share=None if packed == PLAIN else packed.dirtied,
             )
         )
         decision = decide(passes, request.downtime_limit_ms, request.mode, link_bytes_per_s)
@@ -218,11 +234,21 @@ def zero_share_of_passes(passes: Sequence[PassReport]) -> float:
     return 0.0
 
 
-def packed_share_of_passes(passes: Sequence[PassReport]) -> float | None:
+def packed_shares_of_passes(passes: Sequence[PassReport]) -> PackedShares | None:
     """What a migration's iterations left of a byte; None: they sent too little to tell, or so fast
     that little would have been packed in any case.
     """
-    sending = [each for each in passes if each.kind in (PassKind.FIRST, PassKind.DIRTY)]
+    first = [each for each in passes if each.kind is PassKind.FIRST]
+    dirty = [each for each in passes if each.kind is PassKind.DIRTY]
+    memory = _packed_share(first) or _packed_share([*first, *dirty])
+    if memory is None:
+        return None
+    sampled = [each.pending_packed_share for each in first if each.pending_packed_share is not None]
+    dirtied = _packed_share(dirty) or next(iter(sampled), memory)
+    return PackedShares(memory=memory, dirtied=dirtied)
+
+
+def _packed_share(sending: Sequence[PassReport]) -> float | None:
     payload_bytes = sum(each.payload_bytes for each in sending)
     if payload_bytes < _PACKED_TOLD_BYTES or throughput(sending) > PACKED_LINK_BYTES_PER_S:
         return None
@@ -240,7 +266,7 @@ def after_first_pass(first: PassReport, request: MigrationRequest) -> Prediction
         curve=curve_of_passes([first]),
         link=link,
         zero_share=zero_share_of_passes([first]),
-        packed_share=packed_share_of_passes([first]) or 1.0,
+        packed=packed_shares_of_passes([first]) or PLAIN,
         dirty_rate_origin="this migration's first iteration",
     )
     return predict(figures, request)

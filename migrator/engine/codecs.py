@@ -54,6 +54,7 @@ LADDER: Final = (
 """Cheapest first. The figures are of a Linux guest's memory (docs/measurements.md): speeds are
 between a fast hour of its machine's and a slow one. Higher levels take many times as long and save
 a hundredth more of it."""
+_NAMED: Final = {codec.name: codec for codec in LADDER}
 
 FAMILIES: Final = (LZ4, ZSTD)
 """What this side can do, and undo."""
@@ -74,6 +75,11 @@ _contexts: Final = _Contexts()
 def usable(families: Collection[str]) -> tuple[Codec, ...]:
     """Of the ladder, what this side can do and the other can undo."""
     return tuple(codec for codec in LADDER if codec.family in families)
+
+
+def named(name: str) -> Codec:
+    """The codec of the ladder that is called so. KeyError."""
+    return _NAMED[name]
 
 
 def compress(codec: Codec, content: memoryview) -> bytes:

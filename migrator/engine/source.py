@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from migrator import ranges
-from migrator.engine import frames, kernel, speed
+from migrator.engine import codecs, frames, kernel, speed
 from migrator.engine.bandwidth import TokenBucket
 from migrator.engine.between_passes import BetweenPasses
 from migrator.engine.control import (
@@ -37,7 +37,7 @@ from migrator.engine.page_server import PageServer
 from migrator.engine.passes import run_deliveries
 from migrator.engine.planner import PassPlanner
 from migrator.engine.relay import SourceRelay
-from migrator.engine.sampling import content_shares, sample_dirty
+from migrator.engine.sampling import content_shares, pending_packed_share, sample_dirty
 from migrator.engine.stream import Endpoint, PageStream
 from migrator.engine.transport import check_local_address, tls_peer
 from migrator.engine_messages import (
@@ -339,6 +339,11 @@ class SourceEngine:
             pending_pages=self._log.pending_pages(),
             scan_seconds=scan_seconds,
         )
+        if message.kind is not PassKind.FINAL and report.compressors:
+            share = pending_packed_share(
+                self._regions, self._log.pending(), codecs.named(report.compressors[0])
+            )
+            report = msgspec.structs.replace(report, pending_packed_share=share)
         rates = [stream.link.bytes_per_s for stream in self._streams]
         known = [rate for rate in rates if rate is not None]
         link = sum(known) if len(known) == len(rates) else None

@@ -16,15 +16,18 @@ _ORIGINS = {
 
 _TOLD_SHARE = 0.95
 """What doesn't become smaller than this goes as it is."""
+_DIFFERS_SHARE = 0.1
+"""Less is of no account, and the sample's chance."""
 
 
 def dirty_rate_text(rate: DirtyRate) -> str:
     """For people: the rate, the working set and its curve."""
     memory = _memory(rate.memory_in_use_bytes, rate.zero_share, rate.packed_share)
+    dirtied = _dirtied(rate.packed_share, rate.dirtied_packed_share)
     pairs = [
         ("domain", f"{rate.domain} on {rate.node}"),
         ("sampled", f"{rate.seconds:.1f} s"),
-        ("dirty rate", f"{rate.pages_per_s:.0f} pages/s, {size(rate.bytes_per_s)}/s"),
+        ("dirty rate", f"{rate.pages_per_s:.0f} pages/s, {size(rate.bytes_per_s)}/s{dirtied}"),
         ("working set", f"{size(rate.working_set_bytes)} in {rate.seconds:.1f} s"),
         ("memory in use", memory),
     ]
@@ -69,7 +72,8 @@ def prediction_text(prediction: Prediction) -> str:
 def made_from(prediction: Prediction) -> list[tuple[str, str]]:
     """The figures behind a prediction."""
     memory = _memory(prediction.memory_in_use_bytes, prediction.zero_share, prediction.packed_share)
-    dirty = f"{size(prediction.dirty_rate_bytes_per_s)}/s, {prediction.dirty_rate_origin}"
+    dirtied = _dirtied(prediction.packed_share, prediction.dirtied_packed_share)
+    dirty = f"{size(prediction.dirty_rate_bytes_per_s)}/s, {prediction.dirty_rate_origin}{dirtied}"
     return [
         ("memory in use", memory),
         ("dirty rate", dirty),
@@ -80,6 +84,13 @@ def made_from(prediction: Prediction) -> list[tuple[str, str]]:
 def _memory(in_use_bytes: int, zero_share: float, packed_share: float) -> str:
     text = f"{size(in_use_bytes)}, {zero_share:.0%} of it zeros"
     return text if packed_share > _TOLD_SHARE else f"{text}; the rest packs to {packed_share:.0%}"
+
+
+def _dirtied(packed_share: float, dirtied_packed_share: float | None) -> str:
+    """Only where it isn't as the rest of memory."""
+    if dirtied_packed_share is None or abs(dirtied_packed_share - packed_share) < _DIFFERS_SHARE:
+        return ""
+    return f"; what is dirtied packs to {dirtied_packed_share:.0%}"
 
 
 def _link(link: LinkSpeed) -> str:

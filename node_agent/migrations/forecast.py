@@ -32,9 +32,11 @@ from migrator.model import (
 )
 from migrator.ports import HypervisorDriver
 from migrator.prediction import (
+    PLAIN,
     Figures,
+    PackedShares,
     curve_of_passes,
-    packed_share_of_passes,
+    packed_shares_of_passes,
     predict,
     zero_share_of_passes,
 )
@@ -164,6 +166,7 @@ class Forecaster:
             memory_in_use_bytes=sampled.memory_in_use_bytes,
             zero_share=sampled.zero_share,
             packed_share=sampled.packed_share,
+            dirtied_packed_share=sampled.dirtied_packed_share,
             curve=sampled.curve,
         )
         while len(self._rates) >= KNOWN_MAX:
@@ -181,9 +184,9 @@ class Forecaster:
         destination = NodeName(request.destination)
         await self._learn_history()
         link = await self._known_link(destination) or await self._probe(destination)
-        packed = self._packed_share(domain)
+        packed = self._packed_shares(domain)
         origin = f"sampled over {rate.seconds:.1f} s"
-        return predict(_figures_of(rate, link, origin, packed_share=packed), request)
+        return predict(_figures_of(rate, link, origin, packed=packed), request)
 
     async def at_start(self, domain: DomainName, request: MigrationRequest) -> Prediction | None:
         """A prediction from what is known; None if that doesn't suffice. Never fails."""
@@ -220,15 +223,15 @@ class Forecaster:
         age_s = self._clock() - rate.sampled_at_s if rate is not None else 0.0
         last = self._last_migration(domain)
         if rate is not None and age_s <= KNOWN_FOR_S and not _newer(last, rate):
-            origin, packed = f"sampled {age_s:.0f} s before", self._packed_share(domain)
-            return _figures_of(rate, link, origin, in_use, packed_share=packed)
+            origin, packed = f"sampled {age_s:.0f} s before", self._packed_shares(domain)
+            return _figures_of(rate, link, origin, in_use, packed=packed)
         if last is not None:
             return Figures(
                 memory_in_use_bytes=in_use,
                 curve=curve_of_passes(last.iterations),
                 link=link,
                 zero_share=_zero_share_after(last, in_use),
-                packed_share=self._packed_share(domain) or 1.0,
+                packed=self._packed_shares(domain) or PLAIN,
                 dirty_rate_origin=f"the iterations of migration {last.id}",
             )
         return None
@@ -245,12 +248,12 @@ class Forecaster:
                 return each
         return None
 
-    def _packed_share(self, domain: DomainName) -> float | None:
+    def _packed_shares(self, domain: DomainName) -> PackedShares | None:
         """What the page engine left of a byte in the domain's last migration; None: not known."""
         last = self._last_migration(domain)
         if last is None or last.request.engine is EngineKind.NATIVE:
             return None
-        return packed_share_of_passes(last.iterations)
+        return packed_shares_of_passes(last.iterations)
 
     async def known_link(self, destination: NodeName) -> LinkSpeed | None:
         """How fast the way to another node is, without measuring it; None: not known."""
@@ -284,14 +287,19 @@ def _figures_of(
     origin: str,
     in_use_bytes: int | None = None,
     *,
-    packed_share: float | None,
+    packed: PackedShares | None,
 ) -> Figures:
-    """`packed_share`: as a migration has shown it, which knows the host's cores, too."""
+    """`packed`: as a migration has shown it, which knows the host's cores, too."""
     return Figures(
         memory_in_use_bytes=in_use_bytes or rate.memory_in_use_bytes,
         curve=rate.curve,
         link=link,
         zero_share=rate.zero_share,
-        packed_share=rate.packed_share if packed_share is None else packed_share,
+        packed=_packed_shares_of(rate) if packed is None else packed,
         dirty_rate_origin=origin,
     )
+
+
+def _packed_shares_of(rate: DirtyRate) -> PackedShares:
+    memory, dirtied = rate.packed_share, rate.dirtied_packed_share
+    return PackedShares(memory=memory, dirtied=memory if dirtied is None else dirtied)

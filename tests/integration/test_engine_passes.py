@@ -83,3 +83,23 @@ async def test_a_pass_can_be_ended_while_its_stream_is_broken(pair: Pair) -> Non
         assert pair.same_memory()
     finally:
         await proxy.close()
+
+
+@pytest.mark.parametrize(("touched", "least", "most"), [("noise", 0.9, 1.0), ("text", 0.0, 0.3)])
+async def test_what_is_pending_is_sampled_for_whether_it_can_be_packed(
+    pair: Pair, touched: str, least: float, most: float
+) -> None:
+    guest, half = pair.source_guest, USED // 2
+    os.pwrite(guest.fd, b"an even text. \n\n" * (half // 16), half)
+    await pair.start(bandwidth_bytes_per_s=32 * MIB)
+    pair.source_says(RunPass(number=1, kind=PassKind.FIRST))
+    await pair.source.expect(Report)
+    guest.tell("touch 4000 " + {"noise": f"0 {half}", "text": f"{half} {USED}"}[touched])
+    first = await done(pair)
+    assert first.compressors
+    assert first.pending_packed_share is not None
+    assert least <= first.pending_packed_share <= most
+
+    guest.tell("pause")
+    final = await pair.run_pass(PassKind.FINAL)
+    assert final.pending_packed_share is None

@@ -26,7 +26,7 @@ from migrator.model import (
     PoolName,
     VolumeName,
 )
-from migrator.prediction import Figures, predict
+from migrator.prediction import Figures, PackedShares, predict
 from netfabric.simulated.driver import SimulatedFabric, SimulatedNetwork
 from node_agent.closings import Closings
 from node_agent.cluster import ClusterService
@@ -132,7 +132,7 @@ class FakeMigrations(MigrationService):
             curve=rate.curve,
             link=LinkSpeed(bytes_per_s=1e8, origin=LinkOrigin.PROBE, detail="1.0 MB in 10 ms"),
             zero_share=rate.zero_share,
-            packed_share=rate.packed_share,
+            packed=PackedShares(memory=rate.packed_share, dirtied=rate.packed_share),
             dirty_rate_origin=f"sampled over {rate.seconds:.1f} s",
         )
         return predict(figures, request)

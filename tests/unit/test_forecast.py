@@ -91,6 +91,7 @@ class Bench:
         self.ending.set()
         self.error: Exception | None = None
         self.samples = 0
+        self.dirtied_packed_share: float | None = None
         self.now_s = time.time()
         self.locks = world.a.domains.locks
         self.forecaster = Forecaster(
@@ -119,6 +120,7 @@ class Bench:
             curve=(DirtyPoint(seconds=seconds, bytes=6 * MIB),),
             zero_share=0.5,
             packed_share=0.4,
+            dirtied_packed_share=self.dirtied_packed_share,
             memory_in_use_bytes=80 * MIB,
         )
 
@@ -243,7 +245,11 @@ async def test_the_links_speed_comes_from_migrations_then_the_interface_then_a_p
 async def test_how_small_pages_become_is_the_last_migrations_word_then_the_samples(
     bench: Bench,
 ) -> None:
-    assert (await bench.forecaster.predict(WEB, REQUEST, 1.0)).packed_share == 0.4
+    found = await bench.forecaster.predict(WEB, REQUEST, 1.0)
+    assert (found.packed_share, found.dirtied_packed_share) == (0.4, 0.4)
+    bench.dirtied_packed_share = 0.9
+    found = await bench.forecaster.predict(WEB, REQUEST, 1.0)
+    assert (found.packed_share, found.dirtied_packed_share) == (0.4, 0.9)
     bench.interface = LinkSpeed(bytes_per_s=1.2e9, origin=LinkOrigin.INTERFACE)
     assert (await bench.forecaster.predict(WEB, REQUEST, 1.0)).packed_share == 1.0
     first, last = migration_of().iterations

@@ -23,11 +23,13 @@ from migrator.policy import MAX_ITERATIONS, DecisionKind, decide
 from migrator.prediction import (
     PACKED_LINK_BYTES_PER_S,
     PASS_OVERHEAD_S,
+    PLAIN,
     Figures,
+    PackedShares,
     after_first_pass,
     curve_of_passes,
     dirtied_bytes,
-    packed_share_of_passes,
+    packed_shares_of_passes,
     predict,
     zero_share_of_passes,
 )
@@ -247,7 +249,8 @@ def test_zero_pages_cost_nothing_and_figures_of_the_link_win_over_defaults() -> 
 
 def packing(share: float, dirty_rate: float = 0.0) -> Figures:
     return msgspec.structs.replace(
-        figures(400 * 10**6, steady(dirty_rate), 1e8), packed_share=share
+        figures(400 * 10**6, steady(dirty_rate), 1e8),
+        packed=PackedShares(memory=share, dirtied=share),
     )
 
 
@@ -276,6 +279,36 @@ def test_what_writes_faster_than_plain_pages_travel_converges_if_they_are_packed
     assert left.bytes_sent == pytest.approx(0.4 * 800e6, rel=0.01), "what is left is packed, too"
 
 
+def test_what_the_guest_dirties_may_pack_worse_than_its_memory() -> None:
+    noise = msgspec.structs.replace(
+        packing(0.4, 80e6), packed=PackedShares(memory=0.4, dirtied=1.0)
+    )
+    found = predict(noise, request())
+    assert (found.packed_share, found.dirtied_packed_share) == (0.4, 1.0)
+    assert found.bytes_sent > predict(packing(0.4, 80e6), request()).bytes_sent
+    first = PassReport(
+        number=1,
+        kind=PassKind.FIRST,
+        seconds=1.6,
+        pages=100_000,
+        bytes_sent=160_000_000,
+        payload_bytes=100_000 * PAGE_SIZE_BYTES,
+        pending_pages=31_250,
+        compressors=("zstd-1",),
+        pending_packed_share=0.9,
+    )
+    sampled = packed_shares_of_passes([first])
+    assert sampled is not None
+    assert sampled.memory == pytest.approx(0.39, abs=0.01)
+    assert sampled.dirtied == 0.9
+    second = msgspec.structs.replace(
+        first, number=2, kind=PassKind.DIRTY, pages=31_250, payload_bytes=128_000_000
+    )
+    shares = packed_shares_of_passes([first, msgspec.structs.replace(second, bytes_sent=10**8)])
+    assert shares is not None
+    assert shares.dirtied == pytest.approx(0.78, abs=0.01), "measured, and no sample's word"
+
+
 def test_what_packs_well_travels_no_faster_than_a_core_packs() -> None:
     found = predict(packing(0.02, 700e6), request())
     assert not found.converges, "575 MB/s, of which the link carries 100"
@@ -299,15 +332,16 @@ def test_iterations_tell_how_small_pages_become() -> None:
         compressors=("zstd-1",),
     )
     last = PassReport(number=2, kind=PassKind.FINAL, seconds=0.01, pages=9, bytes_sent=40_000)
-    share = packed_share_of_passes([first, last])
-    assert share == pytest.approx(0.407, abs=0.001)
+    shares = packed_shares_of_passes([first, last])
+    assert shares is not None
+    assert shares.memory == shares.dirtied == pytest.approx(0.407, abs=0.001)
     plain = msgspec.structs.replace(first, compressors=(), bytes_sent=98_500_000)
-    assert packed_share_of_passes([plain, last]) == 1.0
+    assert packed_shares_of_passes([plain, last]) == PLAIN
     fast = msgspec.structs.replace(plain, seconds=0.1)
-    assert packed_share_of_passes([fast, last]) is None, "nothing is packed that fast"
-    assert packed_share_of_passes([last]) is None
+    assert packed_shares_of_passes([fast, last]) is None, "nothing is packed that fast"
+    assert packed_shares_of_passes([last]) is None
     found = after_first_pass(first, request())
-    assert found.packed_share == share
+    assert found.packed_share == shares.memory
     assert found.total_s == pytest.approx(0.5 + 1.0, abs=0.05), "as that pass has shown"
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from migrator import ranges
+from migrator.engine.codecs import LADDER
 from migrator.engine.memory import MappedRegion
-from migrator.engine.sampling import content_shares
+from migrator.engine.sampling import content_shares, pending_packed_share
 from migrator.engine_messages import RegionLayout
 
 PAGE = 4096
@@ -43,6 +44,24 @@ def test_zeros_are_counted_and_the_rest_is_packed(region: MappedRegion) -> None:
 def test_what_cant_be_packed_is_left_at_that(region: MappedRegion) -> None:
     region.view[: 300 * PAGE] = os.urandom(300 * PAGE)
     assert content_shares([region], all_of(300)) == (0.0, 1.0)
+
+
+def test_of_what_is_pending_a_few_pages_tell_what_is_left_on_the_wire(
+    region: MappedRegion,
+) -> None:
+    region.view[: 1000 * PAGE] = os.urandom(1000 * PAGE)
+    region.view[1000 * PAGE : 2000 * PAGE] = b"an even text. \n\n" * (1000 * PAGE // 16)
+    noise, text, zeros = ([[at * PAGE, (at + 1000) * PAGE]] for at in (0, 1000, 2000))
+
+    def share(*extents: list[list[int]]) -> float | None:
+        content = np.array([each for extent in extents for each in extent], dtype=np.int64)
+        return pending_packed_share([region], [content], LADDER[-1])
+
+    assert share(noise) == 1.0
+    assert share(text) == pytest.approx(0.0, abs=0.01)
+    assert share(noise, text) == pytest.approx(0.5, abs=0.02)
+    assert share(noise, zeros) == pytest.approx(0.5, abs=0.02), "zeros cost next to nothing"
+    assert pending_packed_share([region], [ranges.empty()], LADDER[0]) is None
 
 
 def test_nothing_but_zeros_and_nothing_at_all(region: MappedRegion) -> None:
