@@ -316,6 +316,11 @@ class EngineKind(enum.StrEnum):
     NATIVE = "native"
     """The hypervisor's own migration, under Ferry's handoff. It has no post-copy."""
 
+    @property
+    def may_stop_guest(self) -> bool:
+        """Whether it may do so before it is told to: as soon as next to nothing is left."""
+        return self is EngineKind.NATIVE
+
 
 class MigrationRequest(Value, frozen=True, kw_only=True):
     """What a user asks for."""

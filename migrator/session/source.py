@@ -11,7 +11,7 @@ The rules that keep the guest alive and single (ARCHITECTURE: "What keeps it to 
 
 from __future__ import annotations
 
-from migrator.model import EngineKind, MigrationMode, MigrationState, PassKind
+from migrator.model import MigrationMode, MigrationState, PassKind
 from migrator.policy import tells_again
 from migrator.ports import AbortOutcome, DomainEventKind
 from migrator.session.messages import (
@@ -224,7 +224,7 @@ class SourceSession(SourcePasses):
                     StartTimer(name=TimerName.RETRY, seconds=self.timing.inquire_s),
                 )
                 self._note_mode()
-                if self.request.engine is EngineKind.NATIVE:
+                if self.request.engine.may_stop_guest:
                     self._ask_hooks()
                 elif self.mode is not MigrationMode.POSTCOPY:
                     self._run_pass(PassKind.FIRST)

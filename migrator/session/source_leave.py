@@ -25,6 +25,7 @@ from migrator.session.vocabulary import (
     LeaveGiven,
     LeavePart,
     LeaveRefused,
+    Leaving,
     StartTimer,
     StopTimer,
     TimerFired,
@@ -43,30 +44,32 @@ class SourceLeave(SourcePostCopy):
         if self._leave_given:
             self._take_leave(detail, post_copy)
             return
-        self._leaving = (detail, post_copy)
-        self._leave_asked_at_s = self._now
-        self._do(AskLeave(part=LeavePart.REST if self._hooks_agreed else LeavePart.ALL))
+        part = LeavePart.REST if self._hooks_agreed else LeavePart.ALL
+        self._ask(Leaving(part, detail, post_copy))
 
     def _ask_hooks(self) -> None:
         """Before the first pass."""
-        self._leaving = ("", False)
+        self._ask(Leaving(LeavePart.HOOKS))
+
+    def _ask(self, leaving: Leaving) -> None:
+        self._leaving = leaving
         self._leave_asked_at_s = self._now
-        self._do(AskLeave(part=LeavePart.HOOKS))
+        self._do(AskLeave(part=leaving.part))
 
     def _heard_of_leave(self, event: Event) -> None:
         if self._leaving is None or self.state is not MigrationState.PRECOPY:
             return
-        (detail, post_copy), asked_at_s = self._leaving, self._leave_asked_at_s
+        leaving, asked_at_s = self._leaving, self._leave_asked_at_s
         if isinstance(event, LeaveGiven) and event.detail:
             self._note("leave", asked_at_s, self._now, event.detail)
         match event:
-            case LeaveGiven() if not self.passes and not post_copy:
+            case LeaveGiven() if leaving.part is LeavePart.HOOKS:
                 self._leaving, self._hooks_agreed = None, True
                 self._run_pass(PassKind.FIRST)
             case LeaveGiven():
                 self._leaving, self._leave_given = None, True
-                if post_copy or self._now - asked_at_s < _FRESH_S:
-                    self._take_leave(detail, post_copy)
+                if leaving.post_copy or self._now - asked_at_s < _FRESH_S:
+                    self._take_leave(leaving.detail, leaving.post_copy)
                 else:
                     self._run_pass(PassKind.DIRTY)
             case LeaveRefused():
@@ -95,7 +98,7 @@ class SourceLeave(SourcePostCopy):
     def _time_is_over(self) -> None:
         """The request's `timeout_s`, in pre-copy."""
         request = self.request
-        if self._leaving is not None and not (self._leaving[1] or self.passes):
+        if self._leaving is not None and self._leaving.part is LeavePart.HOOKS:
             self._give_up(f"not done within {request.timeout_s:g} s: its hooks took all of it")
             return
         if self.mode is MigrationMode.PRECOPY and request.on_timeout is not OnTimeout.FORCE:

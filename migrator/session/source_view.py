@@ -36,6 +36,7 @@ from migrator.session.vocabulary import (
     DisksDeactivated,
     EngineReported,
     EngineStopped,
+    Leaving,
 )
 
 _S = MigrationState
@@ -101,7 +102,7 @@ class SourceView(Session):
         self._pass_running = False
         self._moved_at_s = 0.0
         """When a pass began, or its engine last said that it had sent, or found, something."""
-        self._leaving: tuple[str, bool] | None = None
+        self._leaving: Leaving | None = None
         """Leave to switch over was asked for: why, and whether to post-copy."""
         self._leave_asked_at_s = 0.0
         self._leave_given = False
@@ -373,7 +374,7 @@ class SourceView(Session):
 
         In hybrid mode what is more than the limit allows is sent before it, or follows the guest.
         """
-        leaving_post_copy = self._leaving is not None and self._leaving[1]
+        leaving_post_copy = self._leaving is not None and self._leaving.post_copy
         if self.post_copy or leaving_post_copy or self.mode is MigrationMode.POSTCOPY:
             return None
         pending_bytes = self.passes[-1].pending_pages * PAGE_SIZE_BYTES

@@ -8,6 +8,7 @@ them into events; the simulation does the same against simulated ones. Commands 
 from __future__ import annotations
 
 import enum
+from typing import NamedTuple
 
 from migrator.model import MigrationState, OwnershipRecord, PassKind, PassReport
 from migrator.ports import AbortOutcome, DomainEventKind, Struct
@@ -342,6 +343,15 @@ class LeavePart(enum.Enum):
     HOOKS = 1
     """Alone: what may take minutes, ahead of the rest."""
     REST = 2
+
+
+class Leaving(NamedTuple):
+    """Leave that is asked for, and what follows once it is given."""
+
+    part: LeavePart
+    detail: str = ""
+    post_copy: bool = False
+    """Else a switchover; but for HOOKS, which the first pass follows."""
 
 
 class AskLeave(Struct, frozen=True, kw_only=True):
