@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
+from migrator.engine.channel import ChannelHealth, reconnect
 from migrator.engine.control import Waiter
-from migrator.engine.delivery import ChannelHealth, reconnect
 from migrator.engine.frames import FrameKind
 from migrator.engine.memory import MappedRegion
 from migrator.engine.stream import PageStream, StreamBrokenError

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from migrator.engine import frames
+from migrator.engine.channel import ChannelHealth
 from migrator.engine.control import (
     POLL_IN,
     ChannelLostError,
@@ -23,7 +24,6 @@ from migrator.engine.control import (
     ThreadFaults,
     poll,
 )
-from migrator.engine.delivery import ChannelHealth
 from migrator.engine.filler import Filler
 from migrator.engine.frames import StreamHello, StreamKind
 from migrator.engine.intake import ConnectionEndedError

@@ -1,11 +1,16 @@
 """What comes in by one connection: bytes into memory, or into a pipe, each wait bounded.
 
 One thread reads. Another may `revoke` it, and close it to whoever writes.
+
+Whatever the kernel says of a connection (ENOBUFS and ENOMEM, too: it has no memory for a socket at
+that moment) ends that connection, which can be made anew. EFAULT alone is said of the memory that
+is read into, and is passed on as it is: OSError.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import time
@@ -18,7 +23,7 @@ _FLAGS: Final = socket.MSG_WAITALL
 
 
 class ConnectionEndedError(Exception):
-    """End of file, a reset, a silence within a frame, or `revoke`."""
+    """End of file, a reset or another error of the socket, a silence within a frame, `revoke`."""
 
 
 class Intake:
@@ -51,12 +56,12 @@ class Intake:
                 if idle and not got:
                     continue
                 raise self._silent() from None
-            except ConnectionError as error:
-                raise ConnectionEndedError(words(error)) from error
+            except OSError as error:
+                raise _ended(error) from error
             got += self._some(count)
 
     def fill_scattered(self, views: list[memoryview]) -> None:
-        """All of each, at most IOV_MAX (1024) of them."""
+        """All of each, at most IOV_MAX (1024) of them. Of mapped memory EFAULT may be told."""
         done = 0
         while done < len(views):
             self._check(None)
@@ -64,8 +69,8 @@ class Intake:
                 count = self._sock.recvmsg_into(views[done:], 0, _FLAGS)[0]
             except BlockingIOError:
                 raise self._silent() from None
-            except ConnectionError as error:
-                raise ConnectionEndedError(words(error)) from error
+            except OSError as error:
+                raise _ended(error) from error
             self._some(count)
             while done < len(views) and count >= len(views[done]):
                 count -= len(views[done])
@@ -80,8 +85,8 @@ class Intake:
             count = os.splice(self._sock.fileno(), pipe, bytes_max)
         except BlockingIOError:
             raise self._silent() from None
-        except ConnectionError as error:
-            raise ConnectionEndedError(words(error)) from error
+        except OSError as error:
+            raise _ended(error) from error
         return self._some(count)
 
     def _some(self, count: int) -> int:
@@ -99,3 +104,10 @@ class Intake:
         return ConnectionEndedError(
             f"the source's engine was silent for {self._silence_s:g} s within a frame"
         )
+
+
+def _ended(error: OSError) -> Exception:
+    """Of a socket's error. EFAULT is raised as it is."""
+    if error.errno == errno.EFAULT:
+        raise error
+    return ConnectionEndedError(words(error))

@@ -13,7 +13,8 @@ doesn't help: that and whoever writes take turns at the file's lock.
 
 A frame may end within: what came of it lies in the file then, also a part of a page, as it would in
 a mapping. Nobody reads it before the source has sent it again. What can't be written (ENOSPC,
-ENOMEM: no memory is left) is EngineError, and the end of the migration.
+ENOMEM: no memory is left; EFAULT of a mapping) is EngineError, and the end of the migration. The
+same numbers said of the connection are that connection's end alone (`engine.intake`).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Landing:
         self._intake = intake
         self._writer = None if intake.can_splice else _Writer()
         self._out, self._in = os.pipe()
-        with contextlib.suppress(PermissionError):  # All of this user's pipes are too large.
+        with contextlib.suppress(OSError):  # All of this user's pipes are too large, or no memory.
             fcntl.fcntl(self._in, _F_SETPIPE_SZ, _PIPE_BYTES)
 
     def close(self) -> None:
@@ -65,7 +66,10 @@ class Landing:
         """A frame's payload: these ranges' content, joined. ConnectionEndedError, EngineError."""
         if not region.can_pwrite:
             views = [region.view[start:end] for start, end in content.tolist()]
-            self._intake.fill_scattered(views)
+            try:
+                self._intake.fill_scattered(views)
+            except OSError as error:
+                raise unwritable(region, error) from error
             return
         left = sum(end - start for start, end in content.tolist())
         places = _Places(content)
@@ -111,7 +115,7 @@ class Landing:
             try:
                 done = os.splice(self._out, region.fd, count, offset_dst=at)
             except OSError as error:
-                raise _unwritable(region, error) from error
+                raise unwritable(region, error) from error
             at += done
             count -= done
 
@@ -183,7 +187,7 @@ def _write(region: MappedRegion, places: Iterable[tuple[int, int]], payload: mem
             try:
                 written = os.pwrite(region.fd, payload[done : done + count], at)
             except OSError as error:
-                raise _unwritable(region, error) from error
+                raise unwritable(region, error) from error
             done += written
             at += written
             count -= written
@@ -207,5 +211,6 @@ class _Places:
             count -= part
 
 
-def _unwritable(region: MappedRegion, error: OSError) -> EngineError:
+def unwritable(region: MappedRegion, error: OSError) -> EngineError:
+    """Said of the guest's memory, not of a connection: nothing can go on."""
     return EngineError(f"memory region {region.layout.name} can't be written to: {error.strerror}")

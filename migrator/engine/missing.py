@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from migrator import ranges
 from migrator.engine import kernel
+from migrator.engine.landing import unwritable
 from migrator.engine.memory import MappedRegion
 from migrator.errors import EngineError
 from migrator.model import PAGE_SIZE_BYTES
@@ -259,8 +260,15 @@ def make_hole(region: MappedRegion, start: int, end: int) -> None:
 
     The kernel makes no hole of a part of a huge page that somebody holds: it writes zeros there,
     and says nothing. Nobody would wait for such a page, nor could it be filled. Whoever only moves
-    a page lets go of it soon. EngineError: somebody doesn't.
+    a page lets go of it soon. EngineError: somebody doesn't, or the kernel can't.
     """
+    try:
+        _make_hole(region, start, end)
+    except OSError as error:
+        raise unwritable(region, error) from error
+
+
+def _make_hole(region: MappedRegion, start: int, end: int) -> None:
     deadline = time.monotonic() + _HELD_S
     kernel.punch_hole(region.fd, start, end)
     while kernel.has_data(region.fd, start, end):

@@ -19,8 +19,8 @@ from migrator import ranges
 from migrator.engine import codecs, frames, kernel
 from migrator.engine.answers import AnswerPacker
 from migrator.engine.bandwidth import TokenBucket
+from migrator.engine.channel import ChannelHealth
 from migrator.engine.control import ChannelLostError, HelperWaiter, Signal, StoppedError, Waiter
-from migrator.engine.delivery import ChannelHealth
 from migrator.engine.fault_turns import FaultTurns
 from migrator.engine.frames import FrameKind, RegionShape, StreamHello, StreamKind
 from migrator.engine.memory import MappedRegion

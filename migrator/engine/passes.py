@@ -6,8 +6,9 @@ import functools
 from collections.abc import Sequence
 from typing import Final
 
+from migrator.engine.channel import ChannelHealth
 from migrator.engine.control import Waiter
-from migrator.engine.delivery import ChannelHealth, Delivery
+from migrator.engine.delivery import Delivery
 from migrator.engine.helpers import run_in_threads
 
 _HELPERS_BYTES_MIN: Final = 16 * 1024 * 1024

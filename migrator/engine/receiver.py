@@ -8,11 +8,13 @@
 A page stream that replaces an earlier one of the same index is welcomed only after the earlier
 one's thread has ended: bytes that were still on their way in it are older, and must not land on
 newer ones.
+
+What goes wrong with guest memory is EngineError where it happens, and the end of this engine; any
+OSError that gets as far as here is the connection's, and ends that: its source connects anew.
 """
 
 from __future__ import annotations
 
-import errno
 import socket
 import ssl
 import threading
@@ -25,7 +27,7 @@ from migrator import ranges, wire
 from migrator.engine import codecs, frames, kernel
 from migrator.engine.frames import FrameKind, RegionShape, StreamHello, StreamKind, StreamWelcome
 from migrator.engine.intake import ConnectionEndedError, Intake
-from migrator.engine.landing import Landing
+from migrator.engine.landing import Landing, unwritable
 from migrator.engine.memory import MappedRegion
 from migrator.engine.prefault import Prefaulter
 from migrator.engine.stream import tune
@@ -37,7 +39,7 @@ from migrator.engine.transport import (
     limit_waits,
     secure_incoming,
 )
-from migrator.errors import EngineError, RemoteProtocolError
+from migrator.errors import RemoteProtocolError, words
 from migrator.ranges import Ranges
 
 _HELLO_TIMEOUT_S: Final = 5.0
@@ -135,9 +137,7 @@ class Connection:
         except (ConnectionEndedError, RemoteProtocolError) as error:
             reason = str(error)
         except OSError as error:
-            if error.errno in (errno.EFAULT, errno.ENOMEM, errno.ENOSPC):
-                self._host.fault(EngineError(f"guest memory can't be written: {error}"))
-            reason = str(error)
+            reason = words(error)
         except BaseException as error:
             self._host.fault(error)
             reason = str(error)
@@ -254,9 +254,16 @@ class Connection:
                 payload = self._unpack(header, ranges.byte_count(content))
                 landing.write(region, content, payload)
             case _:
-                for start, end in content.tolist():
-                    if kernel.has_data(region.fd, start, end):
-                        kernel.punch_hole(region.fd, start, end)
+                self._clear(region, content)
+
+    def _clear(self, region: MappedRegion, content: Ranges) -> None:
+        """Zeros are holes. EngineError."""
+        try:
+            for start, end in content.tolist():
+                if kernel.has_data(region.fd, start, end):
+                    kernel.punch_hole(region.fd, start, end)
+        except OSError as error:
+            raise unwritable(region, error) from error
 
     def _unpack(self, header: frames.Header, size: int) -> memoryview:
         """RemoteProtocolError: it isn't what was announced, and no guest memory was touched."""

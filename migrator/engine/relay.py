@@ -163,7 +163,7 @@ class Pumps:
                 if listening:
                     try:
                         self._hypervisor.sendall(data)
-                    except OSError:
+                    except ConnectionError:  # Of any other error it would lack a part, and wait.
                         listening = False  # It went; our other half tells the peer.
             elif kind in (_END, _GONE) and length == 0:
                 both = kind == _GONE and self._at_source

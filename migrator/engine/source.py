@@ -17,6 +17,7 @@ from migrator import ranges
 from migrator.engine import codecs, frames, kernel, speed
 from migrator.engine.bandwidth import TokenBucket
 from migrator.engine.between_passes import BetweenPasses
+from migrator.engine.channel import ChannelHealth, connect_patiently
 from migrator.engine.control import (
     POLL_IN,
     Control,
@@ -26,7 +27,7 @@ from migrator.engine.control import (
     ThreadFaults,
     poll,
 )
-from migrator.engine.delivery import ChannelHealth, Delivery, connect_patiently, delivered
+from migrator.engine.delivery import Delivery, delivered
 from migrator.engine.dirty_log import DirtyLog, LogClaim
 from migrator.engine.frames import StreamHello, StreamKind
 from migrator.engine.idle_cores import IdleCores

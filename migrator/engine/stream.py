@@ -194,9 +194,7 @@ def _receive(sock: StreamSocket, count: int, deadline: float, waiter: Waiter) ->
         except BlockingIOError:
             left = deadline - time.monotonic()
             if left <= 0 or not waiter.wait(sock, POLL_IN, left):
-                raise StreamBrokenError(
-                    "the destination's engine didn't answer the hello"
-                ) from None
+                raise StreamBrokenError("the engine there didn't answer the hello") from None
             continue
         if not part:
             raise StreamBrokenError("the destination's engine closed the stream at the hello")
@@ -230,6 +228,8 @@ class PageStream:
         self._incoming = bytearray()
         self._mid_frame = False
         self.bytes_sent = 0
+        self.carries = False
+        """Something came back over this connection."""
         self.link = LinkGauge()
         self.codecs: tuple[Codec, ...] = ()
         """What the destination can undo, known once it is connected."""
@@ -250,6 +250,7 @@ class PageStream:
         self._sock, welcome = open_welcomed(self._endpoint, self._hello, waiter)
         self.codecs = usable(welcome.codecs)
         self._sequence = 0
+        self.carries = False
         self.link.restart()
         self._mid_frame = False
         self._incoming.clear()
@@ -380,6 +381,7 @@ class PageStream:
             raise StreamBrokenError(words(error)) from error
         if not data:
             raise StreamBrokenError("the destination closed the stream")
+        self.carries = True
         self._incoming += data
         whole = len(self._incoming) - len(self._incoming) % frames.HEADER_BYTES
         for at in range(0, whole, frames.HEADER_BYTES):

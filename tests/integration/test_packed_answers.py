@@ -16,8 +16,8 @@ import pytest
 from migrator import ranges
 from migrator.engine import filler, frames, receiver
 from migrator.engine.bandwidth import TokenBucket
+from migrator.engine.channel import ChannelHealth
 from migrator.engine.codecs import LADDER, Codec
-from migrator.engine.delivery import ChannelHealth
 from migrator.engine.filler import Filler
 from migrator.engine.frames import StreamKind, StreamWelcome
 from migrator.engine.memory import MappedRegion

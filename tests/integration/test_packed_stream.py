@@ -12,9 +12,10 @@ import pytest
 
 from migrator import ranges
 from migrator.engine.bandwidth import TokenBucket
+from migrator.engine.channel import ChannelHealth
 from migrator.engine.codecs import LADDER, Codec
 from migrator.engine.control import Signal
-from migrator.engine.delivery import ChannelHealth, Delivery
+from migrator.engine.delivery import Delivery
 from migrator.engine.known import KnownPages
 from migrator.engine.packing_policy import Plan
 from migrator.engine.stream import Endpoint, PageStream, Piece

@@ -19,8 +19,8 @@ import numpy as np
 
 from migrator import ranges
 from migrator.engine.bandwidth import TokenBucket
+from migrator.engine.channel import ChannelHealth
 from migrator.engine.codecs import LADDER, Codec
-from migrator.engine.delivery import ChannelHealth
 from migrator.engine.filler import Filler
 from migrator.engine.frames import StreamHello
 from migrator.engine.packing_policy import PACK_BYTES_MIN, Order, PackingPolicy, Plan

@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from migrator import ranges
 from migrator.engine import codecs, delivery, frames, packing, packing_policy, sorting
 from migrator.engine.bandwidth import TokenBucket
+from migrator.engine.channel import ChannelHealth
 from migrator.engine.codecs import LADDER, Codec
 from migrator.engine.control import Pollable, Waiter
-from migrator.engine.delivery import ChannelHealth, Delivery
+from migrator.engine.delivery import Delivery
 from migrator.engine.frames import FrameKind, StreamHello, StreamKind
 from migrator.engine.known import KnownPages
 from migrator.engine.memory import MappedRegion

@@ -13,8 +13,8 @@ import pytest
 from migrator import ranges
 from migrator.engine import page_server
 from migrator.engine.bandwidth import TokenBucket
+from migrator.engine.channel import ChannelHealth
 from migrator.engine.control import HelperWaiter, Signal
-from migrator.engine.delivery import ChannelHealth
 from migrator.engine.frames import FrameKind, Header, StreamHello, StreamKind, StreamWelcome
 from migrator.engine.memory import MappedRegion
 from migrator.engine.packing_policy import PackingPolicy
