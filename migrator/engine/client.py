@@ -28,6 +28,7 @@ from typing import Final
 import msgspec
 
 from migrator import wire
+from migrator.engine.control import PASSING, PASSING_S, SEND_TIMEOUT_S
 from migrator.engine_messages import FromEngine, Stop, ToEngine
 from migrator.errors import EngineError, RemoteProtocolError, words
 from migrator.own_threads import STATE_DIRECTORY, in_own_thread
@@ -62,6 +63,8 @@ class EngineProcess:
         self._frames = wire.FrameDecoder()
         self._outgoing: collections.deque[tuple[memoryview, tuple[int, ...]]] = collections.deque()
         self._writing = False
+        self._short_since: float | None = None
+        """Since when the kernel has no memory for what is to be sent."""
         self._watch = self._loop.create_task(self._watch_exit(), name="engine-exit")
         self._loop.add_reader(sock, self._readable)
 
@@ -187,6 +190,7 @@ class EngineProcess:
                     [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
                 )
                 count = self._sock.sendmsg([data], ancillary)
+                self._short_since = None
                 _close_all(fds)
                 if count < len(data):
                     self._outgoing[0] = (data[count:], ())
@@ -198,13 +202,22 @@ class EngineProcess:
                 self._loop.add_writer(self._sock, self._flush)
             return
         except OSError as error:
-            self._drop_outgoing()  # It has ended; `_watch_exit` tells.
-            if error.errno not in (errno.EPIPE, errno.ECONNRESET):
-                log.error("engine %d can't be told anything: %s", self.pid, words(error))
-                self.kill()
+            if error.errno in PASSING and self._may_pass():
+                self._loop.call_later(PASSING_S, self._flush)
+            else:
+                self._drop_outgoing()  # It has ended; `_watch_exit` tells.
+                if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+                    log.error("engine %d can't be told anything: %s", self.pid, words(error))
+                    self.kill()
         if self._writing:
             self._writing = False
             self._loop.remove_writer(self._sock)
+
+    def _may_pass(self) -> bool:
+        """Whether a shortage is young enough to be waited for."""
+        now = self._loop.time()
+        self._short_since = now if self._short_since is None else self._short_since
+        return now - self._short_since < SEND_TIMEOUT_S
 
     def _readable(self) -> None:
         try:

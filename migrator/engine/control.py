@@ -7,6 +7,7 @@ Everything that may take long in an engine waits through a `Waiter`, so that a d
 from __future__ import annotations
 
 import collections
+import errno
 import os
 import select
 import socket
@@ -25,7 +26,10 @@ POLL_IN: Final = select.POLLIN
 POLL_OUT: Final = select.POLLOUT
 
 _DESCRIPTORS_MAX: Final = 253  # linux/socket.h, SCM_MAX_FD
-_SEND_TIMEOUT_S: Final = 10.0
+SEND_TIMEOUT_S: Final = 10.0
+PASSING: Final = frozenset({errno.ENOBUFS, errno.ENOMEM})
+"""The kernel has no memory for a socketpair's message at this moment; nobody is gone."""
+PASSING_S: Final = 0.05
 _SPARE_WAIT_S: Final = 1.0
 """One wait of an engine that was started ahead; it looks at its host, and waits again."""
 _decoder: Final = msgspec.msgpack.Decoder(ToEngine)
@@ -59,7 +63,7 @@ class Control:
     def send(self, message: FromEngine) -> None:
         """AgentGoneError if the agent is dead, or hasn't read for 10 s."""
         data = memoryview(wire.encode_frame(wire.FrameKind.ENGINE, message))
-        deadline = time.monotonic() + _SEND_TIMEOUT_S
+        deadline = time.monotonic() + SEND_TIMEOUT_S
         with self._lock:
             while data:
                 try:
@@ -69,7 +73,9 @@ class Control:
                     if left <= 0 or not poll({self.fileno(): POLL_OUT}, left):
                         raise AgentGoneError("the agent doesn't read") from None
                 except OSError as error:
-                    raise AgentGoneError(str(error)) from error
+                    if error.errno not in PASSING or time.monotonic() > deadline:
+                        raise AgentGoneError(str(error)) from error
+                    time.sleep(PASSING_S)  # Such a socket is writable all the while.
 
     def receive(self) -> list[ToEngine]:
         """What has arrived, without waiting. AgentGoneError at the end."""

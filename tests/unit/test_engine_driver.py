@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
-from unittest.mock import Mock
 
 import msgspec
 import pytest
 
 from migrator import engine_messages as m
 from migrator import engine_watch
-from migrator.engine import client
-from migrator.engine.client import EngineProcess
 from migrator.engine.spares import EngineSpares
 from migrator.engine_driver import EngineDriver, EngineSettings
 from migrator.engine_watch import FIRST_WORD_S, PING_S, UNANSWERED_MAX, UNHEARD_S
@@ -288,27 +282,6 @@ async def test_one_that_answers_while_it_is_judged_doesnt_hang(
     await world.driver.close()
 
 
-async def test_one_that_cant_be_told_anything_is_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It would wait for what was dropped, and its guest for its pages."""
-    ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    process = await EngineProcess.spawn(
-        log_path=tmp_path / "log", on_message=lambda message: None, on_exit=ended.set_result
-    )
-
-    class _Full:
-        def sendmsg(self, *what: object) -> int:
-            raise OSError(errno.ENOBUFS, "No buffer space available")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(process, "_sock", Mock(wraps=process._sock, sendmsg=_Full().sendmsg))
-        process.send(m.PullAll())
-    async with asyncio.timeout(20.0):
-        assert await ended == -signal.SIGKILL
-    assert "can't be told anything: No buffer space available" in caplog.text
-
-
 async def test_a_cap_that_is_set_while_the_engine_is_configured_holds(world: _World) -> None:
     world.hypervisor.meanwhile = lambda: world.limit(7 * MIB)
     await world.perform(v.StartEngine())
@@ -345,90 +318,3 @@ def test_a_link_is_forgotten_once_it_holds_nothing_up() -> None:
     assert (rates.to("n2"), rates.to("n3")) == (117e6, 25e6)
     rates.note("n2", None, BYTES_MIN)
     assert (rates.to("n2"), rates.to("n3")) == (None, 25e6)
-
-
-async def test_descriptors_that_cant_all_be_duplicated_are_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where none is left, each try would take some more."""
-    made: list[int] = []
-    duplicate = os.dup
-
-    def scarce(fd: int) -> int:
-        if made:
-            raise OSError(24, "Too many open files")
-        made.append(duplicate(fd))
-        return made[0]
-
-    ended = asyncio.Event()
-    process = await EngineProcess.spawn(
-        log_path=tmp_path / "log",
-        on_message=lambda message: None,
-        on_exit=lambda status: ended.set(),
-    )
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "dup", scarce)
-        with pytest.raises(OSError, match="Too many"):
-            process.send(m.PullAll(), fds=(0, 1))
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(made[0])
-    assert await process.stop(30.0)
-    assert ended.is_set()
-
-
-async def test_a_log_that_opens_when_nobody_waits_for_it_is_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its disk hung, and the migration was cancelled."""
-    begun, gate, closed = threading.Event(), threading.Event(), threading.Event()
-    made: list[int] = []
-    open_file, close_file = os.open, os.close
-
-    def slow(path: str | Path, flags: int, mode: int = 0o777) -> int:
-        if Path(path) != tmp_path / "log":
-            return open_file(path, flags, mode)
-        begun.set()
-        assert gate.wait(30.0)
-        made.append(open_file(path, flags, mode))
-        return made[0]
-
-    def close(fd: int) -> None:
-        close_file(fd)
-        if fd in made:
-            closed.set()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "open", slow)
-        patch.setattr(os, "close", close)
-        spawning = asyncio.create_task(
-            EngineProcess.spawn(
-                log_path=tmp_path / "log",
-                on_message=lambda message: None,
-                on_exit=lambda status: None,
-            )
-        )
-        assert await asyncio.to_thread(begun.wait, 30.0)
-        spawning.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await spawning
-        gate.set()
-        assert await asyncio.to_thread(closed.wait, 5.0)
-
-
-async def test_an_engine_that_can_not_be_killed_is_not_waited_for_without_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A migration's end waits for its engine's."""
-    monkeypatch.setattr(client, "KILLED_S", 0.05)
-    process = await EngineProcess.spawn(
-        log_path=tmp_path / "log", on_message=lambda message: None, on_exit=lambda status: None
-    )
-    os.kill(process.pid, signal.SIGSTOP)
-    with monkeypatch.context() as patch:
-        patch.setattr(process, "kill", lambda: None)
-        async with asyncio.timeout(20.0):
-            assert not await process.stop(0.05)
-    assert f"engine {process.pid} was killed and doesn't end" in caplog.text
-    process.kill()
-    async with asyncio.timeout(20.0):
-        await asyncio.wait([process._watch])
