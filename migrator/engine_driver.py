@@ -94,7 +94,7 @@ class EngineDriver:
         self._hangs_noted = False
         self._has_spoken: EngineProcess | None = None
         """Until then its imports may take as long as a host lets them, within FIRST_WORD_S."""
-        self._process_since = 0.0
+        self._configured_at_s = 0.0
         self._words = 0
         """Of all engines."""
         self._turns = Turns(f"migration-{session.migration_id}-engine", self._lost, STOP_S)
@@ -192,7 +192,6 @@ class EngineDriver:
             self._process = await EngineProcess.spawn(
                 log_path=settings.spares.log_path, on_message=on_message, on_exit=on_exit
             )
-        self._process_since = time.monotonic()
 
     async def _start(self, post_copy: bool) -> None:
         self._post_copy = post_copy
@@ -290,6 +289,7 @@ class EngineDriver:
             message = msgspec.structs.replace(message, bandwidth_bytes_per_s=cap)
             self._process.send(message, fds=fds)
             self._configured_process = self._process
+            self._configured_at_s = time.monotonic()
 
     async def _end(self) -> None:
         """No engine is left, and a guest that stays is rid of its tracking."""
@@ -327,10 +327,10 @@ class EngineDriver:
     # --- whether it answers ---
 
     def _ask(self) -> bool:
-        if self._stopping or self._process is None:
-            return False
+        if self._stopping or not self._configured:
+            return False  # Who is told nothing has nothing to say.
         if self._process is not self._has_spoken:
-            return time.monotonic() - self._process_since > FIRST_WORD_S
+            return time.monotonic() - self._configured_at_s > FIRST_WORD_S
         if not self._hangs_noted:  # Which has enough to answer: its socket has an end.
             self._send(m.Ping())
         return True

@@ -17,7 +17,9 @@ PING_S: Final = 1.0
 UNANSWERED_MAX: Final = 15
 """In a row; then it hangs. A guest has waited for its pages for that long."""
 FIRST_WORD_S: Final = 60.0
-"""That an engine's imports may take, on a host whose cores or disks are busy."""
+"""From its configuration: that an engine's imports may take, on a host whose cores or disks are
+busy. What it is configured with may have to be waited for, too, and that isn't the engine's fault.
+"""
 UNHEARD_S: Final = 3.0
 """After which its silence is told. In a pass it reports five times a second; in a post-copy it has
 nothing to say, perhaps, but an answer each second."""

@@ -218,6 +218,7 @@ async def test_one_that_never_spoke_is_replaced_too_if_it_has_had_time_to(
     world.hypervisor.files = [world.folder / "memory"]
     driver, now = world.driver, time.monotonic()
     await world.perform(v.StartEngine(post_copy=True))
+    await world.perform(CONNECT)
     if spoke:
         driver._note_life()
     with monkeypatch.context() as patch:
@@ -231,6 +232,32 @@ async def test_one_that_never_spoke_is_replaced_too_if_it_has_had_time_to(
         await world.hears_something()
     (lost_event,) = (each for each in world.heard if isinstance(each, v.EngineLost))
     assert "it has said nothing for" in lost_event.reason
+    await driver.close()
+
+
+async def test_an_engine_hangs_no_sooner_than_it_is_configured(
+    world: _World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is configured with may hang with a disk, and where pages go to isn't known at once:
+    whoever took its place then would wait, too, and its guest be told of the wrong cause.
+    """
+    monkeypatch.setattr(engine_watch, "PING_S", 0.0)
+    driver, now = world.driver, time.monotonic()
+    await world.perform(v.StartEngine(post_copy=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: now)
+        now += 10 * FIRST_WORD_S
+        for _ in range(10 * UNANSWERED_MAX):
+            await asyncio.sleep(0)
+        assert world.heard == []
+        await world.perform(CONNECT)
+        now += FIRST_WORD_S - 1.0
+        for _ in range(10 * UNANSWERED_MAX):
+            await asyncio.sleep(0)
+        assert world.heard == []
+        now += 2.0
+        await world.hears_something()
+    assert isinstance(world.heard[0], v.EngineLost)
     await driver.close()
 
 
