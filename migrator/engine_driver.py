@@ -22,7 +22,7 @@ from migrator import shortage
 from migrator.engine.client import EngineProcess
 from migrator.engine.spares import EngineSpares
 from migrator.engine_events import told_by
-from migrator.engine_watch import FIRST_WORD_S, EngineWatch
+from migrator.engine_watch import ASKED_S, EngineWatch, excused_s
 from migrator.errors import FerryError, HypervisorError
 from migrator.left_tracking import clear_tracking
 from migrator.link_rates import LinkRates
@@ -94,7 +94,10 @@ class EngineDriver:
         self._hangs_noted = False
         self._has_spoken: EngineProcess | None = None
         """Until then its imports may take as long as a host lets them, within FIRST_WORD_S."""
-        self._configured_at_s = 0.0
+        self._in_pass = False
+        self._guest_bytes = 0
+        self._quiet_since_s = 0.0
+        """Since its configuration, the begin of a pass, or its last word."""
         self._words = 0
         """Of all engines."""
         self._turns = Turns(f"migration-{session.migration_id}-engine", self._lost, STOP_S)
@@ -106,6 +109,7 @@ class EngineDriver:
                 if command.kind in TOLD:  # No report of it comes meanwhile: it is asked instead.
                     self._watch.begin()
                 self._watch.pass_runs(command.kind not in TOLD)
+                self._in_pass, self._quiet_since_s = True, time.monotonic()
                 self._send(m.RunPass(number=command.number, kind=command.kind))
             case v.EndPass():
                 self._send(m.EndPass(number=command.number))
@@ -196,6 +200,7 @@ class EngineDriver:
     async def _start(self, post_copy: bool) -> None:
         self._post_copy = post_copy
         self._watch.pass_runs(False)  # Its predecessor's is over.
+        self._in_pass = False
         if post_copy:
             self._watch.begin()
         if post_copy and self._process is not None:
@@ -289,7 +294,8 @@ class EngineDriver:
             message = msgspec.structs.replace(message, bandwidth_bytes_per_s=cap)
             self._process.send(message, fds=fds)
             self._configured_process = self._process
-            self._configured_at_s = time.monotonic()
+            self._guest_bytes = sum(region.size_bytes for region in message.regions)
+            self._quiet_since_s = time.monotonic()
 
     async def _end(self) -> None:
         """No engine is left, and a guest that stays is rid of its tracking."""
@@ -329,11 +335,12 @@ class EngineDriver:
     def _ask(self) -> bool:
         if self._stopping or not self._configured:
             return False  # Who is told nothing has nothing to say.
-        if self._process is not self._has_spoken:
-            return time.monotonic() - self._configured_at_s > FIRST_WORD_S
-        if not self._hangs_noted:  # Which has enough to answer: its socket has an end.
+        spoke = self._process is self._has_spoken
+        quiet_s = time.monotonic() - self._quiet_since_s
+        # Else it has enough to answer: its socket has an end.
+        if spoke and not self._hangs_noted and quiet_s < ASKED_S:
             self._send(m.Ping())
-        return True
+        return quiet_s >= excused_s(self._guest_bytes, spoke=spoke, in_pass=self._in_pass)
 
     async def _hangs(self, seconds: float) -> None:
         """Another one takes its place, unless it may be all that has the guest's pages."""
@@ -376,6 +383,7 @@ class EngineDriver:
     def _note_life(self) -> None:
         self._has_spoken = self._process
         self._words += 1
+        self._quiet_since_s = time.monotonic()
         self._watch.heard()
         if self._hangs_noted:
             self._hangs_noted = False
@@ -406,6 +414,7 @@ class EngineDriver:
                 self._connected(round_trip_ms=self._round_trip_ms)
             case m.PassDone():
                 self._watch.pass_runs(False)
+                self._in_pass = False
                 node, sent = self._session.destination, message.report.bytes_sent
                 self._settings.rates.note(node, message.link_bytes_per_s, sent)
             case m.PostCopyArmed():

@@ -16,7 +16,7 @@ from migrator import engine_messages as m
 from migrator import engine_watch
 from migrator.engine.spares import EngineSpares
 from migrator.engine_driver import EngineDriver, EngineSettings
-from migrator.engine_watch import FIRST_WORD_S, PING_S, UNANSWERED_MAX, UNHEARD_S
+from migrator.engine_watch import FIRST_WORD_S, PING_S, UNANSWERED_MAX, UNHEARD_S, excused_s
 from migrator.errors import EngineError
 from migrator.link_rates import BYTES_MIN, LinkRates
 from migrator.model import DomainName, PassKind, PassReport, Role
@@ -26,6 +26,7 @@ from migrator.session import vocabulary as v
 from tests.unit.session_pair import SessionPair
 
 MIB = 1024 * 1024
+GIB = 1024 * MIB
 CONNECT = v.ConnectEngine(host="10.0.0.2", port=7000, secret=b"s" * 32, post_copy=True)
 
 
@@ -65,6 +66,8 @@ class _Spares:
 class _Hypervisor:
     """Its guest has no memory. `meanwhile` happens while that is opened."""
 
+    size_bytes = MIB
+
     def __init__(self) -> None:
         self.meanwhile: Callable[[], None] = lambda: None
         self.files: list[Path] = []
@@ -80,7 +83,7 @@ class _Hypervisor:
             MemoryRegion(
                 name="ram0",
                 fd=os.open(each, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600),
-                size_bytes=MIB,
+                size_bytes=self.size_bytes,
                 page_size_bytes=4096,
                 mappings=(),
             )
@@ -259,6 +262,50 @@ async def test_an_engine_hangs_no_sooner_than_it_is_configured(
         await world.hears_something()
     assert isinstance(world.heard[0], v.EngineLost)
     await driver.close()
+
+
+@pytest.mark.parametrize("what", ["first word", "pass", "rest of a pass", "post-copy"])
+async def test_a_large_guest_is_looked_through_for_as_long_as_that_takes(
+    world: _World, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Each GiB of it costs up to 0.05 s in which a source's engine says nothing: it was taken for
+    hung. While the guest waits for its pages it isn't looked through.
+    """
+    monkeypatch.setattr(engine_watch, "PING_S", 0.0)
+    monkeypatch.setattr(_Hypervisor, "size_bytes", 1024 * GIB)
+    world.hypervisor.files = [world.folder / "memory"]
+    driver, now = world.driver, time.monotonic()
+    await world.perform(v.StartEngine(post_copy=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: now)
+        await world.perform(CONNECT)
+        if what != "first word":
+            driver._note_life()
+            driver.perform(v.RunPass(number=2, kind=PassKind.STALE))
+        if what == "rest of a pass":
+            now += 99.0
+            driver._note_life()
+        elif what == "post-copy":
+            report = PassReport(number=2, kind=PassKind.STALE, seconds=1.0, pages=1, bytes_sent=1)
+            driver._on_message(m.PassDone(report=report), driver._generation)
+            world.heard.clear()
+        excused = {"first word": FIRST_WORD_S + 512.0, "post-copy": 0.0}.get(what, 102.4)
+        now += max(excused - 1.0, 0.0)
+        for _ in range(10 * UNANSWERED_MAX):
+            await asyncio.sleep(0)
+        assert bool(world.heard) is (what == "post-copy")
+        now += 2.0
+        await world.hears_something()
+    assert isinstance(world.heard[0], v.EngineLost)
+    asked = world.spares.taken[0].told.count(m.Ping())
+    assert asked <= 12 * UNANSWERED_MAX, "no more than its socket holds"
+    await driver.close()
+
+
+def test_of_a_guest_of_usual_size_nobody_waits_longer() -> None:
+    for in_pass in (False, True):
+        assert excused_s(16 * GIB, spoke=True, in_pass=in_pass) < 2.0
+    assert excused_s(16 * GIB, spoke=False, in_pass=False) < FIRST_WORD_S + 10.0
 
 
 async def test_what_hangs_with_the_only_pages_is_asked_no_more_than_it_can_be(
