@@ -95,15 +95,27 @@ def content_shares(
     pages: int = _PAGES_LOOKED_AT,
 ) -> tuple[float, float]:
     """Of the populated extents the share of pages of zeros, and what `codec` leaves of a byte of
-    the others; by looking at about `pages` of them, evenly spaced.
+    the others; by looking at about `pages` of each region, evenly spaced. Huge pages count as they
+    travel: whole, and as they are (`delivery`).
+    """
+    in_use = content = wire = 0.0
+    for region, found in zip(regions, extents, strict=True):
+        zero_share, packed_share = 0.0, 1.0
+        if region.can_sendfile:
+            zero_share, packed_share = _shares(region, found, codec, pages)
+        size = ranges.byte_count(found)
+        in_use += size
+        content += size * (1.0 - zero_share)
+        wire += size * (1.0 - zero_share) * packed_share
+    return 1.0 - content / in_use if in_use else 0.0, wire / content if content else 1.0
+
+
+def _shares(region: MappedRegion, extents: Ranges, codec: Codec, pages: int) -> tuple[float, float]:
+    """Of one region's, as `content_shares`.
 
     Reads by `pread`, which populates nothing: a page that was given back meanwhile reads as zeros.
     """
-    looked_at = [
-        os.pread(region.fd, PAGE_SIZE_BYTES, start)
-        for region, found in zip(regions, extents, strict=True)
-        for start in _spread(found, pages)
-    ]
+    looked_at = [os.pread(region.fd, PAGE_SIZE_BYTES, start) for start in _spread(extents, pages)]
     filled = [page for page in looked_at if page != _ZERO_PAGE]
     if not filled:
         return (1.0 if looked_at else 0.0), 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -19,13 +20,19 @@ PAGES = 8192
 """More than are looked at."""
 
 
-@pytest.fixture
-def region() -> Iterator[MappedRegion]:
+@contextlib.contextmanager
+def region_of(pages: int, page_size: int = PAGE) -> Iterator[MappedRegion]:
     fd = os.memfd_create("region")
-    os.ftruncate(fd, PAGES * PAGE)
-    layout = RegionLayout(name="ram", size_bytes=PAGES * PAGE, page_size_bytes=PAGE)
+    os.ftruncate(fd, pages * PAGE)
+    layout = RegionLayout(name="ram", size_bytes=pages * PAGE, page_size_bytes=page_size)
     yield MappedRegion(0, fd, layout)
     os.close(fd)
+
+
+@pytest.fixture
+def region() -> Iterator[MappedRegion]:
+    with region_of(PAGES) as made:
+        yield made
 
 
 def all_of(pages: int) -> list[ranges.Ranges]:
@@ -67,3 +74,28 @@ def test_of_what_is_pending_a_few_pages_tell_what_is_left_on_the_wire(
 def test_nothing_but_zeros_and_nothing_at_all(region: MappedRegion) -> None:
     assert content_shares([region], all_of(PAGES)) == (1.0, 1.0)
     assert content_shares([region], [ranges.empty()]) == (0.0, 1.0)
+
+
+def test_huge_pages_travel_as_they_are(region: MappedRegion) -> None:
+    """No engine packs them, or leaves those of zeros out."""
+    text = b"an even text. \n\n"
+    with region_of(2 * PAGES, 512 * PAGE) as huge:
+        assert content_shares([huge], all_of(2 * PAGES)) == (0.0, 1.0)
+        huge.view[: PAGES * PAGE] = text * (PAGES * PAGE // len(text))
+        assert content_shares([huge], all_of(2 * PAGES)) == (0.0, 1.0)
+        region.view[: PAGES // 2 * PAGE] = text * (PAGES // 2 * PAGE // len(text))
+        extents = [*all_of(2 * PAGES), *all_of(PAGES)]
+        zero_share, packed_share = content_shares([huge, region], extents)
+    assert zero_share == pytest.approx(1 / 6, abs=0.01)
+    assert packed_share == pytest.approx(0.8, abs=0.01)
+
+
+def test_a_region_counts_by_what_it_has(region: MappedRegion) -> None:
+    """And not by how much of it is looked at."""
+    region.view[:] = os.urandom(PAGES * PAGE)
+    with region_of(PAGES // 4) as small:
+        zero_share, packed_share = content_shares(
+            [region, small], [*all_of(PAGES), *all_of(PAGES // 4)]
+        )
+    assert zero_share == pytest.approx(0.2, abs=0.01)
+    assert packed_share == 1.0
