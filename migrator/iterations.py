@@ -23,7 +23,10 @@ class PassKind(enum.StrEnum):
 
 
 class PassReport(Value, frozen=True, kw_only=True):
-    """What one iteration did. `pending_pages` were dirtied meanwhile, and not told as missing."""
+    """What one iteration did, in pages of 4 KiB.
+
+    `pending_pages` were dirtied meanwhile, and not told as missing.
+    """
 
     number: int
     kind: PassKind

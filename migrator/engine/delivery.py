@@ -147,7 +147,7 @@ class Delivery:
                 continue
             count = _guest_bytes(piece)
             self.left_bytes -= count
-            self.cut_pages += count // self._regions[piece.region].page_size_bytes
+            self.cut_pages += count // PAGE_SIZE_BYTES
             self.cut.append((piece.region, piece.content))
 
     def _take_back(self) -> None:
@@ -270,7 +270,7 @@ class Delivery:
         """A piece goes out."""
         count = _guest_bytes(piece)
         self.left_bytes -= count
-        pages = count // self._regions[piece.region].page_size_bytes
+        pages = count // PAGE_SIZE_BYTES
         if piece.kind is FrameKind.PAGES:
             self.pages += pages
             self.payload_bytes += count

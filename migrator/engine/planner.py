@@ -16,7 +16,7 @@ from migrator.engine import frames, kernel
 from migrator.engine.dirty_log import DirtyLog
 from migrator.engine.memory import MappedRegion
 from migrator.engine.stream import Piece
-from migrator.model import STRIPE_BYTES, PassKind
+from migrator.model import PAGE_SIZE_BYTES, STRIPE_BYTES, PassKind
 from migrator.ranges import Ranges
 
 _HOLES_SHARE: Final = 0.1
@@ -100,10 +100,7 @@ class PassPlanner:
     def untold_pages(self) -> int:
         """What of the pending pages `missing` has yet to tell."""
         found = map(ranges.subtract, self._log.pending(), self._told_missing)
-        return sum(
-            ranges.page_count(content, region.page_size_bytes)
-            for region, content in zip(self._regions, found, strict=True)
-        )
+        return sum(ranges.page_count(content, PAGE_SIZE_BYTES) for content in found)
 
     def not_sent(self, deferred: Iterable[tuple[int, Ranges]]) -> None:
         """What a pass left out: the destination may have no memory there yet."""

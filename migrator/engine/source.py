@@ -107,10 +107,8 @@ class SourceEngine:
         """Until told to stop (StoppedError), or until something can't be helped (any other)."""
         if not self._configure.post_copy:
             self._log.register()
-        in_use = sum(
-            ranges.page_count(extents, region.page_size_bytes)
-            for region, extents in zip(self._regions, self._planner.extents(), strict=True)
-        )
+        extents = self._planner.extents()
+        in_use = sum(ranges.page_count(found, PAGE_SIZE_BYTES) for found in extents)
         self._control.send(Configured(pages_in_use=in_use))
         while True:
             while self._deferred:
@@ -370,10 +368,7 @@ class SourceEngine:
         began = time.monotonic()
         found, holes = self._planner.missing(last=final)
         scanned = time.monotonic()
-        pages = sum(
-            ranges.page_count(content, region.page_size_bytes)
-            for region, content in zip(self._regions, found, strict=True)
-        )
+        pages = sum(ranges.page_count(content, PAGE_SIZE_BYTES) for content in found)
         stream = self._streams[0]
         before = stream.bytes_sent
         if final:
