@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Final
 
 _BURST_S: Final = 0.02
@@ -17,10 +19,27 @@ class TokenBucket:
         self._rate = bytes_per_s
         self._tokens = 0.0
         self._at = now
+        self._users = 0
 
     @property
     def bytes_per_s(self) -> int | None:
         return self._rate
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """By one of the streams, until it has sent all that it has to."""
+        with self._lock:
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+
+    @property
+    def sharers(self) -> int:
+        """How many streams share the rate now; 1 where none does."""
+        return max(1, self._users)
 
     def set_rate(self, bytes_per_s: int | None, now: float) -> None:
         """A debt from before is paid at the new rate. None lifts the cap."""

@@ -103,7 +103,8 @@ class Delivery:
     def run(self, health: ChannelHealth, reconnect_s: float, waiter: Waiter) -> None:
         """Until all is acknowledged. ChannelLostError, EngineError, and what the waiter raises."""
         try:
-            self._run(health, reconnect_s, waiter)
+            with self._bucket.in_use():
+                self._run(health, reconnect_s, waiter)
         finally:
             self._precedence.end()
             self._packer.close()

@@ -223,14 +223,16 @@ class PackingPolicy:
         self,
         idle_cores: Callable[[], float],
         *,
-        streams: int = 1,
+        sharers: Callable[[], int] = lambda: 1,
         clock: Callable[[], float] = time.monotonic,
         used: Callable[[float], None] = lambda core_seconds: None,
     ) -> None:
-        """`streams`: as many share the idle cores. `used`: is told what packing took of a core."""
+        """`sharers`: so many streams share the idle cores by now. `used`: is told what packing took
+        of a core.
+        """
         self._idle_cores = idle_cores
         self._used = used
-        self._streams = max(1, streams)
+        self._sharers = sharers
         self._clock = clock
         self._budget = CoreBudget()
         self._copying = Figures(_COPY_S_ASSUMED)
@@ -272,7 +274,7 @@ class PackingPolicy:
         if link_bytes_per_s is None:
             return None
         all_idle = self._refill()
-        idle = all_idle / self._streams
+        idle = all_idle / self._sharers()
         size = frame_bytes(link_bytes_per_s)
         offers = self.offers(usable)
         if _presses(size) and not self._compared:

@@ -83,7 +83,9 @@ class SourceEngine:
         self._planner = PassPlanner(self._regions, self._log, kernel.PagemapScanner(pagemap))
         self._bucket = TokenBucket(configure.bandwidth_bytes_per_s, time.monotonic())
         self._idle_cores = idle_cores
-        self._packing = PackingPolicy(idle_cores, streams=configure.streams, used=idle_cores.used)
+        self._packing = PackingPolicy(
+            idle_cores, sharers=lambda: self._bucket.sharers, used=idle_cores.used
+        )
         self._known = KnownPages(self._regions)
         self._streams: list[PageStream] = []
         self._health = ChannelHealth(control.send)

@@ -328,7 +328,7 @@ class PageStream:
         if self._sock is not None:
             self.link.note(time.monotonic(), tcp_figures(self._sock))
         cap = self._bucket.bytes_per_s if self.capped else None
-        mine = None if cap is None else cap / self._hello.streams
+        mine = None if cap is None else cap / self._bucket.sharers
         known = [rate for rate in (self.link.bytes_per_s, mine) if rate is not None]
         return min(known, default=None)
 

@@ -119,7 +119,7 @@ def test_fewer_idle_cores_a_cheaper_codec() -> None:
 
 def test_cores_are_shared_among_streams() -> None:
     alone = PackingPolicy(lambda: 1.0)
-    one_of_eight = PackingPolicy(lambda: 1.0, streams=8)
+    one_of_eight = PackingPolicy(lambda: 1.0, sharers=lambda: 8)
     assert alone.plan(125e6, LADDER) is not None
     assert one_of_eight.plan(125e6, LADDER) is None
 
