@@ -23,8 +23,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final, cast
 
-import msgspec
-
 from migrator.engine.control import POLL_IN, POLL_OUT, Waiter, poll
 from migrator.errors import ConfigError, EngineError, words
 from migrator.tls import (
@@ -52,16 +50,38 @@ _CLIENT_HELLO: Final = b"\x16"
 _ReadableBuffer = bytes | bytearray | memoryview
 
 
-class TlsPeer(msgspec.Struct, frozen=True, kw_only=True):
-    """This node's files, and the node that must be at the other end."""
+class _Contexts:
+    """What secures a connection: this node's files as they are when it is made.
 
-    files: TlsFiles
-    node: str
+    A certificate is renewed, and the old one ends, while a migration goes on; a page stream that
+    breaks after that needs the new one, and in post-copy a guest waits for it. What can't be read
+    any more is used as it was.
+    """
+
+    def __init__(self, make: Callable[[TlsFiles], ssl.SSLContext], files: TlsFiles) -> None:
+        """ConfigError if the files can't be used."""
+        self._make, self._files = make, files
+        self._last = make(files)
+
+    def context(self) -> ssl.SSLContext:
+        """For one connection. From any thread."""
+        with contextlib.suppress(ConfigError):
+            self._last = self._make(self._files)
+        return self._last
+
+
+class TlsPeer(_Contexts):
+    """What secures the connections that are dialled, and the node that must be at their end."""
+
+    def __init__(self, files: TlsFiles, node: str) -> None:
+        """ConfigError if the files can't be used."""
+        super().__init__(client_context, files)
+        self.node = node
 
 
 def tls_peer(files: TlsFiles | None, node: str) -> TlsPeer | None:
-    """None: connections to `node` are plain."""
-    return None if files is None else TlsPeer(files=files, node=node)
+    """None: connections to `node` are plain. ConfigError if the files can't be used."""
+    return None if files is None else TlsPeer(files, node)
 
 
 class TlsRefusedError(Exception):
@@ -330,7 +350,7 @@ def secure_outgoing(
 
     TlsRefusedError; OSError (the connection broke, or was silent); what the waiter raises.
     """
-    secured = client_context(peer.files).wrap_socket(
+    secured = peer.context().wrap_socket(
         sock, server_hostname=peer.node, do_handshake_on_connect=False
     )
     deadline = time.monotonic() + timeout_s
@@ -365,24 +385,12 @@ def refusal_of(error: ssl.SSLError, node: str) -> Exception:
     return TlsRefusedError(f"TLS with node {node}: {reason.lower().replace('_', ' ')}")
 
 
-class ListenerTls:
-    """What secures a listener's connections: the files as they are when each of them comes.
-
-    A certificate is renewed, and the old one ends, while a migration goes on; a page stream that
-    breaks after that needs the new one, and in post-copy a guest waits for it. What can't be read
-    any more is used as it was.
-    """
+class ListenerTls(_Contexts):
+    """What secures a listener's connections."""
 
     def __init__(self, files: TlsFiles) -> None:
         """ConfigError if the files can't be used."""
-        self._files = files
-        self._last = _without_tickets(files)
-
-    def context(self) -> ssl.SSLContext:
-        """For one connection. From any thread."""
-        with contextlib.suppress(ConfigError):
-            self._last = _without_tickets(self._files)
-        return self._last
+        super().__init__(_without_tickets, files)
 
 
 def _without_tickets(files: TlsFiles) -> ssl.SSLContext:

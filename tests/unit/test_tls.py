@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trustme
 
-from migrator.engine.transport import ListenerTls
+from migrator.engine.transport import ListenerTls, TlsPeer
 from migrator.errors import ConfigError, RemoteProtocolError
 from migrator.tls import (
     TlsFiles,
@@ -109,10 +111,15 @@ def test_half_of_the_files_is_an_error_and_all_of_them_are_used(tmp_path: Path) 
     assert files_of_node(tmp_path, TlsMode.PLAIN) is None
 
 
-def test_a_listener_reads_its_files_anew_and_goes_on_with_what_it_had(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [ListenerTls, partial(TlsPeer, node="n1")])
+def test_an_engine_reads_its_files_anew_and_goes_on_with_what_it_had(
+    tmp_path: Path, end: Callable[[TlsFiles], ListenerTls | TlsPeer]
+) -> None:
     n2 = files_of(tmp_path, trustme.CA(), "n2")
-    listener = ListenerTls(n2)
-    first, second = listener.context(), listener.context()
+    tls = end(n2)
+    first, second = tls.context(), tls.context()
     assert first is not second
     Path(n2.certificate_path).write_text("half of one")
-    assert listener.context() is second
+    assert tls.context() is second
+    with pytest.raises(ConfigError, match="can't be used"):
+        end(n2)
