@@ -20,6 +20,7 @@ from xml.sax.saxutils import escape, quoteattr
 from deploy.lab.plan import GUEST_BRIDGE, NodePlan
 from migrator.errors import FerryError
 from migrator.model import DomainSpec, KernelBoot
+from tests.benchmarks import newer_qemu
 from tests.benchmarks.cases import Case
 from tests.benchmarks.results import Run
 from tests.benchmarks.site import DOMAIN, Site, spawn
@@ -96,6 +97,10 @@ class _Daemon:
             f"mkdir -p {path}; mount --bind {self.folder / name} {path}"
             for name, path in _PRIVATE.items()
         )
+        emulator = shutil.which(site.binary)
+        modules = newer_qemu.modules_to_bind(Path(emulator)) if emulator else None
+        if modules is not None:
+            binds += f"\nmount --bind {modules[0]} {modules[1]}"
         script = _SCRIPT.format(name=node.name, folder=self.folder, binds=binds, libvirtd=_LIBVIRTD)
         unshare = ["unshare", "--mount", "--uts", "--propagation", "private"]
         self._process = spawn(

@@ -5,7 +5,8 @@
 
 The binary is told (by patchelf, of the same folder) to take its loader and libraries from there,
 so that it runs on this host as it is: no chroot, no wrapper. A wrapper would break the preloaded
-shim, which acts in QEMU alone.
+shim, which acts in QEMU alone. Its modules are looked for where the host's QEMU has its own; one
+that finds those ends (`modules_to_bind`). Nothing loads any but who asks for all that it can do.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ BOOTSTRAP_S: Final = 1200.0
 _STEP_S: Final = 60.0
 _READY: Final = ".ready"
 _LOADER: Final = "lib64/ld-linux-x86-64.so.2"
+_MODULES: Final = "usr/lib/x86_64-linux-gnu/qemu"
 _LIBRARIES: Final = ("usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu")
 _SUITE: Final = re.compile(r"[a-z]{2,20}")
 
@@ -63,6 +65,15 @@ def install(suite: str, cache_directory: Path) -> Path:
 def version(folder: Path) -> str:
     """As the binary itself says. NewerQemuError if it doesn't run."""
     return _run([str(folder / BINARY), "--version"], _STEP_S).splitlines()[0]
+
+
+def modules_to_bind(binary: Path) -> tuple[Path, Path] | None:
+    """The folder of the binary's own modules, and where it looks for them. None: it is there."""
+    root = binary.resolve().parent.parent.parent
+    usual = Path("/", _MODULES)
+    if not (root / _READY).exists() or not usual.is_dir():
+        return None
+    return root / _MODULES, usual
 
 
 def _bootstrap(suite: str, root: Path) -> None:

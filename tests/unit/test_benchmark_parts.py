@@ -95,6 +95,24 @@ def test_a_bootstrap_that_fails_leaves_nothing(
     assert not list(cache.iterdir())
 
 
+def test_modules_are_the_newer_qemus_own_where_the_host_has_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, root = tmp_path / "modules", tmp_path / "cache" / "qemu-trixie"
+    monkeypatch.setattr(newer_qemu, "_MODULES", str(usual).lstrip("/"))
+    binary, link = root / "usr" / "bin" / newer_qemu.BINARY, root / "bin" / newer_qemu.BINARY
+    for path in (binary, link):
+        path.parent.mkdir(parents=True)
+    binary.touch()
+    link.symlink_to(binary)
+    (root / ".ready").touch()
+    assert newer_qemu.modules_to_bind(link) is None, "the host has none"
+    usual.mkdir()
+    assert newer_qemu.modules_to_bind(link) == (root / str(usual).lstrip("/"), usual)
+    (root / ".ready").unlink()
+    assert newer_qemu.modules_to_bind(link) is None, "it is the host's"
+
+
 def test_what_was_measured_stays_until_its_case_is_measured_anew(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
