@@ -22,7 +22,7 @@ from migrator import shortage
 from migrator.engine.client import EngineProcess
 from migrator.engine.spares import EngineSpares
 from migrator.engine_events import told_by
-from migrator.engine_watch import ASKED_S, EngineWatch, excused_s
+from migrator.engine_watch import ASKED_MAX, EngineWatch, excused_s
 from migrator.errors import FerryError, HypervisorError
 from migrator.left_tracking import clear_tracking
 from migrator.link_rates import LinkRates
@@ -93,11 +93,13 @@ class EngineDriver:
         """From the moment that the guest's pages are told as missing: it will need the engine."""
         self._hangs_noted = False
         self._has_spoken: EngineProcess | None = None
-        """Until then its imports may take as long as a host lets them, within FIRST_WORD_S."""
+        """Until then its imports may take as long as a host lets them, within `excused_s`."""
         self._in_pass = False
         self._guest_bytes = 0
         self._quiet_since_s = 0.0
         """Since its configuration, the begin of a pass, or its last word."""
+        self._asked = 0
+        """Since its last word."""
         self._words = 0
         """Of all engines."""
         self._turns = Turns(f"migration-{session.migration_id}-engine", self._lost, STOP_S)
@@ -295,7 +297,7 @@ class EngineDriver:
             self._process.send(message, fds=fds)
             self._configured_process = self._process
             self._guest_bytes = sum(region.size_bytes for region in message.regions)
-            self._quiet_since_s = time.monotonic()
+            self._quiet_since_s, self._asked = time.monotonic(), 0
 
     async def _end(self) -> None:
         """No engine is left, and a guest that stays is rid of its tracking."""
@@ -337,8 +339,9 @@ class EngineDriver:
             return False  # Who is told nothing has nothing to say.
         spoke = self._process is self._has_spoken
         quiet_s = time.monotonic() - self._quiet_since_s
-        # Else it has enough to answer: its socket has an end.
-        if spoke and not self._hangs_noted and quiet_s < ASKED_S:
+        if spoke and not self._hangs_noted and self._asked < ASKED_MAX:
+            # By their number: an agent that stood still itself has asked nothing meanwhile.
+            self._asked += 1
             self._send(m.Ping())
         return quiet_s >= excused_s(self._guest_bytes, spoke=spoke, in_pass=self._in_pass)
 
@@ -383,7 +386,7 @@ class EngineDriver:
     def _note_life(self) -> None:
         self._has_spoken = self._process
         self._words += 1
-        self._quiet_since_s = time.monotonic()
+        self._quiet_since_s, self._asked = time.monotonic(), 0
         self._watch.heard()
         if self._hangs_noted:
             self._hangs_noted = False

@@ -26,8 +26,8 @@ takes 0.02 s, and 0.4 where every other page is."""
 PASS_S_A_GIB: Final = 0.1
 """Of the guest: what an engine may say nothing for in a pass, beyond UNANSWERED_MAX, as it looks
 for what was written and adds it up. That takes 0.005 s, and 0.05 where every other page was."""
-ASKED_S: Final = 60.0
-"""Into a silence: whoever comes to answers what it was asked by then."""
+ASKED_MAX: Final = 60
+"""Questions into a silence, whose socket has an end. Whoever comes to answers one of them."""
 UNHEARD_S: Final = 3.0
 """After which its silence is told. In a pass it reports five times a second; in a post-copy it has
 nothing to say, perhaps, but an answer each second."""

@@ -108,7 +108,7 @@ class Prediction(Figure, frozen=True, kw_only=True):
     link: LinkSpeed
     packed_share: float = 1.0
     """What is left on the wire of a byte that isn't of a page of zeros."""
-    dirtied_packed_share: float = 1.0
-    """The same, of the pages that the guest dirties meanwhile."""
+    dirtied_packed_share: float | None = None
+    """The same, of the pages that the guest dirties meanwhile. None: as that, by an older agent."""
     post_copy: bool = False
     """What pre-copy leaves follows after the switchover."""

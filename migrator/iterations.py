@@ -47,6 +47,9 @@ class PassReport(Value, frozen=True, kw_only=True):
     """Not sent, because the guest had dirtied them by then: they are among `pending_pages`."""
     cut_pages: int = 0
     """Not sent, because the iteration was ended early: they are among `pending_pages`, too."""
+    dirtied_s: float = 0.0
+    """In which `pending_pages` were dirtied: since the scan before, which is longer than `seconds`
+    where the iteration had to wait for something. 0.0: not known, by an older engine."""
     pending_packed_share: float | None = None
     """What packing would leave of a byte of `pending_pages`, by a sample of them; None: the
     iteration packed nothing, or nothing is pending."""

@@ -84,8 +84,8 @@ class NicDefinition(Value, frozen=True, kw_only=True):
     """Where given, each address must be in one of them (like 10.0.0.0/24)."""
     anti_spoofing: bool = False
     """The node drops what the guest sends under another MAC or, if it has addresses, another IP."""
-    receive_limit_bytes_per_s: Annotated[int, msgspec.Meta(ge=10_000)] | None = None
-    send_limit_bytes_per_s: Annotated[int, msgspec.Meta(ge=10_000)] | None = None
+    receive_limit_bytes_per_s: Annotated[int, msgspec.Meta(ge=10_000, le=2**53)] | None = None
+    send_limit_bytes_per_s: Annotated[int, msgspec.Meta(ge=10_000, le=2**53)] | None = None
     """As the guest sees it: what it receives is queued at the limit, what it sends is dropped."""
 
 
@@ -330,7 +330,7 @@ class MigrationRequest(Value, frozen=True, kw_only=True):
     downtime_limit_ms: Annotated[int, msgspec.Meta(ge=1, le=60_000)] = 50
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 600.0
     on_timeout: OnTimeout = OnTimeout.CANCEL
-    bandwidth_bytes_per_s: Annotated[int, msgspec.Meta(ge=65_536)] | None = None
+    bandwidth_bytes_per_s: Annotated[int, msgspec.Meta(ge=65_536, le=2**53)] | None = None
     engine: EngineKind = EngineKind.AUTO
     """A migration that has begun says here which it was: paged or native."""
 

@@ -29,7 +29,11 @@ FLOOR_PAGES: Final = 64
 """Pending pages that no further pass can usefully shrink: they go in well under a millisecond."""
 SHRINK_FACTOR: Final = 0.85
 """A pass that leaves more than this share of the best before it did not shrink."""
+NOT_PACKED_SHARE: Final = 0.95
+"""Pages of which more is left go as they are."""
 WINDOW: Final = 3
+WAITED_S: Final = 0.1
+"""A shorter wait before a pass is of no account: as long an answer about leave may take."""
 MAX_ITERATIONS: Final = 30
 HYBRID_GAIN_SHARE: Final = 0.5
 """Hybrid: after a pass that leaves more than this share of what it sent the next doesn't pay."""
@@ -101,11 +105,17 @@ def throughput(passes: Sequence[PassReport]) -> float:
     return sent / seconds
 
 
+def dirtied_s(one: PassReport) -> float:
+    """In which what a pass left was dirtied: it may have had to wait before it began."""
+    return max(one.seconds, one.dirtied_s)
+
+
 def dirty_rate(last: PassReport) -> float:
-    """Bytes a second that the guest dirtied during the last pass; at least, if that was cut."""
-    if last.seconds <= 0.0:
+    """Bytes a second that the guest dirtied until the last pass's end; at least, if it was cut."""
+    seconds = dirtied_s(last)
+    if seconds <= 0.0:
         return 0.0
-    return (last.pending_pages - last.cut_pages) * PAGE_SIZE_BYTES / last.seconds
+    return (last.pending_pages - last.cut_pages) * PAGE_SIZE_BYTES / seconds
 
 
 def predicted_blackout_ms(pending_bytes: int, throughput_bytes_per_s: float) -> float:
@@ -161,7 +171,7 @@ def decide(
                 f"{dirty_rate(last) / 1e6:.1f} MB/s, the link carries {rate / 1e6:.1f} MB/s)",
             )
         saved_time = ", in time that packing has saved"
-    shrinks = _shrinks(passes, window=1 if fits else WINDOW)
+    shrinks = _shrinks(_since_wait(passes), window=1 if fits else WINDOW)
     if len(passes) >= MAX_ITERATIONS:
         shrinks = False
     if shrinks:
@@ -197,11 +207,15 @@ def tells_again(passes: Sequence[PassReport]) -> bool:
 def _pays(last: PassReport) -> bool:
     """Whether the next pass would leave clearly less than it has to send.
 
-    By how much was written while this one sent what it did. What it left out, because the guest had
-    written it already, took none of its time: a guest that writes twice as fast as the link carries
-    would seem to write slower the more is left out.
+    By how much was written while this one sent what it did, and not while it waited to begin. What
+    it left out, because the guest had written it already, took none of its time: a guest that
+    writes twice as fast as the link carries would seem to write slower the more is left out.
     """
-    return last.pending_pages * PAGE_SIZE_BYTES <= HYBRID_GAIN_SHARE * _went_bytes(last)
+    seconds = dirtied_s(last)
+    meanwhile_bytes = last.pending_pages * PAGE_SIZE_BYTES
+    if seconds > 0.0:
+        meanwhile_bytes = int(meanwhile_bytes * last.seconds / seconds)
+    return meanwhile_bytes <= HYBRID_GAIN_SHARE * _went_bytes(last)
 
 
 def _went_bytes(one: PassReport) -> int:
@@ -218,7 +232,7 @@ def _fits_saved_time(passes: Sequence[PassReport], rate: float) -> bool:
     """
     last = passes[-1]
     share = last.pending_packed_share
-    if share is None:
+    if share is None or share >= NOT_PACKED_SHARE:
         return False
     pending_bytes = last.pending_pages * PAGE_SIZE_BYTES
     pass_s = share * pending_bytes / rate
@@ -227,6 +241,16 @@ def _fits_saved_time(passes: Sequence[PassReport], rate: float) -> bool:
     plain_s = (_went_bytes(passes[0]) + passes[0].deferred_pages * PAGE_SIZE_BYTES) / rate
     shrinks = left_bytes <= SAVED_TIME_SHARE * pending_bytes
     return shrinks and spent_s + pass_s + share * left_bytes / rate <= plain_s
+
+
+def _since_wait(passes: Sequence[PassReport]) -> Sequence[PassReport]:
+    """From the last pass on of which most of what it left was dirtied while none ran, as leave was
+    waited for, say: what converged before that has to converge again.
+    """
+    for at in range(len(passes) - 1, 0, -1):
+        if passes[at].dirtied_s > 2.0 * passes[at].seconds + WAITED_S:
+            return passes[at:]
+    return passes
 
 
 def _shrinks(passes: Sequence[PassReport], window: int) -> bool:

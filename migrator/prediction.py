@@ -35,7 +35,15 @@ from migrator.model import (
     PassKind,
     PassReport,
 )
-from migrator.policy import FIXED_BLACKOUT_MS, Decision, DecisionKind, decide, throughput
+from migrator.policy import (
+    FIXED_BLACKOUT_MS,
+    NOT_PACKED_SHARE,
+    Decision,
+    DecisionKind,
+    decide,
+    dirtied_s,
+    throughput,
+)
 from migrator.ports import Struct
 
 OVERHEAD_S: Final = 0.5
@@ -49,6 +57,8 @@ _PACK_BYTES_PER_S: Final = 0.5e9
 """Of guest memory: what one core packs by LZ4, copying included (`codecs.LADDER`)."""
 _PACKED_TOLD_BYTES: Final = 4 * 1024 * 1024
 """Of pages in iterations: fewer don't tell how small a guest's become."""
+_LEAST_SHARE: Final = 0.01
+"""Of pages of zeros nothing is left, but for their frames."""
 _PAGE_HEADER_BYTES: Final = 8
 """What the stream adds to a page, at most (a range's header, for a scattered page)."""
 
@@ -124,7 +134,7 @@ def predict(figures: Figures, request: MigrationRequest) -> Prediction:
     # The last pages go without the cap: the guest stands still.
     blackout_ms = fixed_ms + 1e3 * last_wire_bytes / max(1.0, link.bytes_per_s)
     converges = in_time and decision.kind is DecisionKind.SWITCH_OVER
-    post_copy = not converges and request.mode is MigrationMode.HYBRID
+    post_copy = not converges and request.mode is not MigrationMode.PRECOPY
     # A request that forces switches over all the same: once the iteration under way has ended.
     switches = converges or post_copy or request.on_timeout is OnTimeout.FORCE
     sent = sum(each.bytes_sent for each in passes)
@@ -168,14 +178,16 @@ def _play(
     """
     passes: list[PassReport] = []
     pending_bytes = content_bytes
+    alone = request.mode is MigrationMode.PRECOPY
+    mode = MigrationMode.PRECOPY if alone else MigrationMode.HYBRID
     for number in itertools.count(1):
-        share = packed.memory if number == 1 else packed.dirtied
+        share = max(packed.memory if number == 1 else packed.dirtied, _LEAST_SHARE)
         wire_bytes, cut_bytes = _wire_bytes(pending_bytes, share), 0
         # What one core can't pack goes plain.
         most_bytes_per_s = rate + _PACK_BYTES_PER_S * (1.0 - share)
         seconds = max(wire_bytes / rate, pending_bytes / most_bytes_per_s) + PASS_OVERHEAD_S
         late_s = sum(each.seconds for each in passes) + seconds - request.timeout_s
-        if late_s > 0.0 and request.mode is MigrationMode.HYBRID:
+        if late_s > 0.0 and mode is MigrationMode.HYBRID:
             # It is ended early, and what it has not sent follows the guest.
             seconds -= late_s
             wire_bytes = int(wire_bytes * seconds / (seconds + late_s))
@@ -195,10 +207,10 @@ def _play(
                 payload_bytes=payload_bytes,
                 pending_pages=pending_bytes // PAGE_SIZE_BYTES,
                 cut_pages=cut_bytes // PAGE_SIZE_BYTES,
-                pending_packed_share=None if packed == PLAIN else packed.dirtied,
+                pending_packed_share=packed.dirtied if share < NOT_PACKED_SHARE else None,
             )
         )
-        decision = decide(passes, request.downtime_limit_ms, request.mode, link_bytes_per_s)
+        decision = decide(passes, request.downtime_limit_ms, mode, link_bytes_per_s)
         in_time = not cut_bytes and sum(each.seconds for each in passes) <= request.timeout_s
         if decision.kind is not DecisionKind.ITERATE or not in_time:
             return passes, decision, in_time
@@ -218,10 +230,10 @@ def curve_of_passes(passes: Sequence[PassReport]) -> tuple[DirtyPoint, ...]:
         for each in passes
         if each.kind is not PassKind.FINAL and each.seconds > 0.0 and not each.cut_pages
     ]
-    for each in sorted(running, key=lambda one: one.seconds):
+    for each in sorted(running, key=dirtied_s):
         found = each.pending_pages * PAGE_SIZE_BYTES
         most = points[-1].bytes if points else 0
-        points.append(DirtyPoint(seconds=each.seconds, bytes=max(most, found)))
+        points.append(DirtyPoint(seconds=dirtied_s(each), bytes=max(most, found)))
     return tuple(points)
 
 

@@ -155,7 +155,7 @@ class MigrationCreate(Value, frozen=True, kw_only=True):
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 600.0
     mode: MigrationMode = MigrationMode.HYBRID
     on_timeout: OnTimeout = OnTimeout.CANCEL
-    bandwidth_bytes_per_s: Annotated[int, msgspec.Meta(ge=65_536)] | None = None
+    bandwidth_bytes_per_s: Annotated[int, msgspec.Meta(ge=65_536, le=2**53)] | None = None
     engine: EngineKind = EngineKind.AUTO
 
     def towards(self, destination: str) -> MigrationRequest:
@@ -174,7 +174,7 @@ class MigrationCreate(Value, frozen=True, kw_only=True):
 class MigrationChange(Value, frozen=True, kw_only=True):
     """What can be changed while a migration runs."""
 
-    bandwidth_bytes_per_s: Annotated[int, msgspec.Meta(ge=65_536)] | None
+    bandwidth_bytes_per_s: Annotated[int, msgspec.Meta(ge=65_536, le=2**53)] | None
     """The cap on its page streams; null lifts it."""
 
 

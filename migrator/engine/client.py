@@ -65,6 +65,8 @@ class EngineProcess:
         self._writing = False
         self._short_since: float | None = None
         """Since when the kernel has no memory for what is to be sent."""
+        self._retry: asyncio.TimerHandle | None = None
+        """Of the next try then."""
         self._watch = self._loop.create_task(self._watch_exit(), name="engine-exit")
         self._loop.add_reader(sock, self._readable)
 
@@ -154,7 +156,8 @@ class EngineProcess:
             raise EngineError("the engine doesn't read its messages")
         data = memoryview(wire.encode_frame(wire.FrameKind.ENGINE, message))
         self._outgoing.append((data, _duplicates(fds)))
-        self._flush()
+        if self._retry is None:
+            self._flush()
 
     async def stop(self, timeout_s: float) -> bool:
         """Ask it to stop, and kill it after `timeout_s`. Returns when it is gone; True: by itself.
@@ -183,6 +186,9 @@ class EngineProcess:
             self._process.kill()
 
     def _flush(self) -> None:
+        self._retry = None
+        if self._sock.fileno() < 0:
+            return  # It has ended meanwhile.
         try:
             while self._outgoing:
                 data, fds = self._outgoing[0]
@@ -197,13 +203,14 @@ class EngineProcess:
                 else:
                     self._outgoing.popleft()
         except BlockingIOError:
+            self._short_since = None
             if not self._writing:
                 self._writing = True
                 self._loop.add_writer(self._sock, self._flush)
             return
         except OSError as error:
             if error.errno in PASSING and self._may_pass():
-                self._loop.call_later(PASSING_S, self._flush)
+                self._retry = self._loop.call_later(PASSING_S, self._flush)
             else:
                 self._drop_outgoing()  # It has ended; `_watch_exit` tells.
                 if error.errno not in (errno.EPIPE, errno.ECONNRESET):

@@ -90,6 +90,9 @@ class DirtyLog:
         self._anothers = False
         """What is registered may be another engine's."""
         self._pending: list[Ranges] = [ranges.empty() for _ in regions]
+        self._scanned_at_s = time.monotonic()
+        self.scanned_s = 0.0
+        """Between the last two scans: in which what the last one found was written."""
 
     def register(self) -> None:
         """Track the guest's writes from here on, from scratch: whatever an earlier engine left.
@@ -115,10 +118,13 @@ class DirtyLog:
         for region in self._regions:
             for mapping in region.mappings:
                 self._scanner.arm(mapping.address, mapping.address + mapping.length_bytes)
+        self._scanned_at_s = time.monotonic()
         self._pending = [ranges.empty() for _ in self._regions]
 
     def scan(self) -> None:
         """Add what was written since the last scan to what is pending."""
+        now = time.monotonic()
+        self.scanned_s, self._scanned_at_s = now - self._scanned_at_s, now
         for index, region in enumerate(self._regions):
             found = [self._pending[index]]
             for mapping in region.mappings:

@@ -158,6 +158,8 @@ class PageServer:
                 except (StreamEndedError, RemoteProtocolError) as error:
                     waiter.tick()
                     self._health.broke(-kind, str(error))
+                    if not self._sockets[kind].carries:  # Not as fast as it goes.
+                        waiter.wait(None, 0, _BACKOFF_S)
                 self._sockets[kind].close()
                 self._open_again(kind, waiter)
                 self._health.restored(-kind)

@@ -28,6 +28,8 @@ class PageSocket:
     def __init__(self, sock: StreamSocket, shapes: Sequence[RegionShape], silence_s: float) -> None:
         self._sock = sock
         self._shapes = shapes
+        self.carries = False
+        """Something came over it."""
         limit_waits(sock, silence_s)
         self._header = memoryview(bytearray(frames.HEADER_BYTES))
         self._ranges = memoryview(bytearray(frames.FRAME_RANGES_MAX * frames.RANGE_BYTES))
@@ -106,6 +108,7 @@ class PageSocket:
         StreamEndedError, RemoteProtocolError.
         """
         self._fill(self._header, idle=True)
+        self.carries = True
         header = frames.parse_header(self._header)
         if not header.count:
             return header, None

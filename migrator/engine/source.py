@@ -94,6 +94,7 @@ class SourceEngine:
         self._server: PageServer | None = None
         self._served_before = 0  # Bytes, to an engine of the destination that died.
         self._endpoint: Endpoint | None = None
+        self._tls = tls_peer(configure.tls, configure.peer)
         self._faults = ThreadFaults()
         self._served = Signal()
         """The destination has every page."""
@@ -219,7 +220,7 @@ class SourceEngine:
             port=message.port,
             bind_address=configure.bind_address,
             silence_s=configure.silence_s,
-            tls=tls_peer(configure.tls, configure.peer),
+            tls=self._tls,  # The same for each successor at the other end: what it had still does.
         )
         self._server = PageServer(
             self._endpoint,
@@ -338,6 +339,7 @@ class SourceEngine:
             seconds=seconds,
             bytes_sent=self._bytes_sent() - bytes_before,
             pending_pages=self._log.pending_pages(),
+            dirtied_s=self._log.scanned_s,
             scan_seconds=scan_seconds,
         )
         if message.kind is not PassKind.FINAL and report.compressors:

@@ -59,14 +59,16 @@ class _Contexts:
     """
 
     def __init__(self, make: Callable[[TlsFiles], ssl.SSLContext], files: TlsFiles) -> None:
-        """ConfigError if the files can't be used."""
         self._make, self._files = make, files
-        self._last = make(files)
+        self._last: ssl.SSLContext | None = None
 
     def context(self) -> ssl.SSLContext:
-        """For one connection. From any thread."""
-        with contextlib.suppress(ConfigError):
+        """For one connection. From any thread. ConfigError if the files never could be used."""
+        try:
             self._last = self._make(self._files)
+        except ConfigError:
+            if self._last is None:
+                raise
         return self._last
 
 
@@ -74,13 +76,12 @@ class TlsPeer(_Contexts):
     """What secures the connections that are dialled, and the node that must be at their end."""
 
     def __init__(self, files: TlsFiles, node: str) -> None:
-        """ConfigError if the files can't be used."""
         super().__init__(client_context, files)
         self.node = node
 
 
 def tls_peer(files: TlsFiles | None, node: str) -> TlsPeer | None:
-    """None: connections to `node` are plain. ConfigError if the files can't be used."""
+    """None: connections to `node` are plain."""
     return None if files is None else TlsPeer(files, node)
 
 
@@ -391,6 +392,7 @@ class ListenerTls(_Contexts):
     def __init__(self, files: TlsFiles) -> None:
         """ConfigError if the files can't be used."""
         super().__init__(_without_tickets, files)
+        self.context()
 
 
 def _without_tickets(files: TlsFiles) -> ssl.SSLContext:

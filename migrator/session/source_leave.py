@@ -60,7 +60,8 @@ class SourceLeave(SourcePostCopy):
         if self._leaving is None or self.state is not MigrationState.PRECOPY:
             return
         leaving, asked_at_s = self._leaving, self._leave_asked_at_s
-        if isinstance(event, LeaveGiven) and event.detail:
+        late = self._now - asked_at_s >= _FRESH_S
+        if isinstance(event, LeaveGiven) and (event.detail or late):
             self._note("leave", asked_at_s, self._now, event.detail)
         match event:
             case LeaveGiven() if leaving.part is LeavePart.HOOKS:

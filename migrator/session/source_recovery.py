@@ -136,9 +136,17 @@ class SourceRecovery(SourceRollback):
             else:
                 self._swap(record)
         elif record.owner == self.destination:
-            self._discard("")  # It runs there, and has been handed over again since.
+            # It has been started there, or handed over again, since.
+            self._discard(self._unfinished(record) if self.post_copy else "")
         else:
             self._discard(f"{record.owner} took the domain over, with token {record.token}")
+
+    def _unfinished(self, record: OwnershipRecord) -> str:
+        """Of a post-copy that nobody has told the end of."""
+        return (
+            f"it ended at {self.destination} before all of its memory was there, as far as "
+            f"{self.source} knows; it was started anew since, with token {record.token}"
+        )
 
     def _was_forgotten(self) -> None:
         """It won, and has ended since then, or it would know us. So our copy is stale: one that

@@ -10,10 +10,17 @@ from typing import Annotated, Final
 
 import msgspec
 
-from migrator.model import MaintenancePolicy, Name, Value
+from migrator.model import END, MaintenancePolicy, Name, Value
 
 DRAINS: Final = "drains/"
-Reason = Annotated[str, msgspec.Meta(max_length=200)]
+Reason = Annotated[
+    str,
+    msgspec.Meta(
+        max_length=200,
+        pattern=r"^[^\x00-\x1f\x7f-\x9f]*" + END,
+        description="text of at most 200 characters, without control characters",
+    ),
+]
 HISTORY_MAX: Final = 500
 TIMEOUT_S: Final = 3600.0
 """By default, where a plan isn't long."""

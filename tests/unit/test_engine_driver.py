@@ -335,6 +335,21 @@ async def test_what_hangs_with_the_only_pages_is_asked_no_more_than_it_can_be(
     await world.driver.close()
 
 
+async def test_after_an_agent_stood_still_its_engine_is_asked_before_it_is_judged(
+    world: _World,
+) -> None:
+    """Nothing was asked for over a minute, so nothing was answered."""
+    await world.perform(v.StartEngine(post_copy=True))
+    await world.perform(CONNECT)
+    world.driver._note_life()
+    world.driver._quiet_since_s -= 300.0
+    told = world.spares.taken[0].told
+    before = len(told)
+    world.driver._ask()
+    assert told[before:] == [m.Ping()]
+    await world.driver.close()
+
+
 @pytest.mark.parametrize("alone", [True, False])
 async def test_one_that_answers_while_it_is_judged_doesnt_hang(
     world: _World, monkeypatch: pytest.MonkeyPatch, alone: bool

@@ -58,6 +58,8 @@ def test_leave_that_came_late_is_followed_by_another_pass() -> None:
     assert pair.run() == ENDED_AWAY
     assert passes(pair) == [PassKind.FIRST, PassKind.DIRTY, PassKind.FINAL]
     assert pair.commands(SOURCE).count("AskLeave") == 1
+    told = [each.seconds for each in pair.source.timeline if each.name == "leave"]
+    assert told == [pytest.approx(20.0, abs=0.1)], "the store, say, was away: no hook tells of it"
 
 
 def test_a_refusal_ends_the_migration_and_the_guest_stays() -> None:

@@ -210,6 +210,8 @@ def test_what_packing_has_saved_hybrid_spends_on_iterations() -> None:
     for share in (None, 1.0):  # What it has rewritten can't be packed, or isn't known.
         noise = msgspec.structs.replace(passes[0], pending_packed_share=share)
         assert decide([noise], 50, MigrationMode.HYBRID).kind is DecisionKind.POST_COPY
+    mixed = msgspec.structs.replace(passes[0], pending_pages=60_000, pending_packed_share=0.97)
+    assert decide([mixed], 50, MigrationMode.HYBRID).kind is DecisionKind.POST_COPY
     faster = msgspec.structs.replace(passes[0], pending_pages=80_000)
     assert decide([faster], 50, MigrationMode.HYBRID).kind is DecisionKind.POST_COPY
 
@@ -223,6 +225,32 @@ def test_hybrid_with_packed_pages_ends_within_the_time_of_plain_ones() -> None:
                 passes.append(_packed_pass(len(passes) + 1, todo, int(todo * leaves), share))
             rest_s = share * passes[-1].pending_pages / _PAGES_PER_S
             assert sum(each.seconds for each in passes) + rest_s <= 4.0 or len(passes) == 1
+
+
+def test_what_was_dirtied_before_a_pass_is_not_held_against_it() -> None:
+    """200 pages a second: 50 for the pass after leave that took 15 s, in which 3,000 came."""
+    passes = [
+        _pass(1, 50_000, 400, 2.0),
+        _pass(2, 400, 60, 0.016),
+        _pass(3, 60, 50, 0.003),
+        msgspec.structs.replace(_pass(4, 50, 3_000, 0.002), dirtied_s=15.002),
+    ]
+    late = decide(passes, 50, MigrationMode.HYBRID)
+    assert late.kind is DecisionKind.ITERATE
+    assert late.dirty_rate_bytes_per_s == pytest.approx(200 * PAGE_SIZE_BYTES, rel=0.01)
+    for mode in (MigrationMode.HYBRID, MigrationMode.PRECOPY):
+        after = [*passes, _pass(5, 3_000, 1_000, 0.12)]
+        assert decide(after, 50, mode).kind is DecisionKind.ITERATE
+    unknown = msgspec.structs.replace(passes[-1], dirtied_s=0.0)  # An older engine's.
+    assert decide([*passes[:-1], unknown], 50, MigrationMode.HYBRID).kind is DecisionKind.POST_COPY
+
+
+def test_a_guest_that_writes_too_fast_is_not_excused_by_a_wait() -> None:
+    first = _pass(1, 50_000, 40_000, 2.0)
+    waited = msgspec.structs.replace(_pass(2, 40_000, 50_000, 1.6), dirtied_s=4.0)
+    assert decide([first, waited], 50, MigrationMode.HYBRID).kind is DecisionKind.ITERATE
+    again = _pass(3, 50_000, 40_000, 2.0)
+    assert decide([first, waited, again], 50, MigrationMode.HYBRID).kind is DecisionKind.POST_COPY
 
 
 def test_telling_ends_though_the_guest_goes_on_writing() -> None:

@@ -309,6 +309,24 @@ def test_what_the_guest_dirties_may_pack_worse_than_its_memory() -> None:
     assert shares.dirtied == pytest.approx(0.78, abs=0.01), "measured, and no sample's word"
 
 
+def test_a_guest_that_clears_its_memory_is_predicted_too() -> None:
+    """Of pages of zeros nothing is left: that divided by nothing where its time was over."""
+    zeros = msgspec.structs.replace(
+        packing(0.4, 80e6), packed=PackedShares(memory=0.4, dirtied=0.0)
+    )
+    for timeout_s in (0.5, 1.61, 1.7, 2.0, 30.0):
+        found = predict(zeros, request(mode=MigrationMode.HYBRID, timeout_s=timeout_s))
+        assert found.bytes_sent > 0
+
+
+def test_noise_in_packable_memory_is_predicted_as_it_is_decided() -> None:
+    """Three of five pages are left by each iteration, and packing would have time for more."""
+    noise = msgspec.structs.replace(
+        figures(400 * 10**6, steady(6e6), 1e7), packed=PackedShares(memory=0.25, dirtied=1.0)
+    )
+    assert predict(noise, request(mode=MigrationMode.HYBRID)).post_copy
+
+
 def test_what_packs_well_travels_no_faster_than_a_core_packs() -> None:
     found = predict(packing(0.02, 700e6), request())
     assert not found.converges, "575 MB/s, of which the link carries 100"
@@ -343,6 +361,26 @@ def test_iterations_tell_how_small_pages_become() -> None:
     found = after_first_pass(first, request())
     assert found.packed_share == shares.memory
     assert found.total_s == pytest.approx(0.5 + 1.0, abs=0.05), "as that pass has shown"
+
+
+def test_what_was_dirtied_before_an_iteration_is_no_point_of_its_time() -> None:
+    waited = PassReport(
+        number=2,
+        kind=PassKind.DIRTY,
+        seconds=0.001,
+        pages=49,
+        bytes_sent=200_000,
+        pending_pages=2_972,
+        dirtied_s=15.0,
+    )
+    assert curve_of_passes([waited]) == (DirtyPoint(seconds=15.0, bytes=2_972 * PAGE_SIZE_BYTES),)
+
+
+def test_post_copy_from_the_start_is_predicted_as_hybrid_is() -> None:
+    figures_of_it = figures(400 * 10**6, steady(400e6), 1e8)
+    found = predict(figures_of_it, request(mode=MigrationMode.POSTCOPY))
+    assert found.post_copy
+    assert found == predict(figures_of_it, request(mode=MigrationMode.HYBRID))
 
 
 @given(raw=CURVE, first=st.floats(0, 50), second=st.floats(0, 50), limit=MEMORY)

@@ -341,6 +341,21 @@ def test_a_rollback_that_another_node_overtakes_destroys_its_copy(
     assert pair.resumed_on == []
 
 
+@pytest.mark.parametrize(("post_copy", "ends"), [(False, _S.COMPLETED), (True, _S.FAILED)])
+def test_a_post_copy_whose_guest_was_started_anew_is_no_success(
+    post_copy: bool, ends: MigrationState
+) -> None:
+    """Its source was away; the guest waited for pages, was ended, and booted from its disk."""
+    source = SessionPair().source
+    source.state, source.post_copy = _S.RECOVERING, post_copy
+    record = OwnershipRecord(domain="vm", token=9, owner="n2", state=OwnershipState.RUNNING)
+    commands = source.handle(v.RecordRead(known=True, record=record), 10.0)
+    assert any(isinstance(each, v.DestroyGuest) for each in commands)
+    source.handle(v.GuestDestroyed(), 11.0)
+    assert source.state is ends
+    assert ("started anew since, with token 9" in (source.error or "")) is post_copy
+
+
 def test_a_destination_keeps_its_copy_until_the_source_has_ended() -> None:
     pair = _rolling_back()
     pair.push(pair.destination, v.Received(message=m.Abort(reason="from long ago")))

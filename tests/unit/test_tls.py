@@ -122,4 +122,4 @@ def test_an_engine_reads_its_files_anew_and_goes_on_with_what_it_had(
     Path(n2.certificate_path).write_text("half of one")
     assert tls.context() is second
     with pytest.raises(ConfigError, match="can't be used"):
-        end(n2)
+        end(n2).context()
